@@ -1,0 +1,124 @@
+"""The registry: which module computes for which arrays.
+
+A backend is a module with the four functions of ``klcore.divergence`` under their names, taking the same arguments in
+the same order, positionally; it gets arrays of its library and returns arrays of its library. It is imported when the
+first array of that library arrives: a library may be absent, heavy or broken, and nobody who does not use it should
+notice. This file imports no array library and no backend.
+"""
+
+import importlib
+from functools import cache
+from types import ModuleType
+from typing import Any
+
+# the first word of the module that defines an array's type -> the backend
+_MODULES = {"numpy": "klcore.backends.cpu", "cupy": "klcore.backends.cuda"}
+_DEVICES = {"cpu": "numpy", "cuda": "cupy"}
+_ANY = (bool, int, float, complex, list, tuple)  # become arrays of the other argument's library, or NumPy's
+
+
+class BackendUnavailableError(RuntimeError):
+    """The device or library asked for cannot be used here; the message says what is missing and how to get it."""
+
+
+def find(x: Any, y: Any, device: str | None) -> ModuleType:
+    """The backend module for two arrays: a device that is named decides, else the arrays do.
+
+    Raises
+    ------
+    TypeError
+        If an array is of no known library, or the two are of different ones and no device is named.
+    ValueError
+        If the device is unknown.
+    BackendUnavailableError
+        If the backend cannot be imported.
+    """
+    if device is not None:
+        for a in (x, y):
+            _library(type(a))
+        return _module(_of_device(device))
+    of_x, of_y = _library(type(x)), _library(type(y))
+    if of_x is not of_y:
+        if of_x is not None and of_y is not None:
+            raise TypeError(
+                f"x is a {of_x} array and y a {of_y} one; move one of them, or pass device= to have klcore do it"
+            )
+        of_x = of_x or of_y
+    return _module(of_x or "numpy")
+
+
+@cache
+def _library(cls: type) -> str | None:
+    """The library an array type belongs to, looking through its base classes; None for numbers and lists."""
+    if cls in _ANY:
+        return None
+    for base in cls.__mro__:
+        root = base.__module__.partition(".")[0]
+        if root in _MODULES:
+            return root
+    known = ", ".join(sorted(_MODULES))
+    raise TypeError(
+        f"klcore does not know arrays of type {cls.__module__}.{cls.__qualname__}; it takes arrays of {known}, "
+        "and numbers, lists and tuples. klcore.register_backend adds a library"
+    )
+
+
+@cache
+def _of_device(device: str) -> str:
+    name, colon, number = device.partition(":") if isinstance(device, str) else ("", "", "")
+    if name not in _DEVICES or (colon and not (name == "cuda" and number.isdecimal())):
+        raise ValueError(f"device must be None, 'cpu', 'cuda' or 'cuda:N', found {device!r}")
+    return _DEVICES[name]
+
+
+@cache
+def _module(library: str) -> ModuleType:
+    try:
+        return importlib.import_module(_MODULES[library])
+    except ImportError as error:
+        raise BackendUnavailableError(
+            f"the backend for {library} arrays, {_MODULES[library]}, cannot be imported: {error}"
+        ) from error
+
+
+def backends() -> dict[str, str]:
+    """The registry, as a new dict: the name of an array library -> the module that computes for its arrays.
+
+    Examples
+    --------
+    >>> import klcore
+    >>> klcore.backends()["numpy"]
+    'klcore.backends.cpu'
+    """
+    return dict(_MODULES)
+
+
+def register_backend(library: str, module: str) -> None:
+    """Have `module` compute for the arrays of `library`.
+
+    Parameters
+    ----------
+    library : str
+        The first word of the module that defines the array type, as ``"torch"`` for ``torch.Tensor``.
+    module : str
+        Import path of a module with the functions ``kl_div``, ``rel_entr``, ``cross_entropy`` and ``entropy``, which
+        take the arguments of klcore's own in the same order, positionally. It is imported when the first such array
+        arrives.
+
+    Raises
+    ------
+    TypeError
+        If either is not a string.
+    ValueError
+        If either is not a name that could be imported.
+    """
+    for word, text in (("library", library), ("module", module)):
+        if not isinstance(text, str):
+            raise TypeError(f"{word} must be a string, found {type(text).__name__}")
+        if not all(part.isidentifier() for part in text.split(".")):
+            raise ValueError(f"{word} must be the name of a module, found {text!r}")
+    if "." in library:
+        raise ValueError(f"library is the first word of a module's name, as 'torch'; found {library!r}")
+    _MODULES[library] = module
+    _library.cache_clear()
+    _module.cache_clear()

@@ -1,0 +1,143 @@
+"""NumPy arrays on the CPU: arguments arranged by rows.py, rows computed by klcore._cpu (src/kl_cpu.pyx)."""
+
+import os
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from klcore import _cpu
+from klcore.backends import rows
+from klcore.backends.threads import get_num_threads
+
+_FLOATS = ("float64", "float32", "float16", "bfloat16")
+_PLAIN = {ord("d"): np.dtype("float64"), ord("f"): np.dtype("float32")}  # by buffer format
+
+
+def _choose_instruction_set() -> None:
+    """The best one that this processor has, or the one that KLCORE_ISA names."""
+    built = _cpu.instruction_sets()
+    name = os.environ.get("KLCORE_ISA") or next(n for n in reversed(built) if built[n])
+    if name not in built:
+        raise ValueError(f"KLCORE_ISA must be one of {', '.join(built)} (those built in); found {name!r}")
+    if not built[name]:
+        usable = ", ".join(n for n in built if built[n])
+        raise ValueError(f"KLCORE_ISA={name}: this processor does not have it; it has {usable}")
+    _cpu.use_instruction_set(name)
+
+
+_choose_instruction_set()
+
+
+def _asarray(a: Any, name: str) -> Any:
+    if isinstance(a, np.ma.MaskedArray):
+        raise TypeError(
+            f"{name} is a masked array, and klcore would ignore the mask; pass {name}.filled(value), or weights=0 for "
+            "rows to leave out"
+        )
+    if hasattr(a, "__cuda_array_interface__"):
+        a = a.get()  # device="cpu" was asked for
+    a = np.asarray(a)
+    if a.dtype.kind in "iub":
+        return a.astype(np.float64)
+    if a.dtype.name not in _FLOATS:
+        raise TypeError(
+            f"{name} has dtype {a.dtype}; klcore computes with {', '.join(_FLOATS)}, and with integers and booleans as "
+            "float64"
+        )
+    return a if a.dtype.isnative else a.astype(a.dtype.newbyteorder("="))
+
+
+def _lent(a: Any) -> Any:
+    """The array as the kernel reads it: bfloat16 has no buffer format, so its bits are lent."""
+    return a.view(np.uint16) if a is not None and a.dtype.name == "bfloat16" else a
+
+
+def _run(
+    operation: int,
+    x: Any,
+    y: Any,
+    space: Any,
+    axis: int,
+    reduction: str,
+    weights: Any,
+    temperature: float,
+    return_grad: Any,
+    out: Any,
+    device: str | None,
+) -> Any:
+    threads = get_num_threads()
+    if (
+        type(x) is np.ndarray
+        and type(y) is np.ndarray
+        and reduction == "row"
+        and axis == -1
+        and return_grad is weights is out is None
+        and type(space) is str
+        and space in rows.SPACES
+        and temperature == 1.0
+        and (space != "logits" or operation != rows.CROSS_ENTROPY)
+    ):
+        value = _cpu.plain(operation, rows.SPACES[space], x, y, 1.0, threads, np.empty, _PLAIN)
+        if value is not None:
+            return value
+
+    task = rows.arrange(
+        np, _asarray, operation, x, y, space, axis, reduction, weights, temperature, return_grad, out
+    )
+    denominator = task.denominator
+    if denominator is None:
+        denominator = _cpu.add_up(np.array(task.weights, order="C").reshape(-1))
+    scale = 1.0 / denominator if denominator else np.nan
+
+    # the gradients of operands that are not broadcast come with the value, in one pass
+    direct = {g.of: _lent(g.view) for g in task.gradients if not g.inner}
+    total = _cpu.run(
+        operation, *task.spaces, task.output, _lent(task.x), _lent(task.y), task.weights, task.value_view,
+        direct.get("x"), direct.get("y"), task.wide, task.temperature, scale, threads,
+    )  # fmt: skip
+    for g in task.gradients:
+        if g.inner:
+            _sum_gradient(operation, task, g, scale, threads)
+
+    if task.output == rows.TOTAL:
+        with np.errstate(over="ignore"):  # a float64 total may be infinite as float32
+            value = task.scalar_dtype.type(total / denominator if denominator else np.nan)
+        if task.out is not None:
+            task.out[...] = value
+            value = task.out
+    else:
+        value = task.value if task.value.ndim or out is not None else task.value[()]
+    return rows.result(task, value)
+
+
+def _sum_gradient(operation: int, task: rows.Task, g: rows.Gradient, scale: float, threads: int) -> None:
+    """The gradient of a broadcast operand: its batch axes in front, those to sum over behind."""
+    ndim = task.x.ndim - 1
+    order = (*(d for d in range(ndim) if d not in g.inner), *g.inner)
+    if not task.rows:
+        g.array[...] = 0
+        return
+
+    def turn(a: Any) -> Any:
+        return None if a is None else _lent(a.transpose(*order, *range(ndim, a.ndim)))
+
+    to = turn(g.view)
+    _cpu.run(
+        operation, *task.spaces, rows.PER_ROW, turn(task.x), turn(task.y), turn(task.weights), None,
+        to if g.of == "x" else None, to if g.of == "y" else None,
+        task.wide, task.temperature, scale, threads, len(g.inner),
+    )  # fmt: skip
+
+
+def _entropy(
+    x: Any, space: Any, axis: int, reduction: str, weights: Any, temperature: float, return_grad: Any, out: Any,
+    device: str | None,
+) -> Any:  # fmt: skip
+    return _run(rows.ENTROPY, x, None, space, axis, reduction, weights, temperature, return_grad, out, device)
+
+
+kl_div = partial(_run, rows.KL_DIV)
+rel_entr = partial(_run, rows.REL_ENTR)
+cross_entropy = partial(_run, rows.CROSS_ENTROPY)
+entropy = _entropy

@@ -1,0 +1,278 @@
+"""The one shape that kernels see: rows of n classes, batch + (n,), as views; for NumPy and CuPy alike.
+
+Checks every argument and raises before anything is computed. Called by the backends that own kernels, with their array
+library as `xp`; computes nothing itself.
+"""
+
+import math
+import operator
+from dataclasses import dataclass, field
+from typing import Any
+
+SPACES = {"probs": 0, "log_probs": 1, "logits": 2}
+REDUCTIONS = ("row", "sum", "rowmean", "none", "batchmean", "mean")
+GRADIENTS: dict[Any, tuple[str, ...]] = {
+    None: (),
+    "x": ("x",),
+    "y": ("y",),
+    ("x",): ("x",),
+    ("y",): ("y",),
+    ("x", "y"): ("x", "y"),
+}
+KL_DIV, REL_ENTR, CROSS_ENTROPY, ENTROPY = range(4)  # as in kl_math.h
+PER_ROW, TERMS, TOTAL = range(3)  # as in kl_plan.h
+
+
+@dataclass(slots=True)
+class Gradient:
+    """One gradient to compute: `array` has the operand's shape, `view` the kernel's."""
+
+    of: str
+    array: Any
+    view: Any
+    inner: tuple[int, ...] = ()  # batch axes over which the operand is broadcast: their gradients are summed
+
+
+@dataclass(slots=True)
+class Task:
+    """A call, checked and arranged. Views have the shape batch + (n,), or batch."""
+
+    x: Any
+    y: Any
+    spaces: tuple[int, int]
+    weights: Any  # float64, or None
+    output: int
+    value: Any  # the result's array, allocated or given; None where it is a scalar made from the total
+    value_view: Any
+    out: Any  # where a scalar result is to be written, if anywhere
+    scalar_dtype: Any
+    wide: bool  # compute in float64
+    temperature: float
+    rows: int
+    n: int
+    denominator: float | None  # of a total; None: the sum of the weights
+    gradients: list[Gradient] = field(default_factory=list)
+
+
+def arrange(
+    xp: Any,
+    asarray: Any,
+    operation: int,
+    x: Any,
+    y: Any,
+    space: Any,
+    axis: int,
+    reduction: str,
+    weights: Any,
+    temperature: float,
+    return_grad: Any,
+    out: Any,
+) -> Task:
+    """Check the arguments of a call and lay its arrays out in rows.
+
+    Parameters
+    ----------
+    xp : module
+        numpy or cupy.
+    asarray : callable
+        ``asarray(a, name)`` gives a native array of float64, float32, float16 or bfloat16, or raises TypeError.
+    operation : int
+        One of the four above; for ENTROPY, `y` is None.
+    """
+    single = operation == ENTROPY
+    spaces = _spaces(space, single)
+    temperature = _temperature(temperature, spaces)
+    if not isinstance(reduction, str) or reduction not in REDUCTIONS:
+        raise ValueError(f"reduction must be one of {_list(REDUCTIONS)}; found {reduction!r}")
+    wanted = _wanted(return_grad, single)
+
+    x = asarray(x, "x")
+    y = x if single else asarray(y, "y")
+    scalar = x.ndim == 0 and y.ndim == 0  # one class
+    xs, ys = (x.reshape(1), y.reshape(1)) if scalar else (x, y)
+    ndim = max(xs.ndim, ys.ndim)
+    last = _axis(axis, ndim, scalar)  # counted from the end
+    if min(xs.ndim, ys.ndim) < -last or xs.shape[last] != ys.shape[last]:
+        raise ValueError(
+            f"x and y must have the same number of classes along axis {axis}; found shapes {x.shape} and {y.shape}"
+        )
+    xs, ys = xp.moveaxis(xs, last, -1), xp.moveaxis(ys, last, -1)
+    n = xs.shape[-1]
+    try:
+        batch = xp.broadcast_shapes(xs.shape[:-1], ys.shape[:-1])
+    except ValueError:
+        raise ValueError(
+            f"x and y must have batch shapes (all axes but axis {axis}) that broadcast; found shapes {x.shape} and "
+            f"{y.shape}"
+        ) from None
+    rows = math.prod(batch)
+    weights = _weights(xp, asarray, weights, batch)
+
+    double = max(x.dtype.itemsize, y.dtype.itemsize) == 8
+    dtype = xp.dtype("float64") if double else xp.dtype("float32")
+    terms_shape = () if scalar else _insert(batch, ndim + last, n)
+    results = _results(out, wanted)
+
+    task = Task(
+        x=xp.broadcast_to(xs, (*batch, n)),
+        y=None if single else xp.broadcast_to(ys, (*batch, n)),
+        spaces=spaces,
+        weights=weights,
+        output=PER_ROW if reduction == "row" else TERMS if reduction == "none" else TOTAL,
+        value=None,
+        value_view=None,
+        out=None,
+        scalar_dtype=dtype,
+        # a logarithm beside a probability needs more than its own precision (docs/maths.md)
+        wide=double or (not single and spaces[0] != spaces[1]) or (2 in spaces and operation > REL_ENTR),
+        temperature=temperature,
+        rows=rows,
+        n=n,
+        denominator=_denominator(reduction, terms_shape, rows, n, weights),
+    )
+    shape = batch if reduction == "row" else terms_shape if reduction == "none" else ()
+    operands = {"x": x, "y": y}
+    given = [results[0]] if results[0] is not None else []
+    if results[0] is not None:
+        _check_out(xp, results[0], "the value", shape, dtype)
+    for name, result in zip(wanted, results[1:], strict=True):
+        if result is not None:
+            _check_out(xp, result, f"the gradient with respect to {name}", operands[name].shape, operands[name].dtype)
+            given.append(result)
+    _check_overlap(xp, given, [x, y] if weights is None else [x, y, weights])
+
+    if task.output == TOTAL:
+        task.out = results[0]
+    else:
+        task.value = xp.empty(shape, dtype) if results[0] is None else results[0]
+        task.value_view = task.value
+        if reduction == "none":
+            task.value_view = xp.moveaxis(task.value.reshape(1) if scalar else task.value, last, -1)
+    for name, result in zip(wanted, results[1:], strict=True):
+        operand = operands[name]
+        array = xp.empty_like(operand, subok=False) if result is None else result
+        view = xp.moveaxis(array.reshape(1) if scalar else array, last, -1)
+        lead = len(batch) - (view.ndim - 1)
+        view = view[(None,) * lead]
+        inner = tuple(d for d in range(len(batch)) if view.shape[d] != batch[d])
+        task.gradients.append(Gradient(name, array, view, inner))
+    return task
+
+
+def result(task: Task, value: Any) -> Any:
+    """What the caller gets: the value, or the value and the gradients in the order they were asked for."""
+    return (value, *(g.array for g in task.gradients)) if task.gradients else value
+
+
+def _list(words: Any) -> str:
+    return ", ".join(repr(w) for w in words)
+
+
+def _spaces(space: Any, single: bool) -> tuple[int, int]:
+    pair = (space, space) if isinstance(space, str) else space
+    if single and not isinstance(space, str):
+        raise ValueError(f"space must be one of {_list(SPACES)}; found {space!r}")
+    if not isinstance(pair, (tuple, list)) or len(pair) != 2 or not all(isinstance(s, str) and s in SPACES for s in pair):
+        raise ValueError(f"space must be one of {_list(SPACES)}, or a pair (space of x, space of y); found {space!r}")
+    return SPACES[pair[0]], SPACES[pair[1]]
+
+
+def _temperature(temperature: Any, spaces: tuple[int, int]) -> float:
+    try:
+        t = float(temperature)
+    except (TypeError, ValueError):
+        raise TypeError(f"temperature must be a number, found {type(temperature).__name__}") from None
+    if not (t > 0 and math.isfinite(t) and math.isfinite(1 / t)):
+        raise ValueError(f"temperature must be positive and finite, found {temperature!r}")
+    if t != 1 and 2 not in spaces:
+        raise ValueError(f"temperature divides logits: it needs space='logits' for x or y; found temperature={t!r}")
+    return t
+
+
+def _wanted(return_grad: Any, single: bool) -> tuple[str, ...]:
+    key = tuple(return_grad) if isinstance(return_grad, list) else return_grad
+    known = (None, "x") if single else (None, "x", "y", ("x", "y"))
+    try:
+        wanted = GRADIENTS[key]
+    except (KeyError, TypeError):
+        wanted = ("y",) if single else ("?",)
+    if wanted == ("?",) or (single and "y" in wanted):
+        raise ValueError(f"return_grad must be one of {_list(known)}; found {return_grad!r}")
+    return wanted
+
+
+def _axis(axis: Any, ndim: int, scalar: bool) -> int:
+    try:
+        a = operator.index(axis)
+    except TypeError:
+        raise TypeError(f"axis must be an integer, found {type(axis).__name__}") from None
+    if not -ndim <= a < ndim:
+        what = "0-dimensional arrays, taken as one class" if scalar else f"arrays of {ndim} dimensions"
+        raise ValueError(f"axis {a} is out of range for {what}")
+    return a - ndim if a >= 0 else a
+
+
+def _insert(batch: tuple[int, ...], position: int, n: int) -> tuple[int, ...]:
+    return (*batch[:position], n, *batch[position:])
+
+
+def _weights(xp: Any, asarray: Any, weights: Any, batch: tuple[int, ...]) -> Any:
+    if weights is None:
+        return None
+    w = asarray(weights, "weights").astype("float64", copy=False)
+    try:
+        view = xp.broadcast_to(w, batch)
+    except ValueError:
+        raise ValueError(f"weights of shape {w.shape} do not broadcast to the batch shape {batch}") from None
+    if not bool(((w >= 0) & (w < math.inf)).all()):
+        raise ValueError("weights must be finite and >= 0; found a negative, infinite or NaN weight")
+    return view
+
+
+def _denominator(reduction: str, shape: tuple[int, ...], rows: int, n: int, weights: Any) -> float | None:
+    if reduction == "rowmean":
+        return float(rows) if weights is None else None
+    if reduction == "batchmean":
+        return float(shape[0]) if shape else 1.0
+    return float(rows * n) if reduction == "mean" else 1.0
+
+
+def _results(out: Any, wanted: tuple[str, ...]) -> tuple[Any, ...]:
+    results = out if isinstance(out, tuple) else (out, *[None] * len(wanted))
+    if len(results) != 1 + len(wanted):
+        raise ValueError(
+            f"out must be an array for the value, or a tuple of {1 + len(wanted)} (value, then gradients; None to "
+            f"allocate); found a tuple of {len(results)}"
+        )
+    return results
+
+
+def _check_out(xp: Any, out: Any, what: str, shape: tuple[int, ...], dtype: Any) -> None:
+    if not isinstance(out, xp.ndarray) or hasattr(out, "mask"):
+        raise TypeError(f"out for {what} must be a {xp.__name__}.ndarray, found {type(out).__name__}")
+    if out.shape != shape:
+        raise ValueError(f"out for {what} must have the shape {shape}, found {out.shape}")
+    if out.dtype != dtype:
+        raise ValueError(f"out for {what} must have the dtype {dtype}, found {out.dtype}")
+    flags = getattr(out.flags, "writeable", True)
+    if not flags:
+        raise ValueError(f"out for {what} is read-only")
+    if any(step == 0 and size > 1 for step, size in zip(out.strides, out.shape, strict=True)):
+        raise ValueError(f"out for {what} is a broadcast view, whose elements share memory")
+
+
+def _check_overlap(xp: Any, outs: list[Any], inputs: list[Any]) -> None:
+    for i, out in enumerate(outs):
+        if any(_overlap(xp, out, a) for a in inputs):
+            raise ValueError("out overlaps the memory of an input; pass an array of its own")
+        if any(_overlap(xp, out, other) for other in outs[:i]):
+            raise ValueError("two arrays of out overlap; pass separate ones")
+
+
+def _overlap(xp: Any, a: Any, b: Any) -> bool:
+    if not xp.may_share_memory(a, b):
+        return False
+    try:
+        return bool(xp.shares_memory(a, b, max_work=100_000))
+    except Exception:  # too hard to decide exactly
+        return True

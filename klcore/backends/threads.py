@@ -1,0 +1,95 @@
+"""How many threads the CPU kernels use. Their number never changes a result, only how long it takes."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+_within: ContextVar[int | None] = ContextVar("klcore_threads", default=None)
+_set: int | None = None
+
+
+def _positive(n: object, what: str) -> int:
+    try:
+        number = int(n) if isinstance(n, str) else n.__index__()  # type: ignore[attr-defined]
+    except (AttributeError, ValueError):
+        raise TypeError(f"{what} must be an integer, found {n!r}") from None
+    if number < 1:
+        raise ValueError(f"{what} must be at least 1, found {number}")
+    return number
+
+
+def _usable_cpus() -> int:
+    """The processors this process may run on, and no more than its container's share of them."""
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        with open("/sys/fs/cgroup/cpu.max") as f:
+            quota, period = f.read().split()
+        if quota != "max":
+            cpus = min(cpus, max(1, round(int(quota) / int(period))))
+    except (OSError, ValueError):
+        pass
+    return cpus
+
+
+def _default() -> int:
+    for name in ("KLCORE_NUM_THREADS", "OMP_NUM_THREADS"):
+        text = os.environ.get(name, "").partition(",")[0].strip()  # OpenMP allows a list, one number a level
+        if text:
+            return _positive(text, name)
+    return _usable_cpus()
+
+
+def get_num_threads() -> int:
+    """The number of threads that klcore's CPU kernels may use in this context.
+
+    That of the innermost :func:`threads`, else of :func:`set_num_threads`, else of the environment variables
+    ``KLCORE_NUM_THREADS`` or ``OMP_NUM_THREADS`` when the first call was made, else the number of processors that this
+    process may use. Small inputs use one thread whatever this says.
+    """
+    global _set
+    n = _within.get()
+    if n is not None:
+        return n
+    if _set is None:
+        _set = _default()
+    return _set
+
+
+def set_num_threads(n: int) -> None:
+    """Use at most `n` threads from now on, in every thread of this process.
+
+    Parameters
+    ----------
+    n : int
+        At least 1. Results are the same bits for every `n`.
+
+    Examples
+    --------
+    >>> import klcore
+    >>> before = klcore.get_num_threads()
+    >>> klcore.set_num_threads(1)
+    >>> klcore.get_num_threads()
+    1
+    >>> klcore.set_num_threads(before)
+    """
+    global _set
+    _set = _positive(n, "the number of threads")
+
+
+@contextmanager
+def threads(n: int) -> Iterator[None]:
+    """Use at most `n` threads inside a ``with`` block, in this thread or task only.
+
+    Examples
+    --------
+    >>> import klcore
+    >>> with klcore.threads(1):
+    ...     klcore.get_num_threads()
+    1
+    """
+    token = _within.set(_positive(n, "the number of threads"))
+    try:
+        yield
+    finally:
+        _within.reset(token)

@@ -1,0 +1,194 @@
+"""The public functions: what they mean, and one line each that hands the arrays to their backend."""
+
+from typing import Any
+
+from klcore.backends import find
+
+
+def kl_div(
+    x: Any,
+    y: Any,
+    *,
+    space: str | tuple[str, str] = "probs",
+    axis: int = -1,
+    reduction: str = "row",
+    weights: Any = None,
+    temperature: float = 1.0,
+    return_grad: str | tuple[str, str] | None = None,
+    out: Any = None,
+    device: str | None = None,
+) -> Any:
+    """Kullback-Leibler divergence KL(x || y) = sum(x*log(x/y) - x + y) over the classes, in nats.
+
+    For distributions the terms ``-x + y`` cancel in the sum; they make every term, and so every result, non-negative
+    and exactly zero where the arguments are equal.
+
+    Parameters
+    ----------
+    x : array of shape (..., n, ...)
+        The first distribution: the truth, the teacher. float64, float32, float16 or bfloat16 (``ml_dtypes``); integers,
+        booleans and lists are taken as float64. A 0-d array is one class.
+    y : array
+        The second: the model, the student. The same number of classes; the batch axes of x and y broadcast.
+    space : {"probs", "log_probs", "logits"} or a pair of them
+        What the numbers are. Logits are unnormalised: their softmax over `axis` is part of the computation. A pair is
+        (space of x, space of y).
+    axis : int
+        The class axis; all others are the batch.
+    reduction : {"row", "sum", "rowmean", "none", "batchmean", "mean"}
+        "row": one value a distribution. "sum": of all rows. "rowmean": their mean, weighted by `weights`. "none": the
+        terms, not summed. "batchmean": the sum divided by the size of the first axis; "mean": by the number of
+        elements (PyTorch's words).
+    weights : array, optional
+        One weight >= 0 a row, broadcastable to the batch shape. A row of weight 0 is not read, and yields 0.
+    temperature : float
+        Divides the logits; only with logits.
+    return_grad : {"x", "y", ("x", "y")}, optional
+        Also return the derivative of the value (for "row" and "none": of the sum of what is returned) with respect to
+        these arguments as they were given, computed in the same pass.
+    out : array or tuple of arrays, optional
+        Where to write the value, or (value, gradients...). Must not overlap an input.
+    device : {"cpu", "cuda", "cuda:N"}, optional
+        Where to compute, and where the result stays. None: where the arrays are.
+
+    Returns
+    -------
+    value : array or scalar
+        float64 if an argument is, else float32. Of the batch shape for "row", of the broadcast input shape for "none",
+        else a scalar.
+    gradients : arrays
+        Of the shape and dtype of their arguments, if `return_grad` asks for them: ``(value, dx)``, ``(value, dy)`` or
+        ``(value, dx, dy)``.
+
+    Raises
+    ------
+    TypeError
+        For complex, object, string or masked arrays, arrays of an unknown library, or of two different ones.
+    ValueError
+        For shapes that do not match and words that are not known.
+    klcore.BackendUnavailableError
+        If the device cannot be used; never is another one used instead.
+
+    Notes
+    -----
+    Domain, per class: x = 0 contributes y; x > 0 with y = 0 makes +inf; equal finite numbers exactly 0; negative numbers
+    and NaN make NaN. In the other spaces -inf is an exact zero. A row of logits that is all -inf, or holds +inf or NaN,
+    is NaN. No row affects another. Accuracy and the order of addition are part of the contract: see docs/maths.md. The
+    same input gives the same bits for any number of threads, instruction set, batch and memory layout.
+
+    References
+    ----------
+    .. [1] S. Kullback and R. A. Leibler, "On Information and Sufficiency", Annals of Mathematical Statistics 22 (1951).
+    .. [2] I. Csiszar, "Why Least Squares and Maximum Entropy?", Annals of Statistics 19 (1991).
+
+    Examples
+    --------
+    >>> import klcore
+    >>> print(klcore.kl_div([0.5, 0.5], [0.9, 0.1]))
+    0.5108256237659907
+    >>> value, dy = klcore.kl_div([[2.0, 0.0]], [[1.0, 1.0]], space="logits", reduction="sum", return_grad="y")
+    >>> print(round(float(value), 6), dy.round(6))
+    0.327813 [[-0.380797  0.380797]]
+    """
+    return find(x, y, device).kl_div(
+        x, y, space, axis, reduction, weights, temperature, return_grad, out, device
+    )
+
+
+def rel_entr(
+    x: Any,
+    y: Any,
+    *,
+    space: str | tuple[str, str] = "probs",
+    axis: int = -1,
+    reduction: str = "row",
+    weights: Any = None,
+    temperature: float = 1.0,
+    return_grad: str | tuple[str, str] | None = None,
+    out: Any = None,
+    device: str | None = None,
+) -> Any:
+    """Relative entropy sum(x*log(x/y)), the literal sum, in nats.
+
+    Equal to :func:`kl_div` where both arguments sum to one. Otherwise it may be negative, and rounding in the
+    normalisation of close distributions shows in it at first order: prefer `kl_div` unless it is this sum that is
+    wanted.
+
+    Parameters and results are those of :func:`kl_div`.
+
+    Notes
+    -----
+    Domain, per class: x = 0 contributes 0 for any y >= 0; x > 0 with y = 0 makes +inf; negative numbers and NaN make NaN.
+
+    Examples
+    --------
+    >>> import klcore
+    >>> print(klcore.rel_entr([1.0, 2.0], [2.0, 1.0]))
+    0.6931471805599453
+    """
+    return find(x, y, device).rel_entr(
+        x, y, space, axis, reduction, weights, temperature, return_grad, out, device
+    )
+
+
+def cross_entropy(
+    x: Any,
+    y: Any,
+    *,
+    space: str | tuple[str, str] = "probs",
+    axis: int = -1,
+    reduction: str = "row",
+    weights: Any = None,
+    temperature: float = 1.0,
+    return_grad: str | tuple[str, str] | None = None,
+    out: Any = None,
+    device: str | None = None,
+) -> Any:
+    """Cross-entropy H(x, y) = -sum(x*log(y)) over the classes, in nats.
+
+    Parameters and results are those of :func:`kl_div`.
+
+    Notes
+    -----
+    Domain, per class: x = 0 contributes 0 for any y >= 0; x > 0 with y = 0 makes +inf; negative numbers and NaN make NaN.
+
+    Examples
+    --------
+    >>> import klcore
+    >>> print(klcore.cross_entropy([0.5, 0.5], [0.25, 0.75]))
+    0.8369882167858359
+    """
+    return find(x, y, device).cross_entropy(
+        x, y, space, axis, reduction, weights, temperature, return_grad, out, device
+    )
+
+
+def entropy(
+    x: Any,
+    *,
+    space: str = "probs",
+    axis: int = -1,
+    reduction: str = "row",
+    weights: Any = None,
+    temperature: float = 1.0,
+    return_grad: str | None = None,
+    out: Any = None,
+    device: str | None = None,
+) -> Any:
+    """Entropy H(x) = -sum(x*log(x)) over the classes, in nats.
+
+    Parameters and results are those of :func:`kl_div`, without `y`.
+
+    Notes
+    -----
+    Domain, per class: x = 0 contributes 0; negative numbers and NaN make NaN.
+
+    Examples
+    --------
+    >>> import klcore
+    >>> print(klcore.entropy([0.25, 0.25, 0.25, 0.25]))
+    1.3862943611198906
+    """
+    return find(x, x, device).entropy(
+        x, space, axis, reduction, weights, temperature, return_grad, out, device
+    )

@@ -1,0 +1,63 @@
+"""The one thing pyproject.toml cannot say: the extension, and its OpenMP flags by compiler."""
+
+import os
+import sys
+
+from Cython.Build import cythonize
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError, LinkError
+
+NO_OPENMP = os.environ.get("KLCORE_NO_OPENMP") == "1"
+
+# The same bits everywhere: no contraction, no fast-math. Without jump threading gcc leaves selects in one piece, which
+# its vectoriser needs; the other two say that nobody reads errno or the exception flags.
+FLAGS = {
+    "msvc": (["/O2", "/std:c++17", "/fp:precise"], []),
+    "unix": (
+        ["-std=c++17", "-O3", "-g0", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-pthread"],
+        ["-pthread"],
+    ),
+}
+OPENMP = {
+    "msvc": (["/openmp"], []),
+    "darwin": (["-Xpreprocessor", "-fopenmp"], ["-lomp"]),
+    "unix": (["-fopenmp"], ["-fopenmp"]),
+}
+
+
+class build(build_ext):
+    def build_extension(self, ext):
+        kind = "msvc" if self.compiler.compiler_type == "msvc" else "unix"
+        openmp = OPENMP["darwin" if sys.platform == "darwin" else kind]
+        for flags, add in zip((ext.extra_compile_args, ext.extra_link_args), zip(FLAGS[kind], openmp)):
+            flags += add[0] + ([] if NO_OPENMP else add[1])
+        if NO_OPENMP:
+            ext.define_macros.append(("KLCORE_NO_OPENMP", "1"))
+        if kind == "unix" and "clang" not in " ".join(self.compiler.compiler_cxx) and sys.platform != "darwin":
+            ext.extra_compile_args.append("-fno-thread-jumps")
+        try:
+            super().build_extension(ext)
+        except (CompileError, LinkError) as error:
+            if NO_OPENMP:
+                raise
+            raise type(error)(
+                f"{error}\n\nklcore's CPU kernels need a C++17 compiler with OpenMP, and this one failed with the flags "
+                f"{openmp[0] + openmp[1]}. Install one (Debian: apt-get install g++; macOS: brew install libomp), or "
+                "set KLCORE_NO_OPENMP=1 to build for one thread."
+            ) from error
+
+
+setup(
+    ext_modules=cythonize(
+        Extension(
+            "klcore._cpu",
+            ["src/kl_cpu.pyx"],
+            include_dirs=["src"],
+            depends=[f"src/kl_{name}.h" for name in ("math", "tree", "plan", "rows", "isa", "batch")],
+            language="c++",
+        ),
+        compiler_directives={"language_level": 3},
+    ),
+    cmdclass={"build_ext": build},
+)

@@ -1,0 +1,319 @@
+// All rows of a plan over OpenMP threads. Called by kl_cpu.pyx without the GIL; calls one row's sweeps through
+// kl_isa.h. Holds no arithmetic but the adding up of rows, which follows kl_tree.h: which thread computes what, and
+// how many there are, never changes a bit.
+#pragma once
+#include <algorithm>
+#include <atomic>
+#include <cstdlib>
+#include <new>
+#include <thread>
+#include <vector>
+#if defined(_OPENMP)
+#include <omp.h>
+#elif !defined(KLCORE_NO_OPENMP)
+#error "klcore needs a compiler with OpenMP (gcc or clang with -fopenmp, MSVC with /openmp). KLCORE_NO_OPENMP=1 builds it for one thread."
+#endif
+#if defined(__unix__) || defined(__APPLE__)
+#include <pthread.h>
+#endif
+
+#include "kl_isa.h"
+
+namespace kl {
+
+// A child of fork() inherits the memory of OpenMP's thread pool without its threads, and GNU's runtime would wait for
+// them for ever. The pool belongs to the thread that made it, so in a forked child parallel work starts on a new thread.
+inline std::atomic<bool>& forked() {
+  static std::atomic<bool> flag(false);
+  return flag;
+}
+inline void watch_forks() {
+#if defined(__unix__) || defined(__APPLE__)
+  forked();
+  pthread_atfork(nullptr, nullptr, [] { forked() = true; });
+#endif
+}
+
+constexpr int GROUP = 16;             // neighbouring rows taken together where classes lie far apart: they share cache lines
+constexpr i64 SERIAL = 32768;         // classes below which a second thread costs more than it brings
+constexpr i64 ROUND = 16 * CHUNK;     // rows whose totals are held at once
+constexpr i64 BLOCK = CHUNK;          // rows summed into one partial when a gradient is summed over rows
+
+struct Scratch {                      // 64-byte aligned memory
+  explicit Scratch(size_t bytes) : raw((char*)std::malloc(bytes + 64)) {
+    if (!raw) throw std::bad_alloc();
+  }
+  ~Scratch() { std::free(raw); }
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+  char* data() const { return (char*)(((std::uintptr_t)raw + 63) & ~(std::uintptr_t)63); }
+  char* raw;
+};
+
+inline Row locate(const Plan& p, i64 r) {
+  Row row = {p.x.data, p.y.data, p.value.data, p.dx.data, p.dy.data, 1.0};
+  const char* weight = p.weights.data;
+  for (int d = p.ndim - 1; d >= 0; d--) {
+    i64 i = d > 0 ? r % p.shape[d] : r;
+    r = d > 0 ? r / p.shape[d] : 0;
+    row.x += i * p.x.batch[d];
+    row.y += i * p.y.batch[d];
+    row.value += i * p.value.batch[d];
+    row.dx += i * p.dx.batch[d];
+    row.dy += i * p.dy.batch[d];
+    weight += i * p.weights.batch[d];
+  }
+  if (p.weights.data) std::memcpy(&row.weight, weight, sizeof row.weight);
+  return row;
+}
+
+inline void write_zeros(const Array& a, char* row, i64 n) {
+  if (!a.data) return;
+  i64 size = a.dtype == FLOAT64 ? 8 : a.dtype == FLOAT32 ? 4 : 2;
+  for (i64 i = 0; i < n; i++) std::memset(row + i * a.stride, 0, (size_t)size);
+}
+
+inline void write_value(const Array& a, char* at, double v) {
+  if (a.dtype == FLOAT64) { std::memcpy(at, &v, 8); return; }
+  float f = (float)v;
+  std::memcpy(at, &f, 4);
+}
+
+// Joins neighbouring batch axes over which every array moves in even steps.
+inline void collapse(Plan& p) {
+  Array* arrays[] = {&p.x, &p.y, &p.weights, &p.value, &p.dx, &p.dy};
+  for (int d = p.ndim - 2; d >= 0; d--) {
+    bool even = true;
+    for (Array* a : arrays) even = even && (!a->data || a->batch[d] == a->batch[d + 1] * p.shape[d + 1]);
+    if (!even) continue;
+    p.shape[d] *= p.shape[d + 1];
+    p.ndim--;
+    for (Array* a : arrays) a->batch[d] = a->batch[d + 1];
+    for (int e = d + 1; e < p.ndim; e++) {
+      p.shape[e] = p.shape[e + 1];
+      for (Array* a : arrays) a->batch[e] = a->batch[e + 1];
+    }
+  }
+}
+
+struct Batch {
+  const Plan& p;
+  Kernel kernel;
+  const Isa& isa;
+  i64 chunks, group, pitch;
+  size_t bytes;                       // of scratch a thread
+
+  Batch(const Plan& plan, const Isa& set) : p(plan), kernel(set.kernel(plan)), isa(set) {
+    chunks = (p.n + CHUNK - 1) / CHUNK;
+    i64 last = p.ndim ? p.shape[p.ndim - 1] : 1;
+    bool scattered = std::abs(p.x.stride) > 64 || std::abs(p.y.stride) > 64;
+    group = scattered ? std::min<i64>(GROUP, std::max<i64>(last, 1)) : 1;
+    pitch = (std::max<i64>(chunks, 1) + 7) & ~(i64)7;
+    int most = *std::max_element(kernel.states, kernel.states + 3);
+    bytes = SCRATCH + sizeof(double) * (size_t)(pitch * most * group) + 64;
+  }
+
+  int size(i64 chunk) const { return (int)std::min<i64>(CHUNK, p.n - chunk * CHUNK); }
+
+  // Sweeps [first, last) of rows [r, r + count), in one thread.
+  void rows(i64 r, int count, int first, int last, Row* row, double (*stats)[MAX_STATS], char* scratch) const {
+    double* states = (double*)(scratch + SCRATCH);
+    for (int i = 0; i < count; i++) row[i] = locate(p, r + i);
+    for (int s = first; s < last; s++) {
+      i64 of_row = pitch * kernel.states[s];
+      for (i64 c = 0; c < chunks; c++)
+        for (int i = 0; i < count; i++)
+          if (row[i].weight != 0)
+            kernel.chunk(p, row[i], s, c * CHUNK, size(c), stats[i], states + i * of_row + c, pitch, scratch);
+      for (int i = 0; i < count; i++)
+        if (row[i].weight != 0) kernel.combine(p, s, states + i * of_row, chunks, pitch, stats[i], scratch);
+    }
+  }
+
+  // The same for one row, its chunks over all threads.
+  void long_row(Row& row, double* stats, char* scratch, char* all) const {
+    double* states = (double*)(scratch + SCRATCH);
+    for (int s = 0; s < kernel.sweeps; s++) {
+#if defined(_OPENMP)
+#pragma omp parallel for schedule(dynamic, 8) num_threads(p.threads)
+#endif
+      for (i64 c = 0; c < chunks; c++)
+        kernel.chunk(p, row, s, c * CHUNK, size(c), stats, states + c, pitch, all + thread() * (i64)SCRATCH);
+      kernel.combine(p, s, states, chunks, pitch, stats, scratch);
+    }
+  }
+
+  static int thread() {
+#if defined(_OPENMP)
+    return omp_get_thread_num();
+#else
+    return 0;
+#endif
+  }
+
+  // What becomes of a finished row; returns what it adds to the total.
+  double finish(const Row& row, const double* stats) const {
+    if (row.weight == 0) {            // never read: its value and gradient are zero
+      if (p.output == TERMS) write_zeros(p.value, row.value, p.n);
+      write_zeros(p.dx, row.dx, p.n);
+      write_zeros(p.dy, row.dy, p.n);
+    }
+    double v = row.weight == 0 ? 0.0 : row.weight == 1 ? stats[0] : stats[0] * row.weight;
+    if (p.output == PER_ROW) write_value(p.value, row.value, v);
+    return v;
+  }
+};
+
+// Adds up the rows' totals in the order of kl_tree.h as they come, ROUND at a time.
+struct Total {
+  const Isa& isa;
+  std::vector<double> chunks;         // the totals of finished chunks of rows
+  explicit Total(const Isa& set) : isa(set) {}
+  void add(double* rows, i64 count) {
+    for (i64 i = 0; i < count; i += CHUNK) chunks.push_back(isa.sum_levels(rows + i, std::min<i64>(CHUNK, count - i)));
+  }
+  double value() { return isa.sum_levels(chunks.data(), (i64)chunks.size()); }
+};
+
+inline void run_here(Plan& p, const Isa& isa) {
+  collapse(p);
+  Batch b(p, isa);
+  Total total(isa);
+  bool totals = p.output == TOTAL;
+  i64 work = p.rows * std::max<i64>(p.n, 1);
+  if (work <= SERIAL) p.threads = 1;
+  i64 round = totals ? std::min<i64>(p.rows, ROUND) : p.rows;
+  std::vector<double> held(totals ? (size_t)round : 0);
+  bool by_chunk = p.threads > 1 && p.rows < 4 * p.threads && b.chunks >= 4 * p.threads;
+  Scratch scratch((by_chunk ? b.bytes + (size_t)SCRATCH * p.threads : b.bytes * p.threads));
+
+  if (by_chunk) {
+    for (i64 r = 0; r < p.rows; r++) {
+      Row row = locate(p, r);
+      double stats[MAX_STATS] = {0};
+      if (row.weight != 0) b.long_row(row, stats, scratch.data(), scratch.data() + ((b.bytes + 63) & ~(size_t)63));
+      double v = b.finish(row, stats);
+      if (totals) held[(size_t)r] = v;
+    }
+    if (totals) total.add(held.data(), p.rows);
+  } else {
+    for (i64 start = 0; start < p.rows; start += round) {
+      i64 end = std::min(p.rows, start + round), groups = (end - start + b.group - 1) / b.group;
+      i64 share = std::max<i64>(1, std::min<i64>(groups / (p.threads * 8), SERIAL / std::max<i64>(p.n, 1)));
+      auto group = [&](i64 g) {
+        Row row[GROUP];
+        double stats[GROUP][MAX_STATS];
+        i64 r = start + g * b.group;
+        int count = (int)std::min<i64>(b.group, end - r);
+        b.rows(r, count, 0, b.kernel.sweeps, row, stats, scratch.data() + (size_t)Batch::thread() * b.bytes);
+        for (int i = 0; i < count; i++) {
+          double v = b.finish(row[i], stats[i]);
+          if (totals) held[(size_t)(r + i - start)] = v;
+        }
+      };
+      if (p.threads == 1) {
+        for (i64 g = 0; g < groups; g++) group(g);
+      } else {
+#if defined(_OPENMP)
+#pragma omp parallel for schedule(dynamic, share) num_threads(p.threads)
+#endif
+        for (i64 g = 0; g < groups; g++) group(g);
+      }
+      if (totals) total.add(held.data(), end - start);
+    }
+  }
+  if (totals) p.total = total.value();
+}
+
+// One gradient of an operand that is broadcast over the last `inner` batch axes: the sum over these rows of their
+// gradients, in blocks of BLOCK rows, each added up row by row in double, the blocks in order. The plan's dx or dy
+// (whichever is present) has the operand's own shape; its strides along the inner axes are not used.
+inline void run_summed(Plan& p, const Isa& isa, int inner_axes) {
+  bool of_x = p.dx.data != nullptr;
+  Array target = of_x ? p.dx : p.dy;
+  Plan q = p;                         // one gradient row as float64, into a buffer
+  Array& to = of_x ? q.dx : q.dy;
+  q.output = PER_ROW;
+  q.value.data = nullptr;
+  to.dtype = FLOAT64;
+  to.stride = 8;
+  Batch b(q, isa);
+  i64 inner = 1;
+  for (int d = p.ndim - inner_axes; d < p.ndim; d++) inner *= p.shape[d];
+  i64 outer = inner ? p.rows / inner : 0, blocks = (inner + BLOCK - 1) / BLOCK;
+  int last = b.kernel.sweeps - 1, threads = p.rows * std::max<i64>(p.n, 1) <= SERIAL ? 1 : p.threads;
+  i64 at_once = std::max<i64>(1, std::min<i64>(blocks, 4 * threads / std::max<i64>(1, b.chunks) + 1));
+  std::vector<double> sums((size_t)(at_once * p.n)), result((size_t)p.n);
+  std::vector<double> known((size_t)(at_once * BLOCK * MAX_STATS));
+  Scratch scratch(b.bytes * (size_t)threads);
+  auto mine = [&] { return scratch.data() + (size_t)Batch::thread() * b.bytes; };
+  auto stats_of = [&](i64 k) { return (double(*)[MAX_STATS])(known.data() + k * MAX_STATS); };
+
+  for (i64 o = 0; o < outer; o++) {
+    std::fill(result.begin(), result.end(), 0.0);
+    for (i64 first = 0; first < blocks; first += at_once) {
+      i64 count = std::min(at_once, blocks - first), begin = first * BLOCK, end = std::min(inner, (first + count) * BLOCK);
+      std::fill(sums.begin(), sums.end(), 0.0);
+      if (last > 0) {
+#if defined(_OPENMP)
+#pragma omp parallel for schedule(dynamic, 1) num_threads(threads)
+#endif
+        for (i64 i = begin; i < end; i++) {
+          Row row;
+          b.rows(o * inner + i, 1, 0, last, &row, stats_of(i - begin), mine());
+        }
+      }
+      i64 items = count * b.chunks;
+#if defined(_OPENMP)
+#pragma omp parallel for schedule(dynamic, 1) num_threads(threads)
+#endif
+      for (i64 item = 0; item < items; item++) {
+        i64 k = item / b.chunks, c = item % b.chunks;
+        int size = b.size(c);
+        double gradient[CHUNK], state[MAX_STATS], *sum = sums.data() + k * p.n + c * CHUNK;
+        for (i64 i = k * BLOCK; i < std::min(end - begin, (k + 1) * BLOCK); i++) {
+          Row row = locate(q, o * inner + begin + i);
+          if (row.weight == 0) continue;
+          (of_x ? row.dx : row.dy) = (char*)(gradient - c * CHUNK);
+          b.kernel.chunk(q, row, last, c * CHUNK, size, *stats_of(i), state, 1, mine());
+          for (int j = 0; j < size; j++) sum[j] += gradient[j];
+        }
+      }
+      for (i64 k = 0; k < count; k++)
+        for (i64 j = 0; j < p.n; j++) result[(size_t)j] += sums[(size_t)(k * p.n + j)];
+    }
+    Row row = locate(p, o * inner);
+    char* at = of_x ? row.dx : row.dy;
+    switch (target.dtype) {
+      case FLOAT64: generic::narrow_from<FLOAT64>(result.data(), 1.0, p.n, at, target.stride); break;
+      case FLOAT32: generic::narrow_from<FLOAT32>(result.data(), 1.0, p.n, at, target.stride); break;
+      case FLOAT16: generic::narrow_from<FLOAT16>(result.data(), 1.0, p.n, at, target.stride); break;
+      default: generic::narrow_from<BFLOAT16>(result.data(), 1.0, p.n, at, target.stride);
+    }
+  }
+}
+
+// Runs a plan; returns 0, or 1 if memory ran out. inner_axes < 0: an ordinary run; else run_summed.
+inline int run(Plan& p, const Isa& isa, int inner_axes) noexcept {
+  int failed = 0;
+  auto work = [&] {
+    try {
+      if (inner_axes < 0) run_here(p, isa);
+      else run_summed(p, isa, inner_axes);
+    } catch (...) {
+      failed = 1;
+    }
+  };
+  if (p.threads > 1 && forked().load()) {
+    try {
+      std::thread(work).join();
+      return failed;
+    } catch (...) {
+      p.threads = 1;                  // no thread to be had: the same bits on this one
+    }
+  }
+  work();
+  return failed;
+}
+
+}  // namespace kl

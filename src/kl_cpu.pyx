@@ -1,0 +1,261 @@
+# cython: language_level=3, boundscheck=False, wraparound=False, freethreading_compatible=True
+# distutils: language = c++
+"""The CPU's door from Python: arrays in, through the buffer protocol, and a kl::Plan out to kl_batch.h.
+
+Called by klcore.backends.cpu, which has checked and broadcast everything. bfloat16 comes as uint16. The GIL is released
+while rows are computed.
+"""
+from cpython.buffer cimport PyBUF_FORMAT, PyBUF_STRIDES, PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer
+from libc.string cimport memset
+
+cdef extern from "kl_batch.h" namespace "kl" nogil:
+    ctypedef long long i64 "kl::i64"
+    int MAX_DIMS
+    int PER_ROW, TERMS, TOTAL
+    int FLOAT64, FLOAT32, FLOAT16, BFLOAT16
+    int LOGITS
+    cdef struct Array:
+        char* data
+        i64 stride
+        i64* batch
+        int dtype
+    cdef struct Plan:
+        int operation, space_x, space_y, output, wide, threads, ndim
+        i64* shape
+        i64 rows, n
+        double inverse_temperature, gradient_scale, total
+        Array x, y, weights, value, dx, dy
+    cdef struct Isa:
+        const char* name
+        bint supported
+        double (*sum_levels)(double*, i64) noexcept nogil
+        void (*elementary_float)(int, const float*, float*, i64) noexcept nogil
+        void (*elementary_double)(int, const double*, double*, i64) noexcept nogil
+    const Isa* isa_table()
+    void watch_forks()
+    int run_plan "kl::run"(Plan&, const Isa&, int) noexcept
+
+cdef extern from *:
+    """
+    #if defined(_OPENMP)
+    static const int kl_openmp = _OPENMP;
+    #else
+    static const int kl_openmp = 0;
+    #endif
+    #if defined(__clang__)
+    static const char* kl_compiler = "clang " __clang_version__;
+    #elif defined(__GNUC__)
+    static const char* kl_compiler = "gcc " __VERSION__;
+    #elif defined(_MSC_VER)
+    #define KL_TEXT_(x) #x
+    #define KL_TEXT(x) KL_TEXT_(x)
+    static const char* kl_compiler = "msvc " KL_TEXT(_MSC_VER);
+    #else
+    static const char* kl_compiler = "unknown";
+    #endif
+    """
+    const int kl_openmp
+    const char* kl_compiler
+
+cdef const Isa* _isa = NULL
+
+OPENMP = kl_openmp
+COMPILER = kl_compiler.decode()
+
+
+def instruction_sets():
+    """Names of the instruction sets built in, best last, each with whether this processor has it."""
+    cdef const Isa* s = isa_table()
+    found = {}
+    while s.name != NULL:
+        found[s.name.decode()] = bool(s.supported)
+        s += 1
+    return found
+
+
+def use_instruction_set(str name):
+    """Compute with this instruction set from now on. The caller has checked that it is supported."""
+    global _isa
+    cdef const Isa* s = isa_table()
+    while s.name != NULL:
+        if s.name.decode() == name:
+            _isa = s
+            return
+        s += 1
+    raise ValueError(name)
+
+
+def instruction_set():
+    """The instruction set in use."""
+    return _isa.name.decode()
+
+
+cdef int _dtype(const char* format) except -1:
+    cdef char c = format[0]
+    if c == b"=" or c == b"@" or c == b"<" or c == b"^":
+        c = format[1]
+    if c == b"d":
+        return FLOAT64
+    if c == b"f":
+        return FLOAT32
+    if c == b"e":
+        return FLOAT16
+    if c == b"H":
+        return BFLOAT16
+    raise TypeError(f"cannot compute with the buffer format {format.decode()!r}")
+
+
+cdef class _Borrowed:
+    """Buffers held for one call."""
+    cdef Py_buffer view[6]
+    cdef int held
+
+    def __dealloc__(self):
+        for k in range(self.held):
+            PyBuffer_Release(&self.view[k])
+
+    cdef Py_buffer* borrow(self, array, bint write) except NULL:
+        cdef Py_buffer* v = &self.view[self.held]
+        PyObject_GetBuffer(array, v, PyBUF_STRIDES | PyBUF_FORMAT | (PyBUF_WRITABLE if write else 0))
+        self.held += 1
+        return v
+
+    cdef int lend(self, array, Array* a, bint classes, bint write) except -1:
+        """Fill in `a` from an array of shape batch + (n,), or of shape batch where `classes` is false."""
+        cdef Py_buffer* v = self.borrow(array, write)
+        cdef int d, ndim = v.ndim - 1 if classes else v.ndim
+        a.data = <char*>v.buf
+        a.dtype = _dtype(v.format)
+        for d in range(ndim):
+            a.batch[d] = v.strides[d]
+        if classes:
+            a.stride = v.strides[ndim]
+        return 0
+
+
+cdef int _execute(Plan* plan, int inner_axes) except -1:
+    cdef int failed
+    with nogil:
+        failed = run_plan(plan[0], _isa[0], inner_axes)
+    if failed:
+        raise MemoryError("klcore could not allocate its working memory")
+    return 0
+
+
+def run(int operation, int space_x, int space_y, int output, x, y, weights, value, dx, dy, bint wide,
+        double temperature, double gradient_scale, int threads, int inner_axes=-1):
+    """Compute one plan; returns the total where output is TOTAL.
+
+    x, y, dx, dy and the terms have the shape batch + (n,); weights (float64) and row values the shape batch. y,
+    weights, value, dx, dy may be None. With inner_axes >= 0 the one gradient given is that of an operand broadcast
+    over the last inner_axes batch axes, and is summed over them.
+    """
+    cdef Plan p
+    cdef _Borrowed b = _Borrowed.__new__(_Borrowed)
+    cdef Py_buffer* v
+    cdef int d
+    memset(&p, 0, sizeof(Plan))
+    b.lend(x, &p.x, True, False)
+    v = &b.view[0]
+    p.ndim = v.ndim - 1
+    p.n = v.shape[p.ndim]
+    p.rows = 1
+    for d in range(p.ndim):
+        p.shape[d] = v.shape[d]
+        p.rows *= v.shape[d]
+    if y is not None:
+        b.lend(y, &p.y, True, False)
+    if weights is not None:
+        b.lend(weights, &p.weights, False, False)
+    if value is not None:
+        b.lend(value, &p.value, output == TERMS, True)
+    if dx is not None:
+        b.lend(dx, &p.dx, True, True)
+    if dy is not None:
+        b.lend(dy, &p.dy, True, True)
+    p.operation = operation
+    p.space_x = space_x
+    p.space_y = space_y
+    p.output = output
+    p.wide = wide
+    p.threads = threads
+    p.inverse_temperature = 1.0 / temperature
+    p.gradient_scale = gradient_scale
+    _execute(&p, inner_axes)
+    return p.total
+
+
+def plain(int operation, int space, x, y, double temperature, int threads, empty, dtypes):
+    """Row values over the last axis of two like arrays: the quick way in for the commonest call.
+
+    Returns None, having done nothing, unless both are native float arrays of one shape and dtype. `empty` makes the
+    result from a shape and one of `dtypes`, keyed by buffer format.
+    """
+    cdef Plan p
+    cdef _Borrowed b = _Borrowed.__new__(_Borrowed)
+    cdef Py_buffer* vx
+    cdef Py_buffer* vy
+    cdef int d
+    try:
+        vx = b.borrow(x, False)
+        vy = b.borrow(y, False)
+    except (BufferError, ValueError):    # a dtype without a buffer format, as bfloat16
+        return None
+    if vx.ndim == 0 or vx.ndim != vy.ndim or vx.format[1] != 0 or vx.format[0] != vy.format[0] or vy.format[1] != 0:
+        return None
+    dtype = dtypes.get(vx.format[0])
+    if dtype is None:
+        return None
+    memset(&p, 0, sizeof(Plan))
+    p.rows = 1
+    p.ndim = vx.ndim - 1
+    for d in range(vx.ndim):
+        if vx.shape[d] != vy.shape[d]:
+            return None
+        if d < p.ndim:
+            p.shape[d] = vx.shape[d]
+            p.rows *= vx.shape[d]
+            p.x.batch[d] = vx.strides[d]
+            p.y.batch[d] = vy.strides[d]
+    p.n = vx.shape[p.ndim]
+    p.x.data, p.y.data = <char*>vx.buf, <char*>vy.buf
+    p.x.stride, p.y.stride = vx.strides[p.ndim], vy.strides[p.ndim]
+    p.x.dtype = p.y.dtype = _dtype(vx.format)
+    value = empty(p.rows if p.ndim == 1 else tuple([p.shape[d] for d in range(p.ndim)]), dtype)
+    b.lend(value, &p.value, False, True)
+    p.operation = operation
+    p.space_x = p.space_y = space
+    p.output = PER_ROW
+    p.wide = p.x.dtype == FLOAT64
+    p.threads = threads
+    p.inverse_temperature = 1.0 / temperature
+    p.gradient_scale = 1.0
+    _execute(&p, -1)
+    return value if p.ndim else value[()]
+
+
+def add_up(double[::1] values):
+    """The sum of `values` in klcore's order of addition; `values` is overwritten."""
+    return _isa.sum_levels(&values[0], values.shape[0]) if values.shape[0] else 0.0
+
+
+def elementary(str function, x, out):
+    """klcore's own log, exp, log1p or expm1 of contiguous float32 or float64 arrays, for the tests."""
+    cdef _Borrowed b = _Borrowed.__new__(_Borrowed)
+    cdef Py_buffer* vx = b.borrow(x, False)
+    cdef Py_buffer* vo = b.borrow(out, True)
+    cdef int f = ("log", "exp", "log1p", "expm1").index(function)
+    cdef i64 n = vx.len // vx.itemsize
+    if vx.len != vo.len or _dtype(vx.format) != _dtype(vo.format):
+        raise ValueError("x and out differ")
+    if _dtype(vx.format) == FLOAT32:
+        with nogil:
+            _isa.elementary_float(f, <const float*>vx.buf, <float*>vo.buf, n)
+    elif _dtype(vx.format) == FLOAT64:
+        with nogil:
+            _isa.elementary_double(f, <const double*>vx.buf, <double*>vo.buf, n)
+    else:
+        raise TypeError("float32 or float64 only")
+
+
+watch_forks()

@@ -1,0 +1,94 @@
+// kl_rows.h, compiled once for each instruction set into a namespace of that name; `choose_isa` picks one at run time.
+// All of them compute the same bits: only the width of the vectors differs.
+#pragma once
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#include "kl_math.h"
+#include "kl_tree.h"
+#include "kl_plan.h"
+
+#if (defined(__x86_64__) || defined(__i386__)) && (defined(__GNUC__) || defined(__clang__))
+#define KL_X86 1
+#endif
+
+namespace kl {
+
+KL_FN void prefetch(const char* p) {
+#if defined(__GNUC__) || defined(__clang__)
+  __builtin_prefetch(p, 0, 3);
+#else
+  (void)p;
+#endif
+}
+
+namespace generic {   // what the compiler targets by default: SSE2 on x86-64, NEON on aarch64
+#define KL_ISA_NAME "generic"
+#include "kl_rows.h"
+#undef KL_ISA_NAME
+}  // namespace generic
+
+#ifdef KL_X86
+
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,fma,f16c,bmi,bmi2"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,f16c,bmi,bmi2")
+#endif
+namespace avx2 {
+#define KL_ISA_NAME "avx2"
+#include "kl_rows.h"
+#undef KL_ISA_NAME
+}  // namespace avx2
+#if defined(__clang__)
+#pragma clang attribute pop
+#pragma clang attribute push(__attribute__((target("avx512f,avx512dq,avx512bw,avx512vl,avx2,fma,f16c,bmi,bmi2"), \
+                                            min_vector_width(512))), apply_to = function)
+#else
+#pragma GCC pop_options
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512dq,avx512bw,avx512vl,avx2,fma,f16c,bmi,bmi2,prefer-vector-width=512")
+#endif
+namespace avx512 {
+#define KL_ISA_NAME "avx512"
+#include "kl_rows.h"
+#undef KL_ISA_NAME
+}  // namespace avx512
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+
+#endif  // KL_X86
+
+struct Isa {
+  const char* name;
+  bool supported;                    // by this processor
+  Kernel (*kernel)(const Plan&);
+  double (*sum_levels)(double*, i64);
+  void (*elementary_float)(int, const float*, float*, i64);
+  void (*elementary_double)(int, const double*, double*, i64);
+};
+
+#define KL_ROWS(ns) ns::kernel, ns::sum_levels, ns::elementary<float>, ns::elementary<double>
+
+inline const Isa* isa_table() {   // best last
+#ifdef KL_X86
+  __builtin_cpu_init();
+  static const Isa table[] = {
+      {"generic", true, KL_ROWS(generic)},
+      {"avx2", __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"), KL_ROWS(avx2)},
+      {"avx512", __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
+                     __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+                     __builtin_cpu_supports("fma"), KL_ROWS(avx512)},
+      {nullptr, false, nullptr, nullptr, nullptr, nullptr}};
+#else
+  static const Isa table[] = {{"generic", true, KL_ROWS(generic)}, {nullptr, false, nullptr, nullptr, nullptr, nullptr}};
+#endif
+  return table;
+}
+
+}  // namespace kl

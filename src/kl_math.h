@@ -1,0 +1,420 @@
+// The maths of klcore, once: elementary functions, the terms of every divergence, and their derivatives.
+// Read by the C++ compiler (through kl_rows.h) and by NVRTC (in front of kl_cuda.cu). Includes nothing.
+// Only IEEE + - * / and fma, in a fixed order and without branches, so that every processor computes the same bits:
+// compile without contraction and without fast-math. The derivations are in docs/maths.md.
+#pragma once
+
+#if defined(__CUDACC__)
+#define KL_FN __host__ __device__ __forceinline__
+#elif defined(_MSC_VER)
+#define KL_FN __forceinline
+#else
+#define KL_FN inline __attribute__((always_inline))
+#endif
+
+namespace kl {
+
+// ---- the two number types -------------------------------------------------------------------------------------------
+template <typename T> struct Real;
+
+template <> struct Real<float> {
+  typedef unsigned int Bits;
+  static constexpr int mantissa = 23;                   // explicit bits
+  static constexpr Bits one = 0x3f800000u;              // bits of 1
+  static constexpr Bits sign = 0x80000000u;             // also 256 octaves: the offset that makes an octave count positive
+  static constexpr Bits octaves = 0xff800000u;          // all but the mantissa
+  static constexpr Bits half_octave = 0x00400000u;
+  static constexpr Bits two_mantissa = 0x4b000000u;     // bits of 2^23
+  static constexpr float octave_offset = 8388864.f;     // 2^23 + 256
+  static constexpr float round = 12582912.f;            // 1.5 * 2^23: adding it rounds to an integer, kept in the low bits
+  static constexpr float log2e = 0x1.715476p+0f, ln2 = 0x1.62e430p-1f;
+  static constexpr float ln2_hi = 0x1.62e400p-1f, ln2_lo = 0x1.7f7d1cp-20f;  // ln2_hi * integer is exact up to 2^9
+  static constexpr float tiny = 0x1p-64f, up = 0x1p64f, down = 0x1p-64f;     // below tiny, scale before taking bits apart
+  static constexpr float scale_octaves = 64.f;
+  static constexpr float exp_max = 89.f, exp_min = -104.f;                   // beyond: infinity, zero
+  static constexpr float flush = -86.5f;                                     // exp_flushed: zero below
+  static constexpr float expm1_overflow = 0x1.62e42ep+6f;                    // largest x with finite expm1
+  static constexpr float far = 40.f;   // e^-far (1 + far) is below the rounding of either type's result
+};
+
+template <> struct Real<double> {
+  typedef unsigned long long Bits;
+  static constexpr int mantissa = 52;
+  static constexpr Bits one = 0x3ff0000000000000ull;
+  static constexpr Bits sign = 0x8000000000000000ull;   // also 2048 octaves
+  static constexpr Bits octaves = 0xfff0000000000000ull;
+  static constexpr Bits half_octave = 0x0008000000000000ull;
+  static constexpr Bits two_mantissa = 0x4330000000000000ull;
+  static constexpr double octave_offset = 4503599627372544.;   // 2^52 + 2048
+  static constexpr double round = 6755399441055744.;           // 1.5 * 2^52
+  static constexpr double log2e = 0x1.71547652b82fep+0, ln2 = 0x1.62e42fefa39efp-1;
+  static constexpr double ln2_hi = 0x1.62e42fefa3800p-1, ln2_lo = 0x1.ef35793c76730p-45;  // exact up to 2^11
+  static constexpr double tiny = 0x1p-512, up = 0x1p512, down = 0x1p-512;
+  static constexpr double scale_octaves = 512.;
+  static constexpr double exp_max = 710., exp_min = -746.;
+  static constexpr double flush = -707.;
+  static constexpr double expm1_overflow = 0x1.62e42fefa39efp+9;
+  static constexpr double far = 64.;
+};
+
+#if defined(__CUDA_ARCH__)
+KL_FN float fma(float a, float b, float c) { return __fmaf_rn(a, b, c); }
+KL_FN double fma(double a, double b, double c) { return __fma_rn(a, b, c); }
+KL_FN unsigned int bits(float x) { return __float_as_uint(x); }
+KL_FN unsigned long long bits(double x) { return (unsigned long long)__double_as_longlong(x); }
+KL_FN float real(unsigned int b) { return __uint_as_float(b); }
+KL_FN double real(unsigned long long b) { return __longlong_as_double((long long)b); }
+#else
+#if defined(_MSC_VER) && !defined(__clang__)
+KL_FN float fma(float a, float b, float c) { return ::fmaf(a, b, c); }
+KL_FN double fma(double a, double b, double c) { return ::fma(a, b, c); }
+#define KL_COPY memcpy
+#else
+KL_FN float fma(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
+KL_FN double fma(double a, double b, double c) { return __builtin_fma(a, b, c); }
+#define KL_COPY __builtin_memcpy
+#endif
+KL_FN unsigned int bits(float x) { unsigned int b; KL_COPY(&b, &x, 4); return b; }
+KL_FN unsigned long long bits(double x) { unsigned long long b; KL_COPY(&b, &x, 8); return b; }
+KL_FN float real(unsigned int b) { float x; KL_COPY(&x, &b, 4); return x; }
+KL_FN double real(unsigned long long b) { double x; KL_COPY(&x, &b, 8); return x; }
+#undef KL_COPY
+#endif
+
+template <typename T> KL_FN T infinity() { return real(Real<T>::octaves & ~Real<T>::sign); }
+template <typename T> KL_FN T nan() { return real((Real<T>::octaves & ~Real<T>::sign) | Real<T>::half_octave); }
+template <typename T> KL_FN T absolute(T x) { return real(bits(x) & ~Real<T>::sign); }
+
+template <typename T> KL_FN T horner(T, T c) { return c; }
+template <typename T, typename... C> KL_FN T horner(T x, T c, C... rest) { return fma(horner(x, rest...), x, c); }
+
+// ---- polynomials (docs/minimax.py prints them with their errors) ------------------------------------------------------
+// (e^r - 1 - r) / r^2 for |r| <= ln(2)/2, relative error 2^-28 and 2^-58
+KL_FN float exp_tail(float r) {
+  return horner(r, 0x1.000000p-1f, 0x1.555556p-3f, 0x1.5554e8p-5f, 0x1.1110e0p-7f, 0x1.6d434ep-10f, 0x1.a12516p-13f);
+}
+KL_FN double exp_tail(double r) {
+  return horner(r, 0x1.0000000000000p-1, 0x1.5555555555557p-3, 0x1.5555555555556p-5, 0x1.11111111100d3p-7,
+                0x1.6c16c16c162cfp-10, 0x1.a01a01abeccc3p-13, 0x1.a01a01a6db488p-16, 0x1.71de02225a2f3p-19,
+                0x1.27e4db5bb725ap-22, 0x1.af4e092e1705bp-26, 0x1.1f7315649f2d7p-29);
+}
+// 2 atanh(s)/s - 2 with w = s^2 <= 0.04, error against the whole 2^-33 and 2^-61
+KL_FN float atanh_tail(float w) {
+  return w * horner(w, 0x1.555556p-1f, 0x1.999a6ep-2f, 0x1.242bd4p-2f, 0x1.e68266p-3f);
+}
+KL_FN double atanh_tail(double w) {
+  return w * horner(w, 0x1.5555555555555p-1, 0x1.9999999999f4ap-2, 0x1.24924923d8d53p-2, 0x1.c71c72e6a0bf3p-3,
+                    0x1.745caa083f891p-3, 0x1.3b2a29705fb2cp-3, 0x1.0e857c4765545p-3, 0x1.16d0d0a09926bp-3);
+}
+
+// ---- exponentials -----------------------------------------------------------------------------------------------------
+// x = n ln 2 + r, |r| <= ln(2)/2; the low bits of `k` hold n
+template <typename T> struct Octave { T k, n, r; };
+template <typename T> KL_FN Octave<T> octave(T x) {
+  typedef Real<T> R;
+  T k = fma(x, R::log2e, R::round), n = k - R::round;
+  return {k, n, fma(n, -R::ln2_lo, fma(n, -R::ln2_hi, x))};
+}
+// 2^n for -(bias-1) <= n <= bias
+template <typename T> KL_FN T power_of_two(T k) { return real((bits(k) << Real<T>::mantissa) + Real<T>::one); }
+
+// e^x, every x
+template <typename T> KL_FN T exp(T x) {
+  typedef Real<T> R;
+  x = x > R::exp_max ? R::exp_max : x;
+  x = x < R::exp_min ? R::exp_min : x;
+  Octave<T> o = octave(x);
+  T y = fma(o.r * o.r, exp_tail(o.r), o.r) + T(1);
+  T half = fma(o.n, T(0.5), R::round);      // two factors, so that only the last product rounds when the result is subnormal
+  T rest = (o.n - (half - R::round)) + R::round;
+  return (y * power_of_two(half)) * power_of_two(rest);
+}
+
+// e^x for x <= 0, zero below 2^-124 (2^-1020): the weights of a softmax, whose largest is 1
+template <typename T> KL_FN T exp_flushed(T x) {
+  typedef Real<T> R;
+  Octave<T> o = octave(x);
+  T y = fma(o.r * o.r, exp_tail(o.r), o.r) + T(1);
+  y = real(bits(y) + (bits(o.k) << R::mantissa));
+  return x < R::flush ? T(0) : (x == x ? y : x);
+}
+
+// e^x - 1 = 2 (2^(n-1) y + 2^(n-1) - 1/2) with y = e^r - 1; 2^n itself may be infinite where the result is not
+template <typename T> KL_FN T expm1(T x) {
+  typedef Real<T> R;
+  T c = x > R::exp_max ? R::exp_max : x;
+  c = c < T(-60) ? T(-60) : c;
+  Octave<T> o = octave(c);
+  T high = fma(o.n, -R::ln2_hi, c), low = fma(o.n, -R::ln2_lo, high - o.r);   // what r = high - n ln2_lo rounded away
+  T h = fma(o.r * o.r, exp_tail(o.r), fma(low, o.r, low)), y = o.r + h;
+  T s = power_of_two(o.k - T(1));
+  bool large = o.n > T(R::mantissa + 1);    // s - 1/2 would round: take the 1 off the other factor
+  T small = power_of_two(R::round - (o.n < T(100) ? o.n : T(100)));
+  T z = fma(s, large ? y - small : y, large ? s : s - T(0.5));
+  z = o.n == T(1) && o.r < T(-0.25) ? (T(0.5) + o.r) + h : z;   // 1/2 + y would inherit the rounding of y, doubled
+  z = o.n == T(0) ? y : z + z;
+  return x > R::expm1_overflow ? infinity<T>() : z;
+}
+
+// e^t - 1 - t >= 0 for t <= far, without cancellation near 0
+template <typename T> KL_FN T expm1_minus(T t) {
+  typedef Real<T> R;
+  Octave<T> o = octave(t);
+  T h = (o.r * o.r) * exp_tail(o.r), s = power_of_two(o.k);
+  T g = fma(s - T(1), T(1) + o.r, fma(s, h, o.n * -R::ln2));
+  return t < T(-60) ? T(-1) - t : g;
+}
+
+// ---- logarithms -------------------------------------------------------------------------------------------------------
+// y/x = 2^k (1+s)/(1-s) with |s| <= 0.2. `from` is x and `to` is y, brought to one octave; their difference is exact.
+template <typename T> struct Ratio { T from, to, k; };
+template <typename T> KL_FN Ratio<T> ratio(T x, T y) {
+  typedef Real<T> R;
+  bool sx = x < R::tiny, sy = y < R::tiny;
+  T xn = sx ? x * R::up : x, yn = sy ? y * R::up : y;
+  typename R::Bits o = bits(yn) - bits(xn) + (R::half_octave + R::sign);
+  T k = real((o >> R::mantissa) | R::two_mantissa) - R::octave_offset;
+  T to = real(bits(yn) + R::sign - (o & R::octaves));
+  k = sx ? k + R::scale_octaves : k;
+  k = sy ? k - R::scale_octaves : k;
+  return {xn, to, k};
+}
+
+// log(y/x) for positive finite x and y: `value`; and x*(d - log1p(d)), d = (y-x)/x, which is x log(x/y) - x + y, >= 0
+template <typename T> struct LogRatio { T value, deviance; };
+template <typename T> KL_FN LogRatio<T> log_ratio(T x, T y) {
+  typedef Real<T> R;
+  Ratio<T> q = ratio(x, y);
+  T d = q.to - q.from, s = d / (q.to + q.from), t = atanh_tail(s * s);
+  T value = fma(q.k, R::ln2, fma(s, t, s + s));
+  T near = s * fma(-q.from, t, d);          // same octave: Loader's form, no cancellation
+  near = x < R::tiny ? near * R::down : near;
+  T apart = fma(-x, value, y - x);
+  return {value, q.k == T(0) ? near : apart};
+}
+
+// log(1 + f) + k ln 2 for f = to - 1, with `low` the part of f that `to` could not hold
+template <typename T> KL_FN T log_of(T to, T low, T k) {
+  typedef Real<T> R;
+  T f = (to - T(1)) + low, s = f / (T(2) + f), t = atanh_tail(s * s);
+  T y = f - s * (f - t);
+  T z = fma(k, R::ln2_hi, fma(k, R::ln2_lo, -(s * (f - t))) + f);
+  return k == T(0) ? y : z;
+}
+
+template <typename T> KL_FN T log(T x) {
+  Ratio<T> q = ratio(T(1), x);
+  T y = log_of(q.to, T(0), q.k);
+  y = x == infinity<T>() ? x : y;
+  y = x == T(0) ? -infinity<T>() : y;
+  return x >= T(0) ? y : nan<T>();
+}
+
+template <typename T> KL_FN T log1p(T x) {
+  typedef Real<T> R;
+  T u = T(1) + x, big = absolute(x) > T(1) ? x : T(1), small = absolute(x) > T(1) ? T(1) : x;
+  T low = small - (u - big);
+  Ratio<T> q = ratio(T(1), u);
+  T shrink = fma(q.k, T(-0.5), R::round);   // 2^-k in two factors, either of which may be tiny
+  T rest = (-q.k - (shrink - R::round)) + R::round;
+  low = (low * power_of_two(shrink)) * power_of_two(rest);
+  T y = log_of(q.to, low, q.k);
+  y = x == infinity<T>() ? x : y;
+  y = x == T(-1) ? -infinity<T>() : y;
+  y = x == T(0) ? x : y;                    // keeps the sign of zero
+  return x >= T(-1) ? y : nan<T>();
+}
+
+// ---- the terms ----------------------------------------------------------------------------------------------------------
+// What the numbers of an argument are. Logits never reach a term: kl_rows.h and kl_cuda.cu turn them into log-probabilities.
+enum Space { PROBS = 0, LOG_PROBS = 1, LOGITS = 2 };
+enum Operation { KL_DIV = 0, REL_ENTR = 1, CROSS_ENTROPY = 2, ENTROPY = 3 };
+
+// value, dx and dy of one term; x and y in the spaces SX and SY. ENTROPY ignores y.
+template <int OP, int SX, int SY> struct Term;
+
+// both probabilities
+template <typename T> KL_FN T on_probs(T x, T y, T v) { return x >= T(0) && y >= T(0) ? v : nan<T>(); }
+template <typename T> KL_FN T zero_over(T x, T y) {   // -x/y with 0/0 = 0
+  T d = T(0) - x / y;
+  return x == T(0) ? T(0) : d;
+}
+
+template <> struct Term<KL_DIV, PROBS, PROBS> {
+  template <typename T> static KL_FN T value(T x, T y) {
+    T v = log_ratio(x, y).deviance;
+    v = x == T(0) ? y : v;
+    v = y == T(0) && x > T(0) ? infinity<T>() : v;
+    return on_probs(x, y, v);
+  }
+  template <typename T> static KL_FN T dx(T x, T y) {   // log(x/y)
+    T d = T(0) - log_ratio(x, y).value;
+    d = x == T(0) ? -infinity<T>() : d;
+    d = y == T(0) ? infinity<T>() : d;
+    return on_probs(x, y, d);
+  }
+  template <typename T> static KL_FN T dy(T x, T y) {   // 1 - x/y
+    T d = (y - x) / y;
+    d = x == T(0) ? T(1) : d;
+    return on_probs(x, y, d);
+  }
+};
+
+template <> struct Term<REL_ENTR, PROBS, PROBS> {
+  template <typename T> static KL_FN T value(T x, T y) {
+    T v = T(0) - x * log_ratio(x, y).value;
+    v = y == T(0) ? infinity<T>() : v;
+    v = x == T(0) ? T(0) : v;
+    return on_probs(x, y, v);
+  }
+  template <typename T> static KL_FN T dx(T x, T y) {   // log(x/y) + 1
+    T d = T(1) - log_ratio(x, y).value;
+    d = x == T(0) ? -infinity<T>() : d;
+    d = y == T(0) ? infinity<T>() : d;
+    return on_probs(x, y, d);
+  }
+  template <typename T> static KL_FN T dy(T x, T y) { return on_probs(x, y, zero_over(x, y)); }
+};
+
+template <> struct Term<CROSS_ENTROPY, PROBS, PROBS> {
+  template <typename T> static KL_FN T value(T x, T y) {
+    T v = T(0) - x * log(y);
+    return on_probs(x, y, x == T(0) ? T(0) : v);
+  }
+  template <typename T> static KL_FN T dx(T x, T y) { return on_probs(x, y, T(0) - log(y)); }
+  template <typename T> static KL_FN T dy(T x, T y) { return on_probs(x, y, zero_over(x, y)); }
+};
+
+template <> struct Term<ENTROPY, PROBS, PROBS> {
+  template <typename T> static KL_FN T value(T x, T) {
+    T v = T(0) - x * log(x);
+    return x == T(0) ? T(0) : v;
+  }
+  template <typename T> static KL_FN T dx(T x, T) { return T(-1) - log(x); }
+  template <typename T> static KL_FN T dy(T, T) { return T(0); }
+};
+
+// both log-probabilities; t = log q - log p. A class that x excludes (-inf) has p = 0 and contributes q.
+template <typename T> KL_FN bool excluded(T l) { return l == -infinity<T>(); }
+template <typename T> KL_FN bool impossible(T x, T y) { return excluded(y) && x > -infinity<T>(); }   // p > 0, q = 0
+template <typename T> KL_FN bool dwarfed(T x, T t) { return t > Real<T>::far || excluded(x); }         // q alone counts
+
+template <> struct Term<KL_DIV, LOG_PROBS, LOG_PROBS> {
+  template <typename T> static KL_FN T value(T x, T y) {   // p (e^t - 1 - t)
+    T t = y - x;
+    T v = exp(dwarfed(x, t) ? y : x) * (dwarfed(x, t) ? T(1) : expm1_minus(t));
+    return impossible(x, y) ? infinity<T>() : v;
+  }
+  template <typename T> static KL_FN T dx(T x, T y) {      // -p t
+    T t = y - x, d = T(0) - exp(x) * t;
+    d = excluded(x) ? (y == y ? T(0) : y) : d;
+    return impossible(x, y) ? infinity<T>() : d;
+  }
+  template <typename T> static KL_FN T dy(T x, T y) {      // q - p
+    T t = y - x;
+    return exp(dwarfed(x, t) ? y : x) * (dwarfed(x, t) ? T(1) : expm1(t));
+  }
+};
+
+template <> struct Term<REL_ENTR, LOG_PROBS, LOG_PROBS> {
+  template <typename T> static KL_FN T value(T x, T y) { return Term<KL_DIV, LOG_PROBS, LOG_PROBS>::dx(x, y); }
+  template <typename T> static KL_FN T dx(T x, T y) {      // p (1 - t)
+    T d = exp(x) * (T(1) - (y - x));
+    d = excluded(x) ? (y == y ? T(0) : y) : d;
+    return impossible(x, y) ? infinity<T>() : d;
+  }
+  template <typename T> static KL_FN T dy(T x, T y) { return y == y ? T(0) - exp(x) : y; }
+};
+
+template <> struct Term<CROSS_ENTROPY, LOG_PROBS, LOG_PROBS> {
+  template <typename T> static KL_FN T value(T x, T y) {   // -p log q
+    T v = T(0) - exp(x) * y;
+    v = excluded(x) ? (y == y ? T(0) : y) : v;
+    return impossible(x, y) ? infinity<T>() : v;
+  }
+  template <typename T> static KL_FN T dx(T x, T y) { return value(x, y); }
+  template <typename T> static KL_FN T dy(T x, T y) { return y == y ? T(0) - exp(x) : y; }
+};
+
+template <> struct Term<ENTROPY, LOG_PROBS, LOG_PROBS> {
+  template <typename T> static KL_FN T value(T x, T) {     // -p log p
+    T v = T(0) - exp(x) * x;
+    return excluded(x) ? T(0) : v;
+  }
+  template <typename T> static KL_FN T dx(T x, T) {        // -p (1 + log p)
+    T d = T(0) - exp(x) * (T(1) + x);
+    return excluded(x) ? T(0) : d;
+  }
+  template <typename T> static KL_FN T dy(T, T) { return T(0); }
+};
+
+// one of each: the probability and its logarithm are both needed. Precise only in double, which kl_rows.h uses here:
+// log p rounds to eps * |log p|, and the divergence of close distributions is the square of a difference of logs.
+template <int S, typename T> KL_FN T prob(T x) { return S == PROBS ? x : exp(x); }
+template <int S, typename T> KL_FN T log_prob(T x) { return S == PROBS ? log(x) : x; }
+
+template <int SX, int SY> struct Term<KL_DIV, SX, SY> {
+  template <typename T> static KL_FN T value(T x, T y) {
+    T lx = log_prob<SX>(x), ly = log_prob<SY>(y), t = ly - lx;
+    T v = dwarfed(lx, t) ? prob<SY>(y) : prob<SX>(x) * expm1_minus(t);
+    v = impossible(lx, ly) ? infinity<T>() : v;
+    return lx == lx && ly == ly ? v : nan<T>();
+  }
+  template <typename T> static KL_FN T dx(T x, T y) {      // -t, times p where x is a logarithm
+    T lx = log_prob<SX>(x), ly = log_prob<SY>(y), t = ly - lx;
+    T d = T(0) - (SX == PROBS ? t : prob<SX>(x) * t);
+    if (SX != PROBS) d = excluded(lx) ? T(0) : d;
+    d = (SX == PROBS ? excluded(ly) : impossible(lx, ly)) ? infinity<T>() : d;
+    return lx == lx && ly == ly ? d : nan<T>();
+  }
+  template <typename T> static KL_FN T dy(T x, T y) {      // 1 - x/y, times q where y is a logarithm
+    T lx = log_prob<SX>(x), ly = log_prob<SY>(y), t = ly - lx;
+    T d = SY == PROBS ? T(0) - expm1(-t) : (dwarfed(lx, t) ? prob<SY>(y) : prob<SX>(x) * expm1(t));
+    if (SY == PROBS) d = excluded(lx) ? T(1) : d;
+    return lx == lx && ly == ly ? d : nan<T>();
+  }
+};
+
+template <int SX, int SY> struct Term<REL_ENTR, SX, SY> {
+  template <typename T> static KL_FN T value(T x, T y) {
+    T lx = log_prob<SX>(x), ly = log_prob<SY>(y), v = T(0) - prob<SX>(x) * (ly - lx);
+    v = excluded(lx) ? T(0) : v;
+    v = impossible(lx, ly) ? infinity<T>() : v;
+    return lx == lx && ly == ly ? v : nan<T>();
+  }
+  template <typename T> static KL_FN T dx(T x, T y) {
+    T lx = log_prob<SX>(x), ly = log_prob<SY>(y), d = T(1) - (ly - lx);
+    if (SX != PROBS) d = excluded(lx) ? T(0) : prob<SX>(x) * d;
+    d = (SX == PROBS ? excluded(ly) : impossible(lx, ly)) ? infinity<T>() : d;
+    return lx == lx && ly == ly ? d : nan<T>();
+  }
+  template <typename T> static KL_FN T dy(T x, T y) {
+    T lx = log_prob<SX>(x), ly = log_prob<SY>(y), p = prob<SX>(x);
+    T d = SY == PROBS ? zero_over(p, y) : T(0) - p;
+    return lx == lx && ly == ly ? d : nan<T>();
+  }
+};
+
+template <int SX, int SY> struct Term<CROSS_ENTROPY, SX, SY> {
+  template <typename T> static KL_FN T value(T x, T y) {
+    T lx = log_prob<SX>(x), ly = log_prob<SY>(y), v = T(0) - prob<SX>(x) * ly;
+    v = excluded(lx) ? T(0) : v;
+    v = impossible(lx, ly) ? infinity<T>() : v;
+    return lx == lx && ly == ly ? v : nan<T>();
+  }
+  template <typename T> static KL_FN T dx(T x, T y) {
+    T ly = log_prob<SY>(y);
+    return SX == PROBS ? (x >= T(0) ? T(0) - ly : nan<T>()) : value(x, y);
+  }
+  template <typename T> static KL_FN T dy(T x, T y) { return Term<REL_ENTR, SX, SY>::dy(x, y); }
+};
+
+// ---- logits -------------------------------------------------------------------------------------------------------------
+// s + low == b - a exactly (Knuth's TwoSum), for finite a, b and s
+template <typename T> KL_FN T difference(T b, T a, T& low) {
+  T s = b - a, v = s - b;
+  low = (b - (s - v)) - (a + v);
+  return s;
+}
+
+}  // namespace kl

@@ -1,0 +1,55 @@
+// What one call asks of the CPU: filled in by kl_cpu.pyx, read by kl_rows.h (one row) and kl_batch.h (all rows).
+#pragma once
+#include <cstdint>
+
+namespace kl {
+
+typedef std::int64_t i64;
+
+enum Dtype { FLOAT64 = 0, FLOAT32 = 1, FLOAT16 = 2, BFLOAT16 = 3 };
+enum Output { PER_ROW = 0, TERMS = 1, TOTAL = 2 };   // one value a row; one a class; one in all
+constexpr int MAX_DIMS = 64;                          // NumPy's limit
+
+struct Array {                // strides in bytes, of any sign; data == nullptr: absent
+  char* data;
+  i64 stride;                 // along the classes
+  i64 batch[MAX_DIMS];        // along the batch axes
+  int dtype;
+};
+
+struct Plan {
+  int operation, space_x, space_y;   // kl::Operation, kl::Space
+  int output;
+  int wide;                          // compute in double
+  int threads;
+  int ndim;                          // batch axes
+  i64 shape[MAX_DIMS];
+  i64 rows, n;
+  double inverse_temperature, gradient_scale;
+  Array x, y, weights;               // weights are float64
+  Array value, dx, dy;               // dx and dy: one gradient row for every batch row
+  double total;                      // result of TOTAL
+};
+
+struct Row {                  // one row of the plan: where it lies, what it weighs
+  const char *x, *y;
+  char *value, *dx, *dy;
+  double weight;
+};
+
+// Doubles that describe a row once its sweeps are done; the value stands first.
+constexpr int MAX_STATS = 12;
+
+// How one kind of row is computed: in `sweeps` passes over its chunks. A sweep turns each chunk into `states[s]`
+// doubles (state[k * pitch], k = 0, 1, ...), which `combine` turns into the row's stats; the last may only write.
+struct Kernel {
+  int sweeps;
+  int states[3];
+  void (*chunk)(const Plan&, const Row&, int sweep, i64 start, int n, const double* stats, double* state, i64 pitch,
+                void* scratch);
+  void (*combine)(const Plan&, int sweep, double* states, i64 count, i64 pitch, double* stats, void* scratch);
+};
+
+constexpr int SCRATCH = 12 * 1024 * 8;   // bytes that chunk and combine may use, 64-byte aligned
+
+}  // namespace kl

@@ -1,0 +1,609 @@
+// One row on the CPU: loads, sweeps over chunks, sums. kl_isa.h includes this file once for every instruction set,
+// each time inside a namespace of its own; kl_batch.h calls what `kernel` returns. No formula of a term lives here
+// (kl_math.h), and no threads (kl_batch.h). Loops are written so that the compiler's vectoriser takes them: over
+// contiguous buffers, without branches, a multiple of 16 elements long. Every buffer fits the first-level cache.
+
+// ---- sums: the order of addition of kl_tree.h ----------------------------------------------------------------------------
+
+template <int N, typename T> void column_sums(const T* t, double* columns) {
+  for (int j = 0; j < COLUMNS; j++) columns[j] = (double)Column<N>::sum(t + j);
+}
+
+// the sum of t[0..n), 0 < n <= CHUNK; overwrites t[n..) up to the end of its column
+template <typename T> double sum(T* t, int n) {
+  alignas(64) double columns[COLUMNS];
+  int depth = (n + COLUMNS - 1) / COLUMNS, width = COLUMNS;
+  if (depth == 1) while (width / 2 >= n) width /= 2;
+  int end = depth == 1 ? width : depth * COLUMNS;
+  for (int i = n; i < end; i++) t[i] = T(0);
+  switch (depth) {
+    case 1: for (int j = 0; j < width; j++) columns[j] = (double)t[j]; break;
+    case 2: column_sums<2>(t, columns); break;
+    case 3: column_sums<3>(t, columns); break;
+    case 4: column_sums<4>(t, columns); break;
+    case 5: column_sums<5>(t, columns); break;
+    case 6: column_sums<6>(t, columns); break;
+    case 7: column_sums<7>(t, columns); break;
+    default: column_sums<8>(t, columns);
+  }
+  for (int half = width / 2; half >= 1; half /= 2)
+    for (int j = 0; j < half; j++) columns[j] += columns[j + half];
+  return columns[0] + 0.0;   // -0 becomes +0, as if every missing +0 had been added
+}
+
+// the sum of any number of doubles, level by level; overwrites t
+inline double sum_levels(double* t, i64 n) {
+  if (n == 0) return 0.0;
+  while (n > CHUNK) {
+    i64 groups = (n + CHUNK - 1) / CHUNK;
+    for (i64 g = 0; g < groups; g++) {
+      alignas(64) double group[CHUNK];
+      int size = (int)(n - g * CHUNK < CHUNK ? n - g * CHUNK : CHUNK);
+      for (int i = 0; i < size; i++) group[i] = t[g * CHUNK + i];
+      t[g] = sum(group, size);
+    }
+    n = groups;
+  }
+  alignas(64) double last[CHUNK];
+  for (i64 i = 0; i < n; i++) last[i] = t[i];
+  return sum(last, (int)n);
+}
+
+// the largest element; NaN is passed over. n is a multiple of 16.
+template <typename T> T maximum(const T* t, int n) {
+  alignas(64) T m[64];
+  for (int j = 0; j < 64; j++) m[j] = -infinity<T>();
+  int i = 0;
+  for (; i + 64 <= n; i += 64)
+    for (int j = 0; j < 64; j++) m[j] = t[i + j] > m[j] ? t[i + j] : m[j];
+  for (; i < n; i += 16)
+    for (int j = 0; j < 16; j++) m[j] = t[i + j] > m[j] ? t[i + j] : m[j];
+  for (int half = 32; half >= 1; half /= 2)
+    for (int j = 0; j < half; j++) m[j] = m[j + half] > m[j] ? m[j + half] : m[j];
+  return m[0];
+}
+
+// ---- loads and stores ----------------------------------------------------------------------------------------------------
+
+template <int D> struct Stored;   // how a dtype lies in memory; T is float or double
+template <> struct Stored<FLOAT64> {
+  typedef double Type;
+  template <typename T> static KL_FN T widen(double v) { return (T)v; }
+  template <typename T> static KL_FN double narrow(T v) { return (double)v; }
+};
+template <> struct Stored<FLOAT32> {
+  typedef float Type;
+  template <typename T> static KL_FN T widen(float v) { return (T)v; }
+  template <typename T> static KL_FN float narrow(T v) { return (float)v; }
+};
+template <> struct Stored<BFLOAT16> {
+  typedef std::uint16_t Type;
+  template <typename T> static KL_FN T widen(std::uint16_t v) { return (T)real((unsigned)v << 16); }
+  template <typename T> static KL_FN std::uint16_t narrow(T v) {   // to nearest, ties to even
+    unsigned b = bits((float)v);
+    unsigned r = (b + 0x7fffu + ((b >> 16) & 1u)) >> 16;
+    return (std::uint16_t)((b & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : r);
+  }
+};
+template <> struct Stored<FLOAT16> {
+  typedef std::uint16_t Type;
+  template <typename T> static KL_FN T widen(std::uint16_t v) {
+    unsigned m = v & 0x7fffu, sign = (unsigned)(v & 0x8000u) << 16;
+    unsigned finite = bits(real(m << 13) * 0x1p112f);    // rebias; the product is exact, subnormal halves included
+    return (T)real((m >= 0x7c00u ? 0x7f800000u | (m << 13) : finite) | sign);
+  }
+  template <typename T> static KL_FN std::uint16_t narrow(T v) {   // to nearest, ties to even
+    unsigned b = bits((float)v), m = b & 0x7fffffffu, sign = (b >> 16) & 0x8000u;
+    unsigned normal = (m + 0xfffu + ((m >> 13) & 1u) - (112u << 23)) >> 13;
+    unsigned subnormal = bits(real(m) + 0.5f) - 0x3f000000u;       // adding 1/2 leaves multiples of 2^-24
+    unsigned r = m < 0x38800000u ? subnormal : normal;
+    r = m >= 0x477ff000u ? 0x7c00u : r;                            // rounds beyond 65504
+    r = m > 0x7f800000u ? 0x7e00u : r;
+    return (std::uint16_t)(r | sign);
+  }
+};
+
+template <typename T> constexpr int code_of() { return sizeof(T) == 8 ? FLOAT64 : FLOAT32; }
+
+template <int D, typename T> void widen_into(const char* p, i64 stride, int n, T* __restrict out) {
+  typedef typename Stored<D>::Type S;
+  if (stride == (i64)sizeof(S) && (std::uintptr_t)p % sizeof(S) == 0) {
+    const S* s = (const S*)p;
+    for (int i = 0; i < n; i++) out[i] = Stored<D>::template widen<T>(s[i]);
+  } else {
+    for (int i = 0; i < n; i++) {
+      S s;
+      std::memcpy(&s, p + i * stride, sizeof(S));
+      out[i] = Stored<D>::template widen<T>(s);
+    }
+  }
+}
+
+// Elements [start, start+n) of a row as T, readable up to the next multiple of 16: in place where possible, else in buffer.
+template <typename T> const T* load(const Array& a, const char* row, i64 start, int n, T* buffer) {
+  const char* p = row + start * a.stride;
+  if (a.dtype == code_of<T>() && a.stride == (i64)sizeof(T) && n % 16 == 0 && (std::uintptr_t)p % sizeof(T) == 0)
+    return (const T*)p;
+  switch (a.dtype) {
+    case FLOAT64: widen_into<FLOAT64>(p, a.stride, n, buffer); break;
+    case FLOAT32: widen_into<FLOAT32>(p, a.stride, n, buffer); break;
+    case FLOAT16: widen_into<FLOAT16>(p, a.stride, n, buffer); break;
+    default: widen_into<BFLOAT16>(p, a.stride, n, buffer);
+  }
+  for (int i = n; i % 16; i++) buffer[i] = buffer[0];
+  return buffer;
+}
+
+template <int D, typename T> void narrow_from(const T* __restrict v, T scale, i64 n, char* p, i64 stride) {
+  typedef typename Stored<D>::Type S;
+  if (stride == (i64)sizeof(S) && (std::uintptr_t)p % sizeof(S) == 0) {
+    S* __restrict s = (S*)p;
+    for (i64 i = 0; i < n; i++) s[i] = Stored<D>::template narrow<T>(v[i] * scale);
+  } else {
+    for (i64 i = 0; i < n; i++) {
+      S s = Stored<D>::template narrow<T>(v[i] * scale);
+      std::memcpy(p + i * stride, &s, sizeof(S));
+    }
+  }
+}
+
+template <typename T> void store(const Array& a, char* row, i64 start, int n, const T* v, double scale) {
+  char* p = row + start * a.stride;
+  switch (a.dtype) {
+    case FLOAT64: narrow_from<FLOAT64>(v, (T)scale, n, p, a.stride); break;
+    case FLOAT32: narrow_from<FLOAT32>(v, (T)scale, n, p, a.stride); break;
+    case FLOAT16: narrow_from<FLOAT16>(v, (T)scale, n, p, a.stride); break;
+    default: narrow_from<BFLOAT16>(v, (T)scale, n, p, a.stride);
+  }
+}
+
+// Runs f(i, m) over a chunk piece by piece; before each piece asks for the memory that lies one chunk further on, so that
+// it arrives while this chunk is computed: the hardware's own prefetch stops at every page.
+template <typename T, class F> void pieces(const char* px, const char* py, int n, F f) {
+  constexpr int PIECE = 128, AHEAD = CHUNK * sizeof(T), LINE = 64;
+  for (int i = 0; i < n; i += PIECE) {
+    int m = n - i < PIECE ? n - i : PIECE;
+    for (int k = 0; k < m * (int)sizeof(T); k += LINE) {
+      if (px) prefetch(px + AHEAD + i * sizeof(T) + k);
+      if (py) prefetch(py + AHEAD + i * sizeof(T) + k);
+    }
+    f(i, m);
+  }
+}
+
+template <typename T> struct Buffers {   // one chunk's worth each, in the scratch that kl_batch.h hands over
+  T x[CHUNK], y[CHUNK], a[CHUNK], b[CHUNK], dx[CHUNK], dy[CHUNK];
+};
+
+// ---- terms ---------------------------------------------------------------------------------------------------------------
+
+template <typename T> struct Terms {   // value, and the derivatives asked for, of n pairs
+  typedef void (*Map)(const T* x, const T* y, int n, T* value, T* dx, T* dy);
+};
+
+template <class F, typename T, bool DX, bool DY>
+void terms(const T* __restrict x, const T* __restrict y, int n, T* __restrict value, T* __restrict dx, T* __restrict dy) {
+  for (int i = 0; i < n; i++) {
+    value[i] = F::value(x[i], y[i]);
+    if (DX) dx[i] = F::dx(x[i], y[i]);
+    if (DY) dy[i] = F::dy(x[i], y[i]);
+  }
+}
+
+template <class F, typename T> typename Terms<T>::Map terms_for(bool dx, bool dy) {
+  if (dx) return dy ? terms<F, T, true, true> : terms<F, T, true, false>;
+  return dy ? terms<F, T, false, true> : terms<F, T, false, false>;
+}
+
+template <int SX, int SY, typename T> typename Terms<T>::Map terms_in(int operation, bool dx, bool dy) {
+  switch (operation) {
+    case KL_DIV: return terms_for<Term<KL_DIV, SX, SY>, T>(dx, dy);
+    case REL_ENTR: return terms_for<Term<REL_ENTR, SX, SY>, T>(dx, dy);
+    case CROSS_ENTROPY: return terms_for<Term<CROSS_ENTROPY, SX, SY>, T>(dx, dy);
+  }
+  return terms_for<Term<ENTROPY, SX, SX>, T>(dx, dy);
+}
+
+inline int term_space(int space) { return space == LOGITS ? LOG_PROBS : space; }
+
+template <typename T> typename Terms<T>::Map terms_of(const Plan& p) {
+  int sx = term_space(p.space_x), sy = term_space(p.space_y);
+  bool dx = p.dx.data, dy = p.dy.data;
+  if (sx == sy)
+    return sx == PROBS ? terms_in<PROBS, PROBS, T>(p.operation, dx, dy) : terms_in<LOG_PROBS, LOG_PROBS, T>(p.operation, dx, dy);
+  if constexpr (sizeof(T) == 8)   // the plan is wide wherever the spaces differ
+    return sx == PROBS ? terms_in<PROBS, LOG_PROBS, T>(p.operation, dx, dy) : terms_in<LOG_PROBS, PROBS, T>(p.operation, dx, dy);
+  return nullptr;
+}
+
+// Probabilities and log-probabilities: one sweep does everything.
+template <typename T>
+void terms_chunk(const Plan& p, const Row& row, int, i64 start, int n, const double*, double* state, i64, void* scratch) {
+  Buffers<T>& s = *(Buffers<T>*)scratch;
+  const T* x = load(p.x, row.x, start, n, s.x);
+  const T* y = p.operation == ENTROPY ? x : load(p.y, row.y, start, n, s.y);
+  auto map = terms_of<T>(p);
+  pieces<T>((const char*)x, y == x ? nullptr : (const char*)y, (n + 15) & ~15,
+            [&](int i, int m) { map(x + i, y + i, m, s.a + i, s.dx + i, s.dy + i); });
+  if (p.dx.data) store(p.dx, row.dx, start, n, s.dx, row.weight * p.gradient_scale);
+  if (p.dy.data) store(p.dy, row.dy, start, n, s.dy, row.weight * p.gradient_scale);
+  if (p.output == TERMS)
+    store(p.value, row.value, start, n, s.a, row.weight);
+  else
+    state[0] = sum(s.a, n);
+}
+
+inline void terms_combine(const Plan&, int, double* states, i64 count, i64, double* stats, void*) {
+  stats[0] = sum_levels(states, count);
+}
+
+// ---- the divergence of two rows of logits ----------------------------------------------------------------------------------
+//
+// A chunk's state, with T the temperature, a = x's logits, b = y's, c = b - a and z = (c - M)/T:
+enum {
+  MAX_A,   // m = max a
+  S,       // sum e^((a-m)/T): the weights
+  M,       // weighted mean of c, rounded to T: the anchor
+  X,       // sum of weights * z, nearly 0
+  G,       // sum of weights * (e^z - 1 - z) >= 0
+  MAX_B,   // where y's mass is measured from:
+  Q,       // sum e^((b - MAX_B)/T)
+  FAR,     // some class has e^z beyond what the weights can carry
+  IMPOSSIBLE,   // some class is possible for x and impossible for y
+  LOGITS_STATES
+};
+// A row's stats: the value, then what the writing sweep needs
+enum { VALUE, ROW_MAX_A, ROW_INV_S, ROW_M, ROW_LOG, ROW_MAX_B, ROW_INV_Q, ROW_FAR };
+
+template <typename T> void weights_and_means(const T* __restrict a, const T* __restrict b, int n, T m, T it,
+                                             T* __restrict e, T* __restrict ec) {
+  for (int i = 0; i < n; i++) {
+    e[i] = exp_flushed((a[i] - m) * it);
+    ec[i] = e[i] * (b[i] - a[i]);
+  }
+}
+
+// returns whether any z is out of range or not a number
+template <typename T> bool spread(const T* __restrict a, const T* __restrict b, int n, T mean, T it, T* __restrict e,
+                                  T* __restrict ez) {
+  typename Real<T>::Bits bad = 0;
+  for (int i = 0; i < n; i++) {
+    T low, c = difference(b[i], a[i], low), z = ((c - mean) + low) * it;
+    bad |= z < Real<T>::far ? 0 : 1;
+    ez[i] = e[i] * z;
+    e[i] = e[i] * expm1_minus(z);
+  }
+  return bad;
+}
+
+// The same chunk where e^z leaves the range, or classes are excluded: y's mass is measured from its own maximum.
+template <typename T> void far_chunk(const Plan& p, const T* a, const T* b, int n, double m, double* state, i64 pitch,
+                                     Buffers<T>& s) {
+  int n16 = (n + 15) & ~15;
+  T it = (T)p.inverse_temperature, mb = maximum(b, n16), zero = m == -infinity<double>() ? T(0) : (T)m;
+  T from = mb == -infinity<T>() ? T(0) : mb;
+  double impossible = 0;
+  for (int i = 0; i < n; i++) {                       // weights, and the mean over classes that both allow
+    s.a[i] = exp_flushed((a[i] - zero) * it);
+    bool both = s.a[i] > T(0) && b[i] > -infinity<T>();
+    s.b[i] = both ? s.a[i] : T(0);
+    s.dx[i] = both ? s.a[i] * (b[i] - a[i]) : T(0);
+    impossible = excluded(b[i]) && a[i] > -infinity<T>() ? 1 : impossible;
+  }
+  double weights = sum(s.b, n), mean_c = weights > 0 ? sum(s.dx, n) / weights : 0.0;
+  T mean = (T)mean_c;
+  mean = absolute(mean) < infinity<T>() ? mean : T(0);
+  for (int i = 0; i < n; i++) s.b[i] = s.a[i];
+  state[S * pitch] = sum(s.b, n);
+  for (int i = 0; i < n; i++) s.b[i] = exp_flushed((b[i] - from) * it);
+  for (int i = 0; i < n; i++) s.dy[i] = s.b[i];
+  state[Q * pitch] = sum(s.dy, n);
+  // near classes by the series; of the others, y's mass (b), x's (dx) and x's times z (dy)
+  alignas(64) T near[CHUNK], near_x[CHUNK];
+  for (int i = 0; i < n; i++) {
+    T low, c = difference(b[i], a[i], low);
+    low = absolute(c) < infinity<T>() ? low : T(0);
+    T z = ((c - mean) + low) * it;
+    bool live = s.a[i] > T(0), dead = live && excluded(b[i]), is_near = live && !dead && z < Real<T>::far;
+    bool is_far = !is_near && !dead;
+    near[i] = is_near ? s.a[i] * expm1_minus(z) : T(0);
+    near_x[i] = is_near ? s.a[i] * z : T(0);
+    s.b[i] = is_far ? s.b[i] : T(0);
+    s.dx[i] = is_far ? s.a[i] : T(0);
+    s.dy[i] = is_far && live ? s.a[i] * z : T(0);
+  }
+  double far_x = sum(s.dy, n), far_mass = sum(s.b, n), far_weights = sum(s.dx, n);
+  double scale = far_mass > 0 ? exp(((double)from - (zero + (double)mean)) * p.inverse_temperature) : 0.0;
+  state[M * pitch] = mean;
+  state[X * pitch] = sum(near_x, n) + far_x;
+  state[G * pitch] = sum(near, n) + ((far_mass * scale - far_weights) - far_x);
+  state[MAX_B * pitch] = mb;
+  state[FAR * pitch] = 1;
+  state[IMPOSSIBLE * pitch] = impossible;
+}
+
+// what a row's classes contribute, once its stats are known
+template <typename T> struct Known {
+  T m, it, inv_s, mean, log, value, max_b, inv_q;
+  Known(const Plan& p, const double* stats)
+      : m((T)stats[ROW_MAX_A]), it((T)p.inverse_temperature), inv_s((T)stats[ROW_INV_S]), mean((T)stats[ROW_M]),
+        log((T)stats[ROW_LOG]), value((T)stats[VALUE]), max_b((T)stats[ROW_MAX_B]), inv_q((T)stats[ROW_INV_Q]) {}
+};
+
+template <typename T, bool TERM, bool DX, bool DY>
+void near_outputs(const T* __restrict a, const T* __restrict b, int n, Known<T> k, bool literal, T* __restrict term,
+                  T* __restrict dx, T* __restrict dy) {
+  for (int i = 0; i < n; i++) {
+    T w = exp_flushed((a[i] - k.m) * k.it) * k.inv_s;
+    T low, c = difference(b[i], a[i], low), t = ((c - k.mean) + low) * k.it - k.log;
+    if (TERM) term[i] = literal ? T(0) - w * t : w * expm1_minus(t);
+    if (DX) dx[i] = T(0) - (w * (t + k.value)) * k.it;
+    if (DY) dy[i] = (w * (expm1_minus(t) + t)) * k.it;
+  }
+}
+
+template <typename T>
+void far_outputs(const T* a, const T* b, int n, Known<T> k, bool literal, T* term, T* dx, T* dy) {
+  for (int i = 0; i < n; i++) {
+    T w = excluded(a[i]) ? T(0) : exp_flushed((a[i] - k.m) * k.it) * k.inv_s;
+    T q = excluded(b[i]) ? T(0) : exp_flushed((b[i] - k.max_b) * k.it) * k.inv_q;
+    T low, c = difference(b[i], a[i], low);
+    low = absolute(c) < infinity<T>() ? low : T(0);
+    T t = ((c - k.mean) + low) * k.it - k.log;
+    bool near = w > T(0) && t < Real<T>::far;
+    T wt = w > T(0) ? w * t : T(0);
+    T v = literal ? T(0) - wt : near ? w * expm1_minus(t) : q - w - wt;
+    term[i] = impossible(a[i], b[i]) ? infinity<T>() : v;
+    dx[i] = w > T(0) ? T(0) - (w * (t + k.value)) * k.it : T(0) * k.value;
+    dy[i] = (near ? w * (expm1_minus(t) + t) : q - w) * k.it;
+  }
+}
+
+template <typename T>
+void logits_chunk(const Plan& p, const Row& row, int sweep, i64 start, int n, const double* stats, double* state,
+                  i64 pitch, void* scratch) {
+  Buffers<T>& s = *(Buffers<T>*)scratch;
+  const T* a = load(p.x, row.x, start, n, s.x);
+  const T* b = load(p.y, row.y, start, n, s.y);
+  int n16 = (n + 15) & ~15;
+  T it = (T)p.inverse_temperature;
+  if (sweep == 0) {
+    T m = maximum(a, n16);
+    pieces<T>((const char*)a, (const char*)b, n16,
+              [&](int i, int k) { weights_and_means(a + i, b + i, k, m, it, s.a + i, s.b + i); });
+    double mean = sum(s.b, n), weights = sum(s.a, n);
+    mean = mean / weights;
+    state[MAX_A * pitch] = m;
+    if (absolute(mean) < 1e300 && !spread(a, b, n16, (T)mean, it, s.a, s.b)) {
+      state[S * pitch] = weights;
+      state[M * pitch] = (T)mean;
+      double x = sum(s.b, n), g = sum(s.a, n);
+      state[X * pitch] = x;
+      state[G * pitch] = g;
+      state[MAX_B * pitch] = (double)m + (double)(T)mean;
+      state[Q * pitch] = (weights + x) + g;
+      state[FAR * pitch] = 0;
+      state[IMPOSSIBLE * pitch] = 0;
+    } else {
+      far_chunk(p, a, b, n, m, state, pitch, s);
+    }
+    return;
+  }
+  Known<T> k(p, stats);
+  bool literal = p.operation == REL_ENTR, term = p.output == TERMS, dx = p.dx.data, dy = p.dy.data;
+  if (stats[ROW_FAR] != 0) far_outputs(a, b, n, k, literal, s.a, s.dx, s.dy);
+  else if (term) near_outputs<T, true, true, true>(a, b, n16, k, literal, s.a, s.dx, s.dy);
+  else if (dx && dy) near_outputs<T, false, true, true>(a, b, n16, k, literal, s.a, s.dx, s.dy);
+  else if (dx) near_outputs<T, false, true, false>(a, b, n16, k, literal, s.a, s.dx, s.dy);
+  else near_outputs<T, false, false, true>(a, b, n16, k, literal, s.a, s.dx, s.dy);
+  if (term) store(p.value, row.value, start, n, s.a, row.weight);
+  if (dx) store(p.dx, row.dx, start, n, s.dx, row.weight * p.gradient_scale);
+  if (dy) store(p.dy, row.dy, start, n, s.dy, row.weight * p.gradient_scale);
+}
+
+// Up to CHUNK states into one: the same steps as for the classes of a chunk, between chunks.
+template <typename T> void merge(double it, const double* from, int count, i64 pitch, double* to) {
+  if (count == 1) {
+    for (int k = 0; k < LOGITS_STATES; k++) to[k] = from[k * pitch];
+    return;
+  }
+  const double *m = from + MAX_A * pitch, *s = from + S * pitch, *mean = from + M * pitch, *x = from + X * pitch,
+               *g = from + G * pitch, *mb = from + MAX_B * pitch, *q = from + Q * pitch, *far = from + FAR * pitch,
+               *impossible = from + IMPOSSIBLE * pitch;
+  alignas(64) double w[CHUNK], u[CHUNK], v[CHUNK];
+  double top = -infinity<double>(), top_b = top, is_far = 0, is_impossible = 0;
+  for (int k = 0; k < count; k++) {
+    top = m[k] > top ? m[k] : top;
+    top_b = mb[k] > top_b ? mb[k] : top_b;
+    is_far = far[k] != 0 ? 1 : is_far;
+    is_impossible = impossible[k] != 0 ? 1 : is_impossible;
+  }
+  double zero = excluded(top) ? 0.0 : top, zero_b = excluded(top_b) ? 0.0 : top_b;
+  for (int k = 0; k < count; k++) {
+    w[k] = exp_flushed((m[k] - zero) * it);
+    u[k] = w[k] * s[k];
+    v[k] = u[k] * mean[k];
+  }
+  double sum_v = sum(v, count), sum_s = sum(u, count), anchor = sum_s > 0 ? (double)(T)(sum_v / sum_s) : 0.0;
+  for (int k = 0; k < count; k++) {
+    double d = (mean[k] - anchor) * it, shifted = x[k] + d * s[k];
+    double gap = expm1_minus(d < Real<double>::far ? d : 0.0);
+    double near = w[k] * (fma(gap + d, g[k] + x[k], g[k]) + gap * s[k]);
+    bool is_near = absolute(d) < Real<double>::far && g[k] < infinity<double>() && w[k] > 0;
+    u[k] = w[k] * shifted;
+    v[k] = near;
+    if (!is_near) {
+      double mass = q[k] > 0 ? q[k] * exp((mb[k] - (zero + anchor)) * it) : q[k];
+      v[k] = mass - (w[k] * s[k] + u[k]);
+      is_far = 1;
+    }
+  }
+  to[X] = sum(u, count);
+  to[G] = sum(v, count);
+  for (int k = 0; k < count; k++) u[k] = q[k] * exp_flushed((mb[k] - zero_b) * it);
+  to[Q] = sum(u, count);
+  to[MAX_A] = top;
+  to[S] = sum_s;
+  to[M] = anchor;
+  to[MAX_B] = top_b;
+  to[FAR] = is_far;
+  to[IMPOSSIBLE] = is_impossible;
+}
+
+template <typename T>
+void logits_combine(const Plan& p, int sweep, double* states, i64 count, i64 pitch, double* stats, void*) {
+  if (sweep > 0) return;
+  double it = p.inverse_temperature, s[LOGITS_STATES];
+  if (count == 0) {
+    for (int k = 0; k < MAX_STATS; k++) stats[k] = 0;
+    return;
+  }
+  while (count > CHUNK) {
+    i64 groups = (count + CHUNK - 1) / CHUNK;
+    for (i64 g = 0; g < groups; g++) {
+      merge<T>(it, states + g * CHUNK, (int)(count - g * CHUNK < CHUNK ? count - g * CHUNK : CHUNK), pitch, s);
+      for (int k = 0; k < LOGITS_STATES; k++) states[k * pitch + g] = s[k];
+    }
+    count = groups;
+  }
+  merge<T>(it, states, (int)count, pitch, s);
+  double mean_z = s[X] / s[S], y = (s[G] + s[X]) / s[S];
+  double apart = ((s[MAX_B] - s[MAX_A]) - s[M]) * it + log(s[Q] / s[S]);
+  bool small = y < infinity<double>() && s[IMPOSSIBLE] == 0;
+  double lse = small ? log1p(y) : apart;               // log E_p[e^z]
+  double value = lse - mean_z;
+  value = value < 0 ? 0.0 : value;                     // rounding of an exact zero
+  value = s[IMPOSSIBLE] != 0 ? infinity<double>() : value;
+  bool defined = s[S] > 0 && s[S] < infinity<double>() && s[Q] == s[Q] && s[MAX_B] < infinity<double>();
+  stats[VALUE] = defined ? value : nan<double>();
+  stats[ROW_MAX_A] = s[MAX_A];
+  stats[ROW_INV_S] = defined ? 1.0 / s[S] : nan<double>();
+  stats[ROW_M] = s[M];
+  stats[ROW_LOG] = lse;
+  stats[ROW_MAX_B] = s[MAX_B];
+  stats[ROW_INV_Q] = 1.0 / s[Q];
+  stats[ROW_FAR] = s[FAR];
+}
+
+// ---- everything else with logits: normalise, then treat as log-probabilities; always wide ------------------------------------
+//
+// log S of a row is kept as (max, how many classes attain it, the rest of the sum), so that log S is precise near 0.
+enum { NORM_MAX, NORM_COUNT, NORM_REST, NORM_STATES };
+enum { SUM_VALUE, SUM_DX, SUM_DY, SUM_STATES };
+enum { NORM_X = 3, NORM_Y = 5 };   // stats: [0..2] the sums; then maximum and log S of x and of y
+
+inline void norm_chunk(const Array& a, const char* row, i64 start, int n, double it, double* state, i64 pitch,
+                       Buffers<double>& s) {
+  const double* x = load(a, row, start, n, s.x);
+  double m = maximum(x, (n + 15) & ~15), zero = excluded(m) ? 0.0 : m;
+  for (int i = 0; i < n; i++) {
+    bool top = x[i] == m;
+    s.b[i] = top ? 1.0 : 0.0;
+    s.a[i] = top ? 0.0 : exp_flushed((x[i] - zero) * it);
+  }
+  state[NORM_MAX * pitch] = m;
+  state[NORM_COUNT * pitch] = excluded(m) ? 0.0 : sum(s.b, n);
+  state[NORM_REST * pitch] = sum(s.a, n);
+}
+
+inline void norm_combine(double it, double* states, i64 count, i64 pitch, double* max_and_log) {
+  double *m = states + NORM_MAX * pitch, *c = states + NORM_COUNT * pitch, *r = states + NORM_REST * pitch;
+  double top = -infinity<double>();
+  for (i64 k = 0; k < count; k++) top = m[k] > top ? m[k] : top;
+  double zero = excluded(top) ? 0.0 : top;
+  for (i64 k = 0; k < count; k++) {
+    bool at_top = m[k] == top;
+    r[k] = at_top ? r[k] : exp_flushed((m[k] - zero) * it) * (c[k] + r[k]);
+    c[k] = at_top ? c[k] : 0.0;
+  }
+  double ties = sum_levels(c, count), rest = sum_levels(r, count);
+  double log_s = ties == 1.0 ? log1p(rest) : log(ties + rest);
+  bool defined = ties > 0 && top < infinity<double>();
+  max_and_log[0] = top;
+  max_and_log[1] = defined ? log_s : nan<double>();
+}
+
+inline const double* log_probs(const Array& a, const char* row, int space, i64 start, int n, double it,
+                               const double* max_and_log, double* buffer) {
+  const double* x = load(a, row, start, n, buffer);
+  if (space != LOGITS) return x;
+  int n16 = (n + 15) & ~15;
+  double m = max_and_log[0], l = max_and_log[1];
+  for (int i = 0; i < n16; i++) buffer[i] = (x[i] - m) * it - l;
+  return buffer;
+}
+
+inline void mixed_chunk(const Plan& p, const Row& row, int sweep, i64 start, int n, const double* stats, double* state,
+                        i64 pitch, void* scratch) {
+  Buffers<double>& s = *(Buffers<double>*)scratch;
+  double it = p.inverse_temperature;
+  bool has_y = p.operation != ENTROPY;
+  if (sweep == 0) {
+    if (p.space_x == LOGITS) norm_chunk(p.x, row.x, start, n, it, state, pitch, s);
+    if (has_y && p.space_y == LOGITS) norm_chunk(p.y, row.y, start, n, it, state + NORM_STATES * pitch, pitch, s);
+    return;
+  }
+  const double* x = log_probs(p.x, row.x, p.space_x, start, n, it, stats + NORM_X, s.x);
+  const double* y = has_y ? log_probs(p.y, row.y, p.space_y, start, n, it, stats + NORM_Y, s.y) : x;
+  int n16 = (n + 15) & ~15;
+  terms_of<double>(p)(x, y, n16, s.a, s.dx, s.dy);
+  if (sweep == 1) {
+    if (p.output == TERMS) store(p.value, row.value, start, n, s.a, row.weight);
+    state[SUM_VALUE * pitch] = sum(s.a, n);
+    state[SUM_DX * pitch] = p.dx.data ? sum(s.dx, n) : 0.0;
+    state[SUM_DY * pitch] = p.dy.data ? sum(s.dy, n) : 0.0;
+    return;
+  }
+  double scale = row.weight * p.gradient_scale;
+  if (p.dx.data) {
+    if (p.space_x == LOGITS)   // through the softmax
+      for (int i = 0; i < n16; i++) s.dx[i] = (s.dx[i] - exp(x[i]) * stats[SUM_DX]) * it;
+    store(p.dx, row.dx, start, n, s.dx, scale);
+  }
+  if (p.dy.data) {
+    if (p.space_y == LOGITS)
+      for (int i = 0; i < n16; i++) s.dy[i] = (s.dy[i] - exp(y[i]) * stats[SUM_DY]) * it;
+    store(p.dy, row.dy, start, n, s.dy, scale);
+  }
+}
+
+inline void mixed_combine(const Plan& p, int sweep, double* states, i64 count, i64 pitch, double* stats, void*) {
+  if (count == 0) {
+    for (int k = 0; k < MAX_STATS; k++) stats[k] = 0;
+  } else if (sweep == 0) {
+    if (p.space_x == LOGITS) norm_combine(p.inverse_temperature, states, count, pitch, stats + NORM_X);
+    if (p.operation != ENTROPY && p.space_y == LOGITS)
+      norm_combine(p.inverse_temperature, states + NORM_STATES * pitch, count, pitch, stats + NORM_Y);
+  } else if (sweep == 1) {
+    for (int k = 0; k < SUM_STATES; k++) stats[k] = sum_levels(states + k * pitch, count);
+  }
+}
+
+// ---- the choice ----------------------------------------------------------------------------------------------------------------
+
+inline bool of_logits(const Plan& p) {   // the cancellation-free form is for the divergence of two rows of logits
+  return p.space_x == LOGITS && p.space_y == LOGITS && (p.operation == KL_DIV || p.operation == REL_ENTR);
+}
+
+inline Kernel kernel(const Plan& p) {
+  bool gradient = p.dx.data || p.dy.data;
+  if (of_logits(p)) {
+    int sweeps = gradient || p.output == TERMS ? 2 : 1;
+    if (p.wide) return {sweeps, {LOGITS_STATES, 0, 0}, logits_chunk<double>, logits_combine<double>};
+    return {sweeps, {LOGITS_STATES, 0, 0}, logits_chunk<float>, logits_combine<float>};
+  }
+  if (p.space_x == LOGITS || p.space_y == LOGITS)
+    return {gradient ? 3 : 2, {2 * NORM_STATES, SUM_STATES, 0}, mixed_chunk, mixed_combine};
+  if (p.wide) return {1, {1, 0, 0}, terms_chunk<double>, terms_combine};
+  return {1, {1, 0, 0}, terms_chunk<float>, terms_combine};
+}
+
+// klcore's own elementary functions over arrays, for the tests
+template <typename T> void elementary(int function, const T* x, T* out, i64 n) {
+  switch (function) {
+    case 0: for (i64 i = 0; i < n; i++) out[i] = log(x[i]); break;
+    case 1: for (i64 i = 0; i < n; i++) out[i] = exp(x[i]); break;
+    case 2: for (i64 i = 0; i < n; i++) out[i] = log1p(x[i]); break;
+    default: for (i64 i = 0; i < n; i++) out[i] = expm1(x[i]);
+  }
+}
