@@ -30,8 +30,8 @@ class build(build_ext):
     def build_extension(self, ext):
         kind = "msvc" if self.compiler.compiler_type == "msvc" else "unix"
         openmp = OPENMP["darwin" if sys.platform == "darwin" else kind]
-        for flags, add in zip((ext.extra_compile_args, ext.extra_link_args), zip(FLAGS[kind], openmp)):
-            flags += add[0] + ([] if NO_OPENMP else add[1])
+        ext.extra_compile_args += FLAGS[kind][0] + ([] if NO_OPENMP else openmp[0])
+        ext.extra_link_args += FLAGS[kind][1] + ([] if NO_OPENMP else openmp[1])
         if NO_OPENMP:
             ext.define_macros.append(("KLCORE_NO_OPENMP", "1"))
         if kind == "unix" and "clang" not in " ".join(self.compiler.compiler_cxx) and sys.platform != "darwin":
@@ -42,9 +42,9 @@ class build(build_ext):
             if NO_OPENMP:
                 raise
             raise type(error)(
-                f"{error}\n\nklcore's CPU kernels need a C++17 compiler with OpenMP, and this one failed with the flags "
-                f"{openmp[0] + openmp[1]}. Install one (Debian: apt-get install g++; macOS: brew install libomp), or "
-                "set KLCORE_NO_OPENMP=1 to build for one thread."
+                f"{error}\n\nklcore's CPU kernels need a C++17 compiler with OpenMP, and this one failed with "
+                f"{' '.join(openmp[0] + openmp[1])}. Install one (Debian: apt-get install g++; macOS: brew install "
+                "libomp), or set KLCORE_NO_OPENMP=1 to build for one thread."
             ) from error
 
 

@@ -11,7 +11,6 @@ from klcore.backends.threads import get_num_threads
 from klcore.version import __version__
 
 
-
 def show_config(mode: str = "stdout") -> dict[str, Any] | None:
     """Print version, compiler, instruction sets, threads and devices.
 

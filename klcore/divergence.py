@@ -71,10 +71,12 @@ def kl_div(
 
     Notes
     -----
-    Domain, per class: x = 0 contributes y; x > 0 with y = 0 makes +inf; equal finite numbers exactly 0; negative numbers
-    and NaN make NaN. In the other spaces -inf is an exact zero. A row of logits that is all -inf, or holds +inf or NaN,
-    is NaN. No row affects another. Accuracy and the order of addition are part of the contract: see docs/maths.md. The
-    same input gives the same bits for any number of threads, instruction set, batch and memory layout.
+    Domain, per class: x = 0 contributes y; x > 0 with y = 0 makes +inf; equal finite numbers contribute exactly 0;
+    negative numbers and NaN make NaN. In the other spaces -inf is an exact zero. A row of logits that is all -inf, or
+    holds +inf or NaN, is NaN. No row affects another.
+
+    Accuracy and the order of addition are part of the contract (docs/maths.md): the same input gives the same bits for
+    any number of threads, instruction set, batch and memory layout.
 
     References
     ----------
@@ -90,9 +92,7 @@ def kl_div(
     >>> print(round(float(value), 6), dy.round(6))
     0.327813 [[-0.380797  0.380797]]
     """
-    return find(x, y, device).kl_div(
-        x, y, space, axis, reduction, weights, temperature, return_grad, out, device
-    )
+    return find(x, y, device).kl_div(x, y, space, axis, reduction, weights, temperature, return_grad, out, device)
 
 
 def rel_entr(
@@ -118,7 +118,8 @@ def rel_entr(
 
     Notes
     -----
-    Domain, per class: x = 0 contributes 0 for any y >= 0; x > 0 with y = 0 makes +inf; negative numbers and NaN make NaN.
+    Domain, per class: x = 0 contributes 0 for any y >= 0; x > 0 with y = 0 makes +inf; negative numbers and NaN
+    make NaN.
 
     Examples
     --------
@@ -126,9 +127,7 @@ def rel_entr(
     >>> print(klcore.rel_entr([1.0, 2.0], [2.0, 1.0]))
     0.6931471805599453
     """
-    return find(x, y, device).rel_entr(
-        x, y, space, axis, reduction, weights, temperature, return_grad, out, device
-    )
+    return find(x, y, device).rel_entr(x, y, space, axis, reduction, weights, temperature, return_grad, out, device)
 
 
 def cross_entropy(
@@ -150,7 +149,8 @@ def cross_entropy(
 
     Notes
     -----
-    Domain, per class: x = 0 contributes 0 for any y >= 0; x > 0 with y = 0 makes +inf; negative numbers and NaN make NaN.
+    Domain, per class: x = 0 contributes 0 for any y >= 0; x > 0 with y = 0 makes +inf; negative numbers and NaN
+    make NaN.
 
     Examples
     --------
@@ -189,6 +189,4 @@ def entropy(
     >>> print(klcore.entropy([0.25, 0.25, 0.25, 0.25]))
     1.3862943611198906
     """
-    return find(x, x, device).entropy(
-        x, space, axis, reduction, weights, temperature, return_grad, out, device
-    )
+    return find(x, x, device).entropy(x, space, axis, reduction, weights, temperature, return_grad, out, device)

@@ -101,6 +101,7 @@ struct Batch {
   Kernel kernel;
   const Isa& isa;
   i64 chunks, group, pitch;
+  bool flat;                          // rows short and dense enough for kernel.flat
   size_t bytes;                       // of scratch a thread
 
   Batch(const Plan& plan, const Isa& set) : p(plan), kernel(set.kernel(plan)), isa(set) {
@@ -108,9 +109,17 @@ struct Batch {
     i64 last = p.ndim ? p.shape[p.ndim - 1] : 1;
     bool scattered = std::abs(p.x.stride) > 64 || std::abs(p.y.stride) > 64;
     group = scattered ? std::min<i64>(GROUP, std::max<i64>(last, 1)) : 1;
+    flat = kernel.flat && p.n > 0 && p.n <= COLUMNS && p.ndim <= 1 && !p.weights.data && p.output != TERMS &&
+           dense(p.x) && dense(p.y) && dense(p.dx) && dense(p.dy);
+    if (flat) group = CHUNK / p.n;
     pitch = (std::max<i64>(chunks, 1) + 7) & ~(i64)7;
     int most = *std::max_element(kernel.states, kernel.states + 3);
     bytes = SCRATCH + sizeof(double) * (size_t)(pitch * most * group) + 64;
+  }
+
+  bool dense(const Array& a) const {
+    i64 width = a.dtype == FLOAT64 ? 8 : a.dtype == FLOAT32 ? 4 : 2;
+    return !a.data || (a.stride == width && (p.ndim == 0 || a.batch[0] == p.n * width));
   }
 
   int size(i64 chunk) const { return (int)std::min<i64>(CHUNK, p.n - chunk * CHUNK); }
@@ -201,10 +210,20 @@ inline void run_here(Plan& p, const Isa& isa) {
       i64 end = std::min(p.rows, start + round), groups = (end - start + b.group - 1) / b.group;
       i64 share = std::max<i64>(1, std::min<i64>(groups / (p.threads * 8), SERIAL / std::max<i64>(p.n, 1)));
       auto group = [&](i64 g) {
-        Row row[GROUP];
-        double stats[GROUP][MAX_STATS];
         i64 r = start + g * b.group;
         int count = (int)std::min<i64>(b.group, end - r);
+        if (b.flat) {
+          double values[CHUNK];
+          Row row = locate(p, r);
+          b.kernel.flat(p, row, count, values, scratch.data() + (size_t)Batch::thread() * b.bytes);
+          for (int i = 0; i < count; i++) {
+            if (totals) held[(size_t)(r + i - start)] = values[i];
+            else write_value(p.value, row.value + i * p.value.batch[0], values[i]);
+          }
+          return;
+        }
+        Row row[GROUP];
+        double stats[GROUP][MAX_STATS];
         b.rows(r, count, 0, b.kernel.sweeps, row, stats, scratch.data() + (size_t)Batch::thread() * b.bytes);
         for (int i = 0; i < count; i++) {
           double v = b.finish(row[i], stats[i]);

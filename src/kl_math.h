@@ -32,6 +32,7 @@ template <> struct Real<float> {
   static constexpr float tiny = 0x1p-64f, up = 0x1p64f, down = 0x1p-64f;     // below tiny, scale before taking bits apart
   static constexpr float scale_octaves = 64.f;
   static constexpr float exp_max = 89.f, exp_min = -104.f;                   // beyond: infinity, zero
+  static constexpr float exp_ordinary = 88.f;
   static constexpr float flush = -86.5f;                                     // exp_flushed: zero below
   static constexpr float expm1_overflow = 0x1.62e42ep+6f;                    // largest x with finite expm1
   static constexpr float far = 40.f;   // e^-far (1 + far) is below the rounding of either type's result
@@ -52,6 +53,7 @@ template <> struct Real<double> {
   static constexpr double tiny = 0x1p-512, up = 0x1p512, down = 0x1p-512;
   static constexpr double scale_octaves = 512.;
   static constexpr double exp_max = 710., exp_min = -746.;
+  static constexpr double exp_ordinary = 709.;
   static constexpr double flush = -707.;
   static constexpr double expm1_overflow = 0x1.62e42fefa39efp+9;
   static constexpr double far = 64.;
@@ -118,9 +120,17 @@ template <typename T> KL_FN Octave<T> octave(T x) {
 // 2^n for -(bias-1) <= n <= bias
 template <typename T> KL_FN T power_of_two(T k) { return real((bits(k) << Real<T>::mantissa) + Real<T>::one); }
 
-// e^x, every x
-template <typename T> KL_FN T exp(T x) {
+// Where a function takes ALL = false, the caller has made sure that its arguments are ordinary: the steps for the rest of
+// the domain are left out, and the bits are the same.
+
+// e^x; ordinary: flush < x < exp_ordinary
+template <bool ALL = true, typename T> KL_FN T exp(T x) {
   typedef Real<T> R;
+  if constexpr (!ALL) {
+    Octave<T> o = octave(x);
+    T y = fma(o.r * o.r, exp_tail(o.r), o.r) + T(1);
+    return real(bits(y) + (bits(o.k) << R::mantissa));
+  }
   x = x > R::exp_max ? R::exp_max : x;
   x = x < R::exp_min ? R::exp_min : x;
   Octave<T> o = octave(x);
@@ -130,13 +140,10 @@ template <typename T> KL_FN T exp(T x) {
   return (y * power_of_two(half)) * power_of_two(rest);
 }
 
-// e^x for x <= 0, zero below 2^-124 (2^-1020): the weights of a softmax, whose largest is 1
+// e^x for x <= 0, zero below 2^-124 (2^-1020): the weights of a softmax, whose largest is 1. Not for NaN.
 template <typename T> KL_FN T exp_flushed(T x) {
-  typedef Real<T> R;
-  Octave<T> o = octave(x);
-  T y = fma(o.r * o.r, exp_tail(o.r), o.r) + T(1);
-  y = real(bits(y) + (bits(o.k) << R::mantissa));
-  return x < R::flush ? T(0) : (x == x ? y : x);
+  T y = exp<false>(x);
+  return x < Real<T>::flush ? T(0) : y;
 }
 
 // e^x - 1 = 2 (2^(n-1) y + 2^(n-1) - 1/2) with y = e^r - 1; 2^n itself may be infinite where the result is not
@@ -156,21 +163,27 @@ template <typename T> KL_FN T expm1(T x) {
   return x > R::expm1_overflow ? infinity<T>() : z;
 }
 
-// e^t - 1 - t >= 0 for t <= far, without cancellation near 0
-template <typename T> KL_FN T expm1_minus(T t) {
+// e^t - 1 - t >= 0 for t <= far, without cancellation near 0; ordinary: |t| < far
+template <bool ALL = true, typename T> KL_FN T expm1_minus(T t) {
   typedef Real<T> R;
   Octave<T> o = octave(t);
   T h = (o.r * o.r) * exp_tail(o.r), s = power_of_two(o.k);
   T g = fma(s - T(1), T(1) + o.r, fma(s, h, o.n * -R::ln2));
-  return t < T(-60) ? T(-1) - t : g;
+  return ALL && t < T(-60) ? T(-1) - t : g;
+}
+// e^t - 1 where g = e^t - 1 - t is at hand already, with an error of a few eps
+template <typename T> KL_FN T expm1_of(T t, T g) {
+  T e = g + t;
+  return t < T(-18) ? T(-1) : e;
 }
 
 // ---- logarithms -------------------------------------------------------------------------------------------------------
 // y/x = 2^k (1+s)/(1-s) with |s| <= 0.2. `from` is x and `to` is y, brought to one octave; their difference is exact.
+// Ordinary: neither is below tiny.
 template <typename T> struct Ratio { T from, to, k; };
-template <typename T> KL_FN Ratio<T> ratio(T x, T y) {
+template <bool ALL = true, typename T> KL_FN Ratio<T> ratio(T x, T y) {
   typedef Real<T> R;
-  bool sx = x < R::tiny, sy = y < R::tiny;
+  bool sx = ALL && x < R::tiny, sy = ALL && y < R::tiny;
   T xn = sx ? x * R::up : x, yn = sy ? y * R::up : y;
   typename R::Bits o = bits(yn) - bits(xn) + (R::half_octave + R::sign);
   T k = real((o >> R::mantissa) | R::two_mantissa) - R::octave_offset;
@@ -182,13 +195,13 @@ template <typename T> KL_FN Ratio<T> ratio(T x, T y) {
 
 // log(y/x) for positive finite x and y: `value`; and x*(d - log1p(d)), d = (y-x)/x, which is x log(x/y) - x + y, >= 0
 template <typename T> struct LogRatio { T value, deviance; };
-template <typename T> KL_FN LogRatio<T> log_ratio(T x, T y) {
+template <bool ALL = true, typename T> KL_FN LogRatio<T> log_ratio(T x, T y) {
   typedef Real<T> R;
-  Ratio<T> q = ratio(x, y);
+  Ratio<T> q = ratio<ALL>(x, y);
   T d = q.to - q.from, s = d / (q.to + q.from), t = atanh_tail(s * s);
   T value = fma(q.k, R::ln2, fma(s, t, s + s));
   T near = s * fma(-q.from, t, d);          // same octave: Loader's form, no cancellation
-  near = x < R::tiny ? near * R::down : near;
+  near = ALL && x < R::tiny ? near * R::down : near;
   T apart = fma(-x, value, y - x);
   return {value, q.k == T(0) ? near : apart};
 }
@@ -233,6 +246,12 @@ enum Operation { KL_DIV = 0, REL_ENTR = 1, CROSS_ENTROPY = 2, ENTROPY = 3 };
 // value, dx and dy of one term; x and y in the spaces SX and SY. ENTROPY ignores y.
 template <int OP, int SX, int SY> struct Term;
 
+// A term with a shorter form for ordinary arguments says which they are; the others have none.
+struct Plain {
+  static constexpr bool has_ordinary = false;
+  template <typename T> static KL_FN bool ordinary(T, T) { return false; }
+};
+
 // both probabilities
 template <typename T> KL_FN T on_probs(T x, T y, T v) { return x >= T(0) && y >= T(0) ? v : nan<T>(); }
 template <typename T> KL_FN T zero_over(T x, T y) {   // -x/y with 0/0 = 0
@@ -241,26 +260,33 @@ template <typename T> KL_FN T zero_over(T x, T y) {   // -x/y with 0/0 = 0
 }
 
 template <> struct Term<KL_DIV, PROBS, PROBS> {
-  template <typename T> static KL_FN T value(T x, T y) {
-    T v = log_ratio(x, y).deviance;
+  static constexpr bool has_ordinary = true;
+  template <typename T> static KL_FN bool ordinary(T x, T y) {
+    return x >= Real<T>::tiny && y >= Real<T>::tiny && x < infinity<T>() && y < infinity<T>();
+  }
+  template <bool ALL = true, typename T> static KL_FN T value(T x, T y) {
+    T v = log_ratio<ALL>(x, y).deviance;
+    if constexpr (!ALL) return v;
     v = x == T(0) ? y : v;
     v = y == T(0) && x > T(0) ? infinity<T>() : v;
     return on_probs(x, y, v);
   }
-  template <typename T> static KL_FN T dx(T x, T y) {   // log(x/y)
-    T d = T(0) - log_ratio(x, y).value;
+  template <bool ALL = true, typename T> static KL_FN T dx(T x, T y) {   // log(x/y)
+    T d = T(0) - log_ratio<ALL>(x, y).value;
+    if constexpr (!ALL) return d;
     d = x == T(0) ? -infinity<T>() : d;
     d = y == T(0) ? infinity<T>() : d;
     return on_probs(x, y, d);
   }
-  template <typename T> static KL_FN T dy(T x, T y) {   // 1 - x/y
+  template <bool ALL = true, typename T> static KL_FN T dy(T x, T y) {   // 1 - x/y
     T d = (y - x) / y;
+    if constexpr (!ALL) return d;
     d = x == T(0) ? T(1) : d;
     return on_probs(x, y, d);
   }
 };
 
-template <> struct Term<REL_ENTR, PROBS, PROBS> {
+template <> struct Term<REL_ENTR, PROBS, PROBS> : Plain {
   template <typename T> static KL_FN T value(T x, T y) {
     T v = T(0) - x * log_ratio(x, y).value;
     v = y == T(0) ? infinity<T>() : v;
@@ -276,7 +302,7 @@ template <> struct Term<REL_ENTR, PROBS, PROBS> {
   template <typename T> static KL_FN T dy(T x, T y) { return on_probs(x, y, zero_over(x, y)); }
 };
 
-template <> struct Term<CROSS_ENTROPY, PROBS, PROBS> {
+template <> struct Term<CROSS_ENTROPY, PROBS, PROBS> : Plain {
   template <typename T> static KL_FN T value(T x, T y) {
     T v = T(0) - x * log(y);
     return on_probs(x, y, x == T(0) ? T(0) : v);
@@ -285,7 +311,7 @@ template <> struct Term<CROSS_ENTROPY, PROBS, PROBS> {
   template <typename T> static KL_FN T dy(T x, T y) { return on_probs(x, y, zero_over(x, y)); }
 };
 
-template <> struct Term<ENTROPY, PROBS, PROBS> {
+template <> struct Term<ENTROPY, PROBS, PROBS> : Plain {
   template <typename T> static KL_FN T value(T x, T) {
     T v = T(0) - x * log(x);
     return x == T(0) ? T(0) : v;
@@ -300,23 +326,30 @@ template <typename T> KL_FN bool impossible(T x, T y) { return excluded(y) && x 
 template <typename T> KL_FN bool dwarfed(T x, T t) { return t > Real<T>::far || excluded(x); }         // q alone counts
 
 template <> struct Term<KL_DIV, LOG_PROBS, LOG_PROBS> {
-  template <typename T> static KL_FN T value(T x, T y) {   // p (e^t - 1 - t)
+  static constexpr bool has_ordinary = true;
+  template <typename T> static KL_FN bool ordinary(T x, T y) {
+    return absolute(y - x) < Real<T>::far && x > Real<T>::flush && x < Real<T>::exp_ordinary;
+  }
+  template <bool ALL = true, typename T> static KL_FN T value(T x, T y) {   // p (e^t - 1 - t)
     T t = y - x;
+    if constexpr (!ALL) return exp<false>(x) * expm1_minus<false>(t);
     T v = exp(dwarfed(x, t) ? y : x) * (dwarfed(x, t) ? T(1) : expm1_minus(t));
     return impossible(x, y) ? infinity<T>() : v;
   }
-  template <typename T> static KL_FN T dx(T x, T y) {      // -p t
-    T t = y - x, d = T(0) - exp(x) * t;
+  template <bool ALL = true, typename T> static KL_FN T dx(T x, T y) {      // -p t
+    T t = y - x, d = T(0) - exp<ALL>(x) * t;
+    if constexpr (!ALL) return d;
     d = excluded(x) ? (y == y ? T(0) : y) : d;
     return impossible(x, y) ? infinity<T>() : d;
   }
-  template <typename T> static KL_FN T dy(T x, T y) {      // q - p
+  template <bool ALL = true, typename T> static KL_FN T dy(T x, T y) {      // q - p
     T t = y - x;
-    return exp(dwarfed(x, t) ? y : x) * (dwarfed(x, t) ? T(1) : expm1(t));
+    if constexpr (!ALL) return exp<false>(x) * expm1_of(t, expm1_minus<false>(t));
+    return exp(dwarfed(x, t) ? y : x) * (dwarfed(x, t) ? T(1) : expm1_of(t, expm1_minus(t)));
   }
 };
 
-template <> struct Term<REL_ENTR, LOG_PROBS, LOG_PROBS> {
+template <> struct Term<REL_ENTR, LOG_PROBS, LOG_PROBS> : Plain {
   template <typename T> static KL_FN T value(T x, T y) { return Term<KL_DIV, LOG_PROBS, LOG_PROBS>::dx(x, y); }
   template <typename T> static KL_FN T dx(T x, T y) {      // p (1 - t)
     T d = exp(x) * (T(1) - (y - x));
@@ -326,7 +359,7 @@ template <> struct Term<REL_ENTR, LOG_PROBS, LOG_PROBS> {
   template <typename T> static KL_FN T dy(T x, T y) { return y == y ? T(0) - exp(x) : y; }
 };
 
-template <> struct Term<CROSS_ENTROPY, LOG_PROBS, LOG_PROBS> {
+template <> struct Term<CROSS_ENTROPY, LOG_PROBS, LOG_PROBS> : Plain {
   template <typename T> static KL_FN T value(T x, T y) {   // -p log q
     T v = T(0) - exp(x) * y;
     v = excluded(x) ? (y == y ? T(0) : y) : v;
@@ -336,7 +369,7 @@ template <> struct Term<CROSS_ENTROPY, LOG_PROBS, LOG_PROBS> {
   template <typename T> static KL_FN T dy(T x, T y) { return y == y ? T(0) - exp(x) : y; }
 };
 
-template <> struct Term<ENTROPY, LOG_PROBS, LOG_PROBS> {
+template <> struct Term<ENTROPY, LOG_PROBS, LOG_PROBS> : Plain {
   template <typename T> static KL_FN T value(T x, T) {     // -p log p
     T v = T(0) - exp(x) * x;
     return excluded(x) ? T(0) : v;
@@ -353,7 +386,7 @@ template <> struct Term<ENTROPY, LOG_PROBS, LOG_PROBS> {
 template <int S, typename T> KL_FN T prob(T x) { return S == PROBS ? x : exp(x); }
 template <int S, typename T> KL_FN T log_prob(T x) { return S == PROBS ? log(x) : x; }
 
-template <int SX, int SY> struct Term<KL_DIV, SX, SY> {
+template <int SX, int SY> struct Term<KL_DIV, SX, SY> : Plain {
   template <typename T> static KL_FN T value(T x, T y) {
     T lx = log_prob<SX>(x), ly = log_prob<SY>(y), t = ly - lx;
     T v = dwarfed(lx, t) ? prob<SY>(y) : prob<SX>(x) * expm1_minus(t);
@@ -375,7 +408,7 @@ template <int SX, int SY> struct Term<KL_DIV, SX, SY> {
   }
 };
 
-template <int SX, int SY> struct Term<REL_ENTR, SX, SY> {
+template <int SX, int SY> struct Term<REL_ENTR, SX, SY> : Plain {
   template <typename T> static KL_FN T value(T x, T y) {
     T lx = log_prob<SX>(x), ly = log_prob<SY>(y), v = T(0) - prob<SX>(x) * (ly - lx);
     v = excluded(lx) ? T(0) : v;
@@ -395,7 +428,7 @@ template <int SX, int SY> struct Term<REL_ENTR, SX, SY> {
   }
 };
 
-template <int SX, int SY> struct Term<CROSS_ENTROPY, SX, SY> {
+template <int SX, int SY> struct Term<CROSS_ENTROPY, SX, SY> : Plain {
   template <typename T> static KL_FN T value(T x, T y) {
     T lx = log_prob<SX>(x), ly = log_prob<SY>(y), v = T(0) - prob<SX>(x) * ly;
     v = excluded(lx) ? T(0) : v;

@@ -48,6 +48,8 @@ struct Kernel {
   void (*chunk)(const Plan&, const Row&, int sweep, i64 start, int n, const double* stats, double* state, i64 pitch,
                 void* scratch);
   void (*combine)(const Plan&, int sweep, double* states, i64 count, i64 pitch, double* stats, void* scratch);
+  // the totals of several rows of at most COLUMNS classes that lie one behind the other; or nullptr
+  void (*flat)(const Plan&, const Row& first, int rows, double* totals, void* scratch);
 };
 
 constexpr int SCRATCH = 12 * 1024 * 8;   // bytes that chunk and combine may use, 64-byte aligned

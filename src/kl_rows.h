@@ -9,15 +9,29 @@ template <int N, typename T> void column_sums(const T* t, double* columns) {
   for (int j = 0; j < COLUMNS; j++) columns[j] = (double)Column<N>::sum(t + j);
 }
 
-// the sum of t[0..n), 0 < n <= CHUNK; overwrites t[n..) up to the end of its column
-template <typename T> double sum(T* t, int n) {
+inline double fold(double* columns, int width) {
+  for (int half = width / 2; half >= 1; half /= 2)
+    for (int j = 0; j < half; j++) columns[j] += columns[j + half];
+  return columns[0] + 0.0;   // -0 becomes +0, as if every missing +0 had been added
+}
+
+// the sum of t[0..n), 0 < n <= COLUMNS: every column holds one element
+template <typename T> double sum_short(const T* t, int n) {
   alignas(64) double columns[COLUMNS];
-  int depth = (n + COLUMNS - 1) / COLUMNS, width = COLUMNS;
-  if (depth == 1) while (width / 2 >= n) width /= 2;
-  int end = depth == 1 ? width : depth * COLUMNS;
-  for (int i = n; i < end; i++) t[i] = T(0);
+  int width = 1;
+  while (width < n) width *= 2;
+  for (int j = 0; j < n; j++) columns[j] = (double)t[j];
+  for (int j = n; j < width; j++) columns[j] = 0.0;
+  return fold(columns, width);
+}
+
+// the sum of t[0..n), 0 < n <= CHUNK; overwrites t[n..) up to a multiple of COLUMNS
+template <typename T> double sum(T* t, int n) {
+  if (n <= COLUMNS) return sum_short(t, n);
+  alignas(64) double columns[COLUMNS];
+  int depth = (n + COLUMNS - 1) / COLUMNS;
+  for (int i = n; i < depth * COLUMNS; i++) t[i] = T(0);
   switch (depth) {
-    case 1: for (int j = 0; j < width; j++) columns[j] = (double)t[j]; break;
     case 2: column_sums<2>(t, columns); break;
     case 3: column_sums<3>(t, columns); break;
     case 4: column_sums<4>(t, columns); break;
@@ -26,9 +40,7 @@ template <typename T> double sum(T* t, int n) {
     case 7: column_sums<7>(t, columns); break;
     default: column_sums<8>(t, columns);
   }
-  for (int half = width / 2; half >= 1; half /= 2)
-    for (int j = 0; j < half; j++) columns[j] += columns[j + half];
-  return columns[0] + 0.0;   // -0 becomes +0, as if every missing +0 had been added
+  return fold(columns, COLUMNS);
 }
 
 // the sum of any number of doubles, level by level; overwrites t
@@ -181,8 +193,19 @@ template <typename T> struct Terms {   // value, and the derivatives asked for, 
   typedef void (*Map)(const T* x, const T* y, int n, T* value, T* dx, T* dy);
 };
 
+// Ordinary arguments first, in the shorter form; if some were not, all over again: the bits of the others are the same.
 template <class F, typename T, bool DX, bool DY>
 void terms(const T* __restrict x, const T* __restrict y, int n, T* __restrict value, T* __restrict dx, T* __restrict dy) {
+  if constexpr (F::has_ordinary) {
+    typename Real<T>::Bits others = 0;
+    for (int i = 0; i < n; i++) {
+      others |= F::ordinary(x[i], y[i]) ? 0 : 1;
+      value[i] = F::template value<false>(x[i], y[i]);
+      if (DX) dx[i] = F::template dx<false>(x[i], y[i]);
+      if (DY) dy[i] = F::template dy<false>(x[i], y[i]);
+    }
+    if (!others) return;
+  }
   for (int i = 0; i < n; i++) {
     value[i] = F::value(x[i], y[i]);
     if (DX) dx[i] = F::dx(x[i], y[i]);
@@ -233,9 +256,25 @@ void terms_chunk(const Plan& p, const Row& row, int, i64 start, int n, const dou
     state[0] = sum(s.a, n);
 }
 
+// Several short rows that lie one behind the other: their terms in one go, then a sum for each.
+template <typename T> void terms_flat(const Plan& p, const Row& first, int rows, double* totals, void* scratch) {
+  Buffers<T>& s = *(Buffers<T>*)scratch;
+  int n = (int)p.n, all = n * rows;
+  const T* x = load(p.x, first.x, 0, all, s.x);
+  const T* y = p.operation == ENTROPY ? x : load(p.y, first.y, 0, all, s.y);
+  auto map = terms_of<T>(p);
+  pieces<T>((const char*)x, y == x ? nullptr : (const char*)y, (all + 15) & ~15,
+            [&](int i, int m) { map(x + i, y + i, m, s.a + i, s.dx + i, s.dy + i); });
+  if (p.dx.data) store(p.dx, first.dx, 0, all, s.dx, p.gradient_scale);
+  if (p.dy.data) store(p.dy, first.dy, 0, all, s.dy, p.gradient_scale);
+  for (int r = 0; r < rows; r++) totals[r] = sum_short(s.a + r * n, n);
+}
+
 inline void terms_combine(const Plan&, int, double* states, i64 count, i64, double* stats, void*) {
   stats[0] = sum_levels(states, count);
 }
+
+template <typename T> KL_FN T softmax_weight(T u) { return u == u ? exp_flushed(u) : u; }   // where NaN may come
 
 // ---- the divergence of two rows of logits ----------------------------------------------------------------------------------
 //
@@ -264,8 +303,8 @@ template <typename T> void weights_and_means(const T* __restrict a, const T* __r
 }
 
 // returns whether any z is out of range or not a number
-template <typename T> bool spread(const T* __restrict a, const T* __restrict b, int n, T mean, T it, T* __restrict e,
-                                  T* __restrict ez) {
+template <typename T> typename Real<T>::Bits spread(const T* __restrict a, const T* __restrict b, int n, T mean, T it,
+                                                    T* __restrict e, T* __restrict ez) {
   typename Real<T>::Bits bad = 0;
   for (int i = 0; i < n; i++) {
     T low, c = difference(b[i], a[i], low), z = ((c - mean) + low) * it;
@@ -284,7 +323,7 @@ template <typename T> void far_chunk(const Plan& p, const T* a, const T* b, int 
   T from = mb == -infinity<T>() ? T(0) : mb;
   double impossible = 0;
   for (int i = 0; i < n; i++) {                       // weights, and the mean over classes that both allow
-    s.a[i] = exp_flushed((a[i] - zero) * it);
+    s.a[i] = softmax_weight((a[i] - zero) * it);
     bool both = s.a[i] > T(0) && b[i] > -infinity<T>();
     s.b[i] = both ? s.a[i] : T(0);
     s.dx[i] = both ? s.a[i] * (b[i] - a[i]) : T(0);
@@ -295,7 +334,7 @@ template <typename T> void far_chunk(const Plan& p, const T* a, const T* b, int 
   mean = absolute(mean) < infinity<T>() ? mean : T(0);
   for (int i = 0; i < n; i++) s.b[i] = s.a[i];
   state[S * pitch] = sum(s.b, n);
-  for (int i = 0; i < n; i++) s.b[i] = exp_flushed((b[i] - from) * it);
+  for (int i = 0; i < n; i++) s.b[i] = softmax_weight((b[i] - from) * it);
   for (int i = 0; i < n; i++) s.dy[i] = s.b[i];
   state[Q * pitch] = sum(s.dy, n);
   // near classes by the series; of the others, y's mass (b), x's (dx) and x's times z (dy)
@@ -338,15 +377,15 @@ void near_outputs(const T* __restrict a, const T* __restrict b, int n, Known<T> 
     T low, c = difference(b[i], a[i], low), t = ((c - k.mean) + low) * k.it - k.log;
     if (TERM) term[i] = literal ? T(0) - w * t : w * expm1_minus(t);
     if (DX) dx[i] = T(0) - (w * (t + k.value)) * k.it;
-    if (DY) dy[i] = (w * (expm1_minus(t) + t)) * k.it;
+    if (DY) dy[i] = (w * expm1_of(t, expm1_minus(t))) * k.it;
   }
 }
 
 template <typename T>
 void far_outputs(const T* a, const T* b, int n, Known<T> k, bool literal, T* term, T* dx, T* dy) {
   for (int i = 0; i < n; i++) {
-    T w = excluded(a[i]) ? T(0) : exp_flushed((a[i] - k.m) * k.it) * k.inv_s;
-    T q = excluded(b[i]) ? T(0) : exp_flushed((b[i] - k.max_b) * k.it) * k.inv_q;
+    T w = excluded(a[i]) ? T(0) : softmax_weight((a[i] - k.m) * k.it) * k.inv_s;
+    T q = excluded(b[i]) ? T(0) : softmax_weight((b[i] - k.max_b) * k.it) * k.inv_q;
     T low, c = difference(b[i], a[i], low);
     low = absolute(c) < infinity<T>() ? low : T(0);
     T t = ((c - k.mean) + low) * k.it - k.log;
@@ -355,7 +394,7 @@ void far_outputs(const T* a, const T* b, int n, Known<T> k, bool literal, T* ter
     T v = literal ? T(0) - wt : near ? w * expm1_minus(t) : q - w - wt;
     term[i] = impossible(a[i], b[i]) ? infinity<T>() : v;
     dx[i] = w > T(0) ? T(0) - (w * (t + k.value)) * k.it : T(0) * k.value;
-    dy[i] = (near ? w * (expm1_minus(t) + t) : q - w) * k.it;
+    dy[i] = (near ? w * expm1_of(t, expm1_minus(t)) : q - w) * k.it;
   }
 }
 
@@ -369,12 +408,16 @@ void logits_chunk(const Plan& p, const Row& row, int sweep, i64 start, int n, co
   T it = (T)p.inverse_temperature;
   if (sweep == 0) {
     T m = maximum(a, n16);
-    pieces<T>((const char*)a, (const char*)b, n16,
+    pieces<T>((const char*)a, nullptr, n16,
               [&](int i, int k) { weights_and_means(a + i, b + i, k, m, it, s.a + i, s.b + i); });
     double mean = sum(s.b, n), weights = sum(s.a, n);
     mean = mean / weights;
     state[MAX_A * pitch] = m;
-    if (absolute(mean) < 1e300 && !spread(a, b, n16, (T)mean, it, s.a, s.b)) {
+    typename Real<T>::Bits bad = absolute(mean) < 1e300 ? 0 : 1;
+    if (!bad)
+      pieces<T>(nullptr, (const char*)b, n16,
+                [&](int i, int k) { bad |= spread(a + i, b + i, k, (T)mean, it, s.a + i, s.b + i); });
+    if (!bad) {
       state[S * pitch] = weights;
       state[M * pitch] = (T)mean;
       double x = sum(s.b, n), g = sum(s.a, n);
@@ -468,9 +511,9 @@ void logits_combine(const Plan& p, int sweep, double* states, i64 count, i64 pit
   }
   merge<T>(it, states, (int)count, pitch, s);
   double mean_z = s[X] / s[S], y = (s[G] + s[X]) / s[S];
-  double apart = ((s[MAX_B] - s[MAX_A]) - s[M]) * it + log(s[Q] / s[S]);
-  bool small = y < infinity<double>() && s[IMPOSSIBLE] == 0;
-  double lse = small ? log1p(y) : apart;               // log E_p[e^z]
+  double lse;                                          // log E_p[e^z]
+  if (y < infinity<double>() && s[IMPOSSIBLE] == 0) lse = log1p(y);
+  else lse = ((s[MAX_B] - s[MAX_A]) - s[M]) * it + log(s[Q] / s[S]);
   double value = lse - mean_z;
   value = value < 0 ? 0.0 : value;                     // rounding of an exact zero
   value = s[IMPOSSIBLE] != 0 ? infinity<double>() : value;
@@ -499,7 +542,7 @@ inline void norm_chunk(const Array& a, const char* row, i64 start, int n, double
   for (int i = 0; i < n; i++) {
     bool top = x[i] == m;
     s.b[i] = top ? 1.0 : 0.0;
-    s.a[i] = top ? 0.0 : exp_flushed((x[i] - zero) * it);
+    s.a[i] = top ? 0.0 : softmax_weight((x[i] - zero) * it);
   }
   state[NORM_MAX * pitch] = m;
   state[NORM_COUNT * pitch] = excluded(m) ? 0.0 : sum(s.b, n);
@@ -589,13 +632,13 @@ inline Kernel kernel(const Plan& p) {
   bool gradient = p.dx.data || p.dy.data;
   if (of_logits(p)) {
     int sweeps = gradient || p.output == TERMS ? 2 : 1;
-    if (p.wide) return {sweeps, {LOGITS_STATES, 0, 0}, logits_chunk<double>, logits_combine<double>};
-    return {sweeps, {LOGITS_STATES, 0, 0}, logits_chunk<float>, logits_combine<float>};
+    if (p.wide) return {sweeps, {LOGITS_STATES, 0, 0}, logits_chunk<double>, logits_combine<double>, nullptr};
+    return {sweeps, {LOGITS_STATES, 0, 0}, logits_chunk<float>, logits_combine<float>, nullptr};
   }
   if (p.space_x == LOGITS || p.space_y == LOGITS)
-    return {gradient ? 3 : 2, {2 * NORM_STATES, SUM_STATES, 0}, mixed_chunk, mixed_combine};
-  if (p.wide) return {1, {1, 0, 0}, terms_chunk<double>, terms_combine};
-  return {1, {1, 0, 0}, terms_chunk<float>, terms_combine};
+    return {gradient ? 3 : 2, {2 * NORM_STATES, SUM_STATES, 0}, mixed_chunk, mixed_combine, nullptr};
+  if (p.wide) return {1, {1, 0, 0}, terms_chunk<double>, terms_combine, terms_flat<double>};
+  return {1, {1, 0, 0}, terms_chunk<float>, terms_combine, terms_flat<float>};
 }
 
 // klcore's own elementary functions over arrays, for the tests

@@ -9,7 +9,6 @@ notice. This file imports no array library and no backend.
 import importlib
 from functools import cache
 from types import ModuleType
-from typing import Any
 
 # the first word of the module that defines an array's type -> the backend
 _MODULES = {"numpy": "klcore.backends.cpu", "cupy": "klcore.backends.cuda"}
@@ -21,7 +20,7 @@ class BackendUnavailableError(RuntimeError):
     """The device or library asked for cannot be used here; the message says what is missing and how to get it."""
 
 
-def find(x: Any, y: Any, device: str | None) -> ModuleType:
+def find(x: object, y: object, device: str | None) -> ModuleType:
     """The backend module for two arrays: a device that is named decides, else the arrays do.
 
     Raises
@@ -35,9 +34,9 @@ def find(x: Any, y: Any, device: str | None) -> ModuleType:
     """
     if device is not None:
         for a in (x, y):
-            _library(type(a))
+            _library(type(a))  # type: ignore[arg-type]  # a type is hashable
         return _module(_of_device(device))
-    of_x, of_y = _library(type(x)), _library(type(y))
+    of_x, of_y = _library(type(x)), _library(type(y))  # type: ignore[arg-type]  # a type is hashable
     if of_x is not of_y:
         if of_x is not None and of_y is not None:
             raise TypeError(

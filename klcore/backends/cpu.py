@@ -38,6 +38,8 @@ def _asarray(a: Any, name: str) -> Any:
     if hasattr(a, "__cuda_array_interface__"):
         a = a.get()  # device="cpu" was asked for
     a = np.asarray(a)
+    if a.dtype.char in "dfe" and a.dtype.isnative:
+        return a
     if a.dtype.kind in "iub":
         return a.astype(np.float64)
     if a.dtype.name not in _FLOATS:
@@ -50,7 +52,7 @@ def _asarray(a: Any, name: str) -> Any:
 
 def _lent(a: Any) -> Any:
     """The array as the kernel reads it: bfloat16 has no buffer format, so its bits are lent."""
-    return a.view(np.uint16) if a is not None and a.dtype.name == "bfloat16" else a
+    return a.view(np.uint16) if a is not None and a.dtype.kind == "V" else a
 
 
 def _run(
@@ -82,9 +84,7 @@ def _run(
         if value is not None:
             return value
 
-    task = rows.arrange(
-        np, _asarray, operation, x, y, space, axis, reduction, weights, temperature, return_grad, out
-    )
+    task = rows.arrange(np, _asarray, operation, x, y, space, axis, reduction, weights, temperature, return_grad, out)
     denominator = task.denominator
     if denominator is None:
         denominator = _cpu.add_up(np.array(task.weights, order="C").reshape(-1))

@@ -1,4 +1,4 @@
-"""CuPy arrays on NVIDIA GPUs. The kernels are not written yet: every call says what is missing, and computes nothing."""
+"""CuPy arrays on NVIDIA GPUs. The kernels are not written yet: every call says what is missing, and does no more."""
 
 import importlib
 from typing import Any, NoReturn

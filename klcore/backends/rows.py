@@ -96,15 +96,17 @@ def arrange(
         raise ValueError(
             f"x and y must have the same number of classes along axis {axis}; found shapes {x.shape} and {y.shape}"
         )
-    xs, ys = xp.moveaxis(xs, last, -1), xp.moveaxis(ys, last, -1)
+    xs, ys = _classes_last(xp, xs, last), _classes_last(xp, ys, last)
     n = xs.shape[-1]
-    try:
-        batch = xp.broadcast_shapes(xs.shape[:-1], ys.shape[:-1])
-    except ValueError:
-        raise ValueError(
-            f"x and y must have batch shapes (all axes but axis {axis}) that broadcast; found shapes {x.shape} and "
-            f"{y.shape}"
-        ) from None
+    batch = xs.shape[:-1]
+    if batch != ys.shape[:-1]:
+        try:
+            batch = xp.broadcast_shapes(batch, ys.shape[:-1])
+        except ValueError:
+            raise ValueError(
+                f"x and y must have batch shapes (all axes but axis {axis}) that broadcast; found shapes {x.shape} and "
+                f"{y.shape}"
+            ) from None
     rows = math.prod(batch)
     weights = _weights(xp, asarray, weights, batch)
 
@@ -114,8 +116,8 @@ def arrange(
     results = _results(out, wanted)
 
     task = Task(
-        x=xp.broadcast_to(xs, (*batch, n)),
-        y=None if single else xp.broadcast_to(ys, (*batch, n)),
+        x=_broadcast(xp, xs, (*batch, n)),
+        y=None if single else _broadcast(xp, ys, (*batch, n)),
         spaces=spaces,
         weights=weights,
         output=PER_ROW if reduction == "row" else TERMS if reduction == "none" else TOTAL,
@@ -132,14 +134,15 @@ def arrange(
     )
     shape = batch if reduction == "row" else terms_shape if reduction == "none" else ()
     operands = {"x": x, "y": y}
-    given = [results[0]] if results[0] is not None else []
-    if results[0] is not None:
-        _check_out(xp, results[0], "the value", shape, dtype)
-    for name, result in zip(wanted, results[1:], strict=True):
-        if result is not None:
-            _check_out(xp, result, f"the gradient with respect to {name}", operands[name].shape, operands[name].dtype)
-            given.append(result)
-    _check_overlap(xp, given, [x, y] if weights is None else [x, y, weights])
+    if out is not None:
+        if results[0] is not None:
+            _check_out(xp, results[0], "the value", shape, dtype)
+        for name, result in zip(wanted, results[1:], strict=True):
+            if result is not None:
+                operand = operands[name]
+                _check_out(xp, result, f"the gradient with respect to {name}", operand.shape, operand.dtype)
+        given = [result for result in results if result is not None]
+        _check_overlap(xp, given, [x, y] if weights is None else [x, y, weights])
 
     if task.output == TOTAL:
         task.out = results[0]
@@ -147,14 +150,14 @@ def arrange(
         task.value = xp.empty(shape, dtype) if results[0] is None else results[0]
         task.value_view = task.value
         if reduction == "none":
-            task.value_view = xp.moveaxis(task.value.reshape(1) if scalar else task.value, last, -1)
+            task.value_view = _classes_last(xp, task.value.reshape(1) if scalar else task.value, last)
     for name, result in zip(wanted, results[1:], strict=True):
         operand = operands[name]
         array = xp.empty_like(operand, subok=False) if result is None else result
-        view = xp.moveaxis(array.reshape(1) if scalar else array, last, -1)
+        view = _classes_last(xp, array.reshape(1) if scalar else array, last)
         lead = len(batch) - (view.ndim - 1)
-        view = view[(None,) * lead]
-        inner = tuple(d for d in range(len(batch)) if view.shape[d] != batch[d])
+        view = view[(None,) * lead] if lead else view
+        inner = () if view.shape[:-1] == batch else tuple(d for d in range(len(batch)) if view.shape[d] != batch[d])
         task.gradients.append(Gradient(name, array, view, inner))
     return task
 
@@ -172,7 +175,11 @@ def _spaces(space: Any, single: bool) -> tuple[int, int]:
     pair = (space, space) if isinstance(space, str) else space
     if single and not isinstance(space, str):
         raise ValueError(f"space must be one of {_list(SPACES)}; found {space!r}")
-    if not isinstance(pair, (tuple, list)) or len(pair) != 2 or not all(isinstance(s, str) and s in SPACES for s in pair):
+    if (
+        not isinstance(pair, (tuple, list))
+        or len(pair) != 2
+        or not all(isinstance(s, str) and s in SPACES for s in pair)
+    ):
         raise ValueError(f"space must be one of {_list(SPACES)}, or a pair (space of x, space of y); found {space!r}")
     return SPACES[pair[0]], SPACES[pair[1]]
 
@@ -210,6 +217,14 @@ def _axis(axis: Any, ndim: int, scalar: bool) -> int:
         what = "0-dimensional arrays, taken as one class" if scalar else f"arrays of {ndim} dimensions"
         raise ValueError(f"axis {a} is out of range for {what}")
     return a - ndim if a >= 0 else a
+
+
+def _classes_last(xp: Any, a: Any, last: int) -> Any:
+    return a if last == -1 else xp.moveaxis(a, last, -1)
+
+
+def _broadcast(xp: Any, a: Any, shape: tuple[int, ...]) -> Any:
+    return a if a.shape == shape else xp.broadcast_to(a, shape)
 
 
 def _insert(batch: tuple[int, ...], position: int, n: int) -> tuple[int, ...]:

@@ -1,0 +1,25 @@
+# Everything happens in .venv, made on the first call; PYTHON chooses its interpreter.
+PYTHON ?= python3
+BIN := .venv/bin
+SOURCES := setup.py pyproject.toml $(wildcard src/*.h src/*.pyx)
+
+.PHONY: build demo test lint bench minimax clean
+
+build: .venv/core
+demo: .venv/demo
+	$(BIN)/python examples/distill_digits.py
+test: .venv/test
+	$(BIN)/python -m pytest -n 2 --dist worksteal
+lint: .venv/lint
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy && PATH=$(CURDIR)/$(BIN):$$PATH cython-lint src
+bench: .venv/bench
+	$(BIN)/python benchmarks/side_by_side.py
+minimax: .venv/test
+	$(BIN)/python docs/minimax.py
+clean:
+	rm -rf .venv build src/kl_cpu.cpp klcore/_cpu*.so
+
+.venv/bin/python:
+	$(PYTHON) -m venv .venv && $(BIN)/pip install -q --upgrade pip
+.venv/%: .venv/bin/python $(SOURCES)
+	$(BIN)/pip install -q -e ".[$*]" && touch $@

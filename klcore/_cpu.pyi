@@ -1,0 +1,33 @@
+"""Types of the extension built from src/kl_cpu.pyx."""
+
+from collections.abc import Callable
+from typing import Any
+
+OPENMP: int
+COMPILER: str
+
+def instruction_sets() -> dict[str, bool]: ...
+def use_instruction_set(name: str) -> None: ...
+def instruction_set() -> str: ...
+def run(
+    operation: int,
+    space_x: int,
+    space_y: int,
+    output: int,
+    x: Any,
+    y: Any,
+    weights: Any,
+    value: Any,
+    dx: Any,
+    dy: Any,
+    wide: bool,
+    temperature: float,
+    gradient_scale: float,
+    threads: int,
+    inner_axes: int = -1,
+) -> float: ...
+def plain(
+    operation: int, space: int, x: Any, y: Any, temperature: float, threads: int, empty: Callable[..., Any], dtypes: Any
+) -> Any: ...
+def add_up(values: Any) -> float: ...
+def elementary(function: str, x: Any, out: Any) -> None: ...
