@@ -36,6 +36,8 @@ inline void watch_forks() {
 
 constexpr int GROUP = 16;             // neighbouring rows taken together where classes lie far apart: they share cache lines
 constexpr i64 SERIAL = 32768;         // classes below which a second thread costs more than it brings
+constexpr i64 STREAM = 64 << 20;      // bytes of output from which on it is streamed past the caches
+constexpr i64 AHEAD = 1 << 20;        // bytes of a row pair that the second-level cache holds twice
 constexpr i64 ROUND = 16 * CHUNK;     // rows whose totals are held at once
 constexpr i64 BLOCK = CHUNK;          // rows summed into one partial when a gradient is summed over rows
 
@@ -51,7 +53,7 @@ struct Scratch {                      // 64-byte aligned memory
 };
 
 inline Row locate(const Plan& p, i64 r) {
-  Row row = {p.x.data, p.y.data, p.value.data, p.dx.data, p.dy.data, 1.0};
+  Row row = {p.x.data, p.y.data, p.value.data, p.dx.data, p.dy.data, 1.0, nullptr, nullptr};
   const char* weight = p.weights.data;
   for (int d = p.ndim - 1; d >= 0; d--) {
     i64 i = d > 0 ? r % p.shape[d] : r;
@@ -63,7 +65,13 @@ inline Row locate(const Plan& p, i64 r) {
     row.dy += i * p.dy.batch[d];
     weight += i * p.weights.batch[d];
   }
-  if (p.weights.data) std::memcpy(&row.weight, weight, sizeof row.weight);
+  if (p.weights.data && p.weights.dtype == FLOAT32) {
+    float f;
+    std::memcpy(&f, weight, sizeof f);
+    row.weight = f;
+  } else if (p.weights.data) {
+    std::memcpy(&row.weight, weight, sizeof row.weight);
+  }
   return row;
 }
 
@@ -100,7 +108,10 @@ struct Batch {
   const Plan& p;
   Kernel kernel;
   const Isa& isa;
-  i64 chunks, group, pitch;
+  i64 chunks, group;
+  i64 panel, panels;                  // chunks whose states are held at once; how often that is
+  i64 per_row;                        // doubles that a row's states take: those of a panel, then one a panel
+  bool ahead;                         // read the next row while this one is written
   bool flat;                          // rows short and dense enough for kernel.flat
   size_t bytes;                       // of scratch a thread
 
@@ -112,9 +123,13 @@ struct Batch {
     flat = kernel.flat && p.n > 0 && p.n <= COLUMNS && p.ndim <= 1 && !p.weights.data && p.output != TERMS &&
            dense(p.x) && dense(p.y) && dense(p.dx) && dense(p.dy);
     if (flat) group = CHUNK / p.n;
-    pitch = (std::max<i64>(chunks, 1) + 7) & ~(i64)7;
-    int most = *std::max_element(kernel.states, kernel.states + 3);
-    bytes = SCRATCH + sizeof(double) * (size_t)(pitch * most * group) + 64;
+    i64 width = p.x.dtype == FLOAT64 ? 8 : 4;
+    ahead = group == 1 && kernel.sweeps > 1 && chunks > 1 && 2 * p.n * width <= AHEAD && p.x.stride == width &&
+            p.y.stride == width;
+    panel = std::min<i64>(CHUNK, (std::max<i64>(chunks, 1) + 7) & ~(i64)7);
+    panels = (chunks + CHUNK - 1) / CHUNK;
+    per_row = (panel + panels) * *std::max_element(kernel.states, kernel.states + 3);
+    bytes = (SCRATCH + sizeof(double) * (size_t)(per_row * group) + 63) & ~(size_t)63;
   }
 
   bool dense(const Array& a) const {
@@ -124,31 +139,63 @@ struct Batch {
 
   int size(i64 chunk) const { return (int)std::min<i64>(CHUNK, p.n - chunk * CHUNK); }
 
+  // One panel's states, and then all panels', into one.
+  void fold_panel(int s, double* states, i64 k) const {
+    int count = (int)std::min<i64>(CHUNK, chunks - k * CHUNK);
+    kernel.fold(p, s, states, count, panel, states + panel * kernel.states[s] + k, panels);
+  }
+  void finish_row(int s, double* states, double* stats) const {
+    double *at = states + panel * kernel.states[s], last[MAX_STATES];
+    i64 count = panels;
+    for (; count > CHUNK; count = (count + CHUNK - 1) / CHUNK)
+      for (i64 k = 0; k * CHUNK < count; k++)
+        kernel.fold(p, s, at + k * CHUNK, (int)std::min<i64>(CHUNK, count - k * CHUNK), panels, at + k, panels);
+    if (count > 0) kernel.fold(p, s, at, (int)count, panels, last, 1);
+    kernel.finish(p, s, count > 0 ? last : nullptr, stats);
+  }
+
   // Sweeps [first, last) of rows [r, r + count), in one thread.
   void rows(i64 r, int count, int first, int last, Row* row, double (*stats)[MAX_STATS], char* scratch) const {
     double* states = (double*)(scratch + SCRATCH);
     for (int i = 0; i < count; i++) row[i] = locate(p, r + i);
+    if (ahead && r + count < p.rows) {
+      Row next = locate(p, r + count);
+      row[0].next_x = next.x;
+      row[0].next_y = next.y;
+    }
     for (int s = first; s < last; s++) {
-      i64 of_row = pitch * kernel.states[s];
-      for (i64 c = 0; c < chunks; c++)
+      for (i64 k = 0; k < panels; k++) {
+        for (i64 c = k * CHUNK; c < std::min(chunks, (k + 1) * CHUNK); c++)
+          for (int i = 0; i < count; i++)
+            if (row[i].weight != 0)
+              kernel.chunk(p, row[i], s, c * CHUNK, size(c), stats[i], states + i * per_row + c % CHUNK, panel, scratch);
         for (int i = 0; i < count; i++)
-          if (row[i].weight != 0)
-            kernel.chunk(p, row[i], s, c * CHUNK, size(c), stats[i], states + i * of_row + c, pitch, scratch);
+          if (row[i].weight != 0) fold_panel(s, states + i * per_row, k);
+      }
       for (int i = 0; i < count; i++)
-        if (row[i].weight != 0) kernel.combine(p, s, states + i * of_row, chunks, pitch, stats[i], scratch);
+        if (row[i].weight != 0) finish_row(s, states + i * per_row, stats[i]);
     }
   }
 
-  // The same for one row, its chunks over all threads.
-  void long_row(Row& row, double* stats, char* scratch, char* all) const {
-    double* states = (double*)(scratch + SCRATCH);
+  // The same for one row, its chunks over all threads. `all` is scratch for each.
+  void long_row(Row& row, double* stats, double* states, char* all) const {
     for (int s = 0; s < kernel.sweeps; s++) {
+      for (i64 k = 0; k < panels; k++) {
+        i64 end = std::min(chunks, (k + 1) * CHUNK);
 #if defined(_OPENMP)
-#pragma omp parallel for schedule(dynamic, 8) num_threads(p.threads)
+#pragma omp parallel num_threads(p.threads)
 #endif
-      for (i64 c = 0; c < chunks; c++)
-        kernel.chunk(p, row, s, c * CHUNK, size(c), stats, states + c, pitch, all + thread() * (i64)SCRATCH);
-      kernel.combine(p, s, states, chunks, pitch, stats, scratch);
+        {
+#if defined(_OPENMP)
+#pragma omp for schedule(dynamic, 8) nowait
+#endif
+          for (i64 c = k * CHUNK; c < end; c++)
+            kernel.chunk(p, row, s, c * CHUNK, size(c), stats, states + c % CHUNK, panel, all + thread() * (i64)SCRATCH);
+          if (p.stream) stream_end();
+        }
+        fold_panel(s, states, k);
+      }
+      finish_row(s, states, stats);
     }
   }
 
@@ -186,6 +233,8 @@ struct Total {
 
 inline void run_here(Plan& p, const Isa& isa) {
   collapse(p);
+  i64 outputs = (p.dx.data != nullptr) + (p.dy.data != nullptr) + (p.output == TERMS);
+  p.stream = p.rows * p.n * 4 * outputs >= STREAM;
   Batch b(p, isa);
   Total total(isa);
   bool totals = p.output == TOTAL;
@@ -194,13 +243,13 @@ inline void run_here(Plan& p, const Isa& isa) {
   i64 round = totals ? std::min<i64>(p.rows, ROUND) : p.rows;
   std::vector<double> held(totals ? (size_t)round : 0);
   bool by_chunk = p.threads > 1 && p.rows < 4 * p.threads && b.chunks >= 4 * p.threads;
-  Scratch scratch((by_chunk ? b.bytes + (size_t)SCRATCH * p.threads : b.bytes * p.threads));
+  Scratch scratch(by_chunk ? b.bytes + (size_t)SCRATCH * p.threads : b.bytes * p.threads);
 
   if (by_chunk) {
     for (i64 r = 0; r < p.rows; r++) {
       Row row = locate(p, r);
       double stats[MAX_STATS] = {0};
-      if (row.weight != 0) b.long_row(row, stats, scratch.data(), scratch.data() + ((b.bytes + 63) & ~(size_t)63));
+      if (row.weight != 0) b.long_row(row, stats, (double*)(scratch.data() + SCRATCH), scratch.data() + b.bytes);
       double v = b.finish(row, stats);
       if (totals) held[(size_t)r] = v;
     }
@@ -208,7 +257,7 @@ inline void run_here(Plan& p, const Isa& isa) {
   } else {
     for (i64 start = 0; start < p.rows; start += round) {
       i64 end = std::min(p.rows, start + round), groups = (end - start + b.group - 1) / b.group;
-      i64 share = std::max<i64>(1, std::min<i64>(groups / (p.threads * 8), SERIAL / std::max<i64>(p.n, 1)));
+      i64 share = std::max<i64>(1, groups / (p.threads * 8));   // runs of rows, so that each finds its next one asked for
       auto group = [&](i64 g) {
         i64 r = start + g * b.group;
         int count = (int)std::min<i64>(b.group, end - r);
@@ -234,10 +283,17 @@ inline void run_here(Plan& p, const Isa& isa) {
         for (i64 g = 0; g < groups; g++) group(g);
       } else {
 #if defined(_OPENMP)
-#pragma omp parallel for schedule(dynamic, share) num_threads(p.threads)
+#pragma omp parallel num_threads(p.threads)
 #endif
-        for (i64 g = 0; g < groups; g++) group(g);
+        {
+#if defined(_OPENMP)
+#pragma omp for schedule(dynamic, share) nowait
+#endif
+          for (i64 g = 0; g < groups; g++) group(g);
+          if (p.stream) stream_end();
+        }
       }
+      if (p.stream) stream_end();
       if (totals) total.add(held.data(), end - start);
     }
   }
@@ -303,12 +359,7 @@ inline void run_summed(Plan& p, const Isa& isa, int inner_axes) {
     }
     Row row = locate(p, o * inner);
     char* at = of_x ? row.dx : row.dy;
-    switch (target.dtype) {
-      case FLOAT64: generic::narrow_from<FLOAT64>(result.data(), 1.0, p.n, at, target.stride); break;
-      case FLOAT32: generic::narrow_from<FLOAT32>(result.data(), 1.0, p.n, at, target.stride); break;
-      case FLOAT16: generic::narrow_from<FLOAT16>(result.data(), 1.0, p.n, at, target.stride); break;
-      default: generic::narrow_from<BFLOAT16>(result.data(), 1.0, p.n, at, target.stride);
-    }
+    generic::narrow_to(target.dtype, result.data(), 1.0, p.n, at, target.stride);
   }
 }
 

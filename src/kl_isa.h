@@ -11,9 +11,17 @@
 
 #if (defined(__x86_64__) || defined(__i386__)) && (defined(__GNUC__) || defined(__clang__))
 #define KL_X86 1
+#include <immintrin.h>
 #endif
 
 namespace kl {
+
+// Streamed stores are visible to other threads after this.
+inline void stream_end() {
+#if defined(KL_X86) && defined(__SSE2__)
+  _mm_sfence();
+#endif
+}
 
 KL_FN void prefetch(const char* p) {
 #if defined(__GNUC__) || defined(__clang__)
@@ -23,10 +31,16 @@ KL_FN void prefetch(const char* p) {
 #endif
 }
 
+// Each namespace below begins with `stream_line`: 64 bytes to a 64-byte boundary past the caches, where it can.
 namespace generic {   // what the compiler targets by default: SSE2 on x86-64, NEON on aarch64
-#define KL_ISA_NAME "generic"
+inline void stream_line(char* to, const char* from) {
+#ifdef __SSE2__
+  for (int i = 0; i < 64; i += 16) _mm_stream_si128((__m128i*)(to + i), _mm_loadu_si128((const __m128i*)(from + i)));
+#else
+  std::memcpy(to, from, 64);
+#endif
+}
 #include "kl_rows.h"
-#undef KL_ISA_NAME
 }  // namespace generic
 
 #ifdef KL_X86
@@ -38,9 +52,11 @@ namespace generic {   // what the compiler targets by default: SSE2 on x86-64, N
 #pragma GCC target("avx2,fma,f16c,bmi,bmi2")
 #endif
 namespace avx2 {
-#define KL_ISA_NAME "avx2"
+inline void stream_line(char* to, const char* from) {
+  for (int i = 0; i < 64; i += 32)
+    _mm256_stream_si256((__m256i*)(to + i), _mm256_loadu_si256((const __m256i*)(from + i)));
+}
 #include "kl_rows.h"
-#undef KL_ISA_NAME
 }  // namespace avx2
 #if defined(__clang__)
 #pragma clang attribute pop
@@ -52,9 +68,8 @@ namespace avx2 {
 #pragma GCC target("avx512f,avx512dq,avx512bw,avx512vl,avx2,fma,f16c,bmi,bmi2,prefer-vector-width=512")
 #endif
 namespace avx512 {
-#define KL_ISA_NAME "avx512"
+inline void stream_line(char* to, const char* from) { _mm512_stream_si512((__m512i*)to, _mm512_loadu_si512(from)); }
 #include "kl_rows.h"
-#undef KL_ISA_NAME
 }  // namespace avx512
 #if defined(__clang__)
 #pragma clang attribute pop

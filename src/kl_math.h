@@ -1,7 +1,8 @@
 // The maths of klcore, once: elementary functions, the terms of every divergence, and their derivatives.
 // Read by the C++ compiler (through kl_rows.h) and by NVRTC (in front of kl_cuda.cu). Includes nothing.
-// Only IEEE + - * / and fma, in a fixed order and without branches, so that every processor computes the same bits:
-// compile without contraction and without fast-math. The derivations are in docs/maths.md.
+// Only IEEE + - * / and fma, in a fixed order, so that every processor computes the same bits: compile without contraction
+// and without fast-math. No branches: special cases are selects, the last one wins, each on one comparison, which is what
+// vectorisers take. The derivations are in docs/maths.md.
 #pragma once
 
 #if defined(__CUDACC__)
@@ -91,7 +92,7 @@ template <typename T> KL_FN T horner(T, T c) { return c; }
 template <typename T, typename... C> KL_FN T horner(T x, T c, C... rest) { return fma(horner(x, rest...), x, c); }
 
 // ---- polynomials (docs/minimax.py prints them with their errors) ------------------------------------------------------
-// (e^r - 1 - r) / r^2 for |r| <= ln(2)/2, relative error 2^-28 and 2^-58
+// (e^r - 1 - r) / r^2 for |r| <= ln(2)/2, relative error 2^-26.5 and 2^-57.5
 KL_FN float exp_tail(float r) {
   return horner(r, 0x1.000000p-1f, 0x1.555556p-3f, 0x1.5554e8p-5f, 0x1.1110e0p-7f, 0x1.6d434ep-10f, 0x1.a12516p-13f);
 }
@@ -100,7 +101,7 @@ KL_FN double exp_tail(double r) {
                 0x1.6c16c16c162cfp-10, 0x1.a01a01abeccc3p-13, 0x1.a01a01a6db488p-16, 0x1.71de02225a2f3p-19,
                 0x1.27e4db5bb725ap-22, 0x1.af4e092e1705bp-26, 0x1.1f7315649f2d7p-29);
 }
-// 2 atanh(s)/s - 2 with w = s^2 <= 0.04, error against the whole 2^-33 and 2^-61
+// 2 atanh(s)/s - 2 with w = s^2 <= 0.04, error against 2 atanh(s)/s 2^-30 and 2^-60
 KL_FN float atanh_tail(float w) {
   return w * horner(w, 0x1.555556p-1f, 0x1.999a6ep-2f, 0x1.242bd4p-2f, 0x1.e68266p-3f);
 }
@@ -158,7 +159,7 @@ template <typename T> KL_FN T expm1(T x) {
   bool large = o.n > T(R::mantissa + 1);    // s - 1/2 would round: take the 1 off the other factor
   T small = power_of_two(R::round - (o.n < T(100) ? o.n : T(100)));
   T z = fma(s, large ? y - small : y, large ? s : s - T(0.5));
-  z = o.n == T(1) && o.r < T(-0.25) ? (T(0.5) + o.r) + h : z;   // 1/2 + y would inherit the rounding of y, doubled
+  z = (o.n == T(1)) & (o.r < T(-0.25)) ? (T(0.5) + o.r) + h : z;   // 1/2 + y would inherit the rounding of y, doubled
   z = o.n == T(0) ? y : z + z;
   return x > R::expm1_overflow ? infinity<T>() : z;
 }
@@ -169,7 +170,7 @@ template <bool ALL = true, typename T> KL_FN T expm1_minus(T t) {
   Octave<T> o = octave(t);
   T h = (o.r * o.r) * exp_tail(o.r), s = power_of_two(o.k);
   T g = fma(s - T(1), T(1) + o.r, fma(s, h, o.n * -R::ln2));
-  return ALL && t < T(-60) ? T(-1) - t : g;
+  return ALL & (t < T(-60)) ? T(-1) - t : g;
 }
 // e^t - 1 where g = e^t - 1 - t is at hand already, with an error of a few eps
 template <typename T> KL_FN T expm1_of(T t, T g) {
@@ -183,8 +184,10 @@ template <typename T> KL_FN T expm1_of(T t, T g) {
 template <typename T> struct Ratio { T from, to, k; };
 template <bool ALL = true, typename T> KL_FN Ratio<T> ratio(T x, T y) {
   typedef Real<T> R;
-  bool sx = ALL && x < R::tiny, sy = ALL && y < R::tiny;
+  bool sx = ALL & (x < R::tiny), sy = ALL & (y < R::tiny);
   T xn = sx ? x * R::up : x, yn = sy ? y * R::up : y;
+  xn = ALL & (x == T(0)) ? T(1) : xn;        // the caller knows what zero makes; its bits would be taken for a subnormal,
+  yn = ALL & (y == T(0)) ? T(1) : yn;        // and processors are slow with these
   typename R::Bits o = bits(yn) - bits(xn) + (R::half_octave + R::sign);
   T k = real((o >> R::mantissa) | R::two_mantissa) - R::octave_offset;
   T to = real(bits(yn) + R::sign - (o & R::octaves));
@@ -201,7 +204,7 @@ template <bool ALL = true, typename T> KL_FN LogRatio<T> log_ratio(T x, T y) {
   T d = q.to - q.from, s = d / (q.to + q.from), t = atanh_tail(s * s);
   T value = fma(q.k, R::ln2, fma(s, t, s + s));
   T near = s * fma(-q.from, t, d);          // same octave: Loader's form, no cancellation
-  near = ALL && x < R::tiny ? near * R::down : near;
+  near = ALL & (x < R::tiny) ? near * R::down : near;
   T apart = fma(-x, value, y - x);
   return {value, q.k == T(0) ? near : apart};
 }
@@ -252,8 +255,17 @@ struct Plain {
   template <typename T> static KL_FN bool ordinary(T, T) { return false; }
 };
 
+// what NaN in either argument makes of a result
+template <typename T> KL_FN T unless_nan(T x, T y, T v) {
+  v = x == x ? v : x;
+  return y == y ? v : y;
+}
+
 // both probabilities
-template <typename T> KL_FN T on_probs(T x, T y, T v) { return x >= T(0) && y >= T(0) ? v : nan<T>(); }
+template <typename T> KL_FN T on_probs(T x, T y, T v) {
+  v = x >= T(0) ? v : nan<T>();
+  return y >= T(0) ? v : nan<T>();
+}
 template <typename T> KL_FN T zero_over(T x, T y) {   // -x/y with 0/0 = 0
   T d = T(0) - x / y;
   return x == T(0) ? T(0) : d;
@@ -262,13 +274,13 @@ template <typename T> KL_FN T zero_over(T x, T y) {   // -x/y with 0/0 = 0
 template <> struct Term<KL_DIV, PROBS, PROBS> {
   static constexpr bool has_ordinary = true;
   template <typename T> static KL_FN bool ordinary(T x, T y) {
-    return x >= Real<T>::tiny && y >= Real<T>::tiny && x < infinity<T>() && y < infinity<T>();
+    return (x >= Real<T>::tiny) & (y >= Real<T>::tiny) & (x < infinity<T>()) & (y < infinity<T>());
   }
   template <bool ALL = true, typename T> static KL_FN T value(T x, T y) {
     T v = log_ratio<ALL>(x, y).deviance;
     if constexpr (!ALL) return v;
+    v = y == T(0) ? infinity<T>() : v;
     v = x == T(0) ? y : v;
-    v = y == T(0) && x > T(0) ? infinity<T>() : v;
     return on_probs(x, y, v);
   }
   template <bool ALL = true, typename T> static KL_FN T dx(T x, T y) {   // log(x/y)
@@ -305,7 +317,8 @@ template <> struct Term<REL_ENTR, PROBS, PROBS> : Plain {
 template <> struct Term<CROSS_ENTROPY, PROBS, PROBS> : Plain {
   template <typename T> static KL_FN T value(T x, T y) {
     T v = T(0) - x * log(y);
-    return on_probs(x, y, x == T(0) ? T(0) : v);
+    v = x == T(0) ? T(0) : v;
+    return on_probs(x, y, v);
   }
   template <typename T> static KL_FN T dx(T x, T y) { return on_probs(x, y, T(0) - log(y)); }
   template <typename T> static KL_FN T dy(T x, T y) { return on_probs(x, y, zero_over(x, y)); }
@@ -320,32 +333,38 @@ template <> struct Term<ENTROPY, PROBS, PROBS> : Plain {
   template <typename T> static KL_FN T dy(T, T) { return T(0); }
 };
 
-// both log-probabilities; t = log q - log p. A class that x excludes (-inf) has p = 0 and contributes q.
+// Both log-probabilities; t = log q - log p. A class that x excludes (-inf) has p = 0 and contributes q; where t > far,
+// q alone counts.
 template <typename T> KL_FN bool excluded(T l) { return l == -infinity<T>(); }
-template <typename T> KL_FN bool impossible(T x, T y) { return excluded(y) && x > -infinity<T>(); }   // p > 0, q = 0
-template <typename T> KL_FN bool dwarfed(T x, T t) { return t > Real<T>::far || excluded(x); }         // q alone counts
 
 template <> struct Term<KL_DIV, LOG_PROBS, LOG_PROBS> {
   static constexpr bool has_ordinary = true;
   template <typename T> static KL_FN bool ordinary(T x, T y) {
-    return absolute(y - x) < Real<T>::far && x > Real<T>::flush && x < Real<T>::exp_ordinary;
+    return (absolute(y - x) < Real<T>::far) & (x > Real<T>::flush) & (x < Real<T>::exp_ordinary);
   }
   template <bool ALL = true, typename T> static KL_FN T value(T x, T y) {   // p (e^t - 1 - t)
     T t = y - x;
     if constexpr (!ALL) return exp<false>(x) * expm1_minus<false>(t);
-    T v = exp(dwarfed(x, t) ? y : x) * (dwarfed(x, t) ? T(1) : expm1_minus(t));
-    return impossible(x, y) ? infinity<T>() : v;
+    T e = exp(t > Real<T>::far ? y : x), g = expm1_minus(t), v = e * g;
+    v = t > Real<T>::far ? e : v;
+    v = excluded(y) ? infinity<T>() : v;
+    v = excluded(x) ? exp(y) : v;
+    return unless_nan(x, y, v);
   }
   template <bool ALL = true, typename T> static KL_FN T dx(T x, T y) {      // -p t
     T t = y - x, d = T(0) - exp<ALL>(x) * t;
     if constexpr (!ALL) return d;
-    d = excluded(x) ? (y == y ? T(0) : y) : d;
-    return impossible(x, y) ? infinity<T>() : d;
+    d = excluded(y) ? infinity<T>() : d;
+    d = excluded(x) ? T(0) : d;
+    return unless_nan(x, y, d);
   }
   template <bool ALL = true, typename T> static KL_FN T dy(T x, T y) {      // q - p
     T t = y - x;
     if constexpr (!ALL) return exp<false>(x) * expm1_of(t, expm1_minus<false>(t));
-    return exp(dwarfed(x, t) ? y : x) * (dwarfed(x, t) ? T(1) : expm1_of(t, expm1_minus(t)));
+    T e = exp(t > Real<T>::far ? y : x), d = e * expm1_of(t, expm1_minus(t));
+    d = t > Real<T>::far ? e : d;
+    d = excluded(x) ? exp(y) : d;
+    return unless_nan(x, y, d);
   }
 };
 
@@ -353,20 +372,22 @@ template <> struct Term<REL_ENTR, LOG_PROBS, LOG_PROBS> : Plain {
   template <typename T> static KL_FN T value(T x, T y) { return Term<KL_DIV, LOG_PROBS, LOG_PROBS>::dx(x, y); }
   template <typename T> static KL_FN T dx(T x, T y) {      // p (1 - t)
     T d = exp(x) * (T(1) - (y - x));
-    d = excluded(x) ? (y == y ? T(0) : y) : d;
-    return impossible(x, y) ? infinity<T>() : d;
+    d = excluded(y) ? infinity<T>() : d;
+    d = excluded(x) ? T(0) : d;
+    return unless_nan(x, y, d);
   }
-  template <typename T> static KL_FN T dy(T x, T y) { return y == y ? T(0) - exp(x) : y; }
+  template <typename T> static KL_FN T dy(T x, T y) { return unless_nan(x, y, T(0) - exp(x)); }
 };
 
 template <> struct Term<CROSS_ENTROPY, LOG_PROBS, LOG_PROBS> : Plain {
   template <typename T> static KL_FN T value(T x, T y) {   // -p log q
     T v = T(0) - exp(x) * y;
-    v = excluded(x) ? (y == y ? T(0) : y) : v;
-    return impossible(x, y) ? infinity<T>() : v;
+    v = excluded(y) ? infinity<T>() : v;
+    v = excluded(x) ? T(0) : v;
+    return unless_nan(x, y, v);
   }
   template <typename T> static KL_FN T dx(T x, T y) { return value(x, y); }
-  template <typename T> static KL_FN T dy(T x, T y) { return y == y ? T(0) - exp(x) : y; }
+  template <typename T> static KL_FN T dy(T x, T y) { return unless_nan(x, y, T(0) - exp(x)); }
 };
 
 template <> struct Term<ENTROPY, LOG_PROBS, LOG_PROBS> : Plain {
@@ -383,61 +404,86 @@ template <> struct Term<ENTROPY, LOG_PROBS, LOG_PROBS> : Plain {
 
 // one of each: the probability and its logarithm are both needed. Precise only in double, which kl_rows.h uses here:
 // log p rounds to eps * |log p|, and the divergence of close distributions is the square of a difference of logs.
-template <int S, typename T> KL_FN T prob(T x) { return S == PROBS ? x : exp(x); }
-template <int S, typename T> KL_FN T log_prob(T x) { return S == PROBS ? log(x) : x; }
+template <int S, typename T> KL_FN T prob(T x) {
+  if constexpr (S == PROBS) return x;
+  else return exp(x);
+}
+template <int S, typename T> KL_FN T log_prob(T x) {
+  if constexpr (S == PROBS) return log(x);
+  else return x;
+}
 
 template <int SX, int SY> struct Term<KL_DIV, SX, SY> : Plain {
   template <typename T> static KL_FN T value(T x, T y) {
-    T lx = log_prob<SX>(x), ly = log_prob<SY>(y), t = ly - lx;
-    T v = dwarfed(lx, t) ? prob<SY>(y) : prob<SX>(x) * expm1_minus(t);
-    v = impossible(lx, ly) ? infinity<T>() : v;
-    return lx == lx && ly == ly ? v : nan<T>();
+    T lx = log_prob<SX>(x), ly = log_prob<SY>(y), t = ly - lx, q = prob<SY>(y);
+    T v = prob<SX>(x) * expm1_minus(t);
+    v = t > Real<T>::far ? q : v;
+    v = excluded(ly) ? infinity<T>() : v;
+    v = excluded(lx) ? q : v;
+    return unless_nan(lx, ly, v);
   }
   template <typename T> static KL_FN T dx(T x, T y) {      // -t, times p where x is a logarithm
     T lx = log_prob<SX>(x), ly = log_prob<SY>(y), t = ly - lx;
     T d = T(0) - (SX == PROBS ? t : prob<SX>(x) * t);
-    if (SX != PROBS) d = excluded(lx) ? T(0) : d;
-    d = (SX == PROBS ? excluded(ly) : impossible(lx, ly)) ? infinity<T>() : d;
-    return lx == lx && ly == ly ? d : nan<T>();
+    if constexpr (SX == PROBS) {
+      d = excluded(ly) ? infinity<T>() : d;
+    } else {
+      d = excluded(ly) ? infinity<T>() : d;
+      d = excluded(lx) ? T(0) : d;
+    }
+    return unless_nan(lx, ly, d);
   }
   template <typename T> static KL_FN T dy(T x, T y) {      // 1 - x/y, times q where y is a logarithm
-    T lx = log_prob<SX>(x), ly = log_prob<SY>(y), t = ly - lx;
-    T d = SY == PROBS ? T(0) - expm1(-t) : (dwarfed(lx, t) ? prob<SY>(y) : prob<SX>(x) * expm1(t));
-    if (SY == PROBS) d = excluded(lx) ? T(1) : d;
-    return lx == lx && ly == ly ? d : nan<T>();
+    T lx = log_prob<SX>(x), ly = log_prob<SY>(y), t = ly - lx, d;
+    if constexpr (SY == PROBS) {
+      d = T(0) - expm1(-t);
+      d = excluded(lx) ? T(1) : d;
+    } else {
+      T q = prob<SY>(y);
+      d = prob<SX>(x) * expm1_of(t, expm1_minus(t));
+      d = t > Real<T>::far ? q : d;
+      d = excluded(lx) ? q : d;
+    }
+    return unless_nan(lx, ly, d);
   }
 };
 
 template <int SX, int SY> struct Term<REL_ENTR, SX, SY> : Plain {
   template <typename T> static KL_FN T value(T x, T y) {
     T lx = log_prob<SX>(x), ly = log_prob<SY>(y), v = T(0) - prob<SX>(x) * (ly - lx);
+    v = excluded(ly) ? infinity<T>() : v;
     v = excluded(lx) ? T(0) : v;
-    v = impossible(lx, ly) ? infinity<T>() : v;
-    return lx == lx && ly == ly ? v : nan<T>();
+    return unless_nan(lx, ly, v);
   }
   template <typename T> static KL_FN T dx(T x, T y) {
     T lx = log_prob<SX>(x), ly = log_prob<SY>(y), d = T(1) - (ly - lx);
-    if (SX != PROBS) d = excluded(lx) ? T(0) : prob<SX>(x) * d;
-    d = (SX == PROBS ? excluded(ly) : impossible(lx, ly)) ? infinity<T>() : d;
-    return lx == lx && ly == ly ? d : nan<T>();
+    if constexpr (SX == PROBS) {
+      d = excluded(ly) ? infinity<T>() : d;
+    } else {
+      d = prob<SX>(x) * d;
+      d = excluded(ly) ? infinity<T>() : d;
+      d = excluded(lx) ? T(0) : d;
+    }
+    return unless_nan(lx, ly, d);
   }
   template <typename T> static KL_FN T dy(T x, T y) {
-    T lx = log_prob<SX>(x), ly = log_prob<SY>(y), p = prob<SX>(x);
-    T d = SY == PROBS ? zero_over(p, y) : T(0) - p;
-    return lx == lx && ly == ly ? d : nan<T>();
+    T lx = log_prob<SX>(x), ly = log_prob<SY>(y), p = prob<SX>(x), d = T(0) - p;
+    if constexpr (SY == PROBS) d = zero_over(p, y);
+    return unless_nan(lx, ly, d);
   }
 };
 
 template <int SX, int SY> struct Term<CROSS_ENTROPY, SX, SY> : Plain {
   template <typename T> static KL_FN T value(T x, T y) {
     T lx = log_prob<SX>(x), ly = log_prob<SY>(y), v = T(0) - prob<SX>(x) * ly;
+    v = excluded(ly) ? infinity<T>() : v;
     v = excluded(lx) ? T(0) : v;
-    v = impossible(lx, ly) ? infinity<T>() : v;
-    return lx == lx && ly == ly ? v : nan<T>();
+    return unless_nan(lx, ly, v);
   }
   template <typename T> static KL_FN T dx(T x, T y) {
-    T ly = log_prob<SY>(y);
-    return SX == PROBS ? (x >= T(0) ? T(0) - ly : nan<T>()) : value(x, y);
+    if constexpr (SX != PROBS) return value(x, y);
+    T d = T(0) - log_prob<SY>(y);
+    return x >= T(0) ? d : nan<T>();
   }
   template <typename T> static KL_FN T dy(T x, T y) { return Term<REL_ENTR, SX, SY>::dy(x, y); }
 };

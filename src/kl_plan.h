@@ -22,11 +22,12 @@ struct Plan {
   int output;
   int wide;                          // compute in double
   int threads;
+  int stream;                        // outputs are larger than the caches
   int ndim;                          // batch axes
   i64 shape[MAX_DIMS];
   i64 rows, n;
   double inverse_temperature, gradient_scale;
-  Array x, y, weights;               // weights are float64
+  Array x, y, weights;               // weights are float64 or float32
   Array value, dx, dy;               // dx and dy: one gradient row for every batch row
   double total;                      // result of TOTAL
 };
@@ -35,23 +36,27 @@ struct Row {                  // one row of the plan: where it lies, what it wei
   const char *x, *y;
   char *value, *dx, *dy;
   double weight;
+  const char *next_x, *next_y;   // the row after it, if it may be asked for ahead of time
 };
 
 // Doubles that describe a row once its sweeps are done; the value stands first.
 constexpr int MAX_STATS = 12;
 
-// How one kind of row is computed: in `sweeps` passes over its chunks. A sweep turns each chunk into `states[s]`
-// doubles (state[k * pitch], k = 0, 1, ...), which `combine` turns into the row's stats; the last may only write.
+// How one kind of row is computed: in `sweeps` passes over its chunks. A sweep turns each chunk into `states[s]` doubles
+// (state[k * pitch], k = 0, 1, ...; none if it only writes); `fold` makes one such state of up to CHUNK of them, level by
+// level, and `finish` turns the last one (pitch 1; nullptr for a row without classes) into the row's stats.
+constexpr int MAX_STATES = 9;
 struct Kernel {
   int sweeps;
   int states[3];
   void (*chunk)(const Plan&, const Row&, int sweep, i64 start, int n, const double* stats, double* state, i64 pitch,
                 void* scratch);
-  void (*combine)(const Plan&, int sweep, double* states, i64 count, i64 pitch, double* stats, void* scratch);
+  void (*fold)(const Plan&, int sweep, double* from, int count, i64 from_pitch, double* to, i64 to_pitch);
+  void (*finish)(const Plan&, int sweep, const double* state, double* stats);
   // the totals of several rows of at most COLUMNS classes that lie one behind the other; or nullptr
   void (*flat)(const Plan&, const Row& first, int rows, double* totals, void* scratch);
 };
 
-constexpr int SCRATCH = 12 * 1024 * 8;   // bytes that chunk and combine may use, 64-byte aligned
+constexpr int SCRATCH = 56 * 1024;   // bytes that a chunk may use, 64-byte aligned
 
 }  // namespace kl

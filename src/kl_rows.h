@@ -61,17 +61,27 @@ inline double sum_levels(double* t, i64 n) {
   return sum(last, (int)n);
 }
 
+// m[j] = the larger of m[j] and t[j]; that of m where t is NaN. Loaded first: gcc would choose between addresses.
+template <int N, typename T> KL_FN void take_larger(T* m, const T* t) {
+  for (int j = 0; j < N; j++) {
+    T a = t[j], b = m[j];
+    m[j] = a > b ? a : b;
+  }
+}
+
 // the largest element; NaN is passed over. n is a multiple of 16.
-template <typename T> T maximum(const T* t, int n) {
+template <typename T> T maximum(const T* __restrict t, int n) {
   alignas(64) T m[64];
   for (int j = 0; j < 64; j++) m[j] = -infinity<T>();
   int i = 0;
-  for (; i + 64 <= n; i += 64)
-    for (int j = 0; j < 64; j++) m[j] = t[i + j] > m[j] ? t[i + j] : m[j];
-  for (; i < n; i += 16)
-    for (int j = 0; j < 16; j++) m[j] = t[i + j] > m[j] ? t[i + j] : m[j];
-  for (int half = 32; half >= 1; half /= 2)
-    for (int j = 0; j < half; j++) m[j] = m[j + half] > m[j] ? m[j + half] : m[j];
+  for (; i + 64 <= n; i += 64) take_larger<64>(m, t + i);
+  for (; i < n; i += 16) take_larger<16>(m, t + i);
+  take_larger<32>(m, m + 32);
+  take_larger<16>(m, m + 16);
+  take_larger<8>(m, m + 8);
+  take_larger<4>(m, m + 4);
+  take_larger<2>(m, m + 2);
+  take_larger<1>(m, m + 1);
   return m[0];
 }
 
@@ -159,32 +169,50 @@ template <int D, typename T> void narrow_from(const T* __restrict v, T scale, i6
   }
 }
 
-template <typename T> void store(const Array& a, char* row, i64 start, int n, const T* v, double scale) {
-  char* p = row + start * a.stride;
-  switch (a.dtype) {
-    case FLOAT64: narrow_from<FLOAT64>(v, (T)scale, n, p, a.stride); break;
-    case FLOAT32: narrow_from<FLOAT32>(v, (T)scale, n, p, a.stride); break;
-    case FLOAT16: narrow_from<FLOAT16>(v, (T)scale, n, p, a.stride); break;
-    default: narrow_from<BFLOAT16>(v, (T)scale, n, p, a.stride);
+template <typename T> void narrow_to(int dtype, const T* v, T scale, i64 n, char* p, i64 stride) {
+  switch (dtype) {
+    case FLOAT64: narrow_from<FLOAT64>(v, scale, n, p, stride); break;
+    case FLOAT32: narrow_from<FLOAT32>(v, scale, n, p, stride); break;
+    case FLOAT16: narrow_from<FLOAT16>(v, scale, n, p, stride); break;
+    default: narrow_from<BFLOAT16>(v, scale, n, p, stride);
   }
 }
 
-// Runs f(i, m) over a chunk piece by piece; before each piece asks for the memory that lies one chunk further on, so that
-// it arrives while this chunk is computed: the hardware's own prefetch stops at every page.
-template <typename T, class F> void pieces(const char* px, const char* py, int n, F f) {
-  constexpr int PIECE = 128, AHEAD = CHUNK * sizeof(T), LINE = 64;
+// v * scale to elements [start, start+n) of a row. Large outputs are streamed: nobody will find them in a cache later,
+// and a store that misses the caches reads the line first.
+template <typename T> void store(const Array& a, char* row, i64 start, int n, const T* v, double scale, bool stream) {
+  char* p = row + start * a.stride;
+  i64 size = a.dtype == FLOAT64 ? 8 : a.dtype == FLOAT32 ? 4 : 2;
+  if (!stream || a.stride != size) return narrow_to(a.dtype, v, (T)scale, n, p, a.stride);
+  alignas(64) char line[CHUNK * 8];
+  narrow_to(a.dtype, v, (T)scale, n, line, size);
+  i64 bytes = n * size, head = (i64)(-(std::uintptr_t)p & 63);
+  head = head < bytes ? head : bytes;
+  std::memcpy(p, line, (size_t)head);
+  i64 at = head;
+  for (; at + 64 <= bytes; at += 64) stream_line(p + at, line + at);
+  std::memcpy(p + at, line + at, (size_t)(bytes - at));
+}
+
+// Runs f(i, m) over a chunk piece by piece, and with each piece asks for as much of the memory at px and py, so that it
+// arrives while this chunk is computed: the hardware's own prefetch stops at every page.
+template <typename T, class F> void pieces(const void* px, const void* py, int n, F f) {
+  constexpr int PIECE = 128, LINE = 64;
   for (int i = 0; i < n; i += PIECE) {
     int m = n - i < PIECE ? n - i : PIECE;
-    for (int k = 0; k < m * (int)sizeof(T); k += LINE) {
-      if (px) prefetch(px + AHEAD + i * sizeof(T) + k);
-      if (py) prefetch(py + AHEAD + i * sizeof(T) + k);
+    for (i64 k = i * (i64)sizeof(T); k < (i + m) * (i64)sizeof(T); k += LINE) {
+      if (px) prefetch((const char*)px + k);
+      if (py) prefetch((const char*)py + k);
     }
     f(i, m);
   }
 }
 
-template <typename T> struct Buffers {   // one chunk's worth each, in the scratch that kl_batch.h hands over
-  T x[CHUNK], y[CHUNK], a[CHUNK], b[CHUNK], dx[CHUNK], dy[CHUNK];
+// One chunk's worth each, in the scratch that kl_batch.h hands over. The padding keeps them at different offsets within a
+// page: a load waits for an earlier store whose address agrees in the last 12 bits.
+template <typename T> struct Buffers {
+  static constexpr int SIZE = CHUNK + 576 / sizeof(T);
+  T skip[576 / sizeof(T)], x[SIZE], y[SIZE], a[SIZE], b[SIZE], dx[SIZE], dy[SIZE];
 };
 
 // ---- terms ---------------------------------------------------------------------------------------------------------------
@@ -193,18 +221,21 @@ template <typename T> struct Terms {   // value, and the derivatives asked for, 
   typedef void (*Map)(const T* x, const T* y, int n, T* value, T* dx, T* dy);
 };
 
-// Ordinary arguments first, in the shorter form; if some were not, all over again: the bits of the others are the same.
+// Ordinary arguments take the shorter form; the bits are those of the long one. Looked at beforehand, because what the
+// shorter form makes of a zero are subnormals, with which processors are slow.
 template <class F, typename T, bool DX, bool DY>
 void terms(const T* __restrict x, const T* __restrict y, int n, T* __restrict value, T* __restrict dx, T* __restrict dy) {
   if constexpr (F::has_ordinary) {
     typename Real<T>::Bits others = 0;
-    for (int i = 0; i < n; i++) {
-      others |= F::ordinary(x[i], y[i]) ? 0 : 1;
-      value[i] = F::template value<false>(x[i], y[i]);
-      if (DX) dx[i] = F::template dx<false>(x[i], y[i]);
-      if (DY) dy[i] = F::template dy<false>(x[i], y[i]);
+    for (int i = 0; i < n; i++) others |= F::ordinary(x[i], y[i]) ? 0 : 1;
+    if (!others) {
+      for (int i = 0; i < n; i++) {
+        value[i] = F::template value<false>(x[i], y[i]);
+        if (DX) dx[i] = F::template dx<false>(x[i], y[i]);
+        if (DY) dy[i] = F::template dy<false>(x[i], y[i]);
+      }
+      return;
     }
-    if (!others) return;
   }
   for (int i = 0; i < n; i++) {
     value[i] = F::value(x[i], y[i]);
@@ -246,12 +277,12 @@ void terms_chunk(const Plan& p, const Row& row, int, i64 start, int n, const dou
   const T* x = load(p.x, row.x, start, n, s.x);
   const T* y = p.operation == ENTROPY ? x : load(p.y, row.y, start, n, s.y);
   auto map = terms_of<T>(p);
-  pieces<T>((const char*)x, y == x ? nullptr : (const char*)y, (n + 15) & ~15,
+  pieces<T>(x + CHUNK, y == x ? nullptr : y + CHUNK, (n + 15) & ~15,
             [&](int i, int m) { map(x + i, y + i, m, s.a + i, s.dx + i, s.dy + i); });
-  if (p.dx.data) store(p.dx, row.dx, start, n, s.dx, row.weight * p.gradient_scale);
-  if (p.dy.data) store(p.dy, row.dy, start, n, s.dy, row.weight * p.gradient_scale);
+  if (p.dx.data) store(p.dx, row.dx, start, n, s.dx, row.weight * p.gradient_scale, p.stream);
+  if (p.dy.data) store(p.dy, row.dy, start, n, s.dy, row.weight * p.gradient_scale, p.stream);
   if (p.output == TERMS)
-    store(p.value, row.value, start, n, s.a, row.weight);
+    store(p.value, row.value, start, n, s.a, row.weight, p.stream);
   else
     state[0] = sum(s.a, n);
 }
@@ -263,16 +294,16 @@ template <typename T> void terms_flat(const Plan& p, const Row& first, int rows,
   const T* x = load(p.x, first.x, 0, all, s.x);
   const T* y = p.operation == ENTROPY ? x : load(p.y, first.y, 0, all, s.y);
   auto map = terms_of<T>(p);
-  pieces<T>((const char*)x, y == x ? nullptr : (const char*)y, (all + 15) & ~15,
+  pieces<T>(x + CHUNK, y == x ? nullptr : y + CHUNK, (all + 15) & ~15,
             [&](int i, int m) { map(x + i, y + i, m, s.a + i, s.dx + i, s.dy + i); });
-  if (p.dx.data) store(p.dx, first.dx, 0, all, s.dx, p.gradient_scale);
-  if (p.dy.data) store(p.dy, first.dy, 0, all, s.dy, p.gradient_scale);
+  if (p.dx.data) store(p.dx, first.dx, 0, all, s.dx, p.gradient_scale, p.stream);
+  if (p.dy.data) store(p.dy, first.dy, 0, all, s.dy, p.gradient_scale, p.stream);
   for (int r = 0; r < rows; r++) totals[r] = sum_short(s.a + r * n, n);
 }
 
-inline void terms_combine(const Plan&, int, double* states, i64 count, i64, double* stats, void*) {
-  stats[0] = sum_levels(states, count);
-}
+inline void terms_fold(const Plan&, int, double* from, int count, i64, double* to, i64) { to[0] = sum(from, count); }
+
+inline void terms_finish(const Plan&, int, const double* state, double* stats) { stats[0] = state ? state[0] : 0.0; }
 
 template <typename T> KL_FN T softmax_weight(T u) { return u == u ? exp_flushed(u) : u; }   // where NaN may come
 
@@ -321,13 +352,15 @@ template <typename T> void far_chunk(const Plan& p, const T* a, const T* b, int 
   int n16 = (n + 15) & ~15;
   T it = (T)p.inverse_temperature, mb = maximum(b, n16), zero = m == -infinity<double>() ? T(0) : (T)m;
   T from = mb == -infinity<T>() ? T(0) : mb;
-  double impossible = 0;
+  typename Real<T>::Bits impossible = 0;
   for (int i = 0; i < n; i++) {                       // weights, and the mean over classes that both allow
-    s.a[i] = softmax_weight((a[i] - zero) * it);
-    bool both = s.a[i] > T(0) && b[i] > -infinity<T>();
-    s.b[i] = both ? s.a[i] : T(0);
-    s.dx[i] = both ? s.a[i] * (b[i] - a[i]) : T(0);
-    impossible = excluded(b[i]) && a[i] > -infinity<T>() ? 1 : impossible;
+    T e = softmax_weight((a[i] - zero) * it), shared = b[i] > -infinity<T>() ? e : T(0), c = e * (b[i] - a[i]);
+    T alone = a[i] > -infinity<T>() ? T(1) : T(0);
+    alone = excluded(b[i]) ? alone : T(0);
+    impossible |= bits(alone);
+    s.a[i] = e;
+    s.b[i] = shared;
+    s.dx[i] = shared > T(0) ? c : T(0);
   }
   double weights = sum(s.b, n), mean_c = weights > 0 ? sum(s.dx, n) / weights : 0.0;
   T mean = (T)mean_c;
@@ -340,16 +373,18 @@ template <typename T> void far_chunk(const Plan& p, const T* a, const T* b, int 
   // near classes by the series; of the others, y's mass (b), x's (dx) and x's times z (dy)
   alignas(64) T near[CHUNK], near_x[CHUNK];
   for (int i = 0; i < n; i++) {
-    T low, c = difference(b[i], a[i], low);
+    T low, c = difference(b[i], a[i], low), e = s.a[i];
     low = absolute(c) < infinity<T>() ? low : T(0);
     T z = ((c - mean) + low) * it;
-    bool live = s.a[i] > T(0), dead = live && excluded(b[i]), is_near = live && !dead && z < Real<T>::far;
-    bool is_far = !is_near && !dead;
-    near[i] = is_near ? s.a[i] * expm1_minus(z) : T(0);
-    near_x[i] = is_near ? s.a[i] * z : T(0);
-    s.b[i] = is_far ? s.b[i] : T(0);
-    s.dx[i] = is_far ? s.a[i] : T(0);
-    s.dy[i] = is_far && live ? s.a[i] * z : T(0);
+    T near_e = z < Real<T>::far ? e : T(0), near_z = z < Real<T>::far ? z : T(0);
+    T far_e = z < Real<T>::far ? T(0) : e, mass = z < Real<T>::far ? T(0) : s.b[i];
+    near_e = excluded(b[i]) ? T(0) : near_e;
+    near_z = excluded(b[i]) ? T(0) : near_z;
+    near[i] = near_e * expm1_minus(near_z);
+    near_x[i] = near_e * near_z;
+    s.b[i] = e > T(0) ? mass : s.b[i];
+    s.dx[i] = far_e;
+    s.dy[i] = far_e * (far_e > T(0) ? z : T(0));
   }
   double far_x = sum(s.dy, n), far_mass = sum(s.b, n), far_weights = sum(s.dx, n);
   double scale = far_mass > 0 ? exp(((double)from - (zero + (double)mean)) * p.inverse_temperature) : 0.0;
@@ -358,7 +393,7 @@ template <typename T> void far_chunk(const Plan& p, const T* a, const T* b, int 
   state[G * pitch] = sum(near, n) + ((far_mass * scale - far_weights) - far_x);
   state[MAX_B * pitch] = mb;
   state[FAR * pitch] = 1;
-  state[IMPOSSIBLE * pitch] = impossible;
+  state[IMPOSSIBLE * pitch] = impossible ? 1 : 0;
 }
 
 // what a row's classes contribute, once its stats are known
@@ -369,32 +404,44 @@ template <typename T> struct Known {
         log((T)stats[ROW_LOG]), value((T)stats[VALUE]), max_b((T)stats[ROW_MAX_B]), inv_q((T)stats[ROW_INV_Q]) {}
 };
 
-template <typename T, bool TERM, bool DX, bool DY>
-void near_outputs(const T* __restrict a, const T* __restrict b, int n, Known<T> k, bool literal, T* __restrict term,
-                  T* __restrict dx, T* __restrict dy) {
+enum { NO_TERM, DEVIANCE, LITERAL };   // the term wanted: that of kl_div, or of rel_entr
+
+template <typename T, int TERM, bool DX, bool DY>
+void near_outputs(const T* __restrict a, const T* __restrict b, int n, Known<T> k, T* __restrict term, T* __restrict dx,
+                  T* __restrict dy) {
   for (int i = 0; i < n; i++) {
     T w = exp_flushed((a[i] - k.m) * k.it) * k.inv_s;
     T low, c = difference(b[i], a[i], low), t = ((c - k.mean) + low) * k.it - k.log;
-    if (TERM) term[i] = literal ? T(0) - w * t : w * expm1_minus(t);
+    if (TERM) term[i] = TERM == LITERAL ? T(0) - w * t : w * expm1_minus(t);
     if (DX) dx[i] = T(0) - (w * (t + k.value)) * k.it;
     if (DY) dy[i] = (w * expm1_of(t, expm1_minus(t))) * k.it;
   }
 }
 
-template <typename T>
-void far_outputs(const T* a, const T* b, int n, Known<T> k, bool literal, T* term, T* dx, T* dy) {
+// the same where classes are excluded, or weights cannot carry e^t
+template <typename T, int TERM>
+void far_outputs(const T* __restrict a, const T* __restrict b, int n, Known<T> k, T* __restrict term, T* __restrict dx,
+                 T* __restrict dy) {
+  T nothing = T(0) * k.value;   // NaN where the row is
   for (int i = 0; i < n; i++) {
-    T w = excluded(a[i]) ? T(0) : softmax_weight((a[i] - k.m) * k.it) * k.inv_s;
-    T q = excluded(b[i]) ? T(0) : softmax_weight((b[i] - k.max_b) * k.it) * k.inv_q;
+    T w = softmax_weight((a[i] - k.m) * k.it) * k.inv_s, q = softmax_weight((b[i] - k.max_b) * k.it) * k.inv_q;
+    w = excluded(a[i]) ? T(0) : w;
+    q = excluded(b[i]) ? T(0) : q;
     T low, c = difference(b[i], a[i], low);
     low = absolute(c) < infinity<T>() ? low : T(0);
-    T t = ((c - k.mean) + low) * k.it - k.log;
-    bool near = w > T(0) && t < Real<T>::far;
-    T wt = w > T(0) ? w * t : T(0);
-    T v = literal ? T(0) - wt : near ? w * expm1_minus(t) : q - w - wt;
-    term[i] = impossible(a[i], b[i]) ? infinity<T>() : v;
-    dx[i] = w > T(0) ? T(0) - (w * (t + k.value)) * k.it : T(0) * k.value;
-    dy[i] = (near ? w * expm1_of(t, expm1_minus(t)) : q - w) * k.it;
+    T t = ((c - k.mean) + low) * k.it - k.log, wt = w * t;
+    wt = w > T(0) ? wt : T(0);
+    T near = t < Real<T>::far ? t : T(0), g = expm1_minus(near);
+    T v = t < Real<T>::far ? w * g : (q - w) - wt, d = t < Real<T>::far ? w * expm1_of(near, g) : q - w;
+    v = w > T(0) ? v : q;
+    d = w > T(0) ? d : q;
+    if (TERM == LITERAL) v = T(0) - wt;
+    v = excluded(b[i]) ? infinity<T>() : v;
+    v = excluded(a[i]) ? (TERM == LITERAL ? T(0) : q) : v;
+    T s = T(0) - (w * (t + k.value)) * k.it;
+    term[i] = v;
+    dx[i] = w > T(0) ? s : nothing;
+    dy[i] = d * k.it;
   }
 }
 
@@ -408,14 +455,14 @@ void logits_chunk(const Plan& p, const Row& row, int sweep, i64 start, int n, co
   T it = (T)p.inverse_temperature;
   if (sweep == 0) {
     T m = maximum(a, n16);
-    pieces<T>((const char*)a, nullptr, n16,
+    pieces<T>(a + CHUNK, nullptr, n16,
               [&](int i, int k) { weights_and_means(a + i, b + i, k, m, it, s.a + i, s.b + i); });
     double mean = sum(s.b, n), weights = sum(s.a, n);
     mean = mean / weights;
     state[MAX_A * pitch] = m;
     typename Real<T>::Bits bad = absolute(mean) < 1e300 ? 0 : 1;
     if (!bad)
-      pieces<T>(nullptr, (const char*)b, n16,
+      pieces<T>(nullptr, b + CHUNK, n16,
                 [&](int i, int k) { bad |= spread(a + i, b + i, k, (T)mean, it, s.a + i, s.b + i); });
     if (!bad) {
       state[S * pitch] = weights;
@@ -434,22 +481,29 @@ void logits_chunk(const Plan& p, const Row& row, int sweep, i64 start, int n, co
   }
   Known<T> k(p, stats);
   bool literal = p.operation == REL_ENTR, term = p.output == TERMS, dx = p.dx.data, dy = p.dy.data;
-  if (stats[ROW_FAR] != 0) far_outputs(a, b, n, k, literal, s.a, s.dx, s.dy);
-  else if (term) near_outputs<T, true, true, true>(a, b, n16, k, literal, s.a, s.dx, s.dy);
-  else if (dx && dy) near_outputs<T, false, true, true>(a, b, n16, k, literal, s.a, s.dx, s.dy);
-  else if (dx) near_outputs<T, false, true, false>(a, b, n16, k, literal, s.a, s.dx, s.dy);
-  else near_outputs<T, false, false, true>(a, b, n16, k, literal, s.a, s.dx, s.dy);
-  if (term) store(p.value, row.value, start, n, s.a, row.weight);
-  if (dx) store(p.dx, row.dx, start, n, s.dx, row.weight * p.gradient_scale);
-  if (dy) store(p.dy, row.dy, start, n, s.dy, row.weight * p.gradient_scale);
+  void (*outputs)(const T*, const T*, int, Known<T>, T*, T*, T*);
+  if (stats[ROW_FAR] != 0) outputs = literal ? far_outputs<T, LITERAL> : far_outputs<T, DEVIANCE>;
+  else if (term) outputs = literal ? near_outputs<T, LITERAL, true, true> : near_outputs<T, DEVIANCE, true, true>;
+  else if (dx && dy) outputs = near_outputs<T, NO_TERM, true, true>;
+  else outputs = dx ? near_outputs<T, NO_TERM, true, false> : near_outputs<T, NO_TERM, false, true>;
+  // this sweep reads from the caches: the memory may bring the next row meanwhile
+  i64 at = start * (i64)sizeof(T);
+  pieces<T>(row.next_x ? row.next_x + at : nullptr, row.next_y ? row.next_y + at : nullptr, n16,
+            [&](int i, int m) { outputs(a + i, b + i, m, k, s.a + i, s.dx + i, s.dy + i); });
+  if (term) store(p.value, row.value, start, n, s.a, row.weight, p.stream);
+  if (dx) store(p.dx, row.dx, start, n, s.dx, row.weight * p.gradient_scale, p.stream);
+  if (dy) store(p.dy, row.dy, start, n, s.dy, row.weight * p.gradient_scale, p.stream);
 }
 
-// Up to CHUNK states into one: the same steps as for the classes of a chunk, between chunks.
-template <typename T> void merge(double it, const double* from, int count, i64 pitch, double* to) {
+// Up to CHUNK states into one, by the same steps as for the classes of a chunk, between chunks.
+template <typename T>
+void logits_fold(const Plan& p, int sweep, double* from, int count, i64 pitch, double* to, i64 to_pitch) {
+  if (sweep > 0) return;
   if (count == 1) {
-    for (int k = 0; k < LOGITS_STATES; k++) to[k] = from[k * pitch];
+    for (int k = 0; k < LOGITS_STATES; k++) to[k * to_pitch] = from[k * pitch];
     return;
   }
+  double it = p.inverse_temperature;
   const double *m = from + MAX_A * pitch, *s = from + S * pitch, *mean = from + M * pitch, *x = from + X * pitch,
                *g = from + G * pitch, *mb = from + MAX_B * pitch, *q = from + Q * pitch, *far = from + FAR * pitch,
                *impossible = from + IMPOSSIBLE * pitch;
@@ -472,7 +526,7 @@ template <typename T> void merge(double it, const double* from, int count, i64 p
     double d = (mean[k] - anchor) * it, shifted = x[k] + d * s[k];
     double gap = expm1_minus(d < Real<double>::far ? d : 0.0);
     double near = w[k] * (fma(gap + d, g[k] + x[k], g[k]) + gap * s[k]);
-    bool is_near = absolute(d) < Real<double>::far && g[k] < infinity<double>() && w[k] > 0;
+    bool is_near = (absolute(d) < Real<double>::far) & (g[k] < infinity<double>()) & (w[k] > 0);
     u[k] = w[k] * shifted;
     v[k] = near;
     if (!is_near) {
@@ -481,35 +535,27 @@ template <typename T> void merge(double it, const double* from, int count, i64 p
       is_far = 1;
     }
   }
-  to[X] = sum(u, count);
-  to[G] = sum(v, count);
+  double sum_x = sum(u, count), sum_g = sum(v, count);
   for (int k = 0; k < count; k++) u[k] = q[k] * exp_flushed((mb[k] - zero_b) * it);
-  to[Q] = sum(u, count);
-  to[MAX_A] = top;
-  to[S] = sum_s;
-  to[M] = anchor;
-  to[MAX_B] = top_b;
-  to[FAR] = is_far;
-  to[IMPOSSIBLE] = is_impossible;
+  double sum_q = sum(u, count);
+  to[MAX_A * to_pitch] = top;
+  to[S * to_pitch] = sum_s;
+  to[M * to_pitch] = anchor;
+  to[X * to_pitch] = sum_x;
+  to[G * to_pitch] = sum_g;
+  to[MAX_B * to_pitch] = top_b;
+  to[Q * to_pitch] = sum_q;
+  to[FAR * to_pitch] = is_far;
+  to[IMPOSSIBLE * to_pitch] = is_impossible;
 }
 
-template <typename T>
-void logits_combine(const Plan& p, int sweep, double* states, i64 count, i64 pitch, double* stats, void*) {
+inline void logits_finish(const Plan& p, int sweep, const double* s, double* stats) {
   if (sweep > 0) return;
-  double it = p.inverse_temperature, s[LOGITS_STATES];
-  if (count == 0) {
+  if (!s) {
     for (int k = 0; k < MAX_STATS; k++) stats[k] = 0;
     return;
   }
-  while (count > CHUNK) {
-    i64 groups = (count + CHUNK - 1) / CHUNK;
-    for (i64 g = 0; g < groups; g++) {
-      merge<T>(it, states + g * CHUNK, (int)(count - g * CHUNK < CHUNK ? count - g * CHUNK : CHUNK), pitch, s);
-      for (int k = 0; k < LOGITS_STATES; k++) states[k * pitch + g] = s[k];
-    }
-    count = groups;
-  }
-  merge<T>(it, states, (int)count, pitch, s);
+  double it = p.inverse_temperature;
   double mean_z = s[X] / s[S], y = (s[G] + s[X]) / s[S];
   double lse;                                          // log E_p[e^z]
   if (y < infinity<double>() && s[IMPOSSIBLE] == 0) lse = log1p(y);
@@ -549,21 +595,27 @@ inline void norm_chunk(const Array& a, const char* row, i64 start, int n, double
   state[NORM_REST * pitch] = sum(s.a, n);
 }
 
-inline void norm_combine(double it, double* states, i64 count, i64 pitch, double* max_and_log) {
-  double *m = states + NORM_MAX * pitch, *c = states + NORM_COUNT * pitch, *r = states + NORM_REST * pitch;
+inline void norm_fold(double it, const double* from, int count, i64 pitch, double* to, i64 to_pitch) {
+  const double *m = from + NORM_MAX * pitch, *c = from + NORM_COUNT * pitch, *r = from + NORM_REST * pitch;
+  alignas(64) double ties[CHUNK], rest[CHUNK];
   double top = -infinity<double>();
-  for (i64 k = 0; k < count; k++) top = m[k] > top ? m[k] : top;
+  for (int k = 0; k < count; k++) top = m[k] > top ? m[k] : top;
   double zero = excluded(top) ? 0.0 : top;
-  for (i64 k = 0; k < count; k++) {
-    bool at_top = m[k] == top;
-    r[k] = at_top ? r[k] : exp_flushed((m[k] - zero) * it) * (c[k] + r[k]);
-    c[k] = at_top ? c[k] : 0.0;
+  for (int k = 0; k < count; k++) {
+    double below = exp_flushed((m[k] - zero) * it) * (c[k] + r[k]);
+    rest[k] = m[k] == top ? r[k] : below;
+    ties[k] = m[k] == top ? c[k] : 0.0;
   }
-  double ties = sum_levels(c, count), rest = sum_levels(r, count);
-  double log_s = ties == 1.0 ? log1p(rest) : log(ties + rest);
+  to[NORM_MAX * to_pitch] = top;
+  to[NORM_COUNT * to_pitch] = sum(ties, count);
+  to[NORM_REST * to_pitch] = sum(rest, count);
+}
+
+inline void norm_finish(const double* state, double* max_and_log) {
+  double top = state[NORM_MAX], ties = state[NORM_COUNT], rest = state[NORM_REST];
   bool defined = ties > 0 && top < infinity<double>();
   max_and_log[0] = top;
-  max_and_log[1] = defined ? log_s : nan<double>();
+  max_and_log[1] = !defined ? nan<double>() : ties == 1.0 ? log1p(rest) : log(ties + rest);
 }
 
 inline const double* log_probs(const Array& a, const char* row, int space, i64 start, int n, double it,
@@ -591,7 +643,7 @@ inline void mixed_chunk(const Plan& p, const Row& row, int sweep, i64 start, int
   int n16 = (n + 15) & ~15;
   terms_of<double>(p)(x, y, n16, s.a, s.dx, s.dy);
   if (sweep == 1) {
-    if (p.output == TERMS) store(p.value, row.value, start, n, s.a, row.weight);
+    if (p.output == TERMS) store(p.value, row.value, start, n, s.a, row.weight, p.stream);
     state[SUM_VALUE * pitch] = sum(s.a, n);
     state[SUM_DX * pitch] = p.dx.data ? sum(s.dx, n) : 0.0;
     state[SUM_DY * pitch] = p.dy.data ? sum(s.dy, n) : 0.0;
@@ -601,24 +653,33 @@ inline void mixed_chunk(const Plan& p, const Row& row, int sweep, i64 start, int
   if (p.dx.data) {
     if (p.space_x == LOGITS)   // through the softmax
       for (int i = 0; i < n16; i++) s.dx[i] = (s.dx[i] - exp(x[i]) * stats[SUM_DX]) * it;
-    store(p.dx, row.dx, start, n, s.dx, scale);
+    store(p.dx, row.dx, start, n, s.dx, scale, p.stream);
   }
   if (p.dy.data) {
     if (p.space_y == LOGITS)
       for (int i = 0; i < n16; i++) s.dy[i] = (s.dy[i] - exp(y[i]) * stats[SUM_DY]) * it;
-    store(p.dy, row.dy, start, n, s.dy, scale);
+    store(p.dy, row.dy, start, n, s.dy, scale, p.stream);
   }
 }
 
-inline void mixed_combine(const Plan& p, int sweep, double* states, i64 count, i64 pitch, double* stats, void*) {
-  if (count == 0) {
+inline void mixed_fold(const Plan& p, int sweep, double* from, int count, i64 pitch, double* to, i64 to_pitch) {
+  if (sweep == 0) {
+    if (p.space_x == LOGITS) norm_fold(p.inverse_temperature, from, count, pitch, to, to_pitch);
+    if (p.operation != ENTROPY && p.space_y == LOGITS)
+      norm_fold(p.inverse_temperature, from + NORM_STATES * pitch, count, pitch, to + NORM_STATES * to_pitch, to_pitch);
+  } else if (sweep == 1) {
+    for (int k = 0; k < SUM_STATES; k++) to[k * to_pitch] = sum(from + k * pitch, count);
+  }
+}
+
+inline void mixed_finish(const Plan& p, int sweep, const double* state, double* stats) {
+  if (!state) {
     for (int k = 0; k < MAX_STATS; k++) stats[k] = 0;
   } else if (sweep == 0) {
-    if (p.space_x == LOGITS) norm_combine(p.inverse_temperature, states, count, pitch, stats + NORM_X);
-    if (p.operation != ENTROPY && p.space_y == LOGITS)
-      norm_combine(p.inverse_temperature, states + NORM_STATES * pitch, count, pitch, stats + NORM_Y);
+    if (p.space_x == LOGITS) norm_finish(state, stats + NORM_X);
+    if (p.operation != ENTROPY && p.space_y == LOGITS) norm_finish(state + NORM_STATES, stats + NORM_Y);
   } else if (sweep == 1) {
-    for (int k = 0; k < SUM_STATES; k++) stats[k] = sum_levels(states + k * pitch, count);
+    for (int k = 0; k < SUM_STATES; k++) stats[k] = state[k];
   }
 }
 
@@ -632,13 +693,14 @@ inline Kernel kernel(const Plan& p) {
   bool gradient = p.dx.data || p.dy.data;
   if (of_logits(p)) {
     int sweeps = gradient || p.output == TERMS ? 2 : 1;
-    if (p.wide) return {sweeps, {LOGITS_STATES, 0, 0}, logits_chunk<double>, logits_combine<double>, nullptr};
-    return {sweeps, {LOGITS_STATES, 0, 0}, logits_chunk<float>, logits_combine<float>, nullptr};
+    if (p.wide) return {sweeps, {LOGITS_STATES, 0, 0}, logits_chunk<double>, logits_fold<double>, logits_finish,
+                        nullptr};
+    return {sweeps, {LOGITS_STATES, 0, 0}, logits_chunk<float>, logits_fold<float>, logits_finish, nullptr};
   }
   if (p.space_x == LOGITS || p.space_y == LOGITS)
-    return {gradient ? 3 : 2, {2 * NORM_STATES, SUM_STATES, 0}, mixed_chunk, mixed_combine, nullptr};
-  if (p.wide) return {1, {1, 0, 0}, terms_chunk<double>, terms_combine, terms_flat<double>};
-  return {1, {1, 0, 0}, terms_chunk<float>, terms_combine, terms_flat<float>};
+    return {gradient ? 3 : 2, {2 * NORM_STATES, SUM_STATES, 0}, mixed_chunk, mixed_fold, mixed_finish, nullptr};
+  if (p.wide) return {1, {1, 0, 0}, terms_chunk<double>, terms_fold, terms_finish, terms_flat<double>};
+  return {1, {1, 0, 0}, terms_chunk<float>, terms_fold, terms_finish, terms_flat<float>};
 }
 
 // klcore's own elementary functions over arrays, for the tests

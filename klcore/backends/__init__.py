@@ -35,9 +35,11 @@ def find(x: object, y: object, device: str | None) -> ModuleType:
     if device is not None:
         for a in (x, y):
             _library(type(a))  # type: ignore[arg-type]  # a type is hashable
+        if not isinstance(device, str):
+            raise TypeError(f"device must be None, 'cpu', 'cuda' or 'cuda:N', found {device!r}")
         return _module(_of_device(device))
     of_x, of_y = _library(type(x)), _library(type(y))  # type: ignore[arg-type]  # a type is hashable
-    if of_x is not of_y:
+    if of_x != of_y:
         if of_x is not None and of_y is not None:
             raise TypeError(
                 f"x is a {of_x} array and y a {of_y} one; move one of them, or pass device= to have klcore do it"
@@ -64,7 +66,7 @@ def _library(cls: type) -> str | None:
 
 @cache
 def _of_device(device: str) -> str:
-    name, colon, number = device.partition(":") if isinstance(device, str) else ("", "", "")
+    name, colon, number = device.partition(":")
     if name not in _DEVICES or (colon and not (name == "cuda" and number.isdecimal())):
         raise ValueError(f"device must be None, 'cpu', 'cuda' or 'cuda:N', found {device!r}")
     return _DEVICES[name]

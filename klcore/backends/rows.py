@@ -40,7 +40,7 @@ class Task:
     x: Any
     y: Any
     spaces: tuple[int, int]
-    weights: Any  # float64, or None
+    weights: Any  # float64 or float32, or None
     output: int
     value: Any  # the result's array, allocated or given; None where it is a scalar made from the total
     value_view: Any
@@ -188,7 +188,9 @@ def _temperature(temperature: Any, spaces: tuple[int, int]) -> float:
     try:
         t = float(temperature)
     except (TypeError, ValueError):
-        raise TypeError(f"temperature must be a number, found {type(temperature).__name__}") from None
+        t = None
+    if t is None or isinstance(temperature, (str, bytes)):
+        raise TypeError(f"temperature must be a number, found {temperature!r}")
     if not (t > 0 and math.isfinite(t) and math.isfinite(1 / t)):
         raise ValueError(f"temperature must be positive and finite, found {temperature!r}")
     if t != 1 and 2 not in spaces:
@@ -234,12 +236,14 @@ def _insert(batch: tuple[int, ...], position: int, n: int) -> tuple[int, ...]:
 def _weights(xp: Any, asarray: Any, weights: Any, batch: tuple[int, ...]) -> Any:
     if weights is None:
         return None
-    w = asarray(weights, "weights").astype("float64", copy=False)
+    w = asarray(weights, "weights")
+    if w.dtype.itemsize < 4:
+        w = w.astype("float32")
     try:
         view = xp.broadcast_to(w, batch)
     except ValueError:
         raise ValueError(f"weights of shape {w.shape} do not broadcast to the batch shape {batch}") from None
-    if not bool(((w >= 0) & (w < math.inf)).all()):
+    if w.size and not (w.min() >= 0 and w.max() < math.inf):  # no temporaries; NaN fails both
         raise ValueError("weights must be finite and >= 0; found a negative, infinite or NaN weight")
     return view
 

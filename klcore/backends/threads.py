@@ -1,5 +1,6 @@
 """How many threads the CPU kernels use. Their number never changes a result, only how long it takes."""
 
+import operator
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,10 +10,10 @@ _within: ContextVar[int | None] = ContextVar("klcore_threads", default=None)
 _set: int | None = None
 
 
-def _positive(n: object, what: str) -> int:
+def _positive(n: int, what: str) -> int:
     try:
-        number = int(n) if isinstance(n, str) else n.__index__()  # type: ignore[attr-defined]
-    except (AttributeError, ValueError):
+        number = operator.index(n)
+    except TypeError:
         raise TypeError(f"{what} must be an integer, found {n!r}") from None
     if number < 1:
         raise ValueError(f"{what} must be at least 1, found {number}")
@@ -36,7 +37,9 @@ def _default() -> int:
     for name in ("KLCORE_NUM_THREADS", "OMP_NUM_THREADS"):
         text = os.environ.get(name, "").partition(",")[0].strip()  # OpenMP allows a list, one number a level
         if text:
-            return _positive(text, name)
+            if not text.isdecimal():
+                raise ValueError(f"the environment variable {name} must be a number of threads, found {text!r}")
+            return _positive(int(text), name)
     return _usable_cpus()
 
 

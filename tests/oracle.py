@@ -1,0 +1,417 @@
+"""What klcore should compute: the definitions, in far more precision than any answer is asked for, and the bounds.
+
+Written from the mathematics; imports nothing of klcore. Two arithmetics carry the same definitions:
+
+* `exact`: mpmath, 50 digits, any input (subnormal, huge, or infinite), about 0.1 ms a class: rows of up to a few
+  thousand classes.
+* `fast`: pairs of doubles (Dekker 1971; Hida, Li and Bailey 2001), 106 bits, a few microseconds a class, for rows of up to a
+  million. Relative error of an operation or function: below 1e-30. A divergence of 1e-12 is a sum of terms of order 1
+  that cancel to that, so it is still good to 1e-18, far inside the tightest bound (1e-13), by the literal definition,
+  with none of the rearrangements that klcore needs. Not for numbers whose products leave the range of a double (below 1e-290
+  the lower half is lost). test_accuracy.py holds it against `exact`.
+
+Both take rows, shape (rows, n), and give float64: rounding the exact answer to 53 bits is an error of 1.1e-16.
+"""
+
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import mpmath
+import numpy as np
+
+OPERATIONS = ("kl_div", "rel_entr", "cross_entropy", "entropy")
+SPACES = ("probs", "log_probs", "logits")
+PAIRS = tuple((sx, sy) for sx in SPACES for sy in SPACES)
+
+# ---- the bounds -------------------------------------------------------------------------------------------------------
+#
+# Bounds are relative to a size that `exact` gives with every answer, `value_size`, `dx_size` or `dy_size`:
+#   plain   kl_div of two arguments of one space: the answer itself (its gradient: the row's L1 norm). The other operations
+#           on probabilities or on log-probabilities: the sum of the magnitudes of what is added.
+#   wide    what klcore computes in double whatever the input: pairs of different spaces, and entropy and cross-entropy
+#           of logits. A logarithm l = log p carries an error of eps*|l|, which shifts a term by its derivative times that,
+#           so the size is the sum of magnitudes times 1 + |log p| + |log q|; the bound is in eps of double.
+# Where the result is narrower than the arithmetic, rounding it adds half an eps of the result's dtype (`rounding`).
+EPS32, EPS64 = 2.0**-23, 2.0**-52
+TOLERANCES = {
+    # the published bounds of kl_div, three same-space pairs, KL from 1e-12 to 1e3
+    ("kl", "float32"): 4e-6,
+    ("kl", "float64"): 1e-13,
+    ("gradient", "float32"): 2e-5,
+    ("gradient", "float64"): 1e-11,
+    # one term of relative error 4 eps (an elementary function to 1 ulp, its argument or quotient, two products), and the
+    # half eps of each of at most three additions in the input's precision before the sum goes on in double
+    ("sum", "float32"): 6 * EPS32,
+    ("sum", "float64"): 6 * EPS64,
+    # the same in double, with the sum in double as well: eleven levels of additions for 2^20 classes
+    ("wide", "float64"): 8 * EPS64,
+    # rounding a result to its dtype, relative; float16 is subnormal below 2^-14: half of 2^-24 absolute, a class
+    ("rounding", "float64"): 0.0,
+    ("rounding", "float32"): 0.5 * EPS32,
+    ("rounding", "float16"): 2.0**-11,
+    ("rounding", "bfloat16"): 2.0**-8,
+    ("absolute", "float64"): 2.0**-1074,
+    ("absolute", "float32"): 2.0**-150,
+    ("absolute", "float16"): 2.0**-25,
+    ("absolute", "bfloat16"): 2.0**-134,
+    # klcore's elementary functions, in units in the last place of the exact result
+    ("elementary", "float32"): 1.0,
+    ("elementary", "float64"): 1.0,
+    # double-double against 50 digits: a hundred operations of 2^-104 on terms up to 1e12 times the divergence
+    ("oracle", "float64"): 2 * EPS64,
+}
+
+
+def is_wide(operation: str, space: Any) -> bool:
+    sx, sy = (space, space) if isinstance(space, str) else space
+    return (sx != sy and operation != "entropy") or ("logits" in (sx, sy) and operation in ("cross_entropy", "entropy"))
+
+
+def tolerance(operation: str, space: Any, dtype: Any, of: str = "value") -> tuple[float, float]:
+    """(relative to the size, absolute per class) bounds of a value, or of a gradient's row-wise L1 distance.
+
+    `dtype` is that of the result: float64, float32, or, for gradients, a 16-bit one.
+    """
+    dtype = np.dtype(dtype).name
+    base = "float64" if dtype == "float64" else "float32"
+    if is_wide(operation, space):
+        relative = TOLERANCES["wide", "float64"]
+    elif of == "gradient":
+        relative = TOLERANCES["gradient", base]
+    elif operation == "kl_div" or space in ("logits", ("logits", "logits")):
+        relative = TOLERANCES["kl", base]
+    else:
+        relative = TOLERANCES["sum", base]
+    return relative + TOLERANCES["rounding", dtype], TOLERANCES["absolute", dtype]
+
+
+# ---- two arithmetics --------------------------------------------------------------------------------------------------
+
+
+def _elementwise(f: Any) -> Any:
+    return np.frompyfunc(f, 1, 1)
+
+
+class Digits:
+    """Arrays of mpmath numbers; a context of its own, so that nobody's precision changes."""
+
+    def __init__(self, digits: int) -> None:
+        self.mp = mpmath.MPContext()
+        self.mp.dps = digits
+        self.number = _elementwise(lambda v: self.mp.mpf(float(v)))
+        self.log = _elementwise(self.mp.log)
+        self.exp = _elementwise(self.mp.exp)
+
+    @staticmethod
+    def sum(a: Any) -> Any:
+        return a.sum(axis=-1, keepdims=True)
+
+    @staticmethod
+    def double(a: Any) -> np.ndarray:
+        return a.astype(np.float64)
+
+    @staticmethod
+    def where(mask: np.ndarray, a: Any, b: Any) -> Any:
+        return np.where(mask, a, b)
+
+
+def _two_sum(a: Any, b: Any) -> tuple[Any, Any]:
+    s = a + b
+    v = s - a
+    return s, (a - (s - v)) + (b - v)
+
+
+def _split(a: Any) -> tuple[Any, Any]:
+    c = 134217729.0 * a  # 2^27 + 1
+    high = c - (c - a)
+    return high, a - high
+
+
+def _two_product(a: Any, b: Any) -> tuple[Any, Any]:
+    p = a * b
+    (ah, al), (bh, bl) = _split(a), _split(b)
+    return p, ((ah * bh - p) + ah * bl + al * bh) + al * bl
+
+
+class Pair:
+    """An array of sums hi + lo of two doubles."""
+
+    def __init__(self, hi: Any, lo: Any = 0.0) -> None:
+        self.hi = np.asarray(hi, dtype=np.float64)
+        self.lo = np.broadcast_to(np.asarray(lo, dtype=np.float64), self.hi.shape)
+
+    @staticmethod
+    def of(a: Any) -> "Pair":
+        return a if isinstance(a, Pair) else Pair(a)
+
+    def __neg__(self) -> "Pair":
+        return Pair(-self.hi, -self.lo)
+
+    def __add__(self, other: Any) -> "Pair":
+        other = Pair.of(other)
+        s, e = _two_sum(self.hi, other.hi)
+        t, f = _two_sum(self.lo, other.lo)
+        s, e = _two_sum(s, e + t)
+        return Pair(*_two_sum(s, e + f))
+
+    def __sub__(self, other: Any) -> "Pair":
+        return self + -Pair.of(other)
+
+    def __mul__(self, other: Any) -> "Pair":
+        other = Pair.of(other)
+        p, e = _two_product(self.hi, other.hi)
+        return Pair(*_two_sum(p, e + (self.hi * other.lo + self.lo * other.hi)))
+
+    def __truediv__(self, other: Any) -> "Pair":
+        other = Pair.of(other)
+        q = Pair(self.hi / other.hi)
+        for _ in range(2):
+            q = q + (self - other * q).hi / other.hi
+        return q
+
+    __radd__ = __add__
+    __rmul__ = __mul__
+
+    def __rsub__(self, other: Any) -> "Pair":
+        return Pair(other) - self
+
+    def scaled(self, octaves: Any) -> "Pair":
+        return Pair(np.ldexp(self.hi, octaves), np.ldexp(self.lo, octaves))
+
+
+def _pair(text: str) -> Pair:
+    with mpmath.workdps(50):
+        v = mpmath.mpf(text)
+        return Pair(float(v), float(v - float(v)))
+
+
+_LN2 = _pair("0.69314718055994530941723212145817656807550013436025525412068")
+_FACTORIALS = [_pair(str(mpmath.mpf(1))) / Pair(float(mpmath.factorial(k))) for k in range(15)]
+
+
+class Doubles:
+    """Arrays of pairs of doubles."""
+
+    number = staticmethod(lambda a: Pair(a))
+
+    @staticmethod
+    def exp(x: Pair) -> Pair:
+        octave = np.clip(np.rint(x.hi / _LN2.hi), -2000, 2000)
+        r = (x - _LN2 * Pair(octave)).scaled(-6)  # |r| < 0.0055: r^14/14! < 1e-42
+        t = Pair(np.zeros_like(x.hi))
+        for c in _FACTORIALS[:0:-1]:
+            t = (t + c) * r  # e^r - 1, by Horner's rule
+        for _ in range(6):
+            t = t + t + t * t
+        return (t + 1.0).scaled(octave.astype(np.int64))
+
+    @staticmethod
+    def log(x: Pair) -> Pair:
+        _, octave = np.frexp(x.hi)
+        x = x.scaled(-octave)
+        y = Pair(np.log(x.hi))
+        u = x * Doubles.exp(-y) - 1.0  # about 1e-16, so that two terms of log(1 + u) will do
+        return y + u - u * u * 0.5 + _LN2 * Pair(octave.astype(np.float64))
+
+    @staticmethod
+    def sum(a: Pair) -> Pair:
+        hi, lo = a.hi, a.lo
+        while hi.shape[-1] > 1:
+            if hi.shape[-1] % 2:
+                hi, lo = (np.concatenate([v, np.zeros_like(v[..., :1])], axis=-1) for v in (hi, lo))
+            s = Pair(hi[..., ::2], lo[..., ::2]) + Pair(hi[..., 1::2], lo[..., 1::2])
+            hi, lo = s.hi, s.lo
+        return Pair(hi, lo)
+
+    @staticmethod
+    def double(a: Pair) -> np.ndarray:
+        return a.hi + a.lo
+
+    @staticmethod
+    def where(mask: np.ndarray, a: Any, b: Any) -> Pair:
+        a, b = Pair.of(a), Pair.of(b)
+        return Pair(np.where(mask, a.hi, b.hi), np.where(mask, a.lo, b.lo))
+
+
+# ---- the definitions --------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Side:
+    """One argument: p and log p (both 0 where p is 0 or undefined), which classes are excluded (p = 0), which undefined."""
+
+    p: Any
+    log: Any
+    excluded: np.ndarray
+    undefined: np.ndarray
+
+
+@dataclass
+class Answer:
+    """float64. By row: value and the sizes (see TOLERANCES); by class: terms, dx, dy.
+
+    dx and dy are the derivatives of each row's value. If that is infinite, dx is NaN where x is logits.
+    """
+
+    value: np.ndarray
+    terms: np.ndarray
+    dx: np.ndarray
+    dy: np.ndarray
+    value_size: np.ndarray
+    terms_size: np.ndarray  # of a row's terms together, whose errors do not cancel
+    dx_size: np.ndarray
+    dy_size: np.ndarray
+
+
+def _side(ar: Any, a: np.ndarray, space: str, temperature: float) -> Side:
+    undefined = ~(a >= 0) if space == "probs" else np.isnan(a)
+    excluded = a == (0 if space == "probs" else -np.inf)
+    if space == "logits":
+        undefined = undefined | (a == np.inf) | excluded.all(axis=-1, keepdims=True)
+        undefined = np.broadcast_to(undefined.any(axis=-1, keepdims=True), a.shape)
+    missing = undefined | excluded
+    zero = ar.number(np.zeros(a.shape))
+    if space == "probs":
+        p = ar.number(np.where(missing, 1.0, a))
+        log = ar.log(p)
+    else:
+        log = ar.number(np.where(missing, 0.0, a))
+        if space == "logits":  # softmax: any shift cancels, that by the largest keeps every e^z representable
+            top = np.max(np.where(missing, -np.inf, a), axis=-1, keepdims=True, initial=-np.inf)
+            top = ar.number(np.broadcast_to(np.where(np.isfinite(top), top, 0.0), a.shape))
+            log = ar.where(missing, zero, (log - top) / ar.number(np.full(a.shape, temperature)))
+            total = ar.sum(ar.where(missing, zero, ar.exp(log)))
+            log = log - ar.log(ar.where(undefined[..., :1], ar.number(np.ones((*a.shape[:-1], 1))), total))
+        p = ar.exp(log)
+    return Side(ar.where(missing, zero, p), ar.where(missing, zero, log), excluded & ~undefined, undefined)
+
+
+def _answer(ar: Any, operation: str, x: Any, y: Any, space: Any, temperature: float) -> Answer:
+    sx, sy = (space, space) if isinstance(space, str) else space
+    single = operation == "entropy"
+    x, y = np.broadcast_arrays(*(np.atleast_2d(np.asarray(v).astype(np.float64)) for v in (x, x if single else y)))
+    a = _side(ar, x, sx, temperature)
+    b = a if single else _side(ar, y, sy, temperature)
+    undefined = a.undefined | b.undefined
+    impossible = b.excluded & ~a.excluded & ~undefined  # p > 0 = q
+    p, q, log_ratio, one = a.p, b.p, a.log - b.log, ar.number(np.ones(x.shape))
+    part = {"kl_div": log_ratio, "rel_entr": log_ratio, "cross_entropy": -b.log, "entropy": -a.log}[operation]
+
+    # the terms; their derivatives by p; their derivatives by log q
+    terms = p * part - p + q if operation == "kl_div" else p * part
+    by_p = part + {"kl_div": 0.0, "rel_entr": 1.0, "cross_entropy": 0.0, "entropy": -1.0}[operation]
+    by_log_q = q - p if operation == "kl_div" else -p
+
+    def softmax(side: Side, g: Any) -> Any:
+        return (g - side.p * ar.sum(g)) / ar.number(np.full(x.shape, temperature))
+
+    if sx == "probs":
+        dx = ar.double(by_p)
+        dx[a.excluded] = {"kl_div": -np.inf, "rel_entr": -np.inf, "cross_entropy": dx[a.excluded]}.get(operation, np.inf)
+        if not single:
+            dx[b.excluded] = np.inf
+    else:
+        dx = ar.double(softmax(a, p * by_p) if sx == "logits" else p * by_p)
+        dx[impossible] = np.inf
+        if sx == "logits":
+            dx[impossible.any(axis=-1)] = np.nan
+    if sy == "probs":
+        dy = ar.double(by_log_q / ar.where(b.excluded | b.undefined, one, q))
+        dy[b.excluded] = 1.0 if operation == "kl_div" else 0.0
+        dy[impossible] = -np.inf
+    else:
+        dy = ar.double(softmax(b, by_log_q) if sy == "logits" else by_log_q)
+
+    values = ar.double(ar.sum(terms))[..., 0] if x.shape[-1] else np.zeros(x.shape[:-1])
+    values[impossible.any(axis=-1)] = np.inf
+    values[undefined.any(axis=-1)] = np.nan
+    terms = ar.double(terms)
+    terms[impossible] = np.inf
+    terms[undefined] = np.nan
+    of_row = undefined.any(axis=-1, keepdims=True)
+    dx[np.broadcast_to(of_row, x.shape) if sx == "logits" else undefined] = np.nan
+    dy[np.broadcast_to(of_row, x.shape) if sy == "logits" else undefined] = np.nan
+
+    # sizes: ordinary doubles will do
+    with np.errstate(over="ignore", invalid="ignore"):
+        sizes = _sizes(ar, operation, sx, sy, temperature, a, b, part, values, terms, dx, dy)
+    return Answer(values, terms, dx, dy, *sizes)
+
+
+def _sizes(
+    ar: Any, operation: str, sx: str, sy: str, temperature: float, a: Side, b: Side, part: Any, values: Any, terms: Any,
+    dx: Any, dy: Any,
+) -> list[np.ndarray]:  # fmt: skip
+    """Of value, terms, dx and dy, by row; see TOLERANCES. Infinite and NaN terms count for nothing."""
+    p, q, lp, lq, part = (ar.double(v) for v in (a.p, b.p, a.log, b.log, part))
+    logs = 1 + np.abs(lp) + np.abs(lq)
+    finite = np.where(np.isfinite(terms), terms, 0.0)
+    if is_wide(operation, (sx, sy)):
+        magnitudes = (finite + np.abs(q - p) if operation == "kl_div" else p * np.abs(part) + p * (sx != sy)) * logs
+        x_size = logs if sx == "probs" else p * logs * logs
+        y_size = (p + q) * logs / (np.where(q > 0, q, 1.0) if sy == "probs" else 1.0)
+        if sx == "logits":
+            x_size = (x_size + p * x_size.sum(axis=-1, keepdims=True)) / temperature
+        if sy == "logits":
+            y_size = (y_size + q * y_size.sum(axis=-1, keepdims=True)) / temperature
+    else:
+        magnitudes, x_size, y_size = np.abs(finite), np.abs(dx), np.abs(dy)
+        if sx == "logits":  # rel_entr is kl_div there, to the relative precision of kl_div
+            magnitudes = np.where(np.isfinite(values), values, 0.0)[..., None]
+            # where p is nearly 1, -p (log q - log p + KL) cancels down to what the other classes add up to
+            x_size = x_size + 2.0**-20 * p * (np.abs(part) + np.abs(magnitudes)) / temperature
+        if operation in ("rel_entr", "entropy") and sx != "logits":  # by_p is 1 beside a logarithm: they may cancel
+            x_size = (1 + np.abs(part)) * (p if sx == "log_probs" else 1.0)
+    terms_size = np.abs(finite) + magnitudes
+    if "logits" in (sx, sy):  # log q - log p carries the error of two normalisations
+        terms_size = terms_size + (np.abs(q - p) if operation == "kl_div" else p) * logs
+    return [np.where(np.isfinite(v), v, 0.0).sum(axis=-1) for v in (magnitudes, terms_size, x_size, y_size)]
+
+
+_digits = cache(Digits)
+
+
+def exact(
+    operation: str, x: Any, y: Any = None, space: Any = "probs", temperature: float = 1.0, digits: int = 50
+) -> Answer:
+    """By mpmath; any input. 50 digits see a divergence of 1e-32; smaller ones want more."""
+    return _answer(_digits(digits), operation, x, y, space, temperature)
+
+
+def fast(operation: str, x: Any, y: Any = None, space: Any = "probs", temperature: float = 1.0) -> Answer:
+    """By pairs of doubles; for long rows of ordinary numbers."""
+    return _answer(Doubles, operation, x, y, space, temperature)
+
+
+# ---- comparisons ------------------------------------------------------------------------------------------------------
+
+
+def assert_close(got: Any, expected: Any, size: Any, bounds: tuple[float, float], what: str = "") -> None:
+    """Each value, or if there is one axis more than in `size` each row's L1 distance, within relative*size + absolute*n.
+
+    Infinite and NaN exactly where the expected array is.
+    """
+    got, expected, size = (np.asarray(v, np.float64) for v in (got, expected, size))
+    assert got.shape == expected.shape, f"{what}: shape {got.shape} instead of {expected.shape}"
+    special = ~np.isfinite(expected)
+    np.testing.assert_array_equal(got[special], expected[special], f"{what}: infinite or NaN")
+    assert np.isfinite(got[~special]).all(), f"{what}: {got} instead of {expected}"
+    error = np.abs(np.where(special, 0.0, got) - np.where(special, 0.0, expected))
+    n = 1
+    if error.ndim > size.ndim:
+        n, error = error.shape[-1], error.sum(axis=-1)
+    limit = bounds[0] * size + bounds[1] * n
+    worst = np.max(error / np.maximum(limit, 2.0**-1074), initial=0.0)
+    assert worst <= 1, f"{what}: error {worst:.3g} times the bound\n{got}\ninstead of\n{expected}"
+
+
+def assert_answer(results: dict[str, Any], answer: Answer, operation: str, space: Any) -> None:
+    """Results by name (value, terms, dx, dy) against the oracle's; a name that is None is passed over."""
+    for name, got in results.items():
+        if got is None:
+            continue
+        of = "value" if name == "value" or (name == "terms" and "logits" not in space) else "gradient"
+        bounds = tolerance(operation, space, got.dtype, of)
+        size = getattr(answer, f"{name}_size")
+        assert_close(got, getattr(answer, name), size, bounds, f"{name} of {operation} in {space}, {got.dtype}")

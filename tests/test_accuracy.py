@@ -1,0 +1,184 @@
+"""Promise 1, "right": elementary functions to one unit in the last place, values within the published bounds."""
+
+from concurrent.futures import ThreadPoolExecutor
+
+import mpmath
+import numpy as np
+import oracle
+import pytest
+
+import klcore
+import klcore.backends.cpu  # chooses the instruction set of klcore._cpu
+from klcore import _cpu
+
+ml_dtypes = pytest.importorskip("ml_dtypes")
+
+FUNCTIONS = ("log", "exp", "log1p", "expm1")
+
+
+# ---- elementary functions ---------------------------------------------------------------------------------------------
+
+BLOCK = 1 << 16  # inputs at a time: everything stays in the second-level cache
+# (first, last) bits of float32 -> the one result there, for the ranges where there is nothing to approximate
+ONE_RESULT = {
+    "log": [(0x80000001, 0xFFFFFFFF, np.nan)],  # negative numbers and NaN
+    "exp": [(0x43000000, 0x7F800000, np.inf), (0xC3000000, 0xFF800000, 0.0)],  # |x| >= 128
+    "log1p": [(0xBF800001, 0xFFFFFFFF, np.nan)],  # x < -1 and NaN
+    "expm1": [(0x43000000, 0x7F800000, np.inf), (0xC3000000, 0xFF800000, -1.0)],
+}
+
+
+def check_block(function, first):
+    """The largest error in ulp over the inputs with the bits first ... first + BLOCK - 1."""
+    x = np.arange(first, first + BLOCK, dtype=np.uint32).view(np.float32)
+    got = np.empty_like(x)
+    _cpu.elementary(function, x, got)
+    for low, high, result in ONE_RESULT[function]:
+        if low <= first and first + BLOCK - 1 <= high:
+            assert np.isnan(got).all() if np.isnan(result) else (got == result).all(), f"{function} at {x[0]}"
+            return 0.0
+    with np.errstate(all="ignore"):
+        exact = getattr(np, function)(x.astype(np.float64))
+        special = ~np.isfinite(exact)
+        if special.any():
+            np.testing.assert_array_equal(got[special], exact[special].astype(np.float32), f"{function} near {x[0]}")
+        # an infinite result where the exact one is beyond the largest float32: as if float32 had one octave more
+        exact, wide = np.minimum(exact, 2.0**128), np.minimum(got.astype(np.float64), 2.0**128)
+        octave = (exact.view(np.int64) & 0x7FF0000000000000).view(np.float64)
+        error = np.abs(wide - exact) / np.maximum(octave * 2.0**-23, 2.0**-149)
+    error[special] = 0
+    return error.max()  # NaN if anything is
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_every_float32(function):
+    def check_all(part):
+        return max(check_block(function, first) for first in range(part * BLOCK, 1 << 32, parts * BLOCK))
+
+    parts = 2
+    with ThreadPoolExecutor(parts) as pool:
+        worst = list(pool.map(check_all, range(parts)))
+    # NumPy's float64 functions are good to 2^-50; not `max`, which may pass over NaN
+    bound = oracle.TOLERANCES["elementary", "float32"] + 2.0**-20
+    assert all(w <= bound for w in worst), worst
+
+
+def hard_cases(function):
+    """float64 inputs where such functions go wrong."""
+    rng = np.random.default_rng(1)
+    spread = np.concatenate([[0.0], 2.0 ** rng.uniform(-60, 0, 150)])
+    signs = rng.choice([-1.0, 1.0], 300)
+    bits = rng.integers(0, 1 << 64, 300, dtype=np.uint64).view(np.float64)
+    ulps = np.arange(-20, 21) * 2.0**-52
+    near = {
+        # around 1, the edges of the octave reduction, subnormal numbers
+        "log": [1 + spread, 1 - spread / 2, 1 + ulps, 2**0.5 * (1 + ulps), 1.5 * (1 + ulps), 0.75 * (1 + ulps),
+                np.arange(1, 40) * 5e-324, 2.0 ** np.arange(-1074, 1024, 37), 2.2250738585072014e-308 * (1 + ulps),
+                1.7976931348623157e308 * (1 - np.arange(20) * 2.0**-53)],
+        # overflow, underflow into subnormals and to zero, halfway between two octaves
+        "exp": [709.782712893384 * (1 + ulps), -745.1332191019411 * (1 + ulps), -708.3964185322641 * (1 + ulps),
+                rng.uniform(-746, -707, 200), rng.uniform(-707, 709.78, 400), (np.arange(-1070, 1024) + 0.5) * np.log(2)],
+        "log1p": [-1 + spread[1:], -0.5 * (1 + ulps), rng.uniform(-1, 3, 300), 2.0 ** rng.uniform(0, 1023, 100),
+                  2.0 ** np.arange(-1074, 1024, 37), -(2.0 ** np.arange(-1074, 0, 37)), 2.0**53 * (1 + ulps)],
+        "expm1": [709.782712893384 * (1 + ulps), rng.uniform(-60, 60, 400), rng.uniform(-745, 709.78, 200),
+                  (np.arange(-60, 1024) + 0.5) * np.log(2), 2.0 ** np.arange(-1074, 9, 37), rng.uniform(-1, 1, 400)],
+    }[function]  # fmt: skip
+    special = [0.0, -0.0, 1.0, -1.0, np.inf, -np.inf, np.nan, 5e-324, -5e-324]
+    return np.concatenate([special, spread, spread[:1], signs * 2.0 ** rng.uniform(-80, 10, 300), bits, *near])
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_float64_on_hard_cases(function):
+    x = hard_cases(function)
+    got = np.empty_like(x)
+    _cpu.elementary(function, x, got)
+    with np.errstate(all="ignore"):
+        expected = getattr(np, function)(x)
+    special = ~np.isfinite(expected)
+    np.testing.assert_array_equal(got[special], expected[special])
+    with mpmath.workdps(60):
+        for a, g in zip(x[~special].tolist(), got[~special].tolist(), strict=True):
+            true = getattr(mpmath, function)(mpmath.mpf(a))
+            exponent = mpmath.frexp(true)[1] if true else -1073
+            ulp = mpmath.ldexp(1, max(int(exponent) - 53, -1074))
+            assert abs(mpmath.mpf(g) - true) <= ulp * oracle.TOLERANCES["elementary", "float64"], (a, g)
+
+
+# ---- values -----------------------------------------------------------------------------------------------------------
+
+
+def log_softmax(z):
+    z = z - z.max(axis=-1, keepdims=True)
+    return z - np.log(np.exp(z).sum(axis=-1, keepdims=True))
+
+
+def into(z, space, dtype, factor=1.0):
+    """Logits as numbers of a space, rounded to the dtype; probabilities times a factor."""
+    if space == "logits":
+        return z.astype(dtype)
+    log = log_softmax(z)
+    return (np.exp(log) * factor if space == "probs" else log).astype(dtype)
+
+
+SHAPES = {"flat": 1.0, "peaked": 6.0}
+
+
+def pairs_of(n, target, shape, rows=2):
+    """Teachers' and students' logits whose divergence is about `target`, with a common offset between them."""
+    rng = np.random.default_rng([n, int(np.log10(target) + 40), len(shape)])
+    a = SHAPES[shape] * rng.normal(size=(rows, n))
+    noise = rng.normal(size=a.shape)
+    if target >= 10:  # most of x's mass lies where y has next to none
+        a[:, 0] = a.max(axis=-1) + 4
+        b = a + noise
+        b[:, 0] -= target + 4
+        return a, b + 5
+    log_p = log_softmax(a)
+    p = np.exp(log_p)
+    noise -= (p * noise).sum(axis=-1, keepdims=True)
+    scale = np.sqrt(2 * target / (p * noise**2).sum(axis=-1, keepdims=True))
+    for _ in range(40 if n < 2000 and target > 1e-4 else 0):  # where the divergence is no longer a square
+        t = log_softmax(a + scale * noise) - log_p
+        scale *= (target / (p * (np.expm1(t) - t)).sum(axis=-1, keepdims=True)) ** 0.25
+    return a, a + 5 + scale * noise
+
+
+def cases():
+    """(n, target, shape, space, temperature); of the longest rows, fewer."""
+    for n in (2, 3, 10, 100, 1000, 1024, 1025, 50257, 262144):
+        long = n > 2000
+        for target in (1e-12, 1e-6, 1.0, 900.0) if long else (1e-12, 1e-9, 1e-6, 1e-3, 1.0, 30.0, 900.0):
+            for shape in SHAPES if n < 200000 else ["flat" if target < 1 else "peaked"]:
+                for space in oracle.SPACES:
+                    for temperature in (1.0, 2.0, 0.7) if space == "logits" and not long else (1.0,):
+                        yield n, target, shape, space, temperature
+
+
+def assert_within(got, exact, size, bounds, n, what):
+    """|got - exact| within (relative, absolute) bounds, by row."""
+    relative, absolute = bounds
+    error = np.abs(np.asarray(got, np.float64) - exact)
+    limit = relative * size + absolute * n
+    worst = np.nanmax(error / limit, initial=0.0) if np.all(limit) else np.inf
+    assert (error <= limit).all(), f"{what}: {worst:.3g} of the bound {relative:.3g}"
+
+
+def oracle_for(n):
+    return oracle.exact if n <= 100 else oracle.fast
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize(("n", "target", "shape", "space", "temperature"), list(cases()))
+def test_kl_of_any_size(n, target, shape, space, dtype, temperature):
+    a, b = pairs_of(n, target, shape)
+    factor = 1.0
+    if space == "probs" and target > 50:  # as probabilities of float32 only of masses beyond 1
+        factor, b = 40.0, np.maximum(b, b.max() - 30)
+    x, y = into(a * temperature, space, dtype, factor), into(b * temperature, space, dtype, factor)
+    true = oracle_for(n)("kl_div", x, y, space, temperature)
+    # rounding the inputs to float32 adds up to n * eps^2, relative to 1, to the divergence
+    assert (true.value > target * 1e-3).all()
+    assert (true.value < 2e3).all()
+    got = klcore.kl_div(x, y, space=space, temperature=temperature)
+    assert got.dtype == dtype
+    assert_within(got, true.value, true.value_size, oracle.tolerance("kl_div", space, dtype), n, "kl_div")

@@ -1,0 +1,293 @@
+"""Who may import whom, what an import costs, one place for the formulas, and what is shipped."""
+
+import ast
+import importlib
+import importlib.resources
+import inspect
+import json
+import pathlib
+import re
+import struct
+import sys
+
+import pytest
+
+import klcore
+from klcore import _cpu
+
+PACKAGE = pathlib.Path(klcore.__file__).parent
+REPOSITORY = pathlib.Path(__file__).resolve().parents[1]
+SOURCES = importlib.resources.files("klcore._src")
+OPERATIONS = ("kl_div", "rel_entr", "cross_entropy", "entropy")
+# the attribute klcore.backends is the public function, so modules are asked for by name
+BACKENDS = sorted(klcore.backends().values())
+
+# ---- imports ---------------------------------------------------------------------------------------------------------
+
+STANDARD = set(sys.stdlib_module_names)
+REGISTRY_ERROR = "klcore.backends:BackendUnavailableError"  # an exception has to be defined above those who raise it
+# the room of a module (the first pattern that matches) -> what it may import, beside the standard library
+ROOMS = {
+    r"klcore": {
+        "klcore.divergence", "klcore.backends", "klcore.backends.threads", "klcore.config", "klcore.version",
+    },
+    r"klcore\.divergence": {"klcore.backends"},
+    r"klcore\.version": set(),
+    r"klcore\.config": {
+        "numpy", "klcore._cpu", "klcore.backends", "klcore.backends.threads", "klcore.backends.cpu",
+        "klcore.backends.cuda", "klcore.version",
+    },
+    r"klcore\.backends": set(),
+    r"klcore\.backends\.(rows|threads)": set(),
+    r"klcore\.backends\.cpu": {"numpy", "klcore._cpu", "klcore.backends.rows", "klcore.backends.threads"},
+    r"klcore\.backends\.cuda": {"numpy", "cupy", "cuda", "klcore._src", "klcore.backends.rows", REGISTRY_ERROR},
+    r"klcore\.backends\.(?P<library>torch|jax|dask)": {
+        "numpy", "cupy", "klcore.backends.cpu", "klcore.backends.cuda", "klcore.backends.rows", REGISTRY_ERROR,
+    },
+    r"klcore\.compat": set(),
+    r"klcore\.compat\.\w+": {"klcore.divergence", "klcore.compat"},
+    r"klcore\._src": set(),
+}  # fmt: skip
+
+
+def modules():
+    for path in sorted(PACKAGE.rglob("*.py")):
+        parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
+        yield ".".join(parts[:-1] if parts[-1] == "__init__" else parts), path
+
+
+def is_module(name):
+    path = PACKAGE.parent.joinpath(*name.split("."))
+    return path.with_suffix(".py").exists() or path.is_dir() or name in ("klcore._cpu", "klcore._src")
+
+
+def imported(path):
+    """What a file imports, as `module` or `module:name`, anywhere in it, import_module("...") included."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            for alias in node.names:
+                whole = f"{node.module}.{alias.name}"
+                yield whole if is_module(whole) else f"{node.module}:{alias.name}"
+        elif isinstance(node, ast.Call) and re.search(r"\b(import_module|__import__)$", ast.unparse(node.func)):
+            yield from (a.value for a in node.args[:1] if isinstance(a, ast.Constant))
+
+
+def allowed(module, edge):
+    match = next((m for m in (re.fullmatch(pattern, module) for pattern in ROOMS) if m), None)
+    assert match, f"{module} has no room in this table"
+    may = ROOMS[match.re.pattern]
+    name = edge.partition(":")[0]
+    root = name.partition(".")[0]
+    own = match.groupdict().get("library")
+    if root != "klcore":
+        return root in STANDARD or root in may or root == own
+    return edge in may or name in may
+
+
+def test_imports_run_one_way():
+    edges = {(module, edge) for module, path in modules() for edge in imported(path)}
+    assert ("klcore.divergence", "klcore.backends:find") in edges  # the parser sees something
+    assert ("klcore.backends.cpu", "klcore._cpu") in edges
+    assert sorted(edge for edge in edges if not allowed(*edge)) == []
+
+
+@pytest.mark.parametrize(
+    ("module", "edge"),
+    [
+        ("klcore.divergence", "numpy"),
+        ("klcore.divergence", "klcore.backends.cpu"),
+        ("klcore.backends", "klcore.backends.cpu"),
+        ("klcore.backends", "numpy"),
+        ("klcore.backends.rows", "numpy"),
+        ("klcore.backends.cpu", "klcore.backends:find"),
+        ("klcore.backends.cpu", "klcore.divergence:kl_div"),
+        ("klcore.backends.cuda", "klcore.backends:find"),
+        ("klcore.backends.torch", "klcore.divergence"),
+        ("klcore.backends.torch", "jax"),
+        ("klcore.compat.keras", "klcore.backends.cpu"),
+    ],
+)
+def test_edges_that_must_not_be(module, edge):
+    assert not allowed(module, edge)
+
+
+def test_oracle_is_independent():
+    path = pathlib.Path(__file__).with_name("oracle.py")
+    roots = {re.split(r"[.:]", edge)[0] for edge in imported(path)}
+    assert "klcore" not in roots
+
+
+def test_import_brings_numpy_at_most(python):
+    code = """
+import json, sys
+before = set(sys.modules)
+import klcore
+after_import = set(sys.modules) - before
+klcore.kl_div([0.5, 0.5], [0.25, 0.75])
+klcore.show_config("dicts")["klcore"]
+print(json.dumps([sorted(after_import), sorted(set(sys.modules) - before)]))
+"""
+    heavy = {"cupy", "torch", "jax", "jaxlib", "dask", "keras", "tensorflow", "mxnet", "scipy", "sklearn", "ml_dtypes"}
+    after_import, after_call = (
+        {name.partition(".")[0] for name in names} - STANDARD - {"klcore"} for names in json.loads(python(code))
+    )
+    assert after_import <= {"numpy"}
+    after_call = {name for name in after_call if not name.startswith(("_cython", "cython_runtime"))}
+    assert after_call - {"cupy"} <= {"numpy"}  # show_config looks for CuPy
+    assert not after_import & heavy
+
+
+def test_import_leaves_subnormal_numbers_alone(python):
+    """A library linked with fast-math turns them off for the whole process."""
+    code = "import numpy as np, klcore; klcore.kl_div([1.0], [1.0]); print(np.float32(1e-45) * np.float32(1) > 0)"
+    assert python(code).strip() == "True"
+
+
+def test_all_is_complete():
+    public = {name for name, value in vars(klcore).items() if not name.startswith("_") and not inspect.ismodule(value)}
+    assert public | {"__version__"} == set(klcore.__all__)
+    assert list(klcore.__all__) == sorted(klcore.__all__)
+
+
+# ---- one contract for all backends -----------------------------------------------------------------------------------
+
+
+def parameters(function):
+    return [(p.name, p.default) for p in inspect.signature(function).parameters.values()]
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_signatures(operation, backend):
+    """As the public function has them, positionally and without defaults: those are stated once."""
+    found = parameters(getattr(importlib.import_module(backend), operation))
+    public = inspect.signature(getattr(klcore, operation)).parameters
+    assert found == [(name, inspect.Parameter.empty) for name in public]
+
+
+@pytest.mark.parametrize("operation", OPERATIONS[1:])
+def test_public_signatures_are_alike(operation):
+    like = inspect.signature(klcore.kl_div).parameters
+    found = inspect.signature(getattr(klcore, operation)).parameters
+    assert list(found) == [n for n in like if n != "y" or operation != "entropy"]
+    assert all((found[n].kind, found[n].default) == (like[n].kind, like[n].default) for n in found)
+
+
+# ---- native sources --------------------------------------------------------------------------------------------------
+
+ELEMENTARY = (
+    "log", "log1p", "log2", "log10", "logb", "exp", "exp2", "exp10", "expm1", "pow", "tanh", "atanh", "sinh", "cosh",
+    "sin", "cos", "tan", "erf", "tgamma", "lgamma", "cbrt", "hypot", "ldexp", "frexp", "scalbn",
+)  # fmt: skip
+INTRINSIC = ("fast_?", "__", "__builtin_", "std::", r"(?<![\w>])::", "_mm\\d*_", "Sleef_")
+
+
+def native():
+    return {s.name: s.read_text() for s in SOURCES.iterdir() if s.name.endswith((".h", ".cu", ".pyx"))}
+
+
+def without_comments(name, text):
+    text = re.sub(r"/\*.*?\*/", " ", text, flags=re.DOTALL)
+    return re.sub(r"#.*" if name.endswith(".pyx") else r"//.*", "", text)
+
+
+CODE = {name: without_comments(name, text) for name, text in native().items()}
+
+
+@pytest.mark.parametrize("name", CODE)
+def test_no_elementary_function_but_our_own(name):
+    """libm's differ between machines. What is called log is kl::log, and is defined in kl_math.h."""
+    functions = "|".join(ELEMENTARY)
+    foreign = rf"(?:{'|'.join(INTRINSIC)})(?:{functions})f?l?(?:_p[sd])?\s*\("
+    assert re.findall(foreign, CODE[name]) == []
+    assert re.findall(r"libc\.math|using\s+(?:namespace\s+std|std::)", CODE[name]) == []
+    if name != "kl_math.h":
+        assert re.findall(rf"KL_FN\s+\w+\s+(?:{functions})f?\s*\(", CODE[name]) == []
+
+
+def test_formulas_are_in_one_file():
+    """Terms and polynomials: whoever else needs one calls it."""
+    assert re.search(r"struct Term<KL_DIV, PROBS, PROBS>\s*{", CODE["kl_math.h"])
+    assert len(re.findall(r"\bhorner\(", CODE["kl_math.h"])) > 4
+    for name in CODE.keys() - {"kl_math.h"}:
+        assert re.findall(r"struct Term<[^>]*>\s*{|\bhorner\(|0x1\.[0-9a-f]{4,}p", CODE[name]) == [], name
+
+
+def test_kl_math_includes_nothing():
+    assert re.findall(r"#\s*include.*", CODE["kl_math.h"]) == []
+
+
+@pytest.mark.parametrize("name", CODE)
+def test_no_order_left_to_chance(name):
+    """OpenMP reductions and atomic additions of floats add up in the order in which threads arrive."""
+    text = CODE[name]
+    assert re.findall(r"#\s*pragma\s+omp.*\b(?:reduction|atomic|critical)\b", text) == []
+    assert re.findall(r"std::atomic<\s*(?:float|double)|atomicAdd|atomic_ref|std::reduce|std::execution", text) == []
+
+
+FAST = r"fast-math|Ofast|funsafe|fassociative|freciprocal|ffinite-math|fp:fast|ffp-contract=(?:fast|on)|use_fast_math"
+
+
+@pytest.mark.parametrize("name", CODE)
+def test_no_fast_math_in_sources(name):
+    assert re.findall(rf"{FAST}|STDC\s+FP_CONTRACT\s+ON|ftz=true|fmad=true", CODE[name]) == []
+
+
+def test_no_fast_math_in_the_build():
+    path = REPOSITORY / "setup.py"
+    if not path.exists():
+        pytest.skip("no setup.py beside the tests: these are of an installed package")
+    constants = [n.value for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Constant)]
+    strings = " ".join(c for c in constants if isinstance(c, str))
+    assert re.findall(FAST, strings) == []
+    assert "-ffp-contract=off" in strings
+    assert "/fp:precise" in strings
+
+
+def undefined_symbols(path):
+    """Names that a 64-bit ELF library takes from others."""
+    data = path.read_bytes()
+    if data[:5] != b"\x7fELF\x02":
+        pytest.skip("reads 64-bit ELF files only")
+    offset, size, count = struct.unpack_from("<Q", data, 40)[0], *struct.unpack_from("<HH", data, 58)
+    sections = [struct.unpack_from("<IIQQQQIIQQ", data, offset + k * size) for k in range(count)]
+    (table,) = (s for s in sections if s[1] == 11)  # SHT_DYNSYM
+    strings = sections[table[6]]
+    for k in range(table[5] // table[9]):
+        name, _, _, section, _, _ = struct.unpack_from("<IBBHQQ", data, table[4] + k * table[9])
+        if section == 0 and name:
+            start = strings[4] + name
+            yield data[start : data.index(b"\0", start)].decode()
+
+
+def test_no_elementary_function_is_linked():
+    """The same of what the compiler made: it may turn a loop or a builtin into a call."""
+    found = set(undefined_symbols(pathlib.Path(_cpu.__file__)))
+    assert "memcpy" in found or "malloc" in found
+    named = rf"(?:__|_ZGV\w*_)?(?:{'|'.join(ELEMENTARY)})(?:f|l)?(?:_finite)?"
+    assert sorted(name for name in found if re.fullmatch(named, name)) == []
+
+
+# ---- what is shipped -------------------------------------------------------------------------------------------------
+
+
+def test_headers_are_shipped():
+    shipped = {s.name for s in SOURCES.iterdir()}
+    assert {"kl_math.h", "kl_tree.h"} <= shipped
+    here = REPOSITORY / "src"
+    if here.exists():
+        assert {p.name for p in [*here.glob("*.h"), *here.glob("*.cu")]} <= shipped
+    included = {name for text in CODE.values() for name in re.findall(r'#\s*include\s*"([^"]+)"', text)}
+    assert included <= shipped
+
+
+def test_typing_marker_is_shipped():
+    assert importlib.resources.files("klcore").joinpath("py.typed").is_file()
+
+
+@pytest.mark.parametrize("name", [name for name, _ in modules()])
+def test_every_file_says_what_it_holds(name):
+    assert importlib.import_module(name).__doc__

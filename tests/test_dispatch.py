@@ -1,0 +1,480 @@
+"""Which module computes, with how many threads and which instructions: the registry, its words, its errors."""
+
+import asyncio
+import importlib
+import inspect
+import sys
+import threading
+import types
+
+import numpy as np
+import pytest
+
+import klcore
+from klcore import _cpu
+
+OPERATIONS = ("kl_div", "rel_entr", "cross_entropy", "entropy")
+# the attribute klcore.backends is the public function, so the module has to be asked for by name
+registry = importlib.import_module("klcore.backends")
+rows = importlib.import_module("klcore.backends.rows")
+
+
+@pytest.fixture
+def clean_registry(monkeypatch):
+    """A registry that forgets what the test adds."""
+    monkeypatch.setattr(registry, "_MODULES", dict(registry._MODULES))
+    yield
+    monkeypatch.undo()
+    for cached in (registry._library, registry._module):
+        cached.cache_clear()
+
+
+def array_class(module, name="Array", base=object):
+    return type(name, (base,), {"__module__": module})
+
+
+@pytest.fixture
+def toy(clean_registry, monkeypatch):
+    """A backend of its own library, which returns what it was given."""
+    module = types.ModuleType("toy_backend")
+    module.calls = []
+    for name in OPERATIONS:
+
+        def compute(*arguments, name=name):
+            module.calls.append((name, arguments))
+            return "computed", name
+
+        setattr(module, name, compute)
+    monkeypatch.setitem(sys.modules, "toy_backend", module)
+    klcore.register_backend("toylib", "toy_backend")
+    return module
+
+
+# ---- the registry ----------------------------------------------------------------------------------------------------
+
+
+def test_backends_is_a_copy():
+    found = klcore.backends()
+    assert found["numpy"] == "klcore.backends.cpu"
+    assert found["cupy"] == "klcore.backends.cuda"
+    found["numpy"] = "elsewhere"
+    assert klcore.backends()["numpy"] == "klcore.backends.cpu"
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_toy_backend(toy, operation):
+    """It gets every argument of the public function, in the documented order, positionally."""
+    x, y = array_class("toylib")(), array_class("toylib")()
+    arrays = (x,) if operation == "entropy" else (x, y)
+    keywords = {
+        "space": "logits",
+        "axis": 3,
+        "reduction": "rowmean",
+        "weights": object(),
+        "temperature": 2.5,
+        "return_grad": "x",
+        "out": object(),
+        "device": None,
+    }
+    assert getattr(klcore, operation)(*arrays, **keywords) == ("computed", operation)
+    assert toy.calls == [(operation, (*arrays, *keywords.values()))]
+    public = [name for name in inspect.signature(getattr(klcore, operation)).parameters if name not in "xy"]
+    assert public == list(keywords)
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_defaults(toy, operation):
+    x = array_class("toylib")()
+    arrays = (x,) if operation == "entropy" else (x, x)
+    getattr(klcore, operation)(*arrays)
+    assert toy.calls == [(operation, (*arrays, "probs", -1, "row", None, 1.0, None, None, None))]
+
+
+def test_registered_backend_is_listed_and_can_be_replaced(toy, monkeypatch):
+    assert klcore.backends()["toylib"] == "toy_backend"
+    klcore.entropy(array_class("toylib")())
+    other = types.ModuleType("other_backend")
+    other.entropy = lambda *arguments: "from the other"
+    monkeypatch.setitem(sys.modules, "other_backend", other)
+    klcore.register_backend("toylib", "other_backend")
+    assert klcore.entropy(array_class("toylib")()) == "from the other"
+
+
+def test_unknown_type_may_be_registered_later(clean_registry, monkeypatch):
+    x = array_class("laterlib")()
+    with pytest.raises(TypeError, match="laterlib"):
+        klcore.entropy(x)
+    module = types.ModuleType("later_backend")
+    module.entropy = lambda *arguments: "computed"
+    monkeypatch.setitem(sys.modules, "later_backend", module)
+    klcore.register_backend("laterlib", "later_backend")
+    assert klcore.entropy(x) == "computed"
+
+
+def test_base_classes_are_looked_through(toy):
+    derived = array_class("their.package", "Derived", array_class("toylib.core.array"))
+    assert klcore.entropy(derived()) == ("computed", "entropy")
+
+    class Mine(np.ndarray):
+        pass
+
+    assert klcore.entropy(np.array([0.5, 0.5]).view(Mine)) == klcore.entropy([0.5, 0.5])
+
+
+def test_nearest_base_class_decides(toy):
+    """A library's array that is also a numpy.ndarray is that library's."""
+    both = type("Both", (np.ndarray,), {"__module__": "toylib.array"})
+    assert klcore.entropy(np.zeros(2).view(both)) == ("computed", "entropy")
+
+
+@pytest.mark.parametrize("other", [1, 0.5, True, [1.0], (1.0, 2.0), 1j])
+@pytest.mark.parametrize("swap", [False, True])
+def test_python_numbers_go_with_the_array(toy, other, swap):
+    arrays = (other, array_class("toylib")()) if swap else (array_class("toylib")(), other)
+    assert klcore.kl_div(*arrays) == ("computed", "kl_div")
+    assert toy.calls[0][1][:2] == arrays
+
+
+@pytest.mark.parametrize(
+    "modules",
+    [("toylib", "toylib.nn.parameter"), ("toylib.core", "toylib.array"), ("toylib.nn", "toylib.nn")],
+)
+def test_types_of_different_modules_of_one_library(toy, modules):
+    x, y = (array_class(module)() for module in modules)
+    assert klcore.kl_div(x, y) == ("computed", "kl_div")
+
+
+def test_types_of_different_modules_of_numpy():
+    record = np.array([0.5, 0.5]).view(np.recarray)
+    assert klcore.kl_div(record, np.array([0.25, 0.75])) == klcore.kl_div([0.5, 0.5], [0.25, 0.75])
+
+
+@pytest.mark.parametrize("number", [np.ones(2), np.float32(1)])
+@pytest.mark.parametrize("swap", [False, True])
+def test_mixed_libraries(toy, number, swap):
+    arrays = (number, array_class("toylib")()) if swap else (array_class("toylib")(), number)
+    of = ("numpy", "toylib") if swap else ("toylib", "numpy")
+    with pytest.raises(TypeError, match=rf"x is a {of[0]} array and y a {of[1]} one.*device="):
+        klcore.kl_div(*arrays)
+    assert not toy.calls
+
+
+def test_device_decides_over_libraries(toy):
+    """The arrays are then the backend's to convert; the toy's have nothing that NumPy understands."""
+    with pytest.raises(TypeError, match="x has dtype object"):
+        klcore.kl_div(array_class("toylib")(), np.ones(2), device="cpu")
+    assert not toy.calls
+
+
+@pytest.mark.parametrize("device", [None, "cpu", "cuda"])
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_unknown_type(operation, device):
+    unknown = array_class("strange.core", "Tensor")()
+    arrays = (unknown,) if operation == "entropy" else ([1.0], unknown)
+    with pytest.raises(TypeError) as raised:
+        getattr(klcore, operation)(*arrays, device=device)
+    for word in ("strange.core.Tensor", "numpy", "cupy", "lists", "register_backend"):
+        assert word in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("library", "module", "error", "words"),
+    [
+        (1, "m", TypeError, ("library", "string", "int")),
+        ("lib", None, TypeError, ("module", "string", "NoneType")),
+        ("lib", sys, TypeError, ("module", "string", "module")),
+        (np.ndarray, "m", TypeError, ("library", "string", "type")),
+        ("", "m", ValueError, ("library", "''")),
+        ("a lib", "m", ValueError, ("library", "'a lib'")),
+        ("lib.array", "m", ValueError, ("library", "first word", "'lib.array'")),
+        ("lib", "", ValueError, ("module", "''")),
+        ("lib", "my-module", ValueError, ("module", "'my-module'")),
+        ("lib", "package..module", ValueError, ("module", "'package..module'")),
+        ("lib", ".relative", ValueError, ("module", "'.relative'")),
+    ],
+)
+def test_register_wrong_names(clean_registry, library, module, error, words):
+    before = klcore.backends()
+    with pytest.raises(error) as raised:
+        klcore.register_backend(library, module)
+    assert [word for word in words if word not in str(raised.value)] == []
+    assert klcore.backends() == before
+
+
+def test_backend_that_cannot_be_imported(clean_registry):
+    klcore.register_backend("toylib", "no_such_module_anywhere")
+    for _ in range(2):  # the failure is not remembered as a success
+        with pytest.raises(klcore.BackendUnavailableError, match=r"toylib.*no_such_module_anywhere"):
+            klcore.entropy(array_class("toylib")())
+
+
+# ---- device="cuda" ---------------------------------------------------------------------------------------------------
+
+CUDA = """
+import sys, types
+import numpy as np
+{setup}
+import klcore
+out = np.full((), 7.0)
+for arrays in (([0.5, 0.5], [0.25, 0.75]), (np.ones(2), np.ones(2))):
+    for name in ("kl_div", "rel_entr", "cross_entropy", "entropy"):
+        for device in ("cuda", "cuda:0", "cuda:1"):
+            try:
+                getattr(klcore, name)(*(arrays[:1] if name == "entropy" else arrays), device=device, out=out)
+            except klcore.BackendUnavailableError as error:
+                assert isinstance(error, RuntimeError)
+                print(error)
+            else:
+                raise AssertionError("computed somewhere else in silence")
+assert out == 7
+"""
+
+
+@pytest.mark.parametrize(
+    ("setup", "words"),
+    [
+        ("sys.modules['cupy'] = None", ("CuPy", "pip install cupy")),
+        ("cupy = sys.modules['cupy'] = types.ModuleType('cupy'); cupy.is_available = lambda: False", ("driver",)),
+    ],
+    ids=["no CuPy", "no driver"],
+)
+def test_cuda_names_what_is_missing(python, setup, words):
+    messages = python(CUDA.format(setup=setup)).splitlines()
+    assert len(messages) == 24
+    for message in messages:
+        assert [word for word in ("device='cuda'", *words) if word not in message] == []
+
+
+def test_device_cpu_computes(device):
+    x, y = np.array([0.5, 0.5]), np.array([0.25, 0.75])
+    value = klcore.kl_div(device.put(x), device.put(y), device="cpu")
+    assert type(value) is np.float64
+    assert value == klcore.kl_div(x, y)
+
+
+# ---- threads ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def restored_threads():
+    before = klcore.get_num_threads()
+    yield
+    klcore.set_num_threads(before)
+
+
+def test_set_num_threads(restored_threads):
+    klcore.set_num_threads(3)
+    assert klcore.get_num_threads() == 3
+    klcore.set_num_threads(np.int64(4))
+    assert klcore.get_num_threads() == 4
+    seen = []
+    other = threading.Thread(target=lambda: seen.append(klcore.get_num_threads()))
+    other.start()
+    other.join()
+    assert seen == [4]
+
+
+def test_threads_nest_and_end(restored_threads):
+    klcore.set_num_threads(7)
+    with klcore.threads(3):
+        assert klcore.get_num_threads() == 3
+        with klcore.threads(5):
+            klcore.set_num_threads(6)  # for all, but not within `threads`
+            assert klcore.get_num_threads() == 5
+        assert klcore.get_num_threads() == 3
+    assert klcore.get_num_threads() == 6
+    with pytest.raises(ZeroDivisionError), klcore.threads(2):
+        raise ZeroDivisionError
+    assert klcore.get_num_threads() == 6
+
+
+def test_threads_are_of_this_thread_only(restored_threads):
+    klcore.set_num_threads(7)
+    inside, checked = threading.Event(), threading.Event()
+
+    def other():
+        with klcore.threads(2):
+            inside.set()
+            checked.wait(60)
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    assert inside.wait(60)
+    found = klcore.get_num_threads()
+    checked.set()
+    thread.join()
+    assert found == 7
+
+
+def test_threads_are_of_this_task_only(restored_threads):
+    klcore.set_num_threads(7)
+
+    async def task(n):
+        with klcore.threads(n):
+            await asyncio.sleep(0)
+            return klcore.get_num_threads()
+
+    async def several():
+        return await asyncio.gather(*(task(n) for n in (1, 2, 3)))
+
+    assert asyncio.run(several()) == [1, 2, 3]
+    assert klcore.get_num_threads() == 7
+
+
+def within(n):
+    with klcore.threads(n):
+        pass
+
+
+@pytest.mark.parametrize("function", [klcore.set_num_threads, within])
+@pytest.mark.parametrize(
+    ("n", "error", "found"),
+    [
+        (0, ValueError, "0"),
+        (-1, ValueError, "-1"),
+        (1.5, TypeError, "1.5"),
+        (None, TypeError, "None"),
+        ("2", TypeError, "'2'"),
+        ([2], TypeError, r"\[2\]"),
+    ],
+)
+def test_wrong_number_of_threads(restored_threads, function, n, error, found):
+    before = klcore.get_num_threads()
+    with pytest.raises(error, match=f"number of threads must be .*found {found}$"):
+        function(n)
+    assert klcore.get_num_threads() == before
+
+
+HOW_MANY = "import klcore; print(klcore.get_num_threads())"
+
+
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [
+        ({"KLCORE_NUM_THREADS": 3}, 3),
+        ({"OMP_NUM_THREADS": 4}, 4),
+        ({"OMP_NUM_THREADS": "4,2"}, 4),
+        ({"KLCORE_NUM_THREADS": 3, "OMP_NUM_THREADS": 4}, 3),
+        ({"KLCORE_NUM_THREADS": "", "OMP_NUM_THREADS": " 4 "}, 4),
+    ],
+)
+def test_threads_of_the_environment(python, environment, expected):
+    assert int(python(HOW_MANY, **environment)) == expected
+
+
+@pytest.mark.parametrize("name", ["KLCORE_NUM_THREADS", "OMP_NUM_THREADS"])
+@pytest.mark.parametrize(
+    ("text", "error"), [("many", "TypeError|ValueError"), ("0", "ValueError"), ("-2", "ValueError")]
+)
+def test_wrong_threads_in_the_environment(python, name, text, error):
+    message = python(HOW_MANY, fails=True, **{name: text}).splitlines()[-1]
+    assert message.partition(":")[0] in error.split("|")
+    assert name in message
+    assert text in message
+
+
+@pytest.mark.skipif(not hasattr(__import__("os"), "sched_setaffinity"), reason="no CPU affinity on this system")
+def test_threads_are_as_many_as_this_process_may_use(python):
+    code = "import os; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))}); "
+    assert int(python(code + HOW_MANY)) == 1
+
+
+USED = """
+import os, numpy as np, klcore
+x = np.random.default_rng(0).random((200, 1000))
+count = lambda: len(os.listdir("/proc/self/task"))
+klcore.kl_div(x[:2], x[:2])
+counts = [count()]
+for n in (1, 2, 4):
+    with klcore.threads(n):
+        klcore.kl_div(x[:2], x[:2])  # too small for a second thread
+        klcore.kl_div(x, x)
+    counts.append(count())
+print([c - counts[0] for c in counts])
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="counts threads in /proc")
+@pytest.mark.skipif(not _cpu.OPENMP, reason="built without OpenMP")
+def test_threads_are_used(python):
+    assert python(USED, OPENBLAS_NUM_THREADS=1, MKL_NUM_THREADS=1).strip() == "[0, 0, 1, 3]"
+
+
+# ---- instruction sets ------------------------------------------------------------------------------------------------
+
+VALUE = "import klcore; print(klcore.kl_div([0.5, 0.5], [0.25, 0.75]).hex())"
+IN_USE = "import klcore; print(klcore.show_config('dicts')['cpu']['instruction set in use'])"
+PRETEND = "import klcore._cpu; klcore._cpu.instruction_sets = lambda: {'generic': True, 'avx9': False}; "
+
+
+@pytest.mark.parametrize("isa", [name for name, supported in _cpu.instruction_sets().items() if supported])
+def test_instruction_set_of_the_environment(python, isa):
+    assert python(IN_USE, KLCORE_ISA=isa).strip() == isa
+
+
+@pytest.mark.parametrize("environment", [{}, {"KLCORE_ISA": ""}])
+def test_best_instruction_set_is_the_default(python, environment):
+    best = [name for name, supported in _cpu.instruction_sets().items() if supported][-1]
+    assert python(IN_USE, **environment).strip() == best
+    assert python(PRETEND + IN_USE, **environment).strip() == "generic"
+
+
+@pytest.mark.parametrize(
+    ("isa", "setup", "words"),
+    [
+        ("sse9", "", ("KLCORE_ISA", "'sse9'", *_cpu.instruction_sets())),
+        ("AVX2", "", ("KLCORE_ISA", "'AVX2'", "generic")),
+        ("avx9", PRETEND, ("KLCORE_ISA=avx9", "this processor does not have it", "generic")),
+    ],
+)
+def test_wrong_instruction_set(python, isa, setup, words):
+    message = python(setup + VALUE, fails=True, KLCORE_ISA=isa).splitlines()[-1]
+    assert message.startswith("ValueError: ")
+    assert [word for word in words if word not in message] == []
+
+
+def test_wrong_instruction_set_is_refused_every_time(python):
+    code = """
+import klcore
+for _ in range(2):
+    try:
+        klcore.kl_div([1.0], [1.0])
+    except ValueError as error:
+        print(error)
+    else:
+        raise AssertionError("computed with another instruction set in silence")
+"""
+    first, second = python(code, KLCORE_ISA="sse9").splitlines()
+    assert first == second
+
+
+# ---- show_config -----------------------------------------------------------------------------------------------------
+
+
+def test_show_config(capsys):
+    config = klcore.show_config("dicts")
+    assert capsys.readouterr().out == ""
+    assert config["klcore"] == {"version": klcore.__version__, "numerics": "v1"}
+    assert config["numpy"]["version"] == np.__version__
+    assert config["cpu"]["threads"] == klcore.get_num_threads()
+    assert config["cpu"]["instruction set in use"] == _cpu.instruction_set()
+    assert config["cpu"]["instruction sets built"].split(", ") == list(_cpu.instruction_sets())
+    assert config["cpu"]["compiler"] == _cpu.COMPILER
+    assert config["cpu"]["OpenMP"].isdecimal() == bool(_cpu.OPENMP)
+    assert config["backends"] == klcore.backends()
+    assert klcore.show_config() is None
+    text = capsys.readouterr().out
+    for section, entries in config.items():
+        assert f"{section}:\n" in text
+        for name, value in entries.items():
+            assert f"  {name}: {value}\n" in text
+
+
+def test_show_config_of_an_unknown_mode():
+    with pytest.raises(ValueError, match="'stdout' or 'dicts', found 'json'"):
+        klcore.show_config("json")
+
+
+def test_import_reads_no_environment(python):
+    """A wrong variable is reported by the first call, not by an import that may never compute."""
+    assert python("import klcore; print('imported')", KLCORE_ISA="?", KLCORE_NUM_THREADS="?").strip() == "imported"
