@@ -51,7 +51,7 @@ struct Kernel {
   int states[3];
   void (*chunk)(const Plan&, const Row&, int sweep, i64 start, int n, const double* stats, double* state, i64 pitch,
                 void* scratch);
-  void (*fold)(const Plan&, int sweep, double* from, int count, i64 from_pitch, double* to, i64 to_pitch);
+  void (*fold)(const Plan&, int sweep, const double* from, int count, i64 from_pitch, double* to, i64 to_pitch);
   void (*finish)(const Plan&, int sweep, const double* state, double* stats);
   // the totals of several rows of at most COLUMNS classes that lie one behind the other; or nullptr
   void (*flat)(const Plan&, const Row& first, int rows, double* totals, void* scratch);

@@ -43,22 +43,19 @@ template <typename T> double sum(T* t, int n) {
   return fold(columns, COLUMNS);
 }
 
+// the same of doubles that must stay as they are
+inline double sum_kept(const double* t, int n) {
+  alignas(64) double copy[CHUNK];
+  for (int i = 0; i < n; i++) copy[i] = t[i];
+  return sum(copy, n);
+}
+
 // the sum of any number of doubles, level by level; overwrites t
 inline double sum_levels(double* t, i64 n) {
   if (n == 0) return 0.0;
-  while (n > CHUNK) {
-    i64 groups = (n + CHUNK - 1) / CHUNK;
-    for (i64 g = 0; g < groups; g++) {
-      alignas(64) double group[CHUNK];
-      int size = (int)(n - g * CHUNK < CHUNK ? n - g * CHUNK : CHUNK);
-      for (int i = 0; i < size; i++) group[i] = t[g * CHUNK + i];
-      t[g] = sum(group, size);
-    }
-    n = groups;
-  }
-  alignas(64) double last[CHUNK];
-  for (i64 i = 0; i < n; i++) last[i] = t[i];
-  return sum(last, (int)n);
+  for (; n > CHUNK; n = (n + CHUNK - 1) / CHUNK)
+    for (i64 g = 0; g * CHUNK < n; g++) t[g] = sum_kept(t + g * CHUNK, (int)(n - g * CHUNK < CHUNK ? n - g * CHUNK : CHUNK));
+  return sum_kept(t, (int)n);
 }
 
 // m[j] = the larger of m[j] and t[j]; that of m where t is NaN. Loaded first: gcc would choose between addresses.
@@ -301,7 +298,9 @@ template <typename T> void terms_flat(const Plan& p, const Row& first, int rows,
   for (int r = 0; r < rows; r++) totals[r] = sum_short(s.a + r * n, n);
 }
 
-inline void terms_fold(const Plan&, int, double* from, int count, i64, double* to, i64) { to[0] = sum(from, count); }
+inline void terms_fold(const Plan&, int, const double* from, int count, i64, double* to, i64) {
+  to[0] = sum_kept(from, count);
+}
 
 inline void terms_finish(const Plan&, int, const double* state, double* stats) { stats[0] = state ? state[0] : 0.0; }
 
@@ -497,7 +496,7 @@ void logits_chunk(const Plan& p, const Row& row, int sweep, i64 start, int n, co
 
 // Up to CHUNK states into one, by the same steps as for the classes of a chunk, between chunks.
 template <typename T>
-void logits_fold(const Plan& p, int sweep, double* from, int count, i64 pitch, double* to, i64 to_pitch) {
+void logits_fold(const Plan& p, int sweep, const double* from, int count, i64 pitch, double* to, i64 to_pitch) {
   if (sweep > 0) return;
   if (count == 1) {
     for (int k = 0; k < LOGITS_STATES; k++) to[k * to_pitch] = from[k * pitch];
@@ -662,13 +661,13 @@ inline void mixed_chunk(const Plan& p, const Row& row, int sweep, i64 start, int
   }
 }
 
-inline void mixed_fold(const Plan& p, int sweep, double* from, int count, i64 pitch, double* to, i64 to_pitch) {
+inline void mixed_fold(const Plan& p, int sweep, const double* from, int count, i64 pitch, double* to, i64 to_pitch) {
   if (sweep == 0) {
     if (p.space_x == LOGITS) norm_fold(p.inverse_temperature, from, count, pitch, to, to_pitch);
     if (p.operation != ENTROPY && p.space_y == LOGITS)
       norm_fold(p.inverse_temperature, from + NORM_STATES * pitch, count, pitch, to + NORM_STATES * to_pitch, to_pitch);
   } else if (sweep == 1) {
-    for (int k = 0; k < SUM_STATES; k++) to[k * to_pitch] = sum(from + k * pitch, count);
+    for (int k = 0; k < SUM_STATES; k++) to[k * to_pitch] = sum_kept(from + k * pitch, count);
   }
 }
 

@@ -2,13 +2,13 @@
 
 Written from the mathematics; imports nothing of klcore. Two arithmetics carry the same definitions:
 
-* `exact`: mpmath, 50 digits, any input (subnormal, huge, or infinite), about 0.1 ms a class: rows of up to a few
+* `exact`: mpmath, 50 digits or more, any input (subnormal, huge, infinite), about 0.1 ms a class: rows of up to a few
   thousand classes.
-* `fast`: pairs of doubles (Dekker 1971; Hida, Li and Bailey 2001), 106 bits, a few microseconds a class, for rows of up to a
-  million. Relative error of an operation or function: below 1e-30. A divergence of 1e-12 is a sum of terms of order 1
+* `fast`: pairs of doubles (Dekker 1971; Hida, Li and Bailey 2001), 106 bits, some ten microseconds a class, for rows of
+  up to a million. An operation or function errs by less than 1e-30. A divergence of 1e-12 is a sum of terms of order 1
   that cancel to that, so it is still good to 1e-18, far inside the tightest bound (1e-13), by the literal definition,
-  with none of the rearrangements that klcore needs. Not for numbers whose products leave the range of a double (below 1e-290
-  the lower half is lost). test_accuracy.py holds it against `exact`.
+  with none of the rearrangements that klcore needs. Not for numbers whose products leave the range of a double (below
+  1e-290 the lower half is lost). test_accuracy.py holds it against `exact`.
 
 Both take rows, shape (rows, n), and give float64: rounding the exact answer to 53 bits is an error of 1.1e-16.
 """
@@ -24,14 +24,14 @@ OPERATIONS = ("kl_div", "rel_entr", "cross_entropy", "entropy")
 SPACES = ("probs", "log_probs", "logits")
 PAIRS = tuple((sx, sy) for sx in SPACES for sy in SPACES)
 
-# ---- the bounds -------------------------------------------------------------------------------------------------------
+# ---- the bounds ------------------------------------------------------------------------------------------------------
 #
 # Bounds are relative to a size that `exact` gives with every answer, `value_size`, `dx_size` or `dy_size`:
-#   plain   kl_div of two arguments of one space: the answer itself (its gradient: the row's L1 norm). The other operations
-#           on probabilities or on log-probabilities: the sum of the magnitudes of what is added.
+#   plain   kl_div of two arguments of one space: the answer itself (its gradient: the row's L1 norm). The other
+#           operations on probabilities or on log-probabilities: the sum of the magnitudes of what is added.
 #   wide    what klcore computes in double whatever the input: pairs of different spaces, and entropy and cross-entropy
-#           of logits. A logarithm l = log p carries an error of eps*|l|, which shifts a term by its derivative times that,
-#           so the size is the sum of magnitudes times 1 + |log p| + |log q|; the bound is in eps of double.
+#           of logits. A logarithm l = log p carries an error of eps*|l|, which shifts a term by its derivative times
+#           that, so the size is the sum of magnitudes times 1 + |log p| + |log q|; the bound is in eps of double.
 # Where the result is narrower than the arithmetic, rounding it adds half an eps of the result's dtype (`rounding`).
 EPS32, EPS64 = 2.0**-23, 2.0**-52
 TOLERANCES = {
@@ -40,8 +40,8 @@ TOLERANCES = {
     ("kl", "float64"): 1e-13,
     ("gradient", "float32"): 2e-5,
     ("gradient", "float64"): 1e-11,
-    # one term of relative error 4 eps (an elementary function to 1 ulp, its argument or quotient, two products), and the
-    # half eps of each of at most three additions in the input's precision before the sum goes on in double
+    # a term has a relative error of up to 4 eps (an elementary function to 1 ulp, its argument, two products), and each
+    # of at most three additions in the input's precision, before the sum goes on in double, adds half an eps
     ("sum", "float32"): 6 * EPS32,
     ("sum", "float64"): 6 * EPS64,
     # the same in double, with the sum in double as well: eleven levels of additions for 2^20 classes
@@ -86,7 +86,7 @@ def tolerance(operation: str, space: Any, dtype: Any, of: str = "value") -> tupl
     return relative + TOLERANCES["rounding", dtype], TOLERANCES["absolute", dtype]
 
 
-# ---- two arithmetics --------------------------------------------------------------------------------------------------
+# ---- two arithmetics -------------------------------------------------------------------------------------------------
 
 
 def _elementwise(f: Any) -> Any:
@@ -234,12 +234,12 @@ class Doubles:
         return Pair(np.where(mask, a.hi, b.hi), np.where(mask, a.lo, b.lo))
 
 
-# ---- the definitions --------------------------------------------------------------------------------------------------
+# ---- the definitions -------------------------------------------------------------------------------------------------
 
 
 @dataclass
 class Side:
-    """One argument: p and log p (both 0 where p is 0 or undefined), which classes are excluded (p = 0), which undefined."""
+    """One argument: p and log p (0 if p is 0 or undefined), which classes are excluded (p = 0), which undefined."""
 
     p: Any
     log: Any
@@ -308,7 +308,9 @@ def _answer(ar: Any, operation: str, x: Any, y: Any, space: Any, temperature: fl
 
     if sx == "probs":
         dx = ar.double(by_p)
-        dx[a.excluded] = {"kl_div": -np.inf, "rel_entr": -np.inf, "cross_entropy": dx[a.excluded]}.get(operation, np.inf)
+        dx[a.excluded] = {"kl_div": -np.inf, "rel_entr": -np.inf, "cross_entropy": dx[a.excluded]}.get(
+            operation, np.inf
+        )
         if not single:
             dx[b.excluded] = np.inf
     else:
@@ -384,11 +386,11 @@ def fast(operation: str, x: Any, y: Any = None, space: Any = "probs", temperatur
     return _answer(Doubles, operation, x, y, space, temperature)
 
 
-# ---- comparisons ------------------------------------------------------------------------------------------------------
+# ---- comparisons -----------------------------------------------------------------------------------------------------
 
 
 def assert_close(got: Any, expected: Any, size: Any, bounds: tuple[float, float], what: str = "") -> None:
-    """Each value, or if there is one axis more than in `size` each row's L1 distance, within relative*size + absolute*n.
+    """Each value, or if there is an axis more than in `size` each row's L1 distance, within relative*size + absolute*n.
 
     Infinite and NaN exactly where the expected array is.
     """

@@ -145,8 +145,8 @@ def test_against_differences(operation, space):
         np.testing.assert_allclose(difference, gradient, rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize("shapes", [((3, 1, 7), (1, 4, 7)), ((7,), (3, 4, 7)), ((3, 4, 7), (1, 7)), ((3, 4, 7), (3, 1, 7)),
-                                    ((1, 1, 7), (3, 4, 7)), ((2, 1, 1500), (1, 3, 1500))])  # fmt: skip
+@pytest.mark.parametrize("shapes", [((3, 1, 7), (1, 4, 7)), ((7,), (3, 4, 7)), ((3, 4, 7), (1, 7)),
+                                    ((3, 4, 7), (3, 1, 7)), ((1, 1, 7), (3, 4, 7)), ((2, 1, 1500), (1, 3, 1500))])  # fmt: skip
 @pytest.mark.parametrize("reduction", ["row", "sum", "rowmean"])
 @pytest.mark.parametrize("weighted", [False, True], ids=["", "weights"])
 @pytest.mark.parametrize("dtype", ["float64", "float32", "float16"])
@@ -154,7 +154,7 @@ def test_against_differences(operation, space):
 def test_broadcast_operand(operation, space, shapes, reduction, weighted, dtype):
     """Its gradient is summed over the axes along which it is repeated."""
     rng = np.random.default_rng(2)
-    x, y = (into(2 * rng.normal(size=s), p, dtype) for s, p in zip(shapes, space, strict=True))
+    x, y = (into(rng.normal(size=s), p, dtype) for s, p in zip(shapes, space, strict=True))
     batch = np.broadcast_shapes(shapes[0], shapes[1])
     weights = rng.uniform(0.1, 3, batch[:-1]) if weighted else None
     options = {"space": space, "temperature": temperature_of(space), "reduction": reduction, "weights": weights}
@@ -203,8 +203,10 @@ def test_exactly_zero_where_equal(space, n, scale, temperature, dtype):
     x, y = arguments((space, space), dtype, (3, n), distance=0.0, scale=scale)
     value, dx, dy = klcore.kl_div(x, y, space=space, temperature=temperature, return_grad=("x", "y"))
     assert not value.any()
-    assert not dx.astype(np.float64).any()
-    assert not dy.astype(np.float64).any()
+    # a probability that is too small for the dtype is 0, and log(0/0) has no derivative there
+    possible = x > 0 if space == "probs" else np.isfinite(x)
+    assert not dx[possible].astype(np.float64).any()
+    assert not dy[possible].astype(np.float64).any()
 
 
 @pytest.mark.parametrize("dtype", ALL_DTYPES)

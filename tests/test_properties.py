@@ -65,7 +65,7 @@ def test_zero_of_equal(z, space, dtype, temperature):
 @checked
 @given(rows(excluded=False), any_pair, any_dtype)
 def test_cross_entropy_minus_entropy(z, space, dtype):
-    """KL(p || q) = H(p, q) - H(p) = sum of rel_entr; with distributions rounded to the dtype, kl_div adds sum(q - p)."""
+    """KL(p || q) = H(p, q) - H(p) = sum of rel_entr; for distributions rounded to the dtype, kl_div adds sum(q - p)."""
     x, y = into(z[0], space[0], dtype), into(z[1], space[1], dtype)
     cross, own = klcore.cross_entropy(x, y, space=space), klcore.entropy(x, space=space[0])
     answers = [oracle.exact(op, x, y, space) for op in ("cross_entropy", "entropy", "rel_entr")]
@@ -111,7 +111,9 @@ def assert_near(a, b, x, y, space, dtype):
         assert a == b
         return
     relative, absolute = oracle.tolerance("kl_div", space, dtype)
-    assert abs(np.float64(a) - b) <= 2 * (relative * oracle.exact("kl_div", x, y, space).value_size[0] + absolute * x.size)
+    assert abs(np.float64(a) - b) <= 2 * (
+        relative * oracle.exact("kl_div", x, y, space).value_size[0] + absolute * x.size
+    )
 
 
 @checked

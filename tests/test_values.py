@@ -1,4 +1,4 @@
-"""What each operation gives where it is defined by a limit, infinite, or undefined: the domain table, class by class."""
+"""What each operation gives where it is a limit, infinite, or undefined: the domain table, class by class."""
 
 import numpy as np
 import oracle
@@ -25,7 +25,7 @@ def with_gradients(operation, x, y, **options):
     return getattr(klcore, operation)(x, y, return_grad=("x", "y"), **options)
 
 
-# ---- the table, in probabilities --------------------------------------------------------------------------------------
+# ---- the table, in probabilities -------------------------------------------------------------------------------------
 
 # x, y -> kl_div, rel_entr, cross_entropy; None: an ordinary number, compared with the oracle
 TABLE = [
@@ -88,11 +88,15 @@ def test_table(operation, x, y, expected, dtype, reduction):
         assert abs(value - true.value[0]) <= relative * true.value_size[0] + absolute
 
 
-# ---- the same limits in every pair of spaces, beside ordinary classes --------------------------------------------------
+# ---- the same limits in every pair of spaces, beside ordinary classes ------------------------------------------------
 
 # probabilities with zeros on both sides (first class), on one, with y's impossible, and ordinary
-X = np.array([[0.0, 0.0, 0.2, 0.5, 0.3], [0.0, 0.25, 0.25, 0.0, 0.5], [0.0, 0.25, 0.25, 0.25, 0.25], [0.0, 0.0, 0.0, 0.0, 1.0]])
-Y = np.array([[0.0, 0.1, 0.2, 0.4, 0.3], [0.0, 0.00, 0.25, 0.25, 0.5], [0.0, 0.40, 0.30, 0.20, 0.10], [0.0, 0.0, 0.3, 0.0, 0.7]])
+X = np.array(
+    [[0.0, 0.0, 0.2, 0.5, 0.3], [0.0, 0.25, 0.25, 0.0, 0.5], [0.0, 0.25, 0.25, 0.25, 0.25], [0.0, 0.0, 0.0, 0.0, 1.0]]
+)
+Y = np.array(
+    [[0.0, 0.1, 0.2, 0.4, 0.3], [0.0, 0.00, 0.25, 0.25, 0.5], [0.0, 0.40, 0.30, 0.20, 0.10], [0.0, 0.0, 0.3, 0.0, 0.7]]
+)
 
 
 def as_space(p, space, dtype, shift=0.0):
@@ -127,7 +131,7 @@ def test_excluded_classes(operation, space, dtype):
     assert_rows(operation, x, y, space)
 
 
-# ---- logits -----------------------------------------------------------------------------------------------------------
+# ---- logits ----------------------------------------------------------------------------------------------------------
 
 
 def logits(n, dtype, seed=0):
@@ -210,7 +214,12 @@ def test_excluded_blocks(operation, space, blocks, temperature, dtype):
 @pytest.mark.parametrize("count", [1, 3, 1024])
 @pytest.mark.parametrize(
     ("operation", "space", "masked"),
-    [(op, pair, m) for op, pair in WITH_LOGITS for m in ("x", "xy") if m == "x" or (op != "entropy" and pair[1] == "logits")],
+    [
+        (op, pair, m)
+        for op, pair in WITH_LOGITS
+        for m in ("x", "xy")
+        if m == "x" or (op != "entropy" and pair[1] == "logits")
+    ],
 )
 def test_finite_masks(operation, space, masked, mask, count, dtype):
     """Large negative logits for "excluded", as many programs write it, act as -inf does."""
@@ -241,7 +250,7 @@ def test_lowest_on_y(operation, dtype):
     assert call(operation, a, b, space="logits") > 1e30
 
 
-# ---- extremes ---------------------------------------------------------------------------------------------------------
+# ---- extremes --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -257,7 +266,7 @@ def test_subnormal_probabilities(operation, exponent, dtype):
     }[exponent]()
     true = oracle.exact(operation, x.astype(dtype), y.astype(dtype))
     value, dx, dy = with_gradients(operation, x.astype(dtype), y.astype(dtype))
-    # a term that is subnormal itself, the difference of two numbers near the end of the range, is off by a few units there
+    # a term that is subnormal itself, a difference of numbers at the end of the range, is off by a few units there
     relative, _ = oracle.tolerance(operation, "probs", dtype)
     oracle.assert_close(value, true.value, true.value_size, (relative, 9 * 4 * smallest), operation)
     oracle.assert_answer({"dx": dx}, true, operation, "probs")

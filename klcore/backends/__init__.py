@@ -36,7 +36,7 @@ def find(x: object, y: object, device: str | None) -> ModuleType:
         for a in (x, y):
             _library(type(a))  # type: ignore[arg-type]  # a type is hashable
         if not isinstance(device, str):
-            raise TypeError(f"device must be None, 'cpu', 'cuda' or 'cuda:N', found {device!r}")
+            raise ValueError(f"device must be None, 'cpu', 'cuda' or 'cuda:N', found {device!r}")
         return _module(_of_device(device))
     of_x, of_y = _library(type(x)), _library(type(y))  # type: ignore[arg-type]  # a type is hashable
     if of_x != of_y:

@@ -190,7 +190,7 @@ def _temperature(temperature: Any, spaces: tuple[int, int]) -> float:
     except (TypeError, ValueError):
         t = None
     if t is None or isinstance(temperature, (str, bytes)):
-        raise TypeError(f"temperature must be a number, found {temperature!r}")
+        raise TypeError(f"temperature must be a number, found {temperature!r} ({type(temperature).__name__})")
     if not (t > 0 and math.isfinite(t) and math.isfinite(1 / t)):
         raise ValueError(f"temperature must be positive and finite, found {temperature!r}")
     if t != 1 and 2 not in spaces:
