@@ -1,0 +1,84 @@
+"""The ways to install: sdist, wheel from the sdist without the sources at hand, and a build that cannot have OpenMP."""
+
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+pytest.importorskip("Cython", reason="the build tools are not installed here")
+
+
+def run(*command, cwd=None, env=None):
+    done = subprocess.run(
+        command, cwd=cwd, env={**os.environ, **(env or {})}, capture_output=True, text=True, timeout=600
+    )
+    return done.returncode, done.stdout + done.stderr
+
+
+def pip_wheel(sdist, target, **env):
+    """Build a wheel from a copy of the unpacked sdist, so that nothing built before is found."""
+    source = shutil.copytree(sdist, target / "source")
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "--no-build-isolation",
+        "--no-deps",
+        "-w",
+        str(target),
+        str(source),
+    ]
+    return run(*command, env=env)
+
+
+@pytest.fixture(scope="module")
+def sdist(tmp_path_factory):
+    """An sdist of the tree, unpacked."""
+    out = tmp_path_factory.mktemp("sdist")
+    code = f"from setuptools import build_meta; print(build_meta.build_sdist({str(out)!r}))"
+    status, text = run(sys.executable, "-c", code, cwd=ROOT)
+    assert status == 0, text
+    with tarfile.open(next(out.glob("*.tar.gz"))) as archive:
+        archive.extractall(out, filter="data")
+    return next(p for p in out.iterdir() if p.is_dir())
+
+
+def test_sdist_is_complete(sdist):
+    names = {p.name for p in (sdist / "src").iterdir()}
+    assert names >= {p.name for p in (ROOT / "src").iterdir() if p.suffix in {".h", ".pyx", ".py", ".cu"}}
+    assert "kl_cpu.cpp" not in names
+    assert (sdist / "LICENSE").is_file()
+
+
+def test_wheel_of_the_sdist(sdist, tmp_path):
+    status, text = pip_wheel(sdist, tmp_path)
+    assert status == 0, text
+    wheel = next(tmp_path.glob("klcore-*.whl"))
+    site = tmp_path / "site"
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+        archive.extractall(site)
+    assert "klcore/py.typed" in names
+    assert "klcore/_src/kl_math.h" in names
+    code = "import klcore; print(klcore.__file__, klcore.kl_div([0.5, 0.5], [0.9, 0.1]))"
+    status, text = run(sys.executable, "-c", code, cwd=tmp_path, env={"PYTHONPATH": str(site)})
+    assert status == 0, text
+    assert text.split() == [str(site / "klcore" / "__init__.py"), "0.5108256237659906"]
+
+
+def test_a_compiler_without_openmp_is_told(sdist, tmp_path):
+    """A stand-in compiler that refuses -fopenmp, as some do."""
+    compiler = tmp_path / "c++"
+    compiler.write_text('#!/bin/sh\nfor a in "$@"; do [ "$a" = -fopenmp ] && exit 1; done\nexec c++ "$@"\n')
+    compiler.chmod(0o755)
+    status, text = pip_wheel(sdist, tmp_path, CC=str(compiler), CXX=str(compiler), KLCORE_NO_OPENMP="0")
+    assert status != 0
+    assert "OpenMP" in text
+    assert "KLCORE_NO_OPENMP=1" in text
