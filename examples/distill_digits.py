@@ -1,9 +1,10 @@
 """Distil a teacher network into a smaller student, with klcore as the loss: value and gradient from one call.
 
 Hinton, Vinyals and Dean ("Distilling the Knowledge in a Neural Network", 2015) train a small network on the softened
-output of a large one, minimising T^2 * KL(softmax(teacher / T) || softmax(student / T)). Here the data are scikit-learn's
-1,797 handwritten digits, the teacher is a 64-128-10 perceptron, the student has a hidden layer of 16, and both are plain
-NumPy: backpropagation starts from the gradient that ``klcore.kl_div(..., return_grad="y")`` returns with the loss.
+output of a large one, minimising T^2 * KL(softmax(teacher / T) || softmax(student / T)). Here the data are the 1,797
+handwritten digits of scikit-learn, the teacher is a 64-128-10 perceptron, the student has a hidden layer of 16, and
+both are plain NumPy: backpropagation starts from the gradient that ``klcore.kl_div(..., return_grad="y")`` returns with
+the loss.
 
 The same student is also trained on the labels alone, the final KL is checked against SciPy, and a picture shows the
 training and where the student still differs from its teacher.
@@ -179,6 +180,7 @@ def draw(history, teacher_accuracy, terms):
 
     axes["loss"].semilogy(epochs, history[:, 0], color=blue, linewidth=2)
     axes["loss"].set(ylabel="KL(teacher || student)\n(nats, log scale)", title="Training loss")
+    axes["loss"].yaxis.set_major_formatter("{x:g}")
     axes["loss"].sharex(axes["accuracy"])
     axes["loss"].tick_params(labelbottom=False)
 
@@ -186,18 +188,18 @@ def draw(history, teacher_accuracy, terms):
     axes["accuracy"].plot(epochs, percent[:, 2], color=orange, linewidth=2)
     axes["accuracy"].axhline(100 * teacher_accuracy, color=grey, linestyle="--")
     axes["accuracy"].annotate(
-        f"teacher {teacher_accuracy:.1%}", (EPOCHS, 100 * teacher_accuracy), (0, -5), textcoords="offset points",
-        ha="right", va="top", color=grey,
+        f"teacher {teacher_accuracy:.1%}", (EPOCHS, 100 * teacher_accuracy), (0, 3), textcoords="offset points",
+        ha="right", va="bottom", color=grey,
     )  # fmt: skip
     axes["accuracy"].annotate(
         f"student {history[-1, 2]:.1%}", (EPOCHS, percent[-1, 2]), (0, -10), textcoords="offset points",
         ha="right", va="top", color=orange,
     )  # fmt: skip
-    axes["accuracy"].set(xlabel="epoch", ylabel="correct (%)", title="Accuracy on the test images", ylim=(50, 101))
+    axes["accuracy"].set(xlabel="epoch", ylabel="correct (%)", title="Accuracy on the test images", ylim=(50, 105))
     for name in ("loss", "accuracy"):
         axes[name].grid(alpha=0.3)
 
-    image = axes["terms"].imshow(1000 * terms, cmap="viridis")
+    image = axes["terms"].imshow(1000 * terms, cmap="viridis", vmin=0)
     light = 1000 * terms < 0.6 * 1000 * terms.max()  # viridis is dark below
     for (digit, cls), value in np.ndenumerate(1000 * terms):
         axes["terms"].text(cls, digit, f"{value:.1f}", ha="center", va="center", fontsize=9,

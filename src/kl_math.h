@@ -36,6 +36,7 @@ template <> struct Real<float> {
   static constexpr float exp_ordinary = 88.f;
   static constexpr float flush = -86.5f;                                     // exp_flushed: zero below
   static constexpr float expm1_overflow = 0x1.62e42ep+6f;                    // largest x with finite expm1
+  static constexpr float expm1_is_minus_one = -18.f;                         // to within half an ulp, below
   static constexpr float far = 40.f;   // e^-far (1 + far) is below the rounding of either type's result
 };
 
@@ -57,6 +58,7 @@ template <> struct Real<double> {
   static constexpr double exp_ordinary = 709.;
   static constexpr double flush = -707.;
   static constexpr double expm1_overflow = 0x1.62e42fefa39efp+9;
+  static constexpr double expm1_is_minus_one = -38.;
   static constexpr double far = 64.;
 };
 
@@ -175,7 +177,7 @@ template <bool ALL = true, typename T> KL_FN T expm1_minus(T t) {
 // e^t - 1 where g = e^t - 1 - t is at hand already, with an error of a few eps
 template <typename T> KL_FN T expm1_of(T t, T g) {
   T e = g + t;
-  return t < T(-18) ? T(-1) : e;
+  return t < Real<T>::expm1_is_minus_one ? T(-1) : e;
 }
 
 // ---- logarithms -------------------------------------------------------------------------------------------------------

@@ -322,7 +322,7 @@ enum {
   LOGITS_STATES
 };
 // A row's stats: the value, then what the writing sweep needs
-enum { VALUE, ROW_MAX_A, ROW_INV_S, ROW_M, ROW_LOG, ROW_MAX_B, ROW_INV_Q, ROW_FAR };
+enum { VALUE, ROW_MAX_A, ROW_INV_S, ROW_SHIFT, ROW_SHIFT_LOW, ROW_MAX_B, ROW_INV_Q, ROW_FAR, ROW_MEAN, ROW_MEAN_LOW };
 
 template <typename T> void weights_and_means(const T* __restrict a, const T* __restrict b, int n, T m, T it,
                                              T* __restrict e, T* __restrict ec) {
@@ -397,10 +397,12 @@ template <typename T> void far_chunk(const Plan& p, const T* a, const T* b, int 
 
 // what a row's classes contribute, once its stats are known
 template <typename T> struct Known {
-  T m, it, inv_s, mean, log, value, max_b, inv_q;
+  // t = (c - shift - shift_low)/T; t + KL = (c - mean - mean_low)/T, which has nothing to cancel
+  T m, it, inv_s, shift, shift_low, mean, mean_low, max_b, inv_q;
   Known(const Plan& p, const double* stats)
-      : m((T)stats[ROW_MAX_A]), it((T)p.inverse_temperature), inv_s((T)stats[ROW_INV_S]), mean((T)stats[ROW_M]),
-        log((T)stats[ROW_LOG]), value((T)stats[VALUE]), max_b((T)stats[ROW_MAX_B]), inv_q((T)stats[ROW_INV_Q]) {}
+      : m((T)stats[ROW_MAX_A]), it((T)p.inverse_temperature), inv_s((T)stats[ROW_INV_S]),
+        shift((T)stats[ROW_SHIFT]), shift_low((T)stats[ROW_SHIFT_LOW]), mean((T)stats[ROW_MEAN]),
+        mean_low((T)stats[ROW_MEAN_LOW]), max_b((T)stats[ROW_MAX_B]), inv_q((T)stats[ROW_INV_Q]) {}
 };
 
 enum { NO_TERM, DEVIANCE, LITERAL };   // the term wanted: that of kl_div, or of rel_entr
@@ -410,9 +412,9 @@ void near_outputs(const T* __restrict a, const T* __restrict b, int n, Known<T> 
                   T* __restrict dy) {
   for (int i = 0; i < n; i++) {
     T w = exp_flushed((a[i] - k.m) * k.it) * k.inv_s;
-    T low, c = difference(b[i], a[i], low), t = ((c - k.mean) + low) * k.it - k.log;
+    T low, c = difference(b[i], a[i], low), t = ((c - k.shift) + (low - k.shift_low)) * k.it;
     if (TERM) term[i] = TERM == LITERAL ? T(0) - w * t : w * expm1_minus(t);
-    if (DX) dx[i] = T(0) - (w * (t + k.value)) * k.it;
+    if (DX) dx[i] = T(0) - (w * (((c - k.mean) + (low - k.mean_low)) * k.it)) * k.it;
     if (DY) dy[i] = (w * expm1_of(t, expm1_minus(t))) * k.it;
   }
 }
@@ -421,25 +423,25 @@ void near_outputs(const T* __restrict a, const T* __restrict b, int n, Known<T> 
 template <typename T, int TERM>
 void far_outputs(const T* __restrict a, const T* __restrict b, int n, Known<T> k, T* __restrict term, T* __restrict dx,
                  T* __restrict dy) {
-  T nothing = T(0) * k.value;   // NaN where the row is
+  T nothing = T(0) * k.inv_s;   // NaN where the row is undefined
   for (int i = 0; i < n; i++) {
     T w = softmax_weight((a[i] - k.m) * k.it) * k.inv_s, q = softmax_weight((b[i] - k.max_b) * k.it) * k.inv_q;
     w = excluded(a[i]) ? T(0) : w;
     q = excluded(b[i]) ? T(0) : q;
     T low, c = difference(b[i], a[i], low);
     low = absolute(c) < infinity<T>() ? low : T(0);
-    T t = ((c - k.mean) + low) * k.it - k.log, wt = w * t;
+    T t = ((c - k.shift) + (low - k.shift_low)) * k.it, wt = w * t;
     wt = w > T(0) ? wt : T(0);
     T near = t < Real<T>::far ? t : T(0), g = expm1_minus(near);
     T v = t < Real<T>::far ? w * g : (q - w) - wt, d = t < Real<T>::far ? w * expm1_of(near, g) : q - w;
-    v = w > T(0) ? v : q;
-    d = w > T(0) ? d : q;
+    v = w > T(0) ? v : q + nothing;
+    d = w > T(0) ? d : q + nothing;
     if (TERM == LITERAL) v = T(0) - wt;
     v = excluded(b[i]) ? infinity<T>() : v;
-    v = excluded(a[i]) ? (TERM == LITERAL ? T(0) : q) : v;
-    T s = T(0) - (w * (t + k.value)) * k.it;
+    v = excluded(a[i]) ? (TERM == LITERAL ? nothing : q + nothing) : v;
+    T s = T(0) - (w * (((c - k.mean) + (low - k.mean_low)) * k.it)) * k.it;
     term[i] = v;
-    dx[i] = w > T(0) ? s : nothing;
+    dx[i] = w > T(0) ? s : T(0) * k.mean_low + nothing;
     dy[i] = d * k.it;
   }
 }
@@ -548,7 +550,7 @@ void logits_fold(const Plan& p, int sweep, const double* from, int count, i64 pi
   to[IMPOSSIBLE * to_pitch] = is_impossible;
 }
 
-inline void logits_finish(const Plan& p, int sweep, const double* s, double* stats) {
+template <typename T> void logits_finish(const Plan& p, int sweep, const double* s, double* stats) {
   if (sweep > 0) return;
   if (!s) {
     for (int k = 0; k < MAX_STATS; k++) stats[k] = 0;
@@ -556,21 +558,32 @@ inline void logits_finish(const Plan& p, int sweep, const double* s, double* sta
   }
   double it = p.inverse_temperature;
   double mean_z = s[X] / s[S], y = (s[G] + s[X]) / s[S];
-  double lse;                                          // log E_p[e^z]
-  if (y < infinity<double>() && s[IMPOSSIBLE] == 0) lse = log1p(y);
-  else lse = ((s[MAX_B] - s[MAX_A]) - s[M]) * it + log(s[Q] / s[S]);
+  bool close = y < 1 && s[IMPOSSIBLE] == 0;
+  double lse, shift, shift_low;   // log E_p[e^z]; log q - log p = (c - shift - shift_low)/T
+  if (close) {
+    lse = log1p(y);
+    shift = s[M];
+    shift_low = lse / it;
+  } else {                        // not small: from the two masses
+    double apart = (s[MAX_B] - s[MAX_A]) + log(s[Q] / s[S]) / it;
+    lse = (apart - s[M]) * it;
+    shift = (T)apart;
+    shift_low = apart - shift;
+  }
   double value = lse - mean_z;
   value = value < 0 ? 0.0 : value;                     // rounding of an exact zero
   value = s[IMPOSSIBLE] != 0 ? infinity<double>() : value;
-  bool defined = s[S] > 0 && s[S] < infinity<double>() && s[Q] == s[Q] && s[MAX_B] < infinity<double>();
+  bool defined = s[S] > 0 && s[S] < infinity<double>() && s[Q] > 0 && s[MAX_B] < infinity<double>();
   stats[VALUE] = defined ? value : nan<double>();
   stats[ROW_MAX_A] = s[MAX_A];
   stats[ROW_INV_S] = defined ? 1.0 / s[S] : nan<double>();
-  stats[ROW_M] = s[M];
-  stats[ROW_LOG] = lse;
+  stats[ROW_SHIFT] = shift;
+  stats[ROW_SHIFT_LOW] = shift_low;
   stats[ROW_MAX_B] = s[MAX_B];
   stats[ROW_INV_Q] = 1.0 / s[Q];
   stats[ROW_FAR] = s[FAR];
+  stats[ROW_MEAN] = s[M];
+  stats[ROW_MEAN_LOW] = s[IMPOSSIBLE] != 0 ? nan<double>() : mean_z / it;   // no derivative where the value is infinite
 }
 
 // ---- everything else with logits: normalise, then treat as log-probabilities; always wide ------------------------------------
@@ -692,9 +705,9 @@ inline Kernel kernel(const Plan& p) {
   bool gradient = p.dx.data || p.dy.data;
   if (of_logits(p)) {
     int sweeps = gradient || p.output == TERMS ? 2 : 1;
-    if (p.wide) return {sweeps, {LOGITS_STATES, 0, 0}, logits_chunk<double>, logits_fold<double>, logits_finish,
+    if (p.wide) return {sweeps, {LOGITS_STATES, 0, 0}, logits_chunk<double>, logits_fold<double>, logits_finish<double>,
                         nullptr};
-    return {sweeps, {LOGITS_STATES, 0, 0}, logits_chunk<float>, logits_fold<float>, logits_finish, nullptr};
+    return {sweeps, {LOGITS_STATES, 0, 0}, logits_chunk<float>, logits_fold<float>, logits_finish<float>, nullptr};
   }
   if (p.space_x == LOGITS || p.space_y == LOGITS)
     return {gradient ? 3 : 2, {2 * NORM_STATES, SUM_STATES, 0}, mixed_chunk, mixed_fold, mixed_finish, nullptr};

@@ -40,12 +40,13 @@ TOLERANCES = {
     ("kl", "float64"): 1e-13,
     ("gradient", "float32"): 2e-5,
     ("gradient", "float64"): 1e-11,
-    # a term has a relative error of up to 4 eps (an elementary function to 1 ulp, its argument, two products), and each
-    # of at most three additions in the input's precision, before the sum goes on in double, adds half an eps
-    ("sum", "float32"): 6 * EPS32,
-    ("sum", "float64"): 6 * EPS64,
-    # the same in double, with the sum in double as well: eleven levels of additions for 2^20 classes
-    ("wide", "float64"): 8 * EPS64,
+    # a term errs by up to 2 eps (an elementary function to 1 ulp, its argument and a product to half an eps each), and
+    # each of at most three additions in the input's precision, before the sum goes on in double, adds half an eps
+    ("sum", "float32"): 4 * EPS32,
+    # there the whole sum is in double; ten levels of half an eps, which add up like the square root of their number
+    ("sum", "float64"): 4 * EPS64,
+    # logarithm, normalisation, exponential and product, each half an eps to one eps of its part of the size
+    ("wide", "float64"): 4 * EPS64,
     # rounding a result to its dtype, relative; float16 is subnormal below 2^-14: half of 2^-24 absolute, a class
     ("rounding", "float64"): 0.0,
     ("rounding", "float32"): 0.5 * EPS32,
@@ -347,7 +348,7 @@ def _sizes(
 ) -> list[np.ndarray]:  # fmt: skip
     """Of value, terms, dx and dy, by row; see TOLERANCES. Infinite and NaN terms count for nothing."""
     p, q, lp, lq, part = (ar.double(v) for v in (a.p, b.p, a.log, b.log, part))
-    logs = 1 + np.abs(lp) + np.abs(lq)
+    logs = np.minimum(1 + np.abs(lp) + np.abs(lq), 1e150)  # squares of it stay finite
     finite = np.where(np.isfinite(terms), terms, 0.0)
     if is_wide(operation, (sx, sy)):
         magnitudes = (finite + np.abs(q - p) if operation == "kl_div" else p * np.abs(part) + p * (sx != sy)) * logs

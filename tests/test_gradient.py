@@ -145,8 +145,17 @@ def test_against_differences(operation, space):
         np.testing.assert_allclose(difference, gradient, rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize("shapes", [((3, 1, 7), (1, 4, 7)), ((7,), (3, 4, 7)), ((3, 4, 7), (1, 7)),
-                                    ((3, 4, 7), (3, 1, 7)), ((1, 1, 7), (3, 4, 7)), ((2, 1, 1500), (1, 3, 1500))])  # fmt: skip
+@pytest.mark.parametrize(
+    "shapes",
+    [
+        ((3, 1, 7), (1, 4, 7)),
+        ((7,), (3, 4, 7)),
+        ((3, 4, 7), (1, 7)),
+        ((3, 4, 7), (3, 1, 7)),
+        ((1, 1, 7), (3, 4, 7)),
+        ((2, 1, 1500), (1, 3, 1500)),
+    ],
+)
 @pytest.mark.parametrize("reduction", ["row", "sum", "rowmean"])
 @pytest.mark.parametrize("weighted", [False, True], ids=["", "weights"])
 @pytest.mark.parametrize("dtype", ["float64", "float32", "float16"])

@@ -1,0 +1,746 @@
+"""How fast klcore is on the CPU: beside what memory allows, and beside the libraries one would use instead.
+
+    python benchmarks/side_by_side.py [--quick] [--isa avx2] [--json FILE]
+
+Every operation is measured on float32 arrays larger together than any last-level cache (not so with --quick). Then no
+library can do better than to move each necessary byte once: both inputs for a value (2u, u being the bytes of one
+input), and the output besides for a gradient (3u). The *floor* is a C loop that does only that, on the same buffers
+with the same number of threads. Each contender is called once beforehand, which compiles what there is to compile, and
+its result is compared with klcore's. Then they take turns: one call each, round after round, and the median counts.
+
+What is fair is stated, not assumed:
+
+* klcore, numba and numexpr write into arrays that are there already. PyTorch, JAX and NumPy have no such way through
+  these expressions and allocate, as they do for their users; "klcore, new arrays" does as well.
+* SciPy and NumPy run on a sixteenth of the rows, scaled up: one thread each, and time in proportion to size.
+* --isa limits klcore alone; the others keep the instructions they find.
+* JAX takes its number of threads from the processors it may use; all others are set to klcore's.
+"""
+
+import argparse
+import ctypes
+import datetime
+import functools
+import importlib.metadata
+import importlib.util
+import json
+import os
+import platform
+import resource
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import timeit
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+import klcore
+
+CLASSES = 32_768
+ROWS, QUICK_ROWS = 8_192, 1_024  # 1 GiB and 128 MiB an array
+ROUNDS, QUICK_ROUNDS = 5, 3
+SLICE_ROUNDS = 3  # of the slow ones, which run on a slice
+SLICE = 16
+PEAK = 14  # arrays of the size of one input that the greediest contender keeps at a time, with ours
+LIBRARIES = ("klcore", "numpy", "scipy", "torch", "jax", "numba", "numexpr")
+
+
+# --- what is measured ------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Job:
+    """One operation on arrays of shape (rows, n); `values` and `grad` are there to be written into."""
+
+    space: str
+    reduction: str
+    gradient: bool
+    x: np.ndarray
+    y: np.ndarray
+    values: np.ndarray
+    grad: np.ndarray
+
+    @property
+    def title(self) -> str:
+        return f"{'value and gradient' if self.gradient else 'value'}, {self.space}, {self.reduction!r}"
+
+    @property
+    def necessary_bytes(self) -> int:
+        return (3 if self.gradient else 2) * self.x.nbytes
+
+    def slice(self) -> tuple[np.ndarray, np.ndarray]:
+        return self.x[: len(self.x) // SLICE], self.y[: len(self.y) // SLICE]
+
+    def reduced(self, values: Any) -> Any:
+        """Row values, or their sum if that is the operation."""
+        return values.sum() if self.reduction == "sum" else values
+
+
+@dataclass
+class Contender:
+    """`build(job)` gives a function without arguments, whose result is the value or (value, gradient), or None."""
+
+    name: str
+    build: Callable[[Job], Callable[[], Any] | None]
+    needs: tuple[str, ...] = ()
+    sliced: bool = False
+
+    @property
+    def floor(self) -> bool:
+        return self.name.startswith("floor")
+
+    def missing(self) -> str:
+        absent = [name for name in self.needs if importlib.util.find_spec(name) is None]
+        return f"{', '.join(absent)} not installed" if absent else ""
+
+
+CONTENDERS: list[Contender] = []
+
+
+def contender(name: str, *needs: str, sliced: bool = False) -> Callable[[Any], Any]:
+    def register(build: Any) -> Any:
+        CONTENDERS.append(Contender(name, build, needs, sliced))
+        return build
+
+    return register
+
+
+# --- the floors ------------------------------------------------------------------------------------------------------
+
+# Ordinary stores first read the line that they overwrite, a fourth array to move; streamed stores do not. Which is
+# quicker depends on the processor, so both are measured and the quicker one is the floor. No -ffast-math: linked into a
+# library it makes the whole process flush denormals to zero.
+FLOOR_SOURCE = """
+#include <stddef.h>
+#ifdef __SSE2__
+#include <immintrin.h>
+#endif
+#define BLOCK 8192
+
+float read_both(const float *x, const float *y, ptrdiff_t n, int threads) {
+  float sum = 0;
+#pragma omp parallel for num_threads(threads) reduction(+ : sum) schedule(static)
+  for (ptrdiff_t b = 0; b < n; b += BLOCK) {
+    float s = 0;
+#pragma omp simd reduction(+ : s)
+    for (int i = 0; i < BLOCK; i++) s += x[b + i] * y[b + i];
+    sum += s;
+  }
+  return sum;
+}
+
+void read_write(const float *restrict x, const float *restrict y, float *restrict z, ptrdiff_t n, int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (ptrdiff_t b = 0; b < n; b += BLOCK)
+#pragma omp simd
+    for (int i = 0; i < BLOCK; i++) z[b + i] = x[b + i] + y[b + i];
+}
+
+void read_stream(const float *restrict x, const float *restrict y, float *restrict z, ptrdiff_t n, int threads) {
+#if defined(__AVX512F__)
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (ptrdiff_t i = 0; i < n; i += 16)
+    _mm512_stream_ps(z + i, _mm512_add_ps(_mm512_load_ps(x + i), _mm512_load_ps(y + i)));
+#elif defined(__SSE2__)
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (ptrdiff_t i = 0; i < n; i += 4)
+    _mm_stream_ps(z + i, _mm_add_ps(_mm_load_ps(x + i), _mm_load_ps(y + i)));
+#else
+  read_write(x, y, z, n, threads);
+#endif
+}
+"""
+
+
+@functools.cache
+def floor_library() -> ctypes.CDLL:
+    compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc")
+    if compiler is None:
+        raise RuntimeError("needs a C compiler")
+    with tempfile.TemporaryDirectory() as folder:
+        source, library = Path(folder, "floor.c"), Path(folder, "floor.so")
+        source.write_text(FLOOR_SOURCE)
+        flags = ["-O3", "-march=native", "-fopenmp", "-shared", "-fPIC"]
+        subprocess.run([*compiler.split(), *flags, source, "-o", library], check=True)
+        loaded = ctypes.CDLL(str(library))
+    loaded.read_both.restype = ctypes.c_float
+    return loaded
+
+
+def floor(function: str, *arrays: np.ndarray) -> Callable[[], Any]:
+    pointers = [ctypes.c_void_p(a.ctypes.data) for a in arrays]
+    return functools.partial(
+        getattr(floor_library(), function), *pointers, ctypes.c_ssize_t(arrays[0].size), klcore.get_num_threads()
+    )
+
+
+@contender("floor: read")
+def floor_read(job: Job) -> Any:
+    return None if job.gradient else floor("read_both", job.x, job.y)
+
+
+@contender("floor: read, write")
+def floor_read_write(job: Job) -> Any:
+    return floor("read_write", job.x, job.y, job.grad) if job.gradient else None
+
+
+@contender("floor: read, stream")
+def floor_read_stream(job: Job) -> Any:
+    return floor("read_stream", job.x, job.y, job.grad) if job.gradient else None
+
+
+# --- klcore ----------------------------------------------------------------------------------------------------------
+
+
+@contender("klcore")
+def klcore_out(job: Job) -> Any:
+    kl_div = functools.partial(klcore.kl_div, job.x, job.y, space=job.space, reduction=job.reduction)
+    if job.gradient:
+        return functools.partial(kl_div, return_grad="y", out=(job.values, job.grad))
+    return functools.partial(kl_div, out=job.values) if job.reduction == "row" else kl_div
+
+
+@contender("klcore, new arrays")
+def klcore_new(job: Job) -> Any:
+    if not job.gradient:
+        return None  # there is nothing big to allocate
+    return lambda: klcore.kl_div(job.x, job.y, space=job.space, reduction=job.reduction, return_grad="y")
+
+
+# --- PyTorch ---------------------------------------------------------------------------------------------------------
+
+
+def torch_loss(job: Job) -> Callable[[Any, Any], Any]:
+    import torch.nn.functional as F
+
+    def kl(x: Any, log_y: Any, log_target: bool) -> Any:
+        if job.reduction == "sum":
+            return F.kl_div(log_y, x, reduction="sum", log_target=log_target)
+        return F.kl_div(log_y, x, reduction="none", log_target=log_target).sum(-1)
+
+    return {
+        "probs": lambda x, y: kl(x, y.log(), False),
+        "log_probs": lambda x, y: kl(x, y, True),
+        "logits": lambda x, y: kl(F.log_softmax(x, -1), F.log_softmax(y, -1), True),
+    }[job.space]
+
+
+def torch_call(job: Job, loss: Callable[[Any, Any], Any]) -> Callable[[], Any]:
+    import torch
+
+    torch.set_num_threads(klcore.get_num_threads())
+    x, y = torch.from_numpy(job.x), torch.from_numpy(job.y)
+
+    def value_and_gradient() -> Any:
+        student = y.detach().requires_grad_()
+        value = loss(x, student)
+        value.sum().backward()
+        return value.detach(), student.grad
+
+    return value_and_gradient if job.gradient else lambda: loss(x, y)
+
+
+@contender("torch eager", "torch")
+def torch_eager(job: Job) -> Any:
+    return torch_call(job, torch_loss(job))
+
+
+@contender("torch.compile", "torch")
+def torch_compile(job: Job) -> Any:
+    import torch
+
+    if shutil.which(os.environ.get("CXX", "g++")) is None:
+        raise RuntimeError("needs a C++ compiler")
+    torch._dynamo.reset()  # or it would compile the second operation for any shape
+    return torch_call(job, torch.compile(torch_loss(job), dynamic=False))
+
+
+# --- JAX -------------------------------------------------------------------------------------------------------------
+
+
+@contender("JAX jit", "jax")
+def jax_jit(job: Job) -> Any:
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    import jax
+    import jax.numpy as jnp
+
+    def rows(x: Any, y: Any) -> Any:
+        if job.space == "probs":
+            return (x * jnp.log(x / y)).sum(-1)
+        if job.space == "logits":
+            x, y = jax.nn.log_softmax(x), jax.nn.log_softmax(y)
+        return (jnp.exp(x) * (x - y)).sum(-1)
+
+    def value_and_gradient(y: Any, x: Any) -> Any:
+        def total(y: Any) -> Any:
+            values = rows(x, y)
+            return values.sum(), values
+
+        gradient, values = jax.grad(total, has_aux=True)(y)
+        return values, gradient
+
+    x, y = jnp.from_dlpack(job.x), jnp.from_dlpack(job.y)  # no copies
+    compiled = jax.jit(value_and_gradient if job.gradient else lambda y, x: job.reduced(rows(x, y)))
+    return lambda: jax.block_until_ready(compiled(y, x))
+
+
+# --- numba: one fused parallel kernel per space ----------------------------------------------------------------------
+
+
+@functools.cache
+def numba_kernels() -> dict[tuple[str, bool], Any]:
+    from numba import njit, prange, set_num_threads
+
+    set_num_threads(klcore.get_num_threads())
+    kernel = njit(parallel=True, fastmath=True)
+    zero = np.float32(0)
+
+    @kernel
+    def probs(x: Any, y: Any, values: Any) -> None:
+        for r in prange(x.shape[0]):
+            s = zero
+            for i in range(x.shape[1]):
+                s += x[r, i] * np.log(x[r, i] / y[r, i])
+            values[r] = s
+
+    @kernel
+    def probs_gradient(x: Any, y: Any, values: Any, grad: Any) -> None:
+        for r in prange(x.shape[0]):
+            s = zero
+            for i in range(x.shape[1]):
+                ratio = x[r, i] / y[r, i]
+                s += x[r, i] * np.log(ratio)
+                grad[r, i] = -ratio
+            values[r] = s
+
+    @kernel
+    def log_probs(x: Any, y: Any, values: Any) -> None:
+        for r in prange(x.shape[0]):
+            s = zero
+            for i in range(x.shape[1]):
+                s += np.exp(x[r, i]) * (x[r, i] - y[r, i])
+            values[r] = s
+
+    @kernel
+    def log_probs_gradient(x: Any, y: Any, values: Any, grad: Any) -> None:
+        for r in prange(x.shape[0]):
+            s = zero
+            for i in range(x.shape[1]):
+                p = np.exp(x[r, i])
+                s += p * (x[r, i] - y[r, i])
+                grad[r, i] = -p
+            values[r] = s
+
+    @njit(fastmath=True)
+    def log_of_sum(row: Any) -> Any:
+        top = row[0]
+        for i in range(row.size):
+            top = max(top, row[i])
+        s = zero
+        for i in range(row.size):
+            s += np.exp(row[i] - top)
+        return top + np.log(s)
+
+    @kernel
+    def logits(x: Any, y: Any, values: Any) -> None:
+        for r in prange(x.shape[0]):
+            lx, ly = log_of_sum(x[r]), log_of_sum(y[r])
+            s = zero
+            for i in range(x.shape[1]):
+                a = x[r, i] - lx
+                s += np.exp(a) * (a - (y[r, i] - ly))
+            values[r] = s
+
+    @kernel
+    def logits_gradient(x: Any, y: Any, values: Any, grad: Any) -> None:
+        for r in prange(x.shape[0]):
+            lx, ly = log_of_sum(x[r]), log_of_sum(y[r])
+            s = zero
+            for i in range(x.shape[1]):
+                a, b = x[r, i] - lx, y[r, i] - ly
+                p = np.exp(a)
+                s += p * (a - b)
+                grad[r, i] = np.exp(b) - p
+            values[r] = s
+
+    return {
+        ("probs", False): probs,
+        ("probs", True): probs_gradient,
+        ("log_probs", False): log_probs,
+        ("log_probs", True): log_probs_gradient,
+        ("logits", False): logits,
+        ("logits", True): logits_gradient,
+    }
+
+
+@contender("numba", "numba")
+def numba_fused(job: Job) -> Any:
+    kernel = numba_kernels()[job.space, job.gradient]
+
+    def call() -> Any:
+        if job.gradient:
+            kernel(job.x, job.y, job.values, job.grad)
+            return job.values, job.grad
+        kernel(job.x, job.y, job.values)
+        return job.reduced(job.values)
+
+    return call
+
+
+# --- numexpr: elementwise expressions over threads; the sums are NumPy's, which it does no faster ---------------------
+
+
+@contender("numexpr", "numexpr")
+def numexpr_blocks(job: Job) -> Any:
+    import numexpr
+
+    numexpr.set_num_threads(klcore.get_num_threads())
+    work = job.grad
+
+    def evaluate(expression: str, **names: Any) -> np.ndarray:
+        return numexpr.evaluate(expression, names, out=work)
+
+    def log_of_sum(a: np.ndarray) -> np.ndarray:
+        top = a.max(axis=-1, keepdims=True)
+        return top + np.log(evaluate("exp(a - top)", a=a, top=top).sum(axis=-1, keepdims=True))
+
+    def call() -> Any:
+        names = {"x": job.x, "y": job.y}
+        value, gradient = {
+            "probs": ("x * log(x / y)", "-x / y"),
+            "log_probs": ("exp(x) * (x - y)", "-exp(x)"),
+            "logits": ("exp(x - lx) * ((x - lx) - (y - ly))", "exp(y - ly) - exp(x - lx)"),
+        }[job.space]
+        if job.space == "logits":
+            names |= {"lx": log_of_sum(job.x), "ly": log_of_sum(job.y)}
+        values = job.reduced(evaluate(value, **names).sum(axis=-1))
+        return (values, evaluate(gradient, **names)) if job.gradient else values
+
+    return call
+
+
+# --- SciPy and NumPy: one thread, on a slice of the rows -------------------------------------------------------------
+
+
+@contender("SciPy", "scipy", sliced=True)
+def scipy_special(job: Job) -> Any:
+    from scipy.special import kl_div, softmax
+
+    if job.gradient:
+        return None
+    x, y = job.slice()
+    to_probs = {"probs": lambda a: a, "log_probs": np.exp, "logits": functools.partial(softmax, axis=-1)}[job.space]
+    return lambda: job.reduced(kl_div(to_probs(x), to_probs(y)).sum(axis=-1))
+
+
+@contender("NumPy", sliced=True)
+def numpy_lines(job: Job) -> Any:
+    x, y = job.slice()
+
+    def log_softmax(a: np.ndarray) -> np.ndarray:
+        a = a - a.max(axis=-1, keepdims=True)
+        return a - np.log(np.exp(a).sum(axis=-1, keepdims=True))
+
+    def probs() -> Any:
+        ratio = x / y
+        value = job.reduced((x * np.log(ratio)).sum(axis=-1))
+        return (value, -ratio) if job.gradient else value
+
+    def logarithms() -> Any:
+        a, b = (log_softmax(x), log_softmax(y)) if job.space == "logits" else (x, y)
+        p = np.exp(a)
+        value = job.reduced((p * (a - b)).sum(axis=-1))
+        return (value, np.exp(b) - p) if job.gradient else value
+
+    return probs if job.space == "probs" else logarithms
+
+
+# --- agreement -------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Reference:
+    """What klcore says: every row's value, and the gradient of the first rows."""
+
+    values: np.ndarray
+    gradients: list[np.ndarray]
+
+    @classmethod
+    def of(cls, job: Job) -> "Reference":
+        values = klcore.kl_div(job.x, job.y, space=job.space)
+        few = job.x[:SLICE], job.y[:SLICE]
+        # of unnormalised arguments kl_div and rel_entr have gradients that differ, and libraries choose either
+        both = [f(*few, space=job.space, return_grad="y")[1] for f in (klcore.kl_div, klcore.rel_entr)]
+        return cls(values, both if job.gradient else [])
+
+    def disagreement(self, job: Job, result: Any, sliced: bool) -> str:
+        """What differs, or ''. Sums of 32,768 float32 terms in any order agree to 1e-4; mistakes do not."""
+        value, gradient = result if job.gradient else (result, None)
+        expected = self.values[: len(self.values) // SLICE] if sliced else self.values
+        if job.reduction == "sum":
+            expected = expected.sum(dtype=np.float64)
+        if not np.allclose(np.asarray(value), expected, rtol=1e-4, atol=1e-7):
+            return "another value than klcore"
+        if gradient is None:
+            return ""
+        gradient = np.asarray(gradient[:SLICE])
+        close = (np.allclose(gradient, g, rtol=1e-4, atol=1e-5 * np.abs(g).max()) for g in self.gradients)
+        return "" if any(close) else "another gradient than klcore"
+
+
+# --- measuring -------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Measurement:
+    name: str
+    seconds: list[float]
+    note: str = ""
+    failed: bool = False
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.seconds)
+
+
+def prepare(job: Job) -> tuple[list[tuple[Contender, Callable[[], Any]]], list[Measurement]]:
+    """The contenders that can be measured, each called once and checked, and a note on each that cannot."""
+    reference, ready, absent = Reference.of(job), [], []
+    for c in tqdm(CONTENDERS, desc="first calls", leave=False, disable=None):
+        if note := c.missing():
+            absent.append(Measurement(c.name, [], note))
+            continue
+        try:
+            call = c.build(job)
+            if call is None:
+                continue
+            result = call()
+        except Exception as error:  # one that fails must not keep the others from being measured
+            absent.append(Measurement(c.name, [], f"failed: {str(error).strip().partition(chr(10))[0][:80]}", True))
+            continue
+        note = "" if c.floor else reference.disagreement(job, result, c.sliced)
+        if note:
+            absent.append(Measurement(c.name, [], note, True))
+        else:
+            ready.append((c, call))
+        del result  # up to 1 GiB
+    return ready, absent
+
+
+def measure(job: Job, rounds: int) -> list[Measurement]:
+    ready, absent = prepare(job)
+    seconds: dict[str, list[float]] = {c.name: [] for c, _ in ready}
+    for turn in tqdm(range(rounds), desc=job.title, leave=False, disable=None):
+        for c, call in ready:
+            if c.sliced and turn >= SLICE_ROUNDS:
+                continue
+            time.sleep(0.01)  # the threads of the one before spin for a while
+            start = time.perf_counter()
+            result = call()
+            elapsed = time.perf_counter() - start
+            del result  # outside the time, and before the next allocates
+            seconds[c.name].append(elapsed * (SLICE if c.sliced else 1))
+    note = f"1/{SLICE} of the rows, scaled"
+    return [Measurement(c.name, seconds[c.name], note if c.sliced else "") for c, _ in ready] + absent
+
+
+def report(job: Job, measurements: list[Measurement]) -> list[dict[str, Any]]:
+    """Print the table of one operation; return its figures for the JSON file."""
+    timed = {m.name: m.median for m in measurements if m.seconds}
+    floor_time = min((t for name, t in timed.items() if name.startswith("floor")), default=float("nan"))
+    ours = timed.get("klcore", float("nan"))
+    necessary = job.necessary_bytes
+    print(f"\n{job.title}: {necessary / 2**30:.2f} GiB to move, {'3u' if job.gradient else '2u'}")
+    print(f"  {'':<20}{'median ms':>10}{'GB/s':>8}{'x floor':>9}{'x klcore':>10}")
+    figures = []
+    for m in measurements:
+        if not m.seconds:
+            print(f"  {m.name:<20}{'-':>10}{'-':>8}{'-':>9}{'-':>10}   {m.note}")
+            figures.append({"contender": m.name, "note": m.note})
+            continue
+        t = m.median
+        row = {
+            "contender": m.name, "median_ms": 1e3 * t, "gb_per_s": necessary / t / 1e9, "times_floor": t / floor_time,
+            "times_klcore": t / ours, "seconds": m.seconds, "note": m.note,
+        }  # fmt: skip
+        figures.append(row)
+        print(
+            f"  {m.name:<20}{row['median_ms']:>10.1f}{row['gb_per_s']:>8.2f}{row['times_floor']:>9.2f}"
+            f"{row['times_klcore']:>10.2f}   {m.note}".rstrip()
+        )
+    sys.stdout.flush()
+    return figures
+
+
+def call_overhead(rounds: int = 15, calls: int = 2_000) -> dict[str, float]:
+    """Microseconds a call on (10, 10) float32 takes: all overhead, nothing to compute."""
+    rng = np.random.default_rng(0)
+    x, y = rng.dirichlet(np.ones(10), (2, 10)).astype(np.float32)
+    timed: dict[str, Callable[[], Any]] = {
+        "klcore": lambda: klcore.kl_div(x, y),
+        "klcore, 'sum'": lambda: klcore.kl_div(x, y, reduction="sum"),
+        "klcore, with gradient": lambda: klcore.kl_div(x, y, return_grad="y"),
+    }
+    if importlib.util.find_spec("torch"):
+        import torch
+        from torch.nn.functional import kl_div
+
+        tx, log_ty = torch.from_numpy(x), torch.from_numpy(np.log(y))
+        timed["torch kl_div, 'sum'"] = lambda: kl_div(log_ty, tx, reduction="sum")
+        timed["torch kl_div, rows"] = lambda: kl_div(log_ty, tx, reduction="none").sum(-1)
+    if importlib.util.find_spec("scipy"):
+        from scipy import special
+
+        timed["SciPy kl_div, rows"] = lambda: special.kl_div(x, y).sum(axis=-1)
+    times: dict[str, list[float]] = {name: [] for name in timed}
+    for _ in range(rounds):
+        for name, call in timed.items():
+            times[name].append(timeit.timeit(call, number=calls) / calls * 1e6)
+    medians = {name: statistics.median(t) for name, t in times.items()}
+    print("\ncall on (10, 10), probs (torch is given log y)")
+    print(f"  {'':<24}{'median us':>10}{'x klcore':>10}")
+    for name, t in medians.items():
+        print(f"  {name:<24}{t:>10.2f}{t / medians['klcore']:>10.2f}")
+    if "torch kl_div, 'sum'" not in medians:
+        print("  torch not installed")
+    sys.stdout.flush()
+    return medians
+
+
+# --- the data --------------------------------------------------------------------------------------------------------
+
+
+def buffer(*shape: int) -> np.ndarray:
+    """Zeros aligned to a cache line, as JAX needs to share them and streamed stores to work; every page is touched."""
+    size = int(np.prod(shape))
+    memory = np.empty(size + 16, np.float32)
+    start = -memory.ctypes.data % 64 // 4
+    array = memory[start : start + size].reshape(shape)
+    array[...] = 0
+    return array
+
+
+def blocks(a: np.ndarray) -> Any:
+    return tqdm(np.split(a, len(a) // 64), desc="data", leave=False, disable=None)
+
+
+def fill_with_logits(a: np.ndarray, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    for block in blocks(a):
+        rng.standard_normal(out=block, dtype=np.float32)
+
+
+def to_log_probs(a: np.ndarray) -> None:
+    for block in blocks(a):
+        block -= np.log(np.exp(block).sum(axis=-1, keepdims=True, dtype=np.float64)).astype(np.float32)
+
+
+def to_probs(a: np.ndarray) -> None:
+    for block in blocks(a):
+        np.exp(block, out=block)
+
+
+def run_all(rows: int, rounds: int, quick: bool) -> dict[str, Any]:
+    x, y, grad = (buffer(rows, CLASSES) for _ in range(3))
+    values = buffer(rows)
+    for seed, a in enumerate((x, y)):
+        fill_with_logits(a, seed)
+    results: dict[str, Any] = {}
+    # each space is made of the one before, in place
+    for space, convert in (("logits", None), ("log_probs", to_log_probs), ("probs", to_probs)):
+        if convert:
+            for a in (x, y):
+                convert(a)
+        for reduction, gradient in (("row", False), ("sum", False), ("row", True)):
+            if quick and reduction == "sum":
+                continue  # the same kernels
+            job = Job(space, reduction, gradient, x, y, values, grad)
+            results[job.title] = report(job, measure(job, rounds))
+    return results
+
+
+# --- the machine -----------------------------------------------------------------------------------------------------
+
+
+def first_match(path: str, key: str) -> str:
+    try:
+        lines = Path(path).read_text().splitlines()
+    except OSError:
+        return ""
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith(key)), "")
+
+
+def rows_that_fit(rows: int) -> int:
+    available = first_match("/proc/meminfo", "MemAvailable")  # in KiB
+    while available and rows > 64 and PEAK * rows * CLASSES * 4 > int(available.split()[0]) * 1024:
+        rows //= 2
+    return rows
+
+
+def last_level_cache() -> str:
+    sizes = sorted(Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"))
+    return f"{int(sizes[-1].read_text().strip().removesuffix('K')) // 1024} MiB" if sizes else "unknown"
+
+
+def version(name: str) -> str:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def describe(rows: int, rounds: int) -> dict[str, Any]:
+    try:
+        config = klcore.show_config(mode="dicts")
+    except ValueError as error:  # an instruction set that is not there
+        sys.exit(str(error))
+    return {
+        "date": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
+        "processor": first_match("/proc/cpuinfo", "model name") or platform.processor(),
+        "instruction set of klcore": config["cpu"]["instruction set in use"],
+        "threads": klcore.get_num_threads(),
+        "last-level cache": last_level_cache(),
+        "arrays": f"({rows}, {CLASSES}) float32, {rows * CLASSES * 4 / 2**20:.0f} MiB each",
+        "rounds": rounds,
+        # processes wanting a processor before we start: more than a few tenths, and others share in the times
+        "load average of the last minute": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
+        "versions": {"python": platform.python_version()} | {name: version(name) for name in LIBRARIES},
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--quick", action="store_true", help="smaller arrays, fewer rounds: for a first look")
+    parser.add_argument("--isa", help="the instruction set that klcore uses, as KLCORE_ISA: generic, avx2, avx512")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="save all figures there")
+    args = parser.parse_args()
+    if args.isa and os.environ.get("KLCORE_ISA") != args.isa:  # chosen once a process: start another
+        os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | {"KLCORE_ISA": args.isa})
+
+    rows = rows_that_fit(QUICK_ROWS if args.quick else ROWS)
+    rounds = QUICK_ROUNDS if args.quick else ROUNDS
+    machine = describe(rows, rounds)
+    for key, entry in machine.items():
+        print(f"{key}: {', '.join(f'{k} {v}' for k, v in entry.items()) if isinstance(entry, dict) else entry}")
+    if args.quick:
+        print("quick: arrays too small, rounds too few for figures to be quoted")
+    start = time.perf_counter()
+    operations = run_all(rows, rounds, args.quick)
+    overhead = call_overhead()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
+    print(f"\nin {time.perf_counter() - start:.0f} s, at most {peak:.1f} GiB of memory")
+    if args.json:
+        figures = {"machine": machine, "operations": operations, "call on (10, 10), microseconds": overhead}
+        args.json.write_text(json.dumps(figures, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
