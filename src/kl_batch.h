@@ -258,6 +258,7 @@ inline void run_here(Plan& p, const Isa& isa) {
     for (i64 start = 0; start < p.rows; start += round) {
       i64 end = std::min(p.rows, start + round), groups = (end - start + b.group - 1) / b.group;
       i64 share = std::max<i64>(1, groups / (p.threads * 8));   // runs of rows, so that each finds its next one asked for
+      (void)share;                    // without OpenMP
       auto group = [&](i64 g) {
         i64 r = start + g * b.group;
         int count = (int)std::min<i64>(b.group, end - r);

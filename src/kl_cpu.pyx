@@ -57,7 +57,7 @@ cdef extern from *:
     const int kl_openmp
     const char* kl_compiler
 
-cdef const Isa* _isa = NULL
+cdef const Isa* _isa = isa_table()    # until klcore.backends.cpu chooses: the one that every processor has
 
 OPENMP = kl_openmp
 COMPILER = kl_compiler.decode()

@@ -163,6 +163,7 @@ template <typename T> KL_FN T expm1(T x) {
   T z = fma(s, large ? y - small : y, large ? s : s - T(0.5));
   z = (o.n == T(1)) & (o.r < T(-0.25)) ? (T(0.5) + o.r) + h : z;   // 1/2 + y would inherit the rounding of y, doubled
   z = o.n == T(0) ? y : z + z;
+  z = x == T(0) ? x : z;                    // keeps the sign of zero
   return x > R::expm1_overflow ? infinity<T>() : z;
 }
 
@@ -208,6 +209,7 @@ template <bool ALL = true, typename T> KL_FN LogRatio<T> log_ratio(T x, T y) {
   T near = s * fma(-q.from, t, d);          // same octave: Loader's form, no cancellation
   near = ALL & (x < R::tiny) ? near * R::down : near;
   T apart = fma(-x, value, y - x);
+  value = ALL & (y == infinity<T>()) ? y - x : value;
   return {value, q.k == T(0) ? near : apart};
 }
 

@@ -525,8 +525,8 @@ void logits_fold(const Plan& p, int sweep, const double* from, int count, i64 pi
   double sum_v = sum(v, count), sum_s = sum(u, count), anchor = sum_s > 0 ? (double)(T)(sum_v / sum_s) : 0.0;
   for (int k = 0; k < count; k++) {
     double d = (mean[k] - anchor) * it, shifted = x[k] + d * s[k];
-    double gap = expm1_minus(d < Real<double>::far ? d : 0.0);
-    double near = w[k] * (fma(gap + d, g[k] + x[k], g[k]) + gap * s[k]);
+    double e = d < Real<double>::far ? d : 0.0, gap = expm1_minus(e);
+    double near = w[k] * ((exp(e) * g[k] + gap * s[k]) + expm1_of(e, gap) * x[k]);
     bool is_near = (absolute(d) < Real<double>::far) & (g[k] < infinity<double>()) & (w[k] > 0);
     u[k] = w[k] * shifted;
     v[k] = near;

@@ -168,7 +168,7 @@ def oracle_for(n):
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize(("n", "target", "shape", "space", "temperature"), list(cases()))
 def test_kl_of_any_size(n, target, shape, space, dtype, temperature):
-    a, b = pairs_of(n, target, shape)
+    a, b = pairs_of(n, target, shape, rows=2 if n < 200000 else 1)
     factor = 1.0
     if space == "probs" and target > 50:  # as probabilities of float32 only of masses beyond 1
         factor, b = 40.0, np.maximum(b, b.max() - 30)
