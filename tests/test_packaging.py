@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-pytest.importorskip("Cython", reason="the build tools are not installed here")
+pytest.importorskip("Cython", reason="Cython, which builds klcore, is not installed here")
 
 
 def run(*command, cwd=None, env=None):
