@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 SOURCES := setup.py pyproject.toml $(wildcard src/*.h src/*.pyx)
 
-.PHONY: build demo test lint bench minimax clean
+.PHONY: build demo test lint bench cuda-check minimax clean
 
 build: .venv/core
 demo: .venv/demo
@@ -14,6 +14,8 @@ lint: .venv/lint
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy && PATH=$(CURDIR)/$(BIN):$$PATH cython-lint src
 bench: .venv/bench
 	$(BIN)/python benchmarks/side_by_side.py
+cuda-check: .venv/cuda-check
+	$(BIN)/python benchmarks/cuda_check.py
 minimax: .venv/test
 	$(BIN)/python docs/minimax.py
 clean:

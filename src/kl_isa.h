@@ -1,12 +1,15 @@
 // kl_rows.h, compiled once for each instruction set into a namespace of that name; `choose_isa` picks one at run time.
 // All of them compute the same bits: only the width of the vectors differs.
 #pragma once
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
 
 #include "kl_math.h"
 #include "kl_tree.h"
+#include "kl_store.h"
+#include "kl_logits.h"
 #include "kl_plan.h"
 
 #if (defined(__x86_64__) || defined(__i386__)) && (defined(__GNUC__) || defined(__clang__))

@@ -69,6 +69,11 @@ KL_FN unsigned int bits(float x) { return __float_as_uint(x); }
 KL_FN unsigned long long bits(double x) { return (unsigned long long)__double_as_longlong(x); }
 KL_FN float real(unsigned int b) { return __uint_as_float(b); }
 KL_FN double real(unsigned long long b) { return __longlong_as_double((long long)b); }
+KL_FN float hardware_exp2(float x) {   // to 2 ulp; zero below 2^-126
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
 #else
 #if defined(_MSC_VER) && !defined(__clang__)
 KL_FN float fma(float a, float b, float c) { return ::fmaf(a, b, c); }
@@ -130,6 +135,9 @@ template <typename T> KL_FN T power_of_two(T k) { return real((bits(k) << Real<T
 template <bool ALL = true, typename T> KL_FN T exp(T x) {
   typedef Real<T> R;
   if constexpr (!ALL) {
+#if defined(KL_FAST16)   // two 16-bit inputs on the GPU: memory is faster there than these polynomials
+    if constexpr (sizeof(T) == sizeof(float)) return hardware_exp2(x * R::log2e);
+#endif
     Octave<T> o = octave(x);
     T y = fma(o.r * o.r, exp_tail(o.r), o.r) + T(1);
     return real(bits(y) + (bits(o.k) << R::mantissa));
@@ -496,6 +504,12 @@ template <int SX, int SY> struct Term<CROSS_ENTROPY, SX, SY> : Plain {
 // s + low == b - a exactly (Knuth's TwoSum), for finite a, b and s
 template <typename T> KL_FN T difference(T b, T a, T& low) {
   T s = b - a, v = s - b;
+#if defined(KL_FAST16)   // their differences are exact but where one is 2^13 times the other
+  if constexpr (sizeof(T) == sizeof(float)) {
+    low = T(0);
+    return s;
+  }
+#endif
   low = (b - (s - v)) - (a + v);
   return s;
 }

@@ -6,8 +6,6 @@ namespace kl {
 
 typedef std::int64_t i64;
 
-enum Dtype { FLOAT64 = 0, FLOAT32 = 1, FLOAT16 = 2, BFLOAT16 = 3 };
-enum Output { PER_ROW = 0, TERMS = 1, TOTAL = 2 };   // one value a row; one a class; one in all
 constexpr int MAX_DIMS = 64;                          // NumPy's limit
 
 struct Array {                // strides in bytes, of any sign; data == nullptr: absent
@@ -39,12 +37,9 @@ struct Row {                  // one row of the plan: where it lies, what it wei
   const char *next_x, *next_y;   // the row after it, if it may be asked for ahead of time
 };
 
-// Doubles that describe a row once its sweeps are done; the value stands first.
-constexpr int MAX_STATS = 12;
-
 // How one kind of row is computed: in `sweeps` passes over its chunks. A sweep turns each chunk into `states[s]` doubles
 // (state[k * pitch], k = 0, 1, ...; none if it only writes); `fold` makes one such state of up to CHUNK of them, level by
-// level, and `finish` turns the last one (pitch 1; nullptr for a row without classes) into the row's stats.
+// level, and `finish` turns the last one (pitch 1; nullptr for a row without classes) into the row's stats, the value first.
 constexpr int MAX_STATES = 9;
 struct Kernel {
   int sweeps;

@@ -84,46 +84,6 @@ template <typename T> T maximum(const T* __restrict t, int n) {
 
 // ---- loads and stores ----------------------------------------------------------------------------------------------------
 
-template <int D> struct Stored;   // how a dtype lies in memory; T is float or double
-template <> struct Stored<FLOAT64> {
-  typedef double Type;
-  template <typename T> static KL_FN T widen(double v) { return (T)v; }
-  template <typename T> static KL_FN double narrow(T v) { return (double)v; }
-};
-template <> struct Stored<FLOAT32> {
-  typedef float Type;
-  template <typename T> static KL_FN T widen(float v) { return (T)v; }
-  template <typename T> static KL_FN float narrow(T v) { return (float)v; }
-};
-template <> struct Stored<BFLOAT16> {
-  typedef std::uint16_t Type;
-  template <typename T> static KL_FN T widen(std::uint16_t v) { return (T)real((unsigned)v << 16); }
-  template <typename T> static KL_FN std::uint16_t narrow(T v) {   // to nearest, ties to even
-    unsigned b = bits((float)v);
-    unsigned r = (b + 0x7fffu + ((b >> 16) & 1u)) >> 16;
-    return (std::uint16_t)((b & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : r);
-  }
-};
-template <> struct Stored<FLOAT16> {
-  typedef std::uint16_t Type;
-  template <typename T> static KL_FN T widen(std::uint16_t v) {
-    unsigned m = v & 0x7fffu, sign = (unsigned)(v & 0x8000u) << 16;
-    unsigned finite = bits(real(m << 13) * 0x1p112f);    // rebias; the product is exact, subnormal halves included
-    return (T)real((m >= 0x7c00u ? 0x7f800000u | (m << 13) : finite) | sign);
-  }
-  template <typename T> static KL_FN std::uint16_t narrow(T v) {   // to nearest, ties to even
-    unsigned b = bits((float)v), m = b & 0x7fffffffu, sign = (b >> 16) & 0x8000u;
-    unsigned normal = (m + 0xfffu + ((m >> 13) & 1u) - (112u << 23)) >> 13;
-    unsigned subnormal = bits(real(m) + 0.5f) - 0x3f000000u;       // adding 1/2 leaves multiples of 2^-24
-    unsigned r = m < 0x38800000u ? subnormal : normal;
-    r = m >= 0x477ff000u ? 0x7c00u : r;                            // rounds beyond 65504
-    r = m > 0x7f800000u ? 0x7e00u : r;
-    return (std::uint16_t)(r | sign);
-  }
-};
-
-template <typename T> constexpr int code_of() { return sizeof(T) == 8 ? FLOAT64 : FLOAT32; }
-
 template <int D, typename T> void widen_into(const char* p, i64 stride, int n, T* __restrict out) {
   typedef typename Stored<D>::Type S;
   if (stride == (i64)sizeof(S) && (std::uintptr_t)p % sizeof(S) == 0) {
@@ -304,30 +264,20 @@ inline void terms_fold(const Plan&, int, const double* from, int count, i64, dou
 
 inline void terms_finish(const Plan&, int, const double* state, double* stats) { stats[0] = state ? state[0] : 0.0; }
 
-template <typename T> KL_FN T softmax_weight(T u) { return u == u ? exp_flushed(u) : u; }   // where NaN may come
-
 // ---- the divergence of two rows of logits ----------------------------------------------------------------------------------
-//
-// A chunk's state, with T the temperature, a = x's logits, b = y's, c = b - a and z = (c - M)/T:
-enum {
-  MAX_A,   // m = max a
-  S,       // sum e^((a-m)/T): the weights
-  M,       // weighted mean of c, rounded to T: the anchor
-  X,       // sum of weights * z, nearly 0
-  G,       // sum of weights * (e^z - 1 - z) >= 0
-  MAX_B,   // where y's mass is measured from:
-  Q,       // sum e^((b - MAX_B)/T)
-  FAR,     // some class has e^z beyond what the weights can carry
-  IMPOSSIBLE,   // some class is possible for x and impossible for y
-  LOGITS_STATES
-};
-// A row's stats: the value, then what the writing sweep needs
-enum { VALUE, ROW_MAX_A, ROW_INV_S, ROW_SHIFT, ROW_SHIFT_LOW, ROW_MAX_B, ROW_INV_Q, ROW_FAR, ROW_MEAN, ROW_MEAN_LOW };
+
+inline void put(double* state, i64 pitch, const Spread& s) {
+  for (int k = 0; k < LOGITS_STATES; k++) state[k * pitch] = ((const double*)&s)[k];
+}
+inline Spread spread_at(const double* state, i64 pitch) {
+  return {state[0], state[pitch], state[2 * pitch], state[3 * pitch], state[4 * pitch], state[5 * pitch],
+          state[6 * pitch], state[7 * pitch], state[8 * pitch]};
+}
 
 template <typename T> void weights_and_means(const T* __restrict a, const T* __restrict b, int n, T m, T it,
                                              T* __restrict e, T* __restrict ec) {
   for (int i = 0; i < n; i++) {
-    e[i] = exp_flushed((a[i] - m) * it);
+    e[i] = weight(a[i], m, it);
     ec[i] = e[i] * (b[i] - a[i]);
   }
 }
@@ -337,112 +287,59 @@ template <typename T> typename Real<T>::Bits spread(const T* __restrict a, const
                                                     T* __restrict e, T* __restrict ez) {
   typename Real<T>::Bits bad = 0;
   for (int i = 0; i < n; i++) {
-    T low, c = difference(b[i], a[i], low), z = ((c - mean) + low) * it;
-    bad |= z < Real<T>::far ? 0 : 1;
+    T z = centred(a[i], b[i], mean, it);
+    bad |= in_range(z) ? 0 : 1;
     ez[i] = e[i] * z;
     e[i] = e[i] * expm1_minus(z);
   }
   return bad;
 }
 
-// The same chunk where e^z leaves the range, or classes are excluded: y's mass is measured from its own maximum.
-template <typename T> void far_chunk(const Plan& p, const T* a, const T* b, int n, double m, double* state, i64 pitch,
-                                     Buffers<T>& s) {
-  int n16 = (n + 15) & ~15;
-  T it = (T)p.inverse_temperature, mb = maximum(b, n16), zero = m == -infinity<double>() ? T(0) : (T)m;
-  T from = mb == -infinity<T>() ? T(0) : mb;
-  typename Real<T>::Bits impossible = 0;
-  for (int i = 0; i < n; i++) {                       // weights, and the mean over classes that both allow
-    T e = softmax_weight((a[i] - zero) * it), shared = b[i] > -infinity<T>() ? e : T(0), c = e * (b[i] - a[i]);
-    T alone = a[i] > -infinity<T>() ? T(1) : T(0);
-    alone = excluded(b[i]) ? alone : T(0);
-    impossible |= bits(alone);
-    s.a[i] = e;
-    s.b[i] = shared;
-    s.dx[i] = shared > T(0) ? c : T(0);
-  }
-  double weights = sum(s.b, n), mean_c = weights > 0 ? sum(s.dx, n) / weights : 0.0;
-  T mean = (T)mean_c;
-  mean = absolute(mean) < infinity<T>() ? mean : T(0);
-  for (int i = 0; i < n; i++) s.b[i] = s.a[i];
-  state[S * pitch] = sum(s.b, n);
-  for (int i = 0; i < n; i++) s.b[i] = softmax_weight((b[i] - from) * it);
-  for (int i = 0; i < n; i++) s.dy[i] = s.b[i];
-  state[Q * pitch] = sum(s.dy, n);
-  // near classes by the series; of the others, y's mass (b), x's (dx) and x's times z (dy)
-  alignas(64) T near[CHUNK], near_x[CHUNK];
+template <typename T> Spread far_chunk(const T* a, const T* b, int n, T m, double inverse_temperature, Buffers<T>& s) {
+  T it = (T)inverse_temperature, max_b = maximum(b, (n + 15) & ~15);
+  T zero = excluded(m) ? T(0) : m, from = excluded(max_b) ? T(0) : max_b;
+  bool impossible = false;
   for (int i = 0; i < n; i++) {
-    T low, c = difference(b[i], a[i], low), e = s.a[i];
-    low = absolute(c) < infinity<T>() ? low : T(0);
-    T z = ((c - mean) + low) * it;
-    T near_e = z < Real<T>::far ? e : T(0), near_z = z < Real<T>::far ? z : T(0);
-    T far_e = z < Real<T>::far ? T(0) : e, mass = z < Real<T>::far ? T(0) : s.b[i];
-    near_e = excluded(b[i]) ? T(0) : near_e;
-    near_z = excluded(b[i]) ? T(0) : near_z;
-    near[i] = near_e * expm1_minus(near_z);
-    near_x[i] = near_e * near_z;
-    s.b[i] = e > T(0) ? mass : s.b[i];
-    s.dx[i] = far_e;
-    s.dy[i] = far_e * (far_e > T(0) ? z : T(0));
+    Shared<T> k = shared(a[i], b[i], zero, it);
+    s.a[i] = k.e;
+    s.b[i] = k.weight;
+    s.dx[i] = k.c;
+    impossible |= k.impossible;
   }
-  double far_x = sum(s.dy, n), far_mass = sum(s.b, n), far_weights = sum(s.dx, n);
-  double scale = far_mass > 0 ? exp(((double)from - (zero + (double)mean)) * p.inverse_temperature) : 0.0;
-  state[M * pitch] = mean;
-  state[X * pitch] = sum(near_x, n) + far_x;
-  state[G * pitch] = sum(near, n) + ((far_mass * scale - far_weights) - far_x);
-  state[MAX_B * pitch] = mb;
-  state[FAR * pitch] = 1;
-  state[IMPOSSIBLE * pitch] = impossible ? 1 : 0;
+  double weights = sum(s.b, n);
+  T mean = far_mean<T>(weights, sum(s.dx, n));
+  for (int i = 0; i < n; i++) s.b[i] = softmax_weight((b[i] - from) * it);
+  alignas(64) T near[CHUNK], near_x[CHUNK], mass[CHUNK];
+  for (int i = 0; i < n; i++) {
+    Apart<T> k = apart(a[i], b[i], s.a[i], s.b[i], mean, it);
+    near[i] = k.near;
+    near_x[i] = k.near_x;
+    mass[i] = k.mass;
+    s.dx[i] = k.weight;
+    s.dy[i] = k.x;
+  }
+  return far_state(m, max_b, mean, inverse_temperature, sum(s.a, n), sum(s.b, n), sum(near, n), sum(near_x, n),
+                   sum(mass, n), sum(s.dx, n), sum(s.dy, n), impossible);
 }
-
-// what a row's classes contribute, once its stats are known
-template <typename T> struct Known {
-  // t = (c - shift - shift_low)/T; t + KL = (c - mean - mean_low)/T, which has nothing to cancel
-  T m, it, inv_s, shift, shift_low, mean, mean_low, max_b, inv_q;
-  Known(const Plan& p, const double* stats)
-      : m((T)stats[ROW_MAX_A]), it((T)p.inverse_temperature), inv_s((T)stats[ROW_INV_S]),
-        shift((T)stats[ROW_SHIFT]), shift_low((T)stats[ROW_SHIFT_LOW]), mean((T)stats[ROW_MEAN]),
-        mean_low((T)stats[ROW_MEAN_LOW]), max_b((T)stats[ROW_MAX_B]), inv_q((T)stats[ROW_INV_Q]) {}
-};
-
-enum { NO_TERM, DEVIANCE, LITERAL };   // the term wanted: that of kl_div, or of rel_entr
 
 template <typename T, int TERM, bool DX, bool DY>
-void near_outputs(const T* __restrict a, const T* __restrict b, int n, Known<T> k, T* __restrict term, T* __restrict dx,
-                  T* __restrict dy) {
+void write_near(const T* __restrict a, const T* __restrict b, int n, Known<T> k, T* __restrict term, T* __restrict dx,
+                T* __restrict dy) {
   for (int i = 0; i < n; i++) {
-    T w = exp_flushed((a[i] - k.m) * k.it) * k.inv_s;
-    T low, c = difference(b[i], a[i], low), t = ((c - k.shift) + (low - k.shift_low)) * k.it;
-    if (TERM) term[i] = TERM == LITERAL ? T(0) - w * t : w * expm1_minus(t);
-    if (DX) dx[i] = T(0) - (w * (((c - k.mean) + (low - k.mean_low)) * k.it)) * k.it;
-    if (DY) dy[i] = (w * expm1_of(t, expm1_minus(t))) * k.it;
+    Outputs<T> r = near_outputs(a[i], b[i], k, TERM, DX, DY);
+    if (TERM) term[i] = r.term;
+    if (DX) dx[i] = r.dx;
+    if (DY) dy[i] = r.dy;
   }
 }
-
-// the same where classes are excluded, or weights cannot carry e^t
 template <typename T, int TERM>
-void far_outputs(const T* __restrict a, const T* __restrict b, int n, Known<T> k, T* __restrict term, T* __restrict dx,
-                 T* __restrict dy) {
-  T nothing = T(0) * k.inv_s;   // NaN where the row is undefined
+void write_far(const T* __restrict a, const T* __restrict b, int n, Known<T> k, T* __restrict term, T* __restrict dx,
+               T* __restrict dy) {
   for (int i = 0; i < n; i++) {
-    T w = softmax_weight((a[i] - k.m) * k.it) * k.inv_s, q = softmax_weight((b[i] - k.max_b) * k.it) * k.inv_q;
-    w = excluded(a[i]) ? T(0) : w;
-    q = excluded(b[i]) ? T(0) : q;
-    T low, c = difference(b[i], a[i], low);
-    low = absolute(c) < infinity<T>() ? low : T(0);
-    T t = ((c - k.shift) + (low - k.shift_low)) * k.it, wt = w * t;
-    wt = w > T(0) ? wt : T(0);
-    T near = t < Real<T>::far ? t : T(0), g = expm1_minus(near);
-    T v = t < Real<T>::far ? w * g : (q - w) - wt, d = t < Real<T>::far ? w * expm1_of(near, g) : q - w;
-    v = w > T(0) ? v : q + nothing;
-    d = w > T(0) ? d : q + nothing;
-    if (TERM == LITERAL) v = T(0) - wt;
-    v = excluded(b[i]) ? infinity<T>() : v;
-    v = excluded(a[i]) ? (TERM == LITERAL ? nothing : q + nothing) : v;
-    T s = T(0) - (w * (((c - k.mean) + (low - k.mean_low)) * k.it)) * k.it;
-    term[i] = v;
-    dx[i] = w > T(0) ? s : T(0) * k.mean_low + nothing;
-    dy[i] = d * k.it;
+    Outputs<T> r = far_outputs(a[i], b[i], k, TERM);
+    term[i] = r.term;
+    dx[i] = r.dx;
+    dy[i] = r.dy;
   }
 }
 
@@ -460,33 +357,25 @@ void logits_chunk(const Plan& p, const Row& row, int sweep, i64 start, int n, co
               [&](int i, int k) { weights_and_means(a + i, b + i, k, m, it, s.a + i, s.b + i); });
     double mean = sum(s.b, n), weights = sum(s.a, n);
     mean = mean / weights;
-    state[MAX_A * pitch] = m;
-    typename Real<T>::Bits bad = absolute(mean) < 1e300 ? 0 : 1;
+    typename Real<T>::Bits bad = usable(mean) ? 0 : 1;
     if (!bad)
       pieces<T>(nullptr, b + CHUNK, n16,
                 [&](int i, int k) { bad |= spread(a + i, b + i, k, (T)mean, it, s.a + i, s.b + i); });
-    if (!bad) {
-      state[S * pitch] = weights;
-      state[M * pitch] = (T)mean;
-      double x = sum(s.b, n), g = sum(s.a, n);
-      state[X * pitch] = x;
-      state[G * pitch] = g;
-      state[MAX_B * pitch] = (double)m + (double)(T)mean;
-      state[Q * pitch] = (weights + x) + g;
-      state[FAR * pitch] = 0;
-      state[IMPOSSIBLE * pitch] = 0;
+    if (bad) {
+      put(state, pitch, far_chunk(a, b, n, m, p.inverse_temperature, s));
     } else {
-      far_chunk(p, a, b, n, m, state, pitch, s);
+      double x = sum(s.b, n);
+      put(state, pitch, near_state(m, (T)mean, weights, x, sum(s.a, n)));
     }
     return;
   }
-  Known<T> k(p, stats);
+  Known<T> k(p.inverse_temperature, stats);
   bool literal = p.operation == REL_ENTR, term = p.output == TERMS, dx = p.dx.data, dy = p.dy.data;
   void (*outputs)(const T*, const T*, int, Known<T>, T*, T*, T*);
-  if (stats[ROW_FAR] != 0) outputs = literal ? far_outputs<T, LITERAL> : far_outputs<T, DEVIANCE>;
-  else if (term) outputs = literal ? near_outputs<T, LITERAL, true, true> : near_outputs<T, DEVIANCE, true, true>;
-  else if (dx && dy) outputs = near_outputs<T, NO_TERM, true, true>;
-  else outputs = dx ? near_outputs<T, NO_TERM, true, false> : near_outputs<T, NO_TERM, false, true>;
+  if (stats[ROW_FAR] != 0) outputs = literal ? write_far<T, LITERAL> : write_far<T, DEVIANCE>;
+  else if (term) outputs = literal ? write_near<T, LITERAL, true, true> : write_near<T, DEVIANCE, true, true>;
+  else if (dx && dy) outputs = write_near<T, NO_TERM, true, true>;
+  else outputs = dx ? write_near<T, NO_TERM, true, false> : write_near<T, NO_TERM, false, true>;
   // this sweep reads from the caches: the memory may bring the next row meanwhile
   i64 at = start * (i64)sizeof(T);
   pieces<T>(row.next_x ? row.next_x + at : nullptr, row.next_y ? row.next_y + at : nullptr, n16,
@@ -496,138 +385,90 @@ void logits_chunk(const Plan& p, const Row& row, int sweep, i64 start, int n, co
   if (dy) store(p.dy, row.dy, start, n, s.dy, row.weight * p.gradient_scale, p.stream);
 }
 
-// Up to CHUNK states into one, by the same steps as for the classes of a chunk, between chunks.
 template <typename T>
 void logits_fold(const Plan& p, int sweep, const double* from, int count, i64 pitch, double* to, i64 to_pitch) {
   if (sweep > 0) return;
   if (count == 1) {
-    for (int k = 0; k < LOGITS_STATES; k++) to[k * to_pitch] = from[k * pitch];
+    put(to, to_pitch, spread_at(from, pitch));
     return;
   }
   double it = p.inverse_temperature;
-  const double *m = from + MAX_A * pitch, *s = from + S * pitch, *mean = from + M * pitch, *x = from + X * pitch,
-               *g = from + G * pitch, *mb = from + MAX_B * pitch, *q = from + Q * pitch, *far = from + FAR * pitch,
-               *impossible = from + IMPOSSIBLE * pitch;
-  alignas(64) double w[CHUNK], u[CHUNK], v[CHUNK];
-  double top = -infinity<double>(), top_b = top, is_far = 0, is_impossible = 0;
+  alignas(64) double u[CHUNK], v[CHUNK];
+  Spread all = {-infinity<double>(), 0, 0, 0, 0, -infinity<double>(), 0, 0, 0};
   for (int k = 0; k < count; k++) {
-    top = m[k] > top ? m[k] : top;
-    top_b = mb[k] > top_b ? mb[k] : top_b;
-    is_far = far[k] != 0 ? 1 : is_far;
-    is_impossible = impossible[k] != 0 ? 1 : is_impossible;
+    Spread s = spread_at(from + k, pitch);
+    all.max_a = s.max_a > all.max_a ? s.max_a : all.max_a;
+    all.max_b = s.max_b > all.max_b ? s.max_b : all.max_b;
+    all.far = s.far != 0 ? 1 : all.far;
+    all.impossible = s.impossible != 0 ? 1 : all.impossible;
   }
-  double zero = excluded(top) ? 0.0 : top, zero_b = excluded(top_b) ? 0.0 : top_b;
+  double zero = zero_for(all.max_a), zero_b = zero_for(all.max_b);
   for (int k = 0; k < count; k++) {
-    w[k] = exp_flushed((m[k] - zero) * it);
-    u[k] = w[k] * s[k];
-    v[k] = u[k] * mean[k];
+    Spread s = spread_at(from + k, pitch);
+    u[k] = merge_weight(s.max_a, zero, it) * s.s;
+    v[k] = u[k] * s.m;
   }
-  double sum_v = sum(v, count), sum_s = sum(u, count), anchor = sum_s > 0 ? (double)(T)(sum_v / sum_s) : 0.0;
+  double sum_c = sum(v, count);
+  all.s = sum(u, count);
+  all.m = merge_anchor<T>(sum_c, all.s);
   for (int k = 0; k < count; k++) {
-    double d = (mean[k] - anchor) * it, shifted = x[k] + d * s[k];
-    double e = d < Real<double>::far ? d : 0.0, gap = expm1_minus(e);
-    double near = w[k] * ((exp(e) * g[k] + gap * s[k]) + expm1_of(e, gap) * x[k]);
-    bool is_near = (absolute(d) < Real<double>::far) & (g[k] < infinity<double>()) & (w[k] > 0);
-    u[k] = w[k] * shifted;
-    v[k] = near;
-    if (!is_near) {
-      double mass = q[k] > 0 ? q[k] * exp((mb[k] - (zero + anchor)) * it) : q[k];
-      v[k] = mass - (w[k] * s[k] + u[k]);
-      is_far = 1;
-    }
+    Moved to_anchor = moved(spread_at(from + k, pitch), zero, all.m, it);
+    u[k] = to_anchor.x;
+    v[k] = to_anchor.g;
+    all.far = to_anchor.far ? 1 : all.far;
   }
-  double sum_x = sum(u, count), sum_g = sum(v, count);
-  for (int k = 0; k < count; k++) u[k] = q[k] * exp_flushed((mb[k] - zero_b) * it);
-  double sum_q = sum(u, count);
-  to[MAX_A * to_pitch] = top;
-  to[S * to_pitch] = sum_s;
-  to[M * to_pitch] = anchor;
-  to[X * to_pitch] = sum_x;
-  to[G * to_pitch] = sum_g;
-  to[MAX_B * to_pitch] = top_b;
-  to[Q * to_pitch] = sum_q;
-  to[FAR * to_pitch] = is_far;
-  to[IMPOSSIBLE * to_pitch] = is_impossible;
+  all.x = sum(u, count);
+  all.g = sum(v, count);
+  for (int k = 0; k < count; k++) {
+    Spread s = spread_at(from + k, pitch);
+    u[k] = s.q * merge_weight(s.max_b, zero_b, it);
+  }
+  all.q = sum(u, count);
+  put(to, to_pitch, all);
 }
 
-template <typename T> void logits_finish(const Plan& p, int sweep, const double* s, double* stats) {
+template <typename T> void finish_logits(const Plan& p, int sweep, const double* s, double* stats) {
   if (sweep > 0) return;
-  if (!s) {
-    for (int k = 0; k < MAX_STATS; k++) stats[k] = 0;
-    return;
-  }
-  double it = p.inverse_temperature;
-  double mean_z = s[X] / s[S], y = (s[G] + s[X]) / s[S];
-  bool close = y < 1 && s[IMPOSSIBLE] == 0;
-  double lse, shift, shift_low;   // log E_p[e^z]; log q - log p = (c - shift - shift_low)/T
-  if (close) {
-    lse = log1p(y);
-    shift = s[M];
-    shift_low = lse / it;
-  } else {                        // not small: from the two masses
-    double apart = (s[MAX_B] - s[MAX_A]) + log(s[Q] / s[S]) / it;
-    lse = (apart - s[M]) * it;
-    shift = (T)apart;
-    shift_low = apart - shift;
-  }
-  double value = lse - mean_z;
-  value = value < 0 ? 0.0 : value;                     // rounding of an exact zero
-  value = s[IMPOSSIBLE] != 0 ? infinity<double>() : value;
-  bool defined = s[S] > 0 && s[S] < infinity<double>() && s[Q] > 0 && s[MAX_B] < infinity<double>();
-  stats[VALUE] = defined ? value : nan<double>();
-  stats[ROW_MAX_A] = s[MAX_A];
-  stats[ROW_INV_S] = defined ? 1.0 / s[S] : nan<double>();
-  stats[ROW_SHIFT] = shift;
-  stats[ROW_SHIFT_LOW] = shift_low;
-  stats[ROW_MAX_B] = s[MAX_B];
-  stats[ROW_INV_Q] = 1.0 / s[Q];
-  stats[ROW_FAR] = s[FAR];
-  stats[ROW_MEAN] = s[M];
-  stats[ROW_MEAN_LOW] = s[IMPOSSIBLE] != 0 ? nan<double>() : mean_z / it;   // no derivative where the value is infinite
+  if (s) logits_finish<T>(spread_at(s, 1), p.inverse_temperature, stats);
+  else std::fill(stats, stats + MAX_STATS, 0.0);
 }
 
 // ---- everything else with logits: normalise, then treat as log-probabilities; always wide ------------------------------------
-//
-// log S of a row is kept as (max, how many classes attain it, the rest of the sum), so that log S is precise near 0.
-enum { NORM_MAX, NORM_COUNT, NORM_REST, NORM_STATES };
+
 enum { SUM_VALUE, SUM_DX, SUM_DY, SUM_STATES };
 enum { NORM_X = 3, NORM_Y = 5 };   // stats: [0..2] the sums; then maximum and log S of x and of y
 
 inline void norm_chunk(const Array& a, const char* row, i64 start, int n, double it, double* state, i64 pitch,
                        Buffers<double>& s) {
   const double* x = load(a, row, start, n, s.x);
-  double m = maximum(x, (n + 15) & ~15), zero = excluded(m) ? 0.0 : m;
+  double m = maximum(x, (n + 15) & ~15), zero = zero_for(m);
   for (int i = 0; i < n; i++) {
-    bool top = x[i] == m;
-    s.b[i] = top ? 1.0 : 0.0;
-    s.a[i] = top ? 0.0 : softmax_weight((x[i] - zero) * it);
+    s.b[i] = x[i] == m ? 1.0 : 0.0;
+    s.a[i] = norm_rest(x[i], m, zero, it);
   }
-  state[NORM_MAX * pitch] = m;
-  state[NORM_COUNT * pitch] = excluded(m) ? 0.0 : sum(s.b, n);
-  state[NORM_REST * pitch] = sum(s.a, n);
+  state[0] = m;
+  state[pitch] = excluded(m) ? 0.0 : sum(s.b, n);
+  state[2 * pitch] = sum(s.a, n);
 }
 
 inline void norm_fold(double it, const double* from, int count, i64 pitch, double* to, i64 to_pitch) {
-  const double *m = from + NORM_MAX * pitch, *c = from + NORM_COUNT * pitch, *r = from + NORM_REST * pitch;
   alignas(64) double ties[CHUNK], rest[CHUNK];
   double top = -infinity<double>();
-  for (int k = 0; k < count; k++) top = m[k] > top ? m[k] : top;
-  double zero = excluded(top) ? 0.0 : top;
+  for (int k = 0; k < count; k++) top = from[k] > top ? from[k] : top;
+  double zero = zero_for(top);
   for (int k = 0; k < count; k++) {
-    double below = exp_flushed((m[k] - zero) * it) * (c[k] + r[k]);
-    rest[k] = m[k] == top ? r[k] : below;
-    ties[k] = m[k] == top ? c[k] : 0.0;
+    Norm s = {from[k], from[k + pitch], from[k + 2 * pitch]};
+    rest[k] = merge_rest(s, top, zero, it);
+    ties[k] = s.max == top ? s.count : 0.0;
   }
-  to[NORM_MAX * to_pitch] = top;
-  to[NORM_COUNT * to_pitch] = sum(ties, count);
-  to[NORM_REST * to_pitch] = sum(rest, count);
+  to[0] = top;
+  to[to_pitch] = sum(ties, count);
+  to[2 * to_pitch] = sum(rest, count);
 }
 
 inline void norm_finish(const double* state, double* max_and_log) {
-  double top = state[NORM_MAX], ties = state[NORM_COUNT], rest = state[NORM_REST];
-  bool defined = ties > 0 && top < infinity<double>();
-  max_and_log[0] = top;
-  max_and_log[1] = !defined ? nan<double>() : ties == 1.0 ? log1p(rest) : log(ties + rest);
+  max_and_log[0] = state[0];
+  max_and_log[1] = log_norm({state[0], state[1], state[2]});
 }
 
 inline const double* log_probs(const Array& a, const char* row, int space, i64 start, int n, double it,
@@ -636,7 +477,7 @@ inline const double* log_probs(const Array& a, const char* row, int space, i64 s
   if (space != LOGITS) return x;
   int n16 = (n + 15) & ~15;
   double m = max_and_log[0], l = max_and_log[1];
-  for (int i = 0; i < n16; i++) buffer[i] = (x[i] - m) * it - l;
+  for (int i = 0; i < n16; i++) buffer[i] = log_prob_of(x[i], m, l, it);
   return buffer;
 }
 
@@ -664,12 +505,12 @@ inline void mixed_chunk(const Plan& p, const Row& row, int sweep, i64 start, int
   double scale = row.weight * p.gradient_scale;
   if (p.dx.data) {
     if (p.space_x == LOGITS)   // through the softmax
-      for (int i = 0; i < n16; i++) s.dx[i] = (s.dx[i] - exp(x[i]) * stats[SUM_DX]) * it;
+      for (int i = 0; i < n16; i++) s.dx[i] = through_softmax(s.dx[i], x[i], stats[SUM_DX], it);
     store(p.dx, row.dx, start, n, s.dx, scale, p.stream);
   }
   if (p.dy.data) {
     if (p.space_y == LOGITS)
-      for (int i = 0; i < n16; i++) s.dy[i] = (s.dy[i] - exp(y[i]) * stats[SUM_DY]) * it;
+      for (int i = 0; i < n16; i++) s.dy[i] = through_softmax(s.dy[i], y[i], stats[SUM_DY], it);
     store(p.dy, row.dy, start, n, s.dy, scale, p.stream);
   }
 }
@@ -705,9 +546,9 @@ inline Kernel kernel(const Plan& p) {
   bool gradient = p.dx.data || p.dy.data;
   if (of_logits(p)) {
     int sweeps = gradient || p.output == TERMS ? 2 : 1;
-    if (p.wide) return {sweeps, {LOGITS_STATES, 0, 0}, logits_chunk<double>, logits_fold<double>, logits_finish<double>,
+    if (p.wide) return {sweeps, {LOGITS_STATES, 0, 0}, logits_chunk<double>, logits_fold<double>, finish_logits<double>,
                         nullptr};
-    return {sweeps, {LOGITS_STATES, 0, 0}, logits_chunk<float>, logits_fold<float>, logits_finish<float>, nullptr};
+    return {sweeps, {LOGITS_STATES, 0, 0}, logits_chunk<float>, logits_fold<float>, finish_logits<float>, nullptr};
   }
   if (p.space_x == LOGITS || p.space_y == LOGITS)
     return {gradient ? 3 : 2, {2 * NORM_STATES, SUM_STATES, 0}, mixed_chunk, mixed_fold, mixed_finish, nullptr};

@@ -1,40 +1,607 @@
-"""CuPy arrays on NVIDIA GPUs. The kernels are not written yet: every call says what is missing, and does no more."""
+"""CuPy arrays on NVIDIA GPUs: arguments arranged by rows.py, kernels of src/kl_cuda.cu planned and launched here.
+
+A call becomes a few launches on the caller's current stream, all prepared, their working memory included, before the
+first one starts: nothing waits for the GPU, and what fails, fails before anything is written. Which launches, and how
+numbers are grouped in them, depends on the shapes alone; how many blocks run them does not change a bit.
+"""
 
 import importlib
-from typing import Any, NoReturn
+import math
+from collections.abc import Iterator
+from functools import cache, partial
+from typing import Any, NamedTuple
 
-from klcore.backends import BackendUnavailableError
+import numpy as np
+
+from klcore.backends import BackendUnavailableError, nvrtc, rows
+
+_FLOATS = ("float64", "float32", "float16", "bfloat16")  # their codes in kl_store.h
+_SIZES = (8, 4, 2, 2)
+CHUNK, NARROW = 1024, 128  # kl_tree.h; rows of up to NARROW classes share a warp
+MAX_STATS, LOGITS_STATES, NORM_STATES, SUM_STATES = 12, 9, 3, 3
+MAX_DIMS = 32
+
+# kl::Plan, in words of eight bytes
+_FIELDS = (
+    ("shape", MAX_DIMS), *((name, 1) for name in (
+        "ndim", "rows", "n", "chunks", "output", "first", "last", "columns", "dense", "slots", "count", "groups",
+        "inner", "inverse_temperature", "gradient_scale", "scale", "denominator", "states", "stats", "sums",
+    )),
+    *((name, MAX_DIMS + 3) for name in ("x", "y", "weights", "value", "dx", "dy")),
+)  # fmt: skip
+_AT = {name: sum(words for _, words in _FIELDS[:k]) for k, (name, _) in enumerate(_FIELDS)}
+_WORDS = sum(words for _, words in _FIELDS)
+_DOUBLES = ("inverse_temperature", "gradient_scale", "scale")
 
 
-def missing() -> str:
-    """What keeps this machine from computing on a GPU, as a sentence."""
+# ---- the library and the device --------------------------------------------------------------------------------------
+
+
+@cache
+def _cupy() -> Any:
+    """CuPy, or why there is none."""
     try:
-        cupy = importlib.import_module("cupy")
+        return importlib.import_module("cupy")
     except ImportError as error:
-        return f"CuPy cannot be imported ({error}); install it with: pip install cupy-cuda13x"
-    if not cupy.is_available():
-        return "CuPy finds no CUDA driver or no device; install NVIDIA's driver and check with: nvidia-smi"
-    return "this version of klcore has no CUDA kernels; compute with device='cpu'"
+        raise BackendUnavailableError(
+            f"CUDA needs CuPy, which cannot be imported ({error}); install it with: pip install 'klcore[cuda13]' "
+            "(or 'klcore[cuda12]' where the driver is older than 580)"
+        ) from error
 
 
-def _refuse(*args: Any) -> NoReturn:
-    raise BackendUnavailableError(f"device='cuda' cannot be used: {missing()}")
+def missing() -> str | None:
+    """What keeps this machine from computing on a GPU, as a sentence; None if nothing does."""
+    try:
+        cupy = _cupy()
+        nvrtc.version()
+    except BackendUnavailableError as error:
+        return str(error)
+    try:
+        count = cupy.cuda.runtime.getDeviceCount()
+    except Exception as error:  # CUDARuntimeError, of whatever kind
+        return (
+            f"CUDA finds no usable NVIDIA driver ({error}); install or update the driver and check with: nvidia-smi. "
+            "Inside a container, start it with GPU access (docker run --gpus all)"
+        )
+    if count == 0:
+        return "CUDA finds no NVIDIA device; check with: nvidia-smi, and look at the variable CUDA_VISIBLE_DEVICES"
+    return None
 
 
-def kl_div(
-    x: Any, y: Any, space: Any, axis: int, reduction: str, weights: Any, temperature: float, return_grad: Any, out: Any,
+@cache
+def _ready() -> Any:
+    sentence = missing()
+    if sentence:
+        raise BackendUnavailableError(sentence)
+    return _cupy()
+
+
+class _Device(NamedTuple):
+    """What the choice of launches needs to know."""
+
+    arch: int
+    multiprocessors: int
+    shared: int  # bytes of shared memory that a block may have
+    shared_all: int  # and that a multiprocessor has
+
+
+@cache
+def _properties(device: int) -> _Device:
+    d = _cupy().cuda.Device(device)
+    a = d.attributes
+    return _Device(
+        int(d.compute_capability),
+        a["MultiProcessorCount"],
+        a["MaxSharedMemoryPerBlockOptin"],
+        a["MaxSharedMemoryPerMultiprocessor"],
+    )
+
+
+def _is_here(a: Any, cupy: Any) -> bool:
+    return isinstance(a, cupy.ndarray)
+
+
+def _choose_device(cupy: Any, device: str | None, arrays: dict[str, Any]) -> int:
+    """The number of the device to compute on."""
+    number = None if device is None else device.partition(":")[2]
+    if number:
+        count = cupy.cuda.runtime.getDeviceCount()
+        if int(number) >= count:
+            raise BackendUnavailableError(
+                f"device={device!r}: this machine has {count} CUDA device(s), 'cuda:0' to 'cuda:{count - 1}'"
+            )
+        return int(number)
+    found = {name: a.device.id for name, a in arrays.items() if _is_here(a, cupy)}
+    if len(set(found.values())) > 1:
+        where = ", ".join(f"{name} on cuda:{k}" for name, k in found.items())
+        raise ValueError(f"the arrays are on different devices ({where}); move them, or pass device='cuda:N'")
+    return next(iter(found.values()), None) if found else cupy.cuda.Device().id  # type: ignore[return-value]
+
+
+def _asarray(cupy: Any, device: int, a: Any, name: str) -> Any:
+    """`a` on the current device, of one of the four dtypes."""
+    if isinstance(a, np.ma.MaskedArray):
+        raise TypeError(
+            f"{name} is a masked array, and klcore would ignore the mask; pass {name}.filled(value), or weights=0 for "
+            "rows to leave out"
+        )
+    if not _is_here(a, cupy):
+        a = np.asarray(a)
+        if not a.dtype.isnative:
+            a = a.astype(a.dtype.newbyteorder("="))
+    if a.dtype.kind not in "iub" and a.dtype.name not in _FLOATS:
+        raise TypeError(
+            f"{name} has dtype {a.dtype}; klcore computes with {', '.join(_FLOATS)}, and with integers and booleans as "
+            "float64"
+        )
+    if not _is_here(a, cupy):
+        a = cupy.asarray(a)
+    elif a.device.id != device:
+        a = cupy.array(a)  # copies to the current device
+    return a.astype(np.float64) if a.dtype.kind in "iub" else a
+
+
+# ---- kernels -----------------------------------------------------------------------------------------------------------
+
+
+class Build(NamedTuple):
+    """A cubin: its name, the macros it is compiled with, the kernels in it."""
+
+    name: str
+    options: tuple[str, ...]
+    kernels: tuple[str, ...]
+    hot: bool  # the user waits for memory, or should
+
+
+_ENTRIES = {
+    "kl_units": "KL_UNITS", "kl_narrow": "KL_NARROW", "kl_rows": "KL_ROWS", "kl_fold": "KL_FOLD", "kl_sum": "KL_SUM",
+    "kl_summed": "KL_SUMMED", "kl_summed_fold": "KL_SUMMED",
+}  # fmt: skip
+
+
+def options(
+    operation: int, spaces: tuple[int, int], dtypes: tuple[int, int], wide: bool, entries: tuple[str, ...], cluster: int
+) -> tuple[str, ...]:
+    """The macros that kl_cuda.cu is compiled with for these kernels."""
+    values = {
+        "OPERATION": operation, "SPACE_X": spaces[0], "SPACE_Y": spaces[1], "X": dtypes[0], "Y": dtypes[1],
+        "WIDE": int(wide),
+    }  # fmt: skip
+    if cluster > 1:
+        values["CLUSTER"] = cluster
+    if not wide and max(_SIZES[d] for d in dtypes) == 2:
+        values["FAST16"] = 1
+    return (
+        *(f"-DKL_{name}={value}" for name, value in values.items()),
+        *sorted({f"-D{_ENTRIES[entry]}" for entry in entries}),
+    )
+
+
+def every_build() -> Iterator[Build]:
+    """All operations, pairs of spaces and dtypes, for checks of what is compiled."""
+    operations = ("kl_div", "rel_entr", "cross_entropy", "entropy")
+    words = tuple(rows.SPACES)
+    kernels = ("kl_units", "kl_narrow", "kl_rows", "kl_fold", "kl_summed", "kl_summed_fold")
+    for operation, name in enumerate(operations):
+        for sx in range(3):
+            for sy in range(3) if operation != rows.ENTROPY else (sx,):
+                for code, dtype in enumerate(_FLOATS):
+                    wide = code == 0 or rows.is_wide(operation, (sx, sy))
+                    build = partial(options, operation, (sx, sy), (code, code), wide)
+                    label = f"{name} {words[sx]}" + (f"/{words[sy]}" if sy != sx else "") + f" {dtype}"
+                    hot = not wide
+                    yield Build(label, build(kernels, 1), kernels, hot)
+                    if sx == sy == 2 and operation <= rows.REL_ENTR:
+                        yield Build(f"{label} cluster", build(("kl_rows",), 8), ("kl_rows",), hot)
+    yield Build("sum", _sum_options(), ("kl_sum",), False)
+
+
+def _sum_options() -> tuple[str, ...]:
+    return options(rows.KL_DIV, (0, 0), (1, 1), False, ("kl_sum",), 1)
+
+
+@cache
+def _kernel(device: int, options: tuple[str, ...], name: str) -> Any:
+    """A kernel, compiled if need be and loaded on the current device."""
+    module = _cupy().RawModule(path=str(nvrtc.build(options, _properties(device).arch)))
+    return module.get_function(name)
+
+
+class _Launch(NamedTuple):
+    kernel: Any
+    grid: int
+    warps: int
+    shared: int
+    plan: np.ndarray
+
+
+def _start(launches: list[_Launch]) -> None:
+    for launch in launches:
+        launch.kernel((launch.grid,), (32 * launch.warps,), (launch.plan.view(f"V{8 * _WORDS}"),), shared_mem=launch.shared)
+
+
+# ---- plans -------------------------------------------------------------------------------------------------------------
+
+
+class _View(NamedTuple):
+    """An array as kl::Array describes it."""
+
+    data: int
+    stride: int
+    batch: tuple[int, ...]
+    dtype: int
+    size: int
+
+
+def _view(a: Any, classes: bool) -> _View:
+    strides = a.strides
+    dtype = _FLOATS.index(a.dtype.name)
+    if classes:
+        return _View(a.data.ptr, strides[-1], strides[:-1], dtype, a.dtype.itemsize)
+    return _View(a.data.ptr, 0, strides, dtype, a.dtype.itemsize)
+
+
+class _Layout(NamedTuple):
+    """The batch axes, joined where all arrays move over them in even steps, and the arrays over them."""
+
+    shape: tuple[int, ...]
+    views: dict[str, _View]
+    columns: bool
+    dense: bool
+
+
+def _layout(shape: tuple[int, ...], n: int, views: dict[str, _View], turn: bool = True) -> _Layout:
+    order = list(range(len(shape)))
+    columns = False
+    steps = views["x"] if "x" in views else None
+    if steps and turn and n > 1 and abs(steps.stride) > steps.size:
+        # the classes lie apart: have the rows that are closest to each other follow each other
+        apart = {d: abs(steps.batch[d]) for d in order if shape[d] > 1 and steps.batch[d]}
+        nearest = min(apart, key=apart.__getitem__, default=None)
+        if nearest is not None and apart[nearest] < abs(steps.stride):
+            columns = True
+            order.append(order.pop(nearest))
+    order = [d for d in order if shape[d] != 1]
+    groups: list[list[int]] = []
+    for d in order:
+        even = groups and all(v.batch[groups[-1][-1]] == v.batch[d] * shape[d] for v in views.values())
+        if even:
+            groups[-1].append(d)
+        else:
+            groups.append([d])
+    joined = tuple(math.prod(shape[d] for d in g) for g in groups)
+    views = {name: v._replace(batch=tuple(v.batch[g[-1]] for g in groups)) for name, v in views.items()}
+    dense = len(joined) <= 1 and all(
+        v.stride == v.size and (not joined or v.batch[0] == n * v.size)
+        for name, v in views.items()
+        if name in ("x", "y", "dx", "dy")
+    )
+    return _Layout(joined, views, columns, dense)
+
+
+def _plan(layout: _Layout, n: int, **fields: Any) -> np.ndarray:
+    plan = np.zeros(_WORDS, np.int64)
+    plan[: len(layout.shape)] = layout.shape
+    plan[_AT["ndim"]] = len(layout.shape)
+    plan[_AT["rows"]] = math.prod(layout.shape)
+    plan[_AT["n"]] = n
+    plan[_AT["chunks"]] = -(-n // CHUNK)
+    for name, v in layout.views.items():
+        at = _AT[name]
+        plan[at : at + 2] = v.data, v.stride
+        plan[at + 2 : at + 2 + len(v.batch)] = v.batch
+        plan[at + 2 + MAX_DIMS] = v.dtype
+    return _with(plan, **fields)
+
+
+def _with(plan: np.ndarray, **fields: Any) -> np.ndarray:
+    """A copy of a plan with some fields changed; an array stands for where it lies."""
+    plan = plan.copy()
+    doubles = plan.view(np.float64)
+    for name, value in fields.items():
+        if name in _DOUBLES:
+            doubles[_AT[name]] = value
+        else:
+            plan[_AT[name]] = value if isinstance(value, (int, bool)) else 0 if value is None else value.data.ptr
+    return plan
+
+
+class _Call(NamedTuple):
+    """What all launches of one call share."""
+
+    cupy: Any
+    device: int
+    operation: int
+    spaces: tuple[int, int]
+    dtypes: tuple[int, int]
+    wide: bool
+    n: int
+    sweeps: int
+
+    def kernel(self, name: str, cluster: int = 1) -> Any:
+        return _kernel(
+            self.device, options(self.operation, self.spaces, self.dtypes, self.wide, (name,), cluster), name
+        )
+
+    def states(self, sweep: int) -> int:
+        """Doubles that a chunk leaves behind."""
+        if self.of_logits:
+            return LOGITS_STATES if sweep == 0 else 0
+        if 2 in self.spaces:
+            return (2 * NORM_STATES, SUM_STATES, 0)[sweep]
+        return 1
+
+    @property
+    def of_logits(self) -> bool:
+        return self.spaces == (2, 2) and self.operation <= rows.REL_ENTR
+
+    def bytes_a_class(self) -> int:
+        return _SIZES[self.dtypes[0]] + (0 if self.operation == rows.ENTROPY else _SIZES[self.dtypes[1]])
+
+    def number(self) -> int:
+        return 8 if self.wide else 4
+
+
+def _warps(properties: _Device, bytes_a_warp: int, fixed: int = 0) -> int:
+    """Warps in a block, so that a few blocks share a multiprocessor."""
+    for warps in (8, 4, 2):
+        if 3 * (warps * bytes_a_warp + fixed) <= properties.shared_all:
+            return warps
+    return 2
+
+
+def _launch(call: _Call, name: str, plan: np.ndarray, items: int, warps: int, shared: int, cluster: int = 1) -> _Launch:
+    """One launch; `items` blocks' (clusters') worth of work."""
+    kernel = call.kernel(name, cluster)
+    if shared > 48 * 1024 and kernel.max_dynamic_shared_size_bytes < shared:
+        kernel.max_dynamic_shared_size_bytes = shared
+    if cluster > 8:  # more blocks than every device must support: a function attribute says that it is meant
+        driver = importlib.import_module("cupy_backends.cuda.api.driver")
+        driver.funcSetAttribute(kernel.kernel.ptr, 14, 1)
+    most = 32 * _properties(call.device).multiprocessors
+    return _Launch(kernel, cluster * max(1, min(items, most)), warps, shared, plan)
+
+
+def _sweep_launches(call: _Call, plan: np.ndarray, layout: _Layout, last: int, output: int, keep: list[Any]) -> list[_Launch]:
+    """The launches that run sweeps 0 to last - 1 over all rows. Working memory is appended to `keep`."""
+    properties = _properties(call.device)
+    n, chunks = call.n, -(-call.n // CHUNK)
+    batch = math.prod(layout.shape)
+    extra = call.number() if call.of_logits or output == rows.TERMS else 0
+
+    if n <= NARROW:
+        at_once = min(CHUNK // n, 64)
+        bytes_a_warp = (CHUNK + NARROW) * (call.bytes_a_class() + extra) + at_once * MAX_STATS * 8
+        warps = _warps(properties, bytes_a_warp)
+        plan = _with(plan, first=0, last=last, count=at_once, dense=layout.dense, columns=layout.columns)
+        return [_launch(call, "kl_narrow", plan, -(-batch // (at_once * warps)), warps, warps * bytes_a_warp)]
+
+    slot = CHUNK * call.bytes_a_class()
+    bytes_a_warp = slot + CHUNK * extra
+    warps = _warps(properties, bytes_a_warp)
+
+    def units(first: int, last: int) -> _Launch:
+        p = _with(plan, first=first, last=last, slots=1, columns=layout.columns)
+        tiles = -(-batch // warps) * chunks if layout.columns else -(-batch * chunks // warps)
+        return _launch(call, "kl_units", p, tiles, warps, warps * bytes_a_warp)
+
+    if chunks == 1:
+        return [units(0, last)]
+
+    if not layout.columns and chunks <= CHUNK:
+        cluster, slots, warps_a_row = _residence(call, properties, chunks, last, slot, CHUNK * extra)
+        if batch * cluster >= properties.multiprocessors:
+            p = _with(plan, first=0, last=last, slots=slots)
+            shared = warps_a_row * (slots * slot + CHUNK * extra) + 8 * (LOGITS_STATES * chunks + MAX_STATS)
+            return [_launch(call, "kl_rows", p, batch, warps_a_row, shared, cluster)]
+
+    # few rows of many classes, or classes apart: the chunks over the whole device, one sweep a launch
+    empty = call.cupy.empty
+    if not plan[_AT["stats"]]:
+        stats = empty(batch * MAX_STATS, np.float64)
+        keep.append(stats)
+        plan = _with(plan, stats=stats)
+    launches = []
+    for sweep in range(last):
+        states, count = call.states(sweep), chunks
+        level = empty(batch * states * count, np.float64)
+        keep.append(level)
+        plan = _with(plan, states=level)
+        launches.append(units(sweep, sweep + 1))
+        while states:
+            groups = -(-count // CHUNK)
+            up = empty(batch * states * groups, np.float64) if groups > 1 else None
+            keep.append(up)
+            p = _with(plan, first=sweep, states=level, sums=up, count=count, groups=groups)
+            launches.append(_launch(call, "kl_fold", p, -(-batch * groups // 8), 8, 0))
+            if groups == 1:
+                break
+            level, count = up, groups
+    return launches
+
+
+def _residence(
+    call: _Call, properties: _Device, chunks: int, sweeps: int, slot: int, extra: int
+) -> tuple[int, int, int]:
+    """Blocks a row, chunks a warp holds, warps a block: so that a row that is needed twice is read once, if it fits."""
+    fixed = 8 * (LOGITS_STATES * chunks + MAX_STATS)
+    warps = _warps(properties, slot + extra, fixed)
+    if sweeps == 1:
+        return 1, 1, warps
+    clusters = (1, 2, 4, 8, 16) if properties.arch >= 90 else (1,)
+    for room in (properties.shared_all // 2 - 1024, properties.shared):  # two blocks a multiprocessor, or one
+        for cluster in clusters:
+            for warps_a_block in (8, 4):
+                slots = -(-chunks // (cluster * warps_a_block))
+                if warps_a_block * (slots * slot + extra) + fixed <= min(room, properties.shared):
+                    return cluster, slots, warps_a_block
+    return 1, 1, warps
+
+
+def _total(call: _Call, values: Any, count: int, plan: np.ndarray, keep: list[Any]) -> list[_Launch]:
+    """The sum of `count` doubles, divided, into the plan's value; or of the plan's weights into its `sums`."""
+    launches = []
+    level, last = values, plan[_AT["sums"]]
+    while True:
+        groups = max(1, -(-count // CHUNK))
+        p = _with(plan, states=level, count=count, groups=groups, sums=int(last))
+        if groups > 1:
+            up = call.cupy.empty(groups, np.float64)
+            keep.append(up)
+            p = _with(p, sums=up)
+            p[_AT["value"]] = 0
+        kernel = _kernel(call.device, _sum_options(), "kl_sum")
+        launches.append(_Launch(kernel, max(1, min(-(-groups // 8), 1 << 16)), 8, 0, p))
+        if groups == 1:
+            return launches
+        plan = plan.copy()
+        plan[_AT["weights"]] = 0  # from now on the sums of the level below
+        level, count = up, groups
+
+
+def _run(
+    operation: int,
+    x: Any,
+    y: Any,
+    space: Any,
+    axis: int,
+    reduction: str,
+    weights: Any,
+    temperature: float,
+    return_grad: Any,
+    out: Any,
     device: str | None,
-) -> Any:  # fmt: skip
-    """See klcore.kl_div."""
-    _refuse()
+) -> Any:
+    cupy = _ready()
+    given = {"x": x, "y": y, "weights": weights}
+    given.update({f"out[{k}]": a for k, a in enumerate(out if isinstance(out, tuple) else (out,))})
+    number = _choose_device(cupy, device, given)
+    with cupy.cuda.Device(number):
+        asarray = partial(_asarray, cupy, number)
+        task = rows.arrange(
+            cupy, asarray, operation, x, y, space, axis, reduction, weights, temperature, return_grad, out
+        )
+        return rows.result(task, _compute(cupy, number, operation, task))
 
 
-rel_entr = cross_entropy = kl_div
+def _compute(cupy: Any, device: int, operation: int, task: rows.Task) -> Any:
+    value = task.value if task.out is None else task.out
+    if value is None:
+        value = cupy.empty((), task.scalar_dtype)
+    gradients = bool(task.gradients)
+    dtypes = tuple(_FLOATS.index(a.dtype.name) for a in (task.x, task.x if task.y is None else task.y))
+    of_logits = task.spaces == (2, 2) and operation <= rows.REL_ENTR
+    terms = task.output == rows.TERMS
+    sweeps = (2 if gradients or terms else 1) if of_logits else (3 if gradients else 2) if 2 in task.spaces else 1
+    call = _Call(cupy, device, operation, task.spaces, dtypes, task.wide, task.n, sweeps)  # type: ignore[arg-type]
+
+    batch = task.x.shape[:-1]
+    keep: list[Any] = []  # working memory, until everything is launched
+    launches: list[_Launch] = []
+    nothing = task.rows == 0 or task.n == 0
+
+    views = {"x": _view(task.x, True)}
+    if task.y is not None:
+        views["y"] = _view(task.y, True)
+    if task.weights is not None:
+        views["weights"] = _view(task.weights, False)
+    totals = None
+    if task.output == rows.TOTAL:
+        totals = cupy.empty(batch, np.float64)
+        keep.append(totals)
+        views["value"] = _view(totals, False)
+    else:
+        views["value"] = _view(task.value_view, terms)
+    for g in task.gradients:
+        if not g.inner:
+            views["d" + g.of] = _view(g.view, True)
+
+    # the denominator of a weighted mean is known to the device only
+    denominator, divisor = None, task.denominator
+    if divisor is None:
+        divisor = 0.0
+        if task.rows:
+            denominator = cupy.empty((), np.float64)
+            over = _layout(batch, 1, {"weights": views["weights"]}, turn=False)
+            launches += _total(call, None, task.rows, _plan(over, 1, sums=denominator), keep)
+    fields = {
+        "output": task.output,
+        "inverse_temperature": 1.0 / task.temperature,
+        "gradient_scale": 1.0 / divisor if divisor else math.nan,
+        "scale": divisor,
+        "denominator": denominator,
+    }
+
+    if not nothing:
+        layout = _layout(batch, task.n, views)
+        plan = _plan(layout, task.n, **fields)
+        direct = any(not g.inner for g in task.gradients)
+        last = sweeps if direct or terms else sweeps - (1 if gradients and sweeps > 1 else 0)
+        launches += _sweep_launches(call, plan, layout, last, task.output, keep)
+        for g in task.gradients:
+            if g.inner:
+                launches += _summed(call, task, g, views, fields, keep)
+    if task.output == rows.TOTAL:
+        scalar = _View(value.data.ptr, 0, (), _FLOATS.index(value.dtype.name), value.dtype.itemsize)
+        plan = _plan(_Layout((), {"value": scalar}, False, False), 1, **fields)
+        launches += _total(call, totals, 0 if nothing else task.rows, plan, keep)
+    elif nothing and value.size:
+        value[...] = 0
+    if nothing:
+        for g in task.gradients:
+            g.array[...] = 0
+    _start(launches)
+    return value
 
 
-def entropy(
+def _summed(
+    call: _Call, task: rows.Task, g: rows.Gradient, views: dict[str, _View], fields: dict[str, Any], keep: list[Any]
+) -> list[_Launch]:
+    """The gradient of a broadcast operand: its batch axes in front, those to sum over behind, 1024 rows at a time."""
+    batch = task.x.shape[:-1]
+    order = (*(d for d in range(len(batch)) if d not in g.inner), *g.inner)
+    shape = tuple(batch[d] for d in order)
+    inner = math.prod(batch[d] for d in g.inner)
+    turned = {name: v._replace(batch=tuple(v.batch[d] for d in order)) for name, v in views.items() if name in "xy"}
+    if "weights" in views:
+        turned["weights"] = views["weights"]._replace(batch=tuple(views["weights"].batch[d] for d in order))
+    to = _view(g.view, True)
+    turned["d" + g.of] = to._replace(batch=tuple(to.batch[d] for d in order))
+    layout = _layout(shape, call.n, turned, turn=False)
+    stats = None
+    launches: list[_Launch] = []
+    if call.sweeps > 1:
+        stats = call.cupy.empty(task.rows * MAX_STATS, np.float64)
+        keep.append(stats)
+        known = _layout(shape, call.n, {k: v for k, v in turned.items() if k[0] != "d"}, turn=False)
+        plan = _plan(known, call.n, stats=stats, **{**fields, "output": rows.PER_ROW})
+        # the gradient's own sweep comes last; those before it also depend on which gradients are wanted
+        plan[_AT["d" + g.of]] = to.data
+        launches += _sweep_launches(call, plan, known, call.sweeps - 1, rows.PER_ROW, keep)
+    groups = -(-inner // CHUNK)
+    sums = call.cupy.empty(task.rows // inner * groups * call.n, np.float64)
+    keep.append(sums)
+    plan = _plan(
+        layout, call.n, stats=stats, sums=sums, inner=inner, groups=groups, first=call.sweeps - 1,
+        **{**fields, "output": rows.PER_ROW},
+    )  # fmt: skip
+    bytes_a_warp = CHUNK * (8 + call.bytes_a_class() + call.number())
+    items = task.rows // inner * groups * -(-call.n // CHUNK)
+    warps = _warps(_properties(call.device), bytes_a_warp)
+    launches.append(_launch(call, "kl_summed", plan, -(-items // warps), warps, warps * bytes_a_warp))
+    elements = task.rows // inner * call.n
+    launches.append(_launch(call, "kl_summed_fold", plan, -(-elements // 256), 8, 0))
+    return launches
+
+
+def _entropy(
     x: Any, space: Any, axis: int, reduction: str, weights: Any, temperature: float, return_grad: Any, out: Any,
     device: str | None,
 ) -> Any:  # fmt: skip
-    """See klcore.entropy."""
-    _refuse()
+    return _run(rows.ENTROPY, x, None, space, axis, reduction, weights, temperature, return_grad, out, device)
+
+
+kl_div = partial(_run, rows.KL_DIV)
+rel_entr = partial(_run, rows.REL_ENTR)
+cross_entropy = partial(_run, rows.CROSS_ENTROPY)
+entropy = _entropy

@@ -9,6 +9,8 @@ import operator
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
 SPACES = {"probs": 0, "log_probs": 1, "logits": 2}
 REDUCTIONS = ("row", "sum", "rowmean", "none", "batchmean", "mean")
 GRADIENTS: dict[Any, tuple[str, ...]] = {
@@ -125,8 +127,7 @@ def arrange(
         value_view=None,
         out=None,
         scalar_dtype=dtype,
-        # a logarithm beside a probability needs more than its own precision (docs/maths.md)
-        wide=double or (not single and spaces[0] != spaces[1]) or (2 in spaces and operation > REL_ENTR),
+        wide=double or is_wide(operation, spaces),
         temperature=temperature,
         rows=rows,
         n=n,
@@ -153,13 +154,19 @@ def arrange(
             task.value_view = _classes_last(xp, task.value.reshape(1) if scalar else task.value, last)
     for name, result in zip(wanted, results[1:], strict=True):
         operand = operands[name]
-        array = xp.empty_like(operand, subok=False) if result is None else result
+        array = xp.empty_like(operand) if result is None else result
         view = _classes_last(xp, array.reshape(1) if scalar else array, last)
         lead = len(batch) - (view.ndim - 1)
         view = view[(None,) * lead] if lead else view
         inner = () if view.shape[:-1] == batch else tuple(d for d in range(len(batch)) if view.shape[d] != batch[d])
         task.gradients.append(Gradient(name, array, view, inner))
     return task
+
+
+def is_wide(operation: int, spaces: tuple[int, int]) -> bool:
+    """Whether float32 is computed in float64: a logarithm beside a probability needs more than its own precision
+    (docs/maths.md)."""
+    return spaces[0] != spaces[1] or (2 in spaces and operation > REL_ENTR)
 
 
 def result(task: Task, value: Any) -> Any:
@@ -243,7 +250,9 @@ def _weights(xp: Any, asarray: Any, weights: Any, batch: tuple[int, ...]) -> Any
         view = xp.broadcast_to(w, batch)
     except ValueError:
         raise ValueError(f"weights of shape {w.shape} do not broadcast to the batch shape {batch}") from None
-    if w.size and not (w.min() >= 0 and w.max() < math.inf):  # no temporaries; NaN fails both
+    # On a GPU they are not looked at, which would mean to wait for it: a bad weight makes its row NaN there.
+    host = next((a for a in (w, weights) if not hasattr(a, "__cuda_array_interface__")), None)
+    if host is not None and w.size and not (np.min(host) >= 0 and np.max(host) < math.inf):  # NaN fails both
         raise ValueError("weights must be finite and >= 0; found a negative, infinite or NaN weight")
     return view
 
@@ -289,9 +298,28 @@ def _check_overlap(xp: Any, outs: list[Any], inputs: list[Any]) -> None:
 
 
 def _overlap(xp: Any, a: Any, b: Any) -> bool:
-    if not xp.may_share_memory(a, b):
+    a, b = _memory(a), _memory(b)
+    if not np.may_share_memory(a, b):
         return False
     try:
-        return bool(xp.shares_memory(a, b, max_work=100_000))
+        return bool(np.shares_memory(a, b, max_work=100_000))
     except Exception:  # too hard to decide exactly
         return True
+
+
+class _memory_of:
+    """Where an array of another device lies, for NumPy to compare; nobody reads what is there."""
+
+    def __init__(self, a: Any) -> None:
+        interface = a.__cuda_array_interface__
+        self.__array_interface__ = {
+            "shape": interface["shape"],
+            "strides": a.strides,
+            "typestr": f"|V{a.dtype.itemsize}",
+            "data": (interface["data"][0], True),
+            "version": 3,
+        }
+
+
+def _memory(a: Any) -> Any:
+    return np.asarray(_memory_of(a)) if hasattr(a, "__cuda_array_interface__") else a

@@ -1,0 +1,306 @@
+"""Compiles src/kl_cuda.cu for one GPU architecture with NVRTC, and keeps what it made on disk.
+
+CuPy can compile too, but it appends its own options, flush-to-zero among them, and the last one wins; and it needs a
+driver. Here NVRTC is called through ctypes: it needs neither CuPy nor a GPU, so that any machine can check the kernels.
+"""
+
+import atexit
+import ctypes
+import hashlib
+import importlib
+import importlib.resources
+import os
+import re
+import secrets
+import sys
+import tempfile
+import threading
+import warnings
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from klcore.backends import BackendUnavailableError
+
+SOURCES = ("kl_math.h", "kl_tree.h", "kl_store.h", "kl_logits.h", "kl_cuda.cu")
+
+# Put behind the caller's, so that none of those can undo them: the last one wins.
+_OPTIONS = (
+    "--std=c++17",
+    "--device-as-default-execution-space",  # constexpr functions, which both compilers read, bear no mark
+    "--ftz=false",
+    "--fmad=false",
+    "--prec-div=true",
+    "--prec-sqrt=true",
+    "--generate-line-info",
+)
+_WINDOWS = ("nvrtc64_130_0.dll", "nvrtc64_120_0.dll")
+_LINUX = ("libnvrtc.so.13", "libnvrtc.so.12")
+
+_lock = threading.Lock()
+_private: tempfile.TemporaryDirectory[str] | None = None  # the cache of a process that may not write the common one
+
+
+# ---- the source ------------------------------------------------------------------------------------------------------
+
+
+@cache
+def source() -> str:
+    """The files of SOURCES as one: NVRTC has no folder to include from. Messages still name the file and the line."""
+    folder = importlib.resources.files("klcore._src")
+    own = re.compile(rf'[ \t]*#[ \t]*(?:pragma[ \t]+once|include[ \t]*"(?:{"|".join(map(re.escape, SOURCES))})").*')
+    parts = []
+    for name in SOURCES:
+        text = folder.joinpath(name).read_text(encoding="utf-8")
+        lines = ["" if own.fullmatch(line) else line for line in text.splitlines()]
+        parts += [f'#line 1 "{name}"', *lines]
+    return "\n".join(parts) + "\n"
+
+
+# ---- the compiler ----------------------------------------------------------------------------------------------------
+
+
+@cache
+def _library() -> ctypes.CDLL:
+    """NVRTC: where pip, conda or CUDA's installer put it, else where the system looks."""
+    try:
+        pathfinder = importlib.import_module("cuda.pathfinder")  # comes with CuPy 14
+        return _load(pathfinder.load_nvidia_dynamic_lib("nvrtc").abs_path)
+    except (ImportError, RuntimeError, OSError):
+        pass
+    for name in _WINDOWS if sys.platform == "win32" else _LINUX:
+        try:
+            return _load(name)
+        except OSError:
+            continue
+    raise BackendUnavailableError(
+        "NVRTC, the compiler of NVIDIA's GPUs, is not installed, or cannot be loaded; install it with: "
+        'pip install "klcore[cuda13]" (or "klcore[cuda12]" for a driver of CUDA 12)'
+    )
+
+
+def _load(path: str) -> ctypes.CDLL:
+    library = ctypes.CDLL(path)
+    text, number, size = ctypes.c_char_p, ctypes.POINTER(ctypes.c_int), ctypes.POINTER(ctypes.c_size_t)
+    program = ctypes.c_void_p
+    for name, types in {
+        "nvrtcVersion": (number, number),
+        "nvrtcGetNumSupportedArchs": (number,),
+        "nvrtcGetSupportedArchs": (number,),
+        "nvrtcCreateProgram": (ctypes.POINTER(program), text, text, ctypes.c_int, program, program),
+        "nvrtcDestroyProgram": (ctypes.POINTER(program),),
+        "nvrtcCompileProgram": (program, ctypes.c_int, ctypes.POINTER(text)),
+        "nvrtcGetProgramLogSize": (program, size),
+        "nvrtcGetProgramLog": (program, text),
+        "nvrtcGetCUBINSize": (program, size),
+        "nvrtcGetCUBIN": (program, text),
+    }.items():
+        getattr(library, name).argtypes = types
+    library.nvrtcGetErrorString.argtypes = (ctypes.c_int,)
+    library.nvrtcGetErrorString.restype = text
+    return library
+
+
+def _call(name: str, *arguments: Any) -> None:
+    status = getattr(_library(), name)(*arguments)
+    if status:
+        raise RuntimeError(f"{name} failed: {_library().nvrtcGetErrorString(status).decode()}")
+
+
+def _read(name: str, program: ctypes.c_void_p) -> bytes:
+    """What NVRTC gives in two calls, the size and the bytes."""
+    size = ctypes.c_size_t()
+    _call(f"{name}Size", program, ctypes.byref(size))
+    data = ctypes.create_string_buffer(size.value)
+    _call(name, program, data)
+    return data.raw
+
+
+@cache
+def version() -> tuple[int, int]:
+    """NVRTC's major and minor version, which are CUDA's."""
+    major, minor = ctypes.c_int(), ctypes.c_int()
+    _call("nvrtcVersion", ctypes.byref(major), ctypes.byref(minor))
+    return major.value, minor.value
+
+
+@cache
+def supported() -> tuple[int, ...]:
+    """The architectures NVRTC compiles for, in ascending order: 90 for compute capability 9.0."""
+    count = ctypes.c_int()
+    _call("nvrtcGetNumSupportedArchs", ctypes.byref(count))
+    archs = (ctypes.c_int * count.value)()
+    _call("nvrtcGetSupportedArchs", archs)
+    return tuple(sorted(archs))
+
+
+def _require(arch: int) -> None:
+    if arch in supported():
+        return
+    (major, minor), oldest = version(), supported()[0]
+    gpu = f"NVRTC {major}.{minor} does not compile for this GPU, of compute capability {arch // 10}.{arch % 10}"
+    if arch > oldest:
+        package = "nvidia-cuda-nvrtc" if major > 12 else f"nvidia-cuda-nvrtc-cu{major}"
+        newer = "" if major > 12 else ', or change to CUDA 13: pip install "klcore[cuda13]"'
+        raise BackendUnavailableError(f"{gpu}; upgrade it: pip install --upgrade {package}{newer}")
+    if arch >= 70:
+        raise BackendUnavailableError(f'{gpu}, but NVRTC 12 does: pip install "klcore[cuda12]"')
+    raise BackendUnavailableError(f"{gpu}; klcore needs 7.0 or newer")
+
+
+def _compile(source: str, options: tuple[str, ...], arch: int) -> tuple[bytes, str]:
+    """The cubin, and what NVRTC had to say: its warnings."""
+    _require(arch)
+    words = [*options, f"--gpu-architecture=sm_{arch}", *_OPTIONS]
+    program = ctypes.c_void_p()
+    _call("nvrtcCreateProgram", ctypes.byref(program), source.encode(), b"klcore.cu", 0, None, None)
+    try:
+        given = (ctypes.c_char_p * len(words))(*(word.encode() for word in words))
+        status = _library().nvrtcCompileProgram(program, len(words), given)
+        log = _read("nvrtcGetProgramLog", program).rstrip(b"\0").decode(errors="replace").strip()
+        if status:
+            raise RuntimeError(
+                f"NVRTC {'.'.join(map(str, version()))} cannot compile klcore's kernels for sm_{arch} with "
+                f"{' '.join(options) or 'no options'}: {_library().nvrtcGetErrorString(status).decode()}\n{log}"
+            )
+        return _read("nvrtcGetCUBIN", program), log
+    finally:
+        _call("nvrtcDestroyProgram", ctypes.byref(program))
+
+
+def compile(source: str, options: tuple[str, ...], arch: int) -> bytes:
+    """Compile for exactly one architecture.
+
+    Parameters
+    ----------
+    source : str
+        CUDA C++; it can include nothing.
+    options : tuple of str
+        NVRTC's. C++17 and IEEE arithmetic (no flush to zero, no contraction, exact division) are fixed.
+    arch : int
+        90 for compute capability 9.0.
+
+    Returns
+    -------
+    bytes
+        A cubin.
+
+    Raises
+    ------
+    BackendUnavailableError
+        If NVRTC is missing or does not know the architecture.
+    RuntimeError
+        If it does not compile; with NVRTC's log.
+    """
+    with _lock:
+        return _compile(source, options, arch)[0]
+
+
+# ---- the cache -------------------------------------------------------------------------------------------------------
+# An entry is called KEY-DIGEST.cubin: of what it was made, and of what it holds. One file, so nothing can disagree; one
+# that was cut short or damaged is not what its name says, and is made again.
+
+
+def build(options: tuple[str, ...], arch: int) -> Path:
+    """The path of klcore's kernels as a cubin, compiled on the first call for these options and never again.
+
+    Parameters
+    ----------
+    options : tuple of str
+        NVRTC's, as ``-DNAME=VALUE``.
+    arch : int
+        90 for compute capability 9.0.
+
+    Returns
+    -------
+    pathlib.Path
+        A file in the folder that KLCORE_CACHE_DIR names, else in the user's cache; if that cannot be written, in a
+        temporary one of this process.
+
+    Raises
+    ------
+    BackendUnavailableError, RuntimeError
+        As compile does.
+    """
+    key = _key(options, arch)
+    with _lock:
+        found = _find(key)
+        if found is None:
+            cubin, _ = _compile(source(), options, arch)
+            found = _keep(f"{key}-{_digest(cubin)}.cubin", cubin)
+    return found
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()[:32]
+
+
+def _key(options: tuple[str, ...], arch: int) -> str:
+    return _digest(repr((source(), options, _OPTIONS, version(), arch)).encode())
+
+
+def _folder() -> Path:
+    """Where entries are kept: KLCORE_CACHE_DIR, else what the platform has for this."""
+    chosen = os.environ.get("KLCORE_CACHE_DIR")
+    if chosen:
+        return Path(chosen).expanduser().absolute()
+    if sys.platform == "win32":
+        local = os.environ.get("LOCALAPPDATA")
+        return (Path(local) if local else Path.home() / "AppData" / "Local") / "klcore"
+    if sys.platform == "darwin":
+        return Path.home() / "Library" / "Caches" / "klcore"
+    xdg = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    return (xdg if xdg.is_absolute() else Path.home() / ".cache") / "klcore"
+
+
+def _find(key: str) -> Path | None:
+    try:
+        folders = [_folder()]
+    except RuntimeError:  # there is no home directory
+        folders = []
+    if _private is not None:
+        folders.append(Path(_private.name))
+    for folder in folders:
+        try:
+            for path in folder.glob(f"{key}-*.cubin"):
+                if path.stem == f"{key}-{_digest(path.read_bytes())}":
+                    return path
+        except OSError:
+            continue
+    return None
+
+
+def _keep(name: str, cubin: bytes) -> Path:
+    global _private
+    where = "the user's cache directory"
+    try:
+        folder = _folder()
+        where = str(folder)
+        return _write(folder, name, cubin)
+    except (OSError, RuntimeError) as error:
+        if _private is None:
+            _private = tempfile.TemporaryDirectory(prefix="klcore-", ignore_cleanup_errors=True)
+            atexit.register(_private.cleanup)
+            warnings.warn(
+                f"compiled CUDA kernels cannot be kept in {where} ({error}): every process will compile its own; "
+                "KLCORE_CACHE_DIR chooses another directory",
+                UserWarning,
+                stacklevel=3,
+            )
+    return _write(Path(_private.name), name, cubin)
+
+
+def _write(folder: Path, name: str, cubin: bytes) -> Path:
+    """Whole or not at all: whoever looks meanwhile sees no half of it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / name
+    part = folder / f"{secrets.token_hex(8)}.part"  # unique among processes, and among machines that share the folder
+    try:
+        part.write_bytes(cubin)
+        part.replace(path)
+    except PermissionError:  # on Windows, while another process reads the same entry
+        if not path.exists() or path.read_bytes() != cubin:
+            raise
+    finally:
+        part.unlink(missing_ok=True)
+    return path

@@ -1,0 +1,1319 @@
+// All rows of a plan on the GPU: what kl_rows.h and kl_batch.h are for the CPU, with the same formulas (kl_math.h,
+// kl_logits.h) in the same order of addition (kl_tree.h), and so with the same bits. klcore.backends.cuda fills in a
+// plan and launches; klcore.backends.nvrtc compiles this file behind those headers, as one source, for one operation,
+// pair of spaces and pair of dtypes, given as macros:
+//   KL_OPERATION, KL_SPACE_X, KL_SPACE_Y, KL_X, KL_Y (dtypes), KL_WIDE (compute in double), KL_CLUSTER (blocks a row),
+//   KL_FAST16 (both inputs have 16 bits: hardware exponentials).
+//
+// A warp treats one chunk of 1024 classes at a time: it brings the chunk into shared memory by asynchronous 16-byte
+// copies, computes from there, leaves gradients in their inputs' place, and copies them out. Lane l owns columns
+// 4l .. 4l+3, so that a column's eight elements meet in a register and the 128 columns in a few shuffles. How many
+// warps, blocks and multiprocessors there are decides who does what, never in which order numbers are added. There are
+// no atomics.
+#pragma once
+
+#if !defined(KL_CLUSTER)
+#define KL_CLUSTER 1
+#endif
+#if defined(KL_EMULATOR)
+#define KL_SHARED_MEMORY(name) char* name = emulator::shared_memory()
+#else
+#define KL_SHARED_MEMORY(name) extern __shared__ __align__(16) char name[]
+#endif
+#define KL_DEVICE __device__ __forceinline__
+
+namespace kl {
+
+typedef long long i64;
+
+// ---- what a call asks for: the same layout as PLAN in klcore/backends/cuda.py ----------------------------------------------
+constexpr int MAX_DIMS = 32;
+
+struct Array {                // strides in bytes, of any sign; data == nullptr: absent
+  char* data;
+  i64 stride;                 // along the classes
+  i64 batch[MAX_DIMS];        // along the batch axes
+  i64 dtype;
+};
+
+struct Plan {
+  i64 shape[MAX_DIMS];        // of the batch axes
+  i64 ndim, rows, n, chunks;
+  i64 output;                 // kl::Output; totals are left in `value`, one double a row
+  i64 first, last;            // sweeps to run
+  i64 columns;                // neighbouring rows, not classes, lie side by side in memory
+  i64 dense;                  // rows of x, y, dx and dy lie one behind the other
+  i64 slots;                  // chunks that a warp holds in shared memory
+  i64 count, groups;          // kl_fold, kl_sum: elements a row, and groups of 1024 of them
+  i64 inner;                  // kl_summed: rows that share one gradient row
+  double inverse_temperature, gradient_scale, scale;
+  const double* denominator;  // of a mean weighted by row: known to the device only; or nullptr
+  double *states, *stats, *sums;   // working memory: see the kernels
+  Array x, y, weights, value, dx, dy;
+};
+
+// ---- the machine -----------------------------------------------------------------------------------------------------------
+#if !defined(KL_EMULATOR)
+template <int BYTES> struct Bytes;
+template <> struct Bytes<16> { typedef uint4 Type; };
+template <> struct Bytes<8> { typedef uint2 Type; };
+template <> struct Bytes<4> { typedef unsigned Type; };
+template <int BYTES> KL_DEVICE void copy_vector(void* to, const void* from) {
+  typedef typename Bytes<BYTES>::Type V;
+  *(V*)to = *(const V*)from;
+}
+// from global to shared memory; there after wait_copies, for other lanes after a barrier too
+template <int BYTES> KL_DEVICE void copy_async(void* to, const void* from) {
+#if __CUDA_ARCH__ >= 800
+  unsigned address = (unsigned)__cvta_generic_to_shared(to);
+  if constexpr (BYTES == 16) asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(address), "l"(from) : "memory");
+  else asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(address), "l"(from), "n"(BYTES) : "memory");
+#else
+  copy_vector<BYTES>(to, from);
+#endif
+}
+KL_DEVICE void wait_copies() {
+#if __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.wait_all;" ::: "memory");
+#endif
+}
+#if __CUDA_ARCH__ >= 900
+KL_DEVICE unsigned cluster_rank() {
+  unsigned rank;
+  asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return rank;
+}
+KL_DEVICE void cluster_barrier() {
+  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+template <typename T> KL_DEVICE T* cluster_peer(T* mine, unsigned rank) {
+  T* peer;
+  asm("mapa.u64 %0, %1, %2;" : "=l"(peer) : "l"(mine), "r"(rank));
+  return peer;
+}
+#else
+KL_DEVICE unsigned cluster_rank() { return 0; }
+KL_DEVICE void cluster_barrier() { __syncthreads(); }
+template <typename T> KL_DEVICE T* cluster_peer(T* mine, unsigned) { return mine; }
+#endif
+#endif
+
+constexpr unsigned ALL_LANES = ~0u;
+constexpr int WARP = 32;
+KL_DEVICE int lane_of() { return (int)(threadIdx.x % WARP); }
+KL_DEVICE int warp_of() { return (int)(threadIdx.x / WARP); }
+KL_DEVICE int warps_of() { return (int)(blockDim.x / WARP); }
+
+// ---- what is compiled ------------------------------------------------------------------------------------------------------
+constexpr int OP = KL_OPERATION, SX = KL_SPACE_X, SY = KL_SPACE_Y, DX = KL_X, DY = KL_Y;
+template <bool WIDE> struct Number { typedef float Type; };
+template <> struct Number<true> { typedef double Type; };
+typedef Number<KL_WIDE != 0>::Type T;
+typedef Stored<DX>::Type X;
+typedef Stored<DY>::Type Y;
+constexpr bool HAS_Y = OP != ENTROPY;
+// the cancellation-free form is for the divergence of two rows of logits; other logits are normalised first
+constexpr bool OF_LOGITS = SX == LOGITS && SY == LOGITS && (OP == KL_DIV || OP == REL_ENTR);
+constexpr bool NORM_OF_X = !OF_LOGITS && SX == LOGITS, NORM_OF_Y = !OF_LOGITS && HAS_Y && SY == LOGITS;
+constexpr bool NORMALISED = NORM_OF_X || NORM_OF_Y;
+constexpr int LOG_X = SX == LOGITS ? LOG_PROBS : SX, LOG_Y = SY == LOGITS ? LOG_PROBS : SY;
+typedef Term<OP, LOG_X, OP == ENTROPY ? LOG_X : LOG_Y> TheTerm;
+
+enum { SUM_VALUE, SUM_DX, SUM_DY, SUM_STATES };   // of normalised rows' second sweep
+enum { NORM_X = 3, NORM_Y = 5 };                  // in stats: maximum and log S of x and of y, behind the three sums
+constexpr int MAX_STATES = LOGITS_STATES;
+constexpr int BLOCKS = KL_WIDE ? 2 : 3;           // of 256 threads on a multiprocessor: what registers should suffice for
+constexpr int VALUE_SWEEP = NORMALISED ? 1 : 0;
+
+KL_DEVICE int states_of(int sweep) {
+  if (OF_LOGITS) return sweep == 0 ? LOGITS_STATES : 0;
+  if (NORMALISED) return sweep == 0 ? 2 * NORM_STATES : sweep == 1 ? (int)SUM_STATES : 0;
+  return 1;
+}
+
+// ---- where the lanes of a warp stand ----------------------------------------------------------------------------------------
+//
+// Wide: the warp treats one chunk of a row, 256 classes a step, eight of them in each lane.
+struct Wide {
+  static constexpr int E = 8;
+  int lane, n;
+  KL_DEVICE explicit Wide(int classes) : lane(lane_of()), n(classes) {}
+  KL_DEVICE int steps() const { return (n + 255) / 256; }
+  KL_DEVICE int index(int step, int e) const { return 256 * step + (e & 4) * 32 + 4 * lane + (e & 3); }
+  KL_DEVICE bool partial(int step) const { return 256 * step + 256 > n; }   // some index is no class: a copy of class 0
+
+  template <int D> KL_DEVICE void read(const typename Stored<D>::Type* slot, int step, T* v) const {
+    struct __align__(sizeof(typename Stored<D>::Type) == 2 ? 8 : 16) Four { typename Stored<D>::Type v[4]; };
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+      Four f = *(const Four*)(slot + index(step, 4 * half));
+#pragma unroll
+      for (int k = 0; k < 4; k++) v[4 * half + k] = Stored<D>::template widen<T>(f.v[k]);
+    }
+  }
+  template <int D> KL_DEVICE void write(typename Stored<D>::Type* slot, int step, const T* v, T scale) const {
+    struct __align__(sizeof(typename Stored<D>::Type) == 2 ? 8 : 16) Four { typename Stored<D>::Type v[4]; };
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+      Four f;
+#pragma unroll
+      for (int k = 0; k < 4; k++) f.v[k] = Stored<D>::template narrow<T>(v[4 * half + k] * scale);
+      *(Four*)(slot + index(step, 4 * half)) = f;
+    }
+  }
+  KL_DEVICE T max(T m) const {
+#pragma unroll
+    for (int o = 16; o; o /= 2) {
+      T other = __shfl_xor_sync(ALL_LANES, m, o);
+      m = other > m ? other : m;
+    }
+    return m;
+  }
+  KL_DEVICE bool any(bool b) const { return __any_sync(ALL_LANES, b); }
+
+  // The order of kl_tree.h: a column's elements in T, the columns in double.
+  template <int Q> struct Sums {
+    T first[Q][4], now[Q][4];
+    KL_DEVICE Sums() {
+#pragma unroll
+      for (int q = 0; q < Q; q++)
+#pragma unroll
+        for (int k = 0; k < 4; k++) first[q][k] = now[q][k] = T(0);
+    }
+    KL_DEVICE void add(int step, int q, const T* v) {
+#pragma unroll
+      for (int k = 0; k < 4; k++) {
+        if (step == 2) first[q][k] = now[q][k];
+        now[q][k] = (step == 2 ? T(0) : now[q][k]) + (v[k] + v[k + 4]);
+      }
+    }
+  };
+  // (the sum over lanes with bit = 0 of a, over the others of b), each where it belongs
+  KL_DEVICE double exchange(double a, double b, int bit) const {
+    bool upper = lane & bit;
+    return (upper ? b : a) + __shfl_xor_sync(ALL_LANES, upper ? a : b, bit);
+  }
+  template <int Q> KL_DEVICE double total(const Sums<Q>& s, int q) const {
+    double v[4];
+#pragma unroll
+    for (int k = 0; k < 4; k++) v[k] = (double)(s.first[q][k] + s.now[q][k]);
+    double a = exchange(v[0], v[2], 16), b = exchange(v[1], v[3], 16);   // + 64; bit 16 now tells columns 2 apart,
+    a = exchange(a, b, 8);                                               // + 32; and bit 8 columns 1 apart
+#pragma unroll
+    for (int o = 4; o; o /= 2) a += __shfl_xor_sync(ALL_LANES, a, o);    // + 16, + 8, + 4
+    a += __shfl_xor_sync(ALL_LANES, a, 16);
+    a += __shfl_xor_sync(ALL_LANES, a, 8);
+    return a + 0.0;
+  }
+};
+
+// Narrow: rows of at most 128 classes, several at a time. `lanes` of them (a power of two) share a row of columns
+// l, l + lanes, l + 2 lanes and l + 3 lanes.
+struct Narrow {
+  static constexpr int E = 4;
+  int lane, lanes, n;
+  KL_DEVICE Narrow(int classes, int lanes_a_row) : lane(lane_of() % lanes_a_row), lanes(lanes_a_row), n(classes) {}
+  KL_DEVICE int steps() const { return 1; }
+  KL_DEVICE int index(int, int e) const { return lane + lanes * e; }
+  KL_DEVICE bool partial(int) const { return true; }   // beyond the last class stands a copy of the lane's first
+
+  template <int D> KL_DEVICE void read(const typename Stored<D>::Type* slot, int, T* v) const {
+#pragma unroll
+    for (int e = 0; e < E; e++) v[e] = Stored<D>::template widen<T>(slot[index(0, e) < n ? index(0, e) : lane]);
+  }
+  template <int D> KL_DEVICE void write(typename Stored<D>::Type* slot, int, const T* v, T scale) const {
+#pragma unroll
+    for (int e = 0; e < E; e++)
+      if (index(0, e) < n) slot[index(0, e)] = Stored<D>::template narrow<T>(v[e] * scale);
+  }
+  KL_DEVICE T max(T m) const {
+    for (int o = lanes / 2; o; o /= 2) {
+      T other = __shfl_xor_sync(ALL_LANES, m, o);
+      m = other > m ? other : m;
+    }
+    return m;
+  }
+  KL_DEVICE bool any(bool b) const {
+    unsigned votes = __ballot_sync(ALL_LANES, b), mine = (lanes == WARP ? ALL_LANES : (1u << lanes) - 1u);
+    return votes & (mine << (lane_of() - lane));
+  }
+  template <int Q> struct Sums {
+    T v[Q][4];
+    KL_DEVICE void add(int, int q, const T* t) {
+#pragma unroll
+      for (int k = 0; k < 4; k++) v[q][k] = t[k];
+    }
+  };
+  template <int Q> KL_DEVICE double total(const Sums<Q>& s, int q) const {
+    double a = ((double)s.v[q][0] + (double)s.v[q][2]) + ((double)s.v[q][1] + (double)s.v[q][3]);
+    for (int o = lanes / 2; o; o /= 2) a += __shfl_xor_sync(ALL_LANES, a, o);
+    return a + 0.0;
+  }
+};
+
+template <class L> KL_DEVICE void mask(const L& at, int step, T* v) {   // what is no class counts nothing
+  if (!at.partial(step)) return;
+#pragma unroll
+  for (int e = 0; e < L::E; e++) v[e] = at.index(step, e) < at.n ? v[e] : T(0);
+}
+
+// ---- one chunk -------------------------------------------------------------------------------------------------------------
+
+struct Slot {                 // a chunk in shared memory
+  X* x;
+  Y* y;
+  T* extra;                   // the weights of a softmax, or terms to be written
+};
+
+struct Want {                 // what a sweep is to write, and times what
+  bool term, dx, dy;
+  T of_term, of_gradient;
+};
+
+// Gradients take the place of their inputs;
+struct InPlace {
+  Slot s;
+  template <class L> KL_DEVICE void dx(const L& at, int step, const T* v, T scale) const {
+    at.template write<DX>(s.x, step, v, scale);
+  }
+  template <class L> KL_DEVICE void dy(const L& at, int step, const T* v, T scale) const {
+    at.template write<DY>(s.y, step, v, scale);
+  }
+  KL_DEVICE void dx(int i, T v) const { s.x[i] = Stored<DX>::narrow(v); }
+  KL_DEVICE void dy(int i, T v) const { s.y[i] = Stored<DY>::narrow(v); }
+};
+// or are added to those of other rows.
+struct Added {
+  double* sums;
+  template <class L> KL_DEVICE void dx(const L& at, int step, const T* v, T scale) const {
+#pragma unroll
+    for (int e = 0; e < L::E; e++)
+      if (at.index(step, e) < at.n) sums[at.index(step, e)] += (double)(v[e] * scale);
+  }
+  template <class L> KL_DEVICE void dy(const L& at, int step, const T* v, T scale) const { dx(at, step, v, scale); }
+  KL_DEVICE void dx(int i, T v) const { sums[i] += (double)v; }
+  KL_DEVICE void dy(int i, T v) const { sums[i] += (double)v; }
+};
+
+template <bool ALL> KL_DEVICE T term_value(T x, T y) {
+  if constexpr (TheTerm::has_ordinary) return TheTerm::template value<ALL>(x, y);
+  else return TheTerm::value(x, y);
+}
+template <bool ALL> KL_DEVICE T term_dx(T x, T y) {
+  if constexpr (TheTerm::has_ordinary) return TheTerm::template dx<ALL>(x, y);
+  else return TheTerm::dx(x, y);
+}
+template <bool ALL> KL_DEVICE T term_dy(T x, T y) {
+  if constexpr (TheTerm::has_ordinary) return TheTerm::template dy<ALL>(x, y);
+  else return TheTerm::dy(x, y);
+}
+
+template <bool ALL, class L, class Sink>
+KL_DEVICE void terms(const L& at, int step, const T* x, const T* y, const Slot& s, const Want& want, const Sink& sink,
+                     T* v) {
+#pragma unroll
+  for (int e = 0; e < L::E; e++) v[e] = term_value<ALL>(x[e], y[e]);
+  if (want.dx) {
+    T d[L::E];
+#pragma unroll
+    for (int e = 0; e < L::E; e++) d[e] = term_dx<ALL>(x[e], y[e]);
+    sink.dx(at, step, d, want.of_gradient);
+  }
+  if (want.dy) {
+    T d[L::E];
+#pragma unroll
+    for (int e = 0; e < L::E; e++) d[e] = term_dy<ALL>(x[e], y[e]);
+    sink.dy(at, step, d, want.of_gradient);
+  }
+}
+
+// probabilities and log-probabilities: everything in one sweep; returns the sum
+template <class L, class Sink>
+KL_DEVICE double terms_chunk(const L& at, const Slot& s, const Want& want, const Sink& sink) {
+  typename L::template Sums<1> sums;
+#pragma unroll 1
+  for (int step = 0; step < at.steps(); step++) {
+    T x[L::E], y[L::E], v[L::E];
+    at.template read<DX>(s.x, step, x);
+    if constexpr (HAS_Y) at.template read<DY>(s.y, step, y);
+    bool ordinary = TheTerm::has_ordinary;
+#pragma unroll
+    for (int e = 0; e < L::E; e++) {
+      if constexpr (!HAS_Y) y[e] = x[e];
+      if constexpr (TheTerm::has_ordinary) ordinary &= TheTerm::ordinary(x[e], y[e]);
+    }
+    if (TheTerm::has_ordinary && __all_sync(ALL_LANES, ordinary)) terms<false>(at, step, x, y, s, want, sink, v);
+    else terms<true>(at, step, x, y, s, want, sink, v);
+    if (want.term) at.template write<code_of<T>()>(s.extra, step, v, want.of_term);
+    mask(at, step, v);
+    sums.add(step, 0, v);
+  }
+  return at.total(sums, 0);
+}
+
+// two rows of logits: classes excluded or far apart
+template <class L>
+KL_DEVICE Spread far_chunk(const L& at, const Slot& s, T m, double inverse_temperature) {
+  T it = (T)inverse_temperature, zero = excluded(m) ? T(0) : m, max_b = -infinity<T>();
+  typename L::template Sums<3> weights;
+  bool impossible = false;
+#pragma unroll 1
+  for (int step = 0; step < at.steps(); step++) {
+    T a[L::E], b[L::E], e[L::E], w[L::E], c[L::E];
+    at.template read<DX>(s.x, step, a);
+    at.template read<DY>(s.y, step, b);
+#pragma unroll
+    for (int k = 0; k < L::E; k++) {
+      Shared<T> r = shared(a[k], b[k], zero, it);
+      e[k] = r.e;
+      w[k] = r.weight;
+      c[k] = r.c;
+      max_b = b[k] > max_b ? b[k] : max_b;
+      impossible |= r.impossible;
+    }
+    mask(at, step, e);
+    mask(at, step, w);
+    mask(at, step, c);
+    weights.add(step, 0, e);
+    weights.add(step, 1, w);
+    weights.add(step, 2, c);
+  }
+  max_b = at.max(max_b);
+  T from = excluded(max_b) ? T(0) : max_b;
+  double all = at.total(weights, 0), both = at.total(weights, 1), sum_c = at.total(weights, 2);
+  T mean = far_mean<T>(both, sum_c);
+  double sum[6];
+#pragma unroll
+  for (int half = 0; half < 2; half++) {   // three sums at a time: registers
+    typename L::template Sums<3> sums;
+#pragma unroll 1
+    for (int step = 0; step < at.steps(); step++) {
+      T a[L::E], b[L::E], u[L::E], v[L::E], w[L::E];
+      at.template read<DX>(s.x, step, a);
+      at.template read<DY>(s.y, step, b);
+#pragma unroll
+      for (int k = 0; k < L::E; k++) {
+        T q = softmax_weight((b[k] - from) * it);
+        Apart<T> r = apart(a[k], b[k], softmax_weight((a[k] - zero) * it), q, mean, it);
+        u[k] = half ? r.mass : q;
+        v[k] = half ? r.weight : r.near;
+        w[k] = half ? r.x : r.near_x;
+      }
+      mask(at, step, u);
+      mask(at, step, v);
+      mask(at, step, w);
+      sums.add(step, 0, u);
+      sums.add(step, 1, v);
+      sums.add(step, 2, w);
+    }
+#pragma unroll
+    for (int q = 0; q < 3; q++) sum[3 * half + q] = at.total(sums, q);
+  }
+  return far_state(m, max_b, mean, inverse_temperature, all, sum[0], sum[1], sum[2], sum[3], sum[4], sum[5],
+                   at.any(impossible));
+}
+
+template <class L> KL_DEVICE Spread spread_chunk(const L& at, const Slot& s, double inverse_temperature) {
+  T it = (T)inverse_temperature, m = -infinity<T>();
+#pragma unroll 1
+  for (int step = 0; step < at.steps(); step++) {
+    T a[L::E];
+    at.template read<DX>(s.x, step, a);
+#pragma unroll
+    for (int e = 0; e < L::E; e++) m = a[e] > m ? a[e] : m;
+  }
+  m = at.max(m);
+  typename L::template Sums<2> means;
+#pragma unroll 1
+  for (int step = 0; step < at.steps(); step++) {
+    T a[L::E], b[L::E], w[L::E];
+    at.template read<DX>(s.x, step, a);
+    at.template read<DY>(s.y, step, b);
+#pragma unroll
+    for (int e = 0; e < L::E; e++) w[e] = weight(a[e], m, it);
+    mask(at, step, w);
+    at.template write<code_of<T>()>(s.extra, step, w, T(1));
+    means.add(step, 0, w);
+#pragma unroll
+    for (int e = 0; e < L::E; e++) w[e] = w[e] * (b[e] - a[e]);
+    means.add(step, 1, w);
+  }
+  double weights = at.total(means, 0), mean = at.total(means, 1) / weights;
+  T anchor = (T)mean;
+  typename L::template Sums<2> sums;
+  bool good = usable(mean);
+#pragma unroll 1
+  for (int step = 0; step < at.steps(); step++) {
+    T a[L::E], b[L::E], w[L::E], z[L::E], g[L::E];
+    at.template read<DX>(s.x, step, a);
+    at.template read<DY>(s.y, step, b);
+    at.template read<code_of<T>()>(s.extra, step, w);
+    mask(at, step, w);
+    bool ordinary = true;
+#pragma unroll
+    for (int e = 0; e < L::E; e++) {
+      z[e] = centred(a[e], b[e], anchor, it);
+      good &= in_range(z[e]);
+      ordinary &= absolute(z[e]) < Real<T>::far;
+    }
+    if (__all_sync(ALL_LANES, ordinary)) {
+#pragma unroll
+      for (int e = 0; e < L::E; e++) g[e] = w[e] * expm1_minus<false>(z[e]);
+    } else {
+#pragma unroll
+      for (int e = 0; e < L::E; e++) g[e] = w[e] * expm1_minus(z[e]);
+    }
+    sums.add(step, 1, g);
+#pragma unroll
+    for (int e = 0; e < L::E; e++) z[e] = w[e] * z[e];
+    sums.add(step, 0, z);
+  }
+  double x = at.total(sums, 0), g = at.total(sums, 1);
+  bool far = at.any(!good && at.n > 0);
+  Spread near = near_state(m, anchor, weights, x, g);
+  if (!__any_sync(ALL_LANES, far)) return near;
+  Spread apart = far_chunk(at, s, m, inverse_temperature);
+  return far ? apart : near;
+}
+
+template <class L, class Sink>
+KL_DEVICE void spread_outputs(const L& at, const Slot& s, const double* stats, double inverse_temperature,
+                              const Want& want, const Sink& sink) {
+  Known<T> known(inverse_temperature, stats);
+  bool far = stats[ROW_FAR] != 0;
+  constexpr int TERM = OP == REL_ENTR ? LITERAL : DEVIANCE;
+#pragma unroll 1
+  for (int step = 0; step < at.steps(); step++) {
+    T a[L::E], b[L::E];
+    Outputs<T> r[L::E];
+    at.template read<DX>(s.x, step, a);
+    at.template read<DY>(s.y, step, b);
+    if (far) {
+#pragma unroll 1
+      for (int e = 0; e < L::E; e++) {
+        int i = at.index(step, e);
+        if (i >= at.n) continue;
+        Outputs<T> o = far_outputs(Stored<DX>::template widen<T>(s.x[i]), Stored<DY>::template widen<T>(s.y[i]), known, TERM);
+        if (want.term) s.extra[i] = o.term * want.of_term;
+        if (want.dx) sink.dx(i, o.dx * want.of_gradient);
+        if (want.dy) sink.dy(i, o.dy * want.of_gradient);
+      }
+      continue;
+    }
+#pragma unroll
+    for (int e = 0; e < L::E; e++) r[e] = near_outputs(a[e], b[e], known, want.term ? TERM : NO_TERM, want.dx, want.dy);
+    T v[L::E];
+    if (want.term) {
+#pragma unroll
+      for (int e = 0; e < L::E; e++) v[e] = r[e].term;
+      at.template write<code_of<T>()>(s.extra, step, v, want.of_term);
+    }
+    if (want.dx) {
+#pragma unroll
+      for (int e = 0; e < L::E; e++) v[e] = r[e].dx;
+      sink.dx(at, step, v, want.of_gradient);
+    }
+    if (want.dy) {
+#pragma unroll
+      for (int e = 0; e < L::E; e++) v[e] = r[e].dy;
+      sink.dy(at, step, v, want.of_gradient);
+    }
+  }
+}
+
+// logits to be normalised: sweep 0 their norms, sweep 1 the sums, sweep 2 the gradients; T is double
+template <int D, class L> KL_DEVICE Norm norm_chunk(const L& at, const typename Stored<D>::Type* slot, double it) {
+  T m = -infinity<T>();
+#pragma unroll 1
+  for (int step = 0; step < at.steps(); step++) {
+    T x[L::E];
+    at.template read<D>(slot, step, x);
+#pragma unroll
+    for (int e = 0; e < L::E; e++) m = x[e] > m ? x[e] : m;
+  }
+  m = at.max(m);
+  double zero = zero_for(m);
+  typename L::template Sums<2> sums;
+#pragma unroll 1
+  for (int step = 0; step < at.steps(); step++) {
+    T x[L::E], ties[L::E], rest[L::E];
+    at.template read<D>(slot, step, x);
+#pragma unroll
+    for (int e = 0; e < L::E; e++) {
+      ties[e] = x[e] == m ? T(1) : T(0);
+      rest[e] = (T)norm_rest(x[e], m, zero, it);
+    }
+    mask(at, step, ties);
+    mask(at, step, rest);
+    sums.add(step, 0, ties);
+    sums.add(step, 1, rest);
+  }
+  double count = at.total(sums, 0), rest = at.total(sums, 1);
+  return {(double)m, excluded((double)m) ? 0.0 : count, rest};
+}
+
+template <class L, class Sink>
+KL_DEVICE void normalised_chunk(const L& at, const Slot& s, int sweep, const double* stats, double it, const Want& want,
+                                const Sink& sink, double* state) {
+  typename L::template Sums<SUM_STATES> sums;
+#pragma unroll 1
+  for (int step = 0; step < at.steps(); step++) {
+    T x[L::E], y[L::E], v[L::E], dx[L::E], dy[L::E];
+    at.template read<DX>(s.x, step, x);
+    if constexpr (HAS_Y) at.template read<DY>(s.y, step, y);
+#pragma unroll
+    for (int e = 0; e < L::E; e++) {
+      if constexpr (NORM_OF_X) x[e] = (T)log_prob_of(x[e], stats[NORM_X], stats[NORM_X + 1], it);
+      if constexpr (NORM_OF_Y) y[e] = (T)log_prob_of(y[e], stats[NORM_Y], stats[NORM_Y + 1], it);
+      if constexpr (!HAS_Y) y[e] = x[e];
+      v[e] = term_value<true>(x[e], y[e]);
+      dx[e] = want.dx ? term_dx<true>(x[e], y[e]) : T(0);
+      dy[e] = want.dy ? term_dy<true>(x[e], y[e]) : T(0);
+    }
+    if (sweep == 1) {
+      if (want.term) at.template write<code_of<T>()>(s.extra, step, v, want.of_term);
+      mask(at, step, v);
+      mask(at, step, dx);
+      mask(at, step, dy);
+      sums.add(step, SUM_VALUE, v);
+      sums.add(step, SUM_DX, dx);
+      sums.add(step, SUM_DY, dy);
+    } else {
+#pragma unroll
+      for (int e = 0; e < L::E; e++) {
+        if constexpr (NORM_OF_X) dx[e] = (T)through_softmax(dx[e], x[e], stats[SUM_DX], it);
+        if constexpr (NORM_OF_Y) dy[e] = (T)through_softmax(dy[e], y[e], stats[SUM_DY], it);
+      }
+      if (want.dx) sink.dx(at, step, dx, want.of_gradient);
+      if (want.dy) sink.dy(at, step, dy, want.of_gradient);
+    }
+  }
+  if (sweep == 1)
+#pragma unroll
+    for (int q = 0; q < SUM_STATES; q++) state[q] = at.total(sums, q);
+}
+
+// One chunk of one row: what the sweep leaves goes to `state`, which it writes to the slot.
+template <class L, class Sink>
+KL_DEVICE void chunk(const Plan& p, const L& at, const Slot& s, int sweep, const double* stats, const Want& want,
+                     const Sink& sink, double* state) {
+  double it = p.inverse_temperature;
+  if constexpr (OF_LOGITS) {
+    if (sweep == 0) *(Spread*)state = spread_chunk(at, s, it);
+    else spread_outputs(at, s, stats, it, want, sink);
+  } else if constexpr (NORMALISED) {
+    if (sweep == 0) {
+      if constexpr (NORM_OF_X) *(Norm*)state = norm_chunk<DX>(at, s.x, it);
+      if constexpr (NORM_OF_Y) *(Norm*)(state + NORM_STATES) = norm_chunk<DY>(at, s.y, it);
+    } else {
+      normalised_chunk(at, s, sweep, stats, it, want, sink, state);
+    }
+  } else {
+    state[0] = terms_chunk(at, s, want, sink);
+  }
+}
+
+KL_DEVICE bool writes_terms(const Plan& p, int sweep) {
+  return p.output == TERMS && sweep == (OF_LOGITS || NORMALISED ? 1 : 0);
+}
+KL_DEVICE bool writes_gradients(const Plan& p, int sweep) {
+  return (p.dx.data || p.dy.data) && sweep == (OF_LOGITS ? 1 : NORMALISED ? 2 : 0);
+}
+
+// ---- states into one, for one warp -----------------------------------------------------------------------------------------
+
+// the sums of f(i, v), 0 <= i < count <= CHUNK, in the order of kl_tree.h; all in double; lane l owns columns l + 32 k
+template <int Q, class F> KL_DEVICE void sum_states(int count, F f, double* total) {
+  double both[Q];
+#pragma unroll
+  for (int q = 0; q < Q; q++) total[q] = 0.0;
+#pragma unroll 1
+  for (int odd = 0; odd < 2; odd++) {          // (column 0 + column 2) + (column 1 + column 3): + 64, + 32
+#pragma unroll
+    for (int q = 0; q < Q; q++) both[q] = 0.0;
+#pragma unroll 1
+    for (int k = odd; k < 4; k += 2) {
+      double first[Q], now[Q];
+#pragma unroll
+      for (int q = 0; q < Q; q++) first[q] = now[q] = 0.0;
+#pragma unroll 1
+      for (int j = 0; 256 * j + 32 * k < count; j++) {
+        double pair[Q];
+#pragma unroll
+        for (int q = 0; q < Q; q++) pair[q] = 0.0;
+#pragma unroll 1
+        for (int i = 256 * j + 32 * k + lane_of(); i < count && i < 256 * (j + 1); i += COLUMNS) {
+          double v[Q];
+          f(i, v);
+#pragma unroll
+          for (int q = 0; q < Q; q++) pair[q] += v[q];
+        }
+#pragma unroll
+        for (int q = 0; q < Q; q++) {
+          if (j == 2) first[q] = now[q];
+          now[q] = (j == 2 ? 0.0 : now[q]) + pair[q];
+        }
+      }
+#pragma unroll
+      for (int q = 0; q < Q; q++) both[q] += first[q] + now[q];
+    }
+#pragma unroll
+    for (int q = 0; q < Q; q++) total[q] += both[q];
+  }
+#pragma unroll
+  for (int q = 0; q < Q; q++) {
+#pragma unroll
+    for (int o = 16; o; o /= 2) total[q] += __shfl_xor_sync(ALL_LANES, total[q], o);
+    total[q] += 0.0;
+  }
+}
+
+KL_DEVICE double lanes_max(double m) {
+#pragma unroll
+  for (int o = 16; o; o /= 2) {
+    double other = __shfl_xor_sync(ALL_LANES, m, o);
+    m = other > m ? other : m;
+  }
+  return m;
+}
+
+struct States {               // of `count` chunks: the k-th number of the i-th at from[k * pitch + i]
+  const double* from;
+  i64 pitch;
+  int count;
+  KL_DEVICE double get(int i, int k) const { return from[k * pitch + i]; }
+  KL_DEVICE Spread spread(int i) const {
+    return {get(i, 0), get(i, 1), get(i, 2), get(i, 3), get(i, 4), get(i, 5), get(i, 6), get(i, 7), get(i, 8)};
+  }
+  KL_DEVICE Norm norm(int i, int base) const { return {get(i, base), get(i, base + 1), get(i, base + 2)}; }
+};
+
+KL_DEVICE Spread fold_spreads(const States& s, double it) {
+  if (s.count == 1) return s.spread(0);
+  Spread all = {-infinity<double>(), 0, 0, 0, 0, -infinity<double>(), 0, 0, 0};
+  bool far = false, impossible = false;
+#pragma unroll 1
+  for (int i = lane_of(); i < s.count; i += WARP) {
+    Spread k = s.spread(i);
+    all.max_a = k.max_a > all.max_a ? k.max_a : all.max_a;
+    all.max_b = k.max_b > all.max_b ? k.max_b : all.max_b;
+    far |= k.far != 0;
+    impossible |= k.impossible != 0;
+  }
+  all.max_a = lanes_max(all.max_a);
+  all.max_b = lanes_max(all.max_b);
+  all.impossible = __any_sync(ALL_LANES, impossible) ? 1 : 0;
+  double zero = zero_for(all.max_a), zero_b = zero_for(all.max_b), sum[3];
+  sum_states<3>(s.count, [&](int i, double* v) {
+    Spread k = s.spread(i);
+    v[0] = merge_weight(k.max_a, zero, it) * k.s;
+    v[1] = v[0] * k.m;
+    v[2] = k.q * merge_weight(k.max_b, zero_b, it);
+  }, sum);
+  all.s = sum[0];
+  all.q = sum[2];
+  all.m = merge_anchor<T>(sum[1], sum[0]);
+  sum_states<2>(s.count, [&](int i, double* v) {
+    Moved k = moved(s.spread(i), zero, all.m, it);
+    v[0] = k.x;
+    v[1] = k.g;
+    far |= k.far;
+  }, sum);
+  all.x = sum[0];
+  all.g = sum[1];
+  all.far = __any_sync(ALL_LANES, far) ? 1 : 0;
+  return all;
+}
+
+KL_DEVICE Norm fold_norms(const States& s, int base, double it) {
+  double top = -infinity<double>(), sum[2];
+#pragma unroll 1
+  for (int i = lane_of(); i < s.count; i += WARP) top = s.get(i, base) > top ? s.get(i, base) : top;
+  top = lanes_max(top);
+  double zero = zero_for(top);
+  sum_states<2>(s.count, [&](int i, double* v) {
+    Norm k = s.norm(i, base);
+    v[0] = k.max == top ? k.count : 0.0;
+    v[1] = merge_rest(k, top, zero, it);
+  }, sum);
+  return {top, sum[0], sum[1]};
+}
+
+KL_DEVICE void fold(const Plan& p, int sweep, const States& s, double* to) {
+  if constexpr (OF_LOGITS) {
+    *(Spread*)to = fold_spreads(s, p.inverse_temperature);
+  } else if (NORMALISED && sweep == 0) {
+    if constexpr (NORM_OF_X) *(Norm*)to = fold_norms(s, 0, p.inverse_temperature);
+    if constexpr (NORM_OF_Y) *(Norm*)(to + NORM_STATES) = fold_norms(s, NORM_STATES, p.inverse_temperature);
+  } else {
+    constexpr int Q = NORMALISED ? (int)SUM_STATES : 1;
+    sum_states<Q>(s.count, [&](int i, double* v) {
+#pragma unroll
+      for (int q = 0; q < Q; q++) v[q] = s.get(i, q);
+    }, to);
+  }
+}
+
+// the last state into the row's statistics, the value first
+KL_DEVICE void finish(const Plan& p, int sweep, const double* state, double* stats) {
+  if constexpr (OF_LOGITS) {
+    logits_finish<T>(*(const Spread*)state, p.inverse_temperature, stats);
+  } else if (NORMALISED && sweep == 0) {
+    if constexpr (NORM_OF_X) {
+      stats[NORM_X] = state[0];
+      stats[NORM_X + 1] = log_norm(*(const Norm*)state);
+    }
+    if constexpr (NORM_OF_Y) {
+      stats[NORM_Y] = state[NORM_STATES];
+      stats[NORM_Y + 1] = log_norm(*(const Norm*)(state + NORM_STATES));
+    }
+  } else {
+#pragma unroll
+    for (int k = 0; k < (NORMALISED ? (int)SUM_STATES : 1); k++) stats[k] = state[k];
+  }
+}
+
+// ---- rows in global memory -------------------------------------------------------------------------------------------------
+
+struct Row {
+  const char *x, *y;
+  char *value, *dx, *dy;
+  double weight;
+};
+
+KL_DEVICE Row locate(const Plan& p, i64 r) {
+  Row row = {p.x.data, p.y.data, p.value.data, p.dx.data, p.dy.data, 1.0};
+  const char* weight = p.weights.data;
+#pragma unroll 1
+  for (int d = (int)p.ndim - 1; d >= 0; d--) {
+    i64 i = d > 0 ? r % p.shape[d] : r;
+    r = d > 0 ? r / p.shape[d] : 0;
+    row.x += i * p.x.batch[d];
+    row.y += i * p.y.batch[d];
+    row.value += i * p.value.batch[d];
+    row.dx += i * p.dx.batch[d];
+    row.dy += i * p.dy.batch[d];
+    weight += i * p.weights.batch[d];
+  }
+  if (weight) {
+    double w = p.weights.dtype == FLOAT32 ? (double)*(const float*)weight : *(const double*)weight;
+    row.weight = w >= 0 && w < infinity<double>() ? w : nan<double>();   // a bad weight spoils its row, visibly
+  }
+  return row;
+}
+KL_DEVICE double weight_of(const Plan& p, i64 r) { return p.weights.data ? locate(p, r).weight : 1.0; }
+
+KL_DEVICE double gradient_scale(const Plan& p) {
+  if (!p.denominator) return p.gradient_scale;
+  return *p.denominator != 0 ? 1.0 / *p.denominator : nan<double>();
+}
+
+KL_DEVICE Want wanted(const Plan& p, int sweep, double weight) {
+  bool gradients = writes_gradients(p, sweep);
+  return {writes_terms(p, sweep), gradients && p.dx.data, gradients && p.dy.data, (T)weight,
+          (T)(weight * gradient_scale(p))};
+}
+
+KL_DEVICE void write_value(const Plan& p, char* at, double weight, double value) {
+  double v = weight == 0 ? 0.0 : weight == 1 ? value : value * weight;
+  if (p.value.dtype == FLOAT32) *(float*)at = (float)v;
+  else *(double*)at = v;
+}
+
+template <int BYTES, class U> KL_DEVICE int copy_in(U* slot, const char* from, int n) {   // returns how many were copied
+  int vectors = n * (int)sizeof(U) / BYTES;
+#pragma unroll 4
+  for (int v = lane_of(); v < vectors; v += WARP) copy_async<BYTES>((char*)slot + v * BYTES, from + v * BYTES);
+  return vectors * (BYTES / (int)sizeof(U));
+}
+template <int BYTES, class U> KL_DEVICE int copy_out(char* to, const U* slot, int n) {
+  int vectors = n * (int)sizeof(U) / BYTES;
+#pragma unroll 4
+  for (int v = lane_of(); v < vectors; v += WARP) copy_vector<BYTES>(to + v * BYTES, (const char*)slot + v * BYTES);
+  return vectors * (BYTES / (int)sizeof(U));
+}
+KL_DEVICE int alignment(const void* p) { return (int)((unsigned long long)p & 15); }
+
+// n neighbours or, where classes lie apart, n elements: from global memory to a slot by one warp, as wide as they align.
+template <class U> KL_DEVICE void stage(U* slot, const char* from, i64 stride, int n) {
+  int done = 0;
+  if (stride == (i64)sizeof(U)) {
+    int a = alignment(from);
+    if (a == 0) done = copy_in<16>(slot, from, n);
+    else if (a % 8 == 0) done = copy_in<8>(slot, from, n);
+    else if (a % 4 == 0) done = copy_in<4>(slot, from, n);
+  }
+#pragma unroll 4
+  for (int i = done + lane_of(); i < n; i += WARP) slot[i] = *(const U*)(from + i * stride);
+}
+template <class U> KL_DEVICE void unstage(char* to, i64 stride, const U* slot, int n) {
+  int done = 0;
+  if (stride == (i64)sizeof(U)) {
+    int a = alignment(to);
+    if (a == 0) done = copy_out<16>(to, slot, n);
+    else if (a % 8 == 0) done = copy_out<8>(to, slot, n);
+    else if (a % 4 == 0) done = copy_out<4>(to, slot, n);
+  }
+#pragma unroll 4
+  for (int i = done + lane_of(); i < n; i += WARP) *(U*)(to + i * stride) = slot[i];
+}
+// terms are of type T and may be wanted narrower
+KL_DEVICE void unstage_terms(const Plan& p, char* to, const T* slot, int n) {
+  if (p.value.dtype == code_of<T>()) return unstage(to, p.value.stride, slot, n);
+#pragma unroll 1
+  for (int i = lane_of(); i < n; i += WARP) *(float*)(to + i * p.value.stride) = (float)slot[i];
+}
+
+KL_DEVICE void put_zeros(const Slot& s, const Want& want, int n) {   // what a row of weight 0 yields
+#pragma unroll 1
+  for (int i = lane_of(); i < n; i += WARP) {
+    if (want.term) s.extra[i] = T(0);
+    if (want.dx) s.x[i] = Stored<DX>::narrow(T(0));
+    if (want.dy) s.y[i] = Stored<DY>::narrow(T(0));
+  }
+}
+// up to the end of the last step, copies of class 0: finite where it is, and far from it where it is
+KL_DEVICE void pad(const Slot& s, int n) {
+  int end = (n + 255) / 256 * 256;
+#pragma unroll 1
+  for (int i = n + lane_of(); i < end; i += WARP) {
+    s.x[i] = s.x[0];
+    if (HAS_Y) s.y[i] = s.y[0];
+  }
+}
+
+// ---- shared memory ---------------------------------------------------------------------------------------------------------
+
+// Wide: for each warp `slots` chunks of x and y, and one of extra, if there is use for it.
+KL_DEVICE bool has_extra(const Plan& p) { return OF_LOGITS || p.output == TERMS; }
+constexpr int SLOT_BYTES = CHUNK * (int)(sizeof(X) + (HAS_Y ? sizeof(Y) : 0));
+KL_DEVICE int warp_bytes(const Plan& p) {
+  return (int)p.slots * SLOT_BYTES + (has_extra(p) ? CHUNK * (int)sizeof(T) : 0);
+}
+KL_DEVICE Slot slot_of(const Plan& p, char* shared, int j) {
+  char* mine = shared + warp_of() * warp_bytes(p);
+  char* x = mine + j * SLOT_BYTES;
+  return {(X*)x, (Y*)(x + CHUNK * sizeof(X)), (T*)(mine + (int)p.slots * SLOT_BYTES)};
+}
+
+KL_DEVICE void store_outputs(const Plan& p, const Row& row, i64 start, int n, const Slot& s, const Want& want) {
+  __syncwarp();
+  if (want.term) unstage_terms(p, row.value + start * p.value.stride, s.extra, n);
+  if (want.dx) unstage(row.dx + start * p.dx.stride, p.dx.stride, s.x, n);
+  if (want.dy) unstage(row.dy + start * p.dy.stride, p.dy.stride, s.y, n);
+  __syncwarp();
+}
+
+KL_DEVICE int classes(const Plan& p, i64 c) {
+  i64 left = p.n - c * CHUNK;
+  return left < CHUNK ? (int)left : CHUNK;
+}
+
+KL_DEVICE void stage_chunk(const Plan& p, const Row& row, i64 c, const Slot& s) {
+  stage(s.x, row.x + c * CHUNK * p.x.stride, p.x.stride, classes(p, c));
+  if constexpr (HAS_Y) stage(s.y, row.y + c * CHUNK * p.y.stride, p.y.stride, classes(p, c));
+}
+
+}  // namespace kl
+
+using namespace kl;
+
+// ---- the kernels -----------------------------------------------------------------------------------------------------------
+//
+// Rows of one chunk: all sweeps. Of longer rows: the sweeps from `first` to `last`, whose states go to
+// states[(row * K + k) * chunks + chunk], K of them a chunk; stats[row * MAX_STATS] holds what earlier sweeps found out.
+// Each warp treats one chunk of one row at a time. Where neighbouring rows lie side by side, the block's warps take
+// neighbouring rows and read them together.
+#if defined(KL_UNITS)
+extern "C" __global__ void __launch_bounds__(256, BLOCKS) kl_units(const Plan p) {
+  KL_SHARED_MEMORY(shared);
+  const int W = warps_of();
+  Slot s = slot_of(p, shared, 0);
+  i64 tiles = p.columns ? (p.rows + W - 1) / W * p.chunks : (p.rows * p.chunks + W - 1) / W;
+  for (i64 tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
+    i64 r, c;
+    if (p.columns) {
+      r = tile / p.chunks * W + warp_of();
+      c = tile % p.chunks;
+    } else {
+      i64 unit = tile * W + warp_of();
+      r = p.chunks == 1 ? unit : unit / p.chunks;
+      c = p.chunks == 1 ? 0 : unit % p.chunks;
+    }
+    bool active = r < p.rows;
+    double weight = active ? weight_of(p, r) : 0.0;
+    bool live = weight != 0;
+    int n = classes(p, c);
+    if (p.columns) {
+      // thread t brings the classes of row t mod W, so that neighbouring threads read neighbouring rows
+      int of = (int)threadIdx.x % W;
+      i64 other = tile / p.chunks * W + of;
+      Row theirs = locate(p, other < p.rows ? other : 0);
+      Slot to = slot_of(p, shared + (of - warp_of()) * warp_bytes(p), 0);
+      __syncthreads();
+      if (other < p.rows && theirs.weight != 0)
+#pragma unroll 2
+        for (int i = (int)threadIdx.x / W; i < n; i += WARP) {
+          to.x[i] = *(const X*)(theirs.x + (c * CHUNK + i) * p.x.stride);
+          if (HAS_Y) to.y[i] = *(const Y*)(theirs.y + (c * CHUNK + i) * p.y.stride);
+        }
+      __syncthreads();
+    } else if (live) {
+      stage_chunk(p, locate(p, r), c, s);
+      wait_copies();
+    }
+    __syncwarp();
+    if (live) pad(s, n);
+    __syncwarp();
+
+    double stats[MAX_STATS], state[MAX_STATES];
+    if (p.first > 0 && live)
+#pragma unroll
+      for (int k = 0; k < MAX_STATS; k++) stats[k] = p.stats[r * MAX_STATS + k];
+    Want all = {};
+#pragma unroll 1
+    for (int sweep = (int)p.first; sweep < (int)p.last; sweep++) {
+      Want want = wanted(p, sweep, weight);
+      all.term |= want.term;
+      all.dx |= want.dx;
+      all.dy |= want.dy;
+      if (!live) continue;
+      chunk(p, Wide(n), s, sweep, stats, want, InPlace{s}, state);
+      if (states_of(sweep) == 0) continue;
+      if (p.chunks == 1) {
+        finish(p, sweep, state, stats);
+      } else if (lane_of() == 0) {
+        int count = states_of(sweep);
+#pragma unroll
+        for (int k = 0; k < MAX_STATES; k++)
+          if (k < count) p.states[(r * count + k) * p.chunks + c] = state[k];
+      }
+    }
+    if (p.chunks == 1 && active && lane_of() == 0) {
+      if (p.output != TERMS && p.value.data) write_value(p, locate(p, r).value, weight, stats[VALUE]);
+      if (p.stats && live)
+#pragma unroll
+        for (int k = 0; k < MAX_STATS; k++) p.stats[r * MAX_STATS + k] = stats[k];
+    }
+    if (active && !live) put_zeros(s, all, n);
+    if (!p.columns) {
+      if (active && (all.term || all.dx || all.dy)) store_outputs(p, locate(p, r), c * CHUNK, n, s, all);
+    } else if (all.term || all.dx || all.dy) {
+      int of = (int)threadIdx.x % W;
+      i64 other = tile / p.chunks * W + of;
+      __syncthreads();
+      if (other < p.rows) {
+        Row theirs = locate(p, other);
+        Slot from = slot_of(p, shared + (of - warp_of()) * warp_bytes(p), 0);
+#pragma unroll 2
+        for (int i = (int)threadIdx.x / W; i < n; i += WARP) {
+          i64 k = c * CHUNK + i;
+          if (all.term && p.value.dtype == FLOAT32) *(float*)(theirs.value + k * p.value.stride) = (float)from.extra[i];
+          else if (all.term) *(double*)(theirs.value + k * p.value.stride) = (double)from.extra[i];
+          if (all.dx) *(X*)(theirs.dx + k * p.dx.stride) = from.x[i];
+          if (all.dy) *(Y*)(theirs.dy + k * p.dy.stride) = from.y[i];
+        }
+      }
+    }
+  }
+}
+#endif
+
+// Rows of at most 128 classes: `count` of them at a time in a warp, staged together, summed side by side, finished one
+// a lane.
+#if defined(KL_NARROW)
+extern "C" __global__ void __launch_bounds__(256, BLOCKS) kl_narrow(const Plan p) {
+  KL_SHARED_MEMORY(shared);
+  constexpr int SIZE = CHUNK + COLUMNS;   // behind the rows, one that nobody asked for, for lanes without a row
+  const int R = (int)p.count, n = (int)p.n;
+  int bytes = SIZE * (int)(sizeof(X) + (HAS_Y ? sizeof(Y) : 0) + (has_extra(p) ? sizeof(T) : 0)) + R * MAX_STATS * 8;
+  char* mine = shared + warp_of() * bytes;
+  double* known = (double*)mine;           // [R][MAX_STATS]: first a row's state, then its stats
+  Slot s;
+  s.x = (X*)(mine + R * MAX_STATS * 8);
+  s.y = (Y*)((char*)s.x + SIZE * sizeof(X));
+  s.extra = (T*)((char*)s.y + (HAS_Y ? SIZE * sizeof(Y) : 0));
+  for (int i = CHUNK + lane_of(); i < SIZE; i += WARP) {
+    s.x[i] = Stored<DX>::narrow(T(0));
+    if (HAS_Y) s.y[i] = Stored<DY>::narrow(T(0));
+  }
+  int lanes = 1;
+  while (4 * lanes < n) lanes *= 2;
+  Narrow at(n, lanes);
+  const int side_by_side = WARP / lanes;
+  i64 groups = (p.rows + R - 1) / R;
+  for (i64 g = (i64)blockIdx.x * warps_of() + warp_of(); g < groups; g += (i64)gridDim.x * warps_of()) {
+    i64 r0 = g * R;
+    int rows = p.rows - r0 < R ? (int)(p.rows - r0) : R;
+    Row first = locate(p, r0);
+    __syncwarp();
+    if (p.dense) {
+      stage(s.x, first.x, sizeof(X), rows * n);
+      if constexpr (HAS_Y) stage(s.y, first.y, sizeof(Y), rows * n);
+      wait_copies();
+    } else {
+#pragma unroll 1
+      for (int e = lane_of(); e < rows * n; e += WARP) {
+        int r = p.columns ? e % rows : e / n, i = p.columns ? e / rows : e % n;
+        Row row = locate(p, r0 + r);
+        if (row.weight == 0) continue;
+        s.x[r * n + i] = *(const X*)(row.x + i * p.x.stride);
+        if constexpr (HAS_Y) s.y[r * n + i] = *(const Y*)(row.y + i * p.y.stride);
+      }
+    }
+    __syncwarp();
+
+    Want all = {};
+#pragma unroll 1
+    for (int sweep = (int)p.first; sweep < (int)p.last; sweep++) {
+      Want every = wanted(p, sweep, 1.0);
+      all.term |= every.term;
+      all.dx |= every.dx;
+      all.dy |= every.dy;
+#pragma unroll 1
+      for (int r = lane_of() / lanes; r - lane_of() / lanes < rows; r += side_by_side) {
+        bool is_row = r < rows;
+        double weight = is_row && p.weights.data ? locate(p, r0 + r).weight : 1.0;
+        bool live = is_row && weight != 0;
+        int offset = live ? r * n : CHUNK;
+        Slot row = {s.x + offset, s.y + offset, s.extra + offset};
+        Want want = wanted(p, sweep, weight);
+        Narrow here = at;
+        if (!live) {
+          want = Want{};
+          here.n = 0;
+        }
+        double state[MAX_STATES];
+        chunk(p, here, row, sweep, known + (live ? r : 0) * MAX_STATS, want, InPlace{row}, state);
+        if (live && lane_of() % lanes == 0)
+#pragma unroll
+          for (int k = 0; k < MAX_STATES; k++)
+            if (k < states_of(sweep)) known[r * MAX_STATS + k] = state[k];
+      }
+      __syncwarp();
+      if (states_of(sweep) == 0) continue;
+#pragma unroll 1
+      for (int r = lane_of(); r < rows; r += WARP) {
+        double state[MAX_STATES];
+#pragma unroll
+        for (int k = 0; k < MAX_STATES; k++) state[k] = k < states_of(sweep) ? known[r * MAX_STATS + k] : 0.0;
+        finish(p, sweep, state, known + r * MAX_STATS);
+      }
+      __syncwarp();
+    }
+#pragma unroll 1
+    for (int r = lane_of(); r < rows; r += WARP) {
+      if (!p.weights.data && !p.stats && !(p.output != TERMS && p.value.data)) break;
+      Row row = locate(p, r0 + r);
+      if (p.output != TERMS && p.value.data) write_value(p, row.value, row.weight, known[r * MAX_STATS + VALUE]);
+      if (p.stats)
+        for (int k = 0; k < MAX_STATS; k++) p.stats[(r0 + r) * MAX_STATS + k] = known[r * MAX_STATS + k];
+      if (row.weight != 0) continue;
+#pragma unroll 1
+      for (int i = r * n; i < (r + 1) * n; i++) {
+        if (all.term) s.extra[i] = T(0);
+        if (all.dx) s.x[i] = Stored<DX>::narrow(T(0));
+        if (all.dy) s.y[i] = Stored<DY>::narrow(T(0));
+      }
+    }
+    __syncwarp();
+    if (p.dense) {
+      if (all.dx) unstage(first.dx, sizeof(X), s.x, rows * n);
+      if (all.dy) unstage(first.dy, sizeof(Y), s.y, rows * n);
+    }
+    if ((!p.dense && (all.dx || all.dy)) || all.term)
+#pragma unroll 1
+      for (int e = lane_of(); e < rows * n; e += WARP) {
+        int r = p.columns ? e % rows : e / n, i = p.columns ? e / rows : e % n;
+        Row row = locate(p, r0 + r);
+        if (all.term && p.value.dtype == FLOAT32) *(float*)(row.value + i * p.value.stride) = (float)s.extra[r * n + i];
+        else if (all.term) *(double*)(row.value + i * p.value.stride) = (double)s.extra[r * n + i];
+        if (!p.dense && all.dx) *(X*)(row.dx + i * p.dx.stride) = s.x[r * n + i];
+        if (!p.dense && all.dy) *(Y*)(row.dy + i * p.dy.stride) = s.y[r * n + i];
+      }
+    __syncwarp();
+  }
+}
+#endif
+
+// Long rows: a block, or a cluster of KL_CLUSTER blocks, for each, with its chunks dealt out to the warps. The chunks'
+// states meet in shared memory. With as many slots as chunks a warp gets, the row is read once for all sweeps.
+#if defined(KL_ROWS)
+#if KL_CLUSTER > 1
+extern "C" __global__ void __cluster_dims__(KL_CLUSTER, 1, 1) __launch_bounds__(256, BLOCKS) kl_rows(const Plan p) {
+#else
+extern "C" __global__ void __launch_bounds__(256, BLOCKS) kl_rows(const Plan p) {
+#endif
+  KL_SHARED_MEMORY(shared);
+  const int W = warps_of(), chunks = (int)p.chunks, slots = (int)p.slots;
+  const int rank = KL_CLUSTER > 1 ? (int)cluster_rank() : 0, step = W * KL_CLUSTER, mine = rank * W + warp_of();
+  double* states = (double*)(shared + W * warp_bytes(p));   // [k * chunks + chunk]
+  double* stats = states + MAX_STATES * chunks;
+  for (i64 r = blockIdx.x / KL_CLUSTER; r < p.rows; r += gridDim.x / KL_CLUSTER) {
+    double weight = weight_of(p, r);
+    bool live = weight != 0, resident = slots * step >= chunks;
+    if (live && resident) {
+#pragma unroll 1
+      for (int c = mine, j = 0; c < chunks; c += step, j++) stage_chunk(p, locate(p, r), c, slot_of(p, shared, j));
+      wait_copies();
+      __syncwarp();
+#pragma unroll 1
+      for (int c = mine, j = 0; c < chunks; c += step, j++) pad(slot_of(p, shared, j), classes(p, c));
+      __syncwarp();
+    }
+#pragma unroll 1
+    for (int sweep = (int)p.first; sweep < (int)p.last; sweep++) {
+      Want want = wanted(p, sweep, weight);
+#pragma unroll 1
+      for (int c = mine, j = 0; c < chunks; c += step, j++) {
+        Slot s = slot_of(p, shared, resident ? j : 0);
+        int n = classes(p, c);
+        if (live && !resident) {
+          stage_chunk(p, locate(p, r), c, s);
+          wait_copies();
+          __syncwarp();
+          pad(s, n);
+          __syncwarp();
+        }
+        if (live) {
+          double state[MAX_STATES];
+          chunk(p, Wide(n), s, sweep, stats, want, InPlace{s}, state);
+          if (lane_of() == 0)
+#pragma unroll
+            for (int k = 0; k < MAX_STATES; k++)
+              if (k < states_of(sweep)) states[k * chunks + c] = state[k];
+        } else {
+          put_zeros(s, want, n);
+        }
+        if (want.term || want.dx || want.dy) store_outputs(p, locate(p, r), (i64)c * CHUNK, n, s, want);
+        __syncwarp();
+      }
+      if (states_of(sweep) == 0) continue;
+      if constexpr (KL_CLUSTER > 1) {
+        cluster_barrier();
+#pragma unroll 1
+        for (int i = (int)threadIdx.x; live && i < states_of(sweep) * chunks; i += (int)blockDim.x) {
+          int owner = i % chunks / W % KL_CLUSTER;
+          if (owner != rank) states[i] = *cluster_peer(states + i, owner);
+        }
+        cluster_barrier();
+      } else {
+        __syncthreads();
+      }
+      if (warp_of() == 0 && live) {
+        double state[MAX_STATES];
+        fold(p, sweep, States{states, chunks, chunks}, state);
+        if (lane_of() == 0) {
+          finish(p, sweep, state, stats);
+          if (p.stats && rank == 0 && sweep + 1 == (int)p.last)
+            for (int k = 0; k < MAX_STATS; k++) p.stats[r * MAX_STATS + k] = stats[k];
+        }
+      }
+      __syncthreads();
+    }
+    if (threadIdx.x == 0 && rank == 0 && p.output != TERMS && p.value.data)
+      write_value(p, locate(p, r).value, weight, stats[VALUE]);
+  }
+}
+#endif
+
+// The states of `count` chunks of each row, or of groups of chunks: every 1024 of them into one, left in `sums` as they
+// were in `states`; the last one finishes the row.
+#if defined(KL_FOLD)
+extern "C" __global__ void __launch_bounds__(256) kl_fold(const Plan p) {
+  int sweep = (int)p.first, K = states_of(sweep);
+  for (i64 item = (i64)blockIdx.x * warps_of() + warp_of(); item < p.rows * p.groups;
+       item += (i64)gridDim.x * warps_of()) {
+    i64 r = item / p.groups, g = item % p.groups, left = p.count - g * CHUNK;
+    Row row = locate(p, r);
+    double state[MAX_STATES];
+    if (row.weight != 0)
+      fold(p, sweep, States{p.states + r * K * p.count + g * CHUNK, p.count, left < CHUNK ? (int)left : CHUNK}, state);
+    if (lane_of() != 0) continue;
+    if (p.groups > 1) {
+      if (row.weight != 0)
+#pragma unroll
+        for (int k = 0; k < MAX_STATES; k++)
+          if (k < K) p.sums[(r * K + k) * p.groups + g] = state[k];
+      continue;
+    }
+    double* stats = p.stats + r * MAX_STATS;
+    if (row.weight != 0) finish(p, sweep, state, stats);
+    if (sweep == VALUE_SWEEP && p.output != TERMS && p.value.data) write_value(p, row.value, row.weight, stats[VALUE]);
+  }
+}
+#endif
+
+// The sum of `count` doubles in `states`, or of the weights: every 1024 into one, left in `sums`; the last one, divided,
+// is the value.
+#if defined(KL_SUM)
+extern "C" __global__ void __launch_bounds__(256) kl_sum(const Plan p) {
+  for (i64 g = (i64)blockIdx.x * warps_of() + warp_of(); g < p.groups; g += (i64)gridDim.x * warps_of()) {
+    i64 left = p.count - g * CHUNK;
+    double total;
+    sum_states<1>(left < CHUNK ? (int)left : CHUNK, [&](int i, double* v) {
+      v[0] = p.weights.data ? locate(p, g * CHUNK + i).weight : p.states[g * CHUNK + i];
+    }, &total);
+    if (lane_of() != 0) continue;
+    if (!p.value.data) {
+      p.sums[g] = total;
+    } else {
+      double d = p.denominator ? *p.denominator : p.scale;
+      write_value(p, p.value.data, 1.0, d != 0 ? total / d : nan<double>());
+    }
+  }
+}
+#endif
+
+// The gradient of an operand that is broadcast over `inner` rows: summed over every 1024 of them, row by row, in double,
+// into sums[(operand's row * groups + group) * n + class];
+#if defined(KL_SUMMED)
+extern "C" __global__ void __launch_bounds__(256, BLOCKS) kl_summed(const Plan p) {
+  KL_SHARED_MEMORY(shared);
+  int bytes = SLOT_BYTES + CHUNK * (int)sizeof(T) + CHUNK * 8;
+  char* at = shared + warp_of() * bytes;
+  double* sums = (double*)at;
+  Slot s = {(X*)(at + CHUNK * 8), (Y*)(at + CHUNK * (8 + sizeof(X))), (T*)(at + CHUNK * 8 + SLOT_BYTES)};
+  int sweep = (int)p.first;
+  i64 items = p.rows / p.inner * p.groups * p.chunks;
+  for (i64 item = (i64)blockIdx.x * warps_of() + warp_of(); item < items; item += (i64)gridDim.x * warps_of()) {
+    i64 c = item % p.chunks, g = item / p.chunks % p.groups, outer = item / p.chunks / p.groups;
+    int n = classes(p, c);
+    i64 end = (g + 1) * CHUNK < p.inner ? (g + 1) * CHUNK : p.inner;
+#pragma unroll 1
+    for (int i = lane_of(); i < CHUNK; i += WARP) sums[i] = 0.0;
+    for (i64 i = g * CHUNK; i < end; i++) {
+      i64 r = outer * p.inner + i;
+      Row row = locate(p, r);
+      if (row.weight == 0) continue;
+      __syncwarp();
+      stage_chunk(p, row, c, s);
+      wait_copies();
+      __syncwarp();
+      pad(s, n);
+      __syncwarp();
+      Want want = wanted(p, sweep, row.weight);
+      want.term = false;
+      double state[MAX_STATES];
+      chunk(p, Wide(n), s, sweep, p.stats + r * MAX_STATS, want, Added{sums}, state);
+    }
+    __syncwarp();
+#pragma unroll 1
+    for (int i = lane_of(); i < n; i += WARP) p.sums[(outer * p.groups + g) * p.n + c * CHUNK + i] = sums[i];
+    __syncwarp();
+  }
+}
+// and the groups in order.
+extern "C" __global__ void __launch_bounds__(256) kl_summed_fold(const Plan p) {
+  i64 all = p.rows / p.inner * p.n;
+  for (i64 e = (i64)blockIdx.x * blockDim.x + threadIdx.x; e < all; e += (i64)gridDim.x * blockDim.x) {
+    i64 outer = e / p.n, i = e % p.n;
+    double sum = 0.0;
+#pragma unroll 4
+    for (i64 g = 0; g < p.groups; g++) sum += p.sums[(outer * p.groups + g) * p.n + i];
+    Row row = locate(p, outer * p.inner);
+    if (p.dx.data) *(X*)(row.dx + i * p.dx.stride) = Stored<DX>::narrow(sum);
+    else *(Y*)(row.dy + i * p.dy.stride) = Stored<DY>::narrow(sum);
+  }
+}
+#endif

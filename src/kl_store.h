@@ -1,0 +1,62 @@
+// How numbers lie in memory: the four dtypes, widened on load and narrowed on store. Shared by the CPU and the GPU.
+#pragma once
+
+namespace kl {
+
+enum Dtype { FLOAT64 = 0, FLOAT32 = 1, FLOAT16 = 2, BFLOAT16 = 3 };
+enum Output { PER_ROW = 0, TERMS = 1, TOTAL = 2 };   // one value a row; one a class; one in all
+
+template <int D> struct Stored;   // T is float or double
+template <> struct Stored<FLOAT64> {
+  typedef double Type;
+  template <typename T> static KL_FN T widen(double v) { return (T)v; }
+  template <typename T> static KL_FN double narrow(T v) { return (double)v; }
+};
+template <> struct Stored<FLOAT32> {
+  typedef float Type;
+  template <typename T> static KL_FN T widen(float v) { return (T)v; }
+  template <typename T> static KL_FN float narrow(T v) { return (float)v; }
+};
+template <> struct Stored<BFLOAT16> {
+  typedef unsigned short Type;
+  template <typename T> static KL_FN T widen(unsigned short v) { return (T)real((unsigned)v << 16); }
+  template <typename T> static KL_FN unsigned short narrow(T v) {   // to nearest, ties to even
+    unsigned b = bits((float)v);
+    unsigned r = (b + 0x7fffu + ((b >> 16) & 1u)) >> 16;
+    return (unsigned short)((b & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : r);
+  }
+};
+template <> struct Stored<FLOAT16> {
+  typedef unsigned short Type;
+#if defined(__CUDA_ARCH__)   // the same values by one instruction
+  template <typename T> static KL_FN T widen(unsigned short v) {
+    float f;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(v));
+    return (T)f;
+  }
+  template <typename T> static KL_FN unsigned short narrow(T v) {
+    unsigned short r;
+    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(r) : "f"((float)v));
+    return r;
+  }
+#else
+  template <typename T> static KL_FN T widen(unsigned short v) {
+    unsigned m = v & 0x7fffu, sign = (unsigned)(v & 0x8000u) << 16;
+    unsigned finite = bits(real(m << 13) * 0x1p112f);    // rebias; the product is exact, subnormal halves included
+    return (T)real((m >= 0x7c00u ? 0x7f800000u | (m << 13) : finite) | sign);
+  }
+  template <typename T> static KL_FN unsigned short narrow(T v) {   // to nearest, ties to even
+    unsigned b = bits((float)v), m = b & 0x7fffffffu, sign = (b >> 16) & 0x8000u;
+    unsigned normal = (m + 0xfffu + ((m >> 13) & 1u) - (112u << 23)) >> 13;
+    unsigned subnormal = bits(real(m) + 0.5f) - 0x3f000000u;       // adding 1/2 leaves multiples of 2^-24
+    unsigned r = m < 0x38800000u ? subnormal : normal;
+    r = m >= 0x477ff000u ? 0x7c00u : r;                            // rounds beyond 65504
+    r = m > 0x7f800000u ? 0x7e00u : r;
+    return (unsigned short)(r | sign);
+  }
+#endif
+};
+
+template <typename T> constexpr int code_of() { return sizeof(T) == 8 ? FLOAT64 : FLOAT32; }
+
+}  // namespace kl

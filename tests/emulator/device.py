@@ -1,0 +1,624 @@
+"""A stand-in for CuPy and NVRTC, on NumPy, g++ and emulator.h, so that klcore's CUDA backend runs unchanged.
+
+``install()`` puts it in their place and ``uninstall()`` takes it away; ``settings`` are what tests turn. Where CuPy is
+stricter than NumPy, so is this: arrays of the two do not mix, results without dimensions stay arrays, arguments that
+CuPy refuses are refused. Where hardware would go wrong silently, an EmulatorError says what happened. One thing it
+cannot be strict about: ``numpy.asarray`` takes these arrays, and refuses CuPy's.
+"""
+
+import contextlib
+import ctypes
+import functools
+import hashlib
+import importlib
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+import types
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+HERE = Path(__file__).parent
+
+
+@dataclass
+class Settings:
+    seed: int = 0  # of the schedule; 0: in order
+    threads: int = min(4, os.cpu_count() or 1)  # of the operating system, for one launch
+    architecture: str = "90"  # compute capability, as CuPy writes it
+    devices: int = 1
+    sanitize: bool = False  # compile with ASan and UBSan, in a process started with sanitizer_environment()
+
+
+settings = Settings()
+
+
+class EmulatorError(RuntimeError):
+    """A kernel or a launch did what a GPU would refuse, or not define."""
+
+
+# ---- NVRTC -----------------------------------------------------------------------------------------------------------
+
+
+def compile(source, options, arch):
+    """klcore.backends.nvrtc.compile: the bytes of a shared library. Of `options`, those that define macros count."""
+    return _compiled(source, tuple(options), arch).read_bytes()
+
+
+def _build(options, arch):
+    """klcore.backends.nvrtc.build: klcore's own kernels."""
+    return _compiled(importlib.import_module("klcore.backends.nvrtc").source(), tuple(options), arch)
+
+
+def _compiled(source, options, arch):
+    """The path of the library; compiled once on this machine, however many processes ask for it at once."""
+    import fcntl  # not on Windows, where there is no emulator
+
+    flags = [*_flags(settings.sanitize), f"-DKL_EMULATOR_ARCH={arch}", *(o for o in options if o.startswith("-D"))]
+    headers = [(HERE / name).read_text() for name in ("emulator.h", "launch.h")]
+    key = hashlib.sha256(repr((source, flags, headers, _compiler())).encode()).hexdigest()[:32]
+    folder = _cache()
+    path = folder / f"{key}.so"
+    if path.exists():
+        return path
+    with open(folder / f"{key}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not path.exists():
+            with tempfile.TemporaryDirectory(dir=folder) as work:
+                unit, part = Path(work, "unit.cpp"), Path(work, "part.so")
+                Path(work, "source.cu").write_text(source)
+                unit.write_text('#include "emulator.h"\n#include "source.cu"\n#include "launch.h"\n')
+                words = [_compiler()[0], *flags, f"-I{HERE}", f"-I{work}", str(unit), "-o", str(part)]
+                done = subprocess.run(words, capture_output=True, text=True)
+                if done.returncode:
+                    raise RuntimeError(f"the CUDA source does not compile for the emulator:\n{done.stderr}")
+                part.replace(path)
+    return path
+
+
+def _cache():
+    folder = Path(os.environ.get("KLCORE_EMULATOR_CACHE") or Path.home() / ".cache" / "klcore-emulator")
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+@functools.cache
+def _compiler():
+    name = os.environ.get("CXX", "g++")
+    return name, subprocess.run([name, "--version"], capture_output=True, text=True, check=True).stdout
+
+
+@functools.cache
+def _flags(sanitize):
+    flags = ["-std=c++17", "-O1", "-fPIC", "-shared", "-pthread", "-ffp-contract=off", "-fno-math-errno"]
+    if "clang" not in _compiler()[1]:
+        flags.append("-fno-gnu-unique")  # else libraries with other macros would share their variables
+    cpu = Path("/proc/cpuinfo")
+    if cpu.exists() and "fma" in cpu.read_text().split():
+        flags.append("-mfma")  # the C library's is far slower; the bits are the same
+    if sanitize:
+        flags += ["-g1", "-fno-omit-frame-pointer", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+    return flags
+
+
+def sanitizer_environment():
+    """What a process needs in its environment to load code compiled with `settings.sanitize`."""
+    # ASan must be there before everything else; libstdc++, too, or exceptions would be thrown past it
+    paths = [
+        subprocess.run([_compiler()[0], f"-print-file-name={name}"], capture_output=True, text=True).stdout.strip()
+        for name in ("libasan.so", "libstdc++.so")
+    ]
+    # Python itself leaks at exit, and NumPy asks for more memory than there is, to see whether it gets it
+    return {"LD_PRELOAD": " ".join(paths), "ASAN_OPTIONS": "detect_leaks=0:allocator_may_return_null=1"}
+
+
+# ---- devices and streams ---------------------------------------------------------------------------------------------
+
+_current = threading.local()  # .device: int, .stream
+# compute capability -> KB of shared memory: a block at most, a multiprocessor
+_SHARED = {"70": (96, 96), "75": (64, 64), "80": (163, 164), "86": (99, 100), "87": (163, 164), "89": (99, 100)}
+_SHARED |= {"90": (227, 228), "100": (227, 228), "103": (227, 228), "120": (99, 100), "121": (99, 100)}
+
+
+class Device:
+    """cupy.cuda.Device"""
+
+    def __init__(self, device=None):
+        self.id = getattr(_current, "device", 0) if device is None else int(device)
+        if not 0 <= self.id < settings.devices:
+            raise EmulatorError(f"cudaErrorInvalidDevice: invalid device ordinal: {self.id}")
+        self._left = []
+
+    def __int__(self):
+        return self.id
+
+    def __eq__(self, other):
+        return isinstance(other, Device) and self.id == other.id
+
+    def __hash__(self):
+        return hash(self.id)
+
+    def __repr__(self):
+        return f"<CUDA Device {self.id}>"
+
+    def use(self):
+        _current.device = self.id
+
+    def __enter__(self):
+        self._left.append(getattr(_current, "device", 0))
+        self.use()
+        return self
+
+    def __exit__(self, *error):
+        _current.device = self._left.pop()
+
+    def synchronize(self):
+        """Kernels run at once: there is nothing to wait for."""
+
+    @property
+    def compute_capability(self):
+        return settings.architecture
+
+    @property
+    def attributes(self):
+        block, multiprocessor = _SHARED[settings.architecture]
+        return {
+            "MultiProcessorCount": 4,
+            "WarpSize": 32,
+            "MaxThreadsPerBlock": 1024,
+            "MaxThreadsPerMultiProcessor": 1024 if settings.architecture == "75" else 2048,
+            "MaxSharedMemoryPerBlock": 48 << 10,
+            "MaxSharedMemoryPerBlockOptin": block << 10,
+            "MaxSharedMemoryPerMultiprocessor": multiprocessor << 10,
+            "ComputeCapabilityMajor": int(settings.architecture[:-1]),
+            "ComputeCapabilityMinor": int(settings.architecture[-1]),
+        }
+
+
+class Stream:
+    """cupy.cuda.Stream; kernels run at once, whatever the stream."""
+
+    def __init__(self, null=False, non_blocking=False):
+        self.ptr = 0 if null else id(self)
+        self._left = []
+
+    def __enter__(self):
+        self._left.append(_stream())
+        _current.stream = self
+        return self
+
+    def __exit__(self, *error):
+        _current.stream = self._left.pop()
+
+    def synchronize(self):
+        pass
+
+
+Stream.null = Stream(null=True)
+
+
+def _stream():
+    return getattr(_current, "stream", Stream.null)
+
+
+# ---- arrays ----------------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def _libc():
+    library = ctypes.CDLL(None)
+    library.posix_memalign.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t)
+    library.free.argtypes = (ctypes.c_void_p,)
+    library.free.restype = None
+    return library
+
+
+class _Memory:
+    """Exactly as many bytes as asked for, so that ASan sees one too many; aligned like CuPy's; full of NaNs."""
+
+    ALIGNMENT = 512
+
+    def __init__(self, nbytes):
+        pointer = ctypes.c_void_p()
+        self._c = _libc()
+        if self._c.posix_memalign(ctypes.byref(pointer), self.ALIGNMENT, max(nbytes, 1)):
+            raise MemoryError(f"cannot allocate {nbytes} bytes")
+        self._pointer = pointer.value
+        ctypes.memset(self._pointer, 0xFF, nbytes)
+        self.__array_interface__ = {
+            "shape": (nbytes,),
+            "typestr": "|u1",
+            "data": (self._pointer, False),
+            "version": 3,
+        }
+
+    def __del__(self):
+        if hasattr(self, "_pointer"):
+            self._c.free(self._pointer)
+
+
+class MemoryPointer:
+    """cupy.cuda.MemoryPointer"""
+
+    def __init__(self, ptr, device):
+        self.ptr, self.device = ptr, device
+        self.device_id = device.id
+
+
+class Flags:
+    """cupy.ndarray.flags: fewer than NumPy's."""
+
+    def __init__(self, flags, owndata):
+        self.c_contiguous, self.f_contiguous, self.owndata = flags.c_contiguous, flags.f_contiguous, owndata
+        self.forc, self.fnc = flags.forc, flags.fnc
+
+    def __getitem__(self, name):
+        return {"C_CONTIGUOUS": self.c_contiguous, "F_CONTIGUOUS": self.f_contiguous, "OWNDATA": self.owndata}[name]
+
+
+class ndarray(np.ndarray):
+    """cupy.ndarray"""
+
+    __module__ = "cupy"
+
+    def __array_finalize__(self, parent):
+        self._device = getattr(parent, "_device", None) or Device()
+
+    def __array_ufunc__(self, ufunc, method, *inputs, out=(), **keywords):
+        given = [*inputs, *out, *keywords.values()]
+        if any(isinstance(a, np.ndarray) and not isinstance(a, ndarray) for a in given):
+            raise TypeError(f"Unsupported type {np.ndarray}")
+        keywords = {name: _plain(a) for name, a in keywords.items()}
+        if out:
+            keywords["out"] = tuple(map(_plain, out))
+        result = getattr(ufunc, method)(*map(_plain, inputs), **keywords)
+        if out:
+            return out[0] if len(out) == 1 else out
+        if isinstance(result, tuple):
+            return tuple(map(_wrap, result))
+        return None if result is None else _wrap(result)
+
+    def __array_wrap__(self, array, context=None, return_scalar=False):
+        return array.view(ndarray)
+
+    def __getitem__(self, key):
+        found = super().__getitem__(key)
+        if isinstance(found, np.ndarray):
+            return found
+        return super().__getitem__((*key, ...) if isinstance(key, tuple) else (key, ...))  # a view without dimensions
+
+    def __setitem__(self, key, value):
+        if isinstance(value, np.ndarray) and not isinstance(value, ndarray) and value.ndim:
+            raise ValueError("non-scalar numpy.ndarray cannot be used for fill")
+        super().__setitem__(key, value)
+
+    @property
+    def device(self):
+        return self._device
+
+    @property
+    def data(self):
+        return MemoryPointer(_plain(self).ctypes.data if self.size else 0, self._device)
+
+    @property
+    def flags(self):
+        return Flags(_plain(self).flags, owndata=not isinstance(self.base, ndarray))
+
+    @property
+    def __cuda_array_interface__(self):
+        return {
+            "shape": self.shape,
+            "typestr": self.dtype.str,
+            "descr": self.dtype.descr,
+            "data": (self.data.ptr, False),
+            "strides": None if self.flags.c_contiguous else self.strides,
+            "stream": 1,
+            "version": 3,
+        }
+
+    def get(self):
+        return np.array(_plain(self))
+
+
+def _plain(a):
+    return a.view(np.ndarray) if isinstance(a, ndarray) else a
+
+
+def _wrap(result):
+    return np.asarray(result).view(ndarray)
+
+
+def _allocate(shape, dtype, order="C", strides=None):
+    dtype = np.dtype(dtype)
+    if dtype.kind not in "biufcV":
+        raise ValueError(f"Unsupported dtype {dtype}")
+    shape = tuple(shape) if hasattr(shape, "__iter__") else (shape,)
+    memory = np.asarray(_Memory(int(np.prod(shape, dtype=object)) * dtype.itemsize))
+    array = np.ndarray.__new__(ndarray, shape, dtype, buffer=memory, order=order, strides=strides)
+    array._device = Device()
+    return array
+
+
+def _allocate_like(a, dtype=None, order="K", subok=None, shape=None):
+    if subok is not None:
+        raise TypeError("subok is not supported yet")
+    like = np.empty_like(_plain(a), dtype, order, subok=False, shape=shape)
+    return _allocate(like.shape, like.dtype, strides=like.strides)
+
+
+def _filled(array, value):
+    array[...] = value
+    return array
+
+
+def array(a, dtype=None, copy=True, order="K", subok=False, ndmin=0, *, blocking=False):
+    if isinstance(a, ndarray) and not copy and dtype in (None, a.dtype) and a.ndim >= ndmin:
+        return a
+    if isinstance(a, (list, tuple)):
+        a = [_plain(item) for item in a]
+    host = np.array(_plain(a), dtype, order=order, ndmin=ndmin)
+    native = host.astype(host.dtype.newbyteorder("="), copy=False)
+    moved = _allocate_like(native)
+    _plain(moved)[...] = native
+    return moved
+
+
+def asarray(a, dtype=None, order=None, *, blocking=False):
+    return array(a, dtype, copy=False, order=order or "K")
+
+
+def asnumpy(a, stream=None, order="C", out=None, *, blocking=True):
+    return a.get() if isinstance(a, ndarray) else np.asarray(a)
+
+
+def shares_memory(a, b, max_work=None):
+    if isinstance(max_work, int):
+        raise NotImplementedError("Not supported for integer `max_work`.")
+    return np.shares_memory(_plain(a), _plain(b))
+
+
+def may_share_memory(a, b, max_work=None):
+    if max_work is not None:
+        raise NotImplementedError("Only supported for `max_work` is `None`")
+    return np.may_share_memory(_plain(a), _plain(b))
+
+
+# ---- modules and kernels ---------------------------------------------------------------------------------------------
+
+_libraries = {}  # path, device -> loaded library: like CuPy, a path is loaded once
+_lock = threading.Lock()
+_pool = None  # all libraries run on the stacks of the first
+
+
+def _load_copy(path):
+    """The loader knows files by where they lie, and would take one file for two devices' modules."""
+    with tempfile.NamedTemporaryFile(dir=_cache(), suffix=".so", delete=False) as copy:
+        copy.write(Path(path).read_bytes())
+    try:
+        return ctypes.CDLL(copy.name)
+    finally:
+        os.unlink(copy.name)
+
+
+def _load(path):
+    global _pool
+    with _lock:
+        key = os.fspath(path), Device().id
+        if key not in _libraries:
+            if settings.sanitize and "libasan" not in os.environ.get("LD_PRELOAD", ""):
+                raise RuntimeError("sanitized code needs a process started with sanitizer_environment()")
+            # ASan reads the file once more, to name the line
+            library = ctypes.CDLL(os.path.abspath(path)) if settings.sanitize else _load_copy(path)
+            library.emulator_launch.restype = ctypes.c_char_p
+            library.emulator_launch.argtypes = (
+                ctypes.c_void_p,
+                ctypes.c_char_p,
+                ctypes.c_void_p,
+                ctypes.c_uint,
+                ctypes.c_uint,
+                ctypes.c_uint,
+                ctypes.c_size_t,
+                ctypes.c_uint,
+                ctypes.c_int,
+            )
+            library.emulator_cluster.argtypes = (ctypes.c_void_p,)
+            library.emulator_pool.restype = ctypes.c_void_p
+            library.emulator_pool.argtypes = (ctypes.c_void_p,)
+            library.emulator_plan_size.restype = ctypes.c_size_t
+            _pool = library.emulator_pool(_pool)
+            _libraries[key] = library
+        return _libraries[key]
+
+
+class RawModule:
+    """cupy.RawModule, of a file that `compile` made; what the file is called does not matter."""
+
+    def __init__(self, *, path):
+        self.file_path = path
+
+    def get_function(self, name):
+        return RawKernel(_load(self.file_path), name)
+
+
+class RawKernel:
+    """cupy.RawKernel: ``kernel(grid, block, (plan,), shared_mem=bytes)``; the plan is a structured array of size 1."""
+
+    def __init__(self, library, name):
+        try:
+            function = getattr(library, name)
+        except AttributeError:
+            raise EmulatorError(f"CUDA_ERROR_NOT_FOUND: named symbol not found: {name}") from None
+        self._library = library
+        self.name = name
+        self.kernel = types.SimpleNamespace(ptr=ctypes.cast(function, ctypes.c_void_p).value)
+        self._shared = 48 << 10
+        self._cluster = library.emulator_cluster(self.kernel.ptr)
+
+    @property
+    def max_dynamic_shared_size_bytes(self):
+        return self._shared
+
+    @max_dynamic_shared_size_bytes.setter
+    def max_dynamic_shared_size_bytes(self, size):
+        if not 0 <= size <= Device().attributes["MaxSharedMemoryPerBlockOptin"]:
+            raise EmulatorError(
+                f"CUDA_ERROR_INVALID_VALUE: {self.name}: {size} bytes of shared memory are not to be had"
+            )
+        self._shared = size
+
+    def __call__(self, grid, block, args, *, shared_mem=0):
+        if any(n > 1 for n in (*grid[1:], *block[1:])):
+            raise NotImplementedError(f"{self.name}: grids and blocks of more than one dimension")
+        if shared_mem > self._shared:
+            raise EmulatorError(
+                f"CUDA_ERROR_INVALID_VALUE: {self.name}: launched with {shared_mem} bytes of shared memory; "
+                f"max_dynamic_shared_size_bytes is {self._shared}"
+            )
+        if self._cluster > 8 and self.kernel.ptr not in _large_clusters:
+            raise EmulatorError(
+                f"CUDA_ERROR_INVALID_CLUSTER_SIZE: {self.name}: clusters of {self._cluster} blocks, without the "
+                "attribute that allows more than 8"
+            )
+        (plan,) = args
+        if not isinstance(plan, np.ndarray) or isinstance(plan, ndarray) or plan.size != 1:
+            raise TypeError(f"{self.name}: a plan is passed by value, as a numpy.ndarray of size one")
+        if plan.itemsize != self._library.emulator_plan_size():
+            raise EmulatorError(
+                f"{self.name}: the plan has {plan.itemsize} bytes, kl::Plan {self._library.emulator_plan_size()}"
+            )
+        error = self._library.emulator_launch(
+            self.kernel.ptr,
+            self.name.encode(),
+            plan.ctypes.data,
+            max(1, grid[0]),  # as CuPy does
+            max(1, block[0]),
+            0,
+            shared_mem,
+            settings.seed,
+            settings.threads,
+        )
+        if error:
+            raise EmulatorError(error.decode())
+
+
+_large_clusters = set()  # addresses of the kernels that may have them
+
+
+def _set_attribute(kernel, attribute, value):
+    """cuFuncSetAttribute, for CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED, which RawKernel does not know."""
+    if attribute != 14:
+        raise NotImplementedError(f"attribute {attribute}")
+    (_large_clusters.add if value else _large_clusters.discard)(kernel)
+
+
+# ---- CuPy ------------------------------------------------------------------------------------------------------------
+
+
+def _module(name, **content):
+    module = types.ModuleType(name)
+    module.__dict__.update(content)
+    return module
+
+
+_runtime = _module(
+    "cupy.cuda.runtime",
+    getDevice=lambda: Device().id,
+    getDeviceCount=lambda: settings.devices,
+    deviceSynchronize=lambda: None,
+    CUDARuntimeError=EmulatorError,
+)
+_driver = _module("cupy_backends.cuda.api.driver", funcSetAttribute=_set_attribute, CUDADriverError=EmulatorError)
+_cuda = _module(
+    "cupy.cuda",
+    Device=Device,
+    Stream=Stream,
+    MemoryPointer=MemoryPointer,
+    runtime=_runtime,
+    get_current_stream=_stream,
+    is_available=lambda: True,
+)
+cupy = _module(
+    "cupy",
+    __version__="emulated",
+    cuda=_cuda,
+    RawModule=RawModule,
+    is_available=lambda: True,
+    ndarray=ndarray,
+    array=array,
+    asarray=asarray,
+    asnumpy=asnumpy,
+    empty=lambda shape, dtype=float, order="C": _allocate(shape, dtype, order),
+    zeros=lambda shape, dtype=float, order="C": _filled(_allocate(shape, dtype, order), 0),
+    ones=lambda shape, dtype=float, order="C": _filled(_allocate(shape, dtype, order), 1),
+    full=lambda shape, value, dtype=None, order="C": _filled(
+        _allocate(shape, np.asarray(value).dtype if dtype is None else dtype, order), value
+    ),
+    empty_like=_allocate_like,
+    zeros_like=lambda a, *args, **keywords: _filled(_allocate_like(a, *args, **keywords), 0),
+    broadcast_to=lambda a, shape: np.broadcast_to(a, shape, subok=True),
+    broadcast_shapes=np.broadcast_shapes,
+    moveaxis=np.moveaxis,
+    may_share_memory=may_share_memory,
+    shares_memory=shares_memory,
+    dtype=np.dtype,
+    bool_=np.bool_,
+    int32=np.int32,
+    int64=np.int64,
+    float16=np.float16,
+    float32=np.float32,
+    float64=np.float64,
+    inf=np.inf,
+    nan=np.nan,
+)
+
+_replaced = []  # undo, last one first
+
+
+def install():
+    """Be CuPy and NVRTC for this process, until uninstall()."""
+    if _replaced:
+        return
+    nvrtc = importlib.import_module("klcore.backends.nvrtc")
+    for module in (cupy, _cuda, _runtime, _driver):
+        _replaced.append(functools.partial(_restore, module.__name__, sys.modules.get(module.__name__)))
+        sys.modules[module.__name__] = module
+    for name, function in {"compile": compile, "build": _build}.items():
+        _replaced.append(functools.partial(setattr, nvrtc, name, getattr(nvrtc, name)))
+        setattr(nvrtc, name, function)
+    _forget()
+
+
+def uninstall():
+    while _replaced:
+        _replaced.pop()()
+    _forget()
+
+
+def _restore(name, module):
+    if module is None:
+        sys.modules.pop(name, None)
+    else:
+        sys.modules[name] = module
+
+
+def _forget():
+    """Have the backend imported anew: it holds on to the kernels, and to the CuPy, that it found first."""
+    sys.modules.pop("klcore.backends.cuda", None)
+    importlib.import_module("klcore.backends")._module.cache_clear()
+
+
+@contextlib.contextmanager
+def using(**changes):
+    """Settings for a while: ``with using(seed=3, architecture="75"): ...``"""
+    before = {name: getattr(settings, name) for name in changes}
+    try:
+        for name, value in changes.items():
+            setattr(settings, name, value)
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(settings, name, value)

@@ -1,0 +1,723 @@
+// CUDA kernels on the CPU, for tests without a GPU: the subset of CUDA C++ that klcore uses, for g++ -std=c++17.
+// Included before the CUDA source, with launch.h after it; tests/emulator/device.py compiles the three and starts
+// kernels.
+//
+// Every CUDA thread is a fiber with a stack of its own. Fibers change places only where CUDA threads wait for each
+// other, so a run depends on nothing but the seed of its schedule: 0 runs everything in order, others permute blocks
+// and threads and let some warps run far ahead. A correct kernel gives the same bits under every seed. What is
+// undefined on a GPU and would go unnoticed on a CPU is an error here that names kernel, block and thread: threads that
+// wait for others that never come, lanes outside of their mask, misaligned vectors, shared memory overrun, or read
+// after its block has ended. Shared memory starts as NaNs, and asynchronous copies land as late as they may, so that
+// missing waits and barriers show in the results.
+//
+// Not here, because klcore does without: static __shared__ variables, grids and blocks of more than one dimension,
+// shuffles of parts of a warp (width), textures, streams.
+#pragma once
+#include <sys/mman.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstdarg>
+#include <cstddef>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <exception>
+#include <mutex>
+#include <new>
+#include <numeric>
+#include <string>
+#include <thread>
+#include <vector>
+
+#if !defined(__linux__) || !defined(__x86_64__)
+#define EMULATOR_UCONTEXT 1   // elsewhere the C library switches stacks: slowly
+#endif
+#if defined(EMULATOR_UCONTEXT)
+#include <ucontext.h>
+#endif
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
+#include <sanitizer/common_interface_defs.h>
+#else
+#define ASAN_POISON_MEMORY_REGION(at, bytes) ((void)(at), (void)(bytes))
+#define ASAN_UNPOISON_MEMORY_REGION(at, bytes) ((void)(at), (void)(bytes))
+#endif
+
+#define KL_EMULATOR 1
+#if !defined(KL_EMULATOR_ARCH)
+#define KL_EMULATOR_ARCH 90   // the GPU that is emulated, as __CUDA_ARCH__ / 10
+#endif
+
+// Behind the standard headers, which have uses of their own for some of these words.
+#define __global__
+#define __device__
+#define __host__
+#define __forceinline__ inline __attribute__((always_inline))
+#define __noinline__ __attribute__((noinline))
+#define __launch_bounds__(...)
+#define __align__(n) __attribute__((aligned(n)))
+// The size of its clusters is compiled into a kernel. Here it is the section that the kernel lies in, which launch.h
+// looks up; it must be a number, or a macro that becomes one.
+#if defined(__ELF__)
+#define EMULATOR_SECTION(x, ...) __attribute__((section("emulator_cluster_" #x)))
+#define __cluster_dims__(...) EMULATOR_SECTION(__VA_ARGS__, 1)
+#endif
+
+namespace emulator {
+
+// ---- what one launch asks for ---------------------------------------------------------------------------------------
+struct Dim { unsigned x, y, z; };
+
+struct Launch {
+  const char* name;                   // of the kernel
+  void (*run)(const Launch&);         // calls it, for one thread
+  void (*kernel)();
+  const void* plan;
+  unsigned grid, block, cluster;      // blocks, threads a block, blocks a cluster
+  std::size_t shared_bytes;           // a block
+  unsigned seed;
+  int threads;                        // of the operating system
+};
+
+struct Error { std::string text; };
+
+constexpr unsigned WARP = 32;
+constexpr std::size_t GUARD = 1024;   // bytes around a block's shared memory that nobody may touch; keeps its alignment
+#if defined(__SANITIZE_ADDRESS__)
+constexpr std::size_t STACK = 256 << 10;
+#else
+constexpr std::size_t STACK = 64 << 10;
+#endif
+
+// ---- fibers ---------------------------------------------------------------------------------------------------------
+struct Context {
+#if defined(EMULATOR_UCONTEXT)
+  ucontext_t registers;
+#else
+  void* top;                          // of the stack, where the registers lie while another fiber runs
+#endif
+  const void* stack;
+  std::size_t size;
+  void* fake;                         // ASan's
+};
+
+#if !defined(EMULATOR_UCONTEXT)
+// Saves the registers that a function must preserve, and goes on where `to` was saved. Jumps instead of returning,
+// because the processor would predict a return to where this call came from.
+extern "C" void emulator_switch(void** from, void* to);
+asm(R"(
+.pushsection .text
+.local emulator_switch
+.type emulator_switch, @function
+.p2align 4
+emulator_switch:
+  pushq %rbp
+  pushq %rbx
+  pushq %r12
+  pushq %r13
+  pushq %r14
+  pushq %r15
+  movq %rsp, (%rdi)
+  movq %rsi, %rsp
+  popq %r15
+  popq %r14
+  popq %r13
+  popq %r12
+  popq %rbx
+  popq %rbp
+  popq %rcx
+  jmpq *%rcx
+.size emulator_switch, .-emulator_switch
+.popsection
+)");
+#endif
+
+// `last`: `from` is never gone back to
+inline void change(Context& from, Context& to, bool last = false) {
+#if defined(__SANITIZE_ADDRESS__)
+  __sanitizer_start_switch_fiber(last ? nullptr : &from.fake, to.stack, to.size);
+#endif
+  (void)last;
+#if defined(EMULATOR_UCONTEXT)
+  swapcontext(&from.registers, &to.registers);
+#else
+  emulator_switch(&from.top, to.top);
+#endif
+#if defined(__SANITIZE_ADDRESS__)
+  __sanitizer_finish_switch_fiber(from.fake, nullptr, nullptr);
+#endif
+}
+
+inline void prepare(Context& c, char* stack, std::size_t size, void (*entry)()) {
+  c.stack = stack, c.size = size, c.fake = nullptr;
+  ASAN_UNPOISON_MEMORY_REGION(stack + size - 16384, 16384);   // fibers leave through functions that never return
+#if defined(EMULATOR_UCONTEXT)
+  getcontext(&c.registers);
+  c.registers.uc_stack.ss_sp = stack;
+  c.registers.uc_stack.ss_size = size;
+  c.registers.uc_link = nullptr;
+  makecontext(&c.registers, entry, 0);
+#else
+  void** top = reinterpret_cast<void**>(stack + size);
+  *--top = nullptr;                   // as a return address, where a function expects one; unwinding ends here
+  *--top = reinterpret_cast<void*>(entry);
+  for (int k = 0; k < 6; k++) *--top = nullptr;
+  c.top = top;
+#endif
+}
+
+// Memory for stacks, kept between launches: first use of a page costs more than all else in a small launch. All modules
+// of a process share one pool (emulator_pool in launch.h), and each operating-system thread borrows a piece of it.
+struct Pool {
+  struct Piece { char* data; std::size_t bytes; };
+  std::mutex lock;
+  std::vector<Piece> free;
+
+  Piece take(std::size_t bytes) {
+    {
+      std::lock_guard<std::mutex> guard(lock);
+      for (std::size_t i = 0; i < free.size(); i++) {
+        if (free[i].bytes < bytes) continue;
+        Piece found = free[i];
+        free.erase(free.begin() + (std::ptrdiff_t)i);
+        return found;
+      }
+    }
+    void* data = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (data == MAP_FAILED) throw std::bad_alloc();
+#if defined(MADV_NOHUGEPAGE)
+    madvise(data, bytes, MADV_NOHUGEPAGE);   // of most stacks only a page or two is ever used
+#endif
+    return {(char*)data, bytes};
+  }
+  void give(Piece piece) {
+    std::lock_guard<std::mutex> guard(lock);
+    free.push_back(piece);
+  }
+};
+inline Pool*& pool() {
+  static Pool* shared = new Pool;     // never destroyed: it may outlive this module
+  return shared;
+}
+
+// ---- threads, warps, blocks -----------------------------------------------------------------------------------------
+enum Place : unsigned char {
+  RUNNING, RETURNED, SYNCTHREADS, CLUSTER_BARRIER, SYNCWARP, SHFL, SHFL_XOR, SHFL_DOWN, ALL, ANY, BALLOT,
+};
+inline const char* name_of(Place p) {
+  static const char* const names[] = {
+    "is running", "has returned", "is at __syncthreads", "is at cluster_barrier", "is at __syncwarp",
+    "is at __shfl_sync", "is at __shfl_xor_sync", "is at __shfl_down_sync", "is at __all_sync", "is at __any_sync",
+    "is at __ballot_sync",
+  };
+  return names[p];
+}
+
+struct Block;
+struct Copy { void* to; const void* from; unsigned bytes; };
+
+struct Fiber {
+  Context context;
+  Dim thread;                         // threadIdx
+  Block* block;
+  unsigned lane;
+  Place place;
+  // of a warp's operation: what this lane gave, and what it gets
+  unsigned mask, source;
+  std::uint64_t value, result;
+  std::vector<Copy> copies;           // that have not landed yet
+};
+
+struct Warp {
+  unsigned there, returned, waiting;  // a bit a lane
+};
+
+struct Block {
+  Dim index;                          // blockIdx
+  unsigned rank;                      // in its cluster
+  Fiber* fibers;
+  Warp* warps;
+  char* shared;
+  unsigned arrived, alive;            // threads at __syncthreads; threads that have not returned
+};
+
+[[noreturn]] __attribute__((format(printf, 1, 2))) void fail(const char* format, ...);
+
+// Runs one cluster after the other on one thread of the operating system.
+struct Scheduler {
+  const Launch& launch;
+  Dim grid, block;                    // gridDim, blockDim
+  Fiber* current = nullptr;
+  std::vector<Block> blocks;          // of the cluster
+  unsigned arrived = 0, alive = 0;    // threads at cluster_barrier; threads that have not returned
+  std::string error;
+
+  explicit Scheduler(const Launch& l)
+      : launch(l), grid{l.grid, 1, 1}, block{l.block, 1, 1}, blocks(l.cluster), fibers(l.cluster * l.block),
+        warps(l.cluster * warps_per_block()) {
+    unsigned capacity = 1;
+    while (capacity < fibers.size()) capacity *= 2;
+    ready.resize(capacity);
+    arena = (l.shared_bytes + 2 * GUARD + 1023) / 1024 * 1024;
+    arenas = (char*)std::aligned_alloc(1024, arena * l.cluster);
+    if (!arenas) throw std::bad_alloc();
+    stacks = pool()->take((fibers.size() + 1) * STACK);   // the first is for the second to run over into
+    for (unsigned b = 0; b < l.cluster; b++) {
+      blocks[b].rank = b;
+      blocks[b].fibers = &fibers[b * l.block];
+      blocks[b].warps = &warps[b * warps_per_block()];
+      blocks[b].shared = arenas + b * arena + GUARD;
+      for (unsigned t = 0; t < l.block; t++) {
+        Fiber& f = blocks[b].fibers[t];
+        f.thread = {t, 0, 0};
+        f.block = &blocks[b];
+        f.lane = t % WARP;
+      }
+    }
+  }
+  ~Scheduler() {
+    ASAN_UNPOISON_MEMORY_REGION(arenas, arena * launch.cluster);
+    std::free(arenas);
+    if (!error.empty()) {             // fibers that were stopped have left ASan's marks, or overrun their stacks
+      ASAN_UNPOISON_MEMORY_REGION(stacks.data, stacks.bytes);
+      for (std::size_t i = 0; i < fibers.size(); i++) {
+        if (*far_end(i)) *far_end(i) = 0;
+      }
+    }
+    pool()->give(stacks);
+  }
+  Scheduler(const Scheduler&) = delete;
+  Scheduler& operator=(const Scheduler&) = delete;
+
+  unsigned warps_per_block() const { return (launch.block + WARP - 1) / WARP; }
+
+  bool run(unsigned cluster);         // false: `error` says why
+  void wake(Fiber& f) {
+    f.place = RUNNING;
+    ready[tail++ & (ready.size() - 1)] = &f;
+  }
+  void give_way();                    // to whatever can run; returns when this fiber is awake and it is its turn
+  [[noreturn]] void leave();          // for good
+  unsigned random(unsigned below) {
+    state ^= state << 13, state ^= state >> 7, state ^= state << 17;
+    return (unsigned)((state >> 32) * below >> 32);
+  }
+  std::string describe(const Fiber& f, const std::string& what) const {
+    return std::string(launch.name) + ": block " + std::to_string(f.block->index.x) + ", thread " +
+           std::to_string(f.thread.x) + ": " + what;
+  }
+
+ private:
+  Context main;
+  std::vector<Fiber> fibers;
+  std::vector<Warp> warps;
+  std::vector<Fiber*> ready;          // a ring of those that can run
+  unsigned head = 0, tail = 0;
+  char* arenas = nullptr;
+  std::size_t arena = 0;
+  Pool::Piece stacks{};
+  std::uint64_t state = 1;
+  bool hurried = false;               // prefer those woken last, so that some warps run far ahead of the others
+
+  char* stack(std::size_t i) const { return stacks.data + (i + 1) * STACK; }
+  // of a stack: zero until something overruns it
+  volatile std::uint64_t* far_end(std::size_t i) const { return (volatile std::uint64_t*)stack(i); }
+  Fiber* pick();
+  std::string deadlock() const;
+  void begin(unsigned first_block);
+  void end_block(Block& b);
+  friend void enter();
+};
+
+inline Scheduler*& scheduler() {
+  static thread_local Scheduler* s = nullptr;
+  return s;
+}
+
+inline void fail(const char* format, ...) {
+  char text[400];
+  va_list arguments;
+  va_start(arguments, format);
+  std::vsnprintf(text, sizeof text, format, arguments);
+  va_end(arguments);
+  throw Error{scheduler()->describe(*scheduler()->current, text)};
+}
+
+__attribute__((noinline)) inline std::string call() {
+  Scheduler& s = *scheduler();
+  try {
+    s.launch.run(s.launch);
+    return {};
+  } catch (const Error& e) {
+    return e.text;
+  } catch (const std::exception& e) {
+    return s.describe(*s.current, std::string("exception: ") + e.what());
+  } catch (...) {
+    return s.describe(*s.current, "an exception");
+  }
+}
+__attribute__((noinline)) inline void call_and_report() {
+  std::string error = call();
+  if (!error.empty()) scheduler()->error.swap(error);
+}
+#if defined(__SANITIZE_ADDRESS__)
+__attribute__((no_sanitize_address))
+#endif
+inline void enter() {
+#if defined(__SANITIZE_ADDRESS__)
+  Context& main = scheduler()->main;
+  const void* stack;
+  std::size_t size;
+  __sanitizer_finish_switch_fiber(nullptr, &stack, &size);
+  if (!main.stack) main.stack = stack, main.size = size;   // the first fiber comes from there
+#endif
+  call_and_report();
+  scheduler()->leave();
+}
+
+inline Fiber* Scheduler::pick() {
+  if (head == tail) return nullptr;
+  unsigned last = (unsigned)ready.size() - 1;
+  if (launch.seed) {
+    unsigned count = tail - head;
+    unsigned chosen = tail - 1 - random(hurried && count > WARP ? WARP : count);
+    std::swap(ready[chosen & last], ready[head & last]);
+  }
+  return ready[head++ & last];
+}
+
+inline void Scheduler::give_way() {
+  Fiber* me = current;
+  Fiber* next = pick();
+  if (next == me) return;
+  if (!next) throw Error{deadlock()};
+  current = next;
+  change(me->context, next->context);
+}
+
+inline void Scheduler::leave() {
+  Fiber& me = *current;
+  if (error.empty()) {
+    me.place = RETURNED;
+    me.block->warps[me.thread.x / WARP].returned |= 1u << me.lane;
+    alive--;
+    if (*far_end((std::size_t)(&me - fibers.data()))) error = describe(me, "the emulator's stack overflowed");
+    if (--me.block->alive == 0) end_block(*me.block);
+  }
+  Fiber* next = error.empty() ? pick() : nullptr;
+  if (next) {
+    current = next;
+    change(me.context, next->context, true);
+  }
+  if (error.empty() && alive) error = deadlock();
+  change(me.context, main, true);
+  std::abort();
+}
+
+inline void Scheduler::end_block(Block& b) {
+#if !defined(__SANITIZE_ADDRESS__)
+  const char* end = b.shared + launch.shared_bytes;
+  for (std::size_t i = 0; i < GUARD && error.empty(); i++) {
+    if (end[i] == '\xff') continue;
+    error = std::string(launch.name) + ": block " + std::to_string(b.index.x) + ": wrote beyond its shared memory of " +
+            std::to_string(launch.shared_bytes) + " bytes, at byte " + std::to_string(launch.shared_bytes + i);
+  }
+#endif
+  std::memset(b.shared, 0xff, launch.shared_bytes);        // for peers that hold on to a pointer
+  ASAN_POISON_MEMORY_REGION(b.shared, launch.shared_bytes);
+}
+
+// Called when nobody can run: says who waits, and for whom.
+inline std::string Scheduler::deadlock() const {
+  for (const Fiber& f : fibers) {
+    if (f.place <= RETURNED) continue;
+    bool everywhere = f.place == CLUSTER_BARRIER, in_warp = f.place > CLUSTER_BARRIER;
+    const Fiber* first = everywhere ? fibers.data() : in_warp ? &f - f.lane : f.block->fibers;
+    const Fiber* end = everywhere ? first + fibers.size() : in_warp ? first + WARP : first + launch.block;
+    end = std::min(end, everywhere ? end : (const Fiber*)f.block->fibers + launch.block);
+    for (const Fiber* g = first; g != end; g++) {
+      if (in_warp && !(f.mask >> g->lane & 1)) continue;
+      if (g->place == f.place && (!in_warp || g->mask == f.mask)) continue;
+      std::string other = "thread " + std::to_string(g->thread.x);
+      if (g->block != f.block) other += " of block " + std::to_string(g->block->index.x);
+      other += std::string(" ") + name_of(g->place) + (g->place == f.place ? ", with another mask" : "");
+      return describe(f, std::string(name_of(f.place)) + " and would wait for ever: " + other);
+    }
+  }
+  return std::string(launch.name) + ": deadlock";
+}
+
+inline void Scheduler::begin(unsigned first_block) {
+  std::uint64_t mixed = (launch.seed * 0x9e3779b97f4a7c15ull) ^ ((first_block + 1) * 0xbf58476d1ce4e5b9ull);
+  state = mixed ? mixed : 1;
+  for (int k = 0; k < 4; k++) random(1);
+  hurried = launch.seed && random(2);
+  main.stack = nullptr;
+  head = tail = arrived = 0;
+  alive = (unsigned)fibers.size();
+  ASAN_UNPOISON_MEMORY_REGION(arenas, arena * launch.cluster);
+  std::memset(arenas, 0xff, arena * launch.cluster);
+  for (Block& b : blocks) {
+    b.index = {first_block + b.rank, 0, 0};
+    b.arrived = 0;
+    b.alive = launch.block;
+    ASAN_POISON_MEMORY_REGION(b.shared - GUARD, GUARD);
+    ASAN_POISON_MEMORY_REGION(b.shared + launch.shared_bytes, arena - GUARD - launch.shared_bytes);
+    for (unsigned w = 0; w < warps_per_block(); w++) {
+      unsigned lanes = std::min(launch.block - w * WARP, WARP);
+      b.warps[w] = {lanes < WARP ? (1u << lanes) - 1 : ~0u, 0, 0};
+    }
+    for (unsigned t = 0; t < launch.block; t++) {
+      Fiber& f = b.fibers[t];
+      f.copies.clear();
+      // Stacks start at different cache lines of their pages: else all of them would want the same few sets of the
+      // caches.
+      std::size_t i = (std::size_t)(&f - fibers.data());
+      prepare(f.context, stack(i), STACK - i * 576 % 8192 / 64 * 64, enter);
+      wake(f);
+    }
+  }
+}
+
+inline bool Scheduler::run(unsigned cluster) {
+  scheduler() = this;
+  begin(cluster * launch.cluster);
+  current = pick();
+  change(main, current->context);
+  scheduler() = nullptr;
+  return error.empty();
+}
+
+// ---- what a whole launch does ---------------------------------------------------------------------------------------
+inline std::string run(const Launch& l) {
+  std::string name = std::string(l.name) + ": ";
+  if (l.grid == 0 || l.block == 0 || l.block > 1024 || l.cluster == 0 || l.grid % l.cluster)
+    return name + "a grid of " + std::to_string(l.grid) + " blocks of " + std::to_string(l.block) +
+           " threads in clusters of " + std::to_string(l.cluster) + " cannot be launched";
+  if (l.cluster > 16) return name + "no GPU takes clusters of more than 16 blocks";
+  if (l.cluster > 1 && KL_EMULATOR_ARCH < 90) return name + "clusters need compute capability 9.0";
+
+  unsigned clusters = l.grid / l.cluster;
+  std::vector<unsigned> order(clusters);
+  std::iota(order.begin(), order.end(), 0u);
+  std::uint64_t state = l.seed * 0x9e3779b97f4a7c15ull;
+  for (unsigned i = clusters; l.seed && i > 1; i--) {
+    state = state * 6364136223846793005ull + 1442695040888963407ull;
+    std::swap(order[i - 1], order[(state >> 32) % i]);
+  }
+
+  std::atomic<unsigned> next(0);
+  std::atomic<bool> failed(false);
+  std::mutex lock;
+  std::string error;
+  unsigned of = clusters;             // the first that failed, whoever noticed first: those before it have all begun
+  auto report = [&](unsigned i, const std::string& text) {
+    std::lock_guard<std::mutex> guard(lock);
+    if (error.empty() || i < of) error = text, of = i;
+    failed = true;
+  };
+  auto work = [&] {
+    try {
+      Scheduler s(l);
+      for (unsigned i; !failed && (i = next++) < clusters;) {
+        if (!s.run(order[i])) report(i, s.error);
+      }
+    } catch (const std::exception& e) {
+      report(clusters, name + e.what());
+    }
+  };
+  std::vector<std::thread> others;
+  unsigned threads = std::min((unsigned)std::max(l.threads, 1), clusters);
+  for (unsigned t = 1; t < threads; t++) others.emplace_back(work);
+  work();
+  for (std::thread& t : others) t.join();
+  return error;
+}
+
+// ---- barriers -------------------------------------------------------------------------------------------------------
+inline void syncthreads() {
+  Scheduler& s = *scheduler();
+  Fiber& me = *s.current;
+  Block& b = *me.block;
+  me.place = SYNCTHREADS;
+  if (++b.arrived == s.launch.block) {
+    b.arrived = 0;
+    for (unsigned t = 0; t < s.launch.block; t++) s.wake(b.fibers[t]);
+  }
+  s.give_way();
+}
+
+// The lanes of `mask` meet. Each brings a value and gets the one that lane `source` has brought; for __syncwarp and
+// votes, the bits of the lanes whose value is not zero.
+inline std::uint64_t meet(Place place, unsigned mask, std::uint64_t value, unsigned source) {
+  Scheduler& s = *scheduler();
+  Fiber& me = *s.current;
+  Warp& w = me.block->warps[me.thread.x / WARP];
+  Fiber* lanes = &me - me.lane;
+  unsigned group = mask & w.there;
+  me.place = place;
+  if (!(mask >> me.lane & 1))
+    fail("%s with mask %08x, outside of which lies its own lane, %u", name_of(place), mask, me.lane);
+  if (group & w.returned)
+    fail("%s with mask %08x, but lane %d has returned", name_of(place), mask, __builtin_ctz(group & w.returned));
+  if (!(group >> source & 1)) fail("%s with mask %08x, but reads lane %u", name_of(place), mask, source);
+  me.mask = mask, me.source = source, me.value = value;
+  w.waiting |= 1u << me.lane;
+  if ((w.waiting & group) == group) {
+    unsigned votes = 0;
+    for (unsigned rest = group; rest; rest &= rest - 1) {
+      unsigned lane = (unsigned)__builtin_ctz(rest);
+      const Fiber& f = lanes[lane];
+      if (f.place != place || (f.mask & w.there) != group)
+        fail("%s with mask %08x, but lane %u %s with mask %08x", name_of(place), mask, lane, name_of(f.place), f.mask);
+      votes |= (f.value != 0 ? 1u : 0u) << lane;
+    }
+    w.waiting &= ~group;
+    for (unsigned rest = group; rest; rest &= rest - 1) {
+      Fiber& f = lanes[__builtin_ctz(rest)];
+      f.result = place == SHFL || place == SHFL_XOR || place == SHFL_DOWN ? lanes[f.source].value : votes;
+      s.wake(f);
+    }
+  }
+  s.give_way();
+  return me.result;
+}
+
+inline unsigned lane() { return scheduler()->current->lane; }
+
+template <typename T> inline T shuffle(Place place, unsigned mask, T value, unsigned source) {
+  static_assert(sizeof(T) <= 8, "shuffles take up to 8 bytes");
+  std::uint64_t bits = 0;
+  std::memcpy(&bits, &value, sizeof(T));
+  bits = meet(place, mask, bits, source);
+  std::memcpy(&value, &bits, sizeof(T));
+  return value;
+}
+
+inline char* shared_memory() { return scheduler()->current->block->shared; }
+
+template <int BYTES> inline void check_aligned(const void* at, const char* what) {
+  static_assert(BYTES == 4 || BYTES == 8 || BYTES == 16, "vectors have 4, 8 or 16 bytes");
+  if ((std::uintptr_t)at % BYTES) fail("%s %d bytes at %p, which is not aligned to them", what, BYTES, at);
+}
+
+inline void land(const Copy& c) { std::memcpy(c.to, c.from, c.bytes); }
+
+}  // namespace emulator
+
+// ---- CUDA's own functions -------------------------------------------------------------------------------------------
+inline void __syncthreads() { emulator::syncthreads(); }
+inline void __syncwarp(unsigned mask = ~0u) { emulator::meet(emulator::SYNCWARP, mask, 0, emulator::lane()); }
+template <typename T> inline T __shfl_sync(unsigned mask, T value, int source) {
+  return emulator::shuffle(emulator::SHFL, mask, value, (unsigned)source % emulator::WARP);
+}
+template <typename T> inline T __shfl_xor_sync(unsigned mask, T value, int bits) {
+  return emulator::shuffle(emulator::SHFL_XOR, mask, value, (emulator::lane() ^ (unsigned)bits) % emulator::WARP);
+}
+template <typename T> inline T __shfl_down_sync(unsigned mask, T value, unsigned by) {
+  unsigned lane = emulator::lane();
+  return emulator::shuffle(emulator::SHFL_DOWN, mask, value, lane + by < emulator::WARP ? lane + by : lane);
+}
+inline unsigned __ballot_sync(unsigned mask, int predicate) {
+  return (unsigned)emulator::meet(emulator::BALLOT, mask, predicate != 0, emulator::lane());
+}
+inline int __any_sync(unsigned mask, int predicate) {
+  return emulator::meet(emulator::ANY, mask, predicate != 0, emulator::lane()) != 0;
+}
+inline int __all_sync(unsigned mask, int predicate) {
+  return emulator::meet(emulator::ALL, mask, predicate == 0, emulator::lane()) == 0;   // nobody votes against
+}
+inline void __threadfence() { std::atomic_thread_fence(std::memory_order_seq_cst); }
+inline unsigned atomicAdd(unsigned* at, unsigned by) { return __atomic_fetch_add(at, by, __ATOMIC_SEQ_CST); }
+inline unsigned atomicInc(unsigned* at, unsigned last) {
+  const int order = __ATOMIC_SEQ_CST;
+  unsigned old = __atomic_load_n(at, order);
+  while (!__atomic_compare_exchange_n(at, &old, old >= last ? 0 : old + 1, false, order, order)) {}
+  return old;
+}
+
+// ---- what klcore's CUDA source has in PTX ---------------------------------------------------------------------------
+namespace kl {
+
+inline unsigned cluster_rank() { return emulator::scheduler()->current->block->rank; }
+
+inline void cluster_barrier() {
+  emulator::Scheduler& s = *emulator::scheduler();
+  s.current->place = emulator::CLUSTER_BARRIER;
+  if (++s.arrived == s.blocks.size() * s.launch.block) {
+    s.arrived = 0;
+    for (emulator::Block& b : s.blocks) {
+      for (unsigned t = 0; t < s.launch.block; t++) s.wake(b.fibers[t]);
+    }
+  }
+  s.give_way();
+}
+
+// the same place in the shared memory of another block of the cluster
+template <typename T> inline T* cluster_peer(T* mine, unsigned rank) {
+  emulator::Scheduler& s = *emulator::scheduler();
+  std::ptrdiff_t offset = (const char*)mine - s.current->block->shared;
+  if (rank >= s.blocks.size()) emulator::fail("asks for block %u of a cluster of %zu", rank, s.blocks.size());
+  if (offset < 0 || (std::size_t)offset >= s.launch.shared_bytes)
+    emulator::fail("cluster_peer of %p, which is not in the shared memory of its own block", (const void*)mine);
+  if (s.blocks[rank].alive == 0)
+    emulator::fail("reaches into the shared memory of block %u, which has ended", s.blocks[rank].index.x);
+  return (T*)(s.blocks[rank].shared + offset);
+}
+
+// Under seed 0, lands when the thread waits for it: the last moment, so that whoever does not wait finds NaNs. Under
+// others, now or then, as it falls out: neither what lies there before nor the source may be touched in between.
+template <int BYTES> inline void copy_async(void* to_shared, const void* from_global) {
+  static_assert(KL_EMULATOR_ARCH >= 80, "asynchronous copies need compute capability 8.0");
+  emulator::Scheduler& s = *emulator::scheduler();
+  emulator::check_aligned<BYTES>(to_shared, "copies asynchronously to");
+  emulator::check_aligned<BYTES>(from_global, "copies asynchronously from");
+  std::ptrdiff_t offset = (char*)to_shared - s.current->block->shared;
+  if (offset < 0 || (std::size_t)offset + BYTES > s.launch.shared_bytes)
+    emulator::fail("copies asynchronously to %p, which is not in the shared memory of its block", to_shared);
+  const volatile char* source = (const volatile char*)from_global;
+  (void)source[0], (void)source[BYTES - 1];   // so that ASan complains here, not where the thread waits
+  emulator::Copy copy = {to_shared, from_global, BYTES};
+  if (s.launch.seed && s.random(2)) emulator::land(copy);
+  else s.current->copies.push_back(copy);
+}
+inline void wait_copies() {
+  emulator::Scheduler& s = *emulator::scheduler();
+  emulator::Fiber& me = *s.current;
+  for (const emulator::Copy& c : me.copies) emulator::land(c);
+  me.copies.clear();
+  if (s.launch.seed) {                // others may come first
+    s.wake(me);
+    s.give_way();
+  }
+}
+
+template <int BYTES> inline void copy_vector(void* to, const void* from) {
+  emulator::check_aligned<BYTES>(to, "writes");
+  emulator::check_aligned<BYTES>(from, "reads");
+  char vector[BYTES];
+  std::memcpy(vector, from, BYTES);
+  std::memcpy(to, vector, BYTES);
+}
+
+// 2^x as inexact as a GPU's instruction: up to two units in the last place, the same for the same x.
+inline float hardware_exp2(float x) {
+  float y = exp2f(x);
+  if (x == 0 || !std::isnormal(y)) return y;
+  std::uint32_t of_x, of_y;
+  std::memcpy(&of_x, &x, 4);
+  std::memcpy(&of_y, &y, 4);
+  std::uint32_t moved = of_y + (of_x * 2654435769u >> 16) % 5 - 2;
+  std::memcpy(&y, &moved, 4);
+  return y;
+}
+
+}  // namespace kl
+
+#define threadIdx (emulator::scheduler()->current->thread)
+#define blockIdx (emulator::scheduler()->current->block->index)
+#define blockDim (emulator::scheduler()->block)
+#define gridDim (emulator::scheduler()->grid)
