@@ -2,8 +2,8 @@
 // kl_logits.h) in the same order of addition (kl_tree.h), and so with the same bits. klcore.backends.cuda fills in a
 // plan and launches; klcore.backends.nvrtc compiles this file behind those headers, as one source, for one operation,
 // pair of spaces and pair of dtypes, given as macros:
-//   KL_OPERATION, KL_SPACE_X, KL_SPACE_Y, KL_X, KL_Y (dtypes), KL_WIDE (compute in double), KL_CLUSTER (blocks a row),
-//   KL_FAST16 (both inputs have 16 bits: hardware exponentials).
+//   KL_OPERATION, KL_SPACE_X, KL_SPACE_Y, KL_X, KL_Y (dtypes), KL_OUTPUTS (1: dx, 2: dy, 4: terms), KL_WIDE (compute in
+//   double), KL_CLUSTER (blocks a row), KL_FAST16 (both inputs have 16 bits: hardware exponentials).
 //
 // A warp treats one chunk of 1024 classes at a time: it brings the chunk into shared memory by asynchronous 16-byte
 // copies, computes from there, leaves gradients in their inputs' place, and copies them out. Lane l owns columns
@@ -16,8 +16,10 @@
 #define KL_CLUSTER 1
 #endif
 #if defined(KL_EMULATOR)
+#define KL_ARCH (KL_EMULATOR_ARCH * 10)
 #define KL_SHARED_MEMORY(name) char* name = emulator::shared_memory()
 #else
+#define KL_ARCH __CUDA_ARCH__
 #define KL_SHARED_MEMORY(name) extern __shared__ __align__(16) char name[]
 #endif
 #define KL_DEVICE __device__ __forceinline__
@@ -62,22 +64,16 @@ template <int BYTES> KL_DEVICE void copy_vector(void* to, const void* from) {
   typedef typename Bytes<BYTES>::Type V;
   *(V*)to = *(const V*)from;
 }
+#if KL_ARCH >= 800
 // from global to shared memory; there after wait_copies, for other lanes after a barrier too
 template <int BYTES> KL_DEVICE void copy_async(void* to, const void* from) {
-#if __CUDA_ARCH__ >= 800
   unsigned address = (unsigned)__cvta_generic_to_shared(to);
   if constexpr (BYTES == 16) asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(address), "l"(from) : "memory");
   else asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(address), "l"(from), "n"(BYTES) : "memory");
-#else
-  copy_vector<BYTES>(to, from);
-#endif
 }
-KL_DEVICE void wait_copies() {
-#if __CUDA_ARCH__ >= 800
-  asm volatile("cp.async.wait_all;" ::: "memory");
+KL_DEVICE void wait_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 #endif
-}
-#if __CUDA_ARCH__ >= 900
+#if KL_ARCH >= 900
 KL_DEVICE unsigned cluster_rank() {
   unsigned rank;
   asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
@@ -112,6 +108,7 @@ typedef Number<KL_WIDE != 0>::Type T;
 typedef Stored<DX>::Type X;
 typedef Stored<DY>::Type Y;
 constexpr bool HAS_Y = OP != ENTROPY;
+constexpr bool OUT_DX = KL_OUTPUTS & 1, OUT_DY = KL_OUTPUTS & 2, OUT_TERMS = KL_OUTPUTS & 4;
 // the cancellation-free form is for the divergence of two rows of logits; other logits are normalised first
 constexpr bool OF_LOGITS = SX == LOGITS && SY == LOGITS && (OP == KL_DIV || OP == REL_ENTR);
 constexpr bool NORM_OF_X = !OF_LOGITS && SX == LOGITS, NORM_OF_Y = !OF_LOGITS && HAS_Y && SY == LOGITS;
@@ -122,7 +119,8 @@ typedef Term<OP, LOG_X, OP == ENTROPY ? LOG_X : LOG_Y> TheTerm;
 enum { SUM_VALUE, SUM_DX, SUM_DY, SUM_STATES };   // of normalised rows' second sweep
 enum { NORM_X = 3, NORM_Y = 5 };                  // in stats: maximum and log S of x and of y, behind the three sums
 constexpr int MAX_STATES = LOGITS_STATES;
-constexpr int BLOCKS = KL_WIDE ? 2 : 3;           // of 256 threads on a multiprocessor: what registers should suffice for
+// blocks of 256 threads on a multiprocessor: what registers, and shared memory, should suffice for
+constexpr int BLOCKS = KL_WIDE ? 1 : OF_LOGITS || OUT_DX || OUT_DY ? 2 : 3;
 constexpr int VALUE_SWEEP = NORMALISED ? 1 : 0;
 
 KL_DEVICE int states_of(int sweep) {
@@ -138,6 +136,7 @@ struct Wide {
   static constexpr int E = 8;
   int lane, n;
   KL_DEVICE explicit Wide(int classes) : lane(lane_of()), n(classes) {}
+  KL_DEVICE bool leads() const { return lane == 0; }
   KL_DEVICE int steps() const { return (n + 255) / 256; }
   KL_DEVICE int index(int step, int e) const { return 256 * step + (e & 4) * 32 + 4 * lane + (e & 3); }
   KL_DEVICE bool partial(int step) const { return 256 * step + 256 > n; }   // some index is no class: a copy of class 0
@@ -213,6 +212,7 @@ struct Narrow {
   static constexpr int E = 4;
   int lane, lanes, n;
   KL_DEVICE Narrow(int classes, int lanes_a_row) : lane(lane_of() % lanes_a_row), lanes(lanes_a_row), n(classes) {}
+  KL_DEVICE bool leads() const { return lane == 0 && n > 0; }
   KL_DEVICE int steps() const { return 1; }
   KL_DEVICE int index(int, int e) const { return lane + lanes * e; }
   KL_DEVICE bool partial(int) const { return true; }   // beyond the last class stands a copy of the lane's first
@@ -351,69 +351,74 @@ KL_DEVICE double terms_chunk(const L& at, const Slot& s, const Want& want, const
   return at.total(sums, 0);
 }
 
-// two rows of logits: classes excluded or far apart
+// Two rows of logits, with classes excluded or far apart. Two sums at a time, in loops that are not unrolled: this is
+// the rare case, and must not cost the other one its registers.
 template <class L>
 KL_DEVICE Spread far_chunk(const L& at, const Slot& s, T m, double inverse_temperature) {
   T it = (T)inverse_temperature, zero = excluded(m) ? T(0) : m, max_b = -infinity<T>();
-  typename L::template Sums<3> weights;
+  double all = 0, both = 0, sum_c = 0;
   bool impossible = false;
 #pragma unroll 1
-  for (int step = 0; step < at.steps(); step++) {
-    T a[L::E], b[L::E], e[L::E], w[L::E], c[L::E];
-    at.template read<DX>(s.x, step, a);
-    at.template read<DY>(s.y, step, b);
-#pragma unroll
-    for (int k = 0; k < L::E; k++) {
-      Shared<T> r = shared(a[k], b[k], zero, it);
-      e[k] = r.e;
-      w[k] = r.weight;
-      c[k] = r.c;
-      max_b = b[k] > max_b ? b[k] : max_b;
-      impossible |= r.impossible;
-    }
-    mask(at, step, e);
-    mask(at, step, w);
-    mask(at, step, c);
-    weights.add(step, 0, e);
-    weights.add(step, 1, w);
-    weights.add(step, 2, c);
-  }
-  max_b = at.max(max_b);
-  T from = excluded(max_b) ? T(0) : max_b;
-  double all = at.total(weights, 0), both = at.total(weights, 1), sum_c = at.total(weights, 2);
-  T mean = far_mean<T>(both, sum_c);
-  double sum[6];
-#pragma unroll
-  for (int half = 0; half < 2; half++) {   // three sums at a time: registers
-    typename L::template Sums<3> sums;
+  for (int pass = 0; pass < 2; pass++) {
+    typename L::template Sums<2> sums;
 #pragma unroll 1
     for (int step = 0; step < at.steps(); step++) {
-      T a[L::E], b[L::E], u[L::E], v[L::E], w[L::E];
+      T a[L::E], b[L::E], u[L::E];
       at.template read<DX>(s.x, step, a);
       at.template read<DY>(s.y, step, b);
 #pragma unroll
       for (int k = 0; k < L::E; k++) {
-        T q = softmax_weight((b[k] - from) * it);
-        Apart<T> r = apart(a[k], b[k], softmax_weight((a[k] - zero) * it), q, mean, it);
-        u[k] = half ? r.mass : q;
-        v[k] = half ? r.weight : r.near;
-        w[k] = half ? r.x : r.near_x;
+        Shared<T> r = shared(a[k], b[k], zero, it);
+        max_b = b[k] > max_b ? b[k] : max_b;
+        impossible |= r.impossible;
+        u[k] = r.weight;
+        a[k] = pass == 0 ? r.e : r.c;
       }
       mask(at, step, u);
-      mask(at, step, v);
-      mask(at, step, w);
-      sums.add(step, 0, u);
-      sums.add(step, 1, v);
-      sums.add(step, 2, w);
+      mask(at, step, a);
+      sums.add(step, 0, a);
+      sums.add(step, 1, u);
     }
-#pragma unroll
-    for (int q = 0; q < 3; q++) sum[3 * half + q] = at.total(sums, q);
+    sum_c = at.total(sums, 0);
+    all = pass == 0 ? sum_c : all;
+    both = at.total(sums, 1);
   }
-  return far_state(m, max_b, mean, inverse_temperature, all, sum[0], sum[1], sum[2], sum[3], sum[4], sum[5],
-                   at.any(impossible));
+  max_b = at.max(max_b);
+  T from = excluded(max_b) ? T(0) : max_b, mean = far_mean<T>(both, sum_c);
+  double q = 0, near = 0, near_x = 0, mass = 0, weights = 0, x = 0;
+#pragma unroll 1
+  for (int pass = 0; pass < 3; pass++) {
+    typename L::template Sums<2> sums;
+#pragma unroll 1
+    for (int step = 0; step < at.steps(); step++) {
+      T a[L::E], b[L::E];
+      at.template read<DX>(s.x, step, a);
+      at.template read<DY>(s.y, step, b);
+#pragma unroll
+      for (int k = 0; k < L::E; k++) {
+        T of_y = softmax_weight((b[k] - from) * it);
+        Apart<T> r = apart(a[k], b[k], softmax_weight((a[k] - zero) * it), of_y, mean, it);
+        a[k] = pass == 0 ? of_y : pass == 1 ? r.near_x : r.weight;
+        b[k] = pass == 0 ? r.near : pass == 1 ? r.mass : r.x;
+      }
+      mask(at, step, a);
+      mask(at, step, b);
+      sums.add(step, 0, a);
+      sums.add(step, 1, b);
+    }
+    double one = at.total(sums, 0), other = at.total(sums, 1);
+    q = pass == 0 ? one : q;
+    near = pass == 0 ? other : near;
+    near_x = pass == 1 ? one : near_x;
+    mass = pass == 1 ? other : mass;
+    weights = one;
+    x = other;
+  }
+  return far_state(m, max_b, mean, inverse_temperature, all, q, near, near_x, mass, weights, x, at.any(impossible));
 }
 
-template <class L> KL_DEVICE Spread spread_chunk(const L& at, const Slot& s, double inverse_temperature) {
+template <class L>
+KL_DEVICE void spread_chunk(const L& at, const Slot& s, double inverse_temperature, double* state) {
   T it = (T)inverse_temperature, m = -infinity<T>();
 #pragma unroll 1
   for (int step = 0; step < at.steps(); step++) {
@@ -470,10 +475,10 @@ template <class L> KL_DEVICE Spread spread_chunk(const L& at, const Slot& s, dou
   }
   double x = at.total(sums, 0), g = at.total(sums, 1);
   bool far = at.any(!good && at.n > 0);
-  Spread near = near_state(m, anchor, weights, x, g);
-  if (!__any_sync(ALL_LANES, far)) return near;
+  if (at.leads()) *(Spread*)state = near_state(m, anchor, weights, x, g);
+  if (!__any_sync(ALL_LANES, far)) return;
   Spread apart = far_chunk(at, s, m, inverse_temperature);
-  return far ? apart : near;
+  if (at.leads() && far) *(Spread*)state = apart;
 }
 
 template <class L, class Sink>
@@ -553,8 +558,9 @@ template <int D, class L> KL_DEVICE Norm norm_chunk(const L& at, const typename 
 }
 
 template <class L, class Sink>
-KL_DEVICE void normalised_chunk(const L& at, const Slot& s, int sweep, const double* stats, double it, const Want& want,
-                                const Sink& sink, double* state) {
+KL_DEVICE void normalised_chunk(const Plan& p, const L& at, const Slot& s, int sweep, const double* stats,
+                                const Want& want, const Sink& sink, double* state) {
+  double it = p.inverse_temperature;
   typename L::template Sums<SUM_STATES> sums;
 #pragma unroll 1
   for (int step = 0; step < at.steps(); step++) {
@@ -567,8 +573,8 @@ KL_DEVICE void normalised_chunk(const L& at, const Slot& s, int sweep, const dou
       if constexpr (NORM_OF_Y) y[e] = (T)log_prob_of(y[e], stats[NORM_Y], stats[NORM_Y + 1], it);
       if constexpr (!HAS_Y) y[e] = x[e];
       v[e] = term_value<true>(x[e], y[e]);
-      dx[e] = want.dx ? term_dx<true>(x[e], y[e]) : T(0);
-      dy[e] = want.dy ? term_dy<true>(x[e], y[e]) : T(0);
+      dx[e] = OUT_DX ? term_dx<true>(x[e], y[e]) : T(0);
+      dy[e] = OUT_DY ? term_dy<true>(x[e], y[e]) : T(0);
     }
     if (sweep == 1) {
       if (want.term) at.template write<code_of<T>()>(s.extra, step, v, want.of_term);
@@ -588,37 +594,41 @@ KL_DEVICE void normalised_chunk(const L& at, const Slot& s, int sweep, const dou
       if (want.dy) sink.dy(at, step, dy, want.of_gradient);
     }
   }
-  if (sweep == 1)
+  if (sweep != 1) return;
 #pragma unroll
-    for (int q = 0; q < SUM_STATES; q++) state[q] = at.total(sums, q);
+  for (int q = 0; q < SUM_STATES; q++) {
+    double sum = at.total(sums, q);
+    if (at.leads()) state[q] = sum;
+  }
 }
 
-// One chunk of one row: what the sweep leaves goes to `state`, which it writes to the slot.
+// One chunk of one row. The sweep leaves its state in shared memory, its outputs in the slot.
 template <class L, class Sink>
 KL_DEVICE void chunk(const Plan& p, const L& at, const Slot& s, int sweep, const double* stats, const Want& want,
                      const Sink& sink, double* state) {
   double it = p.inverse_temperature;
   if constexpr (OF_LOGITS) {
-    if (sweep == 0) *(Spread*)state = spread_chunk(at, s, it);
+    if (sweep == 0) spread_chunk(at, s, it, state);
     else spread_outputs(at, s, stats, it, want, sink);
   } else if constexpr (NORMALISED) {
     if (sweep == 0) {
-      if constexpr (NORM_OF_X) *(Norm*)state = norm_chunk<DX>(at, s.x, it);
-      if constexpr (NORM_OF_Y) *(Norm*)(state + NORM_STATES) = norm_chunk<DY>(at, s.y, it);
+      Norm of_x = {}, of_y = {};
+      if constexpr (NORM_OF_X) of_x = norm_chunk<DX>(at, s.x, it);
+      if constexpr (NORM_OF_Y) of_y = norm_chunk<DY>(at, s.y, it);
+      if (at.leads()) {
+        *(Norm*)state = of_x;
+        *(Norm*)(state + NORM_STATES) = of_y;
+      }
     } else {
-      normalised_chunk(at, s, sweep, stats, it, want, sink, state);
+      normalised_chunk(p, at, s, sweep, stats, want, sink, state);
     }
   } else {
-    state[0] = terms_chunk(at, s, want, sink);
+    double sum = terms_chunk(at, s, want, sink);
+    if (at.leads()) state[0] = sum;
   }
 }
 
-KL_DEVICE bool writes_terms(const Plan& p, int sweep) {
-  return p.output == TERMS && sweep == (OF_LOGITS || NORMALISED ? 1 : 0);
-}
-KL_DEVICE bool writes_gradients(const Plan& p, int sweep) {
-  return (p.dx.data || p.dy.data) && sweep == (OF_LOGITS ? 1 : NORMALISED ? 2 : 0);
-}
+constexpr int TERM_SWEEP = OF_LOGITS || NORMALISED ? 1 : 0, GRADIENT_SWEEP = OF_LOGITS ? 1 : NORMALISED ? 2 : 0;
 
 // ---- states into one, for one warp -----------------------------------------------------------------------------------------
 
@@ -754,8 +764,12 @@ KL_DEVICE void fold(const Plan& p, int sweep, const States& s, double* to) {
   }
 }
 
-// the last state into the row's statistics, the value first
-KL_DEVICE void finish(const Plan& p, int sweep, const double* state, double* stats) {
+// the last state into the row's statistics, the value first; `stats` may be where the state lies
+KL_DEVICE void finish(const Plan& p, int sweep, const double* from, double* stats) {
+  double state[MAX_STATES];
+#pragma unroll
+  for (int k = 0; k < MAX_STATES; k++)
+    if (k < states_of(sweep)) state[k] = from[k];
   if constexpr (OF_LOGITS) {
     logits_finish<T>(*(const Spread*)state, p.inverse_temperature, stats);
   } else if (NORMALISED && sweep == 0) {
@@ -809,9 +823,8 @@ KL_DEVICE double gradient_scale(const Plan& p) {
 }
 
 KL_DEVICE Want wanted(const Plan& p, int sweep, double weight) {
-  bool gradients = writes_gradients(p, sweep);
-  return {writes_terms(p, sweep), gradients && p.dx.data, gradients && p.dy.data, (T)weight,
-          (T)(weight * gradient_scale(p))};
+  return {OUT_TERMS && sweep == TERM_SWEEP, OUT_DX && sweep == GRADIENT_SWEEP, OUT_DY && sweep == GRADIENT_SWEEP,
+          (T)weight, (T)(weight * gradient_scale(p))};
 }
 
 KL_DEVICE void write_value(const Plan& p, char* at, double weight, double value) {
@@ -823,7 +836,13 @@ KL_DEVICE void write_value(const Plan& p, char* at, double weight, double value)
 template <int BYTES, class U> KL_DEVICE int copy_in(U* slot, const char* from, int n) {   // returns how many were copied
   int vectors = n * (int)sizeof(U) / BYTES;
 #pragma unroll 4
-  for (int v = lane_of(); v < vectors; v += WARP) copy_async<BYTES>((char*)slot + v * BYTES, from + v * BYTES);
+  for (int v = lane_of(); v < vectors; v += WARP) {
+#if KL_ARCH >= 800
+    copy_async<BYTES>((char*)slot + v * BYTES, from + v * BYTES);
+#else
+    copy_vector<BYTES>((char*)slot + v * BYTES, from + v * BYTES);
+#endif
+  }
   return vectors * (BYTES / (int)sizeof(U));
 }
 template <int BYTES, class U> KL_DEVICE int copy_out(char* to, const U* slot, int n) {
@@ -831,6 +850,11 @@ template <int BYTES, class U> KL_DEVICE int copy_out(char* to, const U* slot, in
 #pragma unroll 4
   for (int v = lane_of(); v < vectors; v += WARP) copy_vector<BYTES>(to + v * BYTES, (const char*)slot + v * BYTES);
   return vectors * (BYTES / (int)sizeof(U));
+}
+KL_DEVICE void arrived() {    // what this lane staged
+#if KL_ARCH >= 800
+  wait_copies();
+#endif
 }
 KL_DEVICE int alignment(const void* p) { return (int)((unsigned long long)p & 15); }
 
@@ -884,11 +908,14 @@ KL_DEVICE void pad(const Slot& s, int n) {
 
 // ---- shared memory ---------------------------------------------------------------------------------------------------------
 
-// Wide: for each warp `slots` chunks of x and y, and one of extra, if there is use for it.
-KL_DEVICE bool has_extra(const Plan& p) { return OF_LOGITS || p.output == TERMS; }
+// Wide: for each warp `slots` chunks of x and y, one of extra if there is use for it, and a row's stats.
+constexpr bool HAS_EXTRA = OF_LOGITS || OUT_TERMS;
 constexpr int SLOT_BYTES = CHUNK * (int)(sizeof(X) + (HAS_Y ? sizeof(Y) : 0));
 KL_DEVICE int warp_bytes(const Plan& p) {
-  return (int)p.slots * SLOT_BYTES + (has_extra(p) ? CHUNK * (int)sizeof(T) : 0);
+  return (int)p.slots * SLOT_BYTES + (HAS_EXTRA ? CHUNK * (int)sizeof(T) : 0) + MAX_STATS * 8;
+}
+KL_DEVICE double* stats_of(const Plan& p, char* shared) {
+  return (double*)(shared + (warp_of() + 1) * warp_bytes(p)) - MAX_STATS;
 }
 KL_DEVICE Slot slot_of(const Plan& p, char* shared, int j) {
   char* mine = shared + warp_of() * warp_bytes(p);
@@ -929,20 +956,21 @@ extern "C" __global__ void __launch_bounds__(256, BLOCKS) kl_units(const Plan p)
   KL_SHARED_MEMORY(shared);
   const int W = warps_of();
   Slot s = slot_of(p, shared, 0);
+  double* stats = stats_of(p, shared);
   i64 tiles = p.columns ? (p.rows + W - 1) / W * p.chunks : (p.rows * p.chunks + W - 1) / W;
   for (i64 tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
-    i64 r, c;
+    i64 r;
+    int c;
     if (p.columns) {
       r = tile / p.chunks * W + warp_of();
-      c = tile % p.chunks;
+      c = (int)(tile % p.chunks);
     } else {
       i64 unit = tile * W + warp_of();
       r = p.chunks == 1 ? unit : unit / p.chunks;
-      c = p.chunks == 1 ? 0 : unit % p.chunks;
+      c = p.chunks == 1 ? 0 : (int)(unit % p.chunks);
     }
     bool active = r < p.rows;
-    double weight = active ? weight_of(p, r) : 0.0;
-    bool live = weight != 0;
+    bool live = active && weight_of(p, r) != 0;
     int n = classes(p, c);
     if (p.columns) {
       // thread t brings the classes of row t mod W, so that neighbouring threads read neighbouring rows
@@ -954,50 +982,43 @@ extern "C" __global__ void __launch_bounds__(256, BLOCKS) kl_units(const Plan p)
       if (other < p.rows && theirs.weight != 0)
 #pragma unroll 2
         for (int i = (int)threadIdx.x / W; i < n; i += WARP) {
-          to.x[i] = *(const X*)(theirs.x + (c * CHUNK + i) * p.x.stride);
-          if (HAS_Y) to.y[i] = *(const Y*)(theirs.y + (c * CHUNK + i) * p.y.stride);
+          to.x[i] = *(const X*)(theirs.x + ((i64)c * CHUNK + i) * p.x.stride);
+          if (HAS_Y) to.y[i] = *(const Y*)(theirs.y + ((i64)c * CHUNK + i) * p.y.stride);
         }
       __syncthreads();
     } else if (live) {
       stage_chunk(p, locate(p, r), c, s);
-      wait_copies();
+      arrived();
     }
     __syncwarp();
     if (live) pad(s, n);
     __syncwarp();
 
-    double stats[MAX_STATS], state[MAX_STATES];
-    if (p.first > 0 && live)
-#pragma unroll
-      for (int k = 0; k < MAX_STATS; k++) stats[k] = p.stats[r * MAX_STATS + k];
+    if (p.first > 0 && live && lane_of() < MAX_STATS) stats[lane_of()] = p.stats[r * MAX_STATS + lane_of()];
+    __syncwarp();
     Want all = {};
 #pragma unroll 1
     for (int sweep = (int)p.first; sweep < (int)p.last; sweep++) {
-      Want want = wanted(p, sweep, weight);
+      Want want = wanted(p, sweep, active ? weight_of(p, r) : 0.0);
       all.term |= want.term;
       all.dx |= want.dx;
       all.dy |= want.dy;
       if (!live) continue;
-      chunk(p, Wide(n), s, sweep, stats, want, InPlace{s}, state);
-      if (states_of(sweep) == 0) continue;
-      if (p.chunks == 1) {
-        finish(p, sweep, state, stats);
-      } else if (lane_of() == 0) {
-        int count = states_of(sweep);
-#pragma unroll
-        for (int k = 0; k < MAX_STATES; k++)
-          if (k < count) p.states[(r * count + k) * p.chunks + c] = state[k];
-      }
+      chunk(p, Wide(n), s, sweep, stats, want, InPlace{s}, stats);
+      __syncwarp();
+      int count = states_of(sweep);
+      if (count > 0 && p.chunks == 1 && lane_of() == 0) finish(p, sweep, stats, stats);
+      if (lane_of() < count && p.chunks > 1) p.states[(r * count + lane_of()) * p.chunks + c] = stats[lane_of()];
+      __syncwarp();
     }
-    if (p.chunks == 1 && active && lane_of() == 0) {
-      if (p.output != TERMS && p.value.data) write_value(p, locate(p, r).value, weight, stats[VALUE]);
-      if (p.stats && live)
-#pragma unroll
-        for (int k = 0; k < MAX_STATS; k++) p.stats[r * MAX_STATS + k] = stats[k];
+    if (p.chunks == 1 && active) {
+      if (lane_of() == 0 && !OUT_TERMS && p.value.data)
+        write_value(p, locate(p, r).value, weight_of(p, r), stats[VALUE]);
+      if (p.stats && live && lane_of() < MAX_STATS) p.stats[r * MAX_STATS + lane_of()] = stats[lane_of()];
     }
     if (active && !live) put_zeros(s, all, n);
     if (!p.columns) {
-      if (active && (all.term || all.dx || all.dy)) store_outputs(p, locate(p, r), c * CHUNK, n, s, all);
+      if (active && (all.term || all.dx || all.dy)) store_outputs(p, locate(p, r), (i64)c * CHUNK, n, s, all);
     } else if (all.term || all.dx || all.dy) {
       int of = (int)threadIdx.x % W;
       i64 other = tile / p.chunks * W + of;
@@ -1007,7 +1028,7 @@ extern "C" __global__ void __launch_bounds__(256, BLOCKS) kl_units(const Plan p)
         Slot from = slot_of(p, shared + (of - warp_of()) * warp_bytes(p), 0);
 #pragma unroll 2
         for (int i = (int)threadIdx.x / W; i < n; i += WARP) {
-          i64 k = c * CHUNK + i;
+          i64 k = (i64)c * CHUNK + i;
           if (all.term && p.value.dtype == FLOAT32) *(float*)(theirs.value + k * p.value.stride) = (float)from.extra[i];
           else if (all.term) *(double*)(theirs.value + k * p.value.stride) = (double)from.extra[i];
           if (all.dx) *(X*)(theirs.dx + k * p.dx.stride) = from.x[i];
@@ -1026,7 +1047,7 @@ extern "C" __global__ void __launch_bounds__(256, BLOCKS) kl_narrow(const Plan p
   KL_SHARED_MEMORY(shared);
   constexpr int SIZE = CHUNK + COLUMNS;   // behind the rows, one that nobody asked for, for lanes without a row
   const int R = (int)p.count, n = (int)p.n;
-  int bytes = SIZE * (int)(sizeof(X) + (HAS_Y ? sizeof(Y) : 0) + (has_extra(p) ? sizeof(T) : 0)) + R * MAX_STATS * 8;
+  int bytes = SIZE * (int)(sizeof(X) + (HAS_Y ? sizeof(Y) : 0) + (HAS_EXTRA ? sizeof(T) : 0)) + R * MAX_STATS * 8;
   char* mine = shared + warp_of() * bytes;
   double* known = (double*)mine;           // [R][MAX_STATS]: first a row's state, then its stats
   Slot s;
@@ -1050,7 +1071,7 @@ extern "C" __global__ void __launch_bounds__(256, BLOCKS) kl_narrow(const Plan p
     if (p.dense) {
       stage(s.x, first.x, sizeof(X), rows * n);
       if constexpr (HAS_Y) stage(s.y, first.y, sizeof(Y), rows * n);
-      wait_copies();
+      arrived();
     } else {
 #pragma unroll 1
       for (int e = lane_of(); e < rows * n; e += WARP) {
@@ -1083,29 +1104,20 @@ extern "C" __global__ void __launch_bounds__(256, BLOCKS) kl_narrow(const Plan p
           want = Want{};
           here.n = 0;
         }
-        double state[MAX_STATES];
-        chunk(p, here, row, sweep, known + (live ? r : 0) * MAX_STATS, want, InPlace{row}, state);
-        if (live && lane_of() % lanes == 0)
-#pragma unroll
-          for (int k = 0; k < MAX_STATES; k++)
-            if (k < states_of(sweep)) known[r * MAX_STATS + k] = state[k];
+        double* mine = known + (live ? r : 0) * MAX_STATS;
+        chunk(p, here, row, sweep, mine, want, InPlace{row}, mine);
       }
       __syncwarp();
       if (states_of(sweep) == 0) continue;
 #pragma unroll 1
-      for (int r = lane_of(); r < rows; r += WARP) {
-        double state[MAX_STATES];
-#pragma unroll
-        for (int k = 0; k < MAX_STATES; k++) state[k] = k < states_of(sweep) ? known[r * MAX_STATS + k] : 0.0;
-        finish(p, sweep, state, known + r * MAX_STATS);
-      }
+      for (int r = lane_of(); r < rows; r += WARP) finish(p, sweep, known + r * MAX_STATS, known + r * MAX_STATS);
       __syncwarp();
     }
 #pragma unroll 1
     for (int r = lane_of(); r < rows; r += WARP) {
-      if (!p.weights.data && !p.stats && !(p.output != TERMS && p.value.data)) break;
+      if (!p.weights.data && !p.stats && !(!OUT_TERMS && p.value.data)) break;
       Row row = locate(p, r0 + r);
-      if (p.output != TERMS && p.value.data) write_value(p, row.value, row.weight, known[r * MAX_STATS + VALUE]);
+      if (!OUT_TERMS && p.value.data) write_value(p, row.value, row.weight, known[r * MAX_STATS + VALUE]);
       if (p.stats)
         for (int k = 0; k < MAX_STATS; k++) p.stats[(r0 + r) * MAX_STATS + k] = known[r * MAX_STATS + k];
       if (row.weight != 0) continue;
@@ -1155,7 +1167,7 @@ extern "C" __global__ void __launch_bounds__(256, BLOCKS) kl_rows(const Plan p) 
     if (live && resident) {
 #pragma unroll 1
       for (int c = mine, j = 0; c < chunks; c += step, j++) stage_chunk(p, locate(p, r), c, slot_of(p, shared, j));
-      wait_copies();
+      arrived();
       __syncwarp();
 #pragma unroll 1
       for (int c = mine, j = 0; c < chunks; c += step, j++) pad(slot_of(p, shared, j), classes(p, c));
@@ -1170,18 +1182,17 @@ extern "C" __global__ void __launch_bounds__(256, BLOCKS) kl_rows(const Plan p) 
         int n = classes(p, c);
         if (live && !resident) {
           stage_chunk(p, locate(p, r), c, s);
-          wait_copies();
+          arrived();
           __syncwarp();
           pad(s, n);
           __syncwarp();
         }
         if (live) {
-          double state[MAX_STATES];
+          double* state = stats_of(p, shared);
           chunk(p, Wide(n), s, sweep, stats, want, InPlace{s}, state);
-          if (lane_of() == 0)
-#pragma unroll
-            for (int k = 0; k < MAX_STATES; k++)
-              if (k < states_of(sweep)) states[k * chunks + c] = state[k];
+          __syncwarp();
+          if (lane_of() < states_of(sweep)) states[lane_of() * chunks + c] = state[lane_of()];
+          __syncwarp();
         } else {
           put_zeros(s, want, n);
         }
@@ -1211,7 +1222,7 @@ extern "C" __global__ void __launch_bounds__(256, BLOCKS) kl_rows(const Plan p) 
       }
       __syncthreads();
     }
-    if (threadIdx.x == 0 && rank == 0 && p.output != TERMS && p.value.data)
+    if (threadIdx.x == 0 && rank == 0 && !OUT_TERMS && p.value.data)
       write_value(p, locate(p, r).value, weight, stats[VALUE]);
   }
 }
@@ -1220,7 +1231,7 @@ extern "C" __global__ void __launch_bounds__(256, BLOCKS) kl_rows(const Plan p) 
 // The states of `count` chunks of each row, or of groups of chunks: every 1024 of them into one, left in `sums` as they
 // were in `states`; the last one finishes the row.
 #if defined(KL_FOLD)
-extern "C" __global__ void __launch_bounds__(256) kl_fold(const Plan p) {
+extern "C" __global__ void __launch_bounds__(256, 1) kl_fold(const Plan p) {
   int sweep = (int)p.first, K = states_of(sweep);
   for (i64 item = (i64)blockIdx.x * warps_of() + warp_of(); item < p.rows * p.groups;
        item += (i64)gridDim.x * warps_of()) {
@@ -1288,14 +1299,13 @@ extern "C" __global__ void __launch_bounds__(256, BLOCKS) kl_summed(const Plan p
       if (row.weight == 0) continue;
       __syncwarp();
       stage_chunk(p, row, c, s);
-      wait_copies();
+      arrived();
       __syncwarp();
       pad(s, n);
       __syncwarp();
       Want want = wanted(p, sweep, row.weight);
       want.term = false;
-      double state[MAX_STATES];
-      chunk(p, Wide(n), s, sweep, p.stats + r * MAX_STATS, want, Added{sums}, state);
+      chunk(p, Wide(n), s, sweep, p.stats + r * MAX_STATS, want, Added{sums}, (double*)s.extra);
     }
     __syncwarp();
 #pragma unroll 1

@@ -31,6 +31,7 @@ template <> struct Real<float> {
   static constexpr float log2e = 0x1.715476p+0f, ln2 = 0x1.62e430p-1f;
   static constexpr float ln2_hi = 0x1.62e400p-1f, ln2_lo = 0x1.7f7d1cp-20f;  // ln2_hi * integer is exact up to 2^9
   static constexpr float tiny = 0x1p-64f, up = 0x1p64f, down = 0x1p-64f;     // below tiny, scale before taking bits apart
+  static constexpr float huge = 0x1p60f;                                     // quotients of what lies between are normal
   static constexpr float scale_octaves = 64.f;
   static constexpr float exp_max = 89.f, exp_min = -104.f;                   // beyond: infinity, zero
   static constexpr float exp_ordinary = 88.f;
@@ -53,6 +54,7 @@ template <> struct Real<double> {
   static constexpr double log2e = 0x1.71547652b82fep+0, ln2 = 0x1.62e42fefa39efp-1;
   static constexpr double ln2_hi = 0x1.62e42fefa3800p-1, ln2_lo = 0x1.ef35793c76730p-45;  // exact up to 2^11
   static constexpr double tiny = 0x1p-512, up = 0x1p512, down = 0x1p-512;
+  static constexpr double huge = 0x1p508;
   static constexpr double scale_octaves = 512.;
   static constexpr double exp_max = 710., exp_min = -746.;
   static constexpr double exp_ordinary = 709.;
@@ -74,6 +76,11 @@ KL_FN float hardware_exp2(float x) {   // to 2 ulp; zero below 2^-126
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
+KL_FN float hardware_reciprocal(float x) {   // to 1 ulp
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
 #else
 #if defined(_MSC_VER) && !defined(__clang__)
 KL_FN float fma(float a, float b, float c) { return ::fmaf(a, b, c); }
@@ -90,6 +97,20 @@ KL_FN float real(unsigned int b) { float x; KL_COPY(&x, &b, 4); return x; }
 KL_FN double real(unsigned long long b) { double x; KL_COPY(&x, &b, 8); return x; }
 #undef KL_COPY
 #endif
+
+// a/b; ordinary: b, and the quotient if it is not 0, lie far from the ends of the range
+template <bool ALL = true, typename T> KL_FN T quotient(T a, T b) {
+#if defined(__CUDA_ARCH__) || defined(KL_EMULATOR)   // what a GPU's compiler makes of a/b, without the check of that range
+  if constexpr (!ALL && sizeof(T) == sizeof(float)) {
+    T r = hardware_reciprocal(b);
+    r = fma(fma(-b, r, 1.f), r, r);
+    T q = a * r;
+    q = fma(fma(-b, q, a), r, q);
+    return fma(fma(-b, q, a), r, q);
+  }
+#endif
+  return a / b;
+}
 
 template <typename T> KL_FN T infinity() { return real(Real<T>::octaves & ~Real<T>::sign); }
 template <typename T> KL_FN T nan() { return real((Real<T>::octaves & ~Real<T>::sign) | Real<T>::half_octave); }
@@ -191,7 +212,7 @@ template <typename T> KL_FN T expm1_of(T t, T g) {
 
 // ---- logarithms -------------------------------------------------------------------------------------------------------
 // y/x = 2^k (1+s)/(1-s) with |s| <= 0.2. `from` is x and `to` is y, brought to one octave; their difference is exact.
-// Ordinary: neither is below tiny.
+// Ordinary: neither is below tiny nor huge.
 template <typename T> struct Ratio { T from, to, k; };
 template <bool ALL = true, typename T> KL_FN Ratio<T> ratio(T x, T y) {
   typedef Real<T> R;
@@ -212,7 +233,7 @@ template <typename T> struct LogRatio { T value, deviance; };
 template <bool ALL = true, typename T> KL_FN LogRatio<T> log_ratio(T x, T y) {
   typedef Real<T> R;
   Ratio<T> q = ratio<ALL>(x, y);
-  T d = q.to - q.from, s = d / (q.to + q.from), t = atanh_tail(s * s);
+  T d = q.to - q.from, s = quotient<ALL>(d, q.to + q.from), t = atanh_tail(s * s);
   T value = fma(q.k, R::ln2, fma(s, t, s + s));
   T near = s * fma(-q.from, t, d);          // same octave: Loader's form, no cancellation
   near = ALL & (x < R::tiny) ? near * R::down : near;
@@ -286,7 +307,7 @@ template <typename T> KL_FN T zero_over(T x, T y) {   // -x/y with 0/0 = 0
 template <> struct Term<KL_DIV, PROBS, PROBS> {
   static constexpr bool has_ordinary = true;
   template <typename T> static KL_FN bool ordinary(T x, T y) {
-    return (x >= Real<T>::tiny) & (y >= Real<T>::tiny) & (x < infinity<T>()) & (y < infinity<T>());
+    return (x >= Real<T>::tiny) & (y >= Real<T>::tiny) & (x < Real<T>::huge) & (y < Real<T>::huge);
   }
   template <bool ALL = true, typename T> static KL_FN T value(T x, T y) {
     T v = log_ratio<ALL>(x, y).deviance;
@@ -303,7 +324,7 @@ template <> struct Term<KL_DIV, PROBS, PROBS> {
     return on_probs(x, y, d);
   }
   template <bool ALL = true, typename T> static KL_FN T dy(T x, T y) {   // 1 - x/y
-    T d = (y - x) / y;
+    T d = quotient<ALL>(y - x, y);
     if constexpr (!ALL) return d;
     d = x == T(0) ? T(1) : d;
     return on_probs(x, y, d);

@@ -31,6 +31,7 @@ _FIELDS = (
 )  # fmt: skip
 _AT = {name: sum(words for _, words in _FIELDS[:k]) for k, (name, _) in enumerate(_FIELDS)}
 _WORDS = sum(words for _, words in _FIELDS)
+_OUTPUTS, _TERMS = {"x": 1, "y": 2}, 4  # KL_OUTPUTS
 _DOUBLES = ("inverse_temperature", "gradient_scale", "scale")
 
 
@@ -150,7 +151,7 @@ class Build(NamedTuple):
     name: str
     options: tuple[str, ...]
     kernels: tuple[str, ...]
-    hot: bool  # the user waits for memory, or should
+    hot: tuple[str, ...]  # those that should wait for memory, not for arithmetic
 
 
 _ENTRIES = {
@@ -160,12 +161,13 @@ _ENTRIES = {
 
 
 def options(
-    operation: int, spaces: tuple[int, int], dtypes: tuple[int, int], wide: bool, entries: tuple[str, ...], cluster: int
-) -> tuple[str, ...]:
+    operation: int, spaces: tuple[int, int], dtypes: tuple[int, int], wide: bool, outputs: int,
+    entries: tuple[str, ...], cluster: int = 1,
+) -> tuple[str, ...]:  # fmt: skip
     """The macros that kl_cuda.cu is compiled with for these kernels."""
     values = {
         "OPERATION": operation, "SPACE_X": spaces[0], "SPACE_Y": spaces[1], "X": dtypes[0], "Y": dtypes[1],
-        "WIDE": int(wide),
+        "WIDE": int(wide), "OUTPUTS": outputs,
     }  # fmt: skip
     if cluster > 1:
         values["CLUSTER"] = cluster
@@ -178,26 +180,33 @@ def options(
 
 
 def every_build() -> Iterator[Build]:
-    """All operations, pairs of spaces and dtypes, for checks of what is compiled."""
-    operations = ("kl_div", "rel_entr", "cross_entropy", "entropy")
+    """What calls compile, over all operations, pairs of spaces, dtypes and outputs, for checks."""
+    names = ("kl_div", "rel_entr", "cross_entropy", "entropy")
     words = tuple(rows.SPACES)
-    kernels = ("kl_units", "kl_narrow", "kl_rows", "kl_fold", "kl_summed", "kl_summed_fold")
-    for operation, name in enumerate(operations):
+    sweeping = ("kl_units", "kl_narrow", "kl_rows")
+    for operation, name in enumerate(names):
         for sx in range(3):
             for sy in range(3) if operation != rows.ENTROPY else (sx,):
                 for code, dtype in enumerate(_FLOATS):
                     wide = code == 0 or rows.is_wide(operation, (sx, sy))
                     build = partial(options, operation, (sx, sy), (code, code), wide)
                     label = f"{name} {words[sx]}" + (f"/{words[sy]}" if sy != sx else "") + f" {dtype}"
-                    hot = not wide
-                    yield Build(label, build(kernels, 1), kernels, hot)
-                    if sx == sy == 2 and operation <= rows.REL_ENTR:
-                        yield Build(f"{label} cluster", build(("kl_rows",), 8), ("kl_rows",), hot)
-    yield Build("sum", _sum_options(), ("kl_sum",), False)
+                    gradients = {"value": 0, "dx": 1} if operation == rows.ENTROPY else _CHECKED
+                    for outputs, bits in gradients.items():
+                        yield Build(f"{label} {outputs}", build(bits, sweeping), sweeping, sweeping if not wide else ())
+                    summed = ("kl_summed", "kl_summed_fold", "kl_fold")
+                    yield Build(f"{label} summed", build(1, summed), summed, ())
+                    if sx == sy == 2 and operation == rows.KL_DIV:
+                        cluster = build(2, ("kl_rows",), 8)
+                        yield Build(f"{label} dy cluster", cluster, ("kl_rows",), ("kl_rows",) if not wide else ())
+    yield Build("sum", _sum_options(), ("kl_sum",), ())
+
+
+_CHECKED = {"value": 0, "dy": 2, "dx dy": 3, "terms dx dy": 7}
 
 
 def _sum_options() -> tuple[str, ...]:
-    return options(rows.KL_DIV, (0, 0), (1, 1), False, ("kl_sum",), 1)
+    return options(rows.KL_DIV, (0, 0), (1, 1), False, 0, ("kl_sum",))
 
 
 @cache
@@ -315,13 +324,14 @@ class _Call(NamedTuple):
     spaces: tuple[int, int]
     dtypes: tuple[int, int]
     wide: bool
+    outputs: int
     n: int
     sweeps: int
 
     def kernel(self, name: str, cluster: int = 1) -> Any:
-        return _kernel(
-            self.device, options(self.operation, self.spaces, self.dtypes, self.wide, (name,), cluster), name
-        )
+        outputs = 0 if name == "kl_fold" else self.outputs  # what is folded does not depend on it
+        macros = options(self.operation, self.spaces, self.dtypes, self.wide, outputs, (name,), cluster)
+        return _kernel(self.device, macros, name)
 
     def states(self, sweep: int) -> int:
         """Doubles that a chunk leaves behind."""
@@ -343,11 +353,13 @@ class _Call(NamedTuple):
 
 
 def _warps(properties: _Device, bytes_a_warp: int, fixed: int = 0) -> int:
-    """Warps in a block, so that a few blocks share a multiprocessor."""
-    for warps in (8, 4, 2):
-        if 3 * (warps * bytes_a_warp + fixed) <= properties.shared_all:
-            return warps
-    return 2
+    """Warps in a block: if possible so that three blocks share a multiprocessor, and one computes while others load."""
+    for blocks in (3, 2, 1):
+        for warps in (8, 4, 2, 1):
+            bytes_a_block = warps * bytes_a_warp + fixed
+            if blocks * bytes_a_block <= properties.shared_all and bytes_a_block <= properties.shared:
+                return warps
+    return 1
 
 
 def _launch(call: _Call, name: str, plan: np.ndarray, items: int, warps: int, shared: int, cluster: int = 1) -> _Launch:
@@ -377,7 +389,7 @@ def _sweep_launches(call: _Call, plan: np.ndarray, layout: _Layout, last: int, o
         return [_launch(call, "kl_narrow", plan, -(-batch // (at_once * warps)), warps, warps * bytes_a_warp)]
 
     slot = CHUNK * call.bytes_a_class()
-    bytes_a_warp = slot + CHUNK * extra
+    bytes_a_warp = slot + CHUNK * extra + 8 * MAX_STATS
     warps = _warps(properties, bytes_a_warp)
 
     def units(first: int, last: int) -> _Launch:
@@ -389,10 +401,10 @@ def _sweep_launches(call: _Call, plan: np.ndarray, layout: _Layout, last: int, o
         return [units(0, last)]
 
     if not layout.columns and chunks <= CHUNK:
-        cluster, slots, warps_a_row = _residence(call, properties, chunks, last, slot, CHUNK * extra)
+        cluster, slots, warps_a_row = _residence(call, properties, chunks, last, slot, CHUNK * extra + 8 * MAX_STATS)
         if batch * cluster >= properties.multiprocessors:
             p = _with(plan, first=0, last=last, slots=slots)
-            shared = warps_a_row * (slots * slot + CHUNK * extra) + 8 * (LOGITS_STATES * chunks + MAX_STATS)
+            shared = warps_a_row * (slots * slot + CHUNK * extra + 8 * MAX_STATS) + 8 * (LOGITS_STATES * chunks + MAX_STATS)
             return [_launch(call, "kl_rows", p, batch, warps_a_row, shared, cluster)]
 
     # few rows of many classes, or classes apart: the chunks over the whole device, one sweep a launch
@@ -493,7 +505,8 @@ def _compute(cupy: Any, device: int, operation: int, task: rows.Task) -> Any:
     of_logits = task.spaces == (2, 2) and operation <= rows.REL_ENTR
     terms = task.output == rows.TERMS
     sweeps = (2 if gradients or terms else 1) if of_logits else (3 if gradients else 2) if 2 in task.spaces else 1
-    call = _Call(cupy, device, operation, task.spaces, dtypes, task.wide, task.n, sweeps)  # type: ignore[arg-type]
+    outputs = sum(_OUTPUTS[g.of] for g in task.gradients if not g.inner) + (_TERMS if terms else 0)
+    call = _Call(cupy, device, operation, task.spaces, dtypes, task.wide, outputs, task.n, sweeps)  # type: ignore[arg-type]
 
     batch = task.x.shape[:-1]
     keep: list[Any] = []  # working memory, until everything is launched
@@ -570,13 +583,12 @@ def _summed(
     layout = _layout(shape, call.n, turned, turn=False)
     stats = None
     launches: list[_Launch] = []
+    call = call._replace(outputs=_OUTPUTS[g.of])
     if call.sweeps > 1:
         stats = call.cupy.empty(task.rows * MAX_STATS, np.float64)
         keep.append(stats)
         known = _layout(shape, call.n, {k: v for k, v in turned.items() if k[0] != "d"}, turn=False)
         plan = _plan(known, call.n, stats=stats, **{**fields, "output": rows.PER_ROW})
-        # the gradient's own sweep comes last; those before it also depend on which gradients are wanted
-        plan[_AT["d" + g.of]] = to.data
         launches += _sweep_launches(call, plan, known, call.sweeps - 1, rows.PER_ROW, keep)
     groups = -(-inner // CHUNK)
     sums = call.cupy.empty(task.rows // inner * groups * call.n, np.float64)

@@ -671,7 +671,7 @@ template <typename T> inline T* cluster_peer(T* mine, unsigned rank) {
 // Under seed 0, lands when the thread waits for it: the last moment, so that whoever does not wait finds NaNs. Under
 // others, now or then, as it falls out: neither what lies there before nor the source may be touched in between.
 template <int BYTES> inline void copy_async(void* to_shared, const void* from_global) {
-  static_assert(KL_EMULATOR_ARCH >= 80, "asynchronous copies need compute capability 8.0");
+  static_assert(BYTES > 0 && KL_EMULATOR_ARCH >= 80, "asynchronous copies need compute capability 8.0");
   emulator::Scheduler& s = *emulator::scheduler();
   emulator::check_aligned<BYTES>(to_shared, "copies asynchronously to");
   emulator::check_aligned<BYTES>(from_global, "copies asynchronously from");
@@ -703,17 +703,19 @@ template <int BYTES> inline void copy_vector(void* to, const void* from) {
   std::memcpy(to, vector, BYTES);
 }
 
-// 2^x as inexact as a GPU's instruction: up to two units in the last place, the same for the same x.
-inline float hardware_exp2(float x) {
-  float y = exp2f(x);
-  if (x == 0 || !std::isnormal(y)) return y;
+// `y`, disturbed by up to `ulps` units in the last place, the same for the same x.
+inline float disturbed(float x, float y, unsigned ulps) {
+  if (!std::isnormal(y)) return y;
   std::uint32_t of_x, of_y;
   std::memcpy(&of_x, &x, 4);
   std::memcpy(&of_y, &y, 4);
-  std::uint32_t moved = of_y + (of_x * 2654435769u >> 16) % 5 - 2;
+  std::uint32_t moved = of_y + (of_x * 2654435769u >> 16) % (2 * ulps + 1) - ulps;
   std::memcpy(&y, &moved, 4);
   return y;
 }
+// As inexact as a GPU's instructions.
+inline float hardware_exp2(float x) { return x == 0 ? 1.f : disturbed(x, exp2f(x), 2); }
+inline float hardware_reciprocal(float x) { return disturbed(x, 1.f / x, 1); }
 
 }  // namespace kl
 
