@@ -3,7 +3,8 @@
 // plan and launches; klcore.backends.nvrtc compiles this file behind those headers, as one source, for one operation,
 // pair of spaces and pair of dtypes, given as macros:
 //   KL_OPERATION, KL_SPACE_X, KL_SPACE_Y, KL_X, KL_Y (dtypes), KL_OUTPUTS (1: dx, 2: dy, 4: terms), KL_WIDE (compute in
-//   double), KL_CLUSTER (blocks a row), KL_FAST16 (both inputs have 16 bits: hardware exponentials).
+//   double), KL_CLUSTER (blocks a row), KL_TEMPERATURE (if it is not 1), KL_FAST16 (both inputs have 16 bits: hardware
+//   exponentials).
 //
 // A warp treats one chunk of 1024 classes at a time: it brings the chunk into shared memory by asynchronous 16-byte
 // copies, computes from there, leaves gradients in their inputs' place, and copies them out. Lane l owns columns
@@ -98,6 +99,14 @@ constexpr unsigned ALL_LANES = ~0u;
 constexpr int WARP = 32;
 KL_DEVICE int lane_of() { return (int)(threadIdx.x % WARP); }
 KL_DEVICE int warp_of() { return (int)(threadIdx.x / WARP); }
+KL_DEVICE float larger(float a, float b) { return fmaxf(a, b); }   // the number, if one is NaN
+KL_DEVICE double larger(double a, double b) { return fmax(a, b); }
+KL_DEVICE i64 again(i64 v) {   // v, of which the compiler does not know that: what follows from it is computed again,
+#if !defined(KL_EMULATOR)      // not kept in registers meanwhile
+  asm volatile("" : "+l"(v));
+#endif
+  return v;
+}
 KL_DEVICE int warps_of() { return (int)(blockDim.x / WARP); }
 
 // ---- what is compiled ------------------------------------------------------------------------------------------------------
@@ -122,6 +131,14 @@ constexpr int MAX_STATES = LOGITS_STATES;
 // blocks of 256 threads on a multiprocessor: what registers, and shared memory, should suffice for
 constexpr int BLOCKS = KL_WIDE ? 1 : OF_LOGITS || OUT_DX || OUT_DY ? 2 : 3;
 constexpr int VALUE_SWEEP = NORMALISED ? 1 : 0;
+
+KL_DEVICE double inverse_temperature(const Plan& p) {   // multiplying by 1 changes nothing: the compiler leaves it out
+#if defined(KL_TEMPERATURE)
+  return p.inverse_temperature;
+#else
+  return 1.0;
+#endif
+}
 
 KL_DEVICE int states_of(int sweep) {
   if (OF_LOGITS) return sweep == 0 ? LOGITS_STATES : 0;
@@ -163,8 +180,7 @@ struct Wide {
   KL_DEVICE T max(T m) const {
 #pragma unroll
     for (int o = 16; o; o /= 2) {
-      T other = __shfl_xor_sync(ALL_LANES, m, o);
-      m = other > m ? other : m;
+      m = larger(__shfl_xor_sync(ALL_LANES, m, o), m);
     }
     return m;
   }
@@ -228,8 +244,7 @@ struct Narrow {
   }
   KL_DEVICE T max(T m) const {
     for (int o = lanes / 2; o; o /= 2) {
-      T other = __shfl_xor_sync(ALL_LANES, m, o);
-      m = other > m ? other : m;
+      m = larger(__shfl_xor_sync(ALL_LANES, m, o), m);
     }
     return m;
   }
@@ -425,7 +440,7 @@ KL_DEVICE void spread_chunk(const L& at, const Slot& s, double inverse_temperatu
     T a[L::E];
     at.template read<DX>(s.x, step, a);
 #pragma unroll
-    for (int e = 0; e < L::E; e++) m = a[e] > m ? a[e] : m;
+    for (int e = 0; e < L::E; e++) m = larger(a[e], m);
   }
   m = at.max(m);
   typename L::template Sums<2> means;
@@ -458,7 +473,6 @@ KL_DEVICE void spread_chunk(const L& at, const Slot& s, double inverse_temperatu
 #pragma unroll
     for (int e = 0; e < L::E; e++) {
       z[e] = centred(a[e], b[e], anchor, it);
-      good &= in_range(z[e]);
       ordinary &= absolute(z[e]) < Real<T>::far;
     }
     if (__all_sync(ALL_LANES, ordinary)) {
@@ -466,7 +480,10 @@ KL_DEVICE void spread_chunk(const L& at, const Slot& s, double inverse_temperatu
       for (int e = 0; e < L::E; e++) g[e] = w[e] * expm1_minus<false>(z[e]);
     } else {
 #pragma unroll
-      for (int e = 0; e < L::E; e++) g[e] = w[e] * expm1_minus(z[e]);
+      for (int e = 0; e < L::E; e++) {
+        good &= in_range(z[e]);
+        g[e] = w[e] * expm1_minus(z[e]);
+      }
     }
     sums.add(step, 1, g);
 #pragma unroll
@@ -482,9 +499,9 @@ KL_DEVICE void spread_chunk(const L& at, const Slot& s, double inverse_temperatu
 }
 
 template <class L, class Sink>
-KL_DEVICE void spread_outputs(const L& at, const Slot& s, const double* stats, double inverse_temperature,
-                              const Want& want, const Sink& sink) {
-  Known<T> known(inverse_temperature, stats);
+KL_DEVICE void spread_outputs(const L& at, const Slot& s, const double* stats, double it, const Want& want,
+                              const Sink& sink) {
+  Known<T> known(it, stats);
   bool far = stats[ROW_FAR] != 0;
   constexpr int TERM = OP == REL_ENTR ? LITERAL : DEVIANCE;
 #pragma unroll 1
@@ -505,9 +522,10 @@ KL_DEVICE void spread_outputs(const L& at, const Slot& s, const double* stats, d
       }
       continue;
     }
-#pragma unroll
-    for (int e = 0; e < L::E; e++) r[e] = near_outputs(a[e], b[e], known, want.term ? TERM : NO_TERM, want.dx, want.dy);
     T v[L::E];
+    const int term = want.term ? TERM : NO_TERM;
+#pragma unroll
+    for (int e = 0; e < L::E; e++) r[e] = near_outputs(a[e], b[e], known, term, want.dx, want.dy);
     if (want.term) {
 #pragma unroll
       for (int e = 0; e < L::E; e++) v[e] = r[e].term;
@@ -534,7 +552,7 @@ template <int D, class L> KL_DEVICE Norm norm_chunk(const L& at, const typename 
     T x[L::E];
     at.template read<D>(slot, step, x);
 #pragma unroll
-    for (int e = 0; e < L::E; e++) m = x[e] > m ? x[e] : m;
+    for (int e = 0; e < L::E; e++) m = larger(x[e], m);
   }
   m = at.max(m);
   double zero = zero_for(m);
@@ -560,7 +578,7 @@ template <int D, class L> KL_DEVICE Norm norm_chunk(const L& at, const typename 
 template <class L, class Sink>
 KL_DEVICE void normalised_chunk(const Plan& p, const L& at, const Slot& s, int sweep, const double* stats,
                                 const Want& want, const Sink& sink, double* state) {
-  double it = p.inverse_temperature;
+  double it = inverse_temperature(p);
   typename L::template Sums<SUM_STATES> sums;
 #pragma unroll 1
   for (int step = 0; step < at.steps(); step++) {
@@ -606,7 +624,7 @@ KL_DEVICE void normalised_chunk(const Plan& p, const L& at, const Slot& s, int s
 template <class L, class Sink>
 KL_DEVICE void chunk(const Plan& p, const L& at, const Slot& s, int sweep, const double* stats, const Want& want,
                      const Sink& sink, double* state) {
-  double it = p.inverse_temperature;
+  double it = inverse_temperature(p);
   if constexpr (OF_LOGITS) {
     if (sweep == 0) spread_chunk(at, s, it, state);
     else spread_outputs(at, s, stats, it, want, sink);
@@ -681,8 +699,7 @@ template <int Q, class F> KL_DEVICE void sum_states(int count, F f, double* tota
 KL_DEVICE double lanes_max(double m) {
 #pragma unroll
   for (int o = 16; o; o /= 2) {
-    double other = __shfl_xor_sync(ALL_LANES, m, o);
-    m = other > m ? other : m;
+    m = larger(__shfl_xor_sync(ALL_LANES, m, o), m);
   }
   return m;
 }
@@ -751,10 +768,10 @@ KL_DEVICE Norm fold_norms(const States& s, int base, double it) {
 
 KL_DEVICE void fold(const Plan& p, int sweep, const States& s, double* to) {
   if constexpr (OF_LOGITS) {
-    *(Spread*)to = fold_spreads(s, p.inverse_temperature);
+    *(Spread*)to = fold_spreads(s, inverse_temperature(p));
   } else if (NORMALISED && sweep == 0) {
-    if constexpr (NORM_OF_X) *(Norm*)to = fold_norms(s, 0, p.inverse_temperature);
-    if constexpr (NORM_OF_Y) *(Norm*)(to + NORM_STATES) = fold_norms(s, NORM_STATES, p.inverse_temperature);
+    if constexpr (NORM_OF_X) *(Norm*)to = fold_norms(s, 0, inverse_temperature(p));
+    if constexpr (NORM_OF_Y) *(Norm*)(to + NORM_STATES) = fold_norms(s, NORM_STATES, inverse_temperature(p));
   } else {
     constexpr int Q = NORMALISED ? (int)SUM_STATES : 1;
     sum_states<Q>(s.count, [&](int i, double* v) {
@@ -771,7 +788,7 @@ KL_DEVICE void finish(const Plan& p, int sweep, const double* from, double* stat
   for (int k = 0; k < MAX_STATES; k++)
     if (k < states_of(sweep)) state[k] = from[k];
   if constexpr (OF_LOGITS) {
-    logits_finish<T>(*(const Spread*)state, p.inverse_temperature, stats);
+    logits_finish<T>(*(const Spread*)state, inverse_temperature(p), stats);
   } else if (NORMALISED && sweep == 0) {
     if constexpr (NORM_OF_X) {
       stats[NORM_X] = state[0];
@@ -952,6 +969,17 @@ using namespace kl;
 // Each warp treats one chunk of one row at a time. Where neighbouring rows lie side by side, the block's warps take
 // neighbouring rows and read them together.
 #if defined(KL_UNITS)
+struct Unit {
+  i64 row;
+  int chunk;
+};
+KL_DEVICE Unit unit_of(const Plan& p, i64 tile) {
+  if (p.columns) return {tile / p.chunks * warps_of() + warp_of(), (int)(tile % p.chunks)};
+  i64 unit = tile * warps_of() + warp_of();
+  if (p.chunks == 1) return {unit, 0};
+  return {unit / p.chunks, (int)(unit % p.chunks)};
+}
+
 extern "C" __global__ void __launch_bounds__(256, BLOCKS) kl_units(const Plan p) {
   KL_SHARED_MEMORY(shared);
   const int W = warps_of();
@@ -959,82 +987,80 @@ extern "C" __global__ void __launch_bounds__(256, BLOCKS) kl_units(const Plan p)
   double* stats = stats_of(p, shared);
   i64 tiles = p.columns ? (p.rows + W - 1) / W * p.chunks : (p.rows * p.chunks + W - 1) / W;
   for (i64 tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
-    i64 r;
-    int c;
+    Unit unit = unit_of(p, tile);
+    bool active = unit.row < p.rows, live = active && weight_of(p, unit.row) != 0;
+    int n = classes(p, unit.chunk);
+    // where rows lie side by side, thread t brings classes of row t mod W: neighbours read neighbours
+    int of = (int)threadIdx.x % W;
+    Slot theirs = slot_of(p, shared + (of - warp_of()) * warp_bytes(p), 0);
     if (p.columns) {
-      r = tile / p.chunks * W + warp_of();
-      c = (int)(tile % p.chunks);
-    } else {
-      i64 unit = tile * W + warp_of();
-      r = p.chunks == 1 ? unit : unit / p.chunks;
-      c = p.chunks == 1 ? 0 : (int)(unit % p.chunks);
-    }
-    bool active = r < p.rows;
-    bool live = active && weight_of(p, r) != 0;
-    int n = classes(p, c);
-    if (p.columns) {
-      // thread t brings the classes of row t mod W, so that neighbouring threads read neighbouring rows
-      int of = (int)threadIdx.x % W;
-      i64 other = tile / p.chunks * W + of;
-      Row theirs = locate(p, other < p.rows ? other : 0);
-      Slot to = slot_of(p, shared + (of - warp_of()) * warp_bytes(p), 0);
+      i64 r = unit.row - warp_of() + of;
       __syncthreads();
-      if (other < p.rows && theirs.weight != 0)
+      if (r < p.rows && weight_of(p, r) != 0) {
+        Row row = locate(p, r);
 #pragma unroll 2
         for (int i = (int)threadIdx.x / W; i < n; i += WARP) {
-          to.x[i] = *(const X*)(theirs.x + ((i64)c * CHUNK + i) * p.x.stride);
-          if (HAS_Y) to.y[i] = *(const Y*)(theirs.y + ((i64)c * CHUNK + i) * p.y.stride);
+          i64 k = (i64)unit.chunk * CHUNK + i;
+          theirs.x[i] = *(const X*)(row.x + k * p.x.stride);
+          if (HAS_Y) theirs.y[i] = *(const Y*)(row.y + k * p.y.stride);
         }
+      }
       __syncthreads();
     } else if (live) {
-      stage_chunk(p, locate(p, r), c, s);
+      stage_chunk(p, locate(p, unit.row), unit.chunk, s);
       arrived();
     }
+    if (p.first > 0 && live && lane_of() < MAX_STATS)
+      stats[lane_of()] = p.stats[unit.row * MAX_STATS + lane_of()];
     __syncwarp();
     if (live) pad(s, n);
     __syncwarp();
 
-    if (p.first > 0 && live && lane_of() < MAX_STATS) stats[lane_of()] = p.stats[r * MAX_STATS + lane_of()];
-    __syncwarp();
-    Want all = {};
 #pragma unroll 1
-    for (int sweep = (int)p.first; sweep < (int)p.last; sweep++) {
-      Want want = wanted(p, sweep, active ? weight_of(p, r) : 0.0);
-      all.term |= want.term;
-      all.dx |= want.dx;
-      all.dy |= want.dy;
-      if (!live) continue;
-      chunk(p, Wide(n), s, sweep, stats, want, InPlace{s}, stats);
+    for (int sweep = (int)p.first; live && sweep < (int)p.last; sweep++) {
+      chunk(p, Wide(n), s, sweep, stats, wanted(p, sweep, weight_of(p, unit_of(p, again(tile)).row)), InPlace{s}, stats);
       __syncwarp();
       int count = states_of(sweep);
       if (count > 0 && p.chunks == 1 && lane_of() == 0) finish(p, sweep, stats, stats);
-      if (lane_of() < count && p.chunks > 1) p.states[(r * count + lane_of()) * p.chunks + c] = stats[lane_of()];
+      if (lane_of() < count && p.chunks > 1) {
+        Unit here = unit_of(p, again(tile));
+        p.states[(here.row * count + lane_of()) * p.chunks + here.chunk] = stats[lane_of()];
+      }
       __syncwarp();
     }
+    unit = unit_of(p, again(tile));
+    active = unit.row < p.rows;
+    n = classes(p, unit.chunk);
     if (p.chunks == 1 && active) {
-      if (lane_of() == 0 && !OUT_TERMS && p.value.data)
-        write_value(p, locate(p, r).value, weight_of(p, r), stats[VALUE]);
-      if (p.stats && live && lane_of() < MAX_STATS) p.stats[r * MAX_STATS + lane_of()] = stats[lane_of()];
+      if (lane_of() == 0 && !OUT_TERMS && p.value.data) {
+        Row row = locate(p, unit.row);
+        write_value(p, row.value, row.weight, stats[VALUE]);
+      }
+      if (p.stats && live && lane_of() < MAX_STATS) p.stats[unit.row * MAX_STATS + lane_of()] = stats[lane_of()];
     }
+    Want all = {};
+    for (int sweep = (int)p.first; sweep < (int)p.last; sweep++) {
+      all.term |= OUT_TERMS && sweep == TERM_SWEEP;
+      all.dx |= OUT_DX && sweep == GRADIENT_SWEEP;
+      all.dy |= OUT_DY && sweep == GRADIENT_SWEEP;
+    }
+    if (!all.term && !all.dx && !all.dy) continue;
     if (active && !live) put_zeros(s, all, n);
     if (!p.columns) {
-      if (active && (all.term || all.dx || all.dy)) store_outputs(p, locate(p, r), (i64)c * CHUNK, n, s, all);
-    } else if (all.term || all.dx || all.dy) {
-      int of = (int)threadIdx.x % W;
-      i64 other = tile / p.chunks * W + of;
-      __syncthreads();
-      if (other < p.rows) {
-        Row theirs = locate(p, other);
-        Slot from = slot_of(p, shared + (of - warp_of()) * warp_bytes(p), 0);
+      if (active) store_outputs(p, locate(p, unit.row), (i64)unit.chunk * CHUNK, n, s, all);
+      continue;
+    }
+    i64 r = unit.row - warp_of() + of;
+    __syncthreads();
+    if (r >= p.rows) continue;
+    Row row = locate(p, r);
 #pragma unroll 2
-        for (int i = (int)threadIdx.x / W; i < n; i += WARP) {
-          i64 k = (i64)c * CHUNK + i;
-          if (all.term && p.value.dtype == FLOAT32) *(float*)(theirs.value + k * p.value.stride) = (float)from.extra[i];
-          else if (all.term) *(double*)(theirs.value + k * p.value.stride) = (double)from.extra[i];
-          if (all.dx) *(X*)(theirs.dx + k * p.dx.stride) = from.x[i];
-          if (all.dy) *(Y*)(theirs.dy + k * p.dy.stride) = from.y[i];
-        }
-      }
+    for (int i = (int)threadIdx.x / W; i < n; i += WARP) {
+      i64 k = (i64)unit.chunk * CHUNK + i;
+      if (all.term && p.value.dtype == FLOAT32) *(float*)(row.value + k * p.value.stride) = (float)theirs.extra[i];
+      else if (all.term) *(double*)(row.value + k * p.value.stride) = (double)theirs.extra[i];
+      if (all.dx) *(X*)(row.dx + k * p.dx.stride) = theirs.x[i];
+      if (all.dy) *(Y*)(row.dy + k * p.dy.stride) = theirs.y[i];
     }
   }
 }

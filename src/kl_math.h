@@ -103,6 +103,9 @@ template <bool ALL = true, typename T> KL_FN T quotient(T a, T b) {
 #if defined(__CUDA_ARCH__) || defined(KL_EMULATOR)   // what a GPU's compiler makes of a/b, without the check of that range
   if constexpr (!ALL && sizeof(T) == sizeof(float)) {
     T r = hardware_reciprocal(b);
+#if defined(KL_FAST16)
+    return a * r;
+#endif
     r = fma(fma(-b, r, 1.f), r, r);
     T q = a * r;
     q = fma(fma(-b, q, a), r, q);
@@ -199,6 +202,13 @@ template <typename T> KL_FN T expm1(T x) {
 // e^t - 1 - t >= 0 for t <= far, without cancellation near 0; ordinary: |t| < far
 template <bool ALL = true, typename T> KL_FN T expm1_minus(T t) {
   typedef Real<T> R;
+#if defined(KL_FAST16)
+  if constexpr (sizeof(T) == sizeof(float)) {
+    T apart = (hardware_exp2(t * R::log2e) - T(1)) - t;
+    T near = (t * t) * horner(t, 0.5f, 1.f / 6, 1.f / 24, 1.f / 120, 1.f / 720);
+    return absolute(t) < T(0.25) ? near : apart;
+  }
+#endif
   Octave<T> o = octave(t);
   T h = (o.r * o.r) * exp_tail(o.r), s = power_of_two(o.k);
   T g = fma(s - T(1), T(1) + o.r, fma(s, h, o.n * -R::ln2));

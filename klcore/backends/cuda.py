@@ -162,15 +162,17 @@ _ENTRIES = {
 
 def options(
     operation: int, spaces: tuple[int, int], dtypes: tuple[int, int], wide: bool, outputs: int,
-    entries: tuple[str, ...], cluster: int = 1,
+    entries: tuple[str, ...], cluster: int = 1, unit: bool = True,
 ) -> tuple[str, ...]:  # fmt: skip
-    """The macros that kl_cuda.cu is compiled with for these kernels."""
+    """The macros that kl_cuda.cu is compiled with for these kernels; `unit` if the temperature is 1."""
     values = {
         "OPERATION": operation, "SPACE_X": spaces[0], "SPACE_Y": spaces[1], "X": dtypes[0], "Y": dtypes[1],
         "WIDE": int(wide), "OUTPUTS": outputs,
     }  # fmt: skip
     if cluster > 1:
         values["CLUSTER"] = cluster
+    if not unit:
+        values["TEMPERATURE"] = 1
     if not wide and max(_SIZES[d] for d in dtypes) == 2:
         values["FAST16"] = 1
     return (
@@ -325,12 +327,13 @@ class _Call(NamedTuple):
     dtypes: tuple[int, int]
     wide: bool
     outputs: int
+    unit: bool
     n: int
     sweeps: int
 
     def kernel(self, name: str, cluster: int = 1) -> Any:
         outputs = 0 if name == "kl_fold" else self.outputs  # what is folded does not depend on it
-        macros = options(self.operation, self.spaces, self.dtypes, self.wide, outputs, (name,), cluster)
+        macros = options(self.operation, self.spaces, self.dtypes, self.wide, outputs, (name,), cluster, self.unit)
         return _kernel(self.device, macros, name)
 
     def states(self, sweep: int) -> int:
@@ -501,12 +504,14 @@ def _compute(cupy: Any, device: int, operation: int, task: rows.Task) -> Any:
     if value is None:
         value = cupy.empty((), task.scalar_dtype)
     gradients = bool(task.gradients)
-    dtypes = tuple(_FLOATS.index(a.dtype.name) for a in (task.x, task.x if task.y is None else task.y))
+    x, y = task.x, task.x if task.y is None else task.y
+    dtypes = _FLOATS.index(x.dtype.name), _FLOATS.index(y.dtype.name)
     of_logits = task.spaces == (2, 2) and operation <= rows.REL_ENTR
     terms = task.output == rows.TERMS
     sweeps = (2 if gradients or terms else 1) if of_logits else (3 if gradients else 2) if 2 in task.spaces else 1
     outputs = sum(_OUTPUTS[g.of] for g in task.gradients if not g.inner) + (_TERMS if terms else 0)
-    call = _Call(cupy, device, operation, task.spaces, dtypes, task.wide, outputs, task.n, sweeps)  # type: ignore[arg-type]
+    unit = task.temperature == 1
+    call = _Call(cupy, device, operation, task.spaces, dtypes, task.wide, outputs, unit, task.n, sweeps)
 
     batch = task.x.shape[:-1]
     keep: list[Any] = []  # working memory, until everything is launched
