@@ -11,6 +11,30 @@ from klcore.backends.threads import get_num_threads
 from klcore.version import __version__
 
 
+def _version(number: int) -> str:
+    """CUDA's way to write 13.2 is 13020."""
+    return f"{number // 1000}.{number % 1000 // 10}"
+
+
+def _cuda() -> dict[str, Any]:
+    sentence = importlib.import_module("klcore.backends.cuda").missing()
+    if sentence:
+        return {"available": f"no: {sentence}"}
+    cupy = importlib.import_module("cupy")
+    runtime = cupy.cuda.runtime
+    entries = {
+        "available": "yes",
+        "CuPy": cupy.__version__,
+        "NVRTC": ".".join(map(str, importlib.import_module("klcore.backends.nvrtc").version())),
+        "driver": f"of CUDA {_version(runtime.driverGetVersion())}",
+    }
+    for k in range(runtime.getDeviceCount()):
+        about = runtime.getDeviceProperties(k)
+        capability = f"compute capability {about['major']}.{about['minor']}"
+        entries[f"cuda:{k}"] = f"{about['name'].decode()}, {capability}, {about['totalGlobalMem'] / 2**30:.0f} GiB"
+    return entries
+
+
 def show_config(mode: str = "stdout") -> dict[str, Any] | None:
     """Print version, compiler, instruction sets, threads and devices.
 
@@ -40,7 +64,7 @@ def show_config(mode: str = "stdout") -> dict[str, Any] | None:
             "threads": get_num_threads(),
             "processors": os.cpu_count(),
         },
-        "cuda": {"available": "no: " + importlib.import_module("klcore.backends.cuda").missing()},
+        "cuda": _cuda(),
         "backends": backends(),
     }
     if mode == "dicts":

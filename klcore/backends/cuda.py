@@ -35,6 +35,12 @@ _OUTPUTS, _TERMS = {"x": 1, "y": 2}, 4  # KL_OUTPUTS
 _DOUBLES = ("inverse_temperature", "gradient_scale", "scale")
 
 
+@cache
+def _code(dtype: Any) -> int | None:
+    """The code of a dtype in kl_store.h, or None. A dtype's name takes NumPy a microsecond: hence the cache."""
+    return _FLOATS.index(dtype.name) if dtype.name in _FLOATS else None
+
+
 # ---- the library and the device --------------------------------------------------------------------------------------
 
 
@@ -130,7 +136,7 @@ def _asarray(cupy: Any, device: int, a: Any, name: str) -> Any:
         a = np.asarray(a)
         if not a.dtype.isnative:
             a = a.astype(a.dtype.newbyteorder("="))
-    if a.dtype.kind not in "iub" and a.dtype.name not in _FLOATS:
+    if _code(a.dtype) is None and a.dtype.kind not in "iub":
         raise TypeError(
             f"{name} has dtype {a.dtype}; klcore computes with {', '.join(_FLOATS)}, and with integers and booleans as "
             "float64"
@@ -142,7 +148,7 @@ def _asarray(cupy: Any, device: int, a: Any, name: str) -> Any:
     return a.astype(np.float64) if a.dtype.kind in "iub" else a
 
 
-# ---- kernels -----------------------------------------------------------------------------------------------------------
+# ---- kernels ---------------------------------------------------------------------------------------------------------
 
 
 class Build(NamedTuple):
@@ -228,10 +234,12 @@ class _Launch(NamedTuple):
 
 def _start(launches: list[_Launch]) -> None:
     for launch in launches:
-        launch.kernel((launch.grid,), (32 * launch.warps,), (launch.plan.view(f"V{8 * _WORDS}"),), shared_mem=launch.shared)
+        launch.kernel(
+            (launch.grid,), (32 * launch.warps,), (launch.plan.view(f"V{8 * _WORDS}"),), shared_mem=launch.shared
+        )
 
 
-# ---- plans -------------------------------------------------------------------------------------------------------------
+# ---- plans -----------------------------------------------------------------------------------------------------------
 
 
 class _View(NamedTuple):
@@ -246,10 +254,11 @@ class _View(NamedTuple):
 
 def _view(a: Any, classes: bool) -> _View:
     strides = a.strides
-    dtype = _FLOATS.index(a.dtype.name)
+    code = _code(a.dtype)
+    assert code is not None  # _asarray and rows.py have seen to it
     if classes:
-        return _View(a.data.ptr, strides[-1], strides[:-1], dtype, a.dtype.itemsize)
-    return _View(a.data.ptr, 0, strides, dtype, a.dtype.itemsize)
+        return _View(a.data.ptr, strides[-1], strides[:-1], code, _SIZES[code])
+    return _View(a.data.ptr, 0, strides, code, _SIZES[code])
 
 
 class _Layout(NamedTuple):
@@ -261,15 +270,15 @@ class _Layout(NamedTuple):
     dense: bool
 
 
-def _layout(shape: tuple[int, ...], n: int, views: dict[str, _View], turn: bool = True) -> _Layout:
+def _layout(shape: tuple[int, ...], n: int, views: dict[str, _View], keep_order: bool = False) -> _Layout:
     order = list(range(len(shape)))
     columns = False
-    steps = views["x"] if "x" in views else None
-    if steps and turn and n > 1 and abs(steps.stride) > steps.size:
+    x = views.get("x")
+    if x and not keep_order and n > 1 and abs(x.stride) > x.size:
         # the classes lie apart: have the rows that are closest to each other follow each other
-        apart = {d: abs(steps.batch[d]) for d in order if shape[d] > 1 and steps.batch[d]}
+        apart = {d: abs(x.batch[d]) for d in order if shape[d] > 1 and x.batch[d]}
         nearest = min(apart, key=apart.__getitem__, default=None)
-        if nearest is not None and apart[nearest] < abs(steps.stride):
+        if nearest is not None and apart[nearest] < abs(x.stride):
             columns = True
             order.append(order.pop(nearest))
     order = [d for d in order if shape[d] != 1]
@@ -329,7 +338,6 @@ class _Call(NamedTuple):
     outputs: int
     unit: bool
     n: int
-    sweeps: int
 
     def kernel(self, name: str, cluster: int = 1) -> Any:
         outputs = 0 if name == "kl_fold" else self.outputs  # what is folded does not depend on it
@@ -342,6 +350,15 @@ class _Call(NamedTuple):
             return LOGITS_STATES if sweep == 0 else 0
         if 2 in self.spaces:
             return (2 * NORM_STATES, SUM_STATES, 0)[sweep]
+        return 1
+
+    @property
+    def sweeps(self) -> int:
+        """Over the rows, for these outputs."""
+        if self.of_logits:
+            return 2 if self.outputs else 1
+        if 2 in self.spaces:
+            return 3 if self.outputs & ~_TERMS else 2
         return 1
 
     @property
@@ -377,12 +394,12 @@ def _launch(call: _Call, name: str, plan: np.ndarray, items: int, warps: int, sh
     return _Launch(kernel, cluster * max(1, min(items, most)), warps, shared, plan)
 
 
-def _sweep_launches(call: _Call, plan: np.ndarray, layout: _Layout, last: int, output: int, keep: list[Any]) -> list[_Launch]:
+def _sweep(call: _Call, plan: np.ndarray, layout: _Layout, last: int, keep: list[Any]) -> list[_Launch]:
     """The launches that run sweeps 0 to last - 1 over all rows. Working memory is appended to `keep`."""
     properties = _properties(call.device)
     n, chunks = call.n, -(-call.n // CHUNK)
     batch = math.prod(layout.shape)
-    extra = call.number() if call.of_logits or output == rows.TERMS else 0
+    extra = call.number() if call.of_logits or call.outputs & _TERMS else 0
 
     if n <= NARROW:
         at_once = min(CHUNK // n, 64)
@@ -407,7 +424,9 @@ def _sweep_launches(call: _Call, plan: np.ndarray, layout: _Layout, last: int, o
         cluster, slots, warps_a_row = _residence(call, properties, chunks, last, slot, CHUNK * extra + 8 * MAX_STATS)
         if batch * cluster >= properties.multiprocessors:
             p = _with(plan, first=0, last=last, slots=slots)
-            shared = warps_a_row * (slots * slot + CHUNK * extra + 8 * MAX_STATS) + 8 * (LOGITS_STATES * chunks + MAX_STATS)
+            shared = warps_a_row * (slots * slot + CHUNK * extra + 8 * MAX_STATS) + 8 * (
+                LOGITS_STATES * chunks + MAX_STATS
+            )
             return [_launch(call, "kl_rows", p, batch, warps_a_row, shared, cluster)]
 
     # few rows of many classes, or classes apart: the chunks over the whole device, one sweep a launch
@@ -500,47 +519,32 @@ def _run(
 
 
 def _compute(cupy: Any, device: int, operation: int, task: rows.Task) -> Any:
+    """Prepare all launches of a task, start them, and return the value's array."""
     value = task.value if task.out is None else task.out
     if value is None:
         value = cupy.empty((), task.scalar_dtype)
-    gradients = bool(task.gradients)
-    x, y = task.x, task.x if task.y is None else task.y
-    dtypes = _FLOATS.index(x.dtype.name), _FLOATS.index(y.dtype.name)
-    of_logits = task.spaces == (2, 2) and operation <= rows.REL_ENTR
-    terms = task.output == rows.TERMS
-    sweeps = (2 if gradients or terms else 1) if of_logits else (3 if gradients else 2) if 2 in task.spaces else 1
-    outputs = sum(_OUTPUTS[g.of] for g in task.gradients if not g.inner) + (_TERMS if terms else 0)
-    unit = task.temperature == 1
-    call = _Call(cupy, device, operation, task.spaces, dtypes, task.wide, outputs, unit, task.n, sweeps)
-
-    batch = task.x.shape[:-1]
-    keep: list[Any] = []  # working memory, until everything is launched
-    launches: list[_Launch] = []
-    nothing = task.rows == 0 or task.n == 0
-
+    totals = cupy.empty(task.x.shape[:-1], np.float64) if task.output == rows.TOTAL else None
     views = {"x": _view(task.x, True)}
     if task.y is not None:
         views["y"] = _view(task.y, True)
     if task.weights is not None:
         views["weights"] = _view(task.weights, False)
-    totals = None
-    if task.output == rows.TOTAL:
-        totals = cupy.empty(batch, np.float64)
-        keep.append(totals)
-        views["value"] = _view(totals, False)
-    else:
-        views["value"] = _view(task.value_view, terms)
-    for g in task.gradients:
-        if not g.inner:
-            views["d" + g.of] = _view(g.view, True)
+    views["value"] = _view(task.value_view, task.output == rows.TERMS) if totals is None else _view(totals, False)
+    views.update({"d" + g.of: _view(g.view, True) for g in task.gradients if not g.inner})
+    call = _Call(
+        cupy, device, operation, task.spaces, (views["x"].dtype, views.get("y", views["x"]).dtype), task.wide,
+        sum(_OUTPUTS[g.of] for g in task.gradients if not g.inner) + (_TERMS if task.output == rows.TERMS else 0),
+        task.temperature == 1, task.n,
+    )  # fmt: skip
 
-    # the denominator of a weighted mean is known to the device only
-    denominator, divisor = None, task.denominator
-    if divisor is None:
+    keep: list[Any] = [totals]  # working memory, until everything is launched; CuPy then reuses it in stream order
+    launches: list[_Launch] = []
+    divisor, denominator = task.denominator, None
+    if divisor is None:  # the sum of the weights, known to the device only
         divisor = 0.0
         if task.rows:
             denominator = cupy.empty((), np.float64)
-            over = _layout(batch, 1, {"weights": views["weights"]}, turn=False)
+            over = _layout(task.x.shape[:-1], 1, {"weights": views["weights"]})
             launches += _total(call, None, task.rows, _plan(over, 1, sums=denominator), keep)
     fields = {
         "output": task.output,
@@ -550,18 +554,15 @@ def _compute(cupy: Any, device: int, operation: int, task: rows.Task) -> Any:
         "denominator": denominator,
     }
 
+    nothing = task.rows == 0 or task.n == 0
     if not nothing:
-        layout = _layout(batch, task.n, views)
-        plan = _plan(layout, task.n, **fields)
-        direct = any(not g.inner for g in task.gradients)
-        last = sweeps if direct or terms else sweeps - (1 if gradients and sweeps > 1 else 0)
-        launches += _sweep_launches(call, plan, layout, last, task.output, keep)
+        layout = _layout(task.x.shape[:-1], task.n, views)
+        launches += _sweep(call, _plan(layout, task.n, **fields), layout, call.sweeps, keep)
         for g in task.gradients:
             if g.inner:
                 launches += _summed(call, task, g, views, fields, keep)
-    if task.output == rows.TOTAL:
-        scalar = _View(value.data.ptr, 0, (), _FLOATS.index(value.dtype.name), value.dtype.itemsize)
-        plan = _plan(_Layout((), {"value": scalar}, False, False), 1, **fields)
+    if totals is not None:
+        plan = _plan(_Layout((), {"value": _view(value, False)}, False, False), 1, **fields)
         launches += _total(call, totals, 0 if nothing else task.rows, plan, keep)
     elif nothing and value.size:
         value[...] = 0
@@ -585,16 +586,16 @@ def _summed(
         turned["weights"] = views["weights"]._replace(batch=tuple(views["weights"].batch[d] for d in order))
     to = _view(g.view, True)
     turned["d" + g.of] = to._replace(batch=tuple(to.batch[d] for d in order))
-    layout = _layout(shape, call.n, turned, turn=False)
+    layout = _layout(shape, call.n, turned, keep_order=True)
     stats = None
     launches: list[_Launch] = []
     call = call._replace(outputs=_OUTPUTS[g.of])
     if call.sweeps > 1:
         stats = call.cupy.empty(task.rows * MAX_STATS, np.float64)
         keep.append(stats)
-        known = _layout(shape, call.n, {k: v for k, v in turned.items() if k[0] != "d"}, turn=False)
+        known = _layout(shape, call.n, {k: v for k, v in turned.items() if k[0] != "d"}, keep_order=True)
         plan = _plan(known, call.n, stats=stats, **{**fields, "output": rows.PER_ROW})
-        launches += _sweep_launches(call, plan, known, call.sweeps - 1, rows.PER_ROW, keep)
+        launches += _sweep(call, plan, known, call.sweeps - 1, keep)
     groups = -(-inner // CHUNK)
     sums = call.cupy.empty(task.rows // inner * groups * call.n, np.float64)
     keep.append(sums)

@@ -302,7 +302,7 @@ def _overlap(xp: Any, a: Any, b: Any) -> bool:
     if not np.may_share_memory(a, b):
         return False
     try:
-        return bool(np.shares_memory(a, b, max_work=100_000))
+        return bool(np.shares_memory(a, b, max_work=100_000))  # type: ignore[arg-type]  # any integer will do
     except Exception:  # too hard to decide exactly
         return True
 
