@@ -5,8 +5,8 @@
 Fails, with a sentence each, if a kernel does not compile or draws a warning, if it spills (uses any local memory), or
 if one of the hot ones has no 16-byte load from global memory. Everything else it prints is for reading.
 
-The *hot loop* of a kernel is the loop with the most floating-point instructions of its own, those of loops inside it
-not counted. Its *way* is the path once round that loads the most by accesses of 16 bytes, and of those the shortest:
+The *hot loop* of a kernel is the innermost loop with the most floating-point instructions. Its *way* is the path once
+round that loads the most by accesses of 8 bytes or more, and of those the shortest:
 what most rows take, slow paths for rare values left out. The *writing way* is the one that loads and stores the most.
 Instructions on the way, divided by the bytes it moves, say what the kernel waits for: on an H200 memory keeps up with
 6.9 instructions per byte (132 SMs x 128 lanes x 1.755 GHz / 4.3 TB/s); with more, arithmetic is the limit. The bytes
@@ -41,7 +41,11 @@ from klcore.backends import nvrtc
 ARCHITECTURES = (70, 75, 80, 86, 89, 90, 100, 120)
 OLD = 70  # CUDA 13 has dropped it: needs NVRTC 12; of its machine code no more than the resources can be read
 PER_BYTE = 6.9
+FEW = 16  # floating-point instructions of a loop that only adds up, or copies
 SHOWN = 100  # sentences about what is wrong
+QUICK = (75, 90, 120)
+COMMON = (" value", " dx", " dy", " cluster")  # ends of the names of the builds that --quick takes, if hot
+ELEMENTS = {"kl_units": 8, "kl_rows": 8, "kl_narrow": 4}  # that one lane treats on the way round
 BUDGETS = {  # bytes of global memory per element
     "value, two float32 rows": 8,
     "value, two 16-bit rows": 4,
@@ -102,11 +106,11 @@ class Block:
 
     @cached_property
     def wide_loads(self) -> int:
-        return sum(i.bytes for i in self.instructions if i.bytes >= 16 and i.opcode.startswith("LD"))
+        return sum(i.bytes for i in self.instructions if i.bytes >= 8 and i.opcode.startswith("LD"))
 
     @cached_property
     def wide_bytes(self) -> int:
-        return sum(i.bytes for i in self.instructions if i.bytes >= 16)
+        return sum(i.bytes for i in self.instructions if i.bytes >= 8)
 
 
 @dataclass
@@ -266,7 +270,8 @@ def hot_loop(code: list[Instruction]) -> Loop | None:
 
     if not loops:
         return None
-    header = max(loops, key=own)
+    innermost = [h for h in loops if not any(o != h and o in loops[h] for o in loops)]
+    header = max((h for h in innermost if own(h) >= FEW), key=own, default=max(loops, key=own))
     all_of_it = [i for n in loops[header] for i in blocks[n].instructions]
     way, writing = (
         way_round(blocks, over, header, loops[header], wide)
@@ -293,7 +298,6 @@ class Job:
     options: tuple[str, ...]
     kernels: tuple[str, ...]
     hot: tuple[str, ...]  # those of `kernels` that have to load wide
-    elements: dict[str, int]  # kernel -> how many one lane treats on the way round, where known
     arch: int
 
 
@@ -386,7 +390,7 @@ def functions(cubin: bytes) -> Iterator[tuple[str, dict[str, int], list[Instruct
 
 def describe(job: Job, name: str, usage: dict[str, int], code: list[Instruction]) -> Kernel:
     loop = hot_loop(code) if code else None
-    elements = job.elements.get(name)
+    elements = ELEMENTS.get(name)
     ways = [way for way in (loop.way, loop.writing_way) if way] if loop else []
     lengths = [way.instructions for way in ways] or ([loop.instructions] if loop else [])
     return Kernel(
@@ -412,17 +416,11 @@ def describe(job: Job, name: str, usage: dict[str, int], code: list[Instruction]
 
 
 def jobs_for(builds: Iterable[Any], archs: Iterable[int]) -> Iterator[Job]:
-    """A build has name, options, kernels and hot, which is a bool or names of kernels; it may have elements, which is a
-    number or a dict by kernel."""
     archs = tuple(archs)
     for build in builds:
-        kernels = tuple(build.kernels)
-        hot = build.hot if not isinstance(build.hot, bool) else kernels if build.hot else ()
-        elements = getattr(build, "elements", None) or {}
-        if isinstance(elements, int):
-            elements = dict.fromkeys(kernels, elements)
         for arch in archs:
-            yield Job(build.name, tuple(build.options), kernels, tuple(hot), dict(elements), arch)
+            if arch >= build.oldest:
+                yield Job(build.name, build.options, build.kernels, build.hot, arch)
 
 
 def tool(name: str) -> str:
@@ -495,16 +493,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--arch", help="as 90,120; all: " + ",".join(map(str, ARCHITECTURES)))
     parser.add_argument("--only", metavar="TEXT", default="", help="builds whose name contains this")
-    parser.add_argument("--quick", action="store_true", help="hot builds only")
+    parser.add_argument("--quick", action="store_true", help="the commonest hot builds, on few architectures")
     parser.add_argument("--json", type=Path, metavar="FILE", help="save all figures there")
     args = parser.parse_args()
 
-    archs = [int(a) for a in args.arch.split(",")] if args.arch else list(ARCHITECTURES)
+    archs = [int(a) for a in args.arch.split(",")] if args.arch else list(QUICK if args.quick else ARCHITECTURES)
     if OLD in archs and OLD not in nvrtc.supported() and not nvrtc_12():
         print(f"sm_{OLD} is left out: it needs pip install nvidia-cuda-nvrtc-cu12")
         archs.remove(OLD)
     builds = list(importlib.import_module("klcore.backends.cuda").every_build())
-    chosen = [b for b in builds if args.only in b.name and (b.hot or not args.quick)]
+    chosen = [b for b in builds if args.only in b.name and (not args.quick or (b.hot and b.name.endswith(COMMON)))]
     if not chosen or not archs:
         sys.exit("nothing to check")
     kernels, wrong = run(list(jobs_for(chosen, archs)))

@@ -366,12 +366,13 @@ KL_DEVICE double terms_chunk(const L& at, const Slot& s, const Want& want, const
   return at.total(sums, 0);
 }
 
-// Two rows of logits, with classes excluded or far apart. Two sums at a time, in loops that are not unrolled: this is
-// the rare case, and must not cost the other one its registers.
+// Two rows of logits, with classes excluded or far apart. Two sums at a time, which wait in the state's place, in loops
+// that are not unrolled: this is the rare case, and must not cost the other one its registers. `mine`: whether this lane
+// is to write the state.
 template <class L>
-KL_DEVICE Spread far_chunk(const L& at, const Slot& s, T m, double inverse_temperature) {
-  T it = (T)inverse_temperature, zero = excluded(m) ? T(0) : m, max_b = -infinity<T>();
-  double all = 0, both = 0, sum_c = 0;
+KL_DEVICE void far_chunk(const L& at, const Slot& s, T m, double inverse_temperature, bool mine, double* state) {
+  enum { Q, NEAR, NEAR_X, MASS, WEIGHTS, X_TIMES_Z, ALL };
+  T it = (T)inverse_temperature, zero = excluded(m) ? T(0) : m, max_b = -infinity<T>(), mean = T(0);
   bool impossible = false;
 #pragma unroll 1
   for (int pass = 0; pass < 2; pass++) {
@@ -384,7 +385,7 @@ KL_DEVICE Spread far_chunk(const L& at, const Slot& s, T m, double inverse_tempe
 #pragma unroll
       for (int k = 0; k < L::E; k++) {
         Shared<T> r = shared(a[k], b[k], zero, it);
-        max_b = b[k] > max_b ? b[k] : max_b;
+        max_b = larger(b[k], max_b);
         impossible |= r.impossible;
         u[k] = r.weight;
         a[k] = pass == 0 ? r.e : r.c;
@@ -394,13 +395,13 @@ KL_DEVICE Spread far_chunk(const L& at, const Slot& s, T m, double inverse_tempe
       sums.add(step, 0, a);
       sums.add(step, 1, u);
     }
-    sum_c = at.total(sums, 0);
-    all = pass == 0 ? sum_c : all;
-    both = at.total(sums, 1);
+    double sum = at.total(sums, 0), weights = at.total(sums, 1);
+    if (pass == 0 && mine) state[ALL] = sum;
+    if (pass == 1) mean = far_mean<T>(weights, sum);
   }
   max_b = at.max(max_b);
-  T from = excluded(max_b) ? T(0) : max_b, mean = far_mean<T>(both, sum_c);
-  double q = 0, near = 0, near_x = 0, mass = 0, weights = 0, x = 0;
+  impossible = at.any(impossible);
+  T from = excluded(max_b) ? T(0) : max_b;
 #pragma unroll 1
   for (int pass = 0; pass < 3; pass++) {
     typename L::template Sums<2> sums;
@@ -422,14 +423,14 @@ KL_DEVICE Spread far_chunk(const L& at, const Slot& s, T m, double inverse_tempe
       sums.add(step, 1, b);
     }
     double one = at.total(sums, 0), other = at.total(sums, 1);
-    q = pass == 0 ? one : q;
-    near = pass == 0 ? other : near;
-    near_x = pass == 1 ? one : near_x;
-    mass = pass == 1 ? other : mass;
-    weights = one;
-    x = other;
+    if (mine) {
+      state[2 * pass] = one;
+      state[2 * pass + 1] = other;
+    }
   }
-  return far_state(m, max_b, mean, inverse_temperature, all, q, near, near_x, mass, weights, x, at.any(impossible));
+  if (mine)
+    *(Spread*)state = far_state(m, max_b, mean, inverse_temperature, state[ALL], state[Q], state[NEAR], state[NEAR_X],
+                                state[MASS], state[WEIGHTS], state[X_TIMES_Z], impossible);
 }
 
 template <class L>
@@ -494,8 +495,7 @@ KL_DEVICE void spread_chunk(const L& at, const Slot& s, double inverse_temperatu
   bool far = at.any(!good && at.n > 0);
   if (at.leads()) *(Spread*)state = near_state(m, anchor, weights, x, g);
   if (!__any_sync(ALL_LANES, far)) return;
-  Spread apart = far_chunk(at, s, m, inverse_temperature);
-  if (at.leads() && far) *(Spread*)state = apart;
+  far_chunk(at, s, m, inverse_temperature, far && at.leads(), state);
 }
 
 template <class L, class Sink>
@@ -990,10 +990,9 @@ extern "C" __global__ void __launch_bounds__(256, BLOCKS) kl_units(const Plan p)
     Unit unit = unit_of(p, tile);
     bool active = unit.row < p.rows, live = active && weight_of(p, unit.row) != 0;
     int n = classes(p, unit.chunk);
-    // where rows lie side by side, thread t brings classes of row t mod W: neighbours read neighbours
-    int of = (int)threadIdx.x % W;
-    Slot theirs = slot_of(p, shared + (of - warp_of()) * warp_bytes(p), 0);
-    if (p.columns) {
+    if (p.columns) {   // thread t brings classes of row t mod W: neighbours read neighbours
+      int of = (int)threadIdx.x % W;
+      Slot theirs = slot_of(p, shared + (of - warp_of()) * warp_bytes(p), 0);
       i64 r = unit.row - warp_of() + of;
       __syncthreads();
       if (r < p.rows && weight_of(p, r) != 0) {
@@ -1050,6 +1049,8 @@ extern "C" __global__ void __launch_bounds__(256, BLOCKS) kl_units(const Plan p)
       if (active) store_outputs(p, locate(p, unit.row), (i64)unit.chunk * CHUNK, n, s, all);
       continue;
     }
+    int of = (int)threadIdx.x % W;
+    Slot theirs = slot_of(p, shared + (of - warp_of()) * warp_bytes(p), 0);
     i64 r = unit.row - warp_of() + of;
     __syncthreads();
     if (r >= p.rows) continue;

@@ -158,6 +158,7 @@ class Build(NamedTuple):
     options: tuple[str, ...]
     kernels: tuple[str, ...]
     hot: tuple[str, ...]  # those that should wait for memory, not for arithmetic
+    oldest: int = 0  # architecture that it can be compiled for
 
 
 _ENTRIES = {
@@ -206,7 +207,7 @@ def every_build() -> Iterator[Build]:
                     yield Build(f"{label} summed", build(1, summed), summed, ())
                     if sx == sy == 2 and operation == rows.KL_DIV:
                         cluster = build(2, ("kl_rows",), 8)
-                        yield Build(f"{label} dy cluster", cluster, ("kl_rows",), ("kl_rows",) if not wide else ())
+                        yield Build(f"{label} dy cluster", cluster, ("kl_rows",), ("kl_rows",) if not wide else (), 90)
     yield Build("sum", _sum_options(), ("kl_sum",), ())
 
 
