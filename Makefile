@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 SOURCES := setup.py pyproject.toml $(wildcard src/*.h src/*.pyx)
 
-.PHONY: build demo test lint bench cuda-check minimax clean
+.PHONY: build demo test lint bench cuda-check gpu-check minimax clean
 
 build: .venv/core
 demo: .venv/demo
@@ -15,7 +15,11 @@ lint: .venv/lint
 bench: .venv/bench
 	$(BIN)/python benchmarks/side_by_side.py
 cuda-check: .venv/cuda-check
-	$(BIN)/python benchmarks/cuda_check.py
+	$(BIN)/python benchmarks/cuda_check.py $(CHECK)
+# Not in .venv: with the packages that PYTHON has, beside which klcore is built, and without the network.
+gpu-check:
+	$(PYTHON) -m pip install -q --no-index --no-build-isolation --no-deps --upgrade --target build/gpu-check .
+	PYTHONPATH=$(CURDIR)/build/gpu-check:$$PYTHONPATH $(PYTHON) benchmarks/gpu_check.py $(ARGS)
 minimax: .venv/test
 	$(BIN)/python docs/minimax.py
 clean:

@@ -189,29 +189,32 @@ def options(
 
 
 def every_build() -> Iterator[Build]:
-    """What calls compile, over all operations, pairs of spaces, dtypes and outputs, for checks."""
+    """What calls compile, over all operations, pairs of spaces and dtypes, for checks of what the compiler makes of it.
+
+    Of the outputs, those that are the most and the least; for the hot ones, the commonest gradient as well.
+    """
     names = ("kl_div", "rel_entr", "cross_entropy", "entropy")
     words = tuple(rows.SPACES)
-    sweeping = ("kl_units", "kl_narrow", "kl_rows")
+    sweeping, folding = ("kl_units", "kl_narrow", "kl_rows"), ("kl_summed", "kl_summed_fold", "kl_fold")
     for operation, name in enumerate(names):
-        for sx in range(3):
-            for sy in range(3) if operation != rows.ENTROPY else (sx,):
-                for code, dtype in enumerate(_FLOATS):
-                    wide = code == 0 or rows.is_wide(operation, (sx, sy))
-                    build = partial(options, operation, (sx, sy), (code, code), wide)
-                    label = f"{name} {words[sx]}" + (f"/{words[sy]}" if sy != sx else "") + f" {dtype}"
-                    gradients = {"value": 0, "dx": 1} if operation == rows.ENTROPY else _CHECKED
-                    for outputs, bits in gradients.items():
-                        yield Build(f"{label} {outputs}", build(bits, sweeping), sweeping, sweeping if not wide else ())
-                    summed = ("kl_summed", "kl_summed_fold", "kl_fold")
-                    yield Build(f"{label} summed", build(1, summed), summed, ())
-                    if sx == sy == 2 and operation == rows.KL_DIV:
-                        cluster = build(2, ("kl_rows",), 8)
-                        yield Build(f"{label} dy cluster", cluster, ("kl_rows",), ("kl_rows",) if not wide else (), 90)
+        single = operation == rows.ENTROPY
+        for sx, sy in ((sx, sy) for sx in range(3) for sy in range(3) if not single or sx == sy):
+            for code, dtype in enumerate(_FLOATS):
+                wide = code == 0 or rows.is_wide(operation, (sx, sy))
+                hot = () if wide else sweeping
+                build = partial(options, operation, (sx, sy), (code, code), wide)
+                label = f"{name} {words[sx]}" + (f"/{words[sy]}" if sy != sx else "") + f" {dtype}"
+                yield Build(f"{label} value", build(0, sweeping), sweeping, hot)
+                everything = "terms dx" if single else "terms dx dy"
+                yield Build(f"{label} {everything}", build(5 if single else 7, sweeping), sweeping, hot)
+                if not wide:
+                    gradient = "dx" if single else "dy"
+                    yield Build(f"{label} {gradient}", build(_OUTPUTS[gradient[1]], sweeping), sweeping, hot)
+                if code < 2 or not wide:
+                    yield Build(f"{label} summed", build(1, folding), folding, ())
+                if sx == sy == 2 and operation == rows.KL_DIV:
+                    yield Build(f"{label} dy cluster", build(2, ("kl_rows",), 8), ("kl_rows",), hot[2:], 90)
     yield Build("sum", _sum_options(), ("kl_sum",), ())
-
-
-_CHECKED = {"value": 0, "dy": 2, "dx dy": 3, "terms dx dy": 7}
 
 
 def _sum_options() -> tuple[str, ...]:
@@ -538,15 +541,25 @@ def _compute(cupy: Any, device: int, operation: int, task: rows.Task) -> Any:
         task.temperature == 1, task.n,
     )  # fmt: skip
 
+    if task.rows == 0 or task.n == 0:  # none of our launches; CuPy fills what is not empty
+        of = task.denominator
+        if totals is None:
+            value[...] = 0
+        elif of is not None:
+            value[...] = 0 if of else math.nan
+        else:
+            value[...] = 0.0 / task.weights.sum()
+        for g in task.gradients:
+            g.array[...] = 0
+        return value
+
     keep: list[Any] = [totals]  # working memory, until everything is launched; CuPy then reuses it in stream order
     launches: list[_Launch] = []
     divisor, denominator = task.denominator, None
     if divisor is None:  # the sum of the weights, known to the device only
-        divisor = 0.0
-        if task.rows:
-            denominator = cupy.empty((), np.float64)
-            over = _layout(task.x.shape[:-1], 1, {"weights": views["weights"]})
-            launches += _total(call, None, task.rows, _plan(over, 1, sums=denominator), keep)
+        divisor, denominator = 0.0, cupy.empty((), np.float64)
+        over = _layout(task.x.shape[:-1], 1, {"weights": views["weights"]})
+        launches += _total(call, None, task.rows, _plan(over, 1, sums=denominator), keep)
     fields = {
         "output": task.output,
         "inverse_temperature": 1.0 / task.temperature,
@@ -555,21 +568,14 @@ def _compute(cupy: Any, device: int, operation: int, task: rows.Task) -> Any:
         "denominator": denominator,
     }
 
-    nothing = task.rows == 0 or task.n == 0
-    if not nothing:
-        layout = _layout(task.x.shape[:-1], task.n, views)
-        launches += _sweep(call, _plan(layout, task.n, **fields), layout, call.sweeps, keep)
-        for g in task.gradients:
-            if g.inner:
-                launches += _summed(call, task, g, views, fields, keep)
+    layout = _layout(task.x.shape[:-1], task.n, views)
+    launches += _sweep(call, _plan(layout, task.n, **fields), layout, call.sweeps, keep)
+    for g in task.gradients:
+        if g.inner:
+            launches += _summed(call, task, g, views, fields, keep)
     if totals is not None:
         plan = _plan(_Layout((), {"value": _view(value, False)}, False, False), 1, **fields)
-        launches += _total(call, totals, 0 if nothing else task.rows, plan, keep)
-    elif nothing and value.size:
-        value[...] = 0
-    if nothing:
-        for g in task.gradients:
-            g.array[...] = 0
+        launches += _total(call, totals, task.rows, plan, keep)
     _start(launches)
     return value
 
