@@ -20,6 +20,7 @@ _SIZES = (8, 4, 2, 2)
 CHUNK, NARROW = 1024, 128  # kl_tree.h; rows of up to NARROW classes share a warp
 MAX_STATS, LOGITS_STATES, NORM_STATES, SUM_STATES = 12, 9, 3, 3
 MAX_DIMS = 32
+_RESERVED = 1024  # bytes of shared memory that CUDA takes for itself in every block
 
 # kl::Plan, in words of eight bytes
 _FIELDS = (
@@ -381,7 +382,7 @@ def _warps(properties: _Device, bytes_a_warp: int, fixed: int = 0) -> int:
     for blocks in (3, 2, 1):
         for warps in (8, 4, 2, 1):
             bytes_a_block = warps * bytes_a_warp + fixed
-            if blocks * bytes_a_block <= properties.shared_all and bytes_a_block <= properties.shared:
+            if blocks * (bytes_a_block + _RESERVED) <= properties.shared_all and bytes_a_block <= properties.shared:
                 return warps
     return 1
 
@@ -467,7 +468,7 @@ def _residence(
     if sweeps == 1:
         return 1, 1, warps
     clusters = (1, 2, 4, 8, 16) if properties.arch >= 90 else (1,)
-    for room in (properties.shared_all // 2 - 1024, properties.shared):  # two blocks a multiprocessor, or one
+    for room in (properties.shared_all // 2 - _RESERVED, properties.shared):  # two blocks a multiprocessor, or one
         for cluster in clusters:
             for warps_a_block in (8, 4):
                 slots = -(-chunks // (cluster * warps_a_block))
