@@ -875,6 +875,16 @@ KL_DEVICE void arrived() {    // what this lane staged
 }
 KL_DEVICE int alignment(const void* p) { return (int)((unsigned long long)p & 15); }
 
+// The same for 16-bit numbers that begin in the middle of a word: of the two words around a pair, a half each. (The word
+// that the first of them shares with its predecessor lies in the same allocation.)
+KL_DEVICE int copy_in_halves(void* slot, const char* from, int n) {
+  const unsigned* words = (const unsigned*)(from - 2);
+  int pairs = (n - 1) / 2;   // whose second word ends with the row, or before
+#pragma unroll 8
+  for (int j = lane_of(); j < pairs; j += WARP) ((unsigned*)slot)[j] = words[j] >> 16 | words[j + 1] << 16;
+  return 2 * pairs;
+}
+
 // n neighbours or, where classes lie apart, n elements: from global memory to a slot by one warp, as wide as they align.
 template <class U> KL_DEVICE void stage(U* slot, const char* from, i64 stride, int n) {
   int done = 0;
@@ -883,6 +893,7 @@ template <class U> KL_DEVICE void stage(U* slot, const char* from, i64 stride, i
     if (a == 0) done = copy_in<16>(slot, from, n);
     else if (a % 8 == 0) done = copy_in<8>(slot, from, n);
     else if (a % 4 == 0) done = copy_in<4>(slot, from, n);
+    else if (a % 4 == 2) done = copy_in_halves(slot, from, n);
   }
 #pragma unroll 4
   for (int i = done + lane_of(); i < n; i += WARP) slot[i] = *(const U*)(from + i * stride);

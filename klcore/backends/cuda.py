@@ -515,6 +515,11 @@ def _run(
     given = {"x": x, "y": y, "weights": weights}
     given.update({f"out[{k}]": a for k, a in enumerate(out if isinstance(out, tuple) else (out,))})
     number = _choose_device(cupy, device, given)
+    for name, a in given.items():
+        if name.startswith("out") and _is_here(a, cupy) and a.device.id != number:
+            raise ValueError(
+                f"{name} is on cuda:{a.device.id} and the computation on cuda:{number}; pass one from there"
+            )
     with cupy.cuda.Device(number):
         asarray = partial(_asarray, cupy, number)
         task = rows.arrange(
