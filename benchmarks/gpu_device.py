@@ -1,0 +1,335 @@
+"""The GPU as gpu_check.py's steps see it: data made there, streams, graphs, clocks; or the emulator in its place.
+
+`open_device` gives one or the other. The emulated one runs the same steps in the same order, at once and on the CPU:
+it shows that the scripts work, and its times mean nothing.
+"""
+
+import functools
+import importlib
+import importlib.metadata
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parents[1]
+SPACES = ("probs", "log_probs", "logits")
+DTYPES = ("float64", "float32", "float16", "bfloat16")
+
+# Includes nothing, so that a CUDA toolkit is not needed. `fill` makes rows of logits z = 2 N(0, 1), and on the side y
+# z + N(0, 1): a teacher and a student who agree more or less. Other spaces are made of them. `read` and `triad` move
+# bytes and do nothing else: what no kernel that reads, or reads two arrays and writes one, can beat.
+KERNELS = r"""
+typedef long long i64;
+typedef unsigned long long u64;
+
+__device__ u64 hash(u64 v) {
+  v = (v ^ (v >> 30)) * 0xbf58476d1ce4e5b9ull;
+  v = (v ^ (v >> 27)) * 0x94d049bb133111ebull;
+  return v ^ (v >> 31);
+}
+__device__ float normal(u64 counter) {
+  u64 h = hash(counter * 0x9e3779b97f4a7c15ull + 1);
+  float u = ((unsigned)(h >> 40) + 0.5f) * (1.f / 16777216), v = (unsigned)(h & 0xffffff) * (1.f / 16777216);
+  return sqrtf(-2.f * logf(u)) * cosf(6.2831853f * v);
+}
+__device__ float logit(u64 seed, u64 i, int side) {
+  float z = 2.f * normal((seed << 40) + 2 * i);
+  return side ? z + normal((seed << 40) + 2 * i + 1) : z;
+}
+__device__ void store(char* out, i64 i, int dtype, float v) {
+  if (dtype == 0) ((double*)out)[i] = v;
+  if (dtype == 1) ((float*)out)[i] = v;
+  if (dtype == 2) {
+    unsigned short bits;
+    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(v));
+    ((unsigned short*)out)[i] = bits;
+  }
+  if (dtype == 3) {
+    unsigned bits = __float_as_uint(v);
+    ((unsigned short*)out)[i] = (unsigned short)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+  }
+}
+extern "C" __global__ void fill(char* out, i64 rows, i64 n, i64 dtype, i64 space, i64 seed, i64 side) {
+  __shared__ double part[1024];
+  for (i64 row = blockIdx.x; row < rows; row += gridDim.x) {
+    double sum = 0;
+    if (space < 2)
+      for (i64 c = threadIdx.x; c < n; c += blockDim.x) sum += expf(logit(seed, row * n + c, (int)side));
+    part[threadIdx.x] = sum;
+    __syncthreads();
+    for (int o = blockDim.x / 2; o; o /= 2) {
+      if ((int)threadIdx.x < o) part[threadIdx.x] += part[threadIdx.x + o];
+      __syncthreads();
+    }
+    float lse = space < 2 ? (float)log(part[0]) : 0.f;
+    for (i64 c = threadIdx.x; c < n; c += blockDim.x) {
+      float z = logit(seed, row * n + c, (int)side) - lse;
+      float p = dtype == 2 ? fmaxf(expf(z), 0x1p-24f) : expf(z);   // float16 has nothing smaller: else it were zero
+      store(out, row * n + c, (int)dtype, space == 0 ? p : z);
+    }
+    __syncthreads();
+  }
+}
+extern "C" __global__ void spin(i64 cycles) {
+  i64 start = clock64();
+  while (clock64() - start < cycles) {}
+}
+extern "C" __global__ void read(const uint4* a, i64 n, unsigned* out) {
+  unsigned v = 0;
+  i64 step = (i64)gridDim.x * blockDim.x;
+#pragma unroll 4
+  for (i64 i = (i64)blockIdx.x * blockDim.x + threadIdx.x; i < n; i += step) {
+    uint4 q = __ldcs(a + i);
+    v ^= q.x ^ q.y ^ q.z ^ q.w;
+  }
+  if (v == 0x12345678u) *out = v;   // hardly ever, but the compiler cannot know
+}
+extern "C" __global__ void triad(const uint4* a, const uint4* b, uint4* c, i64 n) {
+  i64 step = (i64)gridDim.x * blockDim.x;
+#pragma unroll 4
+  for (i64 i = (i64)blockIdx.x * blockDim.x + threadIdx.x; i < n; i += step) {
+    uint4 p = __ldcs(a + i), q = __ldcs(b + i);
+    __stcs(c + i, make_uint4(p.x ^ q.x, p.y ^ q.y, p.z ^ q.z, p.w ^ q.w));
+  }
+}
+"""
+
+
+def numpy_dtype(name: str) -> np.dtype[Any]:
+    return np.dtype(getattr(importlib.import_module("ml_dtypes"), name)) if name == "bfloat16" else np.dtype(name)
+
+
+def version(name: str) -> str:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def smi(*fields: str) -> dict[str, str]:
+    """What nvidia-smi says; it changes nothing."""
+    try:
+        words = ["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader"]
+        done = subprocess.run(words, capture_output=True, text=True, timeout=30, check=True)
+    except (OSError, subprocess.SubprocessError) as error:
+        return {"nvidia-smi": f"not to be had: {error}"}
+    return dict(zip(fields, (w.strip() for w in done.stdout.splitlines()[0].split(",")), strict=False))
+
+
+def clocks() -> dict[str, str]:
+    return smi("clocks.sm", "clocks.mem", "temperature.gpu", "power.draw")
+
+
+class Graph:
+    """A captured sequence of calls. It keeps its memory: what ran in it wrote there, and will again."""
+
+    def __init__(self, graph: Any, stream: Any, pool: Any) -> None:
+        self._graph, self.stream, self._pool = graph, stream, pool
+
+    def launch(self) -> None:
+        self._graph.launch(self.stream)
+
+    def milliseconds(self) -> float:
+        cupy = importlib.import_module("cupy")
+        start, end = cupy.cuda.Event(), cupy.cuda.Event()
+        start.record(self.stream)
+        self._graph.launch(self.stream)
+        end.record(self.stream)
+        end.synchronize()
+        return float(cupy.cuda.get_elapsed_time(start, end))
+
+
+class Gpu:
+    """CuPy's current device."""
+
+    emulated = False
+
+    def __init__(self) -> None:
+        self.cupy = importlib.import_module("cupy")
+        self.stream = self.cupy.cuda.Stream(non_blocking=True)  # waits for nothing that is not asked for
+
+    @functools.cached_property
+    def _module(self) -> Any:
+        nvrtc = importlib.import_module("klcore.backends.nvrtc")
+        arch = int(self.cupy.cuda.Device().compute_capability)
+        self._folder = tempfile.TemporaryDirectory()  # until the end: CuPy says not when it reads the file
+        path = Path(self._folder.name, "kernels.cubin")
+        path.write_bytes(nvrtc.compile(KERNELS, (), arch))
+        return self.cupy.RawModule(path=str(path))
+
+    def _kernel(self, name: str, blocks: int, threads: int, *arguments: Any) -> None:
+        given = tuple(np.int64(a) if isinstance(a, int) else a for a in arguments)
+        self._module.get_function(name)((blocks,), (threads,), given)
+
+    def synchronize(self) -> None:
+        self.cupy.cuda.runtime.deviceSynchronize()
+
+    def put(self, array: np.ndarray) -> Any:
+        return self.cupy.asarray(array)
+
+    def get(self, array: Any) -> np.ndarray:
+        return np.asarray(self.cupy.asnumpy(array))
+
+    def fill(self, rows: int, n: int, dtype: str, space: str, seed: int, side: int) -> Any:
+        a = self.cupy.empty((rows, n), numpy_dtype(dtype))
+        codes = DTYPES.index(dtype), SPACES.index(space)
+        self._kernel("fill", min(rows, 1 << 16), 1024 if n > 2048 else 128, a, rows, n, *codes, seed, side)
+        return a
+
+    def poison(self, *arrays: Any) -> None:
+        """NaN in every element, whatever the dtype: what a kernel forgets to write shows."""
+        for a in arrays:
+            self.cupy.cuda.runtime.memsetAsync(a.data.ptr, 0xFF, a.nbytes, self.cupy.cuda.get_current_stream().ptr)
+
+    def keep_busy(self) -> None:
+        """A few milliseconds of work on the current stream: what is launched behind it must wait."""
+        self._kernel("spin", 1, 1, 4_000_000)
+
+    def copies(self) -> dict[str, float]:
+        """Bytes a second of a copy by the driver, of reading, and of reading two arrays and writing one."""
+        nbytes = 2 << 30
+        a, b = (self.fill(1 << 14, nbytes >> 16, "float32", "logits", seed, 0) for seed in (0, 1))
+        c = self.cupy.empty_like(a)
+        self.synchronize()
+        out = self.cupy.empty(1, np.uint32)
+        blocks, n = 16 * self.cupy.cuda.Device().attributes["MultiProcessorCount"], nbytes // 16
+        calls: dict[str, tuple[int, Callable[[], Any]]] = {
+            "copy": (2, lambda: c.data.copy_from_device_async(a.data, nbytes, self.stream)),
+            "read": (1, lambda: self._kernel("read", blocks, 512, a, n, out)),
+            "read two, write one": (3, lambda: self._kernel("triad", blocks, 512, a, b, c, n)),
+        }
+        found = {}
+        for name, (arrays, call) in calls.items():
+            graph = self.capture([call] * 4)
+            for _ in range(100):  # until the clocks are up
+                graph.milliseconds()
+            times = [graph.milliseconds() / 4 for _ in range(20)]
+            found[name] = arrays * nbytes / (1e-3 * float(np.median(times)))
+        return found
+
+    def capture(self, calls: Sequence[Callable[[], Any]]) -> Graph:
+        self.synchronize()
+        # what is allocated in a graph must not be given to anybody else while the graph lives
+        pool = self.cupy.cuda.MemoryPool()
+        with self.cupy.cuda.using_allocator(pool.malloc), self.stream:
+            self.stream.begin_capture()
+            try:
+                for call in calls:
+                    call()
+            finally:
+                graph = self.stream.end_capture()
+        return Graph(graph, self.stream, pool)
+
+    def extra_bytes(self, call: Callable[[], Any]) -> int:
+        """What a call allocates beside its results, at most."""
+        pool = self.cupy.get_default_memory_pool()
+        self.synchronize()
+        pool.free_all_blocks()
+        before = pool.total_bytes()
+        result = call()
+        self.synchronize()
+        results = result if isinstance(result, tuple) else (result,)
+        return max(0, pool.total_bytes() - before - sum(a.nbytes for a in results))
+
+    def free(self) -> None:
+        self.cupy.get_default_memory_pool().free_all_blocks()
+
+    def memory(self) -> int:
+        """Bytes that are free."""
+        return int(self.cupy.cuda.runtime.memGetInfo()[0])
+
+    def cache_bytes(self) -> int:
+        return int(self.cupy.cuda.Device().attributes["L2CacheSize"])
+
+    def describe(self) -> dict[str, Any]:
+        runtime = self.cupy.cuda.runtime
+        properties = runtime.getDeviceProperties(self.cupy.cuda.Device().id)
+        return {
+            "gpu": properties["name"].decode(),
+            "compute capability": self.cupy.cuda.Device().compute_capability,
+            "multiprocessors": properties["multiProcessorCount"],
+            "memory": properties["totalGlobalMem"],
+            "L2": self.cache_bytes(),
+            "CUDA of the driver": runtime.driverGetVersion(),
+            "CUDA of CuPy": runtime.runtimeGetVersion(),
+            "nvidia-smi": smi("driver_version", "clocks.max.sm", "clocks.max.mem", "power.limit", "pstate") | clocks(),
+        }
+
+
+class _Replay:
+    """A graph of the emulator: the calls themselves."""
+
+    def __init__(self, calls: Sequence[Callable[[], Any]]) -> None:
+        self._calls = calls
+        self.stream = None
+
+    def launch(self) -> None:
+        for call in self._calls:
+            call()
+
+    def milliseconds(self) -> float:
+        start = time.perf_counter()
+        self.launch()
+        return 1e3 * (time.perf_counter() - start)
+
+
+class Emulated(Gpu):
+    """tests/emulator: kernels run at once, on the CPU."""
+
+    emulated = True
+
+    def __init__(self) -> None:
+        sys.path.insert(0, str(ROOT / "tests"))
+        importlib.import_module("emulator.device").install()
+        super().__init__()
+
+    def synchronize(self) -> None:
+        pass
+
+    def fill(self, rows: int, n: int, dtype: str, space: str, seed: int, side: int) -> Any:
+        rng = np.random.default_rng([seed, 0])
+        z = 2 * rng.standard_normal((rows, n))
+        if side:
+            z += np.random.default_rng([seed, 1]).standard_normal((rows, n))
+        if space != "logits":
+            z -= np.log(np.exp(z).sum(axis=-1, keepdims=True))
+        return self.put((np.exp(z) if space == "probs" else z).astype(numpy_dtype(dtype)))
+
+    def poison(self, *arrays: Any) -> None:
+        for a in arrays:
+            a[...] = np.nan
+
+    def keep_busy(self) -> None:
+        pass
+
+    def copies(self) -> dict[str, float]:
+        return {"copy": 1e9, "read": 1e9, "read two, write one": 1e9}
+
+    def capture(self, calls: Sequence[Callable[[], Any]]) -> Any:
+        return _Replay(calls)
+
+    def extra_bytes(self, call: Callable[[], Any]) -> int:
+        call()
+        return 0
+
+    def free(self) -> None:
+        pass
+
+    def memory(self) -> int:
+        return 1 << 30
+
+    def cache_bytes(self) -> int:
+        return 1 << 10
+
+    def describe(self) -> dict[str, Any]:
+        return {"gpu": "emulated"}
+
+
+def open_device(emulated: bool) -> Gpu:
+    return Emulated() if emulated else Gpu()
