@@ -54,7 +54,9 @@ setup(
             "klcore._cpu",
             ["src/kl_cpu.pyx"],
             include_dirs=["src"],
-            depends=[f"src/kl_{name}.h" for name in ("math", "tree", "store", "logits", "plan", "rows", "isa", "batch")],
+            depends=[
+                f"src/kl_{name}.h" for name in ("math", "tree", "store", "logits", "plan", "rows", "isa", "batch")
+            ],
             language="c++",
         ),
         compiler_directives={"language_level": 3},
