@@ -1,6 +1,10 @@
 """What all tests share: devices and dtypes to run over, Hypothesis' profile for CI, and a fresh interpreter."""
 
+import collections
+import contextlib
+import importlib
 import os
+import shutil
 import subprocess
 import sys
 
@@ -11,7 +15,11 @@ from hypothesis import settings
 
 import klcore
 
-DEVICES = [name.strip() for name in os.environ.get("KLCORE_TEST_DEVICES", "cpu").split(",") if name.strip()]
+# "cpu"; "emulated": the CUDA kernels, executed on the CPU by tests/emulator; "cuda": a GPU, by CuPy
+EMULATOR = ["emulated"] if shutil.which("g++") and sys.platform != "win32" else []
+CHOSEN = [name.strip() for name in os.environ.get("KLCORE_TEST_DEVICES", "").split(",") if name.strip()]
+DEVICES = CHOSEN or ["cpu", *EMULATOR]
+GPUS = [name for name in DEVICES if name != "cpu"]
 DTYPES = {
     "float64": np.dtype("float64"),
     "float32": np.dtype("float32"),
@@ -30,30 +38,84 @@ class Device:
 
     def __init__(self, name):
         self.name = name
+        self.klcore_name = "cpu" if name == "cpu" else "cuda"  # for `device=`
         self.numpy = name == "cpu"  # results are NumPy arrays
-        if not self.numpy:
-            import cupy
-
-            self._cupy = cupy
+        self.emulated = name == "emulated"
+        self.xp = np if self.numpy else importlib.import_module("cupy")
 
     def put(self, array):
-        return array if self.numpy else self._cupy.asarray(array)
+        return array if self.numpy else self.xp.asarray(array)
 
     def get(self, array):
-        return array if self.numpy else self._cupy.asnumpy(array)
+        return array if self.numpy else self.xp.asnumpy(array)
 
     def array_type(self):
-        return np.ndarray if self.numpy else self._cupy.ndarray
+        return self.xp.ndarray
 
 
-@pytest.fixture(scope="session", params=DEVICES)
+@contextlib.contextmanager
+def computing_on(name):
+    """The Device called `name`. One that is missing fails the test: a skip would hide that nothing ran."""
+    with contextlib.ExitStack() as stack:
+        try:
+            if name == "emulated":
+                emulator = importlib.import_module("emulator.device")
+                emulator.install()
+                stack.callback(emulator.uninstall)
+            device = Device(name)
+            klcore.kl_div([0.5, 0.5], [0.25, 0.75], device=device.klcore_name)
+        except (klcore.BackendUnavailableError, ValueError, ImportError) as error:
+            pytest.fail(f"KLCORE_TEST_DEVICES asks for {name!r}, which cannot be used: {error}")
+        yield device
+
+
+# Of a module, not of the session: the emulator takes CuPy's place for all that runs meanwhile.
+@pytest.fixture(scope="module", params=DEVICES)
 def device(request):
-    """Every device of KLCORE_TEST_DEVICES. One that is missing fails the test: a skip would hide that nothing ran."""
-    try:
-        klcore.kl_div([0.5, 0.5], [0.25, 0.75], device=request.param)
-        return Device(request.param)
-    except (klcore.BackendUnavailableError, ValueError, ImportError) as error:
-        pytest.fail(f"KLCORE_TEST_DEVICES asks for {request.param!r}, which cannot be used: {error}")
+    """Every device of KLCORE_TEST_DEVICES."""
+    with computing_on(request.param) as device:
+        yield device
+
+
+@pytest.fixture(scope="module", params=GPUS)
+def gpu(request):
+    """Those that run the CUDA kernels."""
+    with computing_on(request.param) as device:
+        yield device
+
+
+# ---- how much was compared, for the summary --------------------------------------------------------------------------
+
+COMPARED = pytest.StashKey[collections.Counter]()
+
+
+def pytest_configure(config):
+    config.stash[COMPARED] = collections.Counter()
+
+
+@pytest.fixture(scope="session")
+def compared(request):
+    """Counts comparisons, by what they show."""
+    return request.config.stash[COMPARED]
+
+
+def pytest_sessionfinish(session):
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["compared"] = dict(session.config.stash[COMPARED])
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node):
+    """A worker of pytest-xdist hands over its counts."""
+    node.config.stash[COMPARED].update(getattr(node, "workeroutput", {}).get("compared", {}))
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    for what, count in sorted(config.stash[COMPARED].items()):
+        terminalreporter.write_line(f"{count:,} {what}")
+
+
+# ---- parameters and processes ----------------------------------------------------------------------------------------
 
 
 @pytest.fixture(params=DTYPES)

@@ -31,6 +31,7 @@ class Settings:
     threads: int = min(4, os.cpu_count() or 1)  # of the operating system, for one launch
     architecture: str = "90"  # compute capability, as CuPy writes it
     devices: int = 1
+    optimize: int = 0  # g++ -O; tests compile more than they compute
     sanitize: bool = False  # compile with ASan and UBSan, in a process started with sanitizer_environment()
 
 
@@ -58,7 +59,12 @@ def _compiled(source, options, arch):
     """The path of the library; compiled once on this machine, however many processes ask for it at once."""
     import fcntl  # not on Windows, where there is no emulator
 
-    flags = [*_flags(settings.sanitize), f"-DKL_EMULATOR_ARCH={arch}", *(o for o in options if o.startswith("-D"))]
+    flags = [
+        *_flags(settings.sanitize),
+        f"-O{settings.optimize}",
+        f"-DKL_EMULATOR_ARCH={arch}",
+        *(o for o in options if o.startswith("-D")),
+    ]
     headers = [(HERE / name).read_text() for name in ("emulator.h", "launch.h")]
     key = hashlib.sha256(repr((source, flags, headers, _compiler())).encode()).hexdigest()[:32]
     folder = _cache()
@@ -94,7 +100,7 @@ def _compiler():
 
 @functools.cache
 def _flags(sanitize):
-    flags = ["-std=c++17", "-O1", "-fPIC", "-shared", "-pthread", "-ffp-contract=off", "-fno-math-errno"]
+    flags = ["-std=c++17", "-fPIC", "-shared", "-pthread", "-ffp-contract=off", "-fno-math-errno"]
     if "clang" not in _compiler()[1]:
         flags.append("-fno-gnu-unique")  # else libraries with other macros would share their variables
     cpu = Path("/proc/cpuinfo")
@@ -528,6 +534,13 @@ _runtime = _module(
     "cupy.cuda.runtime",
     getDevice=lambda: Device().id,
     getDeviceCount=lambda: settings.devices,
+    getDeviceProperties=lambda device: {
+        "name": b"emulated",
+        "major": int(settings.architecture[:-1]),
+        "minor": int(settings.architecture[-1]),
+        "totalGlobalMem": 8 << 30,
+    },
+    driverGetVersion=lambda: 13000,
     deviceSynchronize=lambda: None,
     CUDARuntimeError=EmulatorError,
 )
@@ -615,10 +628,15 @@ def _forget():
 def using(**changes):
     """Settings for a while: ``with using(seed=3, architecture="75"): ...``"""
     before = {name: getattr(settings, name) for name in changes}
+    _change(changes)
     try:
-        for name, value in changes.items():
-            setattr(settings, name, value)
         yield
     finally:
-        for name, value in before.items():
-            setattr(settings, name, value)
+        _change(before)
+
+
+def _change(changes):
+    if "architecture" in changes and changes["architecture"] != settings.architecture:
+        _forget()  # what the backend knows about its devices
+    for name, value in changes.items():
+        setattr(settings, name, value)

@@ -1,0 +1,985 @@
+"""The CUDA kernels give the CPU's bits, whatever the launch; and the backend around them refuses what it must.
+
+Without a GPU the kernels are executed by tests/emulator; KLCORE_TEST_DEVICES=cuda takes a GPU. What is compiled (one
+kernel for one operation, pair of spaces, dtypes, outputs, temperature and architecture) and what each is then given are
+chosen so that every pair of those choices occurs: see `cover`.
+"""
+
+import contextlib
+import importlib
+import itertools
+import os
+import random
+import subprocess
+import sys
+import threading
+
+import numpy as np
+import oracle
+import pytest
+import test_bits
+from test_bits import DTYPES, OPERATIONS, SPACES
+
+import klcore
+
+PAIR = ("x", "y")
+
+
+def backend():
+    return importlib.import_module("klcore.backends.cuda")
+
+
+def emulator():
+    return importlib.import_module("emulator.device")
+
+
+@pytest.fixture
+def emulated(gpu):
+    """For what hardware does not show, or not twice in the same way."""
+    if not gpu.emulated:
+        pytest.skip("of the emulator")
+    return gpu
+
+
+def settings(gpu, **changes):
+    return emulator().using(**changes) if gpu.emulated else contextlib.nullcontext()
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    """The names of the kernels launched."""
+    return launches(monkeypatch)
+
+
+def launches(monkeypatch):
+    found, names = [], {}
+    cuda = backend()
+    kernel, start = cuda._kernel, cuda._start
+
+    def named(device, options, name):
+        made = kernel(device, options, name)
+        names[id(made)] = name
+        return made
+
+    def started(planned):
+        found.extend(names[id(launch.kernel)] for launch in planned)
+        return start(planned)
+
+    monkeypatch.setattr(cuda, "_kernel", named)
+    monkeypatch.setattr(cuda, "_start", started)
+    return found
+
+
+# ---- comparisons -----------------------------------------------------------------------------------------------------
+
+
+def bits(a):
+    """As integers, all NaNs the same."""
+    a = np.ascontiguousarray(a)
+    found = a.reshape(a.shape).view(f"u{a.dtype.itemsize}").copy()
+    found[np.isnan(a.astype(np.float64))] = 0x7E57
+    return found
+
+
+def call(operation, arrays, **keywords):
+    result = getattr(klcore, operation)(*arrays, **keywords)
+    return result if isinstance(result, tuple) else (result,)
+
+
+def assert_bits(gpu, compared, found, expected, what=""):
+    assert len(found) == len(expected)
+    for k, (f, e) in enumerate(zip(found, expected, strict=True)):
+        assert type(f) is gpu.array_type(), what
+        f, e = gpu.get(f), np.asarray(e)
+        assert (f.dtype, f.shape) == (e.dtype, e.shape), f"{what}, result {k}"
+        different = bits(f) != bits(e)
+        assert not different.any(), f"{what}, result {k}: {f[different][:5]} instead of {e[different][:5]}"
+    compared["arrays of the CUDA kernels that have the CPU's bits"] += len(found)
+
+
+# ---- covering designs ------------------------------------------------------------------------------------------------
+
+
+def cover(factors, fits, seed=0):
+    """A list of choices, one value of every factor each, so that every pair of values that fits occurs; greedily.
+
+    `fits` says of a choice, also of one that is not complete yet, whether it may be.
+    """
+    rng = random.Random(seed)
+    names = list(factors)
+    pairs = {
+        ((a, u), (b, v))
+        for a, b in itertools.combinations(names, 2)
+        for u in range(len(factors[a]))
+        for v in range(len(factors[b]))
+    }
+    numbered = {name: range(len(values)) for name, values in factors.items()}
+
+    def values(choice):
+        return {name: factors[name][choice[name]] for name in names if name in choice}
+
+    def completed(choice):
+        for name in rng.sample(names, len(names)):
+            if name in choice:
+                continue
+            options = [(name, k) for k in numbered[name] if fits(values({**choice, name: k}))]
+            if not options:
+                return None
+            rng.shuffle(options)
+            new = [sum(pair(o, other) in uncovered for other in choice.items()) for o in options]
+            choice = {**choice, name: options[max(range(len(options)), key=new.__getitem__)][1]}
+        return choice
+
+    def pair(a, b):
+        return (a, b) if names.index(a[0]) < names.index(b[0]) else (b, a)
+
+    def gain(choice):
+        return sum(pair in uncovered for pair in itertools.combinations([(n, choice[n]) for n in names], 2))
+
+    uncovered = {pair for pair in pairs if fits(values(dict(pair)))}
+    found = []
+    while uncovered:
+        start = min(uncovered)
+        candidates = [c for c in (completed(dict(start)) for _ in range(4)) if c]
+        if not candidates:  # none of three values fits together
+            uncovered.discard(start)
+            continue
+        best = max(candidates, key=gain)
+        uncovered -= set(itertools.combinations([(n, best[n]) for n in names], 2))
+        found.append(values(best))
+    return found
+
+
+# ---- every kernel, bit for bit ---------------------------------------------------------------------------------------
+
+KINDS = [(op, space) for op in OPERATIONS for space in test_bits.pairs(op)]
+# path -> the kernel that it is about, and numbers of classes
+PATHS = {
+    "narrow": ("kl_narrow", (1, 2, 5, 31, 33, 64, 100, 128)),
+    "units": ("kl_units", (129, 256, 257, 1000, 1024)),
+    "rows": ("kl_rows", (1025, 2049, 5000)),
+    "folded": ("kl_fold", (1025, 2049, 3072)),
+    "summed": ("kl_summed", (1, 33, 128, 257, 1025)),
+}
+BUILDS = {
+    "kind": KINDS,
+    "dtypes": [
+        ("float32", "float32"),
+        ("float64", "float64"),
+        ("float32", "float16"),
+        ("bfloat16", "float32"),
+        ("float16", "float64"),
+    ],
+    "path": list(PATHS),
+    "outputs": ["value", "x", "y", "xy", "terms", "terms xy"],
+    "temperature": [1.0, 2.5],
+    "architecture": ["90", "75", "80", "120"],
+}
+
+
+def spaces_of(kind):
+    return (kind[1],) if isinstance(kind[1], str) else kind[1]
+
+
+def may_be_built(choice):
+    kind, outputs, path = choice.get("kind"), choice.get("outputs"), choice.get("path")
+    two = path == "summed" or (outputs or "value").endswith("y") or not fits_entropy(choice.get("dtypes"))
+    if kind and kind[0] == "entropy" and two:
+        return False
+    if choice.get("temperature", 1) != 1 and kind and "logits" not in spaces_of(kind):
+        return False
+    # "x" or "y" is the operand that is broadcast
+    return not (path == "summed" and outputs and outputs not in ("x", "y"))
+
+
+def fits_entropy(dtypes):
+    return dtypes is None or dtypes[0] not in ("float16", "bfloat16")  # of its own, below
+
+
+def key(choice):
+    kind = choice["kind"]
+    words = [kind[0], "/".join(spaces_of(kind)), *choice["dtypes"], choice["path"], choice["outputs"]]
+    return " ".join([*words, f"T={choice['temperature']}", f"sm_{choice['architecture']}"])
+
+
+CASES = cover(BUILDS, may_be_built)
+
+# what a kernel is given; "last" etc.: where the classes are
+GIVEN = {
+    "layout": ["plain", "behind", "padded", "apart", "backwards", "turned", "rows apart", "mixed"],
+    "axis": ["last", "first", "middle of four"],
+    "reduction": ["row", "sum", "rowmean", "batchmean", "mean"],
+    "weights": [None, "float32", "float64"],
+    "seed": [0, 1, 2, 3],
+    "threads": [1, 2],
+    "out": [False, True],
+}
+RUNS = {axes: cover({**GIVEN, "axis": axes}, lambda choice: True) for axes in (("last",), tuple(GIVEN["axis"]))}
+
+
+def test_designs_cover_every_pair():
+    def pairs(choices):
+        return {pair for c in choices for pair in itertools.combinations(c.items(), 2)}
+
+    possible = {
+        ((a, u), (b, v))
+        for a, b in itertools.combinations(BUILDS, 2)
+        for u in BUILDS[a]
+        for v in BUILDS[b]
+        if may_be_built({a: u, b: v})
+    }
+    assert pairs(CASES) <= possible
+    # entropy is not broadcast; that is all that cannot be
+    assert {p for p in possible - pairs(CASES) if "entropy" not in str(p)} == set()
+    for axes, runs in RUNS.items():
+        given = {**GIVEN, "axis": axes}
+        assert len(pairs(runs)) == sum(len(given[a]) * len(given[b]) for a, b in itertools.combinations(given, 2))
+
+
+def placed(gpu, a, layout, other=False):
+    """A device array that equals `a`, elsewhere in memory."""
+    xp, n = gpu.xp, a.shape[-1]
+    if layout == "mixed":
+        layout = "turned" if other else "behind"
+    if layout == "plain":
+        return gpu.put(a)
+    if layout == "behind":  # not aligned to 16 bytes
+        view = xp.empty(a.size + 1, a.dtype)[1:].reshape(a.shape)
+    elif layout == "padded":
+        view = xp.empty((*a.shape[:-1], n + 3), a.dtype)[..., 1:-2]
+    elif layout == "apart":
+        view = xp.empty((*a.shape[:-1], 2 * n + 1), a.dtype)[..., 1::2]
+    elif layout == "backwards":
+        turn = tuple(slice(None, None, -1) for _ in a.shape)
+        view = xp.empty(a.shape, a.dtype)[turn]
+    elif layout == "turned":
+        view = xp.empty(a.shape[::-1], a.dtype).transpose()
+    elif layout == "rows apart":
+        view = xp.empty((2 * a.shape[0] + 1, *a.shape[1:]), a.dtype)[1::2]
+    view[...] = gpu.put(a)
+    return view
+
+
+def arranged(a, axis):
+    """Rows as an array with the classes on another axis."""
+    if axis == "first":
+        return np.ascontiguousarray(a.T)
+    if axis == "middle of four":
+        return np.ascontiguousarray(np.moveaxis(a.reshape(2, 1, -1, a.shape[-1]), (0, 3), (2, 1)))
+    return a
+
+
+AXES = {"last": -1, "first": 0, "middle of four": 1}
+
+
+def weights_like(shape, zero, dtype):
+    """One weight a row; 0 where `zero`."""
+    w = (1 + np.arange(zero.size) % 3 / 2).astype(dtype)
+    w[zero] = 0
+    return w.reshape(shape)
+
+
+def rows_in(path, gpu):
+    """As many that the launch is that of this path."""
+    many = max(16, backend()._properties(0).multiprocessors)
+    return {"rows": many + many % 2, "folded": 2}.get(path, 16)
+
+
+def arguments(case, n, rows):
+    """Rows of every kind, (rows, n), and which of them are finite."""
+    operation, space = case["kind"]
+    dtypes = case["dtypes"][:1] * 2 if operation == "entropy" else case["dtypes"]
+    spaces = spaces_of(case["kind"])
+    arrays = [test_bits.numbers(16, n, s, d, side) for s, d, side in zip(spaces, dtypes, "xy", strict=False)]
+    with np.errstate(all="ignore"):
+        finite = np.isfinite(call(operation, [a.astype(np.float64) for a in arrays], space=space)[0])
+    finite &= ~np.isin(np.arange(16), (2, 6, 8, 9))
+    if case["path"] == "folded":
+        few = [n % 16, 10 + n % 6] if n % 2 else [4, 8]
+        return [a[few] for a in arrays], finite[few]
+    order = np.resize(np.arange(16), rows)
+    return [a[order] for a in arrays], finite[order]
+
+
+def assert_run(gpu, compared, case, n, run):
+    operation, space = case["kind"]
+    path, outputs = case["path"], case["outputs"]
+    arrays, finite = arguments(case, n, rows_in(path, gpu))
+    terms = outputs.startswith("terms")
+    wanted = tuple(outputs.replace("terms", "").replace("value", "").strip())
+    reduction = "none" if terms else run["reduction"]
+    axis = run["axis"] if len(arrays[0]) % 2 == 0 else "last"
+    if reduction not in ("row", "none") and not run["weights"] and finite.any():
+        kept = np.flatnonzero(finite)  # a total that is NaN would show nothing
+        arrays = [a[kept[: len(kept) // 2 * 2 or 1]] for a in arrays]
+        finite = finite[kept[: len(kept) // 2 * 2 or 1]]
+        axis = axis if len(finite) % 2 == 0 else "last"
+        if path == "rows":
+            arrays = [np.concatenate([a] * 3) for a in arrays]
+            finite = np.concatenate([finite] * 3)
+    keywords = {"space": space, "reduction": reduction, "return_grad": wanted or None}
+    if operation == "entropy":
+        keywords["return_grad"] = "x" if wanted else None
+    if case["temperature"] != 1:
+        keywords["temperature"] = case["temperature"]
+    arrays = [arranged(a, axis) for a in arrays]
+    keywords["axis"] = AXES[axis]
+    batch = np.moveaxis(arrays[0], AXES[axis], -1).shape[:-1]
+    if path == "summed":
+        which = outputs == "y"
+        arrays[which] = np.take(arrays[which], [0], axis={"last": 0, "first": 1}.get(axis, 3))
+    weights = None
+    if run["weights"]:
+        weights = weights_like(batch, ~finite, run["weights"])
+        keywords["weights"] = weights
+    expected = call(operation, arrays, **keywords)
+
+    on_device = [placed(gpu, a, run["layout"], other=bool(k)) for k, a in enumerate(arrays)]
+    if weights is not None:
+        keywords["weights"] = placed(gpu, weights, "behind" if weights.ndim == 1 else run["layout"])
+    if run["out"]:
+        keywords["out"] = tuple(
+            placed(gpu, np.zeros_like(e), run["layout"] if e.ndim else "plain", other=True) if e.ndim
+            else gpu.put(np.asarray(e))
+            for e in map(np.asarray, expected)
+        )  # fmt: skip
+    before = [gpu.get(a) for a in on_device]
+    with settings(gpu, seed=run["seed"], threads=run["threads"]):
+        found = call(operation, on_device, **keywords)
+    if run["out"]:
+        assert all(f is o for f, o in zip(found, keywords["out"], strict=True))
+    assert_bits(gpu, compared, found, expected, f"n={n} {run}")
+    for a, b in zip(on_device, before, strict=True):
+        assert (bits(gpu.get(a)) == bits(b)).all(), "an input was modified"
+    return found
+
+
+@pytest.mark.parametrize("case", CASES, ids=key)
+def test_bits_of_the_cpu(gpu, compared, monkeypatch, case):
+    kernel, lengths = PATHS[case["path"]]
+    # rows of classes that lie apart are not for kl_rows
+    runs = RUNS[("last",) if case["path"] == "rows" else tuple(GIVEN["axis"])]
+    if case["path"] == "rows":
+        runs = [r for r in runs if r["layout"] not in ("turned", "mixed", "apart", "backwards")] + [
+            {**r, "layout": "behind"} for r in runs if r["layout"] == "backwards"
+        ]
+    at = CASES.index(case) * 7
+    with settings(gpu, architecture=case["architecture"]):
+        used = launches(monkeypatch)
+        if case["path"] == "summed":  # beside the value, by a kernel that depends on n
+            lengths = [[n for n in lengths if n <= 128], [257], [1025]][at % 3]
+        for k, n in enumerate(lengths):
+            for run in (runs[(at + 2 * k) % len(runs)], runs[(at + 2 * k + 1) % len(runs)]):
+                assert_run(gpu, compared, case, n, run)
+        assert kernel in used
+
+
+# ---- what is special -------------------------------------------------------------------------------------------------
+
+
+def logits(rows, n, dtype="float32", seed=0):
+    rng = np.random.default_rng(seed)
+    a = rng.normal(size=(rows, n)) * 3
+    return a.astype(DTYPES[dtype]), (a + rng.normal(size=a.shape)).astype(DTYPES[dtype])
+
+
+def into(a, space):
+    with np.errstate(divide="ignore"):
+        z = a.astype(np.float64)
+        z = z - z.max(axis=-1, keepdims=True)
+        z = z - np.log(np.exp(z).sum(axis=-1, keepdims=True))
+        return a if space == "logits" else (np.exp(z) if space == "probs" else z).astype(a.dtype)
+
+
+def both(gpu, compared, operation, arrays, what="", **keywords):
+    """The call on the device and on the CPU: the same bits."""
+    on_device = {k: gpu.put(v) if isinstance(v, np.ndarray) else v for k, v in keywords.items()}
+    found = call(operation, [gpu.put(a) for a in arrays], **on_device)
+    assert_bits(gpu, compared, found, call(operation, arrays, **keywords), what)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("operation", "space", "gradient", "dtype", "lengths", "blocks"),
+    [
+        ("kl_div", "logits", "y", "float32", (9000, 20_000, 50_257, 128_256), {2, 4, 8, 16}),
+        ("rel_entr", "logits", PAIR, "float64", (30_000,), {8}),
+        ("kl_div", ("probs", "logits"), "y", "float32", (33_333,), {4}),
+        ("cross_entropy", "logits", PAIR, "float32", (14_000, 200_000), {2, 16}),
+        ("entropy", "logits", "x", "float32", (9000, 50_257), {1, 4}),
+    ],
+)
+def test_rows_in_clusters(gpu, compared, monkeypatch, operation, space, gradient, dtype, lengths, blocks):
+    """A row that is needed twice is held by the blocks of a cluster."""
+    cuda = backend()
+    residence, chosen = cuda._residence, []
+    monkeypatch.setattr(cuda, "_residence", lambda *given: chosen.append(residence(*given)) or chosen[-1])
+    for n in lengths:
+        assert_cluster(gpu, compared, operation, space, gradient, dtype, n)
+    if gpu.emulated:
+        assert {found[0] for found in chosen} == blocks
+
+
+def assert_cluster(gpu, compared, operation, space, gradient, dtype, n):
+    x, y = logits(5, n, dtype)
+    x[1, ::3] = -np.inf
+    y[2, 7] = -np.inf
+    x[3, n - 1] = np.nan
+    x[4] *= 100
+    spaces = (space, space) if isinstance(space, str) else space
+    arrays = [into(a, s) for a, s in zip((x, y), spaces, strict=True)][: 1 if operation == "entropy" else 2]
+    for seed in (0, 3) if gpu.emulated else (0,):
+        with settings(gpu, seed=seed):
+            both(gpu, compared, operation, arrays, space=space, return_grad=gradient)
+
+
+@pytest.mark.parametrize("n", [9000, 50_257])
+@pytest.mark.parametrize("space", ["logits", ("probs", "logits")])
+def test_rows_that_nothing_can_hold(emulated, compared, monkeypatch, space, n):
+    with settings(emulated, architecture="75"):
+        used = launches(monkeypatch)
+        x, y = logits(6, n)
+        both(
+            emulated,
+            compared,
+            "kl_div",
+            [into(x, space if space == "logits" else "probs"), y],
+            space=space,
+            return_grad="y",
+        )
+        assert used == ["kl_rows"]
+
+
+@pytest.mark.parametrize(("operation", "space", "gradient"), [
+    ("kl_div", "probs", None), ("kl_div", "logits", "y"), ("cross_entropy", ("log_probs", "logits"), PAIR),
+])  # fmt: skip
+@pytest.mark.parametrize("rows", [1, 2])
+def test_a_million_classes(gpu, compared, launched, operation, space, gradient, rows):
+    """More than 1024 chunks: they are folded twice."""
+    spaces = (space, space) if isinstance(space, str) else space
+    x, y = (into(a, s) for a, s in zip(logits(rows, 1_100_000), spaces, strict=True))
+    with settings(gpu, seed=rows):
+        both(gpu, compared, operation, (x, y), space=space, return_grad=gradient, reduction="sum")
+    sweeps = launched.count("kl_units")
+    assert sweeps == {"probs": 1, "logits": 2}.get(space, 3)
+    assert launched.count("kl_fold") == 2 * min(sweeps, 2 if gradient == PAIR else 1)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_a_million_rows(gpu, compared, launched, weighted):
+    """Their total takes several launches."""
+    x, y = (np.random.default_rng(k).random((1_100_000, 1), dtype="float32") for k in (0, 1))
+    weights = np.random.default_rng(2).random(len(x), dtype="float32") if weighted else None
+    both(gpu, compared, "kl_div", (x, y), reduction="rowmean", weights=weights)
+    assert launched.count("kl_sum") == (6 if weighted else 3)
+
+
+@pytest.mark.parametrize(
+    ("shapes", "axis"),
+    [
+        (((2500, 5), (1, 5)), -1),
+        (((7,), (3, 1100, 7)), -1),
+        (((2, 1, 1100, 6), (3, 1, 6)), -1),
+        (((2, 6, 1100), (1, 6, 1)), 1),
+        (((1, 1, 140), (1030, 140)), -1),
+    ],
+)
+@pytest.mark.parametrize("space", ["probs", "logits"])
+def test_broadcast_operands(gpu, compared, shapes, axis, space):
+    """Both their gradients; those of more than 1024 rows take two rounds."""
+    rng = np.random.default_rng(5)
+    x, y = (rng.uniform(0.1, 1, s).astype("float32") for s in shapes)
+    batch = klcore.kl_div(x, y, axis=axis).shape
+    zero = rng.random(batch) < 0.2
+    weights = rng.random(batch) * ~zero
+    for keywords in ({}, {"reduction": "rowmean", "weights": weights}, {"reduction": "batchmean"}):
+        both(gpu, compared, "kl_div", (x, y), space=space, axis=axis, return_grad=PAIR, **keywords)
+
+
+def test_random_calls(gpu, compared):
+    """What no design thought of: shapes, axes, broadcasting, weights and reductions by chance, always the same."""
+    rng = np.random.default_rng(7)
+    for _ in range(300):
+        space = str(rng.choice(["probs", "logits"]))  # the two of which test_broadcast_operands has compiled most
+        n = int(rng.choice([1, 2, 3, 16, 31, 100, 128]))
+        batch = tuple(int(v) for v in rng.choice([1, 2, 3, 5, 7], rng.integers(0, 4)))
+        x, y = (rng.uniform(0.1, 3, (*batch, n)).astype("float32") for _ in range(2))
+        x[rng.random(x.shape) < 0.05] = rng.choice([0, np.nan, np.inf, -np.inf])
+        if batch and rng.random() < 0.4:
+            d = rng.integers(len(batch))
+            x = x.take([0], axis=d) if rng.random() < 0.5 else x
+            y = y[(0,) * int(rng.integers(len(batch) + 1))] if rng.random() < 0.5 else y
+        axis = int(rng.integers(-min(x.ndim, y.ndim), 0))
+        x, y = (np.moveaxis(a, -1, axis) for a in (x, y))
+        x = x[..., ::-1].copy()[..., ::-1] if rng.random() < 0.3 else x
+        weights = None
+        if rng.random() < 0.4:
+            shape = np.broadcast_shapes(*(np.moveaxis(a, axis, -1).shape[:-1] for a in (x, y)))
+            weights = rng.random(shape) * (rng.random(shape) < 0.7)
+        reduction = str(rng.choice(["row", "sum", "rowmean", "none", "batchmean", "mean"]))
+        with settings(gpu, seed=int(rng.integers(4)), threads=int(rng.integers(1, 3))):
+            keywords = {"space": space, "axis": axis, "reduction": reduction, "weights": weights}
+            about = str((x.shape, y.shape, keywords))
+            both(gpu, compared, "kl_div", (x, y), about, return_grad=PAIR, **keywords)
+
+
+@pytest.mark.parametrize("bad", [-1.0, -np.inf, np.nan, np.inf])
+@pytest.mark.parametrize("n", [5, 300, 1500])
+def test_a_bad_weight_on_the_device_makes_its_row_nan(gpu, compared, n, bad):
+    """It is not looked at: that would mean to wait for the GPU."""
+    x, y = logits(16, n)
+    weights = np.ones(16)
+    expected = call("kl_div", (x, y), space="logits", weights=weights, return_grad=PAIR)
+    weights[3] = bad
+    on_device = [gpu.put(a) for a in (x, y)]
+    found = call("kl_div", on_device, space="logits", weights=gpu.put(weights), return_grad=PAIR)
+    for f, e in zip(found, expected, strict=True):
+        f = gpu.get(f)
+        assert np.isnan(f[3]).all()
+        assert (np.delete(bits(f), 3, 0) == np.delete(bits(e), 3, 0)).all()
+    for reduction in ("sum", "rowmean"):
+        assert np.isnan(
+            gpu.get(klcore.kl_div(*on_device, space="logits", weights=gpu.put(weights), reduction=reduction))
+        )
+
+
+# ---- against the definition, and two 16-bit inputs -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda k: f"{k[0]} {'/'.join(spaces_of(('', k[1])))}")
+def test_values_are_right(gpu, kind):
+    """Not only the CPU's: of two 16-bit inputs, for which a GPU uses its own exponentials and reciprocals."""
+    operation, space = kind
+    single = operation == "entropy"
+    spaces = (space, space) if single else space
+    rng = np.random.default_rng(11)
+    for n in (33, 300):
+        a = rng.normal(size=(6, n)) * np.array([0.3, 1, 2, 2, 2, 3])[:, None]
+        b = a + rng.normal(size=a.shape) * np.array([1, 0.03, 1, 1, 2, 0])[:, None]
+        a[3, ::5] = b[3, ::5] = -np.inf
+        x, y = (into(v, s).astype("float16") for v, s in zip((a, b), spaces, strict=True))
+        if spaces[-1] == "probs":  # finite values and gradients only
+            y = np.where(np.isinf(b), 0, np.maximum(y, 2.0**-14)).astype("float16")
+        arrays = (x,) if single else (x, y)
+        found = call(operation, [gpu.put(v) for v in arrays], space=space, return_grad="x" if single else PAIR)
+        true = oracle.exact(operation, x.astype(float), y.astype(float), spaces)
+        for name, f in zip(("value", "dx", "dy"), map(gpu.get, found), strict=False):
+            relative, absolute = oracle.tolerance(
+                operation, spaces, f.dtype, "value" if name == "value" else "gradient"
+            )
+            if not oracle.is_wide(operation, spaces):
+                relative += oracle.TOLERANCES["fast16", "float32"]
+            expected, size = getattr(true, name), getattr(true, f"{name}_size")
+            oracle.assert_close(f, expected, size, (relative, absolute), f"{name} of {kind}, n={n}")
+
+
+@pytest.mark.parametrize("dtypes", [("float16",) * 2, ("bfloat16",) * 2, ("float16", "bfloat16")])
+@pytest.mark.parametrize("space", SPACES)
+def test_two_16_bit_inputs(gpu, compared, space, dtypes):
+    """Zero of equal arguments, never negative, and the same bits wherever a row stands."""
+    for n in (33, 300):
+        x, y = (test_bits.numbers(16, n, space, d, side) for d, side in zip(dtypes, "xy", strict=True))
+        value, *gradients = (gpu.get(r) for r in call("kl_div", map(gpu.put, (x, y)), space=space, return_grad=PAIR))
+        assert not (value < 0).any()
+        good = np.isfinite(klcore.kl_div(x, y, space=space))
+        assert (np.isfinite(value) == good).all()
+        whole = [value, *gradients]
+        for r in range(16):
+            alone = [gpu.get(a) for a in call("kl_div", [gpu.put(a[r]) for a in (x, y)], space=space, return_grad=PAIR)]
+            for f, e in zip(alone, whole, strict=True):
+                assert (bits(f) == bits(e[r])).all(), f"n={n}, row {r}: {f} alone, {e[r]} among others"
+        for layout in ("behind", "apart", "turned"):
+            on_device = [placed(gpu, a, layout) for a in (x, y)]
+            for f, e in zip(call("kl_div", on_device, space=space, return_grad=PAIR), whole, strict=True):
+                assert (bits(gpu.get(f)) == bits(e)).all(), (n, layout)
+        if dtypes[0] == dtypes[1]:
+            z = np.nan_to_num(x.astype(np.float64), neginf=-50, nan=1).astype(x.dtype)
+            z = np.where(z < 0, -z, z) if space == "probs" else z
+            same = klcore.kl_div(gpu.put(z), gpu.put(z.copy()), space=space)
+            assert not gpu.get(same).any()
+        compared["arrays of 16 bits that the CUDA kernels treat alike anywhere"] += 19 * len(whole)
+
+
+# ---- what is launched, and what waits --------------------------------------------------------------------------------
+
+
+def test_launches(gpu, launched):
+    def after(shape, **keywords):
+        launched.clear()
+        x = gpu.put(np.full(shape, 0.5, "float32"))
+        klcore.kl_div(x, x, **keywords)
+        return " ".join(name.removeprefix("kl_") for name in launched)
+
+    many = backend()._properties(0).multiprocessors
+    assert after((6, 5)) == "narrow"
+    assert after((6, 5), space="logits", return_grad=PAIR, temperature=2) == "narrow"
+    assert after((6, 5), reduction="none") == "narrow"
+    assert after((6, 5), reduction="sum") == "narrow sum"
+    assert after((6, 5), reduction="rowmean", weights=gpu.put(np.ones(6))) == "sum narrow sum"
+    assert after((6, 500)) == "units"
+    assert after((5, 6), axis=0) == "narrow"
+    assert after((500, 6), axis=0) == "units"
+    assert after((many, 5000)) == "rows"
+    assert after((many, 5000), space="logits", return_grad="y") == "rows"
+    assert after((2, 5000)) == "units fold"
+    assert after((2, 5000), space="logits") == "units fold"
+    assert after((2, 5000), space="logits", return_grad="y") == "units fold units"
+    assert after((5000, many), axis=0) == "units fold"
+
+
+@pytest.mark.parametrize("shape", [(0,), (3, 0), (0, 3), (2, 0, 3)])
+def test_nothing_is_launched_for_nothing(gpu, launched, shape):
+    x = gpu.put(np.zeros(shape, "float32"))
+    for space, reduction in itertools.product(SPACES, ("row", "none", "sum", "rowmean", "mean")):
+        klcore.kl_div(x, x, space=space, reduction=reduction, return_grad=PAIR)
+    assert launched == []
+
+
+def test_nothing_waits_for_the_device(emulated, monkeypatch):
+    device = emulator()
+    x, y = (emulated.put(a) for a in logits(6, 40))
+    weights = emulated.put(np.ones(6))
+    out = emulated.put(np.zeros((), "float32"))
+
+    def looked(*_, **__):
+        raise AssertionError("looked at a device's array: it has to be waited for")
+
+    with monkeypatch.context() as patch:
+        for name in ("get", "item", "tolist", "__bool__", "__float__", "__int__", "__index__", "__len__", "__iter__"):
+            patch.setattr(device.ndarray, name, looked)
+        patch.setattr(device.cupy, "asnumpy", looked)
+        patch.setattr(device.Device, "synchronize", looked)
+        patch.setattr(device.Stream, "synchronize", looked)
+        patch.setattr(device._runtime, "deviceSynchronize", looked)
+        for reduction in ("row", "none", "sum", "rowmean", "batchmean", "mean"):
+            klcore.kl_div(x, y, space="logits", reduction=reduction, weights=weights, return_grad=PAIR)
+        klcore.kl_div(x, y[0], space="logits", return_grad=PAIR)
+        assert klcore.kl_div(x, y, space="logits", reduction="sum", out=out) is out
+        with pytest.raises(AssertionError, match="looked"):  # the patches are seen
+            bool(x[0, 0] > 0)
+    assert emulated.get(out) > 0
+
+
+def test_too_little_memory(emulated, monkeypatch, launched):
+    """Whichever allocation fails, nothing has been written."""
+    x, y = (emulated.put(a) for a in logits(2, 3000))
+    weights = emulated.put(np.ones(2))
+    keywords = {"space": "logits", "reduction": "rowmean", "weights": weights, "return_grad": PAIR}
+    call("kl_div", (x, y[0]), **keywords)  # compiled
+    empty, left = emulated.xp.empty, [0]
+
+    def limited(*arguments, **more):
+        left[0] -= 1
+        if left[0] < 0:
+            raise MemoryError("out of memory")
+        return empty(*arguments, **more)
+
+    monkeypatch.setattr(emulated.xp, "empty", limited)
+    for count in itertools.count():
+        left[0] = count
+        out = tuple(emulated.xp.full(s, 7, "float32") for s in ((), x.shape, y[0].shape))
+        launched.clear()
+        try:
+            call("kl_div", (x, y[0]), out=out, **keywords)
+            break
+        except MemoryError:
+            assert launched == []
+            assert all((emulated.get(o) == 7).all() for o in out)
+    assert count > 3
+    assert not any((emulated.get(o) == 7).any() for o in out)
+
+
+def test_threads_at_once(gpu):
+    """Calls of several threads of Python, on streams of their own."""
+    x, y = logits(40, 300)
+    expected = klcore.kl_div(x, y, space="logits")
+    found = {}
+
+    def work(k):
+        with gpu.xp.cuda.Stream():
+            found[k] = gpu.get(klcore.kl_div(gpu.put(x), gpu.put(y), space="logits"))
+
+    threads = [threading.Thread(target=work, args=(k,)) for k in range(4)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    assert all((bits(found[k]) == bits(expected)).all() for k in range(4))
+
+
+def test_stream_of_the_caller(emulated, monkeypatch):
+    """Kernels go where the caller's own would, and the stream is his again afterwards."""
+    device = emulator()
+    seen, run = [], device.RawKernel.__call__
+
+    def on(kernel, *arguments, **keywords):
+        seen.append(device._stream())
+        return run(kernel, *arguments, **keywords)
+
+    monkeypatch.setattr(device.RawKernel, "__call__", on)
+    x = emulated.put(np.full((3, 4), 0.25))
+    stream = emulated.xp.cuda.Stream(non_blocking=True)
+    with stream:
+        klcore.kl_div(x, x, reduction="sum")
+        assert device._stream() is stream
+    assert len(seen) == 2
+    assert all(s is stream for s in seen)
+
+
+# ---- where arrays are ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def two(emulated):
+    """Two devices."""
+    with settings(emulated, devices=2):
+        yield emulated
+    emulator()._forget()
+
+
+def on(gpu, number, a):
+    with gpu.xp.cuda.Device(number):
+        return gpu.xp.asarray(a)
+
+
+def test_second_device(two, compared):
+    x, y = logits(3, 2000)
+    for there in ([on(two, 1, a) for a in (x, y)],):
+        found = call("kl_div", there, space="logits", reduction="sum", return_grad=PAIR)
+        assert {a.device.id for a in found} == {1}
+        assert_bits(two, compared, found, call("kl_div", (x, y), space="logits", reduction="sum", return_grad=PAIR))
+    assert two.xp.cuda.runtime.getDevice() == 0
+
+
+def test_device_by_number(two):
+    x, y = logits(3, 20)
+    for arrays in ((x, y), (on(two, 0, x), on(two, 1, y)), (on(two, 0, x), y), (x.tolist(), on(two, 0, y))):
+        value, dx = klcore.kl_div(
+            *arrays, space="logits", device="cuda:1", return_grad="x", weights=on(two, 0, np.ones(3))
+        )
+        assert value.device.id == dx.device.id == 1
+        np.testing.assert_allclose(two.get(value), klcore.kl_div(x, y, space="logits"), rtol=1e-6)
+    assert two.xp.cuda.runtime.getDevice() == 0
+    assert klcore.kl_div(on(two, 1, x), y, space="logits", device="cuda").device.id == 1  # where its arrays are
+
+
+def test_no_device_of_that_number(two):
+    with pytest.raises(klcore.BackendUnavailableError, match=r"'cuda:7'.*2 CUDA device.*'cuda:0' to 'cuda:1'"):
+        klcore.kl_div([0.5, 0.5], [0.5, 0.5], device="cuda:7")
+
+
+@pytest.mark.parametrize("which", ["y", "weights", "out"])
+def test_arrays_on_different_devices(two, which):
+    x = np.full((3, 4), 0.25)
+    arrays = {"x": on(two, 0, x), "y": on(two, 0, x), "weights": on(two, 0, np.ones(3)), "out": on(two, 0, np.ones(3))}
+    arrays[which] = on(two, 1, two.get(arrays[which]))
+    with pytest.raises(ValueError, match=r"different devices \(.*x on cuda:0.*cuda:1.*device='cuda:N'"):
+        klcore.kl_div(**{"x": arrays.pop("x"), "y": arrays.pop("y")}, **arrays)
+
+
+def test_out_on_another_device_than_the_named_one(two):
+    x, out = np.full((3, 4), 0.25), on(two, 1, np.full(3, 7.0))
+    with pytest.raises(ValueError, match=r"out\[0\] is on cuda:1 and the computation on cuda:0"):
+        klcore.kl_div(on(two, 0, x), on(two, 0, x), device="cuda:0", out=out)
+    assert (two.get(out) == 7).all()
+
+
+def test_numpy_arrays_on_the_device(gpu, compared):
+    """Results stay there."""
+    x, y = logits(4, 6, "float64")
+    swapped = y.astype(y.dtype.newbyteorder())
+    expected = call("kl_div", (x, y), space="logits", weights=np.arange(4), return_grad=PAIR)
+    for arrays in ((x, y), (x, swapped), (x.tolist(), y), (x[::-1][::-1], y), (gpu.put(x), y)):
+        keywords = {"space": "logits", "weights": [0, 1, 2, 3], "return_grad": PAIR}
+        assert_bits(gpu, compared, call("kl_div", arrays, device="cuda", **keywords), expected)
+    assert type(klcore.entropy([0.5, 0.5], device="cuda:0")) is gpu.array_type()
+    assert type(klcore.kl_div(gpu.put(x), [0.5] * 6)) is gpu.array_type()
+    assert type(klcore.kl_div(1, gpu.put(np.array(2.0)))) is gpu.array_type()
+
+
+def test_device_arrays_on_the_cpu(gpu):
+    x, y = logits(4, 6)
+    for arrays in ((gpu.put(x), gpu.put(y)), (gpu.put(x), y)):
+        value, dy = klcore.kl_div(*arrays, space="logits", device="cpu", weights=gpu.put(np.ones(4)), return_grad="y")
+        assert type(value) is type(dy) is np.ndarray
+        assert (value == klcore.kl_div(x, y, space="logits")).all()
+
+
+# ---- bad input -------------------------------------------------------------------------------------------------------
+
+ROWS = np.full((2, 3), 0.25)
+
+
+@pytest.mark.parametrize(
+    ("error", "words", "arguments"),
+    [
+        (TypeError, ("x is a cupy array and y a numpy one", "device="), lambda put: {"y": ROWS}),
+        (TypeError, ("x has dtype complex", "float64"), lambda put: {"x": put(ROWS + 0j)}),
+        (TypeError, ("x is a masked array", "filled"), lambda put: {"x": np.ma.masked_less(ROWS, 1), "device": "cuda"}),
+        (TypeError, ("x has dtype object", "float64"), lambda put: {"x": ROWS.astype(object), "device": "cuda"}),
+        (TypeError, ("x has dtype <U", "float64"), lambda put: {"x": ROWS.astype(str), "device": "cuda"}),
+        (ValueError, ("(2, 3)", "(2, 4)", "classes"), lambda put: {"y": put(np.ones((2, 4)))}),
+        (ValueError, ("(2, 3)", "(5, 3)", "broadcast"), lambda put: {"y": put(np.ones((5, 3)))}),
+        (ValueError, ("weights", "(3,)", "(2,)"), lambda put: {"weights": put(np.ones(3))}),
+        (ValueError, ("weights", "negative"), lambda put: {"weights": [1.0, -1.0]}),
+        (ValueError, ("weights", "NaN"), lambda put: {"weights": np.array([1.0, np.nan])}),
+        (TypeError, ("the value", "cupy.ndarray", "found ndarray"), lambda put: {"out": np.zeros(2)}),
+        (ValueError, ("the value", "(2,)", "(3,)"), lambda put: {"out": put(np.zeros(3))}),
+        (ValueError, ("the value", "float64", "float32"), lambda put: {"out": put(np.zeros(2, "float32"))}),
+        (ValueError, ("'cuda'", "'gpu'"), lambda put: {"device": "gpu"}),
+    ],
+)  # fmt: skip
+def test_bad_input(gpu, launched, error, words, arguments):
+    given = {"x": gpu.put(ROWS), "y": gpu.put(ROWS), **arguments(gpu.put)}
+    with pytest.raises(error) as raised:
+        klcore.kl_div(given.pop("x"), given.pop("y"), **given)
+    assert [word for word in words if word not in str(raised.value)] == [], raised.value
+    assert launched == []
+
+
+def test_out_that_overlaps(gpu, launched):
+    x, y = gpu.put(ROWS), gpu.put(ROWS)
+    two = gpu.xp.zeros((3, 3))
+    with pytest.raises(ValueError, match="overlaps the memory of an input"):
+        klcore.kl_div(x, y, return_grad="x", out=(None, x))
+    with pytest.raises(ValueError, match="overlaps the memory of an input"):
+        klcore.kl_div(x, y, out=y[:, 1])
+    with pytest.raises(ValueError, match="two arrays of out overlap"):
+        klcore.kl_div(x, y, return_grad=PAIR, out=(None, two[:2], two[1:]))
+    with pytest.raises(ValueError, match="broadcast view"):
+        klcore.kl_div(x, y, out=gpu.xp.broadcast_to(gpu.xp.zeros(1), (2,)))
+    assert launched == []
+    columns = gpu.xp.zeros((2, 6))  # interleaved is not overlapping
+    columns[:, ::2] = x
+    klcore.kl_div(columns[:, ::2], y, return_grad="x", out=(None, columns[:, 1::2]))
+
+
+UNUSABLE = """
+import sys, types
+{setup}
+import klcore
+config = klcore.show_config("dicts")["cuda"]
+for _ in range(2):
+    for device in ("cuda", "cuda:3"):
+        try:
+            klcore.kl_div([0.5], [0.5], device=device)
+        except klcore.BackendUnavailableError as error:
+            assert "no: " + str(error) == config["available"], (str(error), config)
+        else:
+            raise AssertionError("computed somewhere else in silence")
+print(config["available"])
+"""
+NO_DRIVER = """
+def refuse(): raise RuntimeError("cudaErrorInsufficientDriver: CUDA driver version is insufficient")
+runtime = types.SimpleNamespace(getDeviceCount=refuse)
+cupy = sys.modules["cupy"] = types.ModuleType("cupy")
+cupy.cuda = types.SimpleNamespace(runtime=runtime)
+"""
+NO_NVRTC = """
+import ctypes
+def refuse(name, *_, **__): raise OSError(name)
+ctypes.CDLL = refuse
+sys.modules["cuda.pathfinder"] = None
+"""
+
+
+@pytest.mark.parametrize(
+    ("setup", "words"),
+    [
+        ("sys.modules['cupy'] = None", ("CuPy", "pip install 'klcore[cuda13]'", "klcore[cuda12]")),
+        (NO_DRIVER, ("driver", "cudaErrorInsufficientDriver", "nvidia-smi", "docker run --gpus all")),
+        (NO_DRIVER + "runtime.getDeviceCount = lambda: 0", ("no NVIDIA device", "nvidia-smi", "CUDA_VISIBLE_DEVICES")),
+        (NO_DRIVER + NO_NVRTC, ("NVRTC", 'pip install "klcore[cuda13]"', "klcore[cuda12]")),
+    ],
+    ids=["no CuPy", "no driver", "no device", "no NVRTC"],
+)
+def test_what_is_missing_is_named(python, setup, words):
+    if sys.platform == "darwin" and "NVRTC" not in words:
+        pytest.skip("NVIDIA has no NVRTC for this system")
+    sentence = python(UNUSABLE.format(setup=setup))
+    assert [word for word in words if word not in sentence] == [], sentence
+
+
+def test_cupy_itself_without_a_driver(python):
+    """Real CuPy, if it is installed and there is none."""
+    code = """
+import importlib.util, klcore
+if importlib.util.find_spec("cupy"):
+    print(klcore.show_config("dicts")["cuda"]["available"])
+"""
+    found = python(code, CUDA_VISIBLE_DEVICES="", warnings="ignore").strip()
+    assert found in ("", "yes") or all(word in found for word in ("nvidia-smi", "driver"))
+
+
+def test_show_config(two, capsys):
+    config = klcore.show_config("dicts")["cuda"]
+    nvrtc = importlib.import_module("klcore.backends.nvrtc")
+    assert config == {
+        "available": "yes",
+        "CuPy": two.xp.__version__,
+        "NVRTC": ".".join(map(str, nvrtc.version())),
+        "driver": "of CUDA 13.0",
+        "cuda:0": "emulated, compute capability 9.0, 8 GiB",
+        "cuda:1": "emulated, compute capability 9.0, 8 GiB",
+    }
+    klcore.show_config()
+    assert "  cuda:1: emulated, compute capability 9.0, 8 GiB\n" in capsys.readouterr().out
+
+
+# ---- the sanitizers --------------------------------------------------------------------------------------------------
+
+SANITIZED = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import numpy as np
+import klcore
+from emulator import device
+
+device.settings.sanitize = True
+device.install()
+import cupy
+
+def rows(rows, n, first):
+    a = np.random.default_rng(n).uniform(0.1, 1, (rows, n)).astype("float32")
+    view = cupy.empty(a.size + first, "float32")[first:].reshape(a.shape)
+    view[...] = cupy.asarray(a)
+    return a, view
+
+for which in sys.argv[2].split():
+    space, gradient, classes, *shapes = which.split(":")
+    for shape in shapes:
+        m, n = map(int, shape.split("x"))
+        for first in (0, 1, 3):
+            for seed in (first,):
+                device.settings.seed = seed
+                (x, cx), (y, cy) = rows(m, n, first), rows(m, n, 4 - first)
+                if classes == "one":
+                    y, cy = y[0], cy[0]
+                keywords = dict(space=space, return_grad=tuple(gradient), reduction="rowmean", axis=-1)
+                if classes == "first":
+                    x, cx, y, cy, keywords["axis"] = x.T, cx.T, y.T, cy.T, 0
+                expected = klcore.kl_div(x, y, weights=np.ones(m), **keywords)
+                for f, e in zip(klcore.kl_div(cx, cy, weights=cupy.ones(m), **keywords), expected):
+                    assert (cupy.asnumpy(f) == e).all(), which
+print("clean")
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs g++'s sanitizers")
+@pytest.mark.parametrize(
+    "which",
+    [
+        "logits:xy:last:5x1:5x7:70x33:3x128:5x131:4x1023:6x1027:1x2051 logits:y:last:1x16391",
+        "probs:y:one:9x5:1100x3:5x130 probs:xy:first:9x5:5x131:6x1027",
+    ],
+)
+def test_sanitizers_find_nothing(emulated, which):
+    """Address and undefined behaviour, of rows that begin and end anywhere."""
+    done = subprocess.run(
+        [sys.executable, "-c", SANITIZED, os.path.dirname(__file__), which],
+        env={**os.environ, **emulator().sanitizer_environment()},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.stdout == "clean\n", done.stdout + done.stderr
