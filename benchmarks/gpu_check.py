@@ -93,7 +93,7 @@ class Run:
         limit = self.left if limit is None else limit
         with tempfile.TemporaryFile("w+") as output:
             process = subprocess.Popen(
-                words, stdout=output, stderr=subprocess.STDOUT, cwd=ROOT, env=os.environ | environment,
+                words, stdout=output, stderr=subprocess.STDOUT, cwd=ROOT, env=surroundings() | environment,
                 start_new_session=True,
             )  # fmt: skip
             try:
@@ -157,6 +157,11 @@ def commit() -> str:
         if done.returncode == 0:
             return done.stdout.strip()
     return "unknown"
+
+
+def surroundings() -> dict[str, str]:
+    """The environment of a child: a pytest there must not take itself for a worker of the one that may run this."""
+    return {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
 
 
 def work_on_environment(emulated: bool) -> dict[str, Any]:

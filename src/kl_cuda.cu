@@ -185,6 +185,7 @@ struct Wide {
     return m;
   }
   KL_DEVICE bool any(bool b) const { return __any_sync(ALL_LANES, b); }
+  KL_DEVICE bool every(bool b) const { return __all_sync(ALL_LANES, b); }
 
   // The order of kl_tree.h: a column's elements in T, the columns in double.
   template <int Q> struct Sums {
@@ -248,10 +249,12 @@ struct Narrow {
     }
     return m;
   }
+  // of this row's lanes alone: no row affects another
   KL_DEVICE bool any(bool b) const {
-    unsigned votes = __ballot_sync(ALL_LANES, b), mine = (lanes == WARP ? ALL_LANES : (1u << lanes) - 1u);
-    return votes & (mine << (lane_of() - lane));
+    unsigned mine = lanes == WARP ? ALL_LANES : (1u << lanes) - 1u;
+    return __ballot_sync(ALL_LANES, b) & (mine << (lane_of() - lane));
   }
+  KL_DEVICE bool every(bool b) const { return !any(!b); }
   template <int Q> struct Sums {
     T v[Q][4];
     KL_DEVICE void add(int, int q, const T* t) {
@@ -357,7 +360,7 @@ KL_DEVICE double terms_chunk(const L& at, const Slot& s, const Want& want, const
       if constexpr (!HAS_Y) y[e] = x[e];
       if constexpr (TheTerm::has_ordinary) ordinary &= TheTerm::ordinary(x[e], y[e]);
     }
-    if (TheTerm::has_ordinary && __all_sync(ALL_LANES, ordinary)) terms<false>(at, step, x, y, s, want, sink, v);
+    if (TheTerm::has_ordinary && at.every(ordinary)) terms<false>(at, step, x, y, s, want, sink, v);
     else terms<true>(at, step, x, y, s, want, sink, v);
     if (want.term) at.template write<code_of<T>()>(s.extra, step, v, want.of_term);
     mask(at, step, v);
@@ -476,7 +479,7 @@ KL_DEVICE void spread_chunk(const L& at, const Slot& s, double inverse_temperatu
       z[e] = centred(a[e], b[e], anchor, it);
       ordinary &= absolute(z[e]) < Real<T>::far;
     }
-    if (__all_sync(ALL_LANES, ordinary)) {
+    if (at.every(ordinary)) {
 #pragma unroll
       for (int e = 0; e < L::E; e++) g[e] = w[e] * expm1_minus<false>(z[e]);
     } else {

@@ -599,7 +599,7 @@ def install():
     for module in (cupy, _cuda, _runtime, _driver):
         _replaced.append(functools.partial(_restore, module.__name__, sys.modules.get(module.__name__)))
         sys.modules[module.__name__] = module
-    for name, function in {"compile": compile, "build": _build}.items():
+    for name, function in {"compile": compile, "build": _build, "version": lambda: (0, 0)}.items():
         _replaced.append(functools.partial(setattr, nvrtc, name, getattr(nvrtc, name)))
         setattr(nvrtc, name, function)
     _forget()
