@@ -10,7 +10,6 @@ from klcore import _cpu
 from klcore.backends import rows
 from klcore.backends.threads import get_num_threads
 
-_FLOATS = ("float64", "float32", "float16", "bfloat16")
 _PLAIN = {ord("d"): np.dtype("float64"), ord("f"): np.dtype("float32")}  # by buffer format
 
 
@@ -31,22 +30,15 @@ _choose_instruction_set()
 
 def _asarray(a: Any, name: str) -> Any:
     if isinstance(a, np.ma.MaskedArray):
-        raise TypeError(
-            f"{name} is a masked array, and klcore would ignore the mask; pass {name}.filled(value), or weights=0 for "
-            "rows to leave out"
-        )
+        rows.refuse(a, name)
     if hasattr(a, "__cuda_array_interface__"):
         a = a.get()  # device="cpu" was asked for
     a = np.asarray(a)
     if a.dtype.char in "dfe" and a.dtype.isnative:
         return a
+    rows.refuse(a, name)
     if a.dtype.kind in "iub":
         return a.astype(np.float64)
-    if a.dtype.name not in _FLOATS:
-        raise TypeError(
-            f"{name} has dtype {a.dtype}; klcore computes with {', '.join(_FLOATS)}, and with integers and booleans as "
-            "float64"
-        )
     return a if a.dtype.isnative else a.astype(a.dtype.newbyteorder("="))
 
 

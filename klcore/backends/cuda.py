@@ -15,7 +15,6 @@ import numpy as np
 
 from klcore.backends import BackendUnavailableError, nvrtc, rows
 
-_FLOATS = ("float64", "float32", "float16", "bfloat16")  # their codes in kl_store.h
 _SIZES = (8, 4, 2, 2)
 CHUNK, NARROW = 1024, 128  # kl_tree.h; rows of up to NARROW classes share a warp
 MAX_STATS, LOGITS_STATES, NORM_STATES, SUM_STATES = 12, 9, 3, 3
@@ -39,7 +38,7 @@ _DOUBLES = ("inverse_temperature", "gradient_scale", "scale")
 @cache
 def _code(dtype: Any) -> int | None:
     """The code of a dtype in kl_store.h, or None. A dtype's name takes NumPy a microsecond: hence the cache."""
-    return _FLOATS.index(dtype.name) if dtype.name in _FLOATS else None
+    return rows.FLOATS.index(dtype.name) if dtype.name in rows.FLOATS else None
 
 
 # ---- the library and the device --------------------------------------------------------------------------------------
@@ -129,19 +128,13 @@ def _choose_device(cupy: Any, device: str | None, arrays: dict[str, Any]) -> int
 def _asarray(cupy: Any, device: int, a: Any, name: str) -> Any:
     """`a` on the current device, of one of the four dtypes."""
     if isinstance(a, np.ma.MaskedArray):
-        raise TypeError(
-            f"{name} is a masked array, and klcore would ignore the mask; pass {name}.filled(value), or weights=0 for "
-            "rows to leave out"
-        )
+        rows.refuse(a, name)
     if not _is_here(a, cupy):
         a = np.asarray(a)
         if not a.dtype.isnative:
             a = a.astype(a.dtype.newbyteorder("="))
-    if _code(a.dtype) is None and a.dtype.kind not in "iub":
-        raise TypeError(
-            f"{name} has dtype {a.dtype}; klcore computes with {', '.join(_FLOATS)}, and with integers and booleans as "
-            "float64"
-        )
+    if _code(a.dtype) is None:
+        rows.refuse(a, name)
     if not _is_here(a, cupy):
         a = cupy.asarray(a)
     elif a.device.id != device:
@@ -200,7 +193,7 @@ def every_build() -> Iterator[Build]:
     for operation, name in enumerate(names):
         single = operation == rows.ENTROPY
         for sx, sy in ((sx, sy) for sx in range(3) for sy in range(3) if not single or sx == sy):
-            for code, dtype in enumerate(_FLOATS):
+            for code, dtype in enumerate(rows.FLOATS):
                 wide = code == 0 or rows.is_wide(operation, (sx, sy))
                 hot = () if wide else sweeping
                 build = partial(options, operation, (sx, sy), (code, code), wide)

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+FLOATS = ("float64", "float32", "float16", "bfloat16")  # their codes in kl_store.h
 SPACES = {"probs": 0, "log_probs": 1, "logits": 2}
 REDUCTIONS = ("row", "sum", "rowmean", "none", "batchmean", "mean")
 GRADIENTS: dict[Any, tuple[str, ...]] = {
@@ -161,6 +162,21 @@ def arrange(
         inner = () if view.shape[:-1] == batch else tuple(d for d in range(len(batch)) if view.shape[d] != batch[d])
         task.gradients.append(Gradient(name, array, view, inner))
     return task
+
+
+def refuse(a: Any, name: str) -> None:
+    """Raise TypeError for arrays that neither backend takes: masked, or of no known dtype."""
+    if isinstance(a, np.ma.MaskedArray):
+        raise TypeError(
+            f"{name} is a masked array, and klcore would ignore the mask; pass {name}.filled(value), or weights=0 for "
+            "rows to leave out"
+        )
+    dtype = getattr(a, "dtype", None)
+    if dtype is not None and dtype.kind not in "iub" and dtype.name not in FLOATS:
+        raise TypeError(
+            f"{name} has dtype {dtype}; klcore computes with {', '.join(FLOATS)}, and with integers and booleans as "
+            "float64"
+        )
 
 
 def is_wide(operation: int, spaces: tuple[int, int]) -> bool:
