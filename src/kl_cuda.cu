@@ -1203,8 +1203,7 @@ extern "C" __global__ void __launch_bounds__(256, BLOCKS) kl_rows(const Plan p) 
   double* states = (double*)(shared + W * warp_bytes(p));   // [k * chunks + chunk]
   double* stats = states + MAX_STATES * chunks;
   for (i64 r = blockIdx.x / KL_CLUSTER; r < p.rows; r += gridDim.x / KL_CLUSTER) {
-    double weight = weight_of(p, r);
-    bool live = weight != 0, resident = slots * step >= chunks;
+    bool live = weight_of(p, r) != 0, resident = slots * step >= chunks;
     if (live && resident) {
 #pragma unroll 1
       for (int c = mine, j = 0; c < chunks; c += step, j++) stage_chunk(p, locate(p, r), c, slot_of(p, shared, j));
@@ -1216,7 +1215,7 @@ extern "C" __global__ void __launch_bounds__(256, BLOCKS) kl_rows(const Plan p) 
     }
 #pragma unroll 1
     for (int sweep = (int)p.first; sweep < (int)p.last; sweep++) {
-      Want want = wanted(p, sweep, weight);
+      Want want = wanted(p, sweep, weight_of(p, r));
 #pragma unroll 1
       for (int c = mine, j = 0; c < chunks; c += step, j++) {
         Slot s = slot_of(p, shared, resident ? j : 0);
@@ -1237,7 +1236,7 @@ extern "C" __global__ void __launch_bounds__(256, BLOCKS) kl_rows(const Plan p) 
         } else {
           put_zeros(s, want, n);
         }
-        if (want.term || want.dx || want.dy) store_outputs(p, locate(p, r), (i64)c * CHUNK, n, s, want);
+        if (want.term || want.dx || want.dy) store_outputs(p, locate(p, again(r)), (i64)c * CHUNK, n, s, want);
         __syncwarp();
       }
       if (states_of(sweep) == 0) continue;
@@ -1264,7 +1263,7 @@ extern "C" __global__ void __launch_bounds__(256, BLOCKS) kl_rows(const Plan p) 
       __syncthreads();
     }
     if (threadIdx.x == 0 && rank == 0 && !OUT_TERMS && p.value.data)
-      write_value(p, locate(p, r).value, weight, stats[VALUE]);
+      write_value(p, locate(p, r).value, weight_of(p, r), stats[VALUE]);
   }
 }
 #endif
