@@ -37,7 +37,7 @@ def emulator():
 def emulated(gpu):
     """For what hardware does not show, or not twice in the same way."""
     if not gpu.emulated:
-        pytest.skip("of the emulator")
+        pytest.skip("a GPU shows no schedules and refuses other things: what this asks only the emulator can see")
     return gpu
 
 
