@@ -190,3 +190,54 @@ def entropy(
     1.3862943611198906
     """
     return find(x, x, device).entropy(x, space, axis, reduction, weights, temperature, return_grad, out, device)
+
+
+def loss(
+    term: str,
+    x: Any,
+    y: Any,
+    *,
+    space: tuple[str, str],
+    axis: int = -1,
+    reduction: str = "row",
+    factors: Any = None,
+    denominator: float = 1.0,
+    epsilon: float = 0.0,
+    dtype: str | None = None,
+    return_grad: str | tuple[str, str] | None = None,
+) -> Any:
+    """Sum of the terms of another system's loss, for :mod:`klcore.compat`: not part of the public interface.
+
+    Parameters
+    ----------
+    term : {"pytorch", "keras", "mxnet", "puzzlelib"}
+        Whose term; they stand in src/kl_math.h.
+    x, y : array
+        The target and the prediction. They broadcast over all axes, that of the classes included.
+    space : pair of {"probs", "log_probs", "logits"}
+        What x and y are. Each term knows certain pairs: "pytorch" (probs, log_probs) and (log_probs, log_probs); "keras"
+        (probs, probs); "mxnet" (probs, log_probs) and (probs, logits); "puzzlelib" (probs, logits) and
+        (logits, logits).
+    axis : int
+        The class axis, counted in the broadcast shape.
+    reduction : {"row", "sum", "none"}
+        Sums over the classes, over everything, or the terms.
+    factors : array, optional
+        Multiplies the terms, and the gradients with them: any numbers, of a shape that broadcasts to the terms'. A row
+        whose factor, the same for all its classes, is 0 is not read, and yields 0.
+    denominator : float
+        Divides the result, and the gradients with it.
+    epsilon : float
+        What "keras" clips at, and "mxnet" adds within the logarithm.
+    dtype : str, optional
+        Name of the value's dtype. None: float64 if an argument is, else float32.
+    return_grad : {"x", "y", ("x", "y")}, optional
+        As in :func:`kl_div`; with "puzzlelib", whose gradient is (x - y) / denominator, a direction of descent, only "y".
+
+    Returns
+    -------
+    value : array
+        With the gradients, if `return_grad` asks for them, in the operands' shapes and dtypes.
+    """
+    backend = find(x, y, None)
+    return backend.loss(term, x, y, space, axis, reduction, factors, denominator, epsilon, dtype, return_grad)

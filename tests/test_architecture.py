@@ -45,11 +45,12 @@ ROOMS = {
     r"klcore\.backends\.cuda": {
         "numpy", "cupy", "cupy_backends", "klcore.backends.nvrtc", "klcore.backends.rows", REGISTRY_ERROR,
     },
-    r"klcore\.backends\.(?P<library>torch|jax|dask)": {
-        "numpy", "cupy", "klcore.backends.cpu", "klcore.backends.cuda", "klcore.backends.rows", REGISTRY_ERROR,
+    r"klcore\.backends\.(?P<library>torch|jax|dask|dlpack)": {
+        "numpy", "cupy", "ml_dtypes", "klcore.backends.cpu", "klcore.backends.cuda", "klcore.backends.rows",
+        REGISTRY_ERROR,
     },
-    r"klcore\.compat": set(),
-    r"klcore\.compat\.\w+": {"klcore.divergence", "klcore.compat"},
+    r"klcore\.compat": {"klcore.compat"},
+    r"klcore\.compat\.\w+": {"numpy", "klcore.divergence", "klcore.compat"},
     r"klcore\._src": set(),
 }  # fmt: skip
 

@@ -11,8 +11,16 @@ from functools import cache
 from types import ModuleType
 
 # the first word of the module that defines an array's type -> the backend
-_MODULES = {"numpy": "klcore.backends.cpu", "cupy": "klcore.backends.cuda"}
+_MODULES = {
+    "numpy": "klcore.backends.cpu",
+    "cupy": "klcore.backends.cuda",
+    "torch": "klcore.backends.torch",
+    "jax": "klcore.backends.jax",
+    "dask": "klcore.backends.dask",
+    "dlpack": "klcore.backends.dlpack",  # whatever else lends its memory through DLPack
+}
 _DEVICES = {"cpu": "numpy", "cuda": "cupy"}
+_MOVABLE = (None, *_DEVICES.values())  # between these a device that is named decides; other adapters look at it themselves
 _ANY = (bool, int, float, complex, list, tuple)  # become arrays of the other argument's library, or NumPy's
 
 
@@ -21,7 +29,7 @@ class BackendUnavailableError(RuntimeError):
 
 
 def find(x: object, y: object, device: str | None) -> ModuleType:
-    """The backend module for two arrays: a device that is named decides, else the arrays do.
+    """The backend module for two arrays: the arrays decide, and between NumPy's and CuPy's a device that is named.
 
     Raises
     ------
@@ -32,18 +40,15 @@ def find(x: object, y: object, device: str | None) -> ModuleType:
     BackendUnavailableError
         If the backend cannot be imported.
     """
-    if device is not None:
-        for a in (x, y):
-            _library(type(a))  # type: ignore[arg-type]  # a type is hashable
-        if not isinstance(device, str):
-            raise ValueError(f"device must be None, 'cpu', 'cuda' or 'cuda:N', found {device!r}")
-        return _module(_of_device(device))
     of_x, of_y = _library(type(x)), _library(type(y))  # type: ignore[arg-type]  # a type is hashable
+    if device is not None:
+        named = _of_device(device)
+        if of_x in _MOVABLE and of_y in _MOVABLE:
+            return _module(named)
     if of_x != of_y:
         if of_x is not None and of_y is not None:
-            raise TypeError(
-                f"x is a {of_x} array and y a {of_y} one; move one of them, or pass device= to have klcore do it"
-            )
+            hint = ", or pass device= to have klcore do it" if of_x in _MOVABLE and of_y in _MOVABLE else ""
+            raise TypeError(f"x is a {of_x} array and y a {of_y} one; move one of them{hint}")
         of_x = of_x or of_y
     return _module(of_x or "numpy")
 
@@ -57,6 +62,8 @@ def _library(cls: type) -> str | None:
         root = base.__module__.partition(".")[0]
         if root in _MODULES:
             return root
+    if hasattr(cls, "__dlpack__"):
+        return "dlpack"
     known = ", ".join(sorted(_MODULES))
     raise TypeError(
         f"klcore does not know arrays of type {cls.__module__}.{cls.__qualname__}; it takes arrays of {known}, "
@@ -66,6 +73,8 @@ def _library(cls: type) -> str | None:
 
 @cache
 def _of_device(device: str) -> str:
+    if not isinstance(device, str):
+        raise ValueError(f"device must be None, 'cpu', 'cuda' or 'cuda:N', found {device!r}")
     name, colon, number = device.partition(":")
     if name not in _DEVICES or (colon and not (name == "cuda" and number.isdecimal())):
         raise ValueError(f"device must be None, 'cpu', 'cuda' or 'cuda:N', found {device!r}")
