@@ -53,13 +53,14 @@ struct Scratch {                      // 64-byte aligned memory
 };
 
 inline Row locate(const Plan& p, i64 r) {
-  Row row = {p.x.data, p.y.data, p.value.data, p.dx.data, p.dy.data, 1.0, nullptr, nullptr};
+  Row row = {p.x.data, p.y.data, p.factors.data, p.value.data, p.dx.data, p.dy.data, 1.0, nullptr, nullptr};
   const char* weight = p.weights.data;
   for (int d = p.ndim - 1; d >= 0; d--) {
     i64 i = d > 0 ? r % p.shape[d] : r;
     r = d > 0 ? r / p.shape[d] : 0;
     row.x += i * p.x.batch[d];
     row.y += i * p.y.batch[d];
+    row.factors += i * p.factors.batch[d];
     row.value += i * p.value.batch[d];
     row.dx += i * p.dx.batch[d];
     row.dy += i * p.dy.batch[d];
@@ -82,14 +83,12 @@ inline void write_zeros(const Array& a, char* row, i64 n) {
 }
 
 inline void write_value(const Array& a, char* at, double v) {
-  if (a.dtype == FLOAT64) { std::memcpy(at, &v, 8); return; }
-  float f = (float)v;
-  std::memcpy(at, &f, 4);
+  generic::narrow_to(a.dtype, &v, 1.0, 1, at, 0);
 }
 
 // Joins neighbouring batch axes over which every array moves in even steps.
 inline void collapse(Plan& p) {
-  Array* arrays[] = {&p.x, &p.y, &p.weights, &p.value, &p.dx, &p.dy};
+  Array* arrays[] = {&p.x, &p.y, &p.weights, &p.factors, &p.value, &p.dx, &p.dy};
   for (int d = p.ndim - 2; d >= 0; d--) {
     bool even = true;
     for (Array* a : arrays) even = even && (!a->data || a->batch[d] == a->batch[d + 1] * p.shape[d + 1]);
@@ -120,8 +119,8 @@ struct Batch {
     i64 last = p.ndim ? p.shape[p.ndim - 1] : 1;
     bool scattered = std::abs(p.x.stride) > 64 || std::abs(p.y.stride) > 64;
     group = scattered ? std::min<i64>(GROUP, std::max<i64>(last, 1)) : 1;
-    flat = kernel.flat && p.n > 0 && p.n <= COLUMNS && p.ndim <= 1 && !p.weights.data && p.output != TERMS &&
-           dense(p.x) && dense(p.y) && dense(p.dx) && dense(p.dy);
+    flat = kernel.flat && p.n > 0 && p.n <= COLUMNS && p.ndim <= 1 && !p.weights.data && !p.factors.data &&
+           p.output != TERMS && dense(p.x) && dense(p.y) && dense(p.dx) && dense(p.dy);
     if (flat) group = CHUNK / p.n;
     i64 width = p.x.dtype == FLOAT64 ? 8 : 4;
     ahead = group == 1 && kernel.sweeps > 1 && chunks > 1 && 2 * p.n * width <= AHEAD && p.x.stride == width &&

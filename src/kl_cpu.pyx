@@ -23,8 +23,8 @@ cdef extern from "kl_batch.h" namespace "kl" nogil:
         int operation, space_x, space_y, output, wide, threads, ndim
         i64* shape
         i64 rows, n
-        double inverse_temperature, gradient_scale, total
-        Array x, y, weights, value, dx, dy
+        double inverse_temperature, gradient_scale, epsilon, total
+        Array x, y, weights, factors, value, dx, dy
     cdef struct Isa:
         const char* name
         bint supported
@@ -107,7 +107,7 @@ cdef int _dtype(const char* format) except -1:
 
 cdef class _Borrowed:
     """Buffers held for one call."""
-    cdef Py_buffer view[6]
+    cdef Py_buffer view[7]
     cdef int held
 
     def __dealloc__(self):
@@ -143,11 +143,11 @@ cdef int _execute(Plan* plan, int inner_axes) except -1:
 
 
 def run(int operation, int space_x, int space_y, int output, x, y, weights, value, dx, dy, bint wide,
-        double temperature, double gradient_scale, int threads, int inner_axes=-1):
+        double temperature, double gradient_scale, int threads, int inner_axes=-1, factors=None, double epsilon=0.0):
     """Compute one plan; returns the total where output is TOTAL.
 
-    x, y, dx, dy and the terms have the shape batch + (n,); weights (float64) and row values the shape batch. y,
-    weights, value, dx, dy may be None. With inner_axes >= 0 the one gradient given is that of an operand broadcast
+    x, y, factors, dx, dy and the terms have the shape batch + (n,); weights (float64) and row values the shape batch.
+    y, weights, factors, value, dx, dy may be None. With inner_axes >= 0 the one gradient given is that of an operand broadcast
     over the last inner_axes batch axes, and is summed over them.
     """
     cdef Plan p
@@ -167,6 +167,8 @@ def run(int operation, int space_x, int space_y, int output, x, y, weights, valu
         b.lend(y, &p.y, True, False)
     if weights is not None:
         b.lend(weights, &p.weights, False, False)
+    if factors is not None:
+        b.lend(factors, &p.factors, True, False)
     if value is not None:
         b.lend(value, &p.value, output == TERMS, True)
     if dx is not None:
@@ -181,6 +183,7 @@ def run(int operation, int space_x, int space_y, int output, x, y, weights, valu
     p.threads = threads
     p.inverse_temperature = 1.0 / temperature
     p.gradient_scale = gradient_scale
+    p.epsilon = epsilon
     _execute(&p, inner_axes)
     return p.total
 

@@ -287,7 +287,8 @@ template <typename T> KL_FN T log1p(T x) {
 // ---- the terms ----------------------------------------------------------------------------------------------------------
 // What the numbers of an argument are. Logits never reach a term: kl_rows.h and kl_cuda.cu turn them into log-probabilities.
 enum Space { PROBS = 0, LOG_PROBS = 1, LOGITS = 2 };
-enum Operation { KL_DIV = 0, REL_ENTR = 1, CROSS_ENTROPY = 2, ENTROPY = 3 };
+enum Operation { KL_DIV = 0, REL_ENTR = 1, CROSS_ENTROPY = 2, ENTROPY = 3,
+                 PYTORCH = 4, KERAS = 5, MXNET = 6, PUZZLELIB = 7 };   // the terms of other systems, behind the others
 
 // value, dx and dy of one term; x and y in the spaces SX and SY. ENTROPY ignores y.
 template <int OP, int SX, int SY> struct Term;
@@ -297,6 +298,11 @@ struct Plain {
   static constexpr bool has_ordinary = false;
   template <typename T> static KL_FN bool ordinary(T, T) { return false; }
 };
+// Whether a term's functions take an epsilon beside x and y;
+template <class F> struct Takes { static constexpr bool epsilon = false; };
+// and whether its dy is final even where y are logits: else it is a derivative with respect to log y, and has yet to go
+// through the softmax.
+KL_FN constexpr bool is_final(int operation) { return operation == PUZZLELIB; }
 
 // what NaN in either argument makes of a result
 template <typename T> KL_FN T unless_nan(T x, T y, T v) {
@@ -530,6 +536,90 @@ template <int SX, int SY> struct Term<CROSS_ENTROPY, SX, SY> : Plain {
   }
   template <typename T> static KL_FN T dy(T x, T y) { return Term<REL_ENTR, SX, SY>::dy(x, y); }
 };
+
+// ---- the terms of other systems -------------------------------------------------------------------------------------------
+// As they compute them, with what they make of zeros, negative numbers and NaN (docs/compat.md). x is the target, y the
+// prediction.
+
+// PyTorch and R torch: xlogy(x, x) - x y
+template <> struct Term<PYTORCH, PROBS, LOG_PROBS> : Plain {
+  template <typename T> static KL_FN T value(T x, T y) {
+    T v = x * log(x);
+    v = x == T(0) ? x : v;
+    return v - x * y;
+  }
+  template <typename T> static KL_FN T dx(T x, T y) {      // log x + 1 - y, of which x/x is the 1
+    T d = (log(x) + T(1)) - y;
+    d = x < infinity<T>() ? d : nan<T>();
+    return x > T(0) ? d : nan<T>();
+  }
+  template <typename T> static KL_FN T dy(T x, T) { return -x; }
+};
+// with log_target: e^x (x - y)
+template <> struct Term<PYTORCH, LOG_PROBS, LOG_PROBS> : Plain {
+  template <typename T> static KL_FN T value(T x, T y) { return exp(x) * (x - y); }
+  template <typename T> static KL_FN T dx(T x, T y) { return exp(x) * ((x - y) + T(1)); }
+  template <typename T> static KL_FN T dy(T x, T) { return -exp(x); }
+};
+
+// Keras: x log(x/y), both clipped to [e, 1]; the bounds themselves pass the gradient
+template <typename T> KL_FN T clipped(T x, T e) {
+  x = x < e ? e : x;
+  return x > T(1) ? T(1) : x;
+}
+template <typename T> KL_FN T within(T x, T e, T d) {
+  d = x >= e ? d : T(0);
+  return x <= T(1) ? d : T(0);
+}
+template <> struct Term<KERAS, PROBS, PROBS> : Plain {
+  template <typename T> static KL_FN T value(T x, T y, T e) {
+    T c = clipped(x, e);
+    return c * log(c / clipped(y, e));
+  }
+  template <typename T> static KL_FN T dx(T x, T y, T e) {
+    return within(x, e, log(clipped(x, e) / clipped(y, e)) + T(1));
+  }
+  template <typename T> static KL_FN T dy(T x, T y, T e) { return within(y, e, -(clipped(x, e) / clipped(y, e))); }
+};
+template <> struct Takes<Term<KERAS, PROBS, PROBS>> { static constexpr bool epsilon = true; };
+
+// MXNet: x (log(x + e) - y)
+template <> struct Term<MXNET, PROBS, LOG_PROBS> : Plain {
+  template <typename T> static KL_FN T value(T x, T y, T e) { return x * (log(x + e) - y); }
+  template <typename T> static KL_FN T dx(T x, T y, T e) { return (log(x + e) - y) + x / (x + e); }
+  template <typename T> static KL_FN T dy(T x, T, T) { return -x; }
+};
+template <> struct Takes<Term<MXNET, PROBS, LOG_PROBS>> { static constexpr bool epsilon = true; };
+
+// PuzzleLib: x (log x - y) where x > 0; its "gradient" is x - e^y, the way down for normalised targets
+template <int SX> struct Term<PUZZLELIB, SX, LOG_PROBS> : Plain {
+  template <typename T> static KL_FN T value(T x, T y) {
+    T p = prob<SX>(x), v = p * (log_prob<SX>(x) - y);
+    return p > T(0) ? v : T(0);
+  }
+  template <typename T> static KL_FN T dx(T x, T y) {      // nobody asks for it
+    T d = (log_prob<SX>(x) + T(1)) - y;
+    return prob<SX>(x) > T(0) ? d : T(0);
+  }
+  template <typename T> static KL_FN T dy(T x, T y) { return prob<SX>(x) - exp(y); }
+};
+
+// One way to call them all.
+template <class F, bool ALL, typename T> KL_FN T value_of(T x, T y, T e) {
+  if constexpr (Takes<F>::epsilon) return F::value(x, y, e);
+  else if constexpr (F::has_ordinary) return F::template value<ALL>(x, y);
+  else return F::value(x, y);
+}
+template <class F, bool ALL, typename T> KL_FN T dx_of(T x, T y, T e) {
+  if constexpr (Takes<F>::epsilon) return F::dx(x, y, e);
+  else if constexpr (F::has_ordinary) return F::template dx<ALL>(x, y);
+  else return F::dx(x, y);
+}
+template <class F, bool ALL, typename T> KL_FN T dy_of(T x, T y, T e) {
+  if constexpr (Takes<F>::epsilon) return F::dy(x, y, e);
+  else if constexpr (F::has_ordinary) return F::template dy<ALL>(x, y);
+  else return F::dy(x, y);
+}
 
 // ---- logits -------------------------------------------------------------------------------------------------------------
 // s + low == b - a exactly (Knuth's TwoSum), for finite a, b and s

@@ -25,13 +25,15 @@ struct Plan {
   i64 shape[MAX_DIMS];
   i64 rows, n;
   double inverse_temperature, gradient_scale;
+  double epsilon;                    // of the terms that take one
   Array x, y, weights;               // weights are float64 or float32
+  Array factors;                     // one a class, which multiplies term and gradients
   Array value, dx, dy;               // dx and dy: one gradient row for every batch row
   double total;                      // result of TOTAL
 };
 
 struct Row {                  // one row of the plan: where it lies, what it weighs
-  const char *x, *y;
+  const char *x, *y, *factors;
   char *value, *dx, *dy;
   double weight;
   const char *next_x, *next_y;   // the row after it, if it may be asked for ahead of time

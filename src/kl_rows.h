@@ -175,29 +175,30 @@ template <typename T> struct Buffers {
 // ---- terms ---------------------------------------------------------------------------------------------------------------
 
 template <typename T> struct Terms {   // value, and the derivatives asked for, of n pairs
-  typedef void (*Map)(const T* x, const T* y, int n, T* value, T* dx, T* dy);
+  typedef void (*Map)(const T* x, const T* y, T epsilon, int n, T* value, T* dx, T* dy);
 };
 
 // Ordinary arguments take the shorter form; the bits are those of the long one. Looked at beforehand, because what the
 // shorter form makes of a zero are subnormals, with which processors are slow.
 template <class F, typename T, bool DX, bool DY>
-void terms(const T* __restrict x, const T* __restrict y, int n, T* __restrict value, T* __restrict dx, T* __restrict dy) {
+void terms(const T* __restrict x, const T* __restrict y, T e, int n, T* __restrict value, T* __restrict dx,
+           T* __restrict dy) {
   if constexpr (F::has_ordinary) {
     typename Real<T>::Bits others = 0;
     for (int i = 0; i < n; i++) others |= F::ordinary(x[i], y[i]) ? 0 : 1;
     if (!others) {
       for (int i = 0; i < n; i++) {
-        value[i] = F::template value<false>(x[i], y[i]);
-        if (DX) dx[i] = F::template dx<false>(x[i], y[i]);
-        if (DY) dy[i] = F::template dy<false>(x[i], y[i]);
+        value[i] = value_of<F, false>(x[i], y[i], e);
+        if (DX) dx[i] = dx_of<F, false>(x[i], y[i], e);
+        if (DY) dy[i] = dy_of<F, false>(x[i], y[i], e);
       }
       return;
     }
   }
   for (int i = 0; i < n; i++) {
-    value[i] = F::value(x[i], y[i]);
-    if (DX) dx[i] = F::dx(x[i], y[i]);
-    if (DY) dy[i] = F::dy(x[i], y[i]);
+    value[i] = value_of<F, true>(x[i], y[i], e);
+    if (DX) dx[i] = dx_of<F, true>(x[i], y[i], e);
+    if (DY) dy[i] = dy_of<F, true>(x[i], y[i], e);
   }
 }
 
@@ -220,11 +221,34 @@ inline int term_space(int space) { return space == LOGITS ? LOG_PROBS : space; }
 template <typename T> typename Terms<T>::Map terms_of(const Plan& p) {
   int sx = term_space(p.space_x), sy = term_space(p.space_y);
   bool dx = p.dx.data, dy = p.dy.data;
+  switch (p.operation) {   // each with the spaces that it is for
+    case PYTORCH:
+      return sx == PROBS ? terms_for<Term<PYTORCH, PROBS, LOG_PROBS>, T>(dx, dy)
+                         : terms_for<Term<PYTORCH, LOG_PROBS, LOG_PROBS>, T>(dx, dy);
+    case KERAS: return terms_for<Term<KERAS, PROBS, PROBS>, T>(dx, dy);
+    case MXNET: return terms_for<Term<MXNET, PROBS, LOG_PROBS>, T>(dx, dy);
+    case PUZZLELIB:
+      if constexpr (sizeof(T) == 8)   // always of logits, and so wide
+        return sx == PROBS ? terms_for<Term<PUZZLELIB, PROBS, LOG_PROBS>, T>(dx, dy)
+                           : terms_for<Term<PUZZLELIB, LOG_PROBS, LOG_PROBS>, T>(dx, dy);
+      return nullptr;
+  }
   if (sx == sy)
     return sx == PROBS ? terms_in<PROBS, PROBS, T>(p.operation, dx, dy) : terms_in<LOG_PROBS, LOG_PROBS, T>(p.operation, dx, dy);
   if constexpr (sizeof(T) == 8)   // the plan is wide wherever the spaces differ
     return sx == PROBS ? terms_in<PROBS, LOG_PROBS, T>(p.operation, dx, dy) : terms_in<LOG_PROBS, PROBS, T>(p.operation, dx, dy);
   return nullptr;
+}
+
+// Term and gradients times the factors; f is room for a chunk of them.
+template <typename T> void multiply(const Plan& p, const Row& row, i64 start, int n, Buffers<T>& s, T* room) {
+  if (!p.factors.data) return;
+  const T* f = load(p.factors, row.factors, start, n, room);
+  for (int i = 0; i < n; i++) s.a[i] *= f[i];
+  if (p.dx.data)
+    for (int i = 0; i < n; i++) s.dx[i] *= f[i];
+  if (p.dy.data)
+    for (int i = 0; i < n; i++) s.dy[i] *= f[i];
 }
 
 // Probabilities and log-probabilities: one sweep does everything.
@@ -235,7 +259,8 @@ void terms_chunk(const Plan& p, const Row& row, int, i64 start, int n, const dou
   const T* y = p.operation == ENTROPY ? x : load(p.y, row.y, start, n, s.y);
   auto map = terms_of<T>(p);
   pieces<T>(x + CHUNK, y == x ? nullptr : y + CHUNK, (n + 15) & ~15,
-            [&](int i, int m) { map(x + i, y + i, m, s.a + i, s.dx + i, s.dy + i); });
+            [&](int i, int m) { map(x + i, y + i, (T)p.epsilon, m, s.a + i, s.dx + i, s.dy + i); });
+  multiply(p, row, start, n, s, s.b);
   if (p.dx.data) store(p.dx, row.dx, start, n, s.dx, row.weight * p.gradient_scale, p.stream);
   if (p.dy.data) store(p.dy, row.dy, start, n, s.dy, row.weight * p.gradient_scale, p.stream);
   if (p.output == TERMS)
@@ -252,7 +277,7 @@ template <typename T> void terms_flat(const Plan& p, const Row& first, int rows,
   const T* y = p.operation == ENTROPY ? x : load(p.y, first.y, 0, all, s.y);
   auto map = terms_of<T>(p);
   pieces<T>(x + CHUNK, y == x ? nullptr : y + CHUNK, (all + 15) & ~15,
-            [&](int i, int m) { map(x + i, y + i, m, s.a + i, s.dx + i, s.dy + i); });
+            [&](int i, int m) { map(x + i, y + i, (T)p.epsilon, m, s.a + i, s.dx + i, s.dy + i); });
   if (p.dx.data) store(p.dx, first.dx, 0, all, s.dx, p.gradient_scale, p.stream);
   if (p.dy.data) store(p.dy, first.dy, 0, all, s.dy, p.gradient_scale, p.stream);
   for (int r = 0; r < rows; r++) totals[r] = sum_short(s.a + r * n, n);
@@ -494,7 +519,8 @@ inline void mixed_chunk(const Plan& p, const Row& row, int sweep, i64 start, int
   const double* x = log_probs(p.x, row.x, p.space_x, start, n, it, stats + NORM_X, s.x);
   const double* y = has_y ? log_probs(p.y, row.y, p.space_y, start, n, it, stats + NORM_Y, s.y) : x;
   int n16 = (n + 15) & ~15;
-  terms_of<double>(p)(x, y, n16, s.a, s.dx, s.dy);
+  terms_of<double>(p)(x, y, p.epsilon, n16, s.a, s.dx, s.dy);
+  multiply(p, row, start, n, s, s.b);
   if (sweep == 1) {
     if (p.output == TERMS) store(p.value, row.value, start, n, s.a, row.weight, p.stream);
     state[SUM_VALUE * pitch] = sum(s.a, n);
@@ -509,7 +535,7 @@ inline void mixed_chunk(const Plan& p, const Row& row, int sweep, i64 start, int
     store(p.dx, row.dx, start, n, s.dx, scale, p.stream);
   }
   if (p.dy.data) {
-    if (p.space_y == LOGITS)
+    if (p.space_y == LOGITS && !is_final(p.operation))
       for (int i = 0; i < n16; i++) s.dy[i] = through_softmax(s.dy[i], y[i], stats[SUM_DY], it);
     store(p.dy, row.dy, start, n, s.dy, scale, p.stream);
   }
@@ -539,7 +565,8 @@ inline void mixed_finish(const Plan& p, int sweep, const double* state, double* 
 // ---- the choice ----------------------------------------------------------------------------------------------------------------
 
 inline bool of_logits(const Plan& p) {   // the cancellation-free form is for the divergence of two rows of logits
-  return p.space_x == LOGITS && p.space_y == LOGITS && (p.operation == KL_DIV || p.operation == REL_ENTR);
+  return p.space_x == LOGITS && p.space_y == LOGITS && (p.operation == KL_DIV || p.operation == REL_ENTR) &&
+         !p.factors.data;
 }
 
 inline Kernel kernel(const Plan& p) {

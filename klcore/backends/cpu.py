@@ -76,21 +76,29 @@ def _run(
         if value is not None:
             return value
 
-    task = rows.arrange(np, _asarray, operation, x, y, space, axis, reduction, weights, temperature, return_grad, out)
+    return _compute(
+        rows.arrange(np, _asarray, operation, x, y, space, axis, reduction, weights, temperature, return_grad, out)
+    )
+
+
+def _compute(task: rows.Task) -> Any:
+    threads = get_num_threads()
     denominator = task.denominator
     if denominator is None:
         denominator = _sum(task.weights)
     scale = 1.0 / denominator if denominator else np.nan
+    if task.cotangent is not None:
+        scale *= float(task.cotangent)
 
     # the gradients of operands that are not broadcast come with the value, in one pass
     direct = {g.of: _lent(g.view) for g in task.gradients if not g.inner}
     total = _cpu.run(
-        operation, *task.spaces, task.output, _lent(task.x), _lent(task.y), task.weights, task.value_view,
-        direct.get("x"), direct.get("y"), task.wide, task.temperature, scale, threads,
+        task.operation, *task.spaces, task.output, _lent(task.x), _lent(task.y), task.weights, _lent(task.value_view),
+        direct.get("x"), direct.get("y"), task.wide, task.temperature, scale, threads, -1, task.factors, task.epsilon,
     )  # fmt: skip
     for g in task.gradients:
         if g.inner:
-            _sum_gradient(operation, task, g, scale, threads)
+            _sum_gradient(task, g, scale, threads)
 
     if task.output == rows.TOTAL:
         with np.errstate(over="ignore"):  # a float64 total may be infinite as float32
@@ -99,7 +107,7 @@ def _run(
             task.out[...] = value
             value = task.out
     else:
-        value = task.value if task.value.ndim or out is not None else task.value[()]
+        value = task.value if task.value.ndim or task.given else task.value[()]
     return rows.result(task, value)
 
 
@@ -110,7 +118,7 @@ def _sum(weights: Any) -> float:
     return _cpu.add_up(np.array(chunks, np.float64))
 
 
-def _sum_gradient(operation: int, task: rows.Task, g: rows.Gradient, scale: float, threads: int) -> None:
+def _sum_gradient(task: rows.Task, g: rows.Gradient, scale: float, threads: int) -> None:
     """The gradient of a broadcast operand: its batch axes in front, those to sum over behind."""
     ndim = task.x.ndim - 1
     order = (*(d for d in range(ndim) if d not in g.inner), *g.inner)
@@ -123,9 +131,9 @@ def _sum_gradient(operation: int, task: rows.Task, g: rows.Gradient, scale: floa
 
     to = turn(g.view)
     _cpu.run(
-        operation, *task.spaces, rows.PER_ROW, turn(task.x), turn(task.y), turn(task.weights), None,
+        task.operation, *task.spaces, rows.PER_ROW, turn(task.x), turn(task.y), turn(task.weights), None,
         to if g.of == "x" else None, to if g.of == "y" else None,
-        task.wide, task.temperature, scale, threads, len(g.inner),
+        task.wide, task.temperature, scale, threads, len(g.inner), turn(task.factors), task.epsilon,
     )  # fmt: skip
 
 
@@ -140,3 +148,19 @@ kl_div = partial(_run, rows.KL_DIV)
 rel_entr = partial(_run, rows.REL_ENTR)
 cross_entropy = partial(_run, rows.CROSS_ENTROPY)
 entropy = _entropy
+
+
+def loss(
+    term: str, x: Any, y: Any, space: Any, axis: int, reduction: str, factors: Any, denominator: float, epsilon: float,
+    dtype: str | None, return_grad: Any,
+) -> Any:  # fmt: skip
+    return _compute(
+        rows.arrange_loss(
+            np, _asarray, term, x, y, space, axis, reduction, factors, denominator, epsilon, dtype, return_grad
+        )
+    )
+
+
+def gradient(*arguments: Any, **keywords: Any) -> tuple[Any, ...]:
+    """The gradients of sum(cotangent * value), for adapters: the arguments are those of :func:`rows.arrange_gradient`."""
+    return _compute(rows.arrange_gradient(np, _asarray, *arguments, **keywords))[1:]

@@ -22,7 +22,14 @@ GRADIENTS: dict[Any, tuple[str, ...]] = {
     ("y",): ("y",),
     ("x", "y"): ("x", "y"),
 }
-KL_DIV, REL_ENTR, CROSS_ENTROPY, ENTROPY = range(4)  # as in kl_math.h
+KL_DIV, REL_ENTR, CROSS_ENTROPY, ENTROPY, PYTORCH, KERAS, MXNET, PUZZLELIB = range(8)  # as in kl_math.h
+OPERATIONS = {"kl_div": KL_DIV, "rel_entr": REL_ENTR, "cross_entropy": CROSS_ENTROPY, "entropy": ENTROPY}
+LOSSES = {  # other systems' terms, with the pairs of spaces that each is for
+    "pytorch": (PYTORCH, ((0, 1), (1, 1))),
+    "keras": (KERAS, ((0, 0),)),
+    "mxnet": (MXNET, ((0, 1), (0, 2))),
+    "puzzlelib": (PUZZLELIB, ((0, 2), (2, 2))),
+}
 PER_ROW, TERMS, TOTAL = range(3)  # as in kl_plan.h
 
 
@@ -34,27 +41,33 @@ class Gradient:
     array: Any
     view: Any
     inner: tuple[int, ...] = ()  # batch axes over which the operand is broadcast: their gradients are summed
+    spread: tuple[int, tuple[int, ...]] | None = None  # the class axis, if the operand is broadcast over it; its shape
 
 
 @dataclass(slots=True)
 class Task:
     """A call, checked and arranged. Views have the shape batch + (n,), or batch."""
 
+    operation: int
     x: Any
     y: Any
     spaces: tuple[int, int]
     weights: Any  # float64 or float32, or None
+    factors: Any  # of every term, float64 or float32, or None
     output: int
     value: Any  # the result's array, allocated or given; None where it is a scalar made from the total
     value_view: Any
     out: Any  # where a scalar result is to be written, if anywhere
+    given: bool  # whether the caller gave `out`, and so wants arrays
     scalar_dtype: Any
     wide: bool  # compute in float64
     temperature: float
     rows: int
     n: int
-    denominator: float | None  # of a total; None: the sum of the weights
+    denominator: float | None  # of a total, and of all gradients; None: the sum of the weights
     gradients: list[Gradient] = field(default_factory=list)
+    epsilon: float = 0.0
+    cotangent: Any = None  # a scalar that multiplies the gradients
 
 
 def arrange(
@@ -70,6 +83,10 @@ def arrange(
     temperature: float,
     return_grad: Any,
     out: Any,
+    *,
+    factors: Any = None,
+    signed: bool = False,
+    dtype: Any = None,
 ) -> Task:
     """Check the arguments of a call and lay its arrays out in rows.
 
@@ -80,7 +97,13 @@ def arrange(
     asarray : callable
         ``asarray(a, name)`` gives a native array of float64, float32, float16 or bfloat16, or raises TypeError.
     operation : int
-        One of the four above; for ENTROPY, `y` is None.
+        One of those above; for ENTROPY, `y` is None.
+    factors : array, optional
+        Of every term: broadcasts to their shape.
+    signed : bool
+        Whether weights may be any numbers.
+    dtype : dtype, optional
+        Of the value, if it is not to follow from the arguments'.
     """
     single = operation == ENTROPY
     spaces = _spaces(space, single)
@@ -111,24 +134,31 @@ def arrange(
                 f"{y.shape}"
             ) from None
     rows = math.prod(batch)
-    weights = _weights(xp, asarray, weights, batch)
+    weights = _weights(xp, asarray, weights, batch, signed)
+    terms_shape = () if scalar else _insert(batch, ndim + last, n)
+    if factors is not None:
+        factors = _broadcast(xp, _factors(asarray, factors), terms_shape)
+        factors = _classes_last(xp, factors.reshape(1) if scalar else factors, last)
 
     double = max(x.dtype.itemsize, y.dtype.itemsize) == 8
-    dtype = xp.dtype("float64") if double else xp.dtype("float32")
-    terms_shape = () if scalar else _insert(batch, ndim + last, n)
+    if dtype is None:
+        dtype = xp.dtype("float64") if double else xp.dtype("float32")
     results = _results(out, wanted)
 
     task = Task(
+        operation=operation,
         x=_broadcast(xp, xs, (*batch, n)),
         y=None if single else _broadcast(xp, ys, (*batch, n)),
         spaces=spaces,
         weights=weights,
+        factors=factors,
         output=PER_ROW if reduction == "row" else TERMS if reduction == "none" else TOTAL,
         value=None,
         value_view=None,
         out=None,
+        given=out is not None,
         scalar_dtype=dtype,
-        wide=double or is_wide(operation, spaces),
+        wide=double or is_wide(operation, spaces) or (factors is not None and 2 in spaces),
         temperature=temperature,
         rows=rows,
         n=n,
@@ -164,6 +194,104 @@ def arrange(
     return task
 
 
+def arrange_loss(
+    xp: Any,
+    asarray: Any,
+    term: str,
+    x: Any,
+    y: Any,
+    space: Any,
+    axis: int,
+    reduction: str,
+    factors: Any,
+    denominator: float,
+    epsilon: float,
+    dtype: str | None,
+    return_grad: Any,
+) -> Task:
+    """The same for the arguments of ``klcore.divergence.loss``: x and y broadcast over the classes as well."""
+    operation, pairs = LOSSES[term]
+    if _spaces(space, False) not in pairs:
+        raise ValueError(f"the term of {term!r} is not for the spaces {space!r}")
+    x, y = asarray(x, "x"), asarray(y, "y")
+    ndim = max(x.ndim, y.ndim)
+    last = -1 if ndim == 0 else _axis(axis, ndim, False)
+    operands = {"x": x, "y": y}
+    if ndim:
+        sizes = {a.shape[last] for a in (x, y) if a.ndim >= -last}
+        n = max(sizes - {1}, default=1)
+        x, y = (_over_classes(xp, a, last, n) for a in (x, y))
+    weights = None
+    if factors is not None:
+        factors = asarray(factors, "factors")
+        if factors.ndim == 0 or factors.ndim < -last or factors.shape[last] == 1:  # one factor a row
+            weights = factors if factors.ndim < -last else xp.squeeze(factors, last)
+            factors = None
+    task = arrange(
+        xp, asarray, operation, x, y, space, last, reduction, weights, 1.0, return_grad, None,
+        factors=factors, signed=True, dtype=dtype and xp.dtype(dtype),
+    )  # fmt: skip
+    task.denominator, task.epsilon = denominator, epsilon
+    for g in task.gradients:
+        operand = operands[g.of]
+        if g.array.shape != operand.shape:
+            g.spread = last, operand.shape
+    return task
+
+
+def _over_classes(xp: Any, a: Any, last: int, n: int) -> Any:
+    """`a`, broadcast along the class axis only."""
+    shape = [1] * (-last - a.ndim) + list(a.shape)
+    if shape[last] == 1:
+        shape[last] = n
+    return a if tuple(shape) == a.shape else xp.broadcast_to(a, tuple(shape))
+
+
+def arrange_gradient(
+    xp: Any,
+    asarray: Any,
+    operation: str,
+    x: Any,
+    y: Any,
+    space: Any,
+    axis: int,
+    reduction: str,
+    weights: Any,
+    temperature: float,
+    cotangent: Any,
+    return_grad: Any,
+    denominator: float = 1.0,
+    epsilon: float = 0.0,
+) -> Task:
+    """The same for a product of cotangent and Jacobian: the gradients of sum(cotangent * value).
+
+    `operation` is the name of a public function or of a loss's term, `cotangent` of the value's shape, any numbers. The
+    task's own value means nothing.
+    """
+    total = reduction not in ("row", "none")
+    if operation in LOSSES:
+        factors = None if total else asarray(cotangent, "cotangent")
+        if reduction == "row" and factors.ndim:
+            factors = xp.expand_dims(factors, axis)
+        task = arrange_loss(
+            xp, asarray, operation, x, y, space, axis, "sum", factors, denominator, epsilon, None, return_grad
+        )
+    else:
+        factors = None
+        if reduction == "row":
+            cotangent = _factors(asarray, cotangent, "cotangent")
+            weights = cotangent if weights is None else cotangent * _factors(asarray, weights, "weights")
+        elif reduction == "none":
+            factors = cotangent
+        task = arrange(
+            xp, asarray, OPERATIONS[operation], x, y, space, axis, reduction if total else "sum", weights, temperature,
+            return_grad, None, factors=factors, signed=reduction == "row",
+        )  # fmt: skip
+    if total:
+        task.cotangent = cotangent
+    return task
+
+
 def refuse(a: Any, name: str) -> None:
     """Raise TypeError for arrays that neither backend takes: masked, or of no known dtype."""
     if isinstance(a, np.ma.MaskedArray):
@@ -181,13 +309,25 @@ def refuse(a: Any, name: str) -> None:
 
 def is_wide(operation: int, spaces: tuple[int, int]) -> bool:
     """Whether float32 is computed in float64: a logarithm beside a probability needs more than its own precision
-    (docs/maths.md)."""
+    (docs/maths.md). The terms of other systems are no more precise than those compute them, but for logits."""
+    if operation > ENTROPY:
+        return 2 in spaces
     return spaces[0] != spaces[1] or (2 in spaces and operation > REL_ENTR)
 
 
 def result(task: Task, value: Any) -> Any:
     """What the caller gets: the value, or the value and the gradients in the order they were asked for."""
-    return (value, *(g.array for g in task.gradients)) if task.gradients else value
+    if task.output != TOTAL and task.denominator != 1:
+        value = (value / task.denominator).astype(value.dtype, copy=False)
+    return (value, *(_collected(g) for g in task.gradients)) if task.gradients else value
+
+
+def _collected(g: Gradient) -> Any:
+    """A gradient in its operand's own shape."""
+    if g.spread is None:
+        return g.array
+    axis, shape = g.spread
+    return g.array.sum(axis, dtype="float64", keepdims=True).astype(g.array.dtype).reshape(shape)
 
 
 def _list(words: Any) -> str:
@@ -256,16 +396,21 @@ def _insert(batch: tuple[int, ...], position: int, n: int) -> tuple[int, ...]:
     return (*batch[:position], n, *batch[position:])
 
 
-def _weights(xp: Any, asarray: Any, weights: Any, batch: tuple[int, ...]) -> Any:
+def _factors(asarray: Any, a: Any, name: str = "factors") -> Any:
+    a = asarray(a, name)
+    return a.astype("float32") if a.dtype.itemsize < 4 else a
+
+
+def _weights(xp: Any, asarray: Any, weights: Any, batch: tuple[int, ...], signed: bool) -> Any:
     if weights is None:
         return None
-    w = asarray(weights, "weights")
-    if w.dtype.itemsize < 4:
-        w = w.astype("float32")
+    w = _factors(asarray, weights, "weights")
     try:
         view = xp.broadcast_to(w, batch)
     except ValueError:
         raise ValueError(f"weights of shape {w.shape} do not broadcast to the batch shape {batch}") from None
+    if signed:
+        return view
     # On a GPU they are not looked at, which would mean to wait for it: a bad weight makes its row NaN there.
     host = next((a for a in (w, weights) if not hasattr(a, "__cuda_array_interface__")), None)
     if host is not None and w.size and not (np.min(host) >= 0 and np.max(host) < math.inf):  # NaN fails both
