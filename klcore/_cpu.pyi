@@ -25,6 +25,8 @@ def run(
     gradient_scale: float,
     threads: int,
     inner_axes: int = -1,
+    factors: Any = None,
+    epsilon: float = 0.0,
 ) -> float: ...
 def plain(
     operation: int, space: int, x: Any, y: Any, temperature: float, threads: int, empty: Callable[..., Any], dtypes: Any

@@ -215,8 +215,8 @@ def loss(
     x, y : array
         The target and the prediction. They broadcast over all axes, that of the classes included.
     space : pair of {"probs", "log_probs", "logits"}
-        What x and y are. Each term knows certain pairs: "pytorch" (probs, log_probs) and (log_probs, log_probs); "keras"
-        (probs, probs); "mxnet" (probs, log_probs) and (probs, logits); "puzzlelib" (probs, logits) and
+        What x and y are. Each term knows certain pairs: "pytorch" (probs, log_probs) and (log_probs, log_probs);
+        "keras" (probs, probs); "mxnet" (probs, log_probs) and (probs, logits); "puzzlelib" (probs, logits) and
         (logits, logits).
     axis : int
         The class axis, counted in the broadcast shape.
@@ -232,7 +232,8 @@ def loss(
     dtype : str, optional
         Name of the value's dtype. None: float64 if an argument is, else float32.
     return_grad : {"x", "y", ("x", "y")}, optional
-        As in :func:`kl_div`; with "puzzlelib", whose gradient is (x - y) / denominator, a direction of descent, only "y".
+        As in :func:`kl_div`; with "puzzlelib" only "y": its gradient is (x - softmax(y)) / denominator, a direction of
+        descent.
 
     Returns
     -------

@@ -3,8 +3,8 @@
 // plan and launches; klcore.backends.nvrtc compiles this file behind those headers, as one source, for one operation,
 // pair of spaces and pair of dtypes, given as macros:
 //   KL_OPERATION, KL_SPACE_X, KL_SPACE_Y, KL_X, KL_Y (dtypes), KL_OUTPUTS (1: dx, 2: dy, 4: terms), KL_WIDE (compute in
-//   double), KL_CLUSTER (blocks a row), KL_TEMPERATURE (if it is not 1), KL_FAST16 (both inputs have 16 bits: hardware
-//   exponentials).
+//   double), KL_CLUSTER (blocks a row), KL_TEMPERATURE (if it is not 1), KL_FACTORS (if there are any), KL_FAST16 (both
+//   inputs have 16 bits: hardware exponentials).
 //
 // A warp treats one chunk of 1024 classes at a time: it brings the chunk into shared memory by asynchronous 16-byte
 // copies, computes from there, leaves gradients in their inputs' place, and copies them out. Lane l owns columns
@@ -49,10 +49,11 @@ struct Plan {
   i64 slots;                  // chunks that a warp holds in shared memory
   i64 count, groups;          // kl_fold, kl_sum: elements a row, and groups of 1024 of them
   i64 inner;                  // kl_summed: rows that share one gradient row
-  double inverse_temperature, gradient_scale, scale;
+  i64 any_weights;            // weights may be any numbers; else bad ones spoil their rows
+  double inverse_temperature, gradient_scale, scale, epsilon;
   const double* denominator;  // of a mean weighted by row: known to the device only; or nullptr
   double *states, *stats, *sums;   // working memory: see the kernels
-  Array x, y, weights, value, dx, dy;
+  Array x, y, weights, factors, value, dx, dy;   // factors: one a class, float64 or float32
 };
 
 // ---- the machine -----------------------------------------------------------------------------------------------------------
@@ -118,8 +119,13 @@ typedef Stored<DX>::Type X;
 typedef Stored<DY>::Type Y;
 constexpr bool HAS_Y = OP != ENTROPY;
 constexpr bool OUT_DX = KL_OUTPUTS & 1, OUT_DY = KL_OUTPUTS & 2, OUT_TERMS = KL_OUTPUTS & 4;
+#if defined(KL_FACTORS)
+constexpr bool FACTORS = true;
+#else
+constexpr bool FACTORS = false;
+#endif
 // the cancellation-free form is for the divergence of two rows of logits; other logits are normalised first
-constexpr bool OF_LOGITS = SX == LOGITS && SY == LOGITS && (OP == KL_DIV || OP == REL_ENTR);
+constexpr bool OF_LOGITS = SX == LOGITS && SY == LOGITS && (OP == KL_DIV || OP == REL_ENTR) && !FACTORS;
 constexpr bool NORM_OF_X = !OF_LOGITS && SX == LOGITS, NORM_OF_Y = !OF_LOGITS && HAS_Y && SY == LOGITS;
 constexpr bool NORMALISED = NORM_OF_X || NORM_OF_Y;
 constexpr int LOG_X = SX == LOGITS ? LOG_PROBS : SX, LOG_Y = SY == LOGITS ? LOG_PROBS : SY;
@@ -281,6 +287,7 @@ struct Slot {                 // a chunk in shared memory
   X* x;
   Y* y;
   T* extra;                   // the weights of a softmax, or terms to be written
+  const char* factors;        // still in global memory
 };
 
 struct Want {                 // what a sweep is to write, and times what
@@ -313,41 +320,43 @@ struct Added {
   KL_DEVICE void dy(int i, T v) const { sums[i] += (double)v; }
 };
 
-template <bool ALL> KL_DEVICE T term_value(T x, T y) {
-  if constexpr (TheTerm::has_ordinary) return TheTerm::template value<ALL>(x, y);
-  else return TheTerm::value(x, y);
-}
-template <bool ALL> KL_DEVICE T term_dx(T x, T y) {
-  if constexpr (TheTerm::has_ordinary) return TheTerm::template dx<ALL>(x, y);
-  else return TheTerm::dx(x, y);
-}
-template <bool ALL> KL_DEVICE T term_dy(T x, T y) {
-  if constexpr (TheTerm::has_ordinary) return TheTerm::template dy<ALL>(x, y);
-  else return TheTerm::dy(x, y);
+template <class L> KL_DEVICE void multiply(const Plan& p, const L& at, int step, const Slot& s, T* v) {
+  if constexpr (FACTORS) {
+#pragma unroll
+    for (int e = 0; e < L::E; e++) {
+      if (at.index(step, e) >= at.n) continue;
+      const char* f = s.factors + at.index(step, e) * p.factors.stride;
+      v[e] *= p.factors.dtype == FLOAT32 ? (T)*(const float*)f : (T)*(const double*)f;
+    }
+  }
 }
 
 template <bool ALL, class L, class Sink>
-KL_DEVICE void terms(const L& at, int step, const T* x, const T* y, const Slot& s, const Want& want, const Sink& sink,
-                     T* v) {
+KL_DEVICE void terms(const Plan& p, const L& at, int step, const T* x, const T* y, const Slot& s, const Want& want,
+                     const Sink& sink, T* v) {
+  T epsilon = (T)p.epsilon;
 #pragma unroll
-  for (int e = 0; e < L::E; e++) v[e] = term_value<ALL>(x[e], y[e]);
+  for (int e = 0; e < L::E; e++) v[e] = value_of<TheTerm, ALL>(x[e], y[e], epsilon);
+  multiply(p, at, step, s, v);
   if (want.dx) {
     T d[L::E];
 #pragma unroll
-    for (int e = 0; e < L::E; e++) d[e] = term_dx<ALL>(x[e], y[e]);
+    for (int e = 0; e < L::E; e++) d[e] = dx_of<TheTerm, ALL>(x[e], y[e], epsilon);
+    multiply(p, at, step, s, d);
     sink.dx(at, step, d, want.of_gradient);
   }
   if (want.dy) {
     T d[L::E];
 #pragma unroll
-    for (int e = 0; e < L::E; e++) d[e] = term_dy<ALL>(x[e], y[e]);
+    for (int e = 0; e < L::E; e++) d[e] = dy_of<TheTerm, ALL>(x[e], y[e], epsilon);
+    multiply(p, at, step, s, d);
     sink.dy(at, step, d, want.of_gradient);
   }
 }
 
 // probabilities and log-probabilities: everything in one sweep; returns the sum
 template <class L, class Sink>
-KL_DEVICE double terms_chunk(const L& at, const Slot& s, const Want& want, const Sink& sink) {
+KL_DEVICE double terms_chunk(const Plan& p, const L& at, const Slot& s, const Want& want, const Sink& sink) {
   typename L::template Sums<1> sums;
 #pragma unroll 1
   for (int step = 0; step < at.steps(); step++) {
@@ -360,8 +369,8 @@ KL_DEVICE double terms_chunk(const L& at, const Slot& s, const Want& want, const
       if constexpr (!HAS_Y) y[e] = x[e];
       if constexpr (TheTerm::has_ordinary) ordinary &= TheTerm::ordinary(x[e], y[e]);
     }
-    if (TheTerm::has_ordinary && at.every(ordinary)) terms<false>(at, step, x, y, s, want, sink, v);
-    else terms<true>(at, step, x, y, s, want, sink, v);
+    if (TheTerm::has_ordinary && at.every(ordinary)) terms<false>(p, at, step, x, y, s, want, sink, v);
+    else terms<true>(p, at, step, x, y, s, want, sink, v);
     if (want.term) at.template write<code_of<T>()>(s.extra, step, v, want.of_term);
     mask(at, step, v);
     sums.add(step, 0, v);
@@ -593,10 +602,13 @@ KL_DEVICE void normalised_chunk(const Plan& p, const L& at, const Slot& s, int s
       if constexpr (NORM_OF_X) x[e] = (T)log_prob_of(x[e], stats[NORM_X], stats[NORM_X + 1], it);
       if constexpr (NORM_OF_Y) y[e] = (T)log_prob_of(y[e], stats[NORM_Y], stats[NORM_Y + 1], it);
       if constexpr (!HAS_Y) y[e] = x[e];
-      v[e] = term_value<true>(x[e], y[e]);
-      dx[e] = OUT_DX ? term_dx<true>(x[e], y[e]) : T(0);
-      dy[e] = OUT_DY ? term_dy<true>(x[e], y[e]) : T(0);
+      v[e] = value_of<TheTerm, true>(x[e], y[e], (T)p.epsilon);
+      dx[e] = OUT_DX ? dx_of<TheTerm, true>(x[e], y[e], (T)p.epsilon) : T(0);
+      dy[e] = OUT_DY ? dy_of<TheTerm, true>(x[e], y[e], (T)p.epsilon) : T(0);
     }
+    multiply(p, at, step, s, v);
+    if (OUT_DX) multiply(p, at, step, s, dx);
+    if (OUT_DY) multiply(p, at, step, s, dy);
     if (sweep == 1) {
       if (want.term) at.template write<code_of<T>()>(s.extra, step, v, want.of_term);
       mask(at, step, v);
@@ -609,7 +621,7 @@ KL_DEVICE void normalised_chunk(const Plan& p, const L& at, const Slot& s, int s
 #pragma unroll
       for (int e = 0; e < L::E; e++) {
         if constexpr (NORM_OF_X) dx[e] = (T)through_softmax(dx[e], x[e], stats[SUM_DX], it);
-        if constexpr (NORM_OF_Y) dy[e] = (T)through_softmax(dy[e], y[e], stats[SUM_DY], it);
+        if constexpr (NORM_OF_Y && !is_final(OP)) dy[e] = (T)through_softmax(dy[e], y[e], stats[SUM_DY], it);
       }
       if (want.dx) sink.dx(at, step, dx, want.of_gradient);
       if (want.dy) sink.dy(at, step, dy, want.of_gradient);
@@ -644,7 +656,7 @@ KL_DEVICE void chunk(const Plan& p, const L& at, const Slot& s, int sweep, const
       normalised_chunk(p, at, s, sweep, stats, want, sink, state);
     }
   } else {
-    double sum = terms_chunk(at, s, want, sink);
+    double sum = terms_chunk(p, at, s, want, sink);
     if (at.leads()) state[0] = sum;
   }
 }
@@ -810,13 +822,13 @@ KL_DEVICE void finish(const Plan& p, int sweep, const double* from, double* stat
 // ---- rows in global memory -------------------------------------------------------------------------------------------------
 
 struct Row {
-  const char *x, *y;
+  const char *x, *y, *factors;
   char *value, *dx, *dy;
   double weight;
 };
 
 KL_DEVICE Row locate(const Plan& p, i64 r) {
-  Row row = {p.x.data, p.y.data, p.value.data, p.dx.data, p.dy.data, 1.0};
+  Row row = {p.x.data, p.y.data, p.factors.data, p.value.data, p.dx.data, p.dy.data, 1.0};
   const char* weight = p.weights.data;
 #pragma unroll 1
   for (int d = (int)p.ndim - 1; d >= 0; d--) {
@@ -824,6 +836,7 @@ KL_DEVICE Row locate(const Plan& p, i64 r) {
     r = d > 0 ? r / p.shape[d] : 0;
     row.x += i * p.x.batch[d];
     row.y += i * p.y.batch[d];
+    if (FACTORS) row.factors += i * p.factors.batch[d];
     row.value += i * p.value.batch[d];
     row.dx += i * p.dx.batch[d];
     row.dy += i * p.dy.batch[d];
@@ -831,7 +844,8 @@ KL_DEVICE Row locate(const Plan& p, i64 r) {
   }
   if (weight) {
     double w = p.weights.dtype == FLOAT32 ? (double)*(const float*)weight : *(const double*)weight;
-    row.weight = w >= 0 && w < infinity<double>() ? w : nan<double>();   // a bad weight spoils its row, visibly
+    bool good = p.any_weights || (w >= 0 && w < infinity<double>());
+    row.weight = good ? w : nan<double>();   // a bad weight spoils its row, visibly
   }
   return row;
 }
@@ -842,6 +856,13 @@ KL_DEVICE double gradient_scale(const Plan& p) {
   return *p.denominator != 0 ? 1.0 / *p.denominator : nan<double>();
 }
 
+KL_DEVICE void write_number(i64 dtype, char* at, double v) {
+  if (dtype == FLOAT32) *(float*)at = (float)v;
+  else if (dtype == FLOAT64) *(double*)at = v;
+  else if (dtype == FLOAT16) *(unsigned short*)at = Stored<FLOAT16>::narrow(v);
+  else *(unsigned short*)at = Stored<BFLOAT16>::narrow(v);
+}
+
 KL_DEVICE Want wanted(const Plan& p, int sweep, double weight) {
   return {OUT_TERMS && sweep == TERM_SWEEP, OUT_DX && sweep == GRADIENT_SWEEP, OUT_DY && sweep == GRADIENT_SWEEP,
           (T)weight, (T)(weight * gradient_scale(p))};
@@ -849,8 +870,7 @@ KL_DEVICE Want wanted(const Plan& p, int sweep, double weight) {
 
 KL_DEVICE void write_value(const Plan& p, char* at, double weight, double value) {
   double v = weight == 0 ? 0.0 : weight == 1 ? value : value * weight;
-  if (p.value.dtype == FLOAT32) *(float*)at = (float)v;
-  else *(double*)at = v;
+  write_number(p.value.dtype, at, v);
 }
 
 template <int BYTES, class U> KL_DEVICE int copy_in(U* slot, const char* from, int n) {   // returns how many were copied
@@ -916,7 +936,7 @@ template <class U> KL_DEVICE void unstage(char* to, i64 stride, const U* slot, i
 KL_DEVICE void unstage_terms(const Plan& p, char* to, const T* slot, int n) {
   if (p.value.dtype == code_of<T>()) return unstage(to, p.value.stride, slot, n);
 #pragma unroll 1
-  for (int i = lane_of(); i < n; i += WARP) *(float*)(to + i * p.value.stride) = (float)slot[i];
+  for (int i = lane_of(); i < n; i += WARP) write_number(p.value.dtype, to + i * p.value.stride, (double)slot[i]);
 }
 
 KL_DEVICE void put_zeros(const Slot& s, const Want& want, int n) {   // what a row of weight 0 yields
@@ -951,7 +971,7 @@ KL_DEVICE double* stats_of(const Plan& p, char* shared) {
 KL_DEVICE Slot slot_of(const Plan& p, char* shared, int j) {
   char* mine = shared + warp_of() * warp_bytes(p);
   char* x = mine + j * SLOT_BYTES;
-  return {(X*)x, (Y*)(x + CHUNK * sizeof(X)), (T*)(mine + (int)p.slots * SLOT_BYTES)};
+  return {(X*)x, (Y*)(x + CHUNK * sizeof(X)), (T*)(mine + (int)p.slots * SLOT_BYTES), nullptr};
 }
 
 KL_DEVICE void store_outputs(const Plan& p, const Row& row, i64 start, int n, const Slot& s, const Want& want) {
@@ -970,6 +990,11 @@ KL_DEVICE int classes(const Plan& p, i64 c) {
 KL_DEVICE void stage_chunk(const Plan& p, const Row& row, i64 c, const Slot& s) {
   stage(s.x, row.x + c * CHUNK * p.x.stride, p.x.stride, classes(p, c));
   if constexpr (HAS_Y) stage(s.y, row.y + c * CHUNK * p.y.stride, p.y.stride, classes(p, c));
+}
+
+KL_DEVICE Slot with_factors(const Plan& p, Slot s, i64 r, i64 c) {
+  if (FACTORS) s.factors = locate(p, r).factors + c * CHUNK * p.factors.stride;
+  return s;
 }
 
 }  // namespace kl
@@ -1031,7 +1056,8 @@ extern "C" __global__ void __launch_bounds__(256, BLOCKS) kl_units(const Plan p)
 
 #pragma unroll 1
     for (int sweep = (int)p.first; live && sweep < (int)p.last; sweep++) {
-      chunk(p, Wide(n), s, sweep, stats, wanted(p, sweep, weight_of(p, unit_of(p, again(tile)).row)), InPlace{s}, stats);
+      chunk(p, Wide(n), with_factors(p, s, unit.row, unit.chunk), sweep, stats,
+            wanted(p, sweep, weight_of(p, unit_of(p, again(tile)).row)), InPlace{s}, stats);
       __syncwarp();
       int count = states_of(sweep);
       if (count > 0 && p.chunks == 1 && lane_of() == 0) finish(p, sweep, stats, stats);
@@ -1072,8 +1098,7 @@ extern "C" __global__ void __launch_bounds__(256, BLOCKS) kl_units(const Plan p)
 #pragma unroll 2
     for (int i = (int)threadIdx.x / W; i < n; i += WARP) {
       i64 k = (i64)unit.chunk * CHUNK + i;
-      if (all.term && p.value.dtype == FLOAT32) *(float*)(row.value + k * p.value.stride) = (float)theirs.extra[i];
-      else if (all.term) *(double*)(row.value + k * p.value.stride) = (double)theirs.extra[i];
+      if (all.term) write_number(p.value.dtype, row.value + k * p.value.stride, (double)theirs.extra[i]);
       if (all.dx) *(X*)(row.dx + k * p.dx.stride) = theirs.x[i];
       if (all.dy) *(Y*)(row.dy + k * p.dy.stride) = theirs.y[i];
     }
@@ -1138,7 +1163,8 @@ extern "C" __global__ void __launch_bounds__(256, BLOCKS) kl_narrow(const Plan p
         double weight = is_row && p.weights.data ? locate(p, r0 + r).weight : 1.0;
         bool live = is_row && weight != 0;
         int offset = live ? r * n : CHUNK;
-        Slot row = {s.x + offset, s.y + offset, s.extra + offset};
+        Slot row = {s.x + offset, s.y + offset, s.extra + offset, nullptr};
+        if (FACTORS && live) row = with_factors(p, row, r0 + r, 0);
         Want want = wanted(p, sweep, weight);
         Narrow here = at;
         if (!live) {
@@ -1179,8 +1205,7 @@ extern "C" __global__ void __launch_bounds__(256, BLOCKS) kl_narrow(const Plan p
       for (int e = lane_of(); e < rows * n; e += WARP) {
         int r = p.columns ? e % rows : e / n, i = p.columns ? e / rows : e % n;
         Row row = locate(p, r0 + r);
-        if (all.term && p.value.dtype == FLOAT32) *(float*)(row.value + i * p.value.stride) = (float)s.extra[r * n + i];
-        else if (all.term) *(double*)(row.value + i * p.value.stride) = (double)s.extra[r * n + i];
+        if (all.term) write_number(p.value.dtype, row.value + i * p.value.stride, (double)s.extra[r * n + i]);
         if (!p.dense && all.dx) *(X*)(row.dx + i * p.dx.stride) = s.x[r * n + i];
         if (!p.dense && all.dy) *(Y*)(row.dy + i * p.dy.stride) = s.y[r * n + i];
       }
@@ -1229,7 +1254,7 @@ extern "C" __global__ void __launch_bounds__(256, BLOCKS) kl_rows(const Plan p) 
         }
         if (live) {
           double* state = stats_of(p, shared);
-          chunk(p, Wide(n), s, sweep, stats, want, InPlace{s}, state);
+          chunk(p, Wide(n), with_factors(p, s, r, c), sweep, stats, want, InPlace{s}, state);
           __syncwarp();
           if (lane_of() < states_of(sweep)) states[lane_of() * chunks + c] = state[lane_of()];
           __syncwarp();
@@ -1324,7 +1349,7 @@ extern "C" __global__ void __launch_bounds__(256, BLOCKS) kl_summed(const Plan p
   int bytes = SLOT_BYTES + CHUNK * (int)sizeof(T) + CHUNK * 8;
   char* at = shared + warp_of() * bytes;
   double* sums = (double*)at;
-  Slot s = {(X*)(at + CHUNK * 8), (Y*)(at + CHUNK * (8 + sizeof(X))), (T*)(at + CHUNK * 8 + SLOT_BYTES)};
+  Slot s = {(X*)(at + CHUNK * 8), (Y*)(at + CHUNK * (8 + sizeof(X))), (T*)(at + CHUNK * 8 + SLOT_BYTES), nullptr};
   int sweep = (int)p.first;
   i64 items = p.rows / p.inner * p.groups * p.chunks;
   for (i64 item = (i64)blockIdx.x * warps_of() + warp_of(); item < items; item += (i64)gridDim.x * warps_of()) {
@@ -1345,7 +1370,7 @@ extern "C" __global__ void __launch_bounds__(256, BLOCKS) kl_summed(const Plan p
       __syncwarp();
       Want want = wanted(p, sweep, row.weight);
       want.term = false;
-      chunk(p, Wide(n), s, sweep, p.stats + r * MAX_STATS, want, Added{sums}, (double*)s.extra);
+      chunk(p, Wide(n), with_factors(p, s, r, c), sweep, p.stats + r * MAX_STATS, want, Added{sums}, (double*)s.extra);
     }
     __syncwarp();
 #pragma unroll 1

@@ -20,7 +20,10 @@ _MODULES = {
     "dlpack": "klcore.backends.dlpack",  # whatever else lends its memory through DLPack
 }
 _DEVICES = {"cpu": "numpy", "cuda": "cupy"}
-_MOVABLE = (None, *_DEVICES.values())  # between these a device that is named decides; other adapters look at it themselves
+_MOVABLE = (
+    None,
+    *_DEVICES.values(),
+)  # between these a device that is named decides; other adapters look at it themselves
 _ANY = (bool, int, float, complex, list, tuple)  # become arrays of the other argument's library, or NumPy's
 
 

@@ -162,5 +162,5 @@ def loss(
 
 
 def gradient(*arguments: Any, **keywords: Any) -> tuple[Any, ...]:
-    """The gradients of sum(cotangent * value), for adapters: the arguments are those of :func:`rows.arrange_gradient`."""
+    """The gradients of sum(cotangent * value), for adapters; arguments as in :func:`rows.arrange_gradient`."""
     return _compute(rows.arrange_gradient(np, _asarray, *arguments, **keywords))[1:]

@@ -25,14 +25,16 @@ _RESERVED = 1024  # bytes of shared memory that CUDA takes for itself in every b
 _FIELDS = (
     ("shape", MAX_DIMS), *((name, 1) for name in (
         "ndim", "rows", "n", "chunks", "output", "first", "last", "columns", "dense", "slots", "count", "groups",
-        "inner", "inverse_temperature", "gradient_scale", "scale", "denominator", "states", "stats", "sums",
+        "inner", "any_weights", "inverse_temperature", "gradient_scale", "scale", "epsilon", "denominator", "states",
+        "stats", "sums",
     )),
-    *((name, MAX_DIMS + 3) for name in ("x", "y", "weights", "value", "dx", "dy")),
+    *((name, MAX_DIMS + 3) for name in ("x", "y", "weights", "factors", "value", "dx", "dy")),
 )  # fmt: skip
 _AT = {name: sum(words for _, words in _FIELDS[:k]) for k, (name, _) in enumerate(_FIELDS)}
 _WORDS = sum(words for _, words in _FIELDS)
 _OUTPUTS, _TERMS = {"x": 1, "y": 2}, 4  # KL_OUTPUTS
-_DOUBLES = ("inverse_temperature", "gradient_scale", "scale")
+_READ = ("x", "y", "weights", "factors")
+_DOUBLES = ("inverse_temperature", "gradient_scale", "scale", "epsilon")
 
 
 @cache
@@ -163,7 +165,7 @@ _ENTRIES = {
 
 def options(
     operation: int, spaces: tuple[int, int], dtypes: tuple[int, int], wide: bool, outputs: int,
-    entries: tuple[str, ...], cluster: int = 1, unit: bool = True,
+    entries: tuple[str, ...], cluster: int = 1, unit: bool = True, factors: bool = False,
 ) -> tuple[str, ...]:  # fmt: skip
     """The macros that kl_cuda.cu is compiled with for these kernels; `unit` if the temperature is 1."""
     values = {
@@ -174,6 +176,8 @@ def options(
         values["CLUSTER"] = cluster
     if not unit:
         values["TEMPERATURE"] = 1
+    if factors:
+        values["FACTORS"] = 1
     if not wide and max(_SIZES[d] for d in dtypes) == 2:
         values["FAST16"] = 1
     return (
@@ -208,6 +212,16 @@ def every_build() -> Iterator[Build]:
                     yield Build(f"{label} summed", build(1, folding), folding, ())
                 if sx == sy == 2 and operation == rows.KL_DIV:
                     yield Build(f"{label} dy cluster", build(2, ("kl_rows",), 8), ("kl_rows",), hot[2:], 90)
+    for term, (operation, pairs) in rows.LOSSES.items():
+        for sx, sy in pairs:
+            for code, dtype in enumerate(rows.FLOATS):
+                wide = code == 0 or rows.is_wide(operation, (sx, sy))
+                hot = () if wide else sweeping
+                build = partial(options, operation, (sx, sy), (code, code), wide)
+                label = f"{term} {words[sx]}/{words[sy]} {dtype}"
+                yield Build(f"{label} value", build(0, sweeping), sweeping, hot)
+                yield Build(f"{label} dy", build(2, sweeping), sweeping, hot)
+                yield Build(f"{label} terms dx dy, factors", build(7, sweeping, factors=True), sweeping, ())
     yield Build("sum", _sum_options(), ("kl_sum",), ())
 
 
@@ -335,11 +349,14 @@ class _Call(NamedTuple):
     wide: bool
     outputs: int
     unit: bool
+    factors: bool
     n: int
 
     def kernel(self, name: str, cluster: int = 1) -> Any:
         outputs = 0 if name == "kl_fold" else self.outputs  # what is folded does not depend on it
-        macros = options(self.operation, self.spaces, self.dtypes, self.wide, outputs, (name,), cluster, self.unit)
+        macros = options(
+            self.operation, self.spaces, self.dtypes, self.wide, outputs, (name,), cluster, self.unit, self.factors
+        )
         return _kernel(self.device, macros, name)
 
     def states(self, sweep: int) -> int:
@@ -361,7 +378,7 @@ class _Call(NamedTuple):
 
     @property
     def of_logits(self) -> bool:
-        return self.spaces == (2, 2) and self.operation <= rows.REL_ENTR
+        return self.spaces == (2, 2) and self.operation <= rows.REL_ENTR and not self.factors
 
     def bytes_a_class(self) -> int:
         return _SIZES[self.dtypes[0]] + (0 if self.operation == rows.ENTROPY else _SIZES[self.dtypes[1]])
@@ -504,9 +521,15 @@ def _run(
     out: Any,
     device: str | None,
 ) -> Any:
-    cupy = _ready()
     given = {"x": x, "y": y, "weights": weights}
     given.update({f"out[{k}]": a for k, a in enumerate(out if isinstance(out, tuple) else (out,))})
+    arguments = (operation, x, y, space, axis, reduction, weights, temperature, return_grad, out)
+    return _on_device(device, given, rows.arrange, arguments)
+
+
+def _on_device(device: str | None, given: dict[str, Any], arrange: Any, arguments: Any, **keywords: Any) -> Any:
+    """Arrange a call and compute it, where the `given` arrays are, or where `device` says."""
+    cupy = _ready()
     number = _choose_device(cupy, device, given)
     for name, a in given.items():
         if name.startswith("out") and _is_here(a, cupy) and a.device.id != number:
@@ -514,14 +537,11 @@ def _run(
                 f"{name} is on cuda:{a.device.id} and the computation on cuda:{number}; pass one from there"
             )
     with cupy.cuda.Device(number):
-        asarray = partial(_asarray, cupy, number)
-        task = rows.arrange(
-            cupy, asarray, operation, x, y, space, axis, reduction, weights, temperature, return_grad, out
-        )
-        return rows.result(task, _compute(cupy, number, operation, task))
+        task = arrange(cupy, partial(_asarray, cupy, number), *arguments, **keywords)
+        return rows.result(task, _compute(cupy, number, task))
 
 
-def _compute(cupy: Any, device: int, operation: int, task: rows.Task) -> Any:
+def _compute(cupy: Any, device: int, task: rows.Task) -> Any:
     """Prepare all launches of a task, start them, and return the value's array."""
     value = task.value if task.out is None else task.out
     if value is None:
@@ -532,12 +552,14 @@ def _compute(cupy: Any, device: int, operation: int, task: rows.Task) -> Any:
         views["y"] = _view(task.y, True)
     if task.weights is not None:
         views["weights"] = _view(task.weights, False)
+    if task.factors is not None:
+        views["factors"] = _view(task.factors, True)
     views["value"] = _view(task.value_view, task.output == rows.TERMS) if totals is None else _view(totals, False)
     views.update({"d" + g.of: _view(g.view, True) for g in task.gradients if not g.inner})
     call = _Call(
-        cupy, device, operation, task.spaces, (views["x"].dtype, views.get("y", views["x"]).dtype), task.wide,
+        cupy, device, task.operation, task.spaces, (views["x"].dtype, views.get("y", views["x"]).dtype), task.wide,
         sum(_OUTPUTS[g.of] for g in task.gradients if not g.inner) + (_TERMS if task.output == rows.TERMS else 0),
-        task.temperature == 1, task.n,
+        task.temperature == 1, task.factors is not None, task.n,
     )  # fmt: skip
 
     if task.rows == 0 or task.n == 0:  # none of our launches; CuPy fills what is not empty
@@ -559,10 +581,21 @@ def _compute(cupy: Any, device: int, operation: int, task: rows.Task) -> Any:
         divisor, denominator = 0.0, cupy.empty((), np.float64)
         over = _layout(task.x.shape[:-1], 1, {"weights": views["weights"]})
         launches += _total(call, None, task.rows, _plan(over, 1, sums=denominator), keep)
+    gradient_scale = 1.0 / divisor if divisor else math.nan
+    if task.cotangent is not None:  # the value is of no interest: the gradients' divisor takes the cotangent in
+        if denominator is None and not _is_here(task.cotangent, cupy):
+            gradient_scale *= float(task.cotangent)
+        else:
+            _start(launches)  # which sum the weights
+            launches = []
+            of = divisor if denominator is None else denominator
+            denominator = of / cupy.asarray(task.cotangent, np.float64)
     fields = {
         "output": task.output,
+        "any_weights": task.signed,
+        "epsilon": task.epsilon,
         "inverse_temperature": 1.0 / task.temperature,
-        "gradient_scale": 1.0 / divisor if divisor else math.nan,
+        "gradient_scale": gradient_scale,
         "scale": divisor,
         "denominator": denominator,
     }
@@ -587,9 +620,7 @@ def _summed(
     order = (*(d for d in range(len(batch)) if d not in g.inner), *g.inner)
     shape = tuple(batch[d] for d in order)
     inner = math.prod(batch[d] for d in g.inner)
-    turned = {name: v._replace(batch=tuple(v.batch[d] for d in order)) for name, v in views.items() if name in "xy"}
-    if "weights" in views:
-        turned["weights"] = views["weights"]._replace(batch=tuple(views["weights"].batch[d] for d in order))
+    turned = {name: v._replace(batch=tuple(v.batch[d] for d in order)) for name, v in views.items() if name in _READ}
     to = _view(g.view, True)
     turned["d" + g.of] = to._replace(batch=tuple(to.batch[d] for d in order))
     layout = _layout(shape, call.n, turned, keep_order=True)
@@ -629,3 +660,21 @@ kl_div = partial(_run, rows.KL_DIV)
 rel_entr = partial(_run, rows.REL_ENTR)
 cross_entropy = partial(_run, rows.CROSS_ENTROPY)
 entropy = _entropy
+
+
+def loss(
+    term: str, x: Any, y: Any, space: Any, axis: int, reduction: str, factors: Any, denominator: float, epsilon: float,
+    dtype: str | None, return_grad: Any,
+) -> Any:  # fmt: skip
+    arguments = (term, x, y, space, axis, reduction, factors, denominator, epsilon, dtype, return_grad)
+    return _on_device(None, {"x": x, "y": y, "factors": factors}, rows.arrange_loss, arguments)
+
+
+def gradient(
+    operation: str, x: Any, y: Any, space: Any, axis: int, reduction: str, weights: Any, temperature: float,
+    cotangent: Any, return_grad: Any, **keywords: Any,
+) -> tuple[Any, ...]:  # fmt: skip
+    """The gradients of sum(cotangent * value), for adapters; arguments as in :func:`rows.arrange_gradient`."""
+    arguments = (operation, x, y, space, axis, reduction, weights, temperature, cotangent, return_grad)
+    given = {"x": x, "y": y, "weights": weights, "cotangent": cotangent}
+    return _on_device(None, given, rows.arrange_gradient, arguments, **keywords)[1:]

@@ -58,6 +58,7 @@ class Task:
     value: Any  # the result's array, allocated or given; None where it is a scalar made from the total
     value_view: Any
     out: Any  # where a scalar result is to be written, if anywhere
+    signed: bool  # whether weights may be any numbers
     given: bool  # whether the caller gave `out`, and so wants arrays
     scalar_dtype: Any
     wide: bool  # compute in float64
@@ -156,6 +157,7 @@ def arrange(
         value=None,
         value_view=None,
         out=None,
+        signed=signed,
         given=out is not None,
         scalar_dtype=dtype,
         wide=double or is_wide(operation, spaces) or (factors is not None and 2 in spaces),
@@ -270,9 +272,10 @@ def arrange_gradient(
     """
     total = reduction not in ("row", "none")
     if operation in LOSSES:
-        factors = None if total else asarray(cotangent, "cotangent")
-        if reduction == "row" and factors.ndim:
-            factors = xp.expand_dims(factors, axis)
+        factors = None
+        if not total:
+            factors = asarray(cotangent, "cotangent")
+            factors = xp.expand_dims(factors, axis) if reduction == "row" and factors.ndim else factors
         task = arrange_loss(
             xp, asarray, operation, x, y, space, axis, "sum", factors, denominator, epsilon, None, return_grad
         )

@@ -575,6 +575,8 @@ cupy = _module(
     broadcast_to=lambda a, shape: np.broadcast_to(a, shape, subok=True),
     broadcast_shapes=np.broadcast_shapes,
     moveaxis=np.moveaxis,
+    expand_dims=np.expand_dims,
+    squeeze=np.squeeze,
     may_share_memory=may_share_memory,
     shares_memory=shares_memory,
     dtype=np.dtype,
