@@ -37,7 +37,7 @@ ROOMS = {
         "numpy", "cupy", "klcore._cpu", "klcore.backends", "klcore.backends.threads", "klcore.backends.cpu",
         "klcore.backends.cuda", "klcore.backends.nvrtc", "klcore.version",
     },
-    r"klcore\.backends": set(),
+    r"klcore\.backends": {"klcore.backends.torch"},  # within a function: see _load
     r"klcore\.backends\.rows": {"numpy"},
     r"klcore\.backends\.threads": set(),
     r"klcore\.backends\.cpu": {"numpy", "klcore._cpu", "klcore.backends.rows", "klcore.backends.threads"},

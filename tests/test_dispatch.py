@@ -25,8 +25,8 @@ def clean_registry(monkeypatch):
     monkeypatch.setattr(registry, "_MODULES", dict(registry._MODULES))
     yield
     monkeypatch.undo()
-    for cached in (registry._library, registry._module):
-        cached.cache_clear()
+    registry._libraries.clear()
+    registry._loaded.clear()
 
 
 def array_class(module, name="Array", base=object):

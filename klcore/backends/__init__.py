@@ -7,7 +7,6 @@ notice. This file imports no array library and no backend.
 """
 
 import importlib
-from functools import cache
 from types import ModuleType
 
 # the first word of the module that defines an array's type -> the backend
@@ -20,10 +19,10 @@ _MODULES = {
     "dlpack": "klcore.backends.dlpack",  # whatever else lends its memory through DLPack
 }
 _DEVICES = {"cpu": "numpy", "cuda": "cupy"}
-_MOVABLE = (
-    None,
-    *_DEVICES.values(),
-)  # between these a device that is named decides; other adapters look at it themselves
+_MOVABLE = (None, *_DEVICES.values())  # between these a device that is named decides; adapters look at it themselves
+# what was found, in dicts: torch.compile warns about functools.cache
+_libraries: dict[type, str | None] = {}
+_loaded: dict[str, ModuleType] = {}
 _ANY = (bool, int, float, complex, list, tuple)  # become arrays of the other argument's library, or NumPy's
 
 
@@ -43,7 +42,7 @@ def find(x: object, y: object, device: str | None) -> ModuleType:
     BackendUnavailableError
         If the backend cannot be imported.
     """
-    of_x, of_y = _library(type(x)), _library(type(y))  # type: ignore[arg-type]  # a type is hashable
+    of_x, of_y = _library(type(x)), _library(type(y))
     if device is not None:
         named = _of_device(device)
         if of_x in _MOVABLE and of_y in _MOVABLE:
@@ -56,9 +55,14 @@ def find(x: object, y: object, device: str | None) -> ModuleType:
     return _module(of_x or "numpy")
 
 
-@cache
 def _library(cls: type) -> str | None:
     """The library an array type belongs to, looking through its base classes; None for numbers and lists."""
+    if cls not in _libraries:
+        _libraries[cls] = _look_up(cls)
+    return _libraries[cls]
+
+
+def _look_up(cls: type) -> str | None:
     if cls in _ANY:
         return None
     for base in cls.__mro__:
@@ -74,7 +78,6 @@ def _library(cls: type) -> str | None:
     )
 
 
-@cache
 def _of_device(device: str) -> str:
     if not isinstance(device, str):
         raise ValueError(f"device must be None, 'cpu', 'cuda' or 'cuda:N', found {device!r}")
@@ -84,9 +87,18 @@ def _of_device(device: str) -> str:
     return _DEVICES[name]
 
 
-@cache
 def _module(library: str) -> ModuleType:
+    if library not in _loaded:
+        _loaded[library] = _load(library)
+    return _loaded[library]
+
+
+def _load(library: str) -> ModuleType:
     try:
+        if _MODULES[library] == "klcore.backends.torch":
+            from klcore.backends import torch  # torch.compile follows import statements, not import_module
+
+            return torch
         return importlib.import_module(_MODULES[library])
     except ImportError as error:
         raise BackendUnavailableError(
@@ -133,5 +145,5 @@ def register_backend(library: str, module: str) -> None:
     if "." in library:
         raise ValueError(f"library is the first word of a module's name, as 'torch'; found {library!r}")
     _MODULES[library] = module
-    _library.cache_clear()
-    _module.cache_clear()
+    _libraries.clear()
+    _loaded.clear()

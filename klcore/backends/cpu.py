@@ -152,11 +152,11 @@ entropy = _entropy
 
 def loss(
     term: str, x: Any, y: Any, space: Any, axis: int, reduction: str, factors: Any, denominator: float, epsilon: float,
-    dtype: str | None, return_grad: Any,
+    dtype: str | None, return_grad: Any, out: Any = None,
 ) -> Any:  # fmt: skip
     return _compute(
         rows.arrange_loss(
-            np, _asarray, term, x, y, space, axis, reduction, factors, denominator, epsilon, dtype, return_grad
+            np, _asarray, term, x, y, space, axis, reduction, factors, denominator, epsilon, dtype, return_grad, out
         )
     )
 

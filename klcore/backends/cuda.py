@@ -664,9 +664,9 @@ entropy = _entropy
 
 def loss(
     term: str, x: Any, y: Any, space: Any, axis: int, reduction: str, factors: Any, denominator: float, epsilon: float,
-    dtype: str | None, return_grad: Any,
+    dtype: str | None, return_grad: Any, out: Any = None,
 ) -> Any:  # fmt: skip
-    arguments = (term, x, y, space, axis, reduction, factors, denominator, epsilon, dtype, return_grad)
+    arguments = (term, x, y, space, axis, reduction, factors, denominator, epsilon, dtype, return_grad, out)
     return _on_device(None, {"x": x, "y": y, "factors": factors}, rows.arrange_loss, arguments)
 
 

@@ -42,6 +42,7 @@ class Gradient:
     view: Any
     inner: tuple[int, ...] = ()  # batch axes over which the operand is broadcast: their gradients are summed
     spread: tuple[int, tuple[int, ...]] | None = None  # the class axis, if the operand is broadcast over it; its shape
+    out: Any = None  # where the sum over that axis goes, if not to a new array
 
 
 @dataclass(slots=True)
@@ -107,7 +108,7 @@ def arrange(
         Of the value, if it is not to follow from the arguments'.
     """
     single = operation == ENTROPY
-    spaces = _spaces(space, single)
+    spaces = space_pair(space, single)
     temperature = _temperature(temperature, spaces)
     if not isinstance(reduction, str) or reduction not in REDUCTIONS:
         raise ValueError(f"reduction must be one of {_list(REDUCTIONS)}; found {reduction!r}")
@@ -210,10 +211,11 @@ def arrange_loss(
     epsilon: float,
     dtype: str | None,
     return_grad: Any,
+    out: Any = None,
 ) -> Task:
     """The same for the arguments of ``klcore.divergence.loss``: x and y broadcast over the classes as well."""
     operation, pairs = LOSSES[term]
-    if _spaces(space, False) not in pairs:
+    if space_pair(space, False) not in pairs:
         raise ValueError(f"the term of {term!r} is not for the spaces {space!r}")
     x, y = asarray(x, "x"), asarray(y, "y")
     ndim = max(x.ndim, y.ndim)
@@ -229,15 +231,17 @@ def arrange_loss(
         if factors.ndim == 0 or factors.ndim < -last or factors.shape[last] == 1:  # one factor a row
             weights = factors if factors.ndim < -last else xp.squeeze(factors, last)
             factors = None
+    spread = [name for name in GRADIENTS.get(return_grad, ()) if {"x": x, "y": y}[name].shape != operands[name].shape]
+    outs = {} if out is None else dict(zip(("value", *GRADIENTS[return_grad]), out, strict=True))
+    into = tuple(None if name in spread else a for name, a in outs.items()) or None
     task = arrange(
-        xp, asarray, operation, x, y, space, last, reduction, weights, 1.0, return_grad, None,
+        xp, asarray, operation, x, y, space, last, reduction, weights, 1.0, return_grad, into,
         factors=factors, signed=True, dtype=dtype and xp.dtype(dtype),
     )  # fmt: skip
     task.denominator, task.epsilon = denominator, epsilon
     for g in task.gradients:
-        operand = operands[g.of]
-        if g.array.shape != operand.shape:
-            g.spread = last, operand.shape
+        if g.of in spread:
+            g.spread, g.out = (last, operands[g.of].shape), outs.get(g.of)
     return task
 
 
@@ -264,12 +268,14 @@ def arrange_gradient(
     return_grad: Any,
     denominator: float = 1.0,
     epsilon: float = 0.0,
+    out: Any = None,
 ) -> Task:
     """The same for a product of cotangent and Jacobian: the gradients of sum(cotangent * value).
 
     `operation` is the name of a public function or of a loss's term, `cotangent` of the value's shape, any numbers. The
-    task's own value means nothing.
+    task's own value means nothing. `out` is for the gradients alone.
     """
+    out = None if out is None else (None, *out)
     total = reduction not in ("row", "none")
     if operation in LOSSES:
         factors = None
@@ -277,7 +283,7 @@ def arrange_gradient(
             factors = asarray(cotangent, "cotangent")
             factors = xp.expand_dims(factors, axis) if reduction == "row" and factors.ndim else factors
         task = arrange_loss(
-            xp, asarray, operation, x, y, space, axis, "sum", factors, denominator, epsilon, None, return_grad
+            xp, asarray, operation, x, y, space, axis, "sum", factors, denominator, epsilon, None, return_grad, out
         )
     else:
         factors = None
@@ -288,7 +294,7 @@ def arrange_gradient(
             factors = cotangent
         task = arrange(
             xp, asarray, OPERATIONS[operation], x, y, space, axis, reduction if total else "sum", weights, temperature,
-            return_grad, None, factors=factors, signed=reduction == "row",
+            return_grad, out, factors=factors, signed=reduction == "row",
         )  # fmt: skip
     if total:
         task.cotangent = cotangent
@@ -330,14 +336,19 @@ def _collected(g: Gradient) -> Any:
     if g.spread is None:
         return g.array
     axis, shape = g.spread
-    return g.array.sum(axis, dtype="float64", keepdims=True).astype(g.array.dtype).reshape(shape)
+    sums = g.array.sum(axis, dtype="float64", keepdims=True).astype(g.array.dtype).reshape(shape)
+    if g.out is None:
+        return sums
+    g.out[...] = sums
+    return g.out
 
 
 def _list(words: Any) -> str:
     return ", ".join(repr(w) for w in words)
 
 
-def _spaces(space: Any, single: bool) -> tuple[int, int]:
+def space_pair(space: Any, single: bool) -> tuple[int, int]:
+    """The codes of both arguments' spaces, or ValueError."""
     pair = (space, space) if isinstance(space, str) else space
     if single and not isinstance(space, str):
         raise ValueError(f"space must be one of {_list(SPACES)}; found {space!r}")

@@ -623,7 +623,7 @@ def _restore(name, module):
 def _forget():
     """Have the backend imported anew: it holds on to the kernels, and to the CuPy, that it found first."""
     sys.modules.pop("klcore.backends.cuda", None)
-    importlib.import_module("klcore.backends")._module.cache_clear()
+    importlib.import_module("klcore.backends")._loaded.clear()
 
 
 @contextlib.contextmanager
