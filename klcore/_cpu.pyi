@@ -29,7 +29,20 @@ def run(
     epsilon: float = 0.0,
 ) -> float: ...
 def plain(
-    operation: int, space: int, x: Any, y: Any, temperature: float, threads: int, empty: Callable[..., Any], dtypes: Any
-) -> Any: ...
+    operation: int,
+    space_x: int,
+    space_y: int,
+    wide: bool,
+    x: Any,
+    y: Any,
+    reduction: int,
+    denominator: float,
+    epsilon: float,
+    wanted: int,
+    cotangent: float,
+    threads: int,
+    empty: Callable[..., Any],
+    dtypes: Any,
+) -> tuple[Any, Any, Any] | None: ...
 def add_up(values: Any) -> float: ...
 def elementary(function: str, x: Any, out: Any) -> None: ...

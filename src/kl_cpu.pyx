@@ -1,4 +1,4 @@
-# cython: language_level=3, boundscheck=False, wraparound=False, freethreading_compatible=True
+# cython: language_level=3, boundscheck=False, wraparound=False, cdivision=True, freethreading_compatible=True
 # distutils: language = c++
 """The CPU's door from Python: arrays in, through the buffer protocol, and a kl::Plan out to kl_batch.h.
 
@@ -58,6 +58,10 @@ cdef extern from *:
     const char* kl_compiler
 
 cdef const Isa* _isa = isa_table()    # until klcore.backends.cpu chooses: the one that every processor has
+
+cdef double NAN = float("nan")
+cdef enum:
+    ROW, SUM, ROWMEAN, BATCHMEAN, MEAN   # the reductions of `plain`: their places in QUICK of klcore.backends.cpu
 
 OPENMP = kl_openmp
 COMPILER = kl_compiler.decode()
@@ -188,16 +192,20 @@ def run(int operation, int space_x, int space_y, int output, x, y, weights, valu
     return p.total
 
 
-def plain(int operation, int space, x, y, double temperature, int threads, empty, dtypes):
-    """Row values over the last axis of two like arrays: the quick way in for the commonest call.
+def plain(int operation, int space_x, int space_y, bint wide, x, y, int reduction, double denominator, double epsilon,
+          int wanted, double cotangent, int threads, empty, dtypes):
+    """Two like arrays, the classes on the last axis, temperature 1, no weights: the quick way in for common calls.
 
-    Returns None, having done nothing, unless both are native float arrays of one shape and dtype. `empty` makes the
-    result from a shape and one of `dtypes`, keyed by buffer format.
+    `reduction` and `wanted` (1: dx, 2: dy) are codes of klcore.backends.cpu; `denominator` is that of a "sum"; the
+    gradients are multiplied by `cotangent`. `empty` makes results from a shape and one of `dtypes`, keyed by buffer
+    format. Returns (value, dx, dy), or None, having done nothing, unless both are native float arrays of one shape and
+    dtype, and contiguous where gradients are wanted.
     """
     cdef Plan p
     cdef _Borrowed b = _Borrowed.__new__(_Borrowed)
     cdef Py_buffer* vx
     cdef Py_buffer* vy
+    cdef i64 step
     cdef int d
     try:
         vx = b.borrow(x, False)
@@ -212,9 +220,13 @@ def plain(int operation, int space, x, y, double temperature, int threads, empty
     memset(&p, 0, sizeof(Plan))
     p.rows = 1
     p.ndim = vx.ndim - 1
-    for d in range(vx.ndim):
+    step = vx.itemsize
+    for d in range(p.ndim, -1, -1):
         if vx.shape[d] != vy.shape[d]:
             return None
+        if wanted and vx.shape[d] > 1 and (vx.strides[d] != step or vy.strides[d] != step):
+            return None
+        step *= vx.shape[d]
         if d < p.ndim:
             p.shape[d] = vx.shape[d]
             p.rows *= vx.shape[d]
@@ -224,17 +236,35 @@ def plain(int operation, int space, x, y, double temperature, int threads, empty
     p.x.data, p.y.data = <char*>vx.buf, <char*>vy.buf
     p.x.stride, p.y.stride = vx.strides[p.ndim], vy.strides[p.ndim]
     p.x.dtype = p.y.dtype = _dtype(vx.format)
-    value = empty(p.rows if p.ndim == 1 else tuple([p.shape[d] for d in range(p.ndim)]), dtype)
-    b.lend(value, &p.value, False, True)
+    value = dx = dy = None
+    if wanted & 1:
+        dx = empty(x.shape, dtype)
+        b.lend(dx, &p.dx, True, True)
+    if wanted & 2:
+        dy = empty(x.shape, dtype)
+        b.lend(dy, &p.dy, True, True)
+    if reduction == ROW:
+        value = empty(p.rows if p.ndim == 1 else tuple([p.shape[d] for d in range(p.ndim)]), dtype)
+        b.lend(value, &p.value, False, True)
+    elif reduction == ROWMEAN:
+        denominator = <double>p.rows
+    elif reduction == BATCHMEAN:
+        denominator = <double>vx.shape[0]
+    elif reduction == MEAN:
+        denominator = <double>(p.rows * p.n)
     p.operation = operation
-    p.space_x = p.space_y = space
-    p.output = PER_ROW
-    p.wide = p.x.dtype == FLOAT64
+    p.space_x, p.space_y = space_x, space_y
+    p.output = PER_ROW if reduction == ROW else TOTAL
+    p.wide = wide or p.x.dtype == FLOAT64
     p.threads = threads
-    p.inverse_temperature = 1.0 / temperature
-    p.gradient_scale = 1.0
+    p.inverse_temperature = 1.0
+    p.epsilon = epsilon
+    p.gradient_scale = cotangent / denominator if denominator != 0 else NAN
     _execute(&p, -1)
-    return value if p.ndim else value[()]
+    if reduction == ROW:
+        return (value if p.ndim else value[()]), dx, dy
+    p.total = p.total / denominator if denominator != 0 else NAN
+    return dtype.type(p.total if p.x.dtype == FLOAT64 else <float>p.total), dx, dy
 
 
 def add_up(double[::1] values):

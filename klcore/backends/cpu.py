@@ -10,6 +10,8 @@ from klcore import _cpu
 from klcore.backends import rows
 from klcore.backends.threads import get_num_threads
 
+_QUICK = {word: code for code, word in enumerate(("row", "sum", "rowmean", "batchmean", "mean"))}
+_WANTED: dict[Any, int] = {None: 0, "x": 1, "y": 2, ("x",): 1, ("y",): 2, ("x", "y"): 3}
 _PLAIN = {ord("d"): np.dtype("float64"), ord("f"): np.dtype("float32")}  # by buffer format
 
 
@@ -60,25 +62,35 @@ def _run(
     out: Any,
     device: str | None,
 ) -> Any:
-    threads = get_num_threads()
     if (
         type(x) is np.ndarray
         and type(y) is np.ndarray
-        and reduction == "row"
         and axis == -1
-        and return_grad is weights is out is None
+        and weights is out is None
         and type(space) is str
         and space in rows.SPACES
         and temperature == 1.0
-        and (space != "logits" or operation != rows.CROSS_ENTROPY)
+        and type(reduction) is str
+        and reduction in _QUICK
+        and type(return_grad) is not list
+        and return_grad in _WANTED
     ):
-        value = _cpu.plain(operation, rows.SPACES[space], x, y, 1.0, threads, np.empty, _PLAIN)
-        if value is not None:
-            return value
+        code, wanted = rows.SPACES[space], _WANTED[return_grad]
+        wide = operation == rows.CROSS_ENTROPY and space == "logits"
+        found = _cpu.plain(
+            operation, code, code, wide, x, y, _QUICK[reduction], 1.0, 0.0, wanted, 1.0, get_num_threads(), np.empty,
+            _PLAIN,
+        )  # fmt: skip
+        if found is not None:
+            return _chosen(found, wanted)
 
     return _compute(
         rows.arrange(np, _asarray, operation, x, y, space, axis, reduction, weights, temperature, return_grad, out)
     )
+
+
+def _chosen(found: tuple[Any, Any, Any], wanted: int) -> Any:
+    return found if wanted == 3 else (found[0], found[wanted]) if wanted else found[0]
 
 
 def _compute(task: rows.Task) -> Any:
@@ -154,6 +166,21 @@ def loss(
     term: str, x: Any, y: Any, space: Any, axis: int, reduction: str, factors: Any, denominator: float, epsilon: float,
     dtype: str | None, return_grad: Any, out: Any = None,
 ) -> Any:  # fmt: skip
+    if (
+        type(x) is np.ndarray
+        and type(y) is np.ndarray
+        and axis == -1
+        and factors is dtype is out is None
+        and (reduction == "sum" or (reduction == "row" and denominator == 1))
+    ):
+        operation, spaces = rows.coded(term, space)
+        wanted = _WANTED[return_grad]
+        found = _cpu.plain(
+            operation, *spaces, rows.is_wide(operation, spaces), x, y, _QUICK[reduction], denominator, epsilon, wanted,
+            1.0, get_num_threads(), np.empty, _PLAIN,
+        )  # fmt: skip
+        if found is not None:
+            return _chosen(found, wanted)
     return _compute(
         rows.arrange_loss(
             np, _asarray, term, x, y, space, axis, reduction, factors, denominator, epsilon, dtype, return_grad, out
@@ -161,6 +188,30 @@ def loss(
     )
 
 
-def gradient(*arguments: Any, **keywords: Any) -> tuple[Any, ...]:
+def gradient(
+    operation: str, x: Any, y: Any, space: Any, axis: int, reduction: str, weights: Any, temperature: float,
+    cotangent: Any, return_grad: Any, denominator: float = 1.0, epsilon: float = 0.0, out: Any = None,
+) -> tuple[Any, ...]:  # fmt: skip
     """The gradients of sum(cotangent * value), for adapters; arguments as in :func:`rows.arrange_gradient`."""
-    return _compute(rows.arrange_gradient(np, _asarray, *arguments, **keywords))[1:]
+    if (
+        type(x) is np.ndarray
+        and type(y) is np.ndarray
+        and axis == -1
+        and weights is out is None
+        and temperature == 1.0
+        and reduction in _QUICK
+        and reduction != "row"
+    ):
+        code, spaces = rows.coded(operation, space)
+        found = _cpu.plain(
+            code, *spaces, rows.is_wide(code, spaces), x, y, _QUICK[reduction], denominator, epsilon,
+            _WANTED[return_grad], float(cotangent), get_num_threads(), np.empty, _PLAIN,
+        )  # fmt: skip
+        if found is not None:
+            return tuple(g for g in found[1:] if g is not None)
+    return _compute(
+        rows.arrange_gradient(
+            np, _asarray, operation, x, y, space, axis, reduction, weights, temperature, cotangent, return_grad,
+            denominator, epsilon, out,
+        )
+    )[1:]  # fmt: skip

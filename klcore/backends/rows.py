@@ -214,9 +214,7 @@ def arrange_loss(
     out: Any = None,
 ) -> Task:
     """The same for the arguments of ``klcore.divergence.loss``: x and y broadcast over the classes as well."""
-    operation, pairs = LOSSES[term]
-    if space_pair(space, False) not in pairs:
-        raise ValueError(f"the term of {term!r} is not for the spaces {space!r}")
+    operation, _ = coded(term, space)
     x, y = asarray(x, "x"), asarray(y, "y")
     ndim = max(x.ndim, y.ndim)
     last = -1 if ndim == 0 else _axis(axis, ndim, False)
@@ -243,6 +241,17 @@ def arrange_loss(
         if g.of in spread:
             g.spread, g.out = (last, operands[g.of].shape), outs.get(g.of)
     return task
+
+
+def coded(operation: str, space: Any) -> tuple[int, tuple[int, int]]:
+    """The codes of a public function, or a loss's term, and of its spaces."""
+    spaces = space_pair(space, operation == "entropy")
+    if operation in OPERATIONS:
+        return OPERATIONS[operation], spaces
+    code, pairs = LOSSES[operation]
+    if spaces not in pairs:
+        raise ValueError(f"the term of {operation!r} is not for the spaces {space!r}")
+    return code, spaces
 
 
 def _over_classes(xp: Any, a: Any, last: int, n: int) -> Any:

@@ -79,6 +79,8 @@ def _check(t: Any, name: str) -> None:
 
 def _operands(x: Any, y: Any, device: str | None) -> tuple[Any, Any]:
     """x and y as tensors on one device; y may be None."""
+    if device is None and _is_ordinary(x) and (y is None or _is_ordinary(y)):
+        return x, y
     given = [t for t in (x, y) if isinstance(t, torch.Tensor)]
     where = given[0].device if device is None else torch.device(device)
     if where.type == "cuda" and device is not None and not torch.cuda.is_available():
@@ -96,6 +98,10 @@ def _operands(x: Any, y: Any, device: str | None) -> tuple[Any, Any]:
         x, y = (t.to(where) if isinstance(t, torch.Tensor) else t for t in (x, y))
     x, y = (t if t is None or isinstance(t, torch.Tensor) else _number(t, where) for t in (x, y))
     return x, y
+
+
+def _is_ordinary(t: Any) -> bool:
+    return type(t) in _PLAIN and t.is_cpu and t.dtype in _FLOATS and t.layout is torch.strided
 
 
 def _number(a: Any, device: Any) -> Any:
@@ -119,12 +125,10 @@ def _weights(weights: Any, like: Any) -> Any:
 
 
 def _of_backend(x: Any) -> Any:
-    return cpu if x.device.type == "cpu" else importlib.import_module("klcore.backends.cuda")
+    return cpu if x.is_cpu else importlib.import_module("klcore.backends.cuda")
 
 
-def _value_like(
-    operation: str, x: Any, y: Any, axis: int, reduction: str, dtype: Any
-) -> tuple[tuple[int, ...], torch.dtype]:
+def _value_like(x: Any, y: Any, axis: int, reduction: str, dtype: Any) -> tuple[tuple[int, ...], torch.dtype]:
     """Shape and dtype of a value."""
     shapes = [x.shape] if y is None else [x.shape, y.shape]
     shape = torch.broadcast_shapes(*shapes)
@@ -139,60 +143,60 @@ def _value_like(
     return (*shape[:axis], *shape[axis + 1 :]), dtype
 
 
+def _call(
+    operation: str, x: Any, y: Any, space: Any, axis: int, reduction: str, weights: Any, temperature: float,
+    denominator: float, epsilon: float, dtype: Any, return_grad: Any, factors: Any, out: Any,
+) -> Any:  # fmt: skip
+    backend = _of_backend(x)
+    if operation in rows.LOSSES:
+        name = None if dtype is None else str(dtype).removeprefix("torch.")
+        return backend.loss(
+            operation, _lend(x), _lend(y), space, axis, reduction, _lend(factors), denominator, epsilon, name,
+            return_grad, out,
+        )  # fmt: skip
+    rest = (space, axis, reduction, _lend(weights), temperature, return_grad, out, None)
+    if y is None:
+        return backend.entropy(_lend(x), *rest)
+    return getattr(backend, operation)(_lend(x), _lend(y), *rest)
+
+
 def _compute(
     operation: str, x: Any, y: Any, space: Any, axis: int, reduction: str, weights: Any, temperature: float,
-    denominator: float, epsilon: float, dtype: Any, return_grad: Any, factors: Any = None,
-) -> tuple[Any, ...]:  # fmt: skip
-    """The value, and gradients, as tensors without history."""
-    loss = operation in rows.LOSSES
-    backend = _of_backend(x)
-    name = None if dtype is None else str(dtype).removeprefix("torch.")
-    lent = (_lend(x),) if y is None else (_lend(x), _lend(y))
-
-    def call(out: Any) -> Any:
-        if loss:
-            return backend.loss(
-                operation, *lent, space, axis, reduction, _lend(factors), denominator, epsilon, name, return_grad, out
-            )
-        function = getattr(backend, operation)
-        return function(*lent, space, axis, reduction, _lend(weights), temperature, return_grad, out, None)
-
-    if x.device.type == "cpu":
-        results = call(None)
-        results = results if isinstance(results, tuple) else (results,)
-        return tuple(_tensor(a) for a in results)
-    shape, of_value = _value_like(operation, x, y, axis, reduction, dtype)
+    denominator: float, epsilon: float, dtype: Any, return_grad: Any = None, factors: Any = None,
+) -> Any:  # fmt: skip
+    """The value, or (value, gradients...), as tensors without history."""
+    arguments = (
+        operation, x, y, space, axis, reduction, weights, temperature, denominator, epsilon, dtype, return_grad, factors
+    )  # fmt: skip
+    if x.is_cpu:
+        found = _call(*arguments, None)
+        return _tensor(found) if return_grad is None else tuple(map(_tensor, found))
+    shape, of_value = _value_like(x, y, axis, reduction, dtype)
     outs = [torch.empty(shape, dtype=of_value, device=x.device)]
-    for of in rows.GRADIENTS[return_grad]:
-        outs.append(torch.empty_like((x if of == "x" else y).detach()))
+    outs += (torch.empty_like((x if of == "x" else y).detach()) for of in rows.GRADIENTS[return_grad])
     with _on_current_stream(x.device):
-        call(tuple(_lend(t) for t in outs))
-    return tuple(outs)
+        _call(*arguments, tuple(map(_lend, outs)))
+    return outs[0] if return_grad is None else tuple(outs)
 
 
 def _gradients(
-    operation: str, x: Any, y: Any, space_x: str, space_y: str, axis: int, reduction: str, weights: Any,
-    temperature: float, denominator: float, epsilon: float, cotangent: Any, of_x: bool, of_y: bool,
-) -> tuple[Any, Any]:  # fmt: skip
-    """The products of cotangent and Jacobian; an empty tensor for one that is not asked for."""
-    wanted = tuple(name for name, of in (("x", of_x), ("y", of_y)) if of)
-    space = space_x if y is None else (space_x, space_y)
-    keywords = {"denominator": denominator, "epsilon": epsilon} if operation in rows.LOSSES else {}
+    operation: str, x: Any, y: Any, space: Any, axis: int, reduction: str, weights: Any, temperature: float,
+    denominator: float, epsilon: float, cotangent: Any, wanted: tuple[str, ...],
+) -> list[Any]:  # fmt: skip
+    """The products of cotangent and Jacobian with respect to the arguments that are wanted."""
 
     def call(out: Any) -> Any:
         return _of_backend(x).gradient(
             operation, _lend(x), _lend(y), space, axis, reduction, _lend(weights), temperature, _lend(cotangent),
-            wanted, out=out, **keywords,
+            wanted, denominator, epsilon, out,
         )  # fmt: skip
 
-    if x.device.type == "cpu":
-        found = [_tensor(a) for a in call(None)]
-    else:
-        found = [torch.empty_like((x if of == "x" else y).detach()) for of in wanted]
-        with _on_current_stream(x.device):
-            call(tuple(_lend(t) for t in found))
-    of = dict(zip(wanted, found, strict=True))
-    return of.get("x", x.new_empty(0)), of.get("y", x.new_empty(0))
+    if x.is_cpu:
+        return [_tensor(a) for a in call(None)]
+    outs = [torch.empty_like((x if of == "x" else y).detach()) for of in wanted]
+    with _on_current_stream(x.device):
+        call(tuple(map(_lend, outs)))
+    return outs
 
 
 # ---- the operator ----------------------------------------------------------------------------------------------------
@@ -210,8 +214,25 @@ def _value(
     operation: str, x: Any, y: Any, space_x: str, space_y: str, axis: int, reduction: str, weights: Any,
     temperature: float, denominator: float, epsilon: float, dtype: Any,
 ) -> Any:  # fmt: skip
-    space = space_x if y is None else (space_x, space_y)
-    return _compute(operation, x, y, space, axis, reduction, weights, temperature, denominator, epsilon, dtype, None)[0]
+    space = space_x if space_x == space_y else (space_x, space_y)
+    return _compute(operation, x, y, space, axis, reduction, weights, temperature, denominator, epsilon, dtype)
+
+
+def _both_gradients(
+    operation: str, x: Any, y: Any, space_x: str, space_y: str, axis: int, reduction: str, weights: Any,
+    temperature: float, denominator: float, epsilon: float, cotangent: Any, of_x: bool, of_y: bool,
+) -> tuple[Any, Any]:  # fmt: skip
+    """An empty tensor for one that is not wanted."""
+    space = space_x if space_x == space_y else (space_x, space_y)
+    found = _gradients(
+        operation, x, y, space, axis, reduction, weights, temperature, denominator, epsilon, cotangent,
+        _names(of_x, of_y),
+    )  # fmt: skip
+    return found[0] if of_x else x.new_empty(0), found[-1] if of_y else x.new_empty(0)
+
+
+def _names(of_x: bool, of_y: bool) -> tuple[str, ...]:
+    return ("x",) * of_x + ("y",) * of_y
 
 
 def _setup(ctx: Any, inputs: Sequence[Any], output: Any) -> None:
@@ -224,13 +245,19 @@ def _backward(ctx: Any, cotangent: Any) -> tuple[Any, ...]:
     x, y, weights = ctx.saved_tensors
     operation, space_x, space_y, axis, reduction, temperature, denominator, epsilon = ctx.words
     _, of_x, of_y, *_ = ctx.needs_input_grad
-    arguments = (
-        operation, x, y, space_x, space_y, axis, reduction, weights, temperature, denominator, epsilon, cotangent,
-        of_x, of_y,
-    )  # fmt: skip
-    # the operator keeps the history that a second derivative needs, or refuses one
-    ask = torch.is_grad_enabled() or not _eager(x, cotangent)
-    dx, dy = torch.ops.klcore.gradients.default(*arguments) if ask else _gradients(*arguments)
+    if torch.is_grad_enabled() or not _eager(x, cotangent):
+        # the operator keeps the history that a second derivative needs, or refuses one
+        dx, dy = torch.ops.klcore.gradients.default(
+            operation, x, y, space_x, space_y, axis, reduction, weights, temperature, denominator, epsilon, cotangent,
+            of_x, of_y,
+        )  # fmt: skip
+    else:
+        space = space_x if space_x == space_y else (space_x, space_y)
+        found = _gradients(
+            operation, x, y, space, axis, reduction, weights, temperature, denominator, epsilon, cotangent,
+            _names(of_x, of_y),
+        )  # fmt: skip
+        dx, dy = found[0], found[-1]
     return (None, dx if of_x else None, dy if of_y else None, *[None] * 9)
 
 
@@ -258,7 +285,7 @@ def _backward_second(ctx: Any, of_dx: Any, of_dy: Any) -> tuple[Any, ...]:
 
 
 _library.impl("value", _value, "CompositeExplicitAutograd")
-_library.impl("gradients", _gradients, "CompositeExplicitAutograd")
+_library.impl("gradients", _both_gradients, "CompositeExplicitAutograd")
 torch.library.register_autograd("klcore::value", _backward, setup_context=_setup, lib=_library)
 torch.library.register_autograd("klcore::gradients", _backward_second, setup_context=_setup_second, lib=_library)
 
@@ -268,7 +295,7 @@ def _fake_value(
     operation: str, x: Any, y: Any, space_x: str, space_y: str, axis: int, reduction: str, weights: Any,
     temperature: float, denominator: float, epsilon: float, dtype: Any,
 ) -> Any:  # fmt: skip
-    shape, dtype = _value_like(operation, x, y, axis, reduction, dtype)
+    shape, dtype = _value_like(x, y, axis, reduction, dtype)
     return x.new_empty(shape, dtype=dtype)
 
 
@@ -300,7 +327,7 @@ def _eager(*tensors: Any) -> bool:
         and all(t is None or type(t) in _PLAIN for t in tensors)
         and not torch._C._are_functorch_transforms_active()
         and torch._C._len_torch_dispatch_stack() == 0
-        and tensors[0].device.type != "meta"
+        and not tensors[0].is_meta
     )
 
 
@@ -322,8 +349,7 @@ def _run(
     direct = return_grad is not None or (not _needs_grad(x, y) and _eager(x, y, weights))
     arguments = axis, reduction, weights, temperature, 1.0, 0.0, None
     if direct:
-        found = _compute(operation, x, y, space, *arguments, return_grad)
-        return found if return_grad is not None else found[0]
+        return _compute(operation, x, y, space, *arguments, return_grad)
     return _with_history(operation, x, y, space, *arguments)
 
 
@@ -355,7 +381,7 @@ def _into(
             raise TypeError(f"out must be a tensor on {x.device}, or a tuple of such; found {found}")
     lent = (_lend(x),) if y is None else (_lend(x), _lend(y))
     given = tuple(map(_lend, outs)) if isinstance(out, tuple) else _lend(out)
-    with contextlib.nullcontext() if x.device.type == "cpu" else _on_current_stream(x.device):
+    with contextlib.nullcontext() if x.is_cpu else _on_current_stream(x.device):
         results = getattr(_of_backend(x), operation)(
             *lent, space, axis, reduction, _lend(weights), temperature, return_grad, given, None
         )
@@ -383,8 +409,7 @@ def loss(
         of_value = torch.float32  # autocast has PyTorch's own loss compute in it
     arguments = axis, reduction, None, 1.0, float(denominator), float(epsilon), of_value
     if return_grad is not None or factors is not None or (not _needs_grad(x, y) and _eager(x, y)):
-        found = _compute(term, x, y, space, *arguments, return_grad, factors)
-        return found if return_grad is not None else found[0]
+        return _compute(term, x, y, space, *arguments, return_grad, factors)
     return _with_history(term, x, y, space, *arguments)
 
 
