@@ -159,11 +159,12 @@ def test_mixed_libraries(toy, number, swap):
     assert not toy.calls
 
 
-def test_device_decides_over_libraries(toy):
-    """The arrays are then the backend's to convert; the toy's have nothing that NumPy understands."""
-    with pytest.raises(TypeError, match="x has dtype object"):
+def test_device_is_for_the_backend_to_honour(toy):
+    """Between NumPy's and CuPy's arrays it decides; another library's backend is handed it."""
+    assert klcore.entropy(array_class("toylib")(), device="cpu") == ("computed", "entropy")
+    assert toy.calls[0][1][-1] == "cpu"
+    with pytest.raises(TypeError, match="x is a toylib array and y a numpy one; move one"):
         klcore.kl_div(array_class("toylib")(), np.ones(2), device="cpu")
-    assert not toy.calls
 
 
 @pytest.mark.parametrize("device", [None, "cpu", "cuda"])
