@@ -43,8 +43,11 @@ def _lend(t: Any) -> Any:
     if t.dtype is torch.bfloat16:
         return _lend(t.view(torch.int16)).view(_bfloat16())
     if t.is_cuda:
-        return importlib.import_module("cupy").asarray(t)
-    return t.numpy()
+        return importlib.import_module("cupy").asarray(t.resolve_neg())
+    try:
+        return t.numpy()
+    except RuntimeError:  # the imaginary part of a conjugate: memory that is to be read negated
+        return t.resolve_neg().numpy()
 
 
 def _tensor(a: Any) -> Any:
