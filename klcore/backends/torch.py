@@ -338,12 +338,17 @@ class _Value(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Any:
         _setup(ctx, arguments, None)
-        operation, x, y, space_x, space_y, *rest = arguments
+        operation, x, y, space_x, space_y, axis, reduction, weights, temperature, denominator, epsilon, dtype = (
+            arguments
+        )
         ctx.unit = None
-        if rest[1] in ("row", "none") or x.dtype.itemsize < 4 or (y is not None and y.dtype.itemsize < 4):
+        if reduction in ("row", "none") or x.dtype.itemsize < 4 or (y is not None and y.dtype.itemsize < 4):
             return _value(*arguments)
         space = space_x if space_x == space_y else (space_x, space_y)
-        value, *ctx.unit = _compute(operation, x, y, space, *rest, return_grad=_names(*ctx.needs_input_grad[1:3]))
+        value, *ctx.unit = _compute(
+            operation, x, y, space, axis, reduction, weights, temperature, denominator, epsilon, dtype,
+            _names(*ctx.needs_input_grad[1:3]),
+        )  # fmt: skip
         return value
 
     @staticmethod
