@@ -1,0 +1,286 @@
+"""JAX arrays: their memory is lent to klcore.backends.cpu or cuda, and JAX is taught the gradients; no formulas here.
+
+A call, traced or not, is one call from compiled code back to Python (``jax.experimental.buffer_callback``, an XLA FFI
+handler that comes with jaxlib), which gets the buffers of the arguments and of the results as they lie in memory: NumPy
+views on the CPU, CuPy views and XLA's stream on an NVIDIA GPU. Nothing is copied, not even the results. The callback
+never calls JAX, so it cannot wait for a thread that waits for it, as callbacks that are handed JAX arrays do
+(``jax.pure_callback``). Which device computes is decided where the program is compiled for one: a program compiled for
+CUDA runs the CUDA kernels, one for a TPU is refused by JAX, and nothing is moved to another device unasked.
+
+Concrete arrays take the same way, through a ``jax.jit`` that JAX keeps for each shape and each choice of words, as its
+own functions do.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from importlib import import_module
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.custom_derivatives import SymbolicZero
+from jax.experimental.buffer_callback import buffer_callback
+
+from klcore.backends import BackendUnavailableError, cpu, rows
+
+_DTYPES = frozenset(jnp.dtype(name) for name in rows.FLOATS)
+_ON_CPU = 1  # kDLCPU
+
+
+@dataclass(frozen=True)
+class _Call:
+    """What to compute, as compiled code refers to it: equal calls are equal objects, so that JAX compiles them once."""
+
+    operation: str  # a public function, or the term of a loss
+    space: Any
+    axis: int  # counted from the end, which vmap leaves alone: it puts its axes in front
+    reduction: str
+    temperature: float
+    loss: tuple[float, float, str | None] | None  # denominator, epsilon and dtype, if it is one
+    ndim: int  # of x and y
+    shape: tuple[int, ...]  # of the value
+    dtype: Any
+    gradients: tuple[str, ...] = ()
+    pull: bool = False  # the gradients only, of sum(cotangent * value)
+
+    @property
+    def total(self) -> bool:
+        return self.reduction not in ("row", "none")
+
+    def results(self, x: Any, y: Any) -> tuple[Any, ...]:
+        """Shapes and dtypes of what is computed."""
+        value = () if self.pull else (jax.ShapeDtypeStruct(self.shape, self.dtype),)
+        return *value, *(jax.ShapeDtypeStruct(a.shape, a.dtype) for n, a in (("x", x), ("y", y)) if n in self.gradients)
+
+    def __call__(self, context: Any, out: Any, *arguments: Any) -> None:
+        """Called by XLA: compute `out` from x, y, weights and cotangent, all of them buffers."""
+        with _lent(context, arguments[0]) as (xp, backend, lend):
+            results = [lend(o) for o in out]
+            arrays = [None if a is None else lend(a) for a in arguments]
+            # the axes that vmap has put in front: of the size 1 where an argument is not mapped
+            count = results[0].ndim - (self.ndim if self.pull else len(self.shape))
+            mapped = results[0].shape[:count]
+            arrays = [None if a is None else xp.broadcast_to(a, mapped + a.shape[count:]) for a in arrays]
+            if self.total:  # one for each mapped example
+                for i in np.ndindex(mapped):
+                    at = (*i, ...)
+                    self._compute(backend, [r[at] for r in results], *(a if a is None else a[at] for a in arrays))
+            else:  # more rows
+                self._compute(backend, results, *arrays)
+
+    def _compute(self, backend: Any, out: list[Any], x: Any, y: Any, weights: Any, cotangent: Any) -> None:
+        words = (self.space, self.axis, self.reduction)
+        wanted = self.gradients or None
+        if self.pull:
+            extra = self.loss[:2] if self.loss else ()
+            results = backend.gradient(
+                self.operation, x, y, *words, weights, self.temperature, cotangent, wanted, *extra
+            )
+        elif self.loss:
+            results = backend.loss(self.operation, x, y, *words, weights, *self.loss, wanted)
+            results = results if wanted else (results,)
+        else:
+            arrays = (x,) if y is None else (x, y)
+            getattr(backend, self.operation)(*arrays, *words, weights, self.temperature, wanted, tuple(out), None)
+            return
+        for to, result in zip(out, results, strict=True):
+            to[...] = result
+
+
+@contextmanager
+def _lent(context: Any, buffer: Any) -> Iterator[tuple[Any, Any, Callable[[Any], Any]]]:
+    """The array library and the backend of the device where XLA runs, and what makes its buffers arrays."""
+    if buffer.__dlpack_device__()[0] == _ON_CPU:
+        yield np, cpu, np.asarray
+    else:
+        cupy, cuda = import_module("cupy"), import_module("klcore.backends.cuda")
+        device = cupy.cuda.Device(buffer.__dlpack_device__()[1])
+        with device, cupy.cuda.ExternalStream(context.stream, device.id):
+            yield cupy, cuda, cupy.from_dlpack
+
+
+# ---- what JAX knows of it --------------------------------------------------------------------------------------------
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _execute(call: _Call, x: Any, y: Any, weights: Any, cotangent: Any) -> Any:
+    return buffer_callback(call, call.results(x, y), vmap_method="expand_dims")(x, y, weights, cotangent)
+
+
+@_execute.defjvp
+def _no_second_derivative(call: _Call, primals: Any, tangents: Any) -> Any:
+    raise NotImplementedError(
+        f"klcore.{call.operation} has first derivatives only; second ones (jax.hessian, grad of grad) are not available"
+    )
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _value(call: _Call, x: Any, y: Any, weights: Any) -> Any:
+    """The value and the gradients that `call` names."""
+    return _execute(call, x, y, weights, None)
+
+
+def _forward(call: _Call, x: Any, y: Any, weights: Any) -> Any:
+    if weights is not None and weights.perturbed:
+        raise NotImplementedError(
+            f"klcore.{call.operation} has no derivative with respect to weights; pass jax.lax.stop_gradient(weights)"
+        )
+    perturbed = [name for name, a in (("x", x), ("y", y)) if a is not None and a.perturbed]
+    x, y, weights = (None if a is None else a.value for a in (x, y, weights))
+    # The gradients of a total come in the same pass, and are multiplied by its cotangent afterwards. Not so those of 16
+    # bits: what the cotangent (a loss scale) is to save from underflow would be lost by then.
+    if call.total and all(a is None or a.dtype.itemsize > 2 for a in (x, y)):
+        both = tuple(name for name in "xy" if name in call.gradients or name in perturbed)
+        value, *gradients = _execute(replace(call, gradients=both), x, y, weights, None)
+        found = dict(zip(both, gradients, strict=True))
+        return (value, *(found[name] for name in call.gradients)), ({name: found[name] for name in perturbed}, None)
+    # names are no arrays, so they are handed on as keys
+    return _execute(call, x, y, weights, None), (dict.fromkeys(perturbed, ()), (x, y, weights))
+
+
+def _backward(call: _Call, kept: Any, cotangents: Any) -> Any:
+    found, arguments = kept
+    cotangent, *others = cotangents
+    if not all(isinstance(other, SymbolicZero) for other in others):
+        _no_second_derivative(call, None, None)
+    if isinstance(cotangent, SymbolicZero):
+        return None, None, None
+    if arguments is None:
+        found = {name: cotangent.astype(gradient.dtype) * gradient for name, gradient in found.items()}
+    else:
+        names = tuple(sorted(found))
+        gradients = _execute(replace(call, gradients=names, pull=True), *arguments, cotangent)
+        found = dict(zip(names, gradients, strict=True))
+    return found.get("x"), found.get("y"), None
+
+
+_value.defvjp(_forward, _backward, symbolic_zeros=True)
+
+
+# ---- the contract of a backend ---------------------------------------------------------------------------------------
+
+
+def _stand_in(a: Any) -> Any:
+    """An array of NumPy's of the shape and dtype, of no size in memory."""
+    return None if a is None else np.broadcast_to(np.ones((), a.dtype), a.shape)
+
+
+def _arranged(words: tuple[Any, ...], x: Any, y: Any, weights: Any) -> rows.Task:
+    """A call's arguments, checked as those of NumPy arrays are."""
+    operation, space, axis, reduction, temperature, return_grad, loss = words
+
+    def asis(a: Any, name: str) -> Any:
+        return a
+
+    if loss:
+        return rows.arrange_loss(np, asis, operation, x, y, space, axis, reduction, weights, *loss, return_grad)
+    return rows.arrange(
+        np, asis, rows.OPERATIONS[operation], x, y, space, axis, reduction, weights, temperature, return_grad, None
+    )
+
+
+@partial(jax.jit, static_argnums=0)
+def _compute(words: tuple[Any, ...], x: Any, y: Any, weights: Any) -> tuple[Any, ...]:
+    """The value and the gradients asked for; what is wrong with the arguments is raised while JAX traces this."""
+    task = _arranged(words, *(_stand_in(a) for a in (x, y, weights)))
+    operation, space, axis, reduction, temperature, _, loss = words
+    shape = () if task.output == rows.TOTAL else task.value.shape
+    ndim = max(1, x.ndim, 0 if y is None else y.ndim)
+    # vmap puts axes in front: those that broadcast have to be there already. A number is one class.
+    a, b = (None if v is None else v.reshape((1,) * (ndim - v.ndim) + v.shape) for v in (x, y))
+    if weights is not None:
+        weights = weights.reshape((1,) * (ndim - (not loss) - weights.ndim) + weights.shape)
+    value_shape = (1,) if reduction == "none" and not shape else shape
+    call = _Call(
+        operation, space, axis if axis < 0 else axis - ndim, reduction, float(temperature), loss, ndim, value_shape,
+        jax.dtypes.canonicalize_dtype(task.scalar_dtype), tuple(g.of for g in task.gradients),
+    )  # fmt: skip
+    value, *gradients = _value(call, a, b, weights)
+    shapes = {"x": x.shape, "y": None if y is None else y.shape}
+    return value.reshape(shape), *(g.reshape(shapes[n]) for n, g in zip(call.gradients, gradients, strict=True))
+
+
+def _array(a: Any, name: str) -> Any:
+    """A JAX array of one of klcore's dtypes. Integers become JAX's own float: float64 only if jax_enable_x64 is set."""
+    if isinstance(a, jax.Array) and a.dtype in _DTYPES:
+        return a
+    rows.refuse(a, name)
+    a = jnp.asarray(a)
+    rows.refuse(a, name)
+    return a.astype(float) if a.dtype.kind in "iub" else a
+
+
+def _moved(device: str, arrays: list[Any]) -> list[Any]:
+    if any(isinstance(a, jax.core.Tracer) for a in arrays):
+        raise ValueError(
+            f"device={device!r} has no meaning while JAX traces a function (jit, grad, vmap): the program runs where its "
+            "arguments are. Leave device=None, and move the arguments with jax.device_put before"
+        )
+    platform, _, number = device.partition(":")
+    try:
+        to = jax.local_devices(backend=platform)[int(number or 0)]
+    except (RuntimeError, IndexError) as error:
+        raise BackendUnavailableError(
+            f"device={device!r}: JAX has no such device ({error}); see jax.devices(). For NVIDIA GPUs install it with: "
+            "pip install 'jax[cuda13]'"
+        ) from error
+    return [None if a is None else jax.device_put(a, to) for a in arrays]
+
+
+def _call(words: tuple[Any, ...], x: Any, y: Any, weights: Any, out: Any, device: str | None) -> Any:
+    if out is not None:
+        raise TypeError("JAX arrays cannot be written to, so out= is not possible with them; use what is returned")
+    x = _array(x, "x")
+    y = None if y is None else _array(y, "y")
+    if weights is not None:
+        weights = _array(weights, "weights")
+        if not isinstance(weights, jax.core.Tracer) and weights.device.platform == "cpu":
+            _arranged(words, _stand_in(x), _stand_in(y), np.asarray(weights))  # compiled code could not raise ValueError
+    if device is not None:
+        x, y, weights = _moved(device, [x, y, weights])
+    results = _compute(words, x, y, weights)
+    return results if len(results) > 1 else results[0]
+
+
+def _run(
+    operation: str,
+    x: Any,
+    y: Any,
+    space: Any,
+    axis: int,
+    reduction: str,
+    weights: Any,
+    temperature: float,
+    return_grad: Any,
+    out: Any,
+    device: str | None,
+) -> Any:
+    # they are looked up among the programs that JAX has compiled, as keys
+    space, return_grad = (tuple(w) if isinstance(w, list) else w for w in (space, return_grad))
+    if not isinstance(temperature, (float, int, str)):
+        temperature = float(temperature)
+    words = (operation, space, axis, reduction, temperature, return_grad, None)
+    return _call(words, x, y, weights, out, device)
+
+
+def entropy(
+    x: Any, space: Any, axis: int, reduction: str, weights: Any, temperature: float, return_grad: Any, out: Any,
+    device: str | None,
+) -> Any:  # fmt: skip
+    return _run("entropy", x, None, space, axis, reduction, weights, temperature, return_grad, out, device)
+
+
+kl_div = partial(_run, "kl_div")
+rel_entr = partial(_run, "rel_entr")
+cross_entropy = partial(_run, "cross_entropy")
+
+
+def loss(
+    term: str, x: Any, y: Any, space: Any, axis: int, reduction: str, factors: Any, denominator: float, epsilon: float,
+    dtype: str | None, return_grad: Any,
+) -> Any:  # fmt: skip
+    words = (term, space, axis, reduction, 1.0, return_grad, (denominator, epsilon, dtype))
+    return _call(words, x, y, factors, None, None)
