@@ -11,8 +11,7 @@ Concrete arrays take the same way, through a ``jax.jit`` that JAX keeps for each
 own functions do.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib import import_module
@@ -56,50 +55,49 @@ class _Call:
         return *value, *(jax.ShapeDtypeStruct(a.shape, a.dtype) for n, a in (("x", x), ("y", y)) if n in self.gradients)
 
     def __call__(self, context: Any, out: Any, *arguments: Any) -> None:
-        """Called by XLA: compute `out` from x, y, weights and cotangent, all of them buffers."""
-        with _lent(context, arguments[0]) as (xp, backend, lend):
-            results = [lend(o) for o in out]
-            arrays = [None if a is None else lend(a) for a in arguments]
-            # the axes that vmap has put in front: of the size 1 where an argument is not mapped
-            count = results[0].ndim - (self.ndim if self.pull else len(self.shape))
-            mapped = results[0].shape[:count]
-            arrays = [None if a is None else xp.broadcast_to(a, mapped + a.shape[count:]) for a in arrays]
-            if self.total:  # one for each mapped example
-                for i in np.ndindex(mapped):
-                    at = (*i, ...)
-                    self._compute(backend, [r[at] for r in results], *(a if a is None else a[at] for a in arrays))
-            else:  # more rows
-                self._compute(backend, results, *arrays)
+        """Called by XLA, where it runs: compute `out` from x, y, weights and cotangent, all of them buffers."""
+        kind, number = arguments[0].__dlpack_device__()
+        if kind == _ON_CPU:
+            self._on(cpu, np, np.asarray, out, arguments)
+            return
+        cupy, cuda = import_module("cupy"), import_module("klcore.backends.cuda")
+        with cupy.cuda.Device(number), cupy.cuda.ExternalStream(context.stream, number):
+            self._on(cuda, cupy, cupy.from_dlpack, out, arguments)
+
+    def _on(self, backend: Any, xp: Any, lend: Callable[[Any], Any], out: Any, arguments: Any) -> None:
+        results = [lend(o) for o in out]
+        arrays = [None if a is None else lend(a) for a in arguments]
+        count = results[0].ndim - (self.ndim if self.pull else len(self.shape))
+        if count == 0:
+            self._compute(backend, results, *arrays)
+            return
+        # the axes that vmap has put in front: of the size 1 where an argument is not mapped
+        mapped = results[0].shape[:count]
+        arrays = [None if a is None else xp.broadcast_to(a, mapped + a.shape[count:]) for a in arrays]
+        if self.total:  # one for each mapped example
+            for i in np.ndindex(mapped):
+                at = (*i, ...)
+                self._compute(backend, [r[at] for r in results], *(a if a is None else a[at] for a in arrays))
+        else:  # more rows
+            self._compute(backend, results, *arrays)
 
     def _compute(self, backend: Any, out: list[Any], x: Any, y: Any, weights: Any, cotangent: Any) -> None:
-        words = (self.space, self.axis, self.reduction)
+        words = (self.space, self.axis, self.reduction, weights)
         wanted = self.gradients or None
         if self.pull:
             extra = self.loss[:2] if self.loss else ()
-            results = backend.gradient(
-                self.operation, x, y, *words, weights, self.temperature, cotangent, wanted, *extra
-            )
+            results = backend.gradient(self.operation, x, y, *words, self.temperature, cotangent, wanted, *extra)
         elif self.loss:
-            results = backend.loss(self.operation, x, y, *words, weights, *self.loss, wanted)
-            results = results if wanted else (results,)
+            results = backend.loss(self.operation, x, y, *words, *self.loss, wanted)
         else:
             arrays = (x,) if y is None else (x, y)
-            getattr(backend, self.operation)(*arrays, *words, weights, self.temperature, wanted, tuple(out), None)
-            return
-        for to, result in zip(out, results, strict=True):
+            # what is large is written where XLA wants it; row values are small, and klcore is quicker without `out`
+            to = tuple(out) if wanted or self.reduction == "none" else None
+            results = getattr(backend, self.operation)(*arrays, *words, self.temperature, wanted, to, None)
+            if to is not None:
+                return
+        for to, result in zip(out, results if wanted else (results,), strict=True):
             to[...] = result
-
-
-@contextmanager
-def _lent(context: Any, buffer: Any) -> Iterator[tuple[Any, Any, Callable[[Any], Any]]]:
-    """The array library and the backend of the device where XLA runs, and what makes its buffers arrays."""
-    if buffer.__dlpack_device__()[0] == _ON_CPU:
-        yield np, cpu, np.asarray
-    else:
-        cupy, cuda = import_module("cupy"), import_module("klcore.backends.cuda")
-        device = cupy.cuda.Device(buffer.__dlpack_device__()[1])
-        with device, cupy.cuda.ExternalStream(context.stream, device.id):
-            yield cupy, cuda, cupy.from_dlpack
 
 
 # ---- what JAX knows of it --------------------------------------------------------------------------------------------
@@ -237,7 +235,7 @@ def _call(words: tuple[Any, ...], x: Any, y: Any, weights: Any, out: Any, device
     y = None if y is None else _array(y, "y")
     if weights is not None:
         weights = _array(weights, "weights")
-        if not isinstance(weights, jax.core.Tracer) and weights.device.platform == "cpu":
+        if not isinstance(weights, jax.core.Tracer) and all(d.platform == "cpu" for d in weights.devices()):
             _arranged(words, _stand_in(x), _stand_in(y), np.asarray(weights))  # compiled code could not raise ValueError
     if device is not None:
         x, y, weights = _moved(device, [x, y, weights])
