@@ -60,7 +60,8 @@ class _Call:
         if kind == _ON_CPU:
             self._on(cpu, np, np.asarray, out, arguments)
             return
-        cupy, cuda = import_module("cupy"), import_module("klcore.backends.cuda")
+        cuda = import_module("klcore.backends.cuda")
+        cupy = cuda._ready()  # or says what is missing
         with cupy.cuda.Device(number), cupy.cuda.ExternalStream(context.stream, number):
             self._on(cuda, cupy, cupy.from_dlpack, out, arguments)
 
@@ -85,8 +86,9 @@ class _Call:
         words = (self.space, self.axis, self.reduction, weights)
         wanted = self.gradients or None
         if self.pull:
-            extra = self.loss[:2] if self.loss else ()
-            results = backend.gradient(self.operation, x, y, *words, self.temperature, cotangent, wanted, *extra)
+            arguments = (self.operation, x, y, *words, self.temperature, cotangent, wanted)
+            keywords = {"denominator": self.loss[0], "epsilon": self.loss[1]} if self.loss else {}
+            results = backend.gradient(*arguments, **keywords)
         elif self.loss:
             results = backend.loss(self.operation, x, y, *words, *self.loss, wanted)
         else:
