@@ -27,6 +27,8 @@ from klcore.backends import BackendUnavailableError, cpu, rows
 
 _DTYPES = frozenset(jnp.dtype(name) for name in rows.FLOATS)
 _ON_CPU = 1  # kDLCPU
+# In place of the gradient of what is not differentiated: for JAX, what _forward keeps must always be as many arrays.
+_NOTHING = np.empty(0, np.float32)
 
 
 @dataclass(frozen=True)
@@ -128,32 +130,32 @@ def _forward(call: _Call, x: Any, y: Any, weights: Any) -> Any:
         raise NotImplementedError(
             f"klcore.{call.operation} has no derivative with respect to weights; pass jax.lax.stop_gradient(weights)"
         )
-    perturbed = [name for name, a in (("x", x), ("y", y)) if a is not None and a.perturbed]
+    perturbed = [a is not None and a.perturbed for a in (x, y)]
     x, y, weights = (None if a is None else a.value for a in (x, y, weights))
     # The gradients of a total come in the same pass, and are multiplied by its cotangent afterwards. Not so those of 16
     # bits: what the cotangent (a loss scale) is to save from underflow would be lost by then.
     if call.total and all(a is None or a.dtype.itemsize > 2 for a in (x, y)):
-        both = tuple(name for name in "xy" if name in call.gradients or name in perturbed)
+        both = tuple(n for n, needed in zip("xy", perturbed, strict=True) if needed or n in call.gradients)
         value, *gradients = _execute(replace(call, gradients=both), x, y, weights, None)
         found = dict(zip(both, gradients, strict=True))
-        return (value, *(found[name] for name in call.gradients)), ({name: found[name] for name in perturbed}, None)
-    # names are no arrays, so they are handed on as keys
-    return _execute(call, x, y, weights, None), (dict.fromkeys(perturbed, ()), (x, y, weights))
+        kept = tuple(found[n] if needed else _NOTHING for n, needed in zip("xy", perturbed, strict=True))
+        return (value, *(found[n] for n in call.gradients)), (kept, None)
+    needed = tuple(np.empty(int(needed), np.float32) for needed in perturbed)
+    return _execute(call, x, y, weights, None), (needed, (x, y, weights))
 
 
-def _backward(call: _Call, kept: Any, cotangents: Any) -> Any:
-    found, arguments = kept
+def _backward(call: _Call, residuals: Any, cotangents: Any) -> Any:
+    kept, arguments = residuals
     cotangent, *others = cotangents
     if not all(isinstance(other, SymbolicZero) for other in others):
         _no_second_derivative(call, None, None)
     if isinstance(cotangent, SymbolicZero):
         return None, None, None
     if arguments is None:
-        found = {name: cotangent.astype(gradient.dtype) * gradient for name, gradient in found.items()}
-    else:
-        names = tuple(sorted(found))
-        gradients = _execute(replace(call, gradients=names, pull=True), *arguments, cotangent)
-        found = dict(zip(names, gradients, strict=True))
+        return *((cotangent.astype(a.dtype) * a if a.size else None) for a in kept), None
+    names = tuple(n for n, needed in zip("xy", kept, strict=True) if needed.size)
+    gradients = _execute(replace(call, gradients=names, pull=True), *arguments, cotangent)
+    found = dict(zip(names, gradients, strict=True))
     return found.get("x"), found.get("y"), None
 
 
@@ -230,15 +232,26 @@ def _moved(device: str, arrays: list[Any]) -> list[Any]:
     return [None if a is None else jax.device_put(a, to) for a in arrays]
 
 
+def _is_known(a: Any) -> bool:
+    return a is not None and not isinstance(a, jax.core.Tracer) and all(d.platform == "cpu" for d in a.devices())
+
+
+def _is_hashable(words: tuple[Any, ...]) -> bool:
+    try:
+        hash(words)
+    except TypeError:
+        return False
+    return True
+
+
 def _call(words: tuple[Any, ...], x: Any, y: Any, weights: Any, out: Any, device: str | None) -> Any:
     if out is not None:
         raise TypeError("JAX arrays cannot be written to, so out= is not possible with them; use what is returned")
     x = _array(x, "x")
     y = None if y is None else _array(y, "y")
-    if weights is not None:
-        weights = _array(weights, "weights")
-        if not isinstance(weights, jax.core.Tracer) and all(d.platform == "cpu" for d in weights.devices()):
-            _arranged(words, _stand_in(x), _stand_in(y), np.asarray(weights))  # compiled code could not raise ValueError
+    weights = None if weights is None else _array(weights, "weights")
+    if _is_known(weights) or not _is_hashable(words):  # compiled code cannot raise ValueError, and words are its key
+        _arranged(words, _stand_in(x), _stand_in(y), None if weights is None else np.asarray(weights))
     if device is not None:
         x, y, weights = _moved(device, [x, y, weights])
     results = _compute(words, x, y, weights)
@@ -260,7 +273,7 @@ def _run(
 ) -> Any:
     # they are looked up among the programs that JAX has compiled, as keys
     space, return_grad = (tuple(w) if isinstance(w, list) else w for w in (space, return_grad))
-    if not isinstance(temperature, (float, int, str)):
+    if hasattr(temperature, "__float__"):
         temperature = float(temperature)
     words = (operation, space, axis, reduction, temperature, return_grad, None)
     return _call(words, x, y, weights, out, device)
