@@ -27,8 +27,6 @@ from klcore.backends import BackendUnavailableError, cpu, rows
 
 _DTYPES = frozenset(jnp.dtype(name) for name in rows.FLOATS)
 _ON_CPU = 1  # kDLCPU
-# In place of the gradient of what is not differentiated: for JAX, what _forward keeps must always be as many arrays.
-_NOTHING = np.empty(0, np.float32)
 
 
 @dataclass(frozen=True)
@@ -40,7 +38,7 @@ class _Call:
     axis: int  # counted from the end, which vmap leaves alone: it puts its axes in front
     reduction: str
     temperature: float
-    loss: tuple[float, float, str | None] | None  # denominator, epsilon and dtype, if it is one
+    loss: Any  # denominator, epsilon and dtype, if it is one
     ndim: int  # of x and y
     shape: tuple[int, ...]  # of the value
     dtype: Any
@@ -53,8 +51,10 @@ class _Call:
 
     def results(self, x: Any, y: Any) -> tuple[Any, ...]:
         """Shapes and dtypes of what is computed."""
-        value = () if self.pull else (jax.ShapeDtypeStruct(self.shape, self.dtype),)
-        return *value, *(jax.ShapeDtypeStruct(a.shape, a.dtype) for n, a in (("x", x), ("y", y)) if n in self.gradients)
+        result: Any = jax.ShapeDtypeStruct
+        value = () if self.pull else (result(self.shape, self.dtype),)
+        operands = {"x": x, "y": y}
+        return *value, *(result(operands[name].shape, operands[name].dtype) for name in self.gradients)
 
     def __call__(self, context: Any, out: Any, *arguments: Any) -> None:
         """Called by XLA, where it runs: compute `out` from x, y, weights and cotangent, all of them buffers."""
@@ -130,32 +130,31 @@ def _forward(call: _Call, x: Any, y: Any, weights: Any) -> Any:
         raise NotImplementedError(
             f"klcore.{call.operation} has no derivative with respect to weights; pass jax.lax.stop_gradient(weights)"
         )
-    perturbed = [a is not None and a.perturbed for a in (x, y)]
+    wanted = tuple(name for name, a in (("x", x), ("y", y)) if a is not None and a.perturbed)
     x, y, weights = (None if a is None else a.value for a in (x, y, weights))
     # The gradients of a total come in the same pass, and are multiplied by its cotangent afterwards. Not so those of 16
     # bits: what the cotangent (a loss scale) is to save from underflow would be lost by then.
     if call.total and all(a is None or a.dtype.itemsize > 2 for a in (x, y)):
-        both = tuple(n for n, needed in zip("xy", perturbed, strict=True) if needed or n in call.gradients)
+        both = tuple(name for name in "xy" if name in wanted or name in call.gradients)
         value, *gradients = _execute(replace(call, gradients=both), x, y, weights, None)
         found = dict(zip(both, gradients, strict=True))
-        kept = tuple(found[n] if needed else _NOTHING for n, needed in zip("xy", perturbed, strict=True))
-        return (value, *(found[n] for n in call.gradients)), (kept, None)
-    needed = tuple(np.empty(int(needed), np.float32) for needed in perturbed)
-    return _execute(call, x, y, weights, None), (needed, (x, y, weights))
+        return (value, *(found[name] for name in call.gradients)), ({name: found[name] for name in wanted}, None)
+    # what is kept has to be arrays, but for the keys
+    return _execute(call, x, y, weights, None), (dict.fromkeys(wanted), (x, y, weights))
 
 
-def _backward(call: _Call, residuals: Any, cotangents: Any) -> Any:
-    kept, arguments = residuals
+def _backward(call: _Call, kept: Any, cotangents: Any) -> Any:
+    found, arguments = kept
     cotangent, *others = cotangents
     if not all(isinstance(other, SymbolicZero) for other in others):
         _no_second_derivative(call, None, None)
     if isinstance(cotangent, SymbolicZero):
         return None, None, None
     if arguments is None:
-        return *((cotangent.astype(a.dtype) * a if a.size else None) for a in kept), None
-    names = tuple(n for n, needed in zip("xy", kept, strict=True) if needed.size)
-    gradients = _execute(replace(call, gradients=names, pull=True), *arguments, cotangent)
-    found = dict(zip(names, gradients, strict=True))
+        found = {name: cotangent.astype(gradient.dtype) * gradient for name, gradient in found.items()}
+    else:
+        gradients = _execute(replace(call, gradients=tuple(found), pull=True), *arguments, cotangent)
+        found = dict(zip(found, gradients, strict=True))
     return found.get("x"), found.get("y"), None
 
 
@@ -178,10 +177,10 @@ def _arranged(words: tuple[Any, ...], x: Any, y: Any, weights: Any) -> rows.Task
         return a
 
     if loss:
-        return rows.arrange_loss(np, asis, operation, x, y, space, axis, reduction, weights, *loss, return_grad)
-    return rows.arrange(
-        np, asis, rows.OPERATIONS[operation], x, y, space, axis, reduction, weights, temperature, return_grad, None
-    )
+        arguments = (operation, x, y, space, axis, reduction, weights, *loss, return_grad)
+        return rows.arrange_loss(np, asis, *arguments)
+    code = rows.OPERATIONS[operation]
+    return rows.arrange(np, asis, code, x, y, space, axis, reduction, weights, temperature, return_grad, None)
 
 
 @partial(jax.jit, static_argnums=0)
@@ -209,8 +208,13 @@ def _array(a: Any, name: str) -> Any:
     """A JAX array of one of klcore's dtypes. Integers become JAX's own float: float64 only if jax_enable_x64 is set."""
     if isinstance(a, jax.Array) and a.dtype in _DTYPES:
         return a
-    rows.refuse(a, name)
+    if isinstance(a, np.ndarray):  # weights; masked ones
+        rows.refuse(a, name)
     a = jnp.asarray(a)
+    if jnp.issubdtype(a.dtype, jax.dtypes.extended):
+        raise TypeError(
+            f"{name} has dtype {a.dtype}, which holds no numbers; klcore computes with {', '.join(rows.FLOATS)}"
+        )
     rows.refuse(a, name)
     return a.astype(float) if a.dtype.kind in "iub" else a
 
@@ -218,8 +222,8 @@ def _array(a: Any, name: str) -> Any:
 def _moved(device: str, arrays: list[Any]) -> list[Any]:
     if any(isinstance(a, jax.core.Tracer) for a in arrays):
         raise ValueError(
-            f"device={device!r} has no meaning while JAX traces a function (jit, grad, vmap): the program runs where its "
-            "arguments are. Leave device=None, and move the arguments with jax.device_put before"
+            f"device={device!r} has no meaning while JAX traces a function (jit, grad, vmap): the program runs where "
+            "its arguments are. Leave device=None, and move the arguments with jax.device_put before"
         )
     platform, _, number = device.partition(":")
     try:
