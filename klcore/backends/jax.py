@@ -210,13 +210,12 @@ def _array(a: Any, name: str) -> Any:
         return a
     if isinstance(a, np.ndarray):  # weights; masked ones
         rows.refuse(a, name)
-    a = jnp.asarray(a)
-    if jnp.issubdtype(a.dtype, jax.dtypes.extended):
-        raise TypeError(
-            f"{name} has dtype {a.dtype}, which holds no numbers; klcore computes with {', '.join(rows.FLOATS)}"
-        )
-    rows.refuse(a, name)
-    return a.astype(float) if a.dtype.kind in "iub" else a
+    with jax.ensure_compile_time_eval():  # numbers stay known while JAX traces, so that weights can be checked
+        a = jnp.asarray(a)
+        if jnp.issubdtype(a.dtype, jax.dtypes.extended):
+            raise TypeError(f"{name} has dtype {a.dtype}; klcore computes with {', '.join(rows.FLOATS)} and integers")
+        rows.refuse(a, name)
+        return a.astype(float) if a.dtype.kind in "iub" else a
 
 
 def _moved(device: str, arrays: list[Any]) -> list[Any]:
