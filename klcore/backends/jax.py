@@ -38,7 +38,7 @@ class _Call:
     axis: int  # counted from the end, which vmap leaves alone: it puts its axes in front
     reduction: str
     temperature: float
-    loss: Any  # denominator, epsilon and dtype, if it is one
+    loss: tuple[float, float] | None  # denominator and epsilon, if it is one
     ndim: int  # of x and y
     shape: tuple[int, ...]  # of the value
     dtype: Any
@@ -87,21 +87,21 @@ class _Call:
     def _compute(self, backend: Any, out: list[Any], x: Any, y: Any, weights: Any, cotangent: Any) -> None:
         words = (self.space, self.axis, self.reduction, weights)
         wanted = self.gradients or None
+        to: Any = tuple(out)
         if self.pull:
             arguments = (self.operation, x, y, *words, self.temperature, cotangent, wanted)
-            keywords = {"denominator": self.loss[0], "epsilon": self.loss[1]} if self.loss else {}
-            results = backend.gradient(*arguments, **keywords)
+            keywords = dict(zip(("denominator", "epsilon"), self.loss or (), strict=False))
+            results = backend.gradient(*arguments, **keywords, out=to)
         elif self.loss:
-            results = backend.loss(self.operation, x, y, *words, *self.loss, wanted)
+            results = backend.loss(self.operation, x, y, *words, *self.loss, self.dtype.name, wanted, to)
         else:
             arrays = (x,) if y is None else (x, y)
-            # what is large is written where XLA wants it; row values are small, and klcore is quicker without `out`
-            to = tuple(out) if wanted or self.reduction == "none" else None
+            if not wanted and self.reduction != "none":
+                to = None  # klcore is quicker without, and the values of rows are small
             results = getattr(backend, self.operation)(*arrays, *words, self.temperature, wanted, to, None)
-            if to is not None:
-                return
-        for to, result in zip(out, results if wanted else (results,), strict=True):
-            to[...] = result
+        for o, result in zip(out, results if self.gradients else (results,), strict=True):
+            if result is not o:
+                o[...] = result
 
 
 # ---- what JAX knows of it --------------------------------------------------------------------------------------------
@@ -196,8 +196,8 @@ def _compute(words: tuple[Any, ...], x: Any, y: Any, weights: Any) -> tuple[Any,
         weights = weights.reshape((1,) * (ndim - (not loss) - weights.ndim) + weights.shape)
     value_shape = (1,) if reduction == "none" and not shape else shape
     call = _Call(
-        operation, space, axis if axis < 0 else axis - ndim, reduction, float(temperature), loss, ndim, value_shape,
-        jax.dtypes.canonicalize_dtype(task.scalar_dtype), tuple(g.of for g in task.gradients),
+        operation, space, axis if axis < 0 else axis - ndim, reduction, float(temperature), loss and loss[:2], ndim,
+        value_shape, jax.dtypes.canonicalize_dtype(task.scalar_dtype), tuple(g.of for g in task.gradients),
     )  # fmt: skip
     value, *gradients = _value(call, a, b, weights)
     shapes = {"x": x.shape, "y": None if y is None else y.shape}
