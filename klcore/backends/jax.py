@@ -1,14 +1,15 @@
 """JAX arrays: their memory is lent to klcore.backends.cpu or cuda, and JAX is taught the gradients; no formulas here.
 
 A call, traced or not, is one call from compiled code back to Python (``jax.experimental.buffer_callback``, an XLA FFI
-handler that comes with jaxlib), which gets the buffers of the arguments and of the results as they lie in memory: NumPy
-views on the CPU, CuPy views and XLA's stream on an NVIDIA GPU. Nothing is copied, not even the results. The callback
-never calls JAX, so it cannot wait for a thread that waits for it, as callbacks that are handed JAX arrays do
-(``jax.pure_callback``). Which device computes is decided where the program is compiled for one: a program compiled for
-CUDA runs the CUDA kernels, one for a TPU is refused by JAX, and nothing is moved to another device unasked.
+handler that comes with jaxlib), which gets the buffers of arguments and results as they lie in memory: NumPy views on
+the CPU, CuPy views and XLA's stream on an NVIDIA GPU. No array is copied; values of rows, which klcore computes quicker
+into memory of its own, are. The callback never calls JAX, so it cannot wait for a thread that waits for it, as one that
+is handed JAX arrays may (``jax.pure_callback``). Which device computes is decided where the program is compiled for
+one: a program for CUDA runs the CUDA kernels, one for a TPU is refused by JAX, nothing is moved unasked.
 
-Concrete arrays take the same way, through a ``jax.jit`` that JAX keeps for each shape and each choice of words, as its
-own functions do.
+Concrete arrays take the same way, through a ``jax.jit`` that keeps a program for each shape and each choice of words,
+as JAX's own functions do. Large ones are computed on a thread of XLA's: ``klcore.set_num_threads`` holds there,
+``klcore.threads``, which is of the caller's thread, does not.
 """
 
 from collections.abc import Callable
@@ -235,8 +236,9 @@ def _moved(device: str, arrays: list[Any]) -> list[Any]:
     return [None if a is None else jax.device_put(a, to) for a in arrays]
 
 
-def _is_known(a: Any) -> bool:
-    return a is not None and not isinstance(a, jax.core.Tracer) and all(d.platform == "cpu" for d in a.devices())
+def _platform(a: Any) -> str | None:
+    """Where an array is; None if JAX traces, when that is not decided yet."""
+    return None if a is None or isinstance(a, jax.core.Tracer) else next(iter(a.devices())).platform
 
 
 def _is_hashable(words: tuple[Any, ...]) -> bool:
@@ -253,10 +255,13 @@ def _call(words: tuple[Any, ...], x: Any, y: Any, weights: Any, out: Any, device
     x = _array(x, "x")
     y = None if y is None else _array(y, "y")
     weights = None if weights is None else _array(weights, "weights")
-    if _is_known(weights) or not _is_hashable(words):  # compiled code cannot raise ValueError, and words are its key
-        _arranged(words, _stand_in(x), _stand_in(y), None if weights is None else np.asarray(weights))
     if device is not None:
         x, y, weights = _moved(device, [x, y, weights])
+    # Compiled code would raise JAX's own error, and the words are the key it is found by.
+    if _platform(weights) == "cpu" or not _is_hashable(words):
+        _arranged(words, _stand_in(x), _stand_in(y), None if weights is None else np.asarray(weights))
+    if "gpu" in (_platform(x), _platform(y)):
+        import_module("klcore.backends.cuda")._ready()
     results = _compute(words, x, y, weights)
     return results if len(results) > 1 else results[0]
 
