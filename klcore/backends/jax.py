@@ -2,10 +2,10 @@
 
 A call, traced or not, is one call from compiled code back to Python (``jax.experimental.buffer_callback``, an XLA FFI
 handler that comes with jaxlib), which gets the buffers of arguments and results as they lie in memory: NumPy views on
-the CPU, CuPy views and XLA's stream on an NVIDIA GPU. No array is copied; values of rows, which klcore computes quicker
-into memory of its own, are. The callback never calls JAX, so it cannot wait for a thread that waits for it, as one that
-is handed JAX arrays may (``jax.pure_callback``). Which device computes is decided where the program is compiled for
-one: a program for CUDA runs the CUDA kernels, one for a TPU is refused by JAX, nothing is moved unasked.
+the CPU, CuPy views and XLA's stream on an NVIDIA GPU. Nothing is copied, but results of a few kilobytes. The callback
+never calls JAX, so it cannot wait for a thread that waits for it, as one that is handed JAX arrays may
+(``jax.pure_callback``). Which device computes is decided where the program is compiled for one: a program for CUDA runs
+the CUDA kernels, one for a TPU is refused by JAX, nothing is moved unasked.
 
 Concrete arrays take the same way, through a ``jax.jit`` that keeps a program for each shape and each choice of words,
 as JAX's own functions do. Large ones are computed on a thread of XLA's: ``klcore.set_num_threads`` holds there,
@@ -28,6 +28,7 @@ from klcore.backends import BackendUnavailableError, cpu, rows
 
 _DTYPES = frozenset(jnp.dtype(name) for name in rows.FLOATS)
 _ON_CPU = 1  # kDLCPU
+_SMALL = 1 << 16  # bytes of results, which are copied in less time than klcore takes to look at `out`
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,7 @@ class _Call:
     def _compute(self, backend: Any, out: list[Any], x: Any, y: Any, weights: Any, cotangent: Any) -> None:
         words = (self.space, self.axis, self.reduction, weights)
         wanted = self.gradients or None
-        to: Any = tuple(out)
+        to: Any = tuple(out) if sum(o.nbytes for o in out) > _SMALL else None
         if self.pull:
             arguments = (self.operation, x, y, *words, self.temperature, cotangent, wanted)
             keywords = dict(zip(("denominator", "epsilon"), self.loss or (), strict=False))
@@ -97,8 +98,6 @@ class _Call:
             results = backend.loss(self.operation, x, y, *words, *self.loss, self.dtype.name, wanted, to)
         else:
             arrays = (x,) if y is None else (x, y)
-            if not wanted and self.reduction != "none":
-                to = None  # klcore is quicker without, and the values of rows are small
             results = getattr(backend, self.operation)(*arrays, *words, self.temperature, wanted, to, None)
         for o, result in zip(out, results if self.gradients else (results,), strict=True):
             if result is not o:
