@@ -281,16 +281,17 @@ def arrange_gradient(
 ) -> Task:
     """The same for a product of cotangent and Jacobian: the gradients of sum(cotangent * value).
 
-    `operation` is the name of a public function or of a loss's term, `cotangent` of the value's shape, any numbers. The
-    task's own value means nothing. `out` is for the gradients alone.
+    `operation` is the name of a public function, or of a loss's term, and `weights` its factors then; `cotangent` is of
+    the value's shape, any numbers. The task's own value means nothing. `out` is for the gradients alone.
     """
     out = None if out is None else (None, *out)
     total = reduction not in ("row", "none")
     if operation in LOSSES:
-        factors = None
+        factors = None if weights is None else _factors(asarray, weights)
         if not total:
-            factors = asarray(cotangent, "cotangent")
-            factors = xp.expand_dims(factors, axis) if reduction == "row" and factors.ndim else factors
+            c = _factors(asarray, cotangent, "cotangent")
+            c = xp.expand_dims(c, axis) if reduction == "row" and c.ndim else c
+            factors = c if factors is None else c * factors
         task = arrange_loss(
             xp, asarray, operation, x, y, space, axis, "sum", factors, denominator, epsilon, None, return_grad, out
         )
