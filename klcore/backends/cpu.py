@@ -173,7 +173,7 @@ def loss(
         and factors is dtype is out is None
         and (reduction == "sum" or (reduction == "row" and denominator == 1))
     ):
-        operation, spaces = rows.coded(term, space)
+        operation, spaces = rows.coded(term, space, return_grad)
         wanted = _WANTED[return_grad]
         found = _cpu.plain(
             operation, *spaces, rows.is_wide(operation, spaces), x, y, _QUICK[reduction], denominator, epsilon, wanted,
@@ -202,7 +202,7 @@ def gradient(
         and reduction in _QUICK
         and reduction != "row"
     ):
-        code, spaces = rows.coded(operation, space)
+        code, spaces = rows.coded(operation, space, return_grad)
         found = _cpu.plain(
             code, *spaces, rows.is_wide(code, spaces), x, y, _QUICK[reduction], denominator, epsilon,
             _WANTED[return_grad], float(cotangent), get_num_threads(), np.empty, _PLAIN,
