@@ -681,6 +681,30 @@ def test_gradients_are_derivatives(name):
             assert (ends[0] - ends[1]) / 2e-6 == pytest.approx((gradient * direction).sum(), rel=1e-5, abs=1e-7)
 
 
+@pytest.mark.parametrize("name", [n for n in FRONT_ENDS if n != "puzzlelib"])
+def test_jit(name):
+    """JAX sees shapes and dtypes only."""
+    jax = pytest.importorskip("jax", reason="not run: JAX is not installed")
+    _, function, *inputs = FRONT_ENDS[name]
+    inputs = [jax.numpy.asarray(a, F32) for a in inputs]
+    if isinstance(function, of_keras.KLDivergence):
+        function = of_keras.KLDivergence(function.reduction)
+    with quiet():
+        np.testing.assert_array_equal(jax.jit(lambda x, y: function(x, y))(*inputs), function(*inputs))
+
+
+@pytest.mark.parametrize("name", ["pytorch module", "keras function", "keras class", "mxnet", "mxnet scores"])
+def test_torch_compile(name):
+    """One graph, without a break; where a system warns, there is one."""
+    torch = pytest.importorskip("torch", reason="not run: PyTorch is not installed")
+    _, function, *inputs = FRONT_ENDS[name]
+    inputs = [torch.from_numpy(a.copy()) for a in inputs]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # those of the compiler's own modules
+        found = torch.compile(lambda x, y: function(x, y), backend="eager", fullgraph=True)(*inputs)
+    assert torch.equal(found, function(*inputs))
+
+
 def test_import_brings_numpy_at_most(python):
     code = """
 import sys
