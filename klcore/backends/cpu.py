@@ -171,7 +171,7 @@ def loss(
         and type(y) is np.ndarray
         and axis == -1
         and factors is dtype is out is None
-        and (reduction == "sum" or (reduction == "row" and denominator == 1))
+        and reduction in ("row", "sum")
     ):
         operation, spaces = rows.coded(term, space, return_grad)
         wanted = _WANTED[return_grad]
@@ -180,6 +180,8 @@ def loss(
             1.0, get_num_threads(), np.empty, _PLAIN,
         )  # fmt: skip
         if found is not None:
+            if reduction == "row" and denominator != 1:
+                found = (found[0] / denominator, *found[1:])
             return _chosen(found, wanted)
     return _compute(
         rows.arrange_loss(
