@@ -94,15 +94,19 @@ def _arrange(
         for d in range(-ndim, 0)
     ]
 
+    unknown = any(math.isnan(n) for a in (x, y, w) if a is not None for n in a.shape)
+
     def asarray(a: Any, name: str) -> Any:
         if name != "weights":
             return _stand_in(a, sizes)
+        if unknown and a.ndim < ndim:
+            _check_sizes(_axes(x, y, a, axis), axis % ndim, reduction)
         if isinstance(weights, da.Array) or hasattr(weights, "__cuda_array_interface__"):
             return _stand_in(a, [n for d, n in enumerate(sizes) if d != axis % ndim])
         return np.asarray(weights, a.dtype.newbyteorder("="))  # its values are looked at
 
     task = rows.arrange(_SHAPES, asarray, operation, x, y, space, axis, reduction, w, temperature, return_grad, None)
-    if any(math.isnan(n) for a in (x, y, w) if a is not None for n in a.shape):
+    if unknown:
         _check_sizes(_axes(x, y, w, axis), axis % ndim, reduction)
     return task
 
