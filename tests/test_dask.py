@@ -1,4 +1,4 @@
-"""Dask arrays: lazy, whatever their chunks; the bits of the whole array where promised, the published bounds elsewhere."""
+"""Dask arrays: lazy, whatever their chunks; the bits of the whole array where promised, else the published bounds."""
 
 import functools
 import importlib
@@ -141,7 +141,7 @@ def test_names_are_those_of_the_computation(chunks):
     assert len(others | {first.name}) == 5
 
 
-# ---- the class axis in one chunk ---------------------------------------------------------------------------------------
+# ---- the class axis in one chunk -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -198,7 +198,7 @@ def test_parts_of_a_gradient_are_not_rounded(dtype, chunks):
     np.testing.assert_array_equal(lazy.compute(), whole)
 
 
-# ---- the class axis in several chunks ------------------------------------------------------------------------------------
+# ---- the class axis in several chunks --------------------------------------------------------------------------------
 
 UNEVEN = (1, 699, 0, 1024, 376)  # 2100
 
@@ -281,7 +281,7 @@ def test_equal_is_exactly_zero(space, dtype, chunks):
     for reduction in REDUCTIONS:
         value, dy = klcore.kl_div(lazy, other, space=space, reduction=reduction, return_grad="y")
         assert not np.any(value.compute())
-        assert not np.any(dy.compute())
+        assert not np.any(dy.compute()[x != 0])  # at zero probabilities it is 1
 
 
 # ---- totals ----------------------------------------------------------------------------------------------------------
@@ -415,7 +415,7 @@ def test_functions_travel(python):
     assert eval(python(code, pickle.dumps(lazy).hex())) == lazy.compute().tolist()
 
 
-# ---- workers of their own, with less memory than the data take ---------------------------------------------------------
+# ---- workers of their own, with less memory than the data take -------------------------------------------------------
 
 LIMIT = 400 << 20
 
@@ -609,7 +609,8 @@ WHOLE = np.ones((6, 8))
     [
         {"space": "prob"}, {"space": ("probs",)}, {"reduction": "total"}, {"axis": 2}, {"axis": "last"},
         {"temperature": 0, "space": "logits"}, {"temperature": 2.0}, {"temperature": "hot"}, {"return_grad": "z"},
-        {"y": WHOLE[:, :5]}, {"y": WHOLE[:4]}, {"y": WHOLE[0, 0]}, {"weights": np.ones(5)}, {"weights": np.ones((1, 1, 6))},
+        {"y": WHOLE[:, :5]}, {"y": WHOLE[:4]}, {"y": WHOLE[0, 0]}, {"weights": np.ones(5)},
+        {"weights": np.ones((1, 1, 6))},
         {"weights": [-1.0] * 6}, {"weights": [np.nan] * 6}, {"x": WHOLE.astype(complex)}, {"y": WHOLE.astype("c8")},
         {"x": WHOLE.astype("M8[s]")}, {"weights": np.ones(6, complex)}, {"axis": 1.5},
     ],
@@ -650,14 +651,9 @@ def test_wrong_arguments(change, error, words):
 
 
 def test_other_chunks():
-    class Other:
-        shape, dtype, ndim = (0, 0), np.dtype("f8"), 2
-
-        def __array_function__(self, *arguments):
-            return NotImplemented
-
-    other = da.Array(LAZY.dask, LAZY.name, LAZY.chunks, meta=Other())
-    with pytest.raises(TypeError, match=r"x is a dask array with chunks of type .*Other.*numpy or cupy"):
+    sparse = pytest.importorskip("scipy.sparse", reason="scipy is not installed")
+    other = LAZY.map_blocks(sparse.csr_array, meta=sparse.csr_array((0, 0)))
+    with pytest.raises(TypeError, match=r"x is a dask array with chunks of type scipy.*csr_array.*numpy or cupy"):
         klcore.entropy(other)
 
 

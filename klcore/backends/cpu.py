@@ -252,7 +252,7 @@ def block(
 ) -> tuple[Any, ...]:  # fmt: skip
     """A block of whole rows: (value, *gradients) for reduction="row" or "none", the gradients divided."""
     task = _arrange_block(operation, x, y, space, axis, reduction, weights, temperature, return_grad, shared, totals)
-    task.denominator = denominator
+    task.cotangent = 1.0 / denominator if denominator else np.nan
     _compute(task)
     return task.value, *(g.array for g in task.gradients)
 

@@ -696,6 +696,6 @@ def block(
             cupy, partial(_asarray, cupy, number), operation, x, y, space, axis, reduction, weights, temperature,
             return_grad, None, dtype=cupy.dtype("float64") if totals else None,
         )  # fmt: skip
-        task.denominator = denominator
+        task.cotangent = 1.0 / denominator if denominator else math.nan
         _compute(cupy, number, task)
         return task.value, *(g.view.astype(np.float64) if g.of in shared else g.array for g in task.gradients)
