@@ -297,6 +297,7 @@ def merge(
     batch, count = states.shape[:-2], states.shape[-1]
     merged = np.zeros((*batch, _cpu.MAX_STATS)) if stats is None else np.array(stats, order="C")
     if weights is not None:
+        weights = _asarray(weights, "weights")
         weights = np.broadcast_to(weights if weights.dtype.itemsize > 2 else weights.astype(np.float32), batch)
     _cpu.merge(
         number, operation, *spaces, weights, wide, temperature, get_num_threads(), np.array(states).reshape(-1), count,

@@ -67,6 +67,14 @@ def _library(a: Any) -> str:
     return type(a._meta).__module__.partition(".")[0]
 
 
+def _like(a: Any, b: Any) -> Any:
+    """NumPy chunks moved to where those of `b` are."""
+    if _library(b) == "numpy":
+        return a
+    meta = meta_from_array(b._meta, a.ndim, a.dtype)
+    return a.map_blocks(importlib.import_module("cupy").asarray, dtype=a.dtype, meta=meta)
+
+
 def _stand_in(a: Any, sizes: list[Any]) -> Any:
     """An array of zeros without memory for a dask array; a size that is not known is taken from `sizes`."""
     shape = tuple(sizes[k - a.ndim] if math.isnan(n) else n for k, n in enumerate(a.shape))
@@ -93,7 +101,6 @@ def _arrange(
         max((a.shape[d] for a in (x, y) if a is not None and a.ndim >= -d and a.shape[d] > 1), default=2)
         for d in range(-ndim, 0)
     ]
-
     unknown = any(math.isnan(n) for a in (x, y, w) if a is not None for n in a.shape)
 
     def asarray(a: Any, name: str) -> Any:
@@ -304,7 +311,12 @@ def _run(
             "x.map_blocks(cupy.asarray)"
         )
     w = None if weights is None else _array(weights, "weights")
+    given = x, y
     x, y = _array(x, "x"), None if operation == rows.ENTROPY else _array(y, "y")
+    if y is not None and _library(x) != _library(y):  # unless one is a list
+        x, y = (
+            _like(a, b) if not isinstance(g, da.Array) else a for g, a, b in zip(given, (x, y), (y, x), strict=True)
+        )
     if y is not None and _library(x) != _library(y):
         raise TypeError(
             f"x has chunks of {_library(x)} and y of {_library(y)}; move one of them, as with "
