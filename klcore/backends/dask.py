@@ -313,10 +313,9 @@ def _run(
     w = None if weights is None else _array(weights, "weights")
     given = x, y
     x, y = _array(x, "x"), None if operation == rows.ENTROPY else _array(y, "y")
-    if y is not None and _library(x) != _library(y):  # unless one is a list
-        x, y = (
-            _like(a, b) if not isinstance(g, da.Array) else a for g, a, b in zip(given, (x, y), (y, x), strict=True)
-        )
+    if y is not None:  # a list goes with the other's chunks
+        x = x if isinstance(given[0], da.Array) else _like(x, y)
+        y = y if isinstance(given[1], da.Array) else _like(y, x)
     if y is not None and _library(x) != _library(y):
         raise TypeError(
             f"x has chunks of {_library(x)} and y of {_library(y)}; move one of them, as with "
