@@ -51,7 +51,7 @@ ROOMS = {
     },
     r"klcore\.compat": {"klcore.compat"},
     r"klcore\.compat\._arguments": {"numpy"},
-    r"klcore\.compat\.rtorch": {"klcore.compat._arguments", "klcore.compat.pytorch"},  # both call the same library in the original, too
+    r"klcore\.compat\.rtorch": {"klcore.compat._arguments", "klcore.compat.pytorch"},  # one library in R as well
     r"klcore\.compat\.\w+": {"numpy", "klcore.divergence", "klcore.compat._arguments"},
     r"klcore\._src": set(),
 }  # fmt: skip
