@@ -200,7 +200,12 @@ def environment(run: Run) -> Result:
 
 def pytest_collection_modifyitems(config: Any, items: list[Any]) -> None:
     """This file is a plugin as well (-p gpu_check): of the tests those that run on devices."""
-    chosen = [item for item in items if {"device", "gpu"} & set(getattr(item, "fixturenames", ()))]
+
+    def is_of_a_device(item: Any) -> bool:
+        by_name = getattr(getattr(item, "callspec", None), "params", {}).values()  # beside other kinds of arrays
+        return bool({"device", "gpu"} & set(getattr(item, "fixturenames", ()))) or "cuda" in map(str, by_name)
+
+    chosen = [item for item in items if is_of_a_device(item)]
     config.hook.pytest_deselected(items=[item for item in items if item not in set(chosen)])
     items[:] = chosen
 
