@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.autograd import forward_ad
 
 from klcore.backends import BackendUnavailableError, cpu, rows
 
@@ -264,13 +265,21 @@ def _setup(ctx: Any, inputs: Sequence[Any], output: Any) -> None:
     ctx.words = operation, space_x, space_y, axis, reduction, temperature, denominator, epsilon
 
 
+def _operator(name: str) -> Any:
+    """What tracing and transforming see. torch.func differentiates a Function, but no operator (torch 2.13), and only a
+    Function notices a tangent."""
+    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+        return (_TransformedValue if name == "value" else _TransformedGradients).apply
+    return getattr(torch.ops.klcore, name).default
+
+
 def _backward(ctx: Any, cotangent: Any) -> tuple[Any, ...]:
     x, y, weights = ctx.saved_tensors
     operation, space_x, space_y, axis, reduction, temperature, denominator, epsilon = ctx.words
     _, of_x, of_y, *_ = ctx.needs_input_grad
-    if torch.is_grad_enabled() or not _eager(x, cotangent):
+    if torch.is_grad_enabled() or not _eager(x, cotangent) or torch._C._functorch.is_legacy_batchedtensor(cotangent):
         # the operator keeps the history that a second derivative needs, or refuses one
-        dx, dy = torch.ops.klcore.gradients.default(
+        dx, dy = _operator("gradients")(
             operation, x, y, space_x, space_y, axis, reduction, weights, temperature, denominator, epsilon, cotangent,
             of_x, of_y,
         )  # fmt: skip
@@ -363,6 +372,51 @@ class _Value(torch.autograd.Function):
         return (None, unit[0] if of_x else None, unit[-1] if of_y else None, *[None] * 9)
 
 
+def _no_tangents(*_: Any) -> Any:
+    raise NotImplementedError(
+        "klcore has no derivatives in forward mode (jvp, jacfwd, hessian); use reverse mode: vjp, jacrev, grad"
+    )
+
+
+class _TransformedValue(torch.autograd.Function):
+    """The operator, for torch.func."""
+
+    @staticmethod
+    def forward(*arguments: Any) -> Any:
+        return torch.ops.klcore.value.default(*arguments)
+
+    setup_context = staticmethod(_setup)
+    backward = staticmethod(_backward)
+    jvp = staticmethod(_no_tangents)
+
+    @staticmethod
+    def vmap(info: Any, dims: Any, *arguments: Any) -> Any:
+        return torch.stack(_one_by_one(_TransformedValue, info, dims, arguments)), 0
+
+
+class _TransformedGradients(torch.autograd.Function):
+    @staticmethod
+    def forward(*arguments: Any) -> Any:
+        return torch.ops.klcore.gradients.default(*arguments)
+
+    setup_context = staticmethod(_setup_second)
+    backward = staticmethod(_backward_second)
+    jvp = staticmethod(_no_tangents)
+
+    @staticmethod
+    def vmap(info: Any, dims: Any, *arguments: Any) -> Any:
+        found = _one_by_one(_TransformedGradients, info, dims, arguments)
+        return tuple(map(torch.stack, zip(*found, strict=True))), (0, 0)
+
+
+def _one_by_one(function: Any, info: Any, dims: Any, arguments: Any) -> list[Any]:
+    """Of every member of a batch of torch.func.vmap's: the bits that it has alone."""
+    return [
+        function.apply(*(a if d is None else a.select(d, i) for a, d in zip(arguments, dims, strict=True)))
+        for i in range(info.batch_size)
+    ]
+
+
 def _eager(*tensors: Any) -> bool:
     """Whether these are tensors with memory, and nobody is tracing or transforming what is done with them."""
     return (
@@ -371,6 +425,7 @@ def _eager(*tensors: Any) -> bool:
         and not torch._C._are_functorch_transforms_active()
         and torch._C._len_torch_dispatch_stack() == 0
         and not tensors[0].is_meta
+        and forward_ad._current_level < 0
     )
 
 
@@ -406,7 +461,7 @@ def _needs_grad(x: Any, y: Any) -> bool:
 def _with_history(operation: str, x: Any, y: Any, space: Any, *arguments: Any) -> Any:
     words = tuple(rows.SPACES)
     space_x, space_y = (words[code] for code in rows.space_pair(space, y is None))
-    call = _Value.apply if _eager(x, y, arguments[2]) else torch.ops.klcore.value.default
+    call = _Value.apply if _eager(x, y, arguments[2]) else _operator("value")
     return call(operation, x, y, space_x, space_y, *arguments)
 
 
