@@ -294,25 +294,34 @@ def _backward(ctx: Any, cotangent: Any) -> tuple[Any, ...]:
 
 
 def _setup_second(ctx: Any, inputs: Sequence[Any], output: Any) -> None:
-    operation, x, y, space_x, _, _, reduction, _, _, denominator, _, cotangent, of_x, of_y = inputs
-    ctx.save_for_backward(x, y, cotangent)
-    ctx.words = operation, space_x, reduction, denominator, of_x, of_y
+    operation, x, y, space_x, _, axis, reduction, weights, _, denominator, _, cotangent, of_x, of_y = inputs
+    ctx.save_for_backward(x, y, weights, cotangent)
+    ctx.words = operation, space_x, axis, reduction, denominator, of_x, of_y
 
 
 def _backward_second(ctx: Any, of_dx: Any, of_dy: Any) -> tuple[Any, ...]:
-    operation, space_x, reduction, denominator, wants_x, wants_y = ctx.words
+    operation, space_x, axis, reduction, denominator, wants_x, wants_y = ctx.words
     if operation != "pytorch":
         raise RuntimeError(
             "klcore gives first derivatives of its divergences, and this asks for a second one (create_graph=True, or "
             "a gradient of a gradient)"
         )
-    x, y, cotangent = (t.detach().requires_grad_() for t in ctx.saved_tensors)
-    with torch.enable_grad():  # PyTorch's own loss, twice
-        value = torch.nn.functional.kl_div(y, x, reduction=reduction, log_target=space_x == "log_probs") / denominator
-        asked = [t for t, wanted in ((x, wants_x), (y, wants_y)) if wanted]
-        dual = [g for g, wanted in ((of_dx, wants_x), (of_dy, wants_y)) if wanted]
-        first = torch.autograd.grad(value, asked, cotangent, create_graph=True)
-        second = torch.autograd.grad(first, (x, y, cotangent), dual, allow_unused=True)
+    x, y, factors, cotangent = (t if t is None or torch.is_grad_enabled() else t.detach() for t in ctx.saved_tensors)
+
+    def value(x: Any, y: Any) -> Any:  # PyTorch's own loss, in the precision of klcore's
+        wide = torch.promote_types(torch.promote_types(x.dtype, y.dtype), torch.float32)
+        terms = torch.nn.functional.kl_div(y.to(wide), x.to(wide), reduction="none", log_target=space_x == "log_probs")
+        terms = terms if factors is None else terms * factors
+        if reduction != "none" and terms.ndim:
+            terms = terms.sum(axis) if reduction == "row" else terms.sum()
+        return (terms / denominator).to(cotangent.dtype)
+
+    def first(x: Any, y: Any, cotangent: Any) -> Any:
+        of_x, of_y = torch.func.vjp(value, x, y)[1](cotangent)
+        return (of_x,) * wants_x + (of_y,) * wants_y
+
+    with torch.enable_grad():
+        second = torch.func.vjp(first, x, y, cotangent)[1]((of_dx,) * wants_x + (of_dy,) * wants_y)
     return (None, second[0], second[1], *[None] * 8, second[2], None, None)
 
 
