@@ -173,7 +173,7 @@ def _call(
 ) -> Any:  # fmt: skip
     backend = _of_backend(x)
     if operation in rows.LOSSES:
-        name = None if dtype is None else str(dtype).removeprefix("torch.")
+        name = _bfloat16() if dtype is torch.bfloat16 else None if dtype is None else str(dtype).removeprefix("torch.")
         return backend.loss(
             operation, _lend(x), _lend(y), space, axis, reduction, _lend(factors), denominator, epsilon, name,
             return_grad, out,
