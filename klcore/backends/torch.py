@@ -167,15 +167,20 @@ def _value_like(x: Any, y: Any, axis: int, reduction: str, dtype: Any) -> tuple[
     return (*shape[:axis], *shape[axis + 1 :]), dtype
 
 
+def _like(t: Any) -> Any:
+    """Memory for a gradient; integers were taken as float64."""
+    return torch.empty_like(t.detach(), dtype=t.dtype if t.dtype in _FLOATS else torch.float64)
+
+
 def _call(
     operation: str, x: Any, y: Any, space: Any, axis: int, reduction: str, weights: Any, temperature: float,
-    denominator: float, epsilon: float, dtype: Any, return_grad: Any, factors: Any, out: Any,
+    denominator: float, epsilon: float, dtype: Any, return_grad: Any, out: Any,
 ) -> Any:  # fmt: skip
     backend = _of_backend(x)
     if operation in rows.LOSSES:
         name = _bfloat16() if dtype is torch.bfloat16 else None if dtype is None else str(dtype).removeprefix("torch.")
         return backend.loss(
-            operation, _lend(x), _lend(y), space, axis, reduction, _lend(factors), denominator, epsilon, name,
+            operation, _lend(x), _lend(y), space, axis, reduction, _lend(weights), denominator, epsilon, name,
             return_grad, out,
         )  # fmt: skip
     rest = (space, axis, reduction, _lend(weights), temperature, return_grad, out, None)
@@ -186,18 +191,18 @@ def _call(
 
 def _compute(
     operation: str, x: Any, y: Any, space: Any, axis: int, reduction: str, weights: Any, temperature: float,
-    denominator: float, epsilon: float, dtype: Any, return_grad: Any = None, factors: Any = None,
+    denominator: float, epsilon: float, dtype: Any, return_grad: Any = None,
 ) -> Any:  # fmt: skip
     """The value, or (value, gradients...), as tensors without history."""
     arguments = (
-        operation, x, y, space, axis, reduction, weights, temperature, denominator, epsilon, dtype, return_grad, factors
+        operation, x, y, space, axis, reduction, weights, temperature, denominator, epsilon, dtype, return_grad
     )  # fmt: skip
     if x.is_cpu:
         found = _call(*arguments, None)
         return _tensor(found) if return_grad is None else tuple(map(_tensor, found))
     shape, of_value = _value_like(x, y, axis, reduction, dtype)
     outs = [torch.empty(shape, dtype=of_value, device=x.device)]
-    outs += (torch.empty_like((x if of == "x" else y).detach()) for of in rows.GRADIENTS[return_grad])
+    outs += (_like(x if of == "x" else y) for of in rows.GRADIENTS[return_grad])
     with _on_current_stream(x.device):
         _call(*arguments, tuple(map(_lend, outs)))
     return outs[0] if return_grad is None else tuple(outs)
@@ -208,6 +213,10 @@ def _gradients(
     denominator: float, epsilon: float, cotangent: Any, wanted: tuple[str, ...],
 ) -> list[Any]:  # fmt: skip
     """The products of cotangent and Jacobian with respect to the arguments that are wanted."""
+    if weights is not None and operation in rows.LOSSES:  # factors of the terms, as is then the cotangent
+        if reduction == "row" and max(x.ndim, y.ndim):
+            cotangent = cotangent.unsqueeze(axis)
+        cotangent, weights, reduction = cotangent * weights, None, "none"
 
     def call(out: Any) -> Any:
         return _of_backend(x).gradient(
@@ -217,7 +226,7 @@ def _gradients(
 
     if x.is_cpu:
         return [_tensor(a) for a in call(None)]
-    outs = [torch.empty_like((x if of == "x" else y).detach()) for of in wanted]
+    outs = [_like(x if of == "x" else y) for of in wanted]
     with _on_current_stream(x.device):
         call(tuple(map(_lend, outs)))
     return outs
@@ -227,7 +236,7 @@ def _gradients(
 
 _ARGUMENTS = (
     "str operation, Tensor x, Tensor? y, str space_x, str space_y, int axis, str reduction, Tensor? weights, "
-    "float temperature, float denominator, float epsilon"
+    "float temperature, Scalar denominator, float epsilon"
 )
 _library = torch.library.Library("klcore", "DEF")
 _library.define(f"value({_ARGUMENTS}, ScalarType? dtype) -> Tensor")
@@ -252,7 +261,16 @@ def _both_gradients(
         operation, x, y, space, axis, reduction, weights, temperature, denominator, epsilon, cotangent,
         _names(of_x, of_y),
     )  # fmt: skip
-    return found[0] if of_x else x.new_empty(0), found[-1] if of_y else x.new_empty(0)
+    return (
+        _laid_out_like(x, found[0]) if of_x else x.new_empty(0),
+        _laid_out_like(y, found[-1]) if of_y else x.new_empty(0),
+    )
+
+
+def _laid_out_like(t: Any, found: Any) -> Any:
+    """What the compiler relies on: for views with gaps or steps of 0 NumPy would choose other strides than PyTorch."""
+    promised = _like(t)
+    return found if found.stride() == promised.stride() else promised.copy_(found)
 
 
 def _names(of_x: bool, of_y: bool) -> tuple[str, ...]:
@@ -268,7 +286,8 @@ def _setup(ctx: Any, inputs: Sequence[Any], output: Any) -> None:
 def _operator(name: str) -> Any:
     """What tracing and transforming see. torch.func differentiates a Function, but no operator (torch 2.13), and only a
     Function notices a tangent."""
-    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+    transformed = torch._C._are_functorch_transforms_active() and not torch.compiler.is_compiling()
+    if transformed or forward_ad._current_level >= 0:
         return (_TransformedValue if name == "value" else _TransformedGradients).apply
     return getattr(torch.ops.klcore, name).default
 
@@ -345,7 +364,7 @@ def _fake_gradients(
     operation: str, x: Any, y: Any, space_x: str, space_y: str, axis: int, reduction: str, weights: Any,
     temperature: float, denominator: float, epsilon: float, cotangent: Any, of_x: bool, of_y: bool,
 ) -> tuple[Any, Any]:  # fmt: skip
-    return torch.empty_like(x) if of_x else x.new_empty(0), torch.empty_like(y) if of_y else x.new_empty(0)
+    return _like(x) if of_x else x.new_empty(0), _like(y) if of_y else x.new_empty(0)
 
 
 class _Value(torch.autograd.Function):
@@ -396,11 +415,11 @@ class _TransformedValue(torch.autograd.Function):
 
     setup_context = staticmethod(_setup)
     backward = staticmethod(_backward)
-    jvp = staticmethod(_no_tangents)
+    jvp = staticmethod(_no_tangents)  # type: ignore[assignment]
 
     @staticmethod
     def vmap(info: Any, dims: Any, *arguments: Any) -> Any:
-        return torch.stack(_one_by_one(_TransformedValue, info, dims, arguments)), 0
+        return _values(_TransformedValue.apply, info, dims, *arguments)
 
 
 class _TransformedGradients(torch.autograd.Function):
@@ -410,20 +429,32 @@ class _TransformedGradients(torch.autograd.Function):
 
     setup_context = staticmethod(_setup_second)
     backward = staticmethod(_backward_second)
-    jvp = staticmethod(_no_tangents)
+    jvp = staticmethod(_no_tangents)  # type: ignore[assignment]
 
     @staticmethod
     def vmap(info: Any, dims: Any, *arguments: Any) -> Any:
-        found = _one_by_one(_TransformedGradients, info, dims, arguments)
-        return tuple(map(torch.stack, zip(*found, strict=True))), (0, 0)
+        return _pairs(_TransformedGradients.apply, info, dims, *arguments)
 
 
-def _one_by_one(function: Any, info: Any, dims: Any, arguments: Any) -> list[Any]:
+def _one_by_one(function: Any, info: Any, dims: Any, *arguments: Any) -> list[Any]:
     """Of every member of a batch of torch.func.vmap's: the bits that it has alone."""
     return [
-        function.apply(*(a if d is None else a.select(d, i) for a, d in zip(arguments, dims, strict=True)))
+        function(*(a if d is None else a.select(d, i) for a, d in zip(arguments, dims, strict=True)))
         for i in range(info.batch_size)
     ]
+
+
+def _values(*call: Any) -> tuple[Any, int]:
+    return torch.stack(_one_by_one(*call)), 0
+
+
+def _pairs(*call: Any) -> tuple[tuple[Any, ...], tuple[int, int]]:
+    return tuple(map(torch.stack, zip(*_one_by_one(*call), strict=True))), (0, 0)
+
+
+# for vmap within torch.compile
+torch.library.register_vmap("klcore::value", partial(_values, torch.ops.klcore.value.default), lib=_library)
+torch.library.register_vmap("klcore::gradients", partial(_pairs, torch.ops.klcore.gradients.default), lib=_library)
 
 
 def _eager(*tensors: Any) -> bool:
@@ -456,22 +487,35 @@ def _run(
         temperature = temperature.detach()
     if out is not None:
         return _into(operation, x, y, space, axis, reduction, weights, temperature, return_grad, out)
-    direct = return_grad is not None or (not _needs_grad(x, y) and _eager(x, y, weights))
-    arguments = axis, reduction, weights, temperature, 1.0, 0.0, None
-    if direct:
-        return _compute(operation, x, y, space, *arguments, return_grad)
-    return _with_history(operation, x, y, space, *arguments)
+    return _history_or_not(operation, x, y, space, axis, reduction, weights, temperature, 1.0, 0.0, None, return_grad)
+
+
+def _history_or_not(
+    operation: str, x: Any, y: Any, space: Any, axis: int, reduction: str, weights: Any, temperature: Any,
+    denominator: Any, epsilon: float, dtype: Any, return_grad: Any,
+) -> Any:  # fmt: skip
+    eager = _eager(x, y, weights)
+    if eager and (return_grad is not None or not _needs_grad(x, y)):
+        return _compute(
+            operation, x, y, space, axis, reduction, weights, temperature, denominator, epsilon, dtype, return_grad
+        )
+    words = tuple(rows.SPACES)
+    space_x, space_y = (words[code] for code in rows.space_pair(space, y is None))
+    if not eager:
+        temperature, wanted = rows.words(space, reduction, temperature, return_grad, y is None)[1:]
+        if operation not in rows.LOSSES:
+            axis = rows.class_axis(x, y, axis)
+    rest = space_x, space_y, axis, reduction, weights, temperature, denominator, epsilon
+    if return_grad is None:
+        return (_Value.apply if eager else _operator("value"))(operation, x, y, *rest, dtype)
+    x, y = x.detach(), None if y is None else y.detach()
+    value = _operator("value")(operation, x, y, *rest, dtype)
+    both = _operator("gradients")(operation, x, y, *rest, torch.ones_like(value), "x" in wanted, "y" in wanted)
+    return (value, *(g for name, g in zip("xy", both, strict=True) if name in wanted))
 
 
 def _needs_grad(x: Any, y: Any) -> bool:
     return torch.is_grad_enabled() and (x.requires_grad or (y is not None and y.requires_grad))
-
-
-def _with_history(operation: str, x: Any, y: Any, space: Any, *arguments: Any) -> Any:
-    words = tuple(rows.SPACES)
-    space_x, space_y = (words[code] for code in rows.space_pair(space, y is None))
-    call = _Value.apply if _eager(x, y, arguments[2]) else _operator("value")
-    return call(operation, x, y, space_x, space_y, *arguments)
 
 
 def _into(
@@ -514,13 +558,13 @@ def loss(
     dtype: str | None, return_grad: Any,
 ) -> Any:  # fmt: skip
     x, y = _operands(x, y, None)
+    factors = _weights(factors, x, None, "factors")
     of_value = None if dtype is None else getattr(torch, dtype)
     if term == "pytorch" and of_value in _FLOATS[2:] and torch.is_autocast_enabled(x.device.type):
         of_value = torch.float32  # autocast has PyTorch's own loss compute in it
-    arguments = axis, reduction, None, 1.0, float(denominator), float(epsilon), of_value
-    if return_grad is not None or factors is not None or (not _needs_grad(x, y) and _eager(x, y)):
-        return _compute(term, x, y, space, *arguments, return_grad, factors)
-    return _with_history(term, x, y, space, *arguments)
+    return _history_or_not(
+        term, x, y, space, axis, reduction, factors, 1.0, denominator, float(epsilon), of_value, return_grad
+    )
 
 
 kl_div = partial(_run, "kl_div")
