@@ -533,17 +533,40 @@ def _into(
         if t is not None and not (isinstance(t, torch.Tensor) and t.device == x.device):
             found = f"one on {t.device}" if isinstance(t, torch.Tensor) else type(t).__name__
             raise TypeError(f"out must be a tensor on {x.device}, or a tuple of such; found {found}")
-    lent = (_lend(x),) if y is None else (_lend(x), _lend(y))
-    given = tuple(map(_lend, outs)) if isinstance(out, tuple) else _lend(out)
-    with contextlib.nullcontext() if x.is_cpu else _on_current_stream(x.device):
-        results = getattr(_of_backend(x), operation)(
-            *lent, space, axis, reduction, _lend(weights), temperature, return_grad, given, None
+        if t is not None:
+            _check(t, "out")
+            if t.requires_grad and torch.is_grad_enabled():
+                raise TypeError("out requires a gradient, and its history would not know of the call; pass another")
+    if not _eager(x, y, weights, *outs) or any(t is not None and t.is_neg() for t in outs):
+        found = _history_or_not(
+            operation, x, y, space, axis, reduction, weights, temperature, 1.0, 0.0, None, return_grad
         )
+        return _copied(found, out, outs)
+    given = tuple(map(_lend, outs)) if isinstance(out, tuple) else _lend(out)
+    arguments = (operation, x, y, space, axis, reduction, weights, temperature, 1.0, 0.0, None, return_grad, given)
+    with contextlib.nullcontext() if x.is_cpu else _on_current_stream(x.device):
+        results = _call(*arguments)
         results = results if isinstance(results, tuple) else (results,)
         outs += [None] * (len(results) - len(outs))
-        back = torch.utils.dlpack.from_dlpack if x.device.type == "cuda" else _tensor
+        back = torch.utils.dlpack.from_dlpack if x.is_cuda else _tensor
         kept = tuple(back(a) if t is None else t for a, t in zip(results, outs, strict=True))
+    torch.autograd.graph.increment_version([t for t in outs if t is not None])  # who saved one for backward, is told
     return kept if return_grad is not None else kept[0]
+
+
+def _copied(found: Any, out: Any, outs: list[Any]) -> Any:
+    """What was computed elsewhere, into the tensors given."""
+    results = found if isinstance(found, tuple) else (found,)
+    if isinstance(out, tuple) and len(out) != len(results):
+        raise ValueError(f"out must be a tuple of {len(results)} (value, then gradients); found a tuple of {len(out)}")
+    for r, t in zip(results, outs, strict=False):
+        if t is not None and (t.shape, t.dtype) != (r.shape, r.dtype):
+            raise ValueError(
+                f"out must have the shape {tuple(r.shape)} and the dtype {r.dtype}; found {tuple(t.shape)}, {t.dtype}"
+            )
+    outs = outs + [None] * (len(results) - len(outs))
+    kept = tuple(r if t is None else t.copy_(r) for r, t in zip(results, outs, strict=True))
+    return kept if isinstance(found, tuple) else kept[0]
 
 
 def _entropy(
