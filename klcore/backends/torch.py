@@ -48,7 +48,10 @@ def _lend(t: Any) -> Any:
         return importlib.import_module("cupy").asarray(t.resolve_neg())
     try:
         return t.numpy()
-    except RuntimeError:  # the imaginary part of a conjugate: memory that is to be read negated
+    except RuntimeError:
+        if t.is_nested:
+            raise TypeError("klcore takes dense tensors, found a nested one; pass x.to_padded_tensor(value)") from None
+        # else the imaginary part of a conjugate: memory that is to be read negated
         return t.resolve_neg().numpy()
 
 
@@ -510,7 +513,9 @@ def _history_or_not(
         return (_Value.apply if eager else _operator("value"))(operation, x, y, *rest, dtype)
     x, y = x.detach(), None if y is None else y.detach()
     value = _operator("value")(operation, x, y, *rest, dtype)
-    both = _operator("gradients")(operation, x, y, *rest, torch.ones_like(value), "x" in wanted, "y" in wanted)
+    if reduction in ("row", "none"):  # of the sum of what is returned
+        rest = (*rest[:3], "sum", *rest[4:])
+    both = _operator("gradients")(operation, x, y, *rest, value.new_ones(()), "x" in wanted, "y" in wanted)
     return (value, *(g for name, g in zip("xy", both, strict=True) if name in wanted))
 
 
