@@ -216,10 +216,6 @@ def _gradients(
     denominator: float, epsilon: float, cotangent: Any, wanted: tuple[str, ...],
 ) -> list[Any]:  # fmt: skip
     """The products of cotangent and Jacobian with respect to the arguments that are wanted."""
-    if weights is not None and operation in rows.LOSSES:  # factors of the terms, as is then the cotangent
-        if reduction == "row" and max(x.ndim, y.ndim):
-            cotangent = cotangent.unsqueeze(axis)
-        cotangent, weights, reduction = cotangent * weights, None, "none"
 
     def call(out: Any) -> Any:
         return _of_backend(x).gradient(
@@ -295,11 +291,16 @@ def _operator(name: str) -> Any:
     return getattr(torch.ops.klcore, name).default
 
 
+def _is_batched(cotangent: Any) -> bool:
+    """Several at once, as torch.autograd.grad(is_grads_batched=True) hands them over."""
+    return torch._C._functorch.is_legacy_batchedtensor(cotangent)
+
+
 def _backward(ctx: Any, cotangent: Any) -> tuple[Any, ...]:
     x, y, weights = ctx.saved_tensors
     operation, space_x, space_y, axis, reduction, temperature, denominator, epsilon = ctx.words
     _, of_x, of_y, *_ = ctx.needs_input_grad
-    if torch.is_grad_enabled() or not _eager(x, cotangent) or torch._C._functorch.is_legacy_batchedtensor(cotangent):
+    if torch.is_grad_enabled() or not _eager(x, cotangent) or _is_batched(cotangent):
         # the operator keeps the history that a second derivative needs, or refuses one
         dx, dy = _operator("gradients")(
             operation, x, y, space_x, space_y, axis, reduction, weights, temperature, denominator, epsilon, cotangent,
@@ -395,7 +396,7 @@ class _Value(torch.autograd.Function):
     def backward(ctx: Any, *cotangents: Any) -> Any:
         (cotangent,) = cotangents
         unit, ctx.unit = ctx.unit, None  # ours to give away, once
-        if unit is None or torch.is_grad_enabled() or not _eager(cotangent):
+        if unit is None or torch.is_grad_enabled() or not _eager(cotangent) or _is_batched(cotangent):
             return _backward(ctx, cotangent)
         if not cotangent.is_cpu or cotangent != 1:
             unit = [g.mul_(cotangent) for g in unit]
