@@ -22,6 +22,7 @@ _DEVICES = {"cpu": "numpy", "cuda": "cupy"}
 _MOVABLE = (None, *_DEVICES.values())  # between these a device that is named decides; adapters look at it themselves
 # what was found, in dicts: torch.compile warns about functools.cache
 _libraries: dict[type, str | None] = {}
+_tensors: set[type] = set()  # PyTorch's apart: torch.compile compiles anew when a dict that a call looks into has grown
 _loaded: dict[str, ModuleType] = {}
 _ANY = (bool, int, float, complex, list, tuple)  # become arrays of the other argument's library, or NumPy's
 
@@ -58,8 +59,14 @@ def find(x: object, y: object, device: str | None) -> ModuleType:
 
 def _library(cls: type) -> str | None:
     """The library an array type belongs to, looking through its base classes; None for numbers and lists."""
+    if cls in _tensors:
+        return "torch"
     if cls not in _libraries:
-        _libraries[cls] = _look_up(cls)
+        library = _look_up(cls)
+        if library == "torch":
+            _tensors.add(cls)
+            return library
+        _libraries[cls] = library
     return _libraries[cls]
 
 
@@ -147,4 +154,5 @@ def register_backend(library: str, module: str) -> None:
         raise ValueError(f"library is the first word of a module's name, as 'torch'; found {library!r}")
     _MODULES[library] = module
     _libraries.clear()
+    _tensors.clear()
     _loaded.clear()

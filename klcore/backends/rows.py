@@ -108,22 +108,14 @@ def arrange(
         Of the value, if it is not to follow from the arguments'.
     """
     single = operation == ENTROPY
-    spaces = space_pair(space, single)
-    temperature = _temperature(temperature, spaces)
-    if not isinstance(reduction, str) or reduction not in REDUCTIONS:
-        raise ValueError(f"reduction must be one of {_list(REDUCTIONS)}; found {reduction!r}")
-    wanted = _wanted(return_grad, single)
+    spaces, temperature, wanted = words(space, reduction, temperature, return_grad, single)
 
     x = asarray(x, "x")
     y = x if single else asarray(y, "y")
     scalar = x.ndim == 0 and y.ndim == 0  # one class
     xs, ys = (x.reshape(1), y.reshape(1)) if scalar else (x, y)
     ndim = max(xs.ndim, ys.ndim)
-    last = _axis(axis, ndim, scalar)  # counted from the end
-    if min(xs.ndim, ys.ndim) < -last or xs.shape[last] != ys.shape[last]:
-        raise ValueError(
-            f"x and y must have the same number of classes along axis {axis}; found shapes {x.shape} and {y.shape}"
-        )
+    last = class_axis(x, y, axis)
     xs, ys = _classes_last(xp, xs, last), _classes_last(xp, ys, last)
     n = xs.shape[-1]
     batch = xs.shape[:-1]
@@ -362,6 +354,30 @@ def _list(words: Any) -> str:
     return ", ".join(repr(w) for w in words)
 
 
+def words(
+    space: Any, reduction: Any, temperature: Any, return_grad: Any, single: bool
+) -> tuple[tuple[int, int], float, tuple[str, ...]]:
+    """Those of a call, checked: the codes of both spaces, the temperature, the names of the gradients."""
+    spaces = space_pair(space, single)
+    temperature = _temperature(temperature, spaces)
+    if not isinstance(reduction, str) or reduction not in REDUCTIONS:
+        raise ValueError(f"reduction must be one of {_list(REDUCTIONS)}; found {reduction!r}")
+    return spaces, temperature, _wanted(return_grad, single)
+
+
+def class_axis(x: Any, y: Any, axis: Any) -> int:
+    """Counted from the end; x and y have the same number of classes along it."""
+    shapes = tuple(x.shape), tuple(x.shape if y is None else y.shape)
+    ndim = max(map(len, shapes))
+    last = _axis(axis, ndim or 1, ndim == 0)
+    xs, ys = (shape if ndim else (1,) for shape in shapes)
+    if min(len(xs), len(ys)) < -last or xs[last] != ys[last]:
+        raise ValueError(
+            f"x and y must have the same number of classes along axis {axis}; found shapes {shapes[0]} and {shapes[1]}"
+        )
+    return last
+
+
 def space_pair(space: Any, single: bool) -> tuple[int, int]:
     """The codes of both arguments' spaces, or ValueError."""
     pair = (space, space) if isinstance(space, str) else space
@@ -383,7 +399,7 @@ def _temperature(temperature: Any, spaces: tuple[int, int]) -> float:
         t = None
     if t is None or isinstance(temperature, (str, bytes)):
         raise TypeError(f"temperature must be a number, found {temperature!r} ({type(temperature).__name__})")
-    if not (t > 0 and math.isfinite(t) and math.isfinite(1 / t)):
+    if not (0 < t < math.inf and 1 / t < math.inf):
         raise ValueError(f"temperature must be positive and finite, found {temperature!r}")
     if t != 1 and 2 not in spaces:
         raise ValueError(f"temperature divides logits: it needs space='logits' for x or y; found temperature={t!r}")

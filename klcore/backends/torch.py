@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.autograd import forward_ad
 
 from klcore.backends import BackendUnavailableError, cpu, rows
 
@@ -47,7 +48,10 @@ def _lend(t: Any) -> Any:
         return importlib.import_module("cupy").asarray(t.resolve_neg())
     try:
         return t.numpy()
-    except RuntimeError:  # the imaginary part of a conjugate: memory that is to be read negated
+    except RuntimeError:
+        if t.is_nested:
+            raise TypeError("klcore takes dense tensors, found a nested one; pass x.to_padded_tensor(value)") from None
+        # else the imaginary part of a conjugate: memory that is to be read negated
         return t.resolve_neg().numpy()
 
 
@@ -166,15 +170,20 @@ def _value_like(x: Any, y: Any, axis: int, reduction: str, dtype: Any) -> tuple[
     return (*shape[:axis], *shape[axis + 1 :]), dtype
 
 
+def _like(t: Any) -> Any:
+    """Memory for a gradient; integers were taken as float64."""
+    return torch.empty_like(t.detach(), dtype=t.dtype if t.dtype in _FLOATS else torch.float64)
+
+
 def _call(
     operation: str, x: Any, y: Any, space: Any, axis: int, reduction: str, weights: Any, temperature: float,
-    denominator: float, epsilon: float, dtype: Any, return_grad: Any, factors: Any, out: Any,
+    denominator: float, epsilon: float, dtype: Any, return_grad: Any, out: Any,
 ) -> Any:  # fmt: skip
     backend = _of_backend(x)
     if operation in rows.LOSSES:
-        name = None if dtype is None else str(dtype).removeprefix("torch.")
+        name = _bfloat16() if dtype is torch.bfloat16 else None if dtype is None else str(dtype).removeprefix("torch.")
         return backend.loss(
-            operation, _lend(x), _lend(y), space, axis, reduction, _lend(factors), denominator, epsilon, name,
+            operation, _lend(x), _lend(y), space, axis, reduction, _lend(weights), denominator, epsilon, name,
             return_grad, out,
         )  # fmt: skip
     rest = (space, axis, reduction, _lend(weights), temperature, return_grad, out, None)
@@ -185,18 +194,18 @@ def _call(
 
 def _compute(
     operation: str, x: Any, y: Any, space: Any, axis: int, reduction: str, weights: Any, temperature: float,
-    denominator: float, epsilon: float, dtype: Any, return_grad: Any = None, factors: Any = None,
+    denominator: float, epsilon: float, dtype: Any, return_grad: Any = None,
 ) -> Any:  # fmt: skip
     """The value, or (value, gradients...), as tensors without history."""
     arguments = (
-        operation, x, y, space, axis, reduction, weights, temperature, denominator, epsilon, dtype, return_grad, factors
+        operation, x, y, space, axis, reduction, weights, temperature, denominator, epsilon, dtype, return_grad
     )  # fmt: skip
     if x.is_cpu:
         found = _call(*arguments, None)
         return _tensor(found) if return_grad is None else tuple(map(_tensor, found))
     shape, of_value = _value_like(x, y, axis, reduction, dtype)
     outs = [torch.empty(shape, dtype=of_value, device=x.device)]
-    outs += (torch.empty_like((x if of == "x" else y).detach()) for of in rows.GRADIENTS[return_grad])
+    outs += (_like(x if of == "x" else y) for of in rows.GRADIENTS[return_grad])
     with _on_current_stream(x.device):
         _call(*arguments, tuple(map(_lend, outs)))
     return outs[0] if return_grad is None else tuple(outs)
@@ -216,7 +225,7 @@ def _gradients(
 
     if x.is_cpu:
         return [_tensor(a) for a in call(None)]
-    outs = [torch.empty_like((x if of == "x" else y).detach()) for of in wanted]
+    outs = [_like(x if of == "x" else y) for of in wanted]
     with _on_current_stream(x.device):
         call(tuple(map(_lend, outs)))
     return outs
@@ -226,7 +235,7 @@ def _gradients(
 
 _ARGUMENTS = (
     "str operation, Tensor x, Tensor? y, str space_x, str space_y, int axis, str reduction, Tensor? weights, "
-    "float temperature, float denominator, float epsilon"
+    "float temperature, Scalar denominator, float epsilon"
 )
 _library = torch.library.Library("klcore", "DEF")
 _library.define(f"value({_ARGUMENTS}, ScalarType? dtype) -> Tensor")
@@ -251,7 +260,16 @@ def _both_gradients(
         operation, x, y, space, axis, reduction, weights, temperature, denominator, epsilon, cotangent,
         _names(of_x, of_y),
     )  # fmt: skip
-    return found[0] if of_x else x.new_empty(0), found[-1] if of_y else x.new_empty(0)
+    return (
+        _laid_out_like(x, found[0]) if of_x else x.new_empty(0),
+        _laid_out_like(y, found[-1]) if of_y else x.new_empty(0),
+    )
+
+
+def _laid_out_like(t: Any, found: Any) -> Any:
+    """What the compiler relies on: for views with gaps or steps of 0 NumPy would choose other strides than PyTorch."""
+    promised = _like(t)
+    return found if found.stride() == promised.stride() else promised.copy_(found)
 
 
 def _names(of_x: bool, of_y: bool) -> tuple[str, ...]:
@@ -264,13 +282,27 @@ def _setup(ctx: Any, inputs: Sequence[Any], output: Any) -> None:
     ctx.words = operation, space_x, space_y, axis, reduction, temperature, denominator, epsilon
 
 
+def _operator(name: str) -> Any:
+    """What tracing and transforming see. torch.func differentiates a Function, but no operator (torch 2.13), and only a
+    Function notices a tangent."""
+    transformed = torch._C._are_functorch_transforms_active() and not torch.compiler.is_compiling()
+    if transformed or forward_ad._current_level >= 0:
+        return (_TransformedValue if name == "value" else _TransformedGradients).apply
+    return getattr(torch.ops.klcore, name).default
+
+
+def _is_batched(cotangent: Any) -> bool:
+    """Several at once, as torch.autograd.grad(is_grads_batched=True) hands them over."""
+    return torch._C._functorch.is_legacy_batchedtensor(cotangent)
+
+
 def _backward(ctx: Any, cotangent: Any) -> tuple[Any, ...]:
     x, y, weights = ctx.saved_tensors
     operation, space_x, space_y, axis, reduction, temperature, denominator, epsilon = ctx.words
     _, of_x, of_y, *_ = ctx.needs_input_grad
-    if torch.is_grad_enabled() or not _eager(x, cotangent):
+    if torch.is_grad_enabled() or not _eager(x, cotangent) or _is_batched(cotangent):
         # the operator keeps the history that a second derivative needs, or refuses one
-        dx, dy = torch.ops.klcore.gradients.default(
+        dx, dy = _operator("gradients")(
             operation, x, y, space_x, space_y, axis, reduction, weights, temperature, denominator, epsilon, cotangent,
             of_x, of_y,
         )  # fmt: skip
@@ -285,25 +317,34 @@ def _backward(ctx: Any, cotangent: Any) -> tuple[Any, ...]:
 
 
 def _setup_second(ctx: Any, inputs: Sequence[Any], output: Any) -> None:
-    operation, x, y, space_x, _, _, reduction, _, _, denominator, _, cotangent, of_x, of_y = inputs
-    ctx.save_for_backward(x, y, cotangent)
-    ctx.words = operation, space_x, reduction, denominator, of_x, of_y
+    operation, x, y, space_x, _, axis, reduction, weights, _, denominator, _, cotangent, of_x, of_y = inputs
+    ctx.save_for_backward(x, y, weights, cotangent)
+    ctx.words = operation, space_x, axis, reduction, denominator, of_x, of_y
 
 
 def _backward_second(ctx: Any, of_dx: Any, of_dy: Any) -> tuple[Any, ...]:
-    operation, space_x, reduction, denominator, wants_x, wants_y = ctx.words
+    operation, space_x, axis, reduction, denominator, wants_x, wants_y = ctx.words
     if operation != "pytorch":
         raise RuntimeError(
             "klcore gives first derivatives of its divergences, and this asks for a second one (create_graph=True, or "
             "a gradient of a gradient)"
         )
-    x, y, cotangent = (t.detach().requires_grad_() for t in ctx.saved_tensors)
-    with torch.enable_grad():  # PyTorch's own loss, twice
-        value = torch.nn.functional.kl_div(y, x, reduction=reduction, log_target=space_x == "log_probs") / denominator
-        asked = [t for t, wanted in ((x, wants_x), (y, wants_y)) if wanted]
-        dual = [g for g, wanted in ((of_dx, wants_x), (of_dy, wants_y)) if wanted]
-        first = torch.autograd.grad(value, asked, cotangent, create_graph=True)
-        second = torch.autograd.grad(first, (x, y, cotangent), dual, allow_unused=True)
+    x, y, factors, cotangent = (t if t is None or torch.is_grad_enabled() else t.detach() for t in ctx.saved_tensors)
+
+    def value(x: Any, y: Any) -> Any:  # PyTorch's own loss, in the precision of klcore's
+        wide = torch.promote_types(torch.promote_types(x.dtype, y.dtype), torch.float32)
+        terms = torch.nn.functional.kl_div(y.to(wide), x.to(wide), reduction="none", log_target=space_x == "log_probs")
+        terms = terms if factors is None else terms * factors
+        if reduction != "none" and terms.ndim:
+            terms = terms.sum(axis) if reduction == "row" else terms.sum()
+        return (terms / denominator).to(cotangent.dtype)
+
+    def first(x: Any, y: Any, cotangent: Any) -> Any:
+        of_x, of_y = torch.func.vjp(value, x, y)[1](cotangent)
+        return (of_x,) * wants_x + (of_y,) * wants_y
+
+    with torch.enable_grad():
+        second = torch.func.vjp(first, x, y, cotangent)[1]((of_dx,) * wants_x + (of_dy,) * wants_y)
     return (None, second[0], second[1], *[None] * 8, second[2], None, None)
 
 
@@ -327,7 +368,7 @@ def _fake_gradients(
     operation: str, x: Any, y: Any, space_x: str, space_y: str, axis: int, reduction: str, weights: Any,
     temperature: float, denominator: float, epsilon: float, cotangent: Any, of_x: bool, of_y: bool,
 ) -> tuple[Any, Any]:  # fmt: skip
-    return torch.empty_like(x) if of_x else x.new_empty(0), torch.empty_like(y) if of_y else x.new_empty(0)
+    return _like(x) if of_x else x.new_empty(0), _like(y) if of_y else x.new_empty(0)
 
 
 class _Value(torch.autograd.Function):
@@ -355,12 +396,69 @@ class _Value(torch.autograd.Function):
     def backward(ctx: Any, *cotangents: Any) -> Any:
         (cotangent,) = cotangents
         unit, ctx.unit = ctx.unit, None  # ours to give away, once
-        if unit is None or torch.is_grad_enabled() or not _eager(cotangent):
+        if unit is None or torch.is_grad_enabled() or not _eager(cotangent) or _is_batched(cotangent):
             return _backward(ctx, cotangent)
         if not cotangent.is_cpu or cotangent != 1:
             unit = [g.mul_(cotangent) for g in unit]
         _, of_x, of_y, *_ = ctx.needs_input_grad
         return (None, unit[0] if of_x else None, unit[-1] if of_y else None, *[None] * 9)
+
+
+def _no_tangents(*_: Any) -> Any:
+    raise NotImplementedError(
+        "klcore has no derivatives in forward mode (jvp, jacfwd, hessian); use reverse mode: vjp, jacrev, grad"
+    )
+
+
+class _TransformedValue(torch.autograd.Function):
+    """The operator, for torch.func."""
+
+    @staticmethod
+    def forward(*arguments: Any) -> Any:
+        return torch.ops.klcore.value.default(*arguments)
+
+    setup_context = staticmethod(_setup)
+    backward = staticmethod(_backward)
+    jvp = staticmethod(_no_tangents)  # type: ignore[assignment]
+
+    @staticmethod
+    def vmap(info: Any, dims: Any, *arguments: Any) -> Any:
+        return _values(_TransformedValue.apply, info, dims, *arguments)
+
+
+class _TransformedGradients(torch.autograd.Function):
+    @staticmethod
+    def forward(*arguments: Any) -> Any:
+        return torch.ops.klcore.gradients.default(*arguments)
+
+    setup_context = staticmethod(_setup_second)
+    backward = staticmethod(_backward_second)
+    jvp = staticmethod(_no_tangents)  # type: ignore[assignment]
+
+    @staticmethod
+    def vmap(info: Any, dims: Any, *arguments: Any) -> Any:
+        return _pairs(_TransformedGradients.apply, info, dims, *arguments)
+
+
+def _one_by_one(function: Any, info: Any, dims: Any, *arguments: Any) -> list[Any]:
+    """Of every member of a batch of torch.func.vmap's: the bits that it has alone."""
+    return [
+        function(*(a if d is None else a.select(d, i) for a, d in zip(arguments, dims, strict=True)))
+        for i in range(info.batch_size)
+    ]
+
+
+def _values(*call: Any) -> tuple[Any, int]:
+    return torch.stack(_one_by_one(*call)), 0
+
+
+def _pairs(*call: Any) -> tuple[tuple[Any, ...], tuple[int, int]]:
+    return tuple(map(torch.stack, zip(*_one_by_one(*call), strict=True))), (0, 0)
+
+
+# for vmap within torch.compile
+torch.library.register_vmap("klcore::value", partial(_values, torch.ops.klcore.value.default), lib=_library)
+torch.library.register_vmap("klcore::gradients", partial(_pairs, torch.ops.klcore.gradients.default), lib=_library)
 
 
 def _eager(*tensors: Any) -> bool:
@@ -371,6 +469,7 @@ def _eager(*tensors: Any) -> bool:
         and not torch._C._are_functorch_transforms_active()
         and torch._C._len_torch_dispatch_stack() == 0
         and not tensors[0].is_meta
+        and forward_ad._current_level < 0
     )
 
 
@@ -392,22 +491,37 @@ def _run(
         temperature = temperature.detach()
     if out is not None:
         return _into(operation, x, y, space, axis, reduction, weights, temperature, return_grad, out)
-    direct = return_grad is not None or (not _needs_grad(x, y) and _eager(x, y, weights))
-    arguments = axis, reduction, weights, temperature, 1.0, 0.0, None
-    if direct:
-        return _compute(operation, x, y, space, *arguments, return_grad)
-    return _with_history(operation, x, y, space, *arguments)
+    return _history_or_not(operation, x, y, space, axis, reduction, weights, temperature, 1.0, 0.0, None, return_grad)
+
+
+def _history_or_not(
+    operation: str, x: Any, y: Any, space: Any, axis: int, reduction: str, weights: Any, temperature: Any,
+    denominator: Any, epsilon: float, dtype: Any, return_grad: Any,
+) -> Any:  # fmt: skip
+    eager = _eager(x, y, weights)
+    if eager and (return_grad is not None or not _needs_grad(x, y)):
+        return _compute(
+            operation, x, y, space, axis, reduction, weights, temperature, denominator, epsilon, dtype, return_grad
+        )
+    words = tuple(rows.SPACES)
+    space_x, space_y = (words[code] for code in rows.space_pair(space, y is None))
+    if not eager:
+        temperature, wanted = rows.words(space, reduction, temperature, return_grad, y is None)[1:]
+        if operation not in rows.LOSSES:
+            axis = rows.class_axis(x, y, axis)
+    rest = space_x, space_y, axis, reduction, weights, temperature, denominator, epsilon
+    if return_grad is None:
+        return (_Value.apply if eager else _operator("value"))(operation, x, y, *rest, dtype)
+    x, y = x.detach(), None if y is None else y.detach()
+    value = _operator("value")(operation, x, y, *rest, dtype)
+    if reduction in ("row", "none"):  # of the sum of what is returned
+        rest = (*rest[:3], "sum", *rest[4:])
+    both = _operator("gradients")(operation, x, y, *rest, value.new_ones(()), "x" in wanted, "y" in wanted)
+    return (value, *(g for name, g in zip("xy", both, strict=True) if name in wanted))
 
 
 def _needs_grad(x: Any, y: Any) -> bool:
     return torch.is_grad_enabled() and (x.requires_grad or (y is not None and y.requires_grad))
-
-
-def _with_history(operation: str, x: Any, y: Any, space: Any, *arguments: Any) -> Any:
-    words = tuple(rows.SPACES)
-    space_x, space_y = (words[code] for code in rows.space_pair(space, y is None))
-    call = _Value.apply if _eager(x, y, arguments[2]) else torch.ops.klcore.value.default
-    return call(operation, x, y, space_x, space_y, *arguments)
 
 
 def _into(
@@ -425,17 +539,40 @@ def _into(
         if t is not None and not (isinstance(t, torch.Tensor) and t.device == x.device):
             found = f"one on {t.device}" if isinstance(t, torch.Tensor) else type(t).__name__
             raise TypeError(f"out must be a tensor on {x.device}, or a tuple of such; found {found}")
-    lent = (_lend(x),) if y is None else (_lend(x), _lend(y))
-    given = tuple(map(_lend, outs)) if isinstance(out, tuple) else _lend(out)
-    with contextlib.nullcontext() if x.is_cpu else _on_current_stream(x.device):
-        results = getattr(_of_backend(x), operation)(
-            *lent, space, axis, reduction, _lend(weights), temperature, return_grad, given, None
+        if t is not None:
+            _check(t, "out")
+            if t.requires_grad and torch.is_grad_enabled():
+                raise TypeError("out requires a gradient, and its history would not know of the call; pass another")
+    if not _eager(x, y, weights, *outs) or any(t is not None and t.is_neg() for t in outs):
+        found = _history_or_not(
+            operation, x, y, space, axis, reduction, weights, temperature, 1.0, 0.0, None, return_grad
         )
+        return _copied(found, out, outs)
+    given = tuple(map(_lend, outs)) if isinstance(out, tuple) else _lend(out)
+    arguments = (operation, x, y, space, axis, reduction, weights, temperature, 1.0, 0.0, None, return_grad, given)
+    with contextlib.nullcontext() if x.is_cpu else _on_current_stream(x.device):
+        results = _call(*arguments)
         results = results if isinstance(results, tuple) else (results,)
         outs += [None] * (len(results) - len(outs))
-        back = torch.utils.dlpack.from_dlpack if x.device.type == "cuda" else _tensor
+        back = torch.utils.dlpack.from_dlpack if x.is_cuda else _tensor
         kept = tuple(back(a) if t is None else t for a, t in zip(results, outs, strict=True))
+    torch.autograd.graph.increment_version([t for t in outs if t is not None])  # who saved one for backward, is told
     return kept if return_grad is not None else kept[0]
+
+
+def _copied(found: Any, out: Any, outs: list[Any]) -> Any:
+    """What was computed elsewhere, into the tensors given."""
+    results = found if isinstance(found, tuple) else (found,)
+    if isinstance(out, tuple) and len(out) != len(results):
+        raise ValueError(f"out must be a tuple of {len(results)} (value, then gradients); found a tuple of {len(out)}")
+    for r, t in zip(results, outs, strict=False):
+        if t is not None and (t.shape, t.dtype) != (r.shape, r.dtype):
+            raise ValueError(
+                f"out must have the shape {tuple(r.shape)} and the dtype {r.dtype}; found {tuple(t.shape)}, {t.dtype}"
+            )
+    outs = outs + [None] * (len(results) - len(outs))
+    kept = tuple(r if t is None else t.copy_(r) for r, t in zip(results, outs, strict=True))
+    return kept if isinstance(found, tuple) else kept[0]
 
 
 def _entropy(
@@ -450,13 +587,13 @@ def loss(
     dtype: str | None, return_grad: Any,
 ) -> Any:  # fmt: skip
     x, y = _operands(x, y, None)
+    factors = _weights(factors, x, None, "factors")
     of_value = None if dtype is None else getattr(torch, dtype)
     if term == "pytorch" and of_value in _FLOATS[2:] and torch.is_autocast_enabled(x.device.type):
         of_value = torch.float32  # autocast has PyTorch's own loss compute in it
-    arguments = axis, reduction, None, 1.0, float(denominator), float(epsilon), of_value
-    if return_grad is not None or factors is not None or (not _needs_grad(x, y) and _eager(x, y)):
-        return _compute(term, x, y, space, *arguments, return_grad, factors)
-    return _with_history(term, x, y, space, *arguments)
+    return _history_or_not(
+        term, x, y, space, axis, reduction, factors, 1.0, denominator, float(epsilon), of_value, return_grad
+    )
 
 
 kl_div = partial(_run, "kl_div")
