@@ -204,9 +204,10 @@ def check(got, expected, dtype, compared, what, loose=None):
     relative = loose or oracle.TOLERANCES["golden", dtype]
     finite = np.isfinite(expected)
     np.testing.assert_array_equal(np.where(finite, 0, got), np.where(finite, 0, expected))
-    error = np.abs(np.where(finite, got - expected, 0))
-    assert np.isfinite(error).all()
-    assert (error <= relative * np.maximum(1, np.abs(np.where(finite, expected, 0)))).all(), error.max()
+    wanted = np.where(finite, expected, 0)
+    excess = np.abs(np.where(finite, got, 0) - wanted) / np.maximum(1, np.abs(wanted)) / relative
+    worst = excess.max(initial=0)
+    assert worst <= 1, f"off by {worst:.3g} tolerances"
     compared[f"golden arrays of {what} compared"] += 1
 
 
@@ -268,8 +269,16 @@ VIEWS = {
 @runs("pytorch")
 def test_pytorch(arrays, case, compared):
     loss = pytorch.KLDivLoss(reduction=case.params["reduction"], log_target=case.params.get("log_target", False))
+    # deviation: PyTorch rounds xlogy(t, t) to the dtype of the target, klcore only the result
+    narrow = max(oracle.TOLERANCES["golden", case.dtype(name)] for name in ("input", "target"))
     with quiet():
-        run(loss, ("input", "target"), arrays, case, compared, ("input", "target"))
+        if case.id == "half/f16/overflow_batchmean":  # deviation: as well its sum, which overflows
+            assert np.isinf(case["out"])
+            value = loss(*(arrays.put(case[name]) for name in ("input", "target")))
+            assert str(value.dtype).endswith("float16")
+            assert 1.6 < float(value) < 1.7
+        else:
+            run(loss, ("input", "target"), arrays, case, compared, ("input", "target"), narrow)
 
 
 @pytest.mark.parametrize("case", [c for c in CASES["pytorch"] if c.family == "noncontig"], ids=repr)
@@ -466,9 +475,12 @@ def test_keras(arrays, case, compared):
     check(arrays.get(value), case["out"], case.dtype("out"), compared, "keras")
     if grad_out is None:
         return
-    for how, gradients in found.items():
+    for gradients in found.values():
         for name, gradient in zip(("y_true", "y_pred"), gradients, strict=True):
             expected = case[f"grad_{name}"]
+            if case.family == "half":  # deviation: t/p, formed in float16, overflows there; klcore forms it in float32
+                assert np.isfinite(gradient.astype(F64)).all()
+                gradient = np.where(np.isfinite(expected), gradient, expected)
             check(gradient, expected, case.dtype(name), compared, "keras")
 
 
@@ -507,7 +519,7 @@ def check_metric(case, put, compared):
         names = [n for n in (f"y_true_{k}", f"y_pred_{k}", f"sample_weight_{k}") if n in case.names]
         metric.update_state(*(put(case[n]) for n in names))
         for found, expected in ((metric.result(), result), (metric.total, total), (metric.count, count)):
-            check(np.asarray(found, F64), expected, "float32", compared, "keras")
+            check(np.float64(float(found)), expected, "float32", compared, "keras")
     metric.reset_state()
     assert float(metric.result()) == 0.0
 
@@ -565,7 +577,7 @@ PUZZLELIB_DIFFERS = {
     "edge_pred/6/soft": (78.97035, [[-0.8, 0.3, 0.5]]),
     "edge_pred/7/soft": (np.nan, [[np.nan] * 3]),
     "edge_pred/7/hot": (np.nan, [[np.nan] * 3]),
-    "edge_norm_target/3": (np.nan, [[np.nan] * 3]),
+    "edge_norm_target/3": (0.0, [[np.nan] * 3]),
 }
 
 
