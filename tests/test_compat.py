@@ -1,8 +1,8 @@
 """The front-ends of klcore.compat against what the five systems return: tests/golden/, and how they behave.
 
-Every case of the golden files is run over NumPy arrays, a part over the emulated or real GPU, PyTorch's and JAX' arrays.
-The cases that are not, and where klcore decided to differ, are named here, with the reason: NOT_RUN and the tests
-called deviation.
+Every case of the golden files is run over NumPy arrays, a part over the emulated or real GPU, PyTorch's and JAX'
+arrays. The cases that are not, and where klcore decided to differ, are named with the reason: NOT_RUN, the tests called
+deviation, and comments that begin with the word.
 """
 
 import builtins
@@ -145,7 +145,9 @@ def arrays(request):
         yield {"torch": torch_arrays, "jax": jax_arrays}[request.param]()
         return
     with computing_on(request.param) as device:
-        yield Arrays(request.param, lambda a, dtype: device.put(a.astype(DTYPES.get(dtype, dtype), copy=False)), device.get)
+        yield Arrays(
+            request.param, lambda a, dtype: device.put(a.astype(DTYPES.get(dtype, dtype), copy=False)), device.get
+        )
 
 
 @pytest.fixture(autouse=True)
@@ -418,12 +420,16 @@ def test_errors(case, compared):
 @runs("r_torch")
 def test_rtorch(arrays, case, compared):
     loss = rtorch.nn_kl_div_loss(case.params["reduction"])
-    warns = pytest.warns(UserWarning, match="not the divergence") if case.params["warnings"] else contextlib.nullcontext()
+    warns = (
+        pytest.warns(UserWarning, match="not the divergence") if case.params["warnings"] else contextlib.nullcontext()
+    )
     inputs = [arrays.put(case[name]) for name in ("input", "target")]
     with warns:
         value, (d_input, _) = loss.value_and_grad(*inputs)
     with quiet():
-        np.testing.assert_array_equal(arrays.get(rtorch.nnf_kl_div(*inputs, case.params["reduction"])), arrays.get(value))
+        np.testing.assert_array_equal(
+            arrays.get(rtorch.nnf_kl_div(*inputs, case.params["reduction"])), arrays.get(value)
+        )
     check(arrays.get(value), case["out"], case.dtype("out"), compared, "r_torch")
     check(arrays.get(d_input), case["grad_input_of_sum"], case.dtype("input"), compared, "r_torch")
 
@@ -478,14 +484,14 @@ def test_keras(arrays, case, compared):
     for gradients in found.values():
         for name, gradient in zip(("y_true", "y_pred"), gradients, strict=True):
             expected = case[f"grad_{name}"]
-            if case.family == "half":  # deviation: t/p, formed in float16, overflows there; klcore forms it in float32
+            if case.family == "half":  # deviation: t/p, formed in float16, overflows there; in float32 here
                 assert np.isfinite(gradient.astype(F64)).all()
                 gradient = np.where(np.isfinite(expected), gradient, expected)
             check(gradient, expected, case.dtype(name), compared, "keras")
 
 
-# Keras 2 weighs the first axis of the values where ours, as Keras 3, weighs the last; a (batch, 1) weight of a vector of
-# values makes a column in Keras 3, a vector in Keras 2; and "sum_over_batch_size" is over the values in both
+# deviation: Keras 2 weighs the first axis of the values where ours, as Keras 3, weighs the last. A (batch, 1) weight of
+# a vector of values makes a column in Keras 3, a vector in Keras 2. The other cases agree.
 KERAS_2_DIFFERS = ("2x3x4_w2/", "4x4x3_w4/")
 
 
@@ -610,3 +616,508 @@ def test_puzzlelib_accumulates(compared):
         check(error, case["error"], "float32", compared, "puzzlelib")
         check(cost.getMeanError(), case["mean_error_after"], "float32", compared, "puzzlelib")
         assert (cost.batchsize, cost.numOfSamples) == (case.params["batchsize"], case.params["numOfSamples"])
+
+
+# ---- behaviour: all --------------------------------------------------------------------------------------------------
+
+RNG = np.random.default_rng(5)
+LOGITS = RNG.normal(size=(4, 3, 5))
+LOG_PROBS = LOGITS - np.log(np.exp(LOGITS).sum(-1, keepdims=True))
+PROBS = RNG.dirichlet(np.ones(5), (4, 3))
+
+# module, function of two arrays with value_and_grad, its two inputs
+FRONT_ENDS = {
+    "pytorch module": (pytorch, pytorch.KLDivLoss(reduction="batchmean"), LOG_PROBS, PROBS),
+    "pytorch function": (pytorch, pytorch.kl_div, LOG_PROBS, PROBS),
+    "rtorch module": (rtorch, rtorch.nn_kl_div_loss("batchmean"), LOG_PROBS, PROBS),
+    "rtorch function": (rtorch, rtorch.nnf_kl_div, LOG_PROBS, PROBS),
+    "keras function": (of_keras, of_keras.kld, PROBS, np.exp(LOG_PROBS)),
+    "keras class": (of_keras, of_keras.KLDivergence(dtype="float64"), PROBS, np.exp(LOG_PROBS)),
+    "keras values": (of_keras, of_keras.KLDivergence("none", dtype="float64"), PROBS, np.exp(LOG_PROBS)),
+    "mxnet": (mxnet, mxnet.KLDivLoss(), LOG_PROBS, PROBS),
+    "mxnet scores": (mxnet, mxnet.KLDivLoss(False, 1, 0.5, nonbatch="sum"), LOGITS, PROBS),
+    "puzzlelib": (puzzlelib, puzzlelib.KLDivergence(), LOGITS.astype(F32), PROBS.astype(F32)),
+}
+
+
+@pytest.mark.parametrize("name", FRONT_ENDS)
+def test_value_and_gradients_in_one_pass(name, monkeypatch):
+    module, function, *inputs = FRONT_ENDS[name]
+    calls = []
+    engine = pytorch.loss  # every module has the same
+    for holder in (module, pytorch):
+        monkeypatch.setattr(holder, "loss", lambda *a, **k: calls.append(k) or engine(*a, **k), raising=False)
+    with quiet():
+        value, gradients = function.value_and_grad(*inputs)
+        assert len(calls) == 1
+        again = function(*inputs)
+    np.testing.assert_array_equal(value, again[0] if name == "puzzlelib" else again)
+    assert [g.shape for g in gradients] == [a.shape for a in inputs][: len(gradients)]
+    assert all(g.dtype == a.dtype for g, a in zip(gradients, inputs, strict=False))
+
+
+@pytest.mark.parametrize("library", [torch_arrays, jax_arrays])
+@pytest.mark.parametrize("name", FRONT_ENDS)
+def test_value_and_gradients_are_plain_arrays(name, library):
+    """Of PyTorch's and JAX' arrays, with the numbers of NumPy's."""
+    arrays = library()
+    _, function, *inputs = FRONT_ENDS[name]
+    inputs = [a.astype(F32) for a in inputs]
+    if "keras" in name and name != "keras function":
+        function = of_keras.KLDivergence(function.reduction)
+    given = [arrays.put(a) for a in inputs]
+    if arrays.name == "torch":
+        given[0].requires_grad_()
+    for cotangent in (None, 0.5):
+        with quiet():
+            value, gradients = function.value_and_grad(*given, cotangent=cotangent)
+            expected, wanted = function.value_and_grad(*inputs, cotangent=cotangent)
+        for found, like in zip((value, *gradients), (expected, *wanted), strict=True):
+            assert type(found) is type(given[1])
+            assert not getattr(found, "requires_grad", False)
+            np.testing.assert_array_equal(arrays.get(found), like)
+
+
+@pytest.mark.parametrize("name", [n for n in FRONT_ENDS if n != "puzzlelib"])
+def test_gradients_are_derivatives(name):
+    """By central differences: the cotangent reaches both arguments."""
+    _, function, *inputs = FRONT_ENDS[name]
+    rng = np.random.default_rng(6)
+    with quiet():
+        cotangent = rng.normal(size=np.shape(function(*inputs)))
+        _, gradients = function.value_and_grad(*inputs, cotangent=cotangent)
+        for k, gradient in enumerate(gradients):
+            direction = rng.normal(size=inputs[k].shape)
+            ends = []
+            for step in (1e-6, -1e-6):
+                moved = list(inputs)
+                moved[k] = inputs[k] + step * direction
+                ends.append((function(*moved) * cotangent).sum())
+            assert (ends[0] - ends[1]) / 2e-6 == pytest.approx((gradient * direction).sum(), rel=1e-5, abs=1e-7)
+
+
+def test_import_brings_numpy_at_most(python):
+    code = """
+import sys
+from klcore.compat import keras, mxnet, puzzlelib, pytorch, rtorch
+import numpy as np
+half = np.full((2, 3), 0.5)
+pytorch.kl_div(half, half, reduction="sum"), keras.KLDivergence()(half, half), mxnet.KLDivLoss()(half, half)
+keras.KLDivergenceMetric()(half, half)
+print(sorted({"torch", "jax", "keras", "cupy", "tensorflow", "ml_dtypes"} & set(sys.modules)))
+"""
+    assert python(code).strip() == "[]"
+
+
+# ---- behaviour: PyTorch and R ----------------------------------------------------------------------------------------
+
+
+def test_pytorch_module():
+    loss = pytorch.KLDivLoss(reduction="sum")
+    assert repr(loss) == "KLDivLoss()"
+    total = loss(LOG_PROBS, PROBS)
+    loss.reduction = "batchmean"
+    np.testing.assert_array_equal(loss(LOG_PROBS, PROBS), pytorch.kl_div(LOG_PROBS, PROBS, reduction="batchmean"))
+    assert loss(LOG_PROBS, PROBS) == pytest.approx(total / 4)
+    loss.log_target = True
+    assert loss(LOG_PROBS, LOG_PROBS) == 0
+    loss.log_target = 1
+    with pytest.raises(TypeError, match="log_target must be a bool"):
+        loss(LOG_PROBS, LOG_PROBS)
+
+
+def test_pytorch_positional_reduction_is_a_mean():
+    """The trap of the original: the first argument is size_average."""
+    with pytest.warns(UserWarning, match="deprecated"):
+        loss = pytorch.KLDivLoss("sum")
+    with pytest.warns(UserWarning, match="not the divergence"):
+        mean = loss(LOG_PROBS, PROBS)
+    assert mean == pytest.approx(pytorch.kl_div(LOG_PROBS, PROBS, reduction="sum") / PROBS.size)
+
+
+@pytest.mark.parametrize(
+    ("input", "target", "expected"),
+    [
+        (ones(3), F64(0.5), F32),
+        (F64(-1.0), ones(3), F32),
+        (F32(-1.0), F64(0.5), F64),
+        (ones(3).astype(np.float16), F32(0.5), np.float16),
+        (ones(3).astype(np.float16), ones(1), F32),
+        (ones(3).astype(np.float16), ones(3).astype(DTYPES["bfloat16"]), F32),
+        (ones(3).astype(DTYPES["bfloat16"]), F32(0.5), DTYPES["bfloat16"]),
+    ],
+)
+def test_pytorch_promotion(input, target, expected):
+    for reduction in ("none", "sum", "batchmean"):
+        value, gradients = pytorch.kl_div.value_and_grad(input, target, reduction=reduction)
+        assert value.dtype == expected
+        assert [g.dtype for g in gradients] == [input.dtype, target.dtype]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        (([0.5], HALF), TypeError, "input must be an array"),
+        ((HALF, 0.5), TypeError, "target must be an array"),
+        ((HALF.astype(object), HALF), TypeError, "must be of float16"),
+        ((np.ones((2, 3), np.uint8), np.ones((2, 4))), RuntimeError, "floating-point"),
+        ((np.ones((0, 3), int), np.ones((0, 3))), RuntimeError, "floating-point"),
+        ((np.ones(3, int), np.ones(3, np.complex64)), RuntimeError, "must be real"),
+        ((np.ma.ones(3), np.ones(3)), TypeError, "mask"),
+    ],
+)
+def test_pytorch_refuses(arguments, error, message):
+    with pytest.raises(error, match=message):
+        pytorch.kl_div(*arguments, reduction="sum")
+
+
+@pytest.mark.parametrize("reduction", [None, "MEAN", "batch_mean", "", 1])
+def test_pytorch_unknown_reductions(reduction):
+    with pytest.raises(ValueError, match="reduction must be"):
+        pytorch.KLDivLoss(reduction=reduction)([1], None)  # before anything else is looked at
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_large_sums(dtype):
+    """Of 64,000 terms, against the terms added up exactly."""
+    rng = np.random.default_rng(61)
+    input = np.log(rng.dirichlet(np.ones(1000), 64)).astype(dtype)
+    target = rng.dirichlet(np.ones(1000), 64).astype(dtype)
+    t, x = target.astype(F64), input.astype(F64)
+    exact = math.fsum((t * np.log(t) - t * x).ravel())
+    assert pytorch.kl_div(input, target, reduction="sum") == pytest.approx(
+        exact, rel=1e-6 if dtype == "float32" else 1e-13
+    )
+    assert pytorch.kl_div(input, target, reduction="batchmean") == pytest.approx(exact / 64, rel=1e-6)
+
+
+def count_warnings(action, function):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter(action)
+        for _ in range(3):
+            function(LOG_PROBS, PROBS)
+    assert all(w.category is UserWarning and w.filename == __file__ for w in caught)
+    return len(caught)
+
+
+@pytest.mark.parametrize(
+    "function", [rtorch.nnf_kl_div, rtorch.nn_kl_div_loss(), rtorch.nn_kl_div_loss().value_and_grad]
+)
+def test_rtorch_warns_at_every_call(function):
+    assert count_warnings("default", function) == 3  # where Python shows others once
+    assert count_warnings("ignore", function) == 0
+    with pytest.raises(UserWarning, match="batchmean"):
+        count_warnings("error", function)
+
+
+@pytest.mark.parametrize("function", [pytorch.kl_div, pytorch.KLDivLoss()])
+def test_pytorch_warns_as_python_does(function):
+    assert count_warnings("always", function) == 3
+    assert count_warnings("default", function) == 1
+
+
+def test_rtorch_has_no_log_target():
+    loss = rtorch.nn_kl_div_loss(reduction="none")
+    assert loss.reduction == "none"
+    assert loss(LOG_PROBS, PROBS).shape == PROBS.shape
+    with pytest.raises(TypeError):
+        rtorch.nn_kl_div_loss(log_target=True)
+    with pytest.raises(ValueError, match="batch axis"):
+        rtorch.nnf_kl_div(np.array(-1.0), np.array(0.5), "batchmean")
+
+
+# ---- behaviour: Keras ------------------------------------------------------------------------------------------------
+
+
+def test_keras_names():
+    assert of_keras.kullback_leibler_divergence is of_keras.kl_divergence is of_keras.KLD is of_keras.kld
+
+
+@pytest.mark.parametrize("loaded", [False, True])
+def test_keras_epsilon(loaded, request):
+    keras = request.getfixturevalue("keras") if loaded else None
+    assert of_keras.epsilon() == 1e-7
+    y_true, y_pred = np.array([1.0]), np.array([0.0])
+    before = of_keras.kld(y_true, y_pred)
+    of_keras.set_epsilon(1e-3)
+    try:
+        assert of_keras.epsilon() == 1e-3
+        assert not loaded or keras.config.epsilon() == 1e-3
+        assert of_keras.kld(y_true, y_pred) == pytest.approx(-math.log(1e-3))
+    finally:
+        of_keras.set_epsilon(1e-7)
+    assert before == pytest.approx(-math.log(1e-7))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_keras_epsilon_is_rounded(dtype):
+    """To the dtype: what is clipped equals the bound, and so contributes nothing."""
+    bound = np.array([1e-7]).astype(DTYPES[dtype])
+    assert of_keras.kld(bound, np.zeros_like(bound)) == 0
+    _, (d_true, d_pred) = of_keras.kld.value_and_grad(bound, bound)
+    assert (d_true, d_pred) == (1, -1)  # the bound is inside
+
+
+@pytest.mark.parametrize(
+    ("y_true", "y_pred", "dtype"),
+    [
+        ([[0, 1]], np.array([[0.25, 0.75]]), F64),
+        (np.array([[False, True]]), np.array([[0.25, 0.75]], F32), F32),
+        (np.array([[0.0, 1.0]]), np.array([[0.25, 0.75]], np.float16), np.float16),
+        ([[0.0, 1.0]], [[0.25, 0.75]], F32),
+    ],
+)
+def test_keras_function_dtypes(y_true, y_pred, dtype):
+    value, (d_true, _) = of_keras.kld.value_and_grad(y_true, y_pred)
+    assert value.dtype == dtype
+    assert value == pytest.approx([-math.log(0.75)], rel=1e-3)
+    assert d_true.shape == (1, 2)
+
+
+def test_keras_integer_predictions_are_floats():
+    np.testing.assert_allclose(of_keras.kld(np.array([[0, 1]]), np.array([[0, 1]])), 0, atol=1e-6)
+    with pytest.raises(TypeError, match="must be real"):
+        of_keras.kld(PROBS, PROBS * 1j)
+
+
+def test_keras_class_casts():
+    assert of_keras.KLDivergence()(PROBS, PROBS).dtype == F32
+    assert of_keras.KLDivergence(dtype="float64")(PROBS.astype(F32), PROBS).dtype == F64
+    with pytest.raises(ValueError, match="dtype must be one of"):
+        of_keras.KLDivergence(dtype="int32")
+
+
+@pytest.mark.parametrize("reduction", ["auto", "batchmean", "SUM", 1])
+def test_keras_unknown_reductions(reduction):
+    with pytest.raises(ValueError, match="reduction must be one of"):
+        of_keras.KLDivergence(reduction=reduction)
+
+
+def test_keras_weights_that_do_not_fit():
+    loss = of_keras.KLDivergence()
+    for shape in ((2,), (4, 5), (3, 4)):
+        with pytest.raises(ValueError, match="must be equal or broadcast"):
+            loss(PROBS, PROBS, np.ones(shape))
+
+
+def test_keras_weight_of_zero():
+    """The value is the original's; the gradient of a row that does not count is 0."""
+    y_pred = PROBS[0].copy()
+    y_pred[1] = np.nan
+    weight = np.array([1.0, 0.0, 1.0])
+    loss = of_keras.KLDivergence("none", dtype="float64")
+    value, (_, d_pred) = loss.value_and_grad(PROBS[0], y_pred, weight)
+    np.testing.assert_array_equal(np.isnan(value), [False, True, False])
+    np.testing.assert_array_equal(d_pred[1], 0)
+    assert of_keras.KLDivergence("mean_with_sample_weight")(PROBS[0], PROBS[0], np.zeros(3)) == 0
+
+
+@pytest.mark.parametrize("loaded", [False, True])
+def test_keras_config(loaded, request):
+    keras = request.getfixturevalue("keras") if loaded else None
+    loss = of_keras.KLDivergence("sum", name="kl", dtype="float64")
+    assert loss.get_config() == {"name": "kl", "reduction": "sum"}
+    for other in (
+        of_keras.KLDivergence.from_config(loss.get_config()),
+        copy.deepcopy(loss),
+        pickle.loads(pickle.dumps(loss)),
+    ):
+        assert isinstance(other, of_keras.KLDivergence)
+        assert other.get_config() == loss.get_config()
+        assert not loaded or isinstance(other, keras.losses.Loss)
+    assert pickle.loads(pickle.dumps(loss)).dtype == "float64"
+    metric = of_keras.KLDivergenceMetric("kl")
+    assert metric.get_config() == {"name": "kl", "dtype": "float32"}
+    assert of_keras.KLDivergenceMetric.from_config(metric.get_config()).name == "kl"
+    if loaded:
+        again = keras.saving.deserialize_keras_object(
+            keras.saving.serialize_keras_object(loss), custom_objects={"KLDivergence": of_keras.KLDivergence}
+        )
+        assert isinstance(again, of_keras.KLDivergence)
+        assert again.get_config() == loss.get_config()
+
+
+def test_keras_policy():
+    class Policy:
+        compute_dtype = "float16"
+
+    assert of_keras.KLDivergence(dtype=Policy())(PROBS, PROBS).dtype == np.float16
+
+
+@pytest.mark.parametrize("backend", ["torch", "jax"])
+def test_keras_trains(python, backend):
+    """A model that learns by our losses, as functions and as objects, ends where Keras' own takes it."""
+    pytest.importorskip("keras", reason="not run: Keras is not installed") if backend == "torch" else None
+    pytest.importorskip(backend, reason=f"not run: {backend} is not installed")
+    code = """
+import numpy as np, keras
+from klcore.compat import keras as ours
+rng = np.random.default_rng(0)
+x, y = rng.normal(size=(32, 6)).astype("float32"), rng.dirichlet(np.ones(4), 32).astype("float32")
+weight = rng.uniform(0.5, 2, 32).astype("float32")
+
+def train(loss, metric):
+    keras.utils.set_random_seed(1)
+    model = keras.Sequential([keras.layers.Dense(8, "tanh"), keras.layers.Dense(4, "softmax")])
+    model.compile(loss=loss, optimizer=keras.optimizers.SGD(0.1), metrics=[metric], weighted_metrics=[])
+    history = model.fit(x, y, sample_weight=weight, batch_size=8, epochs=2, verbose=0, shuffle=False).history
+    found = model.evaluate(x, y, verbose=0)
+    return [w.tolist() for w in model.get_weights()], list(history.values()), found
+
+theirs = train(keras.losses.KLDivergence(), keras.metrics.KLDivergence())
+for loss in (ours.kullback_leibler_divergence, ours.KLDivergence()):
+    mine = train(loss, ours.KLDivergenceMetric())
+    for a, b in zip(keras.tree.flatten(theirs), keras.tree.flatten(mine), strict=True):
+        assert abs(a - b) <= 1e-5 * max(1, abs(a)), (loss, a, b)
+total = train(ours.KLDivergence(reduction="sum"), ours.KLDivergenceMetric())
+assert total[0] != mine[0]
+print("trained")
+"""
+    assert python(code, KERAS_BACKEND=backend, warnings="ignore").strip().endswith("trained")
+
+
+def test_keras_masks_of_tensors(keras):
+    """As Keras attaches them in a model."""
+    torch = pytest.importorskip("torch", reason="not run: PyTorch is not installed")
+    if keras.config.backend() != "torch":
+        pytest.skip(f"not run: Keras computes with {keras.config.backend()} here")
+    y_true, y_pred = (torch.tensor(a, dtype=torch.float32) for a in (PROBS, np.exp(LOG_PROBS)))
+    y_pred._keras_mask = torch.tensor(RNG.uniform(size=(4, 3)) < 0.5)
+    for weight in (None, np.full((4, 3), 0.5, F32), 2.0):
+        for reduction in ("sum_over_batch_size", "sum", "none"):
+            expected = keras.losses.KLDivergence(reduction)(y_true, y_pred, weight)
+            found = of_keras.KLDivergence(reduction)(PROBS, y_pred, weight)  # the truth as the data has it
+            torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+
+
+# ---- behaviour: MXNet ------------------------------------------------------------------------------------------------
+
+
+def test_mxnet_repr_and_words():
+    assert repr(mxnet.KLDivLoss(weight=2.0, batch_axis=1)) == "KLDivLoss(batch_axis=1, w=2.0)"
+    with pytest.raises(ValueError, match="nonbatch must be"):
+        mxnet.KLDivLoss(nonbatch="max")
+    with pytest.raises(TypeError):
+        mxnet.KLDivLoss()(LOG_PROBS, label=PROBS)
+
+
+@pytest.mark.parametrize(
+    ("words", "arguments", "error", "message"),
+    [
+        ({}, (LOG_PROBS.tolist(), PROBS), TypeError, "pred must be an array"),
+        ({}, (LOG_PROBS.astype(int), PROBS.astype(int)), TypeError, "must be of float16"),
+        ({}, (np.array(-1.0), np.array(0.5)), ValueError, "batch axis"),
+        ({"batch_axis": 3}, (LOG_PROBS, PROBS), ValueError, "batch_axis must be within"),
+        ({"batch_axis": None}, (LOG_PROBS, PROBS), TypeError, "batch_axis must be an integer"),
+        ({"batch_axis": (0, 1)}, (LOG_PROBS, PROBS), TypeError, "batch_axis must be an integer"),
+        ({"from_logits": 0, "axis": -4}, (LOG_PROBS, PROBS), ValueError, "axis must be within"),
+        ({}, (LOG_PROBS, PROBS, np.ones(4)), ValueError, "must be equal or broadcast"),
+        ({"weight": "1"}, (LOG_PROBS, PROBS), AssertionError, "weight must be a number"),
+    ],
+)
+def test_mxnet_refuses(words, arguments, error, message):
+    with pytest.raises(error, match=message):
+        mxnet.KLDivLoss(**words)(*arguments)
+
+
+def test_mxnet_empty():
+    assert mxnet.KLDivLoss()(np.ones((0, 3)), np.ones((0, 3))).shape == (0,)
+    np.testing.assert_array_equal(mxnet.KLDivLoss()(np.ones((2, 0)), np.ones((2, 0))), [np.nan] * 2)
+    np.testing.assert_array_equal(mxnet.KLDivLoss(nonbatch="sum")(np.ones((2, 0)), np.ones((2, 0))), [0.0] * 2)
+
+
+@pytest.mark.parametrize("weight", [2, 0.5, True, np.float32(2), -1.5, 0, 0.0, np.nan])
+@pytest.mark.parametrize("from_logits", [True, False])
+def test_mxnet_weight_multiplies(weight, from_logits):
+    plain, weighted = (mxnet.KLDivLoss(from_logits, weight=w) for w in (None, weight))
+    for a, b in zip(plain.value_and_grad(LOGITS, PROBS), weighted.value_and_grad(LOGITS, PROBS), strict=True):
+        np.testing.assert_allclose(np.asarray(b), np.asarray(a) * float(weight), rtol=1e-14)
+
+
+def test_mxnet_weight_of_zero_keeps_nan():
+    pred = np.array([[-np.inf, 0.0], [-1.0, -1.0]])
+    label = np.array([[1.0, 0.0], [0.5, 0.5]])
+    np.testing.assert_array_equal(mxnet.KLDivLoss(weight=0.0)(pred, label), [np.nan, 0.0])
+    np.testing.assert_array_equal(mxnet.KLDivLoss()(pred, label, np.array([[0.0], [0.0]])), [np.nan, 0.0])
+
+
+@pytest.mark.parametrize(("words", "shape"), [({}, (4, 1, 1)), ({"batch_axis": 1}, (1, 3, 1)), ({}, (1,)),
+                                              ({"from_logits": False}, (4, 1, 1)), ({}, None)])  # fmt: skip
+def test_mxnet_needs_no_array_of_terms(words, shape, monkeypatch):
+    """Where one weight holds for a sample."""
+    calls = []
+    engine = mxnet.loss
+    monkeypatch.setattr(mxnet, "loss", lambda *a, **k: calls.append(k["reduction"]) or engine(*a, **k))
+    loss = mxnet.KLDivLoss(**words)
+    weights = () if shape is None else (RNG.uniform(size=shape),)
+    value = loss(LOGITS, PROBS, *weights)
+    assert calls == ["row"]
+    if shape is not None:
+        np.testing.assert_allclose(value, loss(LOGITS, PROBS, np.broadcast_to(weights[0], PROBS.shape)), rtol=1e-13)
+        assert calls[1:] == ["none"]
+
+
+# ---- behaviour: PuzzleLib --------------------------------------------------------------------------------------------
+
+SCORES, TARGETS = LOGITS.astype(F32), (PROBS / 3).astype(F32)
+
+
+def test_puzzlelib_state():
+    cost = puzzlelib.KLDivergence()
+    with pytest.warns(RuntimeWarning, match="no batch yet"):
+        assert np.isnan(cost.getError())
+    with pytest.warns(RuntimeWarning, match="no batch yet"):
+        assert np.isnan(cost.getMeanError())
+    cost.validate(SCORES, TARGETS)
+    assert (cost.error is None or np.isnan(cost.error), cost.grad, cost.batchsize) == (True, None, 0)
+    grad = cost(SCORES, TARGETS, queryError=False)
+    assert grad is cost.grad
+    assert cost.dirty
+    assert cost.getError() == pytest.approx(cost.valError, rel=1e-6)
+    assert not cost.dirty
+    first = cost.error
+    error, _ = cost(SCORES[:1], TARGETS[:1])
+    assert (cost.batchsize, cost.numOfSamples) == (1, 5)
+    assert cost.getMeanError() == pytest.approx((4 * first + error) / 5, rel=1e-6)
+    cost.resetAccumulator()
+    assert (cost.accumErr, cost.batchsize, cost.numOfSamples) == (0, 0, 0)
+    before = dict(vars(cost))
+    cost.value_and_grad(SCORES, TARGETS)
+    assert vars(cost) == before
+
+
+def test_puzzlelib_softmax_spans_all_axes():
+    for shape in ((4, 15), (4, 5, 3), (4, 3, 5, 1)):
+        error, grad = puzzlelib.KLDivergence()(SCORES.reshape(shape), TARGETS.reshape(shape))
+        assert grad.shape == shape
+        assert error == pytest.approx(puzzlelib.KLDivergence()(SCORES, TARGETS)[0], rel=1e-6)
+
+
+def test_puzzlelib_gradient_descends_where_targets_sum_to_one():
+    _, (grad,) = puzzlelib.KLDivergence().value_and_grad(SCORES, TARGETS, cotangent=4.0)
+    scores = LOGITS.reshape(4, 15)
+    softmax = np.exp(scores) / np.exp(scores).sum(-1, keepdims=True)
+    np.testing.assert_allclose(grad.reshape(4, 15), TARGETS.reshape(4, 15) - softmax, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("words", "pred", "target", "error"),
+    [
+        ({"maxlabels": 3}, ones(4), ones(4), IndexError),
+        ({}, np.float32(1), np.float32(1), IndexError),
+        ({}, np.ones((2, 3), np.int32), ones(2, 3), TypeError),
+        ({}, np.ones((2, 3), np.float16), ones(2, 3), KeyError),
+        ({"normTarget": True}, ones(2, 3), np.ones((2, 3), np.int32), TypeError),
+        ({}, ones(2, 3), [[1.0]], AttributeError),
+    ],
+)
+def test_puzzlelib_refuses(words, pred, target, error):
+    with pytest.raises(error):
+        puzzlelib.KLDivergence(**words)(pred, target)
+
+
+def test_puzzlelib_no_classes():
+    error, grad = puzzlelib.KLDivergence()(ones(2, 0), ones(2, 0))
+    assert error == 0
+    assert grad.shape == (2, 0)
+    assert puzzlelib.KLDivergence(maxlabels=0)(ones(2, 3), ones(2, 3))[1].shape == (2, 3)

@@ -3,12 +3,26 @@
 Called by the modules of klcore.compat. No library is imported here: an array of a library proves that it is loaded.
 """
 
+import functools
 import sys
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import numpy as np
 
 FLOATS = ("float16", "bfloat16", "float32", "float64")
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def quietly(function: F) -> F:
+    """Infinities and NaN are answers: NumPy shall not warn where one is weighted or rounded after the engine's work."""
+
+    @functools.wraps(function)
+    def quiet(*arguments: Any, **keywords: Any) -> Any:
+        with np.errstate(invalid="ignore", over="ignore"):
+            return function(*arguments, **keywords)
+
+    return quiet  # type: ignore[return-value]
 
 
 def namespace(array: Any) -> Any:

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from klcore.compat._arguments import FLOATS, as_array, broadcast, cast, detached, dtype_name, namespace, sum_to
+from klcore.compat._arguments import FLOATS, as_array, broadcast, cast, detached, dtype_name, namespace, quietly, sum_to
 from klcore.divergence import loss
 
 __all__ = [
@@ -163,6 +163,8 @@ class KLDivergence:
 
     As in the original, values that are a scalar or an empty vector are not reduced.
 
+    To load a model that was saved with it, pass ``custom_objects={"KLDivergence": KLDivergence}`` to Keras.
+
     Examples
     --------
     >>> import numpy as np
@@ -195,6 +197,7 @@ class KLDivergence:
     def dtype(self) -> str:
         return self._dtype
 
+    @quietly
     def __call__(self, y_true: Any, y_pred: Any, sample_weight: Any = None) -> Any:
         """The reduced loss.
 
@@ -225,6 +228,7 @@ class KLDivergence:
         """The values before weights and reduction, of shape (...)."""
         return _engine(*self._arrays(y_true, y_pred))
 
+    @quietly
     def value_and_grad(
         self, y_true: Any, y_pred: Any, sample_weight: Any = None, *, cotangent: Any = None
     ) -> tuple[Any, tuple[Any, Any]]:

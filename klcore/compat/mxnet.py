@@ -4,7 +4,7 @@ import math
 import numbers
 from typing import Any, NamedTuple
 
-from klcore.compat._arguments import FLOATS, as_array, broadcast, cast, detached, dtype_name, sum_to
+from klcore.compat._arguments import FLOATS, as_array, broadcast, cast, detached, dtype_name, quietly, sum_to
 from klcore.divergence import loss
 
 __all__ = ["KLDivLoss"]
@@ -70,6 +70,7 @@ class KLDivLoss:
     def __repr__(self) -> str:
         return f"KLDivLoss(batch_axis={self.batch_axis}, w={self.weight})"
 
+    @quietly
     def __call__(self, pred: Any, label: Any, sample_weight: Any = None, /) -> Any:
         """The loss of every sample, in nats.
 
@@ -100,6 +101,7 @@ class KLDivLoss:
         """
         return self._value(*self._checked(pred, label, sample_weight))
 
+    @quietly
     def value_and_grad(
         self, pred: Any, label: Any, sample_weight: Any = None, /, *, cotangent: Any = None
     ) -> tuple[Any, tuple[Any, ...]]:
