@@ -75,6 +75,8 @@ def broadcast(
     a: tuple[int, ...], b: tuple[int, ...], names: str, error: type[Exception] = ValueError
 ) -> tuple[int, ...]:
     """The shape to which two shapes, of what is called `names`, broadcast."""
+    if a == b:
+        return a
     try:
         return np.broadcast_shapes(a, b)
     except ValueError:

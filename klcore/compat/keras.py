@@ -425,7 +425,7 @@ def _arrays(y_true: Any, y_pred: Any, name: str | None = None) -> tuple[Any, Any
             raise TypeError(f"y_true and y_pred must be real, found {dtype_name(array)}")
     if name is None:
         name = dtype_name(y_pred) if dtype_name(y_pred) in FLOATS else _dtype(None)
-    return _like(y_true, y_pred, name), cast(y_pred, name)
+    return _like(y_true, y_pred, name), _like(y_pred, y_pred, name)
 
 
 def _values_shape(y_true: Any, y_pred: Any) -> tuple[int, ...]:
