@@ -38,7 +38,12 @@ def namespace(array: Any) -> Any:
 
 def dtype_name(array: Any) -> str:
     """As NumPy calls it; "float32" for torch.float32."""
-    return getattr(array.dtype, "name", None) or str(array.dtype).rpartition(".")[2]
+    return _name(array.dtype)
+
+
+@functools.cache
+def _name(dtype: Any) -> str:
+    return getattr(dtype, "name", None) or str(dtype).rpartition(".")[2]
 
 
 def cast(array: Any, name: str) -> Any:

@@ -439,7 +439,13 @@ def _engine(y_true: Any, y_pred: Any, **options: Any) -> Any:
     _values_shape(y_true, y_pred)
     name = dtype_name(y_pred)
     return loss(
-        "keras", y_true, y_pred, space=("probs", "probs"), epsilon=_rounded(epsilon(), name), dtype=name, **options
+        "keras",
+        y_true,
+        y_pred,
+        space=("probs", "probs"),
+        epsilon=_rounded(epsilon(), name),
+        dtype=name if name in ("float16", "bfloat16") else None,  # else the engine's own choice, its quickest way
+        **options,
     )
 
 
@@ -454,6 +460,7 @@ def _as_given(gradients: Any, given: tuple[Any, Any]) -> tuple[Any, Any]:
     return of_true, of_pred
 
 
+@cache
 def _rounded(value: float, name: str) -> float:
     """A number as the dtype called `name` holds it."""
     if name == "bfloat16":  # a float32 without its lower half, rounded to even; NumPy may not know the type

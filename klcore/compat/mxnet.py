@@ -2,7 +2,7 @@
 
 import math
 import numbers
-from typing import Any, NamedTuple
+from typing import Any
 
 from klcore.compat._arguments import FLOATS, as_array, broadcast, cast, detached, dtype_name, quietly, sum_to
 from klcore.divergence import loss
@@ -126,31 +126,25 @@ class KLDivLoss:
         A row whose cotangent or weight is 0 has the derivative 0, where the original may have NaN.
         """
         pred, label, weights = self._checked(*detached(pred, label, sample_weight))
-        call = self._engine_call(pred, label)
         if weights is None and cotangent is None:
-            value, d_label, d_pred = call.loss(return_grad=("x", "y"))
-            return call.finish(value), (d_pred.reshape(pred.shape), d_label.reshape(pred.shape))
+            value, d_label, d_pred = self._sums(pred, label, ("x", "y"))
+            return value, (d_pred, d_label)
 
         value = self._value(pred, label, weights)
-        name = dtype_name(pred)
         shape = tuple(pred.shape)
-        full = (
-            shape if weights is None else broadcast(tuple(pred.shape), tuple(weights.shape), "pred and sample_weight")
-        )
-        spread = [1] * len(full)
-        spread[_axis("batch_axis", self.batch_axis, len(full))] = -1
-        factors = as_array(1.0 if cotangent is None else cotangent, value, name)
-        factors = factors.reshape(spread) if factors.ndim else factors
-        plain = call._replace(view=shape, axis=call.axis if not self.from_logits else -1)
+        full = shape if weights is None else broadcast(shape, tuple(weights.shape), "pred and sample_weight")
+        factors = as_array(1.0 if cotangent is None else cotangent, value, dtype_name(pred))
+        if factors.ndim:  # along the batch axis
+            factors = factors.reshape([-1 if k == self._batch(full) else 1 for k in range(len(full))])
+        options = {"denominator": self._denominator(full)}
         if weights is None:
-            _, d_label, d_pred = plain.loss("sum", factors=factors, return_grad=("x", "y"))
+            _, d_label, d_pred = self._engine(pred, label, "sum", factors=factors, return_grad=("x", "y"), **options)
             return value, (d_pred, d_label)
-        weighted = plain._replace(denominator=self._denominator(full))
-        products = factors * weights
+        d_weight = sum_to(self._engine(pred, label, "none", **options) * factors, full, tuple(weights.shape))
+        factors = factors * weights
         if full != shape:
-            products = sum_to(products, full, shape)
-        _, d_label, d_pred = weighted.loss("sum", factors=products, return_grad=("x", "y"))
-        d_weight = sum_to(weighted.loss("none") * factors, full, tuple(weights.shape))
+            factors = sum_to(factors, full, shape)
+        _, d_label, d_pred = self._engine(pred, label, "sum", factors=factors, return_grad=("x", "y"), **options)
         return value, (d_pred, d_label, cast(d_weight, dtype_name(weights)))
 
     def _checked(self, pred: Any, label: Any, sample_weight: Any) -> tuple[Any, Any, Any]:
@@ -172,83 +166,79 @@ class KLDivLoss:
         weights = None if sample_weight is None else as_array(sample_weight, pred, dtype_name(pred))
         return pred, label, weights
 
+    def _batch(self, shape: tuple[int, ...]) -> int:
+        return _axis("batch_axis", self.batch_axis, len(shape))
+
     def _denominator(self, shape: tuple[int, ...]) -> float:
-        """What the sum over a sample of this shape is divided by; the weight is in it, 0 as its infinite inverse."""
-        batch = shape[_axis("batch_axis", self.batch_axis, len(shape))]
+        """What the sum over a sample is divided by, for terms of this shape.
+
+        The weight is in it, so that it costs no pass; 0 as its infinite inverse, which leaves infinite terms NaN.
+        """
+        batch = shape[self._batch(shape)]
         count = 1.0 if self.nonbatch == "sum" else math.prod(shape) / batch if batch else 1.0
         weight = 1.0 if self.weight is None else float(self.weight)
         return (count / weight if weight else math.inf) or math.nan  # the mean of nothing is NaN
 
-    def _engine_call(self, pred: Any, label: Any) -> "_Call":
-        """How the engine adds up as much as it can in its pass."""
-        shape = tuple(pred.shape)
-        batch = _axis("batch_axis", self.batch_axis, len(shape))
-        before, n, after = math.prod(shape[:batch]), shape[batch], math.prod(shape[batch + 1 :])
-        view = shape
-        leftover: tuple[int, ...] = ()
-        if not self.from_logits:
-            axis = _axis("axis", self.axis, len(shape))
-            if axis == batch:
-                reduction, leftover = "none", tuple(k for k in range(len(shape)) if k != batch)
-            else:
-                reduction = "row"
-                kept = [k for k in range(len(shape)) if k != axis]
-                leftover = tuple(i for i, k in enumerate(kept) if k != batch)
-        elif len(shape) == 1:
-            axis, reduction = 0, "none"
-        elif before == 1:  # any axis may be that of the classes: all of a sample, if its elements are neighbours
-            view, axis, reduction = (n, after), 1, "row"
-        elif after == 1:
-            view, axis, reduction = (before, n), 0, "row"
-        else:
-            view, axis, reduction, leftover = (before, n, after), 2, "row", (0,)
-        return _Call(pred, label, view, axis, reduction, leftover, self._denominator(shape), bool(self.from_logits))
-
-    def _value(self, pred: Any, label: Any, weights: Any) -> Any:
-        call = self._engine_call(pred, label)
-        if weights is None:
-            return call.finish(call.loss())
-        full = broadcast(tuple(pred.shape), tuple(weights.shape), "pred and sample_weight")
-        batch = _axis("batch_axis", self.batch_axis, len(full))
-        if len(full) == pred.ndim and math.prod(weights.shape) == (
-            weights.shape[batch] if weights.ndim == len(full) else 1
-        ):
-            return call.finish(call.loss()) * weights.reshape(-1)  # one weight a sample
-        terms = call._replace(
-            view=tuple(pred.shape), axis=-1 if self.from_logits else call.axis, denominator=self._denominator(full)
-        )
-        leftover = tuple(k for k in range(len(full)) if k != batch)
-        return terms._replace(leftover=leftover).finish(terms.loss("none") * weights)
-
-
-class _Call(NamedTuple):
-    """The arguments of a call of the engine, and which axes of its result are to be added up after it."""
-
-    pred: Any
-    label: Any
-    view: tuple[int, ...]
-    axis: int
-    reduction: str
-    leftover: tuple[int, ...]
-    denominator: float
-    from_logits: bool
-
-    def loss(self, reduction: str | None = None, factors: Any = None, return_grad: Any = None) -> Any:
+    def _engine(self, pred: Any, label: Any, reduction: str, **options: Any) -> Any:
+        """The engine's loss. With `from_logits`, any axis may be called that of the classes."""
+        axis = options.pop("axis", -1 if self.from_logits else self.axis)
         return loss(
             "mxnet",
-            self.label.reshape(self.view),
-            self.pred.reshape(self.view),
+            label,
+            pred,
             space=("probs", "log_probs" if self.from_logits else "logits"),
-            axis=self.axis,
-            reduction=reduction or self.reduction,
-            factors=factors,
-            denominator=self.denominator,
-            epsilon=0.0 if dtype_name(self.pred) == "float16" else 1e-12,
-            return_grad=return_grad,
+            axis=axis,
+            reduction=reduction,
+            epsilon=0.0 if dtype_name(pred) == "float16" else 1e-12,
+            **options,
         )
 
-    def finish(self, value: Any) -> Any:
-        return cast(value.sum(self.leftover) if self.leftover else value, dtype_name(self.pred))
+    def _value(self, pred: Any, label: Any, weights: Any) -> Any:
+        if weights is None:
+            return self._sums(pred, label)[0]
+        shape, of_weights = tuple(pred.shape), tuple(weights.shape)
+        full = broadcast(shape, of_weights, "pred and sample_weight")
+        batch = self._batch(full)
+        samples = of_weights[batch] if len(of_weights) == len(full) else 1
+        if len(full) == len(shape) and math.prod(of_weights) == samples:  # one weight a sample
+            return self._sums(pred, label)[0] * weights.reshape(-1)
+        terms = self._engine(pred, label, "none", denominator=self._denominator(full)) * weights
+        return cast(_sum(terms, [k for k in range(len(full)) if k != batch]), dtype_name(pred))
+
+    def _sums(self, pred: Any, label: Any, return_grad: tuple[str, str] | None = None) -> list[Any]:
+        """The losses of the samples without sample weights, and the gradients that `return_grad` asks for."""
+        shape = tuple(pred.shape)
+        view, axis, reduction, leftover = self._layout(shape)
+        found = self._engine(
+            pred.reshape(view),
+            label.reshape(view),
+            reduction,
+            axis=axis,
+            denominator=self._denominator(shape),
+            return_grad=return_grad,
+        )
+        value, *gradients = found if return_grad else (found,)
+        return [cast(_sum(value, leftover), dtype_name(pred)), *(g.reshape(shape) for g in gradients)]
+
+    def _layout(self, shape: tuple[int, ...]) -> tuple[tuple[int, ...], int, str, list[int]]:
+        """How the engine adds up as much as it can: (shape for it, class axis, reduction, axes left to sum)."""
+        batch = self._batch(shape)
+        others = [k for k in range(len(shape)) if k != batch]
+        if self.from_logits:  # all of a sample can be one row
+            before, n, after = math.prod(shape[:batch]), shape[batch], math.prod(shape[batch + 1 :])
+            if not others:
+                return shape, 0, "none", []
+            if before == 1:
+                return (n, after), 1, "row", []
+            return ((before, n), 0, "row", []) if after == 1 else ((before, n, after), 2, "row", [0])
+        axis = _axis("axis", self.axis, len(shape))
+        if axis == batch:
+            return shape, axis, "none", others
+        return shape, axis, "row", [k - (k > axis) for k in others if k != axis]
+
+
+def _sum(array: Any, axes: list[int]) -> Any:
+    return array.sum(tuple(axes)) if axes else array
 
 
 def _axis(word: str, axis: int, ndim: int) -> int:

@@ -246,6 +246,7 @@ def aten(
     `by_batch` divides by the size of the first axis of the input besides.
     """
     shape, dtype = _checked(input, target, log_target)
+    wide = "float64" if "float64" in (dtype_name(input), dtype_name(target)) else "float32"
     denominator = math.prod(shape) if word == "mean" else 1
     if by_batch and input.ndim:
         denominator *= input.shape[0]
@@ -257,7 +258,7 @@ def aten(
         reduction="none" if word == "none" else "sum",
         factors=cotangent,
         denominator=float(denominator) or math.nan,  # the mean of nothing is NaN
-        dtype=dtype,
+        dtype=None if dtype == wide else dtype,  # the engine's own choice is its quickest way
         return_grad=return_grad,
     )
 
