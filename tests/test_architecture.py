@@ -50,7 +50,9 @@ ROOMS = {
         REGISTRY_ERROR,
     },
     r"klcore\.compat": {"klcore.compat"},
-    r"klcore\.compat\.\w+": {"numpy", "klcore.divergence", "klcore.compat"},
+    r"klcore\.compat\._arguments": {"numpy"},
+    r"klcore\.compat\.rtorch": {"klcore.compat.pytorch"},  # both call the same library in the original, too
+    r"klcore\.compat\.\w+": {"numpy", "klcore.divergence", "klcore.compat._arguments"},
     r"klcore\._src": set(),
 }  # fmt: skip
 

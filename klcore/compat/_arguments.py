@@ -1,0 +1,88 @@
+"""What the front-ends share: arrays of any library, handled by what NumPy, CuPy, PyTorch and JAX have in common.
+
+Called by the modules of klcore.compat. No library is imported here: an array of a library proves that it is loaded.
+"""
+
+import functools
+import sys
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import numpy as np
+
+FLOATS = ("float16", "bfloat16", "float32", "float64")
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def quietly(function: F) -> F:
+    """Infinities and NaN are answers: NumPy shall not warn where one is weighted or rounded after the engine's work."""
+
+    @functools.wraps(function)
+    def quiet(*arguments: Any, **keywords: Any) -> Any:
+        with np.errstate(invalid="ignore", over="ignore"):
+            return function(*arguments, **keywords)
+
+    return quiet  # type: ignore[return-value]
+
+
+def namespace(array: Any) -> Any:
+    """The module with the functions for an array: numpy, cupy, torch or jax.numpy."""
+    for base in type(array).__mro__:
+        root = base.__module__.partition(".")[0]
+        if root in ("numpy", "cupy", "torch"):
+            return sys.modules[root]
+        if root == "jax":
+            return sys.modules["jax.numpy"]
+    raise TypeError(f"expected an array of NumPy, CuPy, PyTorch or JAX, found {type(array).__name__}")
+
+
+def dtype_name(array: Any) -> str:
+    """As NumPy calls it; "float32" for torch.float32."""
+    return _name(array.dtype)
+
+
+@functools.cache
+def _name(dtype: Any) -> str:
+    return getattr(dtype, "name", None) or str(dtype).rpartition(".")[2]
+
+
+def cast(array: Any, name: str) -> Any:
+    if dtype_name(array) == name:
+        return array
+    if hasattr(array, "astype"):
+        return array.astype(name)
+    return array.to(getattr(namespace(array), name))
+
+
+def as_array(value: Any, like: Any, name: str) -> Any:
+    """`value`, an array, number or list, as an array of the library of `like` with the dtype called `name`."""
+    if not hasattr(value, "dtype"):
+        xp = namespace(like)
+        # only PyTorch lets arrays of two devices meet by default, and fails later
+        value = xp.asarray(value, device=like.device) if xp.__name__ == "torch" else xp.asarray(value)
+    return cast(value, name)
+
+
+def detached(*arrays: Any) -> tuple[Any, ...]:
+    """The arrays, outside of PyTorch's autograd. The others record nothing on arrays."""
+    return tuple(a.detach() if hasattr(a, "detach") else a for a in arrays)
+
+
+def sum_to(array: Any, full: tuple[int, ...], shape: tuple[int, ...]) -> Any:
+    """The array, broadcast to `full`, summed over the axes along which `shape` is broadcast to `full`."""
+    array = namespace(array).broadcast_to(array, full)
+    extra = len(full) - len(shape)
+    axes = (*range(extra), *(extra + i for i, n in enumerate(shape) if n == 1 and full[extra + i] != 1))
+    return (array.sum(axes) if axes else array).reshape(shape)
+
+
+def broadcast(
+    a: tuple[int, ...], b: tuple[int, ...], names: str, error: type[Exception] = ValueError
+) -> tuple[int, ...]:
+    """The shape to which two shapes, of what is called `names`, broadcast."""
+    if a == b:
+        return a
+    try:
+        return np.broadcast_shapes(a, b)
+    except ValueError:
+        raise error(f"the shapes of {names} must be equal or broadcast, found {a} and {b}") from None

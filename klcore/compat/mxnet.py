@@ -1,0 +1,249 @@
+"""MXNet gluon's KLDivLoss: its parameters, axes and weights over klcore's engine."""
+
+import math
+import numbers
+from typing import Any
+
+from klcore.compat._arguments import FLOATS, as_array, broadcast, cast, detached, dtype_name, quietly, sum_to
+from klcore.divergence import loss
+
+__all__ = ["KLDivLoss"]
+
+
+class KLDivLoss:
+    """The loss of ``mxnet.gluon.loss.KLDivLoss``: the mean of label*(log(label + 1e-12) - log_prob), for every sample.
+
+    Parameters
+    ----------
+    from_logits : bool
+        True: `pred` holds log-probabilities (the word means the opposite in other libraries). False: scores, whose
+        log-softmax over `axis` is taken.
+    axis : int
+        Of the softmax; used with ``from_logits=False`` only.
+    weight : float, optional
+        What the loss is multiplied with.
+    batch_axis : int
+        The axis of the samples, which is kept.
+    nonbatch : {"mean", "sum"}
+        What is done with the terms of a sample. The mean is what MXNet's page says and all its versions do but 1.9.0
+        and 1.9.1, which add up.
+
+    Notes
+    -----
+    The mean is over all elements of a sample, not over its distributions, and weights are not in its denominator. The
+    result is a vector of one loss a sample.
+
+    ``MXNetError`` of the original is here a ValueError (shapes, axes) or a TypeError (dtypes). Different from it:
+    pred and label must have one shape (the original broadcasts them by accident where it is not hybridized), integers
+    are refused, 16-bit arrays are computed in float32 and rounded once. In float16, 1e-12 is 0, as in the original,
+    and so a label of 0 gives NaN there.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from klcore.compat.mxnet import KLDivLoss
+    >>> pred = np.log([[0.5, 0.5], [0.9, 0.1]])
+    >>> label = np.array([[0.25, 0.75], [0.9, 0.1]])
+    >>> print(KLDivLoss()(pred, label).round(6) + 0.0)
+    [0.065406 0.      ]
+    >>> print(KLDivLoss(nonbatch="sum")(pred, label, np.array([[1.0], [2.0]])).round(6) + 0.0)
+    [0.130812 0.      ]
+    """
+
+    def __init__(
+        self,
+        from_logits: Any = True,
+        axis: int = -1,
+        weight: float | None = None,
+        batch_axis: int = 0,
+        *,
+        nonbatch: str = "mean",
+    ) -> None:
+        if nonbatch not in ("mean", "sum"):
+            raise ValueError(f"nonbatch must be 'mean' or 'sum', found {nonbatch!r}")
+        self.from_logits = from_logits
+        self.axis = axis
+        self.weight = weight
+        self.batch_axis = batch_axis
+        self.nonbatch = nonbatch
+
+    def __repr__(self) -> str:
+        return f"KLDivLoss(batch_axis={self.batch_axis}, w={self.weight})"
+
+    @quietly
+    def __call__(self, pred: Any, label: Any, sample_weight: Any = None, /) -> Any:
+        """The loss of every sample, in nats.
+
+        Parameters
+        ----------
+        pred : array of shape (..., batch, ...)
+            Log-probabilities, or scores: float64, float32, float16 or bfloat16.
+        label : array of the same shape and dtype
+            Probabilities.
+        sample_weight : array, optional
+            What the terms are multiplied with; broadcasts with them: (batch, 1, ...) for one weight a sample. Other
+            shapes take memory of the size of pred.
+
+        Returns
+        -------
+        array of shape (batch,)
+            In the dtype of pred. Of PyTorch's and JAX' arrays differentiable with respect to all three.
+
+        Raises
+        ------
+        AssertionError
+            If `weight` is no number.
+        TypeError
+            For what is no array, dtypes that differ or are not floating-point, an axis that is no integer, and
+            arguments by keyword.
+        ValueError
+            For shapes that differ or do not broadcast, and axes out of range.
+        """
+        return self._value(*self._checked(pred, label, sample_weight))
+
+    @quietly
+    def value_and_grad(
+        self, pred: Any, label: Any, sample_weight: Any = None, /, *, cotangent: Any = None
+    ) -> tuple[Any, tuple[Any, ...]]:
+        """The loss and its derivatives, for arrays without automatic differentiation.
+
+        Parameters
+        ----------
+        pred, label, sample_weight : array
+            As for a call. Of PyTorch's and JAX' arrays the values are taken, and plain arrays are returned.
+        cotangent : array of shape (batch,) or float, optional
+            What the derivatives are multiplied with; None: ones.
+
+        Returns
+        -------
+        value : array of shape (batch,)
+            The loss.
+        gradients : tuple of arrays
+            With respect to pred, label and, where it is given, sample_weight, in their shapes and dtypes.
+
+        Notes
+        -----
+        A row whose cotangent or weight is 0 has the derivative 0, where the original may have NaN.
+        """
+        pred, label, weights = self._checked(*detached(pred, label, sample_weight))
+        if weights is None and cotangent is None:
+            value, d_label, d_pred = self._sums(pred, label, ("x", "y"))
+            return value, (d_pred, d_label)
+
+        value = self._value(pred, label, weights)
+        shape = tuple(pred.shape)
+        full = shape if weights is None else broadcast(shape, tuple(weights.shape), "pred and sample_weight")
+        factors = as_array(1.0 if cotangent is None else cotangent, value, dtype_name(pred))
+        if factors.ndim:  # along the batch axis
+            factors = factors.reshape([-1 if k == self._batch(full) else 1 for k in range(len(full))])
+        options = {"denominator": self._denominator(full)}
+        if weights is None:
+            _, d_label, d_pred = self._engine(pred, label, "sum", factors=factors, return_grad=("x", "y"), **options)
+            return value, (d_pred, d_label)
+        d_weight = sum_to(self._engine(pred, label, "none", **options) * factors, full, tuple(weights.shape))
+        factors = factors * weights
+        if full != shape:
+            factors = sum_to(factors, full, shape)
+        _, d_label, d_pred = self._engine(pred, label, "sum", factors=factors, return_grad=("x", "y"), **options)
+        return value, (d_pred, d_label, cast(d_weight, dtype_name(weights)))
+
+    def _checked(self, pred: Any, label: Any, sample_weight: Any) -> tuple[Any, Any, Any]:
+        if not (self.weight is None or isinstance(self.weight, numbers.Number)):
+            raise AssertionError(f"weight must be a number, found {self.weight!r}")
+        for word, array in (("pred", pred), ("label", label)):
+            if not hasattr(array, "dtype") or not hasattr(array, "shape"):
+                raise TypeError(f"{word} must be an array, found {type(array).__name__}")
+            if dtype_name(array) not in FLOATS:
+                raise TypeError(f"{word} must be of {', '.join(FLOATS)}, found {dtype_name(array)}")
+        if dtype_name(pred) != dtype_name(label):
+            raise TypeError(
+                f"pred and label must be of one dtype, found {dtype_name(pred)} and {dtype_name(label)}; convert one"
+            )
+        if tuple(pred.shape) != tuple(label.shape):
+            raise ValueError(f"pred and label must be of one shape, found {tuple(pred.shape)} and {tuple(label.shape)}")
+        if not pred.ndim:
+            raise ValueError("pred must have a batch axis, found an array without dimensions")
+        weights = None if sample_weight is None else as_array(sample_weight, pred, dtype_name(pred))
+        return pred, label, weights
+
+    def _batch(self, shape: tuple[int, ...]) -> int:
+        return _axis("batch_axis", self.batch_axis, len(shape))
+
+    def _denominator(self, shape: tuple[int, ...]) -> float:
+        """What the sum over a sample is divided by, for terms of this shape.
+
+        The weight is in it, so that it costs no pass; 0 as its infinite inverse, which leaves infinite terms NaN.
+        """
+        batch = shape[self._batch(shape)]
+        count = 1.0 if self.nonbatch == "sum" else math.prod(shape) / batch if batch else 1.0
+        weight = 1.0 if self.weight is None else float(self.weight)
+        return (count / weight if weight else math.inf) or math.nan  # the mean of nothing is NaN
+
+    def _engine(self, pred: Any, label: Any, reduction: str, **options: Any) -> Any:
+        """The engine's loss. With `from_logits`, any axis may be called that of the classes."""
+        axis = options.pop("axis", -1 if self.from_logits else self.axis)
+        return loss(
+            "mxnet",
+            label,
+            pred,
+            space=("probs", "log_probs" if self.from_logits else "logits"),
+            axis=axis,
+            reduction=reduction,
+            epsilon=0.0 if dtype_name(pred) == "float16" else 1e-12,
+            **options,
+        )
+
+    def _value(self, pred: Any, label: Any, weights: Any) -> Any:
+        if weights is None:
+            return self._sums(pred, label)[0]
+        shape, of_weights = tuple(pred.shape), tuple(weights.shape)
+        full = broadcast(shape, of_weights, "pred and sample_weight")
+        batch = self._batch(full)
+        samples = of_weights[batch] if len(of_weights) == len(full) else 1
+        if len(full) == len(shape) and math.prod(of_weights) == samples:  # one weight a sample
+            return self._sums(pred, label)[0] * weights.reshape(-1)
+        terms = self._engine(pred, label, "none", denominator=self._denominator(full)) * weights
+        return cast(_sum(terms, [k for k in range(len(full)) if k != batch]), dtype_name(pred))
+
+    def _sums(self, pred: Any, label: Any, return_grad: tuple[str, str] | None = None) -> list[Any]:
+        """The losses of the samples without sample weights, and the gradients that `return_grad` asks for."""
+        shape = tuple(pred.shape)
+        view, axis, reduction, leftover = self._layout(shape)
+        found = self._engine(
+            pred.reshape(view),
+            label.reshape(view),
+            reduction,
+            axis=axis,
+            denominator=self._denominator(shape),
+            return_grad=return_grad,
+        )
+        value, *gradients = found if return_grad else (found,)
+        return [cast(_sum(value, leftover), dtype_name(pred)), *(g.reshape(shape) for g in gradients)]
+
+    def _layout(self, shape: tuple[int, ...]) -> tuple[tuple[int, ...], int, str, list[int]]:
+        """How the engine adds up as much as it can: (shape for it, class axis, reduction, axes left to sum)."""
+        batch = self._batch(shape)
+        others = [k for k in range(len(shape)) if k != batch]
+        if self.from_logits:  # all of a sample can be one row
+            before, n, after = math.prod(shape[:batch]), shape[batch], math.prod(shape[batch + 1 :])
+            if not others:
+                return shape, 0, "none", []
+            if before == 1:
+                return (n, after), 1, "row", []
+            return ((before, n), 0, "row", []) if after == 1 else ((before, n, after), 2, "row", [0])
+        axis = _axis("axis", self.axis, len(shape))
+        if axis == batch:
+            return shape, axis, "none", others
+        return shape, axis, "row", [k - (k > axis) for k in others if k != axis]
+
+
+def _sum(array: Any, axes: list[int]) -> Any:
+    return array.sum(tuple(axes)) if axes else array
+
+
+def _axis(word: str, axis: int, ndim: int) -> int:
+    if not isinstance(axis, numbers.Integral):
+        raise TypeError(f"{word} must be an integer, found {axis!r}")
+    if not -ndim <= axis < ndim:
+        raise ValueError(f"{word} must be within [{-ndim}, {ndim}) for arrays of {ndim} axes, found {axis}")
+    return int(axis) % ndim

@@ -1,0 +1,211 @@
+"""PuzzleLib's Cost.KLDivergence: its call, its state and its checks over klcore's engine."""
+
+import math
+import warnings
+from typing import Any
+
+from klcore.compat._arguments import detached, dtype_name
+from klcore.divergence import loss
+
+__all__ = ["KLDivergence"]
+
+
+class KLDivergence:
+    """The cost of PuzzleLib: the divergence of a target from the softmax of scores, and a direction of descent.
+
+    Parameters
+    ----------
+    maxlabels : int, optional
+        The exact size of axis 1 of the scores, which is checked; None and 0 check nothing.
+    normTarget : bool
+        The target holds scores, too: its softmax is taken.
+
+    Attributes
+    ----------
+    maxlabels, normTarget
+        As given.
+    error, valError : scalar
+        Of the last call, and of the last :meth:`validate`, in nats.
+    grad : array
+        Of the last call.
+    devErr, accumErr : scalar
+        The sum over the last batch, not divided, and over all batches since :meth:`resetAccumulator`.
+    batchsize, numOfSamples : int
+        The size of the last batch, and of all since :meth:`resetAccumulator`.
+    dirty : bool
+        `error` is not yet that of the last call; :meth:`getError` makes it so.
+
+    Notes
+    -----
+    The softmax spans all axes but the first, together. The error is the sum of y*(log(y) - log(softmax)) over the
+    classes with y > 0, divided by the size of the batch: zero, negative and NaN targets count nothing.
+
+    The gradient is (y - softmax) / batch: what PuzzleLib's optimisers *add* to the parameters. It is the negative
+    derivative only where the targets of a sample are non-negative and sum to one. The derivative is what
+    ``klcore.kl_div(..., return_grad="y")`` returns.
+
+    Different from the original: the logarithm of the softmax is taken directly, so that a score far below the others
+    makes a large error, not an infinite one. NumPy arrays are taken as device arrays are; both arguments must be
+    of one library. The sum does not depend on the number of threads or the device.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from klcore.compat.puzzlelib import KLDivergence
+    >>> div = KLDivergence()
+    >>> pred = np.array([[0.0, 0.0], [1.0, 3.0]], np.float32)
+    >>> target = np.array([[0.5, 0.5], [1.0, 0.0]], np.float32)
+    >>> error, grad = div(pred, target)
+    >>> print(round(float(error), 6))
+    1.063464
+    >>> print(grad.round(4))
+    [[ 0.      0.    ]
+     [ 0.4404 -0.4404]]
+    """
+
+    def __init__(self, maxlabels: int | None = None, normTarget: bool = False) -> None:
+        self.maxlabels = maxlabels
+        self.normTarget = normTarget
+        self.error: Any = None
+        self.valError: Any = None
+        self.grad: Any = None
+        self.devErr: Any = 0.0
+        self.dirty = True
+        self.accumErr: Any = 0.0
+        self.batchsize = 0
+        self.numOfSamples = 0
+
+    def __call__(self, pred: Any, target: Any, queryError: bool = True) -> Any:
+        """Error and gradient of a batch; both are also kept.
+
+        Parameters
+        ----------
+        pred : float32 array of shape (batch, ...)
+            Scores; their softmax is taken.
+        target : float32 array of the same shape
+            Probabilities, or scores with `normTarget`.
+        queryError : bool
+            False returns the gradient only.
+
+        Returns
+        -------
+        error : scalar
+            In nats, of one sample on average.
+        grad : float32 array
+            The direction of descent, of the shape of pred.
+
+        Raises
+        ------
+        AssertionError
+            For shapes that differ, and a size of axis 1 that is not `maxlabels`.
+        AttributeError
+            For what is no array.
+        KeyError
+            For floating-point scores of another dtype than float32, those of a target with `normTarget` included.
+        ValueError
+            For probabilities of another dtype.
+        TypeError
+            For scores that are no floating-point numbers, and arrays of two libraries.
+        IndexError
+            For arrays without dimensions, and `maxlabels` with arrays of one.
+        ZeroDivisionError
+            For an empty batch.
+        """
+        error, self.grad = self._compute(pred, target, "y")
+        self.batchsize = pred.shape[0]
+        self.devErr = error * self.batchsize
+        self.accumErr = self.accumErr + self.devErr
+        self.numOfSamples += self.batchsize
+        self.dirty = not queryError
+        if not queryError:
+            return self.grad
+        self.error = error
+        return error, self.grad
+
+    def value_and_grad(self, pred: Any, target: Any, *, cotangent: Any = None) -> tuple[Any, tuple[Any]]:
+        """``(error, (grad,))`` with the gradient of a call, a direction of descent; nothing is kept.
+
+        Parameters
+        ----------
+        pred, target : array
+            As for a call. Of PyTorch's and JAX' arrays the values are taken, and plain arrays are returned.
+        cotangent : array or float, optional
+            What the gradient is multiplied with.
+        """
+        pred, target = detached(pred, target)
+        error, grad = self._compute(pred, target, "y")
+        return error, (grad if cotangent is None else grad * cotangent,)
+
+    def validate(self, pred: Any, target: Any) -> Any:
+        """The error of a batch, kept as `valError` and nowhere else."""
+        self.valError = self._compute(pred, target, None)
+        return self.valError
+
+    def getError(self) -> Any:
+        """The error of the last call."""
+        if self.dirty:
+            self.error = _mean(self.devErr, self.batchsize)
+            self.dirty = False
+        return self.error
+
+    def getValError(self) -> Any:
+        """The error of the last :meth:`validate`."""
+        return self.valError
+
+    def getMeanError(self) -> Any:
+        """The error of a sample on average over all batches since :meth:`resetAccumulator`."""
+        return _mean(self.accumErr, self.numOfSamples)
+
+    def resetAccumulator(self) -> None:
+        """Forget the batches so far."""
+        self.accumErr = 0.0
+        self.batchsize = 0
+        self.numOfSamples = 0
+
+    def _compute(self, pred: Any, target: Any, return_grad: str | None) -> Any:
+        self._check(pred, target)
+        shape = tuple(pred.shape)
+        batch = shape[0]
+        if batch == 0:
+            raise ZeroDivisionError("the batch is empty")
+        rows = (batch, math.prod(shape[1:]))
+        result = loss(
+            "puzzlelib",
+            target.reshape(rows),
+            pred.reshape(rows),
+            space=("logits" if self.normTarget else "probs", "logits"),
+            reduction="sum",
+            denominator=float(batch),
+            return_grad=return_grad,
+        )
+        return result if return_grad is None else (result[0], result[1].reshape(shape))
+
+    def _check(self, pred: Any, target: Any) -> None:
+        for name, array in (("pred", pred), ("target", target)):
+            if not hasattr(array, "dtype") or not hasattr(array, "shape"):
+                raise AttributeError(f"{name} must be an array, found {type(array).__name__}")
+        if not pred.ndim or not target.ndim:
+            raise IndexError("pred and target must have a batch axis, found an array without dimensions")
+        shapes = f"{tuple(pred.shape)} and {tuple(target.shape)}"
+        if tuple(pred.shape) != tuple(target.shape):
+            raise AssertionError(f"pred and target must be of one shape, found {shapes}")
+        if self.maxlabels:
+            if pred.ndim == 1:
+                raise IndexError("maxlabels is the size of axis 1, and pred has one axis only")
+            if pred.shape[1] != self.maxlabels:
+                raise AssertionError(f"axis 1 of pred must be of size maxlabels = {self.maxlabels}, found {shapes}")
+        for name, array in (("pred", pred), ("target", target)):
+            dtype = dtype_name(array)
+            if dtype == "float32":
+                continue
+            message = f"{name} must be float32, found {dtype}; convert it first"
+            if name == "target" and not self.normTarget:
+                raise ValueError(message)
+            raise KeyError(message) if "float" in dtype else TypeError(message)
+
+
+def _mean(total: Any, count: int) -> Any:
+    if count:
+        return total / count
+    warnings.warn("there was no batch yet: the mean of nothing is NaN", RuntimeWarning, stacklevel=3)
+    return math.nan

@@ -1,0 +1,276 @@
+"""PyTorch's KLDivLoss and kl_div: the arguments of torch.nn and torch.nn.functional over klcore's engine.
+
+The terms stand in src/kl_math.h; here are the words, warnings, checks and dtypes. klcore.compat.rtorch calls `aten`.
+"""
+
+import math
+import warnings
+from typing import Any
+
+from klcore.compat._arguments import FLOATS, as_array, broadcast, detached, dtype_name
+from klcore.divergence import loss
+
+__all__ = ["KLDivLoss", "kl_div"]
+
+
+class KLDivLoss:
+    """The loss of ``torch.nn.KLDivLoss``: the divergence of `target` from the model's log-probabilities, in nats.
+
+    Parameters
+    ----------
+    size_average, reduce : bool, optional
+        Deprecated. If either is given, `reduction` is ignored: "none" if `reduce` is false, else "mean" if
+        `size_average` is true, else "sum". One that is missing counts as true.
+    reduction : {"mean", "batchmean", "sum", "none"}
+        "batchmean", the sum divided by the size of the first axis of the input, is the divergence. "mean" divides by
+        the number of elements. A wrong word raises when the loss is called.
+    log_target : bool
+        The target holds log-probabilities.
+
+    Attributes
+    ----------
+    reduction, log_target
+        As given; they may be changed.
+
+    See Also
+    --------
+    kl_div : the same as a function, with types, errors and differences from the original.
+
+    Notes
+    -----
+    The order of the arguments is PyTorch's: ``KLDivLoss("sum")`` sets `size_average`, and is a mean.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from klcore.compat.pytorch import KLDivLoss
+    >>> loss = KLDivLoss(reduction="batchmean")
+    >>> input = np.log(np.array([[0.5, 0.5], [0.9, 0.1]]))
+    >>> target = np.array([[0.25, 0.75], [0.9, 0.1]])
+    >>> print(loss(input, target).round(6))
+    0.065406
+    >>> value, (d_input, d_target) = loss.value_and_grad(input, target)
+    >>> print(d_input)
+    [[-0.125 -0.375]
+     [-0.45  -0.05 ]]
+    """
+
+    def __init__(
+        self, size_average: Any = None, reduce: Any = None, reduction: str = "mean", log_target: bool = False
+    ) -> None:
+        if size_average is not None or reduce is not None:
+            reduction = _legacy(size_average, reduce, 2)
+        self.reduction = reduction
+        self.log_target = log_target
+
+    def __repr__(self) -> str:
+        return "KLDivLoss()"
+
+    def __call__(self, input: Any, target: Any) -> Any:
+        """The loss of arrays as :func:`kl_div` takes them."""
+        return aten(input, target, *_reduction(None, None, self.reduction), self.log_target)
+
+    def value_and_grad(self, input: Any, target: Any, *, cotangent: Any = None) -> tuple[Any, tuple[Any, Any]]:
+        """The loss and its derivatives, for arrays without automatic differentiation.
+
+        Parameters
+        ----------
+        input, target : array
+            As for a call. Of PyTorch's and JAX' arrays the values are taken, and plain arrays are returned.
+        cotangent : array or float, optional
+            What the derivatives are multiplied with, of the shape of the value; None: ones.
+
+        Returns
+        -------
+        value : array
+            The loss.
+        gradients : (array, array)
+            With respect to input and target, in their shapes and dtypes.
+
+        Notes
+        -----
+        A row whose cotangent is 0 has the derivative 0, where the original may have NaN.
+        """
+        return aten_and_grad(input, target, *_reduction(None, None, self.reduction), self.log_target, cotangent)
+
+
+def kl_div(
+    input: Any,
+    target: Any,
+    size_average: Any = None,
+    reduce: Any = None,
+    reduction: str = "mean",
+    log_target: bool = False,
+) -> Any:
+    """The function ``torch.nn.functional.kl_div``: xlogy(t, t) - t*x, or exp(t)*(t - x), reduced; in nats.
+
+    Parameters
+    ----------
+    input : array of any shape
+        Log-probabilities of the model: float64, float32, float16 or bfloat16.
+    target : array
+        Probabilities, or log-probabilities with `log_target`. Broadcasts with the input, along any axis.
+    size_average, reduce : bool, optional
+        Deprecated; see :class:`KLDivLoss`. Here ``reduction="batchmean"`` still divides what they ask for.
+    reduction : {"mean", "batchmean", "sum", "none"}
+        "mean": by the number of elements of the broadcast arrays. "batchmean": the sum by the size of the first axis of
+        the input, if it has one. "none": the terms.
+    log_target : bool
+        The target holds log-probabilities.
+
+    Returns
+    -------
+    array
+        A scalar, or of the broadcast shape for "none". The wider dtype of the two; float32 for float16 with bfloat16;
+        an array without dimensions does not widen one that has some. Of PyTorch's and JAX' arrays differentiable with
+        respect to both.
+
+    Raises
+    ------
+    ValueError
+        For an unknown reduction.
+    TypeError
+        For what is no array, arrays of two libraries, and a `log_target` that is no bool.
+    RuntimeError
+        For complex numbers, integers and booleans, and shapes that do not broadcast.
+
+    Warns
+    -----
+    UserWarning
+        For "mean", and for the deprecated arguments and words.
+
+    Notes
+    -----
+    As in PyTorch, from version 1.13: a target of 0 contributes 0 if the input is finite, else NaN; negative ones NaN.
+    The derivative with respect to a target of 0 is NaN. With `log_target`, -inf gives NaN.
+
+    Different from it: NumPy and CuPy arrays are taken, too. float16 and bfloat16 are computed in float32 and rounded
+    once, so that "batchmean" in float16 does not overflow on its way.
+
+    ``kl_div.value_and_grad(...)`` takes the same arguments and `cotangent`; see :meth:`KLDivLoss.value_and_grad`.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from klcore.compat.pytorch import kl_div
+    >>> print(kl_div(np.log([[0.5, 0.5]]), np.array([[0.25, 0.75]]), reduction="batchmean").round(6))
+    0.130812
+    """
+    return aten(input, target, *_reduction(size_average, reduce, reduction), log_target)
+
+
+def _value_and_grad(
+    input: Any,
+    target: Any,
+    size_average: Any = None,
+    reduce: Any = None,
+    reduction: str = "mean",
+    log_target: bool = False,
+    *,
+    cotangent: Any = None,
+) -> tuple[Any, tuple[Any, Any]]:
+    """:func:`kl_div` and its derivatives; see :meth:`KLDivLoss.value_and_grad`."""
+    return aten_and_grad(input, target, *_reduction(size_average, reduce, reduction), log_target, cotangent)
+
+
+kl_div.value_and_grad = _value_and_grad  # type: ignore[attr-defined]
+
+# ---- the words -------------------------------------------------------------------------------------------------------
+
+
+def _legacy(size_average: Any, reduce: Any, stacklevel: int) -> str:
+    """The reduction that the deprecated arguments ask for, of which at least one is given."""
+    average = size_average is None or size_average
+    word = "none" if reduce is not None and not reduce else "mean" if average else "sum"
+    warnings.warn(
+        f"size_average and reduce are deprecated; reduction={word!r} is what they ask for here",
+        stacklevel=stacklevel + 1,
+    )
+    return word
+
+
+def _reduction(size_average: Any, reduce: Any, reduction: str) -> tuple[str, bool]:
+    """(what to do with the terms, whether to divide by the size of the batch). Warns where its caller was called."""
+    by_batch = reduction == "batchmean"
+    if size_average is not None or reduce is not None:
+        return _legacy(size_average, reduce, 3), by_batch
+    if reduction == "mean":
+        warnings.warn(
+            "reduction='mean' divides by the number of elements, which is not the divergence; 'batchmean' is",
+            stacklevel=3,
+        )
+    elif reduction == "elementwise_mean":
+        warnings.warn("reduction='elementwise_mean' is deprecated; say 'mean'", stacklevel=3)
+        return "mean", False
+    elif reduction not in ("batchmean", "none", "sum"):
+        raise ValueError(f"reduction must be 'mean', 'batchmean', 'sum' or 'none', found {reduction!r}")
+    return "sum" if by_batch else reduction, by_batch
+
+
+# ---- the call --------------------------------------------------------------------------------------------------------
+
+
+def _checked(input: Any, target: Any, log_target: bool) -> tuple[tuple[int, ...], str]:
+    """(shape, name of the dtype) of the terms. The checks and their classes are in PyTorch's order."""
+    for name, array in (("input", input), ("target", target)):
+        if not hasattr(array, "dtype") or not hasattr(array, "shape"):
+            raise TypeError(f"{name} must be an array, found {type(array).__name__}")
+    if not isinstance(log_target, bool):
+        raise TypeError(f"log_target must be a bool, found {log_target!r}")
+    found = [dtype_name(input), dtype_name(target)]
+    if any(name.startswith("complex") for name in found):
+        raise RuntimeError(f"input and target must be real, found {' and '.join(found)}")
+    if any(name.startswith(("int", "uint", "bool")) for name in found):
+        raise RuntimeError(f"input and target must be floating-point; convert them first. Found {' and '.join(found)}")
+    if not set(found) <= set(FLOATS):
+        raise TypeError(f"input and target must be of {', '.join(FLOATS)}; found {' and '.join(found)}")
+    shape = broadcast(tuple(input.shape), tuple(target.shape), "input and target", RuntimeError)
+    if len(set(found)) == 1 or (not input.ndim and target.ndim):
+        return shape, found[1]
+    if input.ndim and not target.ndim:
+        return shape, found[0]
+    return shape, "float64" if "float64" in found else "float32"
+
+
+def aten(
+    input: Any,
+    target: Any,
+    word: str,
+    by_batch: bool,
+    log_target: bool = False,
+    cotangent: Any = None,
+    return_grad: tuple[str, str] | None = None,
+) -> Any:
+    """What PyTorch and R torch both call: the terms, not reduced ("none"), added up ("sum") or averaged ("mean").
+
+    `by_batch` divides by the size of the first axis of the input besides.
+    """
+    shape, dtype = _checked(input, target, log_target)
+    wide = "float64" if "float64" in (dtype_name(input), dtype_name(target)) else "float32"
+    denominator = math.prod(shape) if word == "mean" else 1
+    if by_batch and input.ndim:
+        denominator *= input.shape[0]
+    return loss(
+        "pytorch",
+        target,
+        input,
+        space=("log_probs" if log_target else "probs", "log_probs"),
+        reduction="none" if word == "none" else "sum",
+        factors=cotangent,
+        denominator=float(denominator) or math.nan,  # the mean of nothing is NaN
+        dtype=None if dtype == wide else dtype,  # the engine's own choice is its quickest way
+        return_grad=return_grad,
+    )
+
+
+def aten_and_grad(
+    input: Any, target: Any, word: str, by_batch: bool, log_target: bool, cotangent: Any
+) -> tuple[Any, tuple[Any, Any]]:
+    """The same with the derivatives with respect to input and target."""
+    input, target = detached(input, target)
+    value = None
+    if cotangent is not None:  # multiplies the gradients, not the value
+        value = aten(input, target, word, by_batch, log_target)
+        cotangent = as_array(cotangent, value, dtype_name(value))
+    passed, d_target, d_input = aten(input, target, word, by_batch, log_target, cotangent, ("x", "y"))
+    return passed if value is None else value, (d_input, d_target)

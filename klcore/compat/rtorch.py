@@ -1,0 +1,134 @@
+"""R torch's nn_kl_div_loss and nnf_kl_div: its arguments and its warning, over what it shares with PyTorch."""
+
+import sys
+import warnings
+from typing import Any
+
+from klcore.compat.pytorch import aten, aten_and_grad
+
+__all__ = ["nn_kl_div_loss", "nnf_kl_div"]
+
+
+class nn_kl_div_loss:
+    """The loss of R's ``torch::nn_kl_div_loss``: made with a reduction, called with arrays; in nats.
+
+    Parameters
+    ----------
+    reduction : {"mean", "batchmean", "sum", "none"}
+        As in :func:`nnf_kl_div`.
+
+    Attributes
+    ----------
+    reduction : str
+        As given; it may be changed.
+
+    Raises
+    ------
+    ValueError
+        For an unknown reduction.
+
+    Notes
+    -----
+    There is no `log_target`, as in the original, though its page describes one.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from klcore.compat.rtorch import nn_kl_div_loss
+    >>> loss = nn_kl_div_loss(reduction="batchmean")
+    >>> print(loss(np.log([[0.5, 0.5]]), np.array([[0.25, 0.75]])).round(6))
+    0.130812
+    """
+
+    def __init__(self, reduction: str = "mean") -> None:
+        _checked(reduction)
+        self.reduction = reduction
+
+    def __call__(self, input: Any, target: Any) -> Any:
+        """The loss of arrays as :func:`nnf_kl_div` takes them."""
+        return aten(input, target, *_reduction(input, self.reduction))
+
+    def value_and_grad(self, input: Any, target: Any, *, cotangent: Any = None) -> tuple[Any, tuple[Any, Any]]:
+        """As :meth:`klcore.compat.pytorch.KLDivLoss.value_and_grad`: ``(value, (d_input, d_target))``."""
+        return aten_and_grad(input, target, *_reduction(input, self.reduction), False, cotangent)
+
+
+def nnf_kl_div(input: Any, target: Any, reduction: str = "mean") -> Any:
+    """R's ``torch::nnf_kl_div``: xlogy(t, t) - t*x, reduced; in nats.
+
+    Parameters
+    ----------
+    input : array of any shape
+        Log-probabilities of the model: float64, float32, float16 or bfloat16.
+    target : array
+        Probabilities. Broadcasts with the input, along any axis.
+    reduction : {"mean", "batchmean", "sum", "none"}
+        As in :func:`klcore.compat.pytorch.kl_div`.
+
+    Returns
+    -------
+    array
+        As from :func:`klcore.compat.pytorch.kl_div`.
+
+    Raises
+    ------
+    ValueError
+        For an unknown reduction, and for "batchmean" of an input without dimensions.
+    TypeError, RuntimeError
+        As :func:`klcore.compat.pytorch.kl_div`.
+
+    Warns
+    -----
+    UserWarning
+        For "mean", at every call: not only at the first from a line, as Python does otherwise. Filters that ignore it,
+        or make it an error, apply.
+
+    Notes
+    -----
+    The original takes any unknown reduction for "none", silently; here it raises.
+
+    ``nnf_kl_div.value_and_grad(...)`` takes the same arguments and `cotangent`.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from klcore.compat.rtorch import nnf_kl_div
+    >>> print(nnf_kl_div(np.log([0.5, 0.5]), np.array([0.25, 0.75]), "none").round(6))
+    [-0.173287  0.304099]
+    """
+    return aten(input, target, *_reduction(input, reduction))
+
+
+def _value_and_grad(
+    input: Any, target: Any, reduction: str = "mean", *, cotangent: Any = None
+) -> tuple[Any, tuple[Any, Any]]:
+    """:func:`nnf_kl_div` and its derivatives: ``(value, (d_input, d_target))``."""
+    return aten_and_grad(input, target, *_reduction(input, reduction), False, cotangent)
+
+
+nnf_kl_div.value_and_grad = _value_and_grad  # type: ignore[attr-defined]
+
+
+def _checked(reduction: str) -> None:
+    if reduction not in ("mean", "batchmean", "sum", "none"):
+        raise ValueError(f"reduction must be 'mean', 'batchmean', 'sum' or 'none', found {reduction!r}")
+
+
+def _reduction(input: Any, reduction: str) -> tuple[str, bool]:
+    """(what to do with the terms, whether to divide by the size of the batch). Warns where its caller was called."""
+    _checked(reduction)
+    if reduction == "batchmean":
+        if not getattr(input, "shape", True):
+            raise ValueError("reduction='batchmean' needs an input with a batch axis, found one without dimensions")
+        return "sum", True
+    if reduction == "mean":
+        # the registry, by which Python knows that a line has warned already, is left out
+        caller = sys._getframe(2)
+        warnings.warn_explicit(
+            "reduction='mean' divides by the number of elements, which is not the divergence; 'batchmean' is",
+            UserWarning,
+            caller.f_code.co_filename,
+            caller.f_lineno,
+            module=caller.f_globals.get("__name__"),
+        )
+    return reduction, False
