@@ -210,6 +210,12 @@ def test_pairs_of_spaces_are_checked():
         loss("keras", [0.5], [0.5], space=("probs", "logits"))
 
 
+@pytest.mark.parametrize("of", ["x", ("x", "y")])
+def test_gradient_that_puzzlelib_does_not_have(of):
+    with pytest.raises(ValueError, match="with respect to y only"):
+        loss("puzzlelib", np.ones((2, 2)), np.ones((2, 2)), space=("probs", "logits"), return_grad=of)
+
+
 # ---- products of cotangent and Jacobian ------------------------------------------------------------------------------
 
 

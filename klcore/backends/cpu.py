@@ -171,15 +171,17 @@ def loss(
         and type(y) is np.ndarray
         and axis == -1
         and factors is dtype is out is None
-        and (reduction == "sum" or (reduction == "row" and denominator == 1))
+        and reduction in ("row", "sum")
     ):
-        operation, spaces = rows.coded(term, space)
+        operation, spaces = rows.coded(term, space, return_grad)
         wanted = _WANTED[return_grad]
         found = _cpu.plain(
             operation, *spaces, rows.is_wide(operation, spaces), x, y, _QUICK[reduction], denominator, epsilon, wanted,
             1.0, get_num_threads(), np.empty, _PLAIN,
         )  # fmt: skip
         if found is not None:
+            if reduction == "row" and denominator != 1:
+                found = (found[0] / denominator, *found[1:])
             return _chosen(found, wanted)
     return _compute(
         rows.arrange_loss(
@@ -202,7 +204,7 @@ def gradient(
         and reduction in _QUICK
         and reduction != "row"
     ):
-        code, spaces = rows.coded(operation, space)
+        code, spaces = rows.coded(operation, space, return_grad)
         found = _cpu.plain(
             code, *spaces, rows.is_wide(code, spaces), x, y, _QUICK[reduction], denominator, epsilon,
             _WANTED[return_grad], float(cotangent), get_num_threads(), np.empty, _PLAIN,

@@ -214,7 +214,7 @@ def arrange_loss(
     out: Any = None,
 ) -> Task:
     """The same for the arguments of ``klcore.divergence.loss``: x and y broadcast over the classes as well."""
-    operation, _ = coded(term, space)
+    operation, _ = coded(term, space, return_grad)
     x, y = asarray(x, "x"), asarray(y, "y")
     ndim = max(x.ndim, y.ndim)
     last = -1 if ndim == 0 else _axis(axis, ndim, False)
@@ -243,7 +243,7 @@ def arrange_loss(
     return task
 
 
-def coded(operation: str, space: Any) -> tuple[int, tuple[int, int]]:
+def coded(operation: str, space: Any, return_grad: Any) -> tuple[int, tuple[int, int]]:
     """The codes of a public function, or a loss's term, and of its spaces."""
     spaces = space_pair(space, operation == "entropy")
     if operation in OPERATIONS:
@@ -251,6 +251,8 @@ def coded(operation: str, space: Any) -> tuple[int, tuple[int, int]]:
     code, pairs = LOSSES[operation]
     if spaces not in pairs:
         raise ValueError(f"the term of {operation!r} is not for the spaces {space!r}")
+    if code == PUZZLELIB and return_grad not in (None, "y", ("y",)):
+        raise ValueError(f"PuzzleLib's loss has a gradient with respect to y only; found return_grad={return_grad!r}")
     return code, spaces
 
 
@@ -281,16 +283,17 @@ def arrange_gradient(
 ) -> Task:
     """The same for a product of cotangent and Jacobian: the gradients of sum(cotangent * value).
 
-    `operation` is the name of a public function or of a loss's term, `cotangent` of the value's shape, any numbers. The
-    task's own value means nothing. `out` is for the gradients alone.
+    `operation` is the name of a public function, or of a loss's term, and `weights` its factors then; `cotangent` is of
+    the value's shape, any numbers. The task's own value means nothing. `out` is for the gradients alone.
     """
     out = None if out is None else (None, *out)
     total = reduction not in ("row", "none")
     if operation in LOSSES:
-        factors = None
+        factors = None if weights is None else _factors(asarray, weights)
         if not total:
-            factors = asarray(cotangent, "cotangent")
-            factors = xp.expand_dims(factors, axis) if reduction == "row" and factors.ndim else factors
+            c = _factors(asarray, cotangent, "cotangent")
+            c = xp.expand_dims(c, axis) if reduction == "row" and c.ndim else c
+            factors = c if factors is None else c * factors
         task = arrange_loss(
             xp, asarray, operation, x, y, space, axis, "sum", factors, denominator, epsilon, None, return_grad, out
         )
@@ -336,7 +339,10 @@ def is_wide(operation: int, spaces: tuple[int, int]) -> bool:
 def result(task: Task, value: Any) -> Any:
     """What the caller gets: the value, or the value and the gradients in the order they were asked for."""
     if task.output != TOTAL and task.denominator != 1:
-        value = (value / task.denominator).astype(value.dtype, copy=False)
+        if task.given:
+            value /= task.denominator
+        else:
+            value = (value / task.denominator).astype(value.dtype, copy=False)
     return (value, *(_collected(g) for g in task.gradients)) if task.gradients else value
 
 

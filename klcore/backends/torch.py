@@ -20,6 +20,7 @@ from klcore.backends import BackendUnavailableError, cpu, rows
 
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+_NUMBERS = (bool, int, float, complex, list, tuple)
 
 
 # ---- memory ----------------------------------------------------------------------------------------------------------
@@ -43,8 +44,11 @@ def _lend(t: Any) -> Any:
     if t.dtype is torch.bfloat16:
         return _lend(t.view(torch.int16)).view(_bfloat16())
     if t.is_cuda:
-        return importlib.import_module("cupy").asarray(t)
-    return t.numpy()
+        return importlib.import_module("cupy").asarray(t.resolve_neg())
+    try:
+        return t.numpy()
+    except RuntimeError:  # the imaginary part of a conjugate: memory that is to be read negated
+        return t.resolve_neg().numpy()
 
 
 def _tensor(a: Any) -> Any:
@@ -64,12 +68,17 @@ def _on_current_stream(device: Any) -> Any:
 
 
 def _check(t: Any, name: str) -> None:
+    if t.is_nested:
+        raise TypeError(f"{name} is a nested tensor; klcore takes dense ones: pass {name}.to_padded_tensor(value)")
     if t.layout is not torch.strided:
         raise TypeError(f"{name} is a tensor of layout {t.layout}; klcore takes dense ones: pass {name}.to_dense()")
     if t.is_quantized:
         raise TypeError(f"{name} is a quantized tensor; pass {name}.dequantize()")
-    if t.dtype.is_complex:
-        raise TypeError(f"{name} has dtype {t.dtype}; klcore computes with {', '.join(rows.FLOATS)}")
+    if t.dtype not in _FLOATS and (t.dtype.is_complex or t.dtype.is_floating_point):  # those of 8 bits
+        raise TypeError(
+            f"{name} has dtype {t.dtype}; klcore computes with {', '.join(rows.FLOATS)}, and with integers and "
+            "booleans as float64"
+        )
     if t.device.type not in ("cpu", "cuda", "meta"):
         raise TypeError(
             f"{name} is on the device {str(t.device)!r}, and klcore computes on 'cpu' and 'cuda'; move it with "
@@ -81,44 +90,58 @@ def _operands(x: Any, y: Any, device: str | None) -> tuple[Any, Any]:
     """x and y as tensors on one device; y may be None."""
     if device is None and _is_ordinary(x) and (y is None or _is_ordinary(y)):
         return x, y
+    for name, t in (("x", x), ("y", y)):
+        if isinstance(t, torch.Tensor):
+            _check(t, name)
+        elif t is not None and not isinstance(t, _NUMBERS):
+            raise TypeError(
+                f"{name} is a {type(t).__module__}.{type(t).__qualname__}; klcore takes tensors, and numbers, lists "
+                "and tuples"
+            )
     given = [t for t in (x, y) if isinstance(t, torch.Tensor)]
-    where = given[0].device if device is None else torch.device(device)
+    where = torch.device(device or "cpu") if device is not None or not given else given[0].device
     if where.type == "cuda" and device is not None and not torch.cuda.is_available():
         raise BackendUnavailableError(
             f"device={device!r}: PyTorch finds no usable CUDA device (torch.cuda.is_available() is False)"
         )
-    for name, t in (("x", x), ("y", y)):
-        if isinstance(t, torch.Tensor):
-            _check(t, name)
-            if device is None and t.device != where:
-                raise ValueError(
-                    f"the tensors are on different devices (x on {where}, {name} on {t.device}); move one of them"
-                )
-    if device is not None:
-        x, y = (t.to(where) if isinstance(t, torch.Tensor) else t for t in (x, y))
-    x, y = (t if t is None or isinstance(t, torch.Tensor) else _number(t, where) for t in (x, y))
-    return x, y
+    return _on(where, x, "x", device), _on(where, y, "y", device)
+
+
+def _on(where: Any, t: Any, name: str, device: str | None) -> Any:
+    """A tensor that is there, or may be moved there because a device is named; lists and numbers become one."""
+    if t is None or not isinstance(t, torch.Tensor):
+        return None if t is None else _number(t, name, where)
+    if t.device != where:
+        if device is None:
+            raise ValueError(
+                f"the tensors are on different devices (x on {where}, {name} on {t.device}); move one of them"
+            )
+        t = t.to(where)
+    return t
 
 
 def _is_ordinary(t: Any) -> bool:
     return type(t) in _PLAIN and t.is_cpu and t.dtype in _FLOATS and t.layout is torch.strided
 
 
-def _number(a: Any, device: Any) -> Any:
-    """Lists and numbers, float64 as everywhere in klcore."""
-    return torch.as_tensor(a, dtype=torch.float64, device=device)
+def _number(a: Any, name: str, device: Any) -> Any:
+    """Lists, numbers and other libraries' weights, understood and refused as NumPy's are."""
+    if torch.compiler.is_compiling() and isinstance(a, _NUMBERS):
+        return torch.as_tensor(a, dtype=torch.float64, device=device)
+    return _tensor(np.array(cpu._asarray(a, name))).to(device)
 
 
-def _weights(weights: Any, like: Any) -> Any:
-    if weights is None:
-        return None
-    weights = torch.as_tensor(weights, device=like.device)
-    if weights.requires_grad:
-        raise TypeError(
-            "weights require a gradient, and klcore gives none with respect to them; pass weights.detach(), or "
-            'multiply the values of reduction="row" by them'
-        )
-    return weights
+def _weights(weights: Any, like: Any, device: str | None, name: str = "weights") -> Any:
+    if weights is None or (_is_ordinary(weights) and like.is_cpu and not weights.requires_grad):
+        return weights
+    if isinstance(weights, torch.Tensor):
+        _check(weights, name)
+        if weights.requires_grad and torch.is_grad_enabled():
+            raise TypeError(
+                f"{name} must not require a gradient: klcore gives none with respect to {name}; pass {name}.detach(), "
+                'or multiply the values of reduction="row" by them'
+            )
+    return _on(like.device, weights, name, device)
 
 
 # ---- what the operator computes --------------------------------------------------------------------------------------
@@ -308,16 +331,36 @@ def _fake_gradients(
 
 
 class _Value(torch.autograd.Function):
-    """The operator, for eager calls: PyTorch takes less time to call this."""
+    """The operator, for eager calls: PyTorch takes less time to call this, and it is told beforehand which gradients
+    will be wanted. Those of a total then come in the same pass, and are multiplied by its cotangent afterwards. (Not
+    those of 16 bits: what the cotangent, a loss scale, is to save from underflow would be lost by then.)"""
 
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Any:
         _setup(ctx, arguments, None)
-        return _value(*arguments)
+        operation, x, y, space_x, space_y, axis, reduction, weights, temperature, denominator, epsilon, dtype = (
+            arguments
+        )
+        ctx.unit = None
+        if reduction in ("row", "none") or x.dtype.itemsize < 4 or (y is not None and y.dtype.itemsize < 4):
+            return _value(*arguments)
+        space = space_x if space_x == space_y else (space_x, space_y)
+        value, *ctx.unit = _compute(
+            operation, x, y, space, axis, reduction, weights, temperature, denominator, epsilon, dtype,
+            _names(*ctx.needs_input_grad[1:3]),
+        )  # fmt: skip
+        return value
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Any) -> Any:
-        return _backward(ctx, *cotangents)
+        (cotangent,) = cotangents
+        unit, ctx.unit = ctx.unit, None  # ours to give away, once
+        if unit is None or torch.is_grad_enabled() or not _eager(cotangent):
+            return _backward(ctx, cotangent)
+        if not cotangent.is_cpu or cotangent != 1:
+            unit = [g.mul_(cotangent) for g in unit]
+        _, of_x, of_y, *_ = ctx.needs_input_grad
+        return (None, unit[0] if of_x else None, unit[-1] if of_y else None, *[None] * 9)
 
 
 def _eager(*tensors: Any) -> bool:
@@ -339,11 +382,14 @@ def _run(
     return_grad: Any, out: Any, device: str | None,
 ) -> Any:  # fmt: skip
     x, y = _operands(x, y, device)
-    weights = _weights(weights, x)
-    if isinstance(temperature, torch.Tensor) and temperature.requires_grad:
-        raise TypeError(
-            "temperature requires a gradient, and klcore gives none with respect to it; divide the logits by it instead"
-        )
+    weights = _weights(weights, x, device)
+    if isinstance(temperature, torch.Tensor):
+        if temperature.requires_grad and torch.is_grad_enabled():
+            raise TypeError(
+                "temperature requires a gradient, and klcore gives none with respect to it; divide the logits by it "
+                "instead"
+            )
+        temperature = temperature.detach()
     if out is not None:
         return _into(operation, x, y, space, axis, reduction, weights, temperature, return_grad, out)
     direct = return_grad is not None or (not _needs_grad(x, y) and _eager(x, y, weights))

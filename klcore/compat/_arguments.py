@@ -19,6 +19,8 @@ def quietly(function: F) -> F:
 
     @functools.wraps(function)
     def quiet(*arguments: Any, **keywords: Any) -> Any:
+        if not any(isinstance(a, np.ndarray) for a in arguments):  # no other library warns; compilers see a plain call
+            return function(*arguments, **keywords)
         with np.errstate(invalid="ignore", over="ignore"):
             return function(*arguments, **keywords)
 

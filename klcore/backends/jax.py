@@ -1,0 +1,306 @@
+"""JAX arrays: their memory is lent to klcore.backends.cpu or cuda, and JAX is taught the gradients; no formulas here.
+
+A call, traced or not, is one call from compiled code back to Python (``jax.experimental.buffer_callback``, an XLA FFI
+handler that comes with jaxlib), which gets the buffers of arguments and results as they lie in memory: NumPy views on
+the CPU, CuPy views and XLA's stream on an NVIDIA GPU. Nothing is copied, but results of a few kilobytes. The callback
+never calls JAX, so it cannot wait for a thread that waits for it, as one that is handed JAX arrays may
+(``jax.pure_callback``). Which device computes is decided where the program is compiled for one: a program for CUDA runs
+the CUDA kernels, one for a TPU is refused by JAX, nothing is moved unasked.
+
+Concrete arrays take the same way, through a ``jax.jit`` that keeps a program for each shape and each choice of words,
+as JAX's own functions do. Large ones are computed on a thread of XLA's: ``klcore.set_num_threads`` holds there,
+``klcore.threads``, which is of the caller's thread, does not.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from importlib import import_module
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.custom_derivatives import SymbolicZero
+from jax.experimental.buffer_callback import buffer_callback
+
+from klcore.backends import BackendUnavailableError, cpu, rows
+
+_DTYPES = frozenset(jnp.dtype(name) for name in rows.FLOATS)
+_ON_CPU = 1  # kDLCPU
+_SMALL = 1 << 16  # bytes of results, which are copied in less time than klcore takes to look at `out`
+
+
+@dataclass(frozen=True)
+class _Call:
+    """What to compute, as compiled code refers to it: equal calls are equal objects, so that JAX compiles them once."""
+
+    operation: str  # a public function, or the term of a loss
+    space: Any
+    axis: int  # counted from the end, which vmap leaves alone: it puts its axes in front
+    reduction: str
+    temperature: float
+    loss: tuple[float, float] | None  # denominator and epsilon, if it is one
+    ndim: int  # of x and y
+    shape: tuple[int, ...]  # of the value
+    dtype: Any
+    gradients: tuple[str, ...] = ()
+    pull: bool = False  # the gradients only, of sum(cotangent * value)
+
+    @property
+    def total(self) -> bool:
+        return self.reduction not in ("row", "none")
+
+    def results(self, x: Any, y: Any) -> tuple[Any, ...]:
+        """Shapes and dtypes of what is computed."""
+        result: Any = jax.ShapeDtypeStruct
+        value = () if self.pull else (result(self.shape, self.dtype),)
+        operands = {"x": x, "y": y}
+        return *value, *(result(operands[name].shape, operands[name].dtype) for name in self.gradients)
+
+    def __call__(self, context: Any, out: Any, *arguments: Any) -> None:
+        """Called by XLA, where it runs: compute `out` from x, y, weights and cotangent, all of them buffers."""
+        kind, number = arguments[0].__dlpack_device__()
+        if kind == _ON_CPU:
+            self._on(cpu, np, np.asarray, out, arguments)
+            return
+        cuda = import_module("klcore.backends.cuda")
+        cupy = cuda._ready()  # or says what is missing
+        with cupy.cuda.Device(number), cupy.cuda.ExternalStream(context.stream, number):
+            self._on(cuda, cupy, cupy.from_dlpack, out, arguments)
+
+    def _on(self, backend: Any, xp: Any, lend: Callable[[Any], Any], out: Any, arguments: Any) -> None:
+        results = [lend(o) for o in out]
+        arrays = [None if a is None else lend(a) for a in arguments]
+        count = results[0].ndim - (self.ndim if self.pull else len(self.shape))
+        if count == 0:
+            self._compute(backend, results, *arrays)
+            return
+        # the axes that vmap has put in front: of the size 1 where an argument is not mapped
+        mapped = results[0].shape[:count]
+        arrays = [None if a is None else xp.broadcast_to(a, mapped + a.shape[count:]) for a in arrays]
+        if self.total:  # one for each mapped example
+            for i in np.ndindex(mapped):
+                at = (*i, ...)
+                self._compute(backend, [r[at] for r in results], *(a if a is None else a[at] for a in arrays))
+        else:  # more rows
+            self._compute(backend, results, *arrays)
+
+    def _compute(self, backend: Any, out: list[Any], x: Any, y: Any, weights: Any, cotangent: Any) -> None:
+        words = (self.space, self.axis, self.reduction, weights)
+        wanted = self.gradients or None
+        to: Any = tuple(out) if sum(o.nbytes for o in out) > _SMALL else None
+        if self.pull:
+            arguments = (self.operation, x, y, *words, self.temperature, cotangent, wanted)
+            keywords = dict(zip(("denominator", "epsilon"), self.loss or (), strict=False))
+            results = backend.gradient(*arguments, **keywords, out=to)
+        elif self.loss:
+            results = backend.loss(self.operation, x, y, *words, *self.loss, self.dtype.name, wanted, to)
+        else:
+            arrays = (x,) if y is None else (x, y)
+            results = getattr(backend, self.operation)(*arrays, *words, self.temperature, wanted, to, None)
+        for o, result in zip(out, results if self.gradients else (results,), strict=True):
+            if result is not o:
+                o[...] = result
+
+
+# ---- what JAX knows of it --------------------------------------------------------------------------------------------
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _execute(call: _Call, x: Any, y: Any, weights: Any, cotangent: Any) -> Any:
+    return buffer_callback(call, call.results(x, y), vmap_method="expand_dims")(x, y, weights, cotangent)
+
+
+@_execute.defjvp
+def _no_second_derivative(call: _Call, primals: Any, tangents: Any) -> Any:
+    raise NotImplementedError(
+        f"klcore.{call.operation} has first derivatives only; second ones (jax.hessian, grad of grad) are not available"
+    )
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _value(call: _Call, x: Any, y: Any, weights: Any) -> Any:
+    """The value and the gradients that `call` names."""
+    return _execute(call, x, y, weights, None)
+
+
+def _forward(call: _Call, x: Any, y: Any, weights: Any) -> Any:
+    if weights is not None and weights.perturbed:
+        raise NotImplementedError(
+            f"klcore.{call.operation} has no derivative with respect to weights; pass jax.lax.stop_gradient(weights)"
+        )
+    wanted = tuple(name for name, a in (("x", x), ("y", y)) if a is not None and a.perturbed)
+    x, y, weights = (None if a is None else a.value for a in (x, y, weights))
+    # The gradients of a total come in the same pass, and are multiplied by its cotangent afterwards. Not so those of 16
+    # bits: what the cotangent (a loss scale) is to save from underflow would be lost by then.
+    if call.total and all(a is None or a.dtype.itemsize > 2 for a in (x, y)):
+        both = tuple(name for name in "xy" if name in wanted or name in call.gradients)
+        value, *gradients = _execute(replace(call, gradients=both), x, y, weights, None)
+        found = dict(zip(both, gradients, strict=True))
+        return (value, *(found[name] for name in call.gradients)), ({name: found[name] for name in wanted}, None)
+    # what is kept has to be arrays, but for the keys
+    return _execute(call, x, y, weights, None), (dict.fromkeys(wanted), (x, y, weights))
+
+
+def _backward(call: _Call, kept: Any, cotangents: Any) -> Any:
+    found, arguments = kept
+    cotangent, *others = cotangents
+    if not all(isinstance(other, SymbolicZero) for other in others):
+        _no_second_derivative(call, None, None)
+    if isinstance(cotangent, SymbolicZero):
+        return None, None, None
+    if arguments is None:
+        found = {name: cotangent.astype(gradient.dtype) * gradient for name, gradient in found.items()}
+    else:
+        gradients = _execute(replace(call, gradients=tuple(found), pull=True), *arguments, cotangent)
+        found = dict(zip(found, gradients, strict=True))
+    return found.get("x"), found.get("y"), None
+
+
+_value.defvjp(_forward, _backward, symbolic_zeros=True)
+
+
+# ---- the contract of a backend ---------------------------------------------------------------------------------------
+
+
+def _stand_in(a: Any) -> Any:
+    """An array of NumPy's of the shape and dtype, of no size in memory."""
+    return None if a is None else np.broadcast_to(np.ones((), a.dtype), a.shape)
+
+
+def _arranged(words: tuple[Any, ...], x: Any, y: Any, weights: Any) -> rows.Task:
+    """A call's arguments, checked as those of NumPy arrays are."""
+    operation, space, axis, reduction, temperature, return_grad, loss = words
+
+    def asis(a: Any, name: str) -> Any:
+        return a
+
+    if loss:
+        arguments = (operation, x, y, space, axis, reduction, weights, *loss, return_grad)
+        return rows.arrange_loss(np, asis, *arguments)
+    code = rows.OPERATIONS[operation]
+    return rows.arrange(np, asis, code, x, y, space, axis, reduction, weights, temperature, return_grad, None)
+
+
+@partial(jax.jit, static_argnums=0)
+def _compute(words: tuple[Any, ...], x: Any, y: Any, weights: Any) -> tuple[Any, ...]:
+    """The value and the gradients asked for; what is wrong with the arguments is raised while JAX traces this."""
+    task = _arranged(words, *(_stand_in(a) for a in (x, y, weights)))
+    operation, space, axis, reduction, temperature, _, loss = words
+    shape = () if task.output == rows.TOTAL else task.value.shape
+    ndim = max(1, x.ndim, 0 if y is None else y.ndim)
+    # vmap puts axes in front: those that broadcast have to be there already. A number is one class.
+    a, b = (None if v is None else v.reshape((1,) * (ndim - v.ndim) + v.shape) for v in (x, y))
+    if weights is not None:
+        weights = weights.reshape((1,) * (ndim - (not loss) - weights.ndim) + weights.shape)
+    value_shape = (1,) if reduction == "none" and not shape else shape
+    call = _Call(
+        operation, space, axis if axis < 0 else axis - ndim, reduction, float(temperature), loss and loss[:2], ndim,
+        value_shape, jax.dtypes.canonicalize_dtype(task.scalar_dtype), tuple(g.of for g in task.gradients),
+    )  # fmt: skip
+    value, *gradients = _value(call, a, b, weights)
+    shapes = {"x": x.shape, "y": None if y is None else y.shape}
+    return value.reshape(shape), *(g.reshape(shapes[n]) for n, g in zip(call.gradients, gradients, strict=True))
+
+
+def _array(a: Any, name: str) -> Any:
+    """A JAX array of one of klcore's dtypes. Integers become JAX's own float: float64 only if jax_enable_x64 is set."""
+    if isinstance(a, jax.Array) and a.dtype in _DTYPES:
+        return a
+    if isinstance(a, np.ndarray):  # weights; masked ones
+        rows.refuse(a, name)
+    with jax.ensure_compile_time_eval():  # numbers stay known while JAX traces, so that weights can be checked
+        a = jnp.asarray(a)
+        if jnp.issubdtype(a.dtype, jax.dtypes.extended):
+            raise TypeError(f"{name} has dtype {a.dtype}; klcore computes with {', '.join(rows.FLOATS)} and integers")
+        rows.refuse(a, name)
+        return a.astype(float) if a.dtype.kind in "iub" else a
+
+
+def _moved(device: str, arrays: list[Any]) -> list[Any]:
+    if any(isinstance(a, jax.core.Tracer) for a in arrays):
+        raise ValueError(
+            f"device={device!r} has no meaning while JAX traces a function (jit, grad, vmap): the program runs where "
+            "its arguments are. Leave device=None, and move the arguments with jax.device_put before"
+        )
+    platform, _, number = device.partition(":")
+    try:
+        to = jax.local_devices(backend=platform)[int(number or 0)]
+    except (RuntimeError, IndexError) as error:
+        raise BackendUnavailableError(
+            f"device={device!r}: JAX has no such device ({error}); see jax.devices(). For NVIDIA GPUs install it with: "
+            "pip install 'jax[cuda13]'"
+        ) from error
+    return [None if a is None else jax.device_put(a, to) for a in arrays]
+
+
+def _platform(a: Any) -> str | None:
+    """Where an array is; None if JAX traces, when that is not decided yet."""
+    return None if a is None or isinstance(a, jax.core.Tracer) else next(iter(a.devices())).platform
+
+
+def _is_hashable(words: tuple[Any, ...]) -> bool:
+    try:
+        hash(words)
+    except TypeError:
+        return False
+    return True
+
+
+def _call(words: tuple[Any, ...], x: Any, y: Any, weights: Any, out: Any, device: str | None) -> Any:
+    if out is not None:
+        raise TypeError("JAX arrays cannot be written to, so out= is not possible with them; use what is returned")
+    x = _array(x, "x")
+    y = None if y is None else _array(y, "y")
+    weights = None if weights is None else _array(weights, "weights")
+    if device is not None:
+        x, y, weights = _moved(device, [x, y, weights])
+    # Compiled code would raise JAX's own error, and the words are the key it is found by.
+    if _platform(weights) == "cpu" or not _is_hashable(words):
+        _arranged(words, _stand_in(x), _stand_in(y), None if weights is None else np.asarray(weights))
+    if "gpu" in (_platform(x), _platform(y)):
+        import_module("klcore.backends.cuda")._ready()
+    results = _compute(words, x, y, weights)
+    return results if len(results) > 1 else results[0]
+
+
+def _run(
+    operation: str,
+    x: Any,
+    y: Any,
+    space: Any,
+    axis: int,
+    reduction: str,
+    weights: Any,
+    temperature: float,
+    return_grad: Any,
+    out: Any,
+    device: str | None,
+) -> Any:
+    # they are looked up among the programs that JAX has compiled, as keys
+    space, return_grad = (tuple(w) if isinstance(w, list) else w for w in (space, return_grad))
+    if hasattr(temperature, "__float__"):
+        temperature = float(temperature)
+    words = (operation, space, axis, reduction, temperature, return_grad, None)
+    return _call(words, x, y, weights, out, device)
+
+
+def entropy(
+    x: Any, space: Any, axis: int, reduction: str, weights: Any, temperature: float, return_grad: Any, out: Any,
+    device: str | None,
+) -> Any:  # fmt: skip
+    return _run("entropy", x, None, space, axis, reduction, weights, temperature, return_grad, out, device)
+
+
+kl_div = partial(_run, "kl_div")
+rel_entr = partial(_run, "rel_entr")
+cross_entropy = partial(_run, "cross_entropy")
+
+
+def loss(
+    term: str, x: Any, y: Any, space: Any, axis: int, reduction: str, factors: Any, denominator: float, epsilon: float,
+    dtype: str | None, return_grad: Any,
+) -> Any:  # fmt: skip
+    words = (term, space, axis, reduction, 1.0, return_grad, (denominator, epsilon, dtype))
+    return _call(words, x, y, factors, None, None)

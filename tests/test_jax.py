@@ -1,0 +1,683 @@
+"""JAX arrays: NumPy's bits, under jit, grad, vmap and their compositions, without copies and without deadlocks."""
+
+import contextlib
+import importlib
+import types
+
+import ml_dtypes
+import numpy as np
+import oracle
+import pytest
+
+jax = pytest.importorskip("jax", reason="JAX is not installed")
+
+import jax.numpy as jnp  # noqa: E402
+from jax.test_util import check_grads  # noqa: E402
+
+import klcore  # noqa: E402
+from klcore.backends import cpu  # noqa: E402
+from klcore.divergence import loss  # noqa: E402
+
+PAIRS = [(op, pair) for op in oracle.OPERATIONS for pair in oracle.PAIRS if op != "entropy" or pair[0] == pair[1]]
+REDUCTIONS = ["row", "none", "sum", "rowmean", "batchmean", "mean"]
+TOTALS = REDUCTIONS[2:]
+X64 = pytest.mark.usefixtures("x64")
+
+
+@pytest.fixture
+def x64():
+    """float64 arrays, for one test."""
+    with jax.enable_x64(True):
+        yield
+
+
+def into(z, space):
+    """Logits as numbers of a space."""
+    if space != "logits":
+        z = z - np.log(np.exp(z).sum(axis=-1, keepdims=True))
+    return np.exp(z) if space == "probs" else z
+
+
+def arguments(space, shape=(4, 3, 5), other=None, dtype=np.float32, seed=0):
+    rng = np.random.default_rng(seed)
+    shapes = (shape, other or shape)
+    return tuple(into(rng.normal(size=n), s).astype(dtype) for n, s in zip(shapes, space, strict=True))
+
+
+def on(operation, x, y, space, **options):
+    """The public function on two arrays, or the first of them."""
+    if "logits" in space:
+        options.setdefault("temperature", 1.7)
+    if operation == "entropy":
+        if options.get("return_grad"):
+            options["return_grad"] = "x"
+        return klcore.entropy(x, space=space[0], **options)
+    return getattr(klcore, operation)(x, y, space=space, **options)
+
+
+def same(found, expected):
+    """JAX arrays of the same bits."""
+    several = isinstance(expected, tuple)
+    assert isinstance(found, tuple) == several
+    for f, e in zip(found, expected, strict=True) if several else [(found, expected)]:
+        assert isinstance(f, jax.Array)
+        assert f.dtype == e.dtype
+        np.testing.assert_array_equal(np.asarray(f), e)
+
+
+# ---- values ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize(("operation", "space"), PAIRS)
+def test_bits_are_numpys(operation, space, reduction):
+    """The value, and the gradients beside it."""
+    x, y = arguments(space)
+    options = {"reduction": reduction, "return_grad": ("x", "y")}
+    expected = on(operation, x, y, space, **options)
+    same(on(operation, jnp.asarray(x), jnp.asarray(y), space, **options), expected)
+    if operation == "kl_div":
+        same(on(operation, jnp.asarray(x), jnp.asarray(y), space, reduction=reduction), expected[0])
+
+
+@pytest.mark.parametrize("x_64", [False, True], ids=["", "x64"])
+@pytest.mark.parametrize("reduction", ["row", "none", "sum"])
+@pytest.mark.parametrize("name", ["float64", "float32", "float16", "bfloat16"])
+def test_dtypes(name, reduction, x_64):
+    """Gradients in the operand's dtype, values as NumPy's; without jax_enable_x64 JAX has no float64."""
+    dtype = {"bfloat16": ml_dtypes.bfloat16}.get(name, name)
+    x, y = arguments(("logits", "logits"), dtype=dtype)
+    with jax.enable_x64(x_64):
+        a, b = jnp.asarray(x), jnp.asarray(y)
+        options = {"space": "logits", "reduction": reduction, "return_grad": ("x", "y")}
+        expected = klcore.kl_div(np.asarray(a), np.asarray(b), **options)
+        same(klcore.kl_div(a, b, **options), expected)
+        same(jax.jit(lambda a, b: klcore.kl_div(a, b, **options))(a, b), expected)
+        g = jax.grad(lambda a: klcore.kl_div(a, b, space="logits", reduction=reduction).sum())(a)
+        assert g.dtype == a.dtype
+        if reduction != "none":  # there the factors of the terms, all 1, are multiplied by
+            same(g, expected[1])
+
+
+@pytest.mark.parametrize("x_64", [False, True], ids=["", "x64"])
+@pytest.mark.parametrize("dtype", ["int32", "uint8", "bool"])
+def test_integers_and_lists_become_jaxs_float(dtype, x_64):
+    with jax.enable_x64(x_64):
+        kind = jnp.float64 if x_64 else jnp.float32
+        x = np.array([[1, 0, 1], [1, 1, 1]], dtype)
+        expected = klcore.kl_div(x.astype(kind), np.array([[0.25, 0.25, 0.5]], kind))
+        same(klcore.kl_div(jnp.asarray(x), [[0.25, 0.25, 0.5]]), expected)
+        same(
+            klcore.kl_div([[0.25, 0.25, 0.5]], jnp.asarray(x)),
+            klcore.kl_div(np.array([0.25, 0.25, 0.5], kind), x.astype(kind)),
+        )
+        found = klcore.kl_div(jnp.asarray(x), jnp.array([0.25, 0.25, 0.5], jnp.bfloat16))
+        assert found.dtype == kind
+
+
+def test_differentiating_beside_integers():
+    target = jnp.array([[1, 0, 0]])
+    y = jnp.array([[0.5, 0.25, 0.25]])
+    g = jax.grad(lambda y: klcore.rel_entr(target, y, reduction="sum"))(y)
+    np.testing.assert_array_equal(g, [[-2, 0, 0]])
+    g = jax.grad(lambda x: klcore.kl_div(x, y, reduction="sum"), allow_int=True)(target)
+    assert g.dtype == jax.dtypes.float0
+
+
+@pytest.mark.parametrize("traced", [False, True], ids=["", "jit"])
+@pytest.mark.parametrize("weights", [2.0, [1, 2, 0], np.array([[1.0], [0.5], [2.0], [0.0]]), "jax"])
+def test_weights(weights, traced):
+    space = ("log_probs", "logits")
+    x, y = arguments(space)
+    weights = jnp.arange(12.0).reshape(4, 3) if isinstance(weights, str) else weights
+    w = np.asarray(weights, np.float32)
+    expected = on("kl_div", x, y, space, reduction="rowmean", weights=w, return_grad="y")
+
+    def f(x, y, w):
+        return on("kl_div", x, y, space, reduction="rowmean", weights=w, return_grad="y")
+
+    same((jax.jit(f) if traced else f)(x=jnp.asarray(x), y=jnp.asarray(y), w=weights), expected)
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("axis", [0, 1, -1, -2])
+def test_axis(axis, reduction):
+    x, y = arguments(("probs", "probs"), (3, 4, 5), (5,) if axis == -1 else (1, 4, 5) if axis == 1 else None)
+    options = {"axis": axis, "reduction": reduction, "return_grad": ("x", "y")}
+    same(klcore.kl_div(jnp.asarray(x), jnp.asarray(y), **options), klcore.kl_div(x, y, **options))
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_one_number_is_one_class(reduction):
+    options = {"reduction": reduction, "return_grad": ("x", "y")}
+    expected = klcore.kl_div(np.float32(0.3), np.float32(0.5), **options)
+    x, y = jnp.float32(0.3), jnp.float32(0.5)
+    same(klcore.kl_div(x, y, **options), expected)
+    same(jax.grad(lambda x, y: klcore.kl_div(x, y, reduction=reduction), (0, 1))(x, y), expected[1:])
+    same(jax.vmap(lambda x: klcore.kl_div(x, y, **options)[0])(x[None]), expected[0][None])
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("shape", [(0, 3), (3, 0), (2, 0, 3)])
+@pytest.mark.filterwarnings("ignore:invalid value")
+def test_nothing_to_add_up(shape, reduction):
+    x = np.ones(shape, np.float32)
+    options = {"reduction": reduction, "return_grad": ("x", "y")}
+    same(klcore.kl_div(jnp.asarray(x), jnp.asarray(x), **options), klcore.kl_div(x, x, **options))
+
+
+# ---- gradients -------------------------------------------------------------------------------------------------------
+
+
+@X64
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("space", oracle.PAIRS)
+def test_check_grads(space, reduction):
+    """Against differences, with random cotangents of either sign, and y broadcast."""
+    x, y = (jnp.asarray(a) for a in arguments(space, (2, 3), (3,), np.float64))
+    weights = jnp.array([0.5, 2.0])
+    check_grads(
+        lambda x, y: on("kl_div", x, y, space, reduction=reduction, weights=weights), (x, y), order=1, modes=["rev"]
+    )
+
+
+@X64
+@pytest.mark.parametrize(("operation", "space"), [pair for pair in PAIRS if pair[0] != "kl_div"])
+def test_check_grads_of_the_others(operation, space):
+    x, y = (jnp.asarray(a) for a in arguments(space, (2, 3), dtype=np.float64))
+    check_grads(lambda x, y: on(operation, x, y, space), (x, y), order=1, modes=["rev"])
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize(("operation", "space"), PAIRS)
+def test_gradients_are_the_engines(operation, space, reduction):
+    """The bits of klcore's products of cotangent and Jacobian; of totals, multiplied afterwards."""
+    x, y = arguments(space)
+    value, back = jax.vjp(lambda x, y: on(operation, x, y, space, reduction=reduction), jnp.asarray(x), jnp.asarray(y))
+    names = ("x",) if operation == "entropy" else ("x", "y")
+    found = back(jnp.ones_like(value))[: len(names)]
+    if reduction in TOTALS:
+        same(found, on(operation, x, y, space, reduction=reduction, return_grad=names)[1:])
+        return
+    cotangent = np.random.default_rng(1).normal(size=value.shape).astype(np.float32)
+    found = back(jnp.asarray(cotangent))[: len(names)]
+    words = space[0] if operation == "entropy" else space
+    y = None if operation == "entropy" else y
+    temperature = 1.7 if "logits" in space else 1.0
+    same(found, cpu.gradient(operation, x, y, words, -1, reduction, None, temperature, cotangent, names))
+
+
+def test_cotangent_of_a_total():
+    x, y = (jnp.asarray(a) for a in arguments(("probs", "probs")))
+    g = jax.grad(lambda y: klcore.kl_div(x, y, reduction="sum"))(y)
+    np.testing.assert_array_equal(jax.grad(lambda y: -3 * klcore.kl_div(x, y, reduction="sum"))(y), -3 * g)
+
+
+def test_loss_scale_keeps_float16_from_underflow():
+    x, y = (jnp.asarray(a) for a in arguments(("logits", "logits"), (512, 64), dtype=np.float16))
+    scale = 65536.0
+    g = jax.grad(lambda y: scale * klcore.kl_div(x, y, space="logits", reduction="mean"))(y)
+    _, expected = klcore.kl_div(
+        x.astype("float32"), y.astype("float32"), space="logits", reduction="mean", return_grad="y"
+    )
+    np.testing.assert_allclose(g.astype("float32"), expected * scale, rtol=1e-3, atol=1e-7)
+    assert jnp.median(jnp.abs(expected)) < 1e-6  # float16 has a few bits left there
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_only_what_is_differentiated_is_computed(reduction, monkeypatch):
+    wanted = set()
+    for name in ("kl_div", "gradient"):
+        original = getattr(cpu, name)
+
+        def watched(*arguments, original=original, at=9 if name == "gradient" else 7, **keywords):
+            wanted.update(arguments[at] or ())
+            return original(*arguments, **keywords)
+
+        monkeypatch.setattr(cpu, name, watched)
+    x, y = (jnp.asarray(a) for a in arguments(("probs", "probs"), (7, 3)))
+    jax.grad(lambda y: klcore.kl_div(x, y, reduction=reduction).sum())(y).block_until_ready()
+    assert wanted == {"y"}
+
+
+def test_both_arguments_the_same():
+    x = jnp.asarray(arguments(("probs", "probs"))[0])
+    np.testing.assert_array_equal(jax.grad(lambda x: klcore.kl_div(x, x, reduction="sum"))(x), jnp.zeros_like(x))
+
+
+def test_gradient_that_is_returned():
+    """It is a result like others, beside a value that can be differentiated; its own derivative is not available."""
+    x, y = (jnp.asarray(a) for a in arguments(("probs", "probs")))
+
+    def f(y):
+        return klcore.kl_div(x, y, reduction="sum", return_grad="y")
+
+    (value, aux), g = jax.jit(jax.value_and_grad(f, has_aux=True))(y)
+    same((value, aux), klcore.kl_div(np.asarray(x), np.asarray(y), reduction="sum", return_grad="y"))
+    np.testing.assert_array_equal(aux, g)
+    with pytest.raises(NotImplementedError, match="first derivatives only"):
+        jax.grad(lambda y: f(y)[1].sum())(y)
+
+
+@pytest.mark.parametrize("reduction", ["row", "sum"])
+@pytest.mark.parametrize("jit", [False, True], ids=["", "jit"])
+def test_no_second_derivatives(reduction, jit):
+    x, y = (jnp.asarray(a) for a in arguments(("logits", "logits"), (2, 3)))
+
+    def f(y):
+        return klcore.kl_div(x, y, space="logits", reduction=reduction).sum()
+
+    maybe = jax.jit if jit else lambda f: f
+    for second in (jax.hessian(f), jax.jacfwd(jax.grad(f)), jax.grad(lambda y: jax.grad(f)(y).sum())):
+        with pytest.raises(NotImplementedError, match="first derivatives only"):
+            maybe(second)(y)
+
+
+def test_no_derivative_by_weights():
+    x, y = (jnp.asarray(a) for a in arguments(("probs", "probs")))
+    with pytest.raises(NotImplementedError, match=r"with respect to weights; pass jax\.lax\.stop_gradient"):
+        jax.grad(lambda w: klcore.kl_div(x, y, weights=w).sum())(jnp.ones(3))
+    jax.grad(lambda y, w: klcore.kl_div(x, y, weights=jax.lax.stop_gradient(w)).sum(), (0, 1))(y, jnp.ones(3))
+
+
+def test_no_forward_mode():
+    x, y = (jnp.asarray(a) for a in arguments(("probs", "probs")))
+    with pytest.raises(TypeError, match="forward-mode"):
+        jax.jvp(lambda y: klcore.kl_div(x, y), (y,), (y,))
+
+
+# ---- transformations -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("wrap", ["jit(grad)", "grad(jit)", "value_and_grad", "checkpoint", "scan", "cond", "disabled"])
+def test_compositions(wrap, reduction):
+    x, y = (jnp.asarray(a) for a in arguments(("probs", "logits")))
+
+    def f(y):
+        return klcore.kl_div(x, y, space=("probs", "logits"), reduction=reduction).sum()
+
+    expected = jax.grad(f)(y)
+    found = {
+        "jit(grad)": lambda: jax.jit(jax.grad(f))(y),
+        "grad(jit)": lambda: jax.grad(jax.jit(f))(y),
+        "value_and_grad": lambda: jax.jit(jax.value_and_grad(f))(y)[1],
+        "checkpoint": lambda: jax.grad(jax.checkpoint(f))(y),
+        "scan": lambda: jax.grad(lambda y: jax.lax.scan(lambda c, _: (c + f(y), None), 0.0, length=1)[0])(y),
+        "cond": lambda: jax.jit(jax.grad(lambda y: jax.lax.cond(y[0, 0, 0] < 9, f, lambda y: y.sum(), y)))(y),
+        "disabled": lambda: jax.grad(f)(y),
+    }
+    with jax.disable_jit(wrap == "disabled"):
+        same(found[wrap](), np.asarray(expected))
+
+
+IN_AXES = [(0, 0), (1, 2), (-1, 0), (0, None), (None, 1)]
+
+
+@pytest.mark.parametrize(("in_axes", "axis"), [*((at, -1) for at in IN_AXES), ((1, 2), 0)], ids=str)
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_vmap(reduction, in_axes, axis):
+    """Value and gradients of each example: those of a loop over them, with an unmapped argument of fewer axes."""
+    count, shape = 3, (4, 5)
+    rng = np.random.default_rng(0)
+    arrays = []
+    for at, unmapped in zip(in_axes, (shape, shape[-1:] if axis == -1 else shape), strict=True):
+        a = rng.uniform(0.1, 1, unmapped if at is None else (count, *shape)).astype(np.float32)
+        arrays.append(jnp.asarray(a if at is None else np.moveaxis(a, 0, at)))
+
+    def f(x, y):
+        value, dx = klcore.kl_div(x, y, axis=axis, reduction=reduction, return_grad="x")
+        return (
+            value,
+            dx,
+            *jax.grad(lambda x, y: klcore.kl_div(x, y, axis=axis, reduction=reduction).sum(), (0, 1))(x, y),
+        )
+
+    def example(i):
+        return tuple(a if at is None else jnp.take(a, i, at) for a, at in zip(arrays, in_axes, strict=True))
+
+    found = jax.vmap(f, in_axes)(*arrays)
+    expected = tuple(np.stack(a) for a in zip(*(f(*example(i)) for i in range(count)), strict=True))
+    same(found, expected)
+    same(jax.jit(jax.vmap(f, in_axes))(*arrays), expected)
+
+
+@pytest.mark.parametrize("weighted", ["", "weights", "mapped weights"])
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_nested_vmap(reduction, weighted):
+    x, y = (jnp.asarray(a) for a in arguments(("probs", "logits"), (2, 3, 4, 5), (2, 5)))
+    w = {"weights": jnp.arange(4.0), "mapped weights": jnp.arange(12.0).reshape(3, 4)}.get(weighted, jnp.ones(()))
+    at = 0 if weighted == "mapped weights" else None
+
+    def f(x, y, w):
+        options = {"space": ("probs", "logits"), "reduction": reduction, "weights": w if weighted else None}
+        return jax.value_and_grad(lambda y: klcore.kl_div(x, y, **options).sum())(y)
+
+    found = jax.vmap(jax.vmap(f, (0, None, at)), (0, 0, None))(x, y, w)
+    each = [[f(x[i, j], y[i], w if at is None else w[j]) for j in range(3)] for i in range(2)]
+    for k in range(2):
+        np.testing.assert_array_equal(found[k], np.stack([np.stack([e[k] for e in line]) for line in each]))
+
+
+def test_vmap_of_no_examples():
+    x = jnp.ones((0, 4, 5))
+    assert jax.vmap(lambda x: klcore.kl_div(x, x, reduction="sum"))(x).shape == (0,)
+
+
+def test_jacobian():
+    """One row of cotangents for each value: vmap of the backward rule."""
+    x, y = (jnp.asarray(a) for a in arguments(("probs", "probs"), (3, 4)))
+    found = jax.jacrev(lambda y: klcore.kl_div(x, y))(y)
+    _, dy = klcore.kl_div(x, y, return_grad="y")
+    np.testing.assert_array_equal(found, np.eye(3, dtype="f")[:, :, None] * dy)
+
+
+def test_equal_calls_are_compiled_once(caplog):
+    x, y = (jnp.asarray(a) for a in arguments(("probs", "probs"), (3, 7)))
+
+    def once():
+        klcore.kl_div(x, y, reduction="sum")
+        jax.vmap(klcore.kl_div)(x, y)
+        jax.grad(lambda y: klcore.kl_div(x, y, reduction="sum"))(y)
+        jax.grad(lambda y: klcore.kl_div(x, y).sum())(y)
+
+    once()
+    with jax.log_compiles():
+        once()
+    assert [r.getMessage() for r in caplog.records if "ompil" in r.getMessage()] == []
+
+
+# ---- losses of other systems -----------------------------------------------------------------------------------------
+
+LOSSES = [
+    ("pytorch", ("probs", "log_probs")), ("pytorch", ("log_probs", "log_probs")), ("keras", ("probs", "probs")),
+    ("mxnet", ("probs", "log_probs")), ("mxnet", ("probs", "logits")), ("puzzlelib", ("probs", "logits")),
+]  # fmt: skip
+
+
+@X64
+@pytest.mark.parametrize("factors", [None, (3, 5), (4, 1, 1)], ids=str)
+@pytest.mark.parametrize("reduction", ["row", "sum", "none"])
+@pytest.mark.parametrize(("term", "space"), LOSSES)
+def test_loss(term, space, reduction, factors):
+    """With operands that broadcast, over the classes as well: gradients are of each operand's own shape."""
+    x, _ = arguments(space, (4, 3, 5), dtype=np.float64)
+    y = np.random.default_rng(1).uniform(0.1, 1, (3, 1))
+    options = {"space": space, "reduction": reduction, "denominator": 3.0, "epsilon": 1e-3}
+    options["factors"] = None if factors is None else np.random.default_rng(2).normal(size=factors)
+    a, b = jnp.asarray(x), jnp.asarray(y)
+    same(loss(term, a, b, return_grad="y", **options), loss(term, x, y, return_grad="y", **options))
+    if term == "puzzlelib":  # its gradient is none of its value
+        _, dy = loss(term, x, y, return_grad="y", **options)
+        found = jax.grad(lambda b: loss(term, a, b, **options).sum())(b)
+        np.testing.assert_allclose(found, dy, rtol=1e-12, atol=1e-15)
+    else:
+        check_grads(lambda a, b: loss(term, a, b, **options), (a, b), order=1, modes=["rev"])
+    mapped = jax.vmap(lambda a: loss(term, a, b, **{**options, "factors": None}))(a)
+    same(mapped, np.stack([loss(term, a, y, **{**options, "factors": None}) for a in x]))
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+def test_loss_dtype(dtype):
+    x, y = arguments(("probs", "log_probs"), dtype=np.float16)
+    options = {"space": ("probs", "log_probs"), "dtype": dtype}
+    same(loss("pytorch", jnp.asarray(x), jnp.asarray(y), **options), loss("pytorch", x, y, **options))
+    g = jax.grad(lambda y: loss("pytorch", jnp.asarray(x), y, **options).sum())(jnp.asarray(y))
+    assert g.dtype == "float16"
+
+
+# ---- what is refused -------------------------------------------------------------------------------------------------
+
+BAD = {
+    "space": {"space": "odds"},
+    "space of no kind": {"space": {}},
+    "three spaces": {"space": ["probs"] * 3},
+    "axis": {"axis": 2},
+    "axis of no kind": {"axis": [0]},
+    "fractional axis": {"axis": 0.5},
+    "reduction": {"reduction": "rows"},
+    "reductions": {"reduction": ["row"]},
+    "temperature": {"space": "logits", "temperature": 0.0},
+    "no temperature": {"space": "logits", "temperature": None},
+    "temperatures": {"space": "logits", "temperature": [1.0, 2.0]},
+    "temperature of probabilities": {"temperature": 2},
+    "return_grad": {"return_grad": "z"},
+    "weights' shape": {"weights": [1, 1, 1, 1, 1]},
+    "negative weights": {"weights": [-1, 1, 1]},
+    "masked weights": {"weights": np.ma.ones(3)},
+    "classes": {"y": np.ones((3, 5))},
+    "batch": {"y": np.ones((2, 4))},
+    "dtype": {"y": np.ones((3, 4), complex)},
+}
+
+
+@pytest.mark.parametrize("traced", [False, True], ids=["", "jit"])
+@pytest.mark.parametrize("case", BAD)
+def test_errors_are_numpys(case, traced):
+    """The same class, and the same words, when JAX traces a function: not when it has run."""
+    options = dict(BAD[case])
+    x = np.ones((3, 4), np.float32)
+    y = options.pop("y", x)
+    with pytest.raises((TypeError, ValueError)) as expected:
+        klcore.kl_div(x, y, **options)
+
+    def f(x, y):
+        return klcore.kl_div(x, y, **options)
+
+    with pytest.raises(expected.type) as found:
+        (jax.jit(f) if traced else f)(jnp.asarray(x), jnp.asarray(y))
+    if case not in ("dtype", "batch", "classes"):  # those name what they have found
+        assert str(found.value).partition(";")[0] == str(expected.value).partition(";")[0]
+
+
+def test_weights_known_only_when_it_runs():
+    x = jnp.ones((2, 3))
+    with pytest.raises(jax.errors.JaxRuntimeError, match="weights must be finite and >= 0"):
+        jax.jit(lambda w: klcore.kl_div(x, x, weights=w))(jnp.array([-1.0, 1])).block_until_ready()
+
+
+@pytest.mark.parametrize(
+    ("array", "match"),
+    [
+        (lambda: jax.random.key(0), "x has dtype key<fry>"),
+        (lambda: jnp.ones(3, jnp.complex64), "x has dtype complex64"),
+        (lambda: jnp.ones(3, jnp.float8_e4m3fn), "x has dtype float8_e4m3fn"),
+    ],
+    ids=["key", "complex64", "float8"],
+)
+def test_dtypes_that_are_refused(array, match):
+    with pytest.raises(TypeError, match=match):
+        klcore.entropy(array())
+
+
+@pytest.mark.parametrize("operation", oracle.OPERATIONS)
+def test_out_is_refused(operation):
+    x = jnp.ones((2, 3))
+    with pytest.raises(TypeError, match="JAX arrays cannot be written to"):
+        on(operation, x, x, ("probs", "probs"), out=jnp.ones(2))
+
+
+def test_libraries_are_not_mixed():
+    with pytest.raises(TypeError, match=r"x is a jax array and y a numpy one; move one of them"):
+        klcore.kl_div(jnp.ones(3), np.ones(3))
+
+
+def test_traced_temperature_is_refused():
+    x = jnp.ones((2, 3))
+    with pytest.raises(TypeError, match="concrete value"):
+        jax.jit(lambda t: klcore.kl_div(x, x, space="logits", temperature=t))(2.0)
+
+
+# ---- devices ---------------------------------------------------------------------------------------------------------
+
+
+def test_device():
+    x, y = (jnp.asarray(a) for a in arguments(("probs", "probs")))
+    found = klcore.kl_div(x, y, device="cpu")
+    same(found, klcore.kl_div(np.asarray(x), np.asarray(y)))
+    assert found.devices() == {jax.local_devices(backend="cpu")[0]}
+    with pytest.raises(ValueError, match="no meaning while JAX traces"):
+        jax.jit(lambda x: klcore.kl_div(x, y, device="cpu"))(x)
+    with pytest.raises(ValueError, match="device must be None"):
+        klcore.kl_div(x, y, device="tpu")
+
+
+def test_device_that_is_missing():
+    with contextlib.suppress(RuntimeError):
+        jax.devices("cuda")
+        pytest.skip("JAX has a CUDA device")
+    for device in ("cuda", "cuda:1"):
+        with pytest.raises(klcore.BackendUnavailableError, match=rf"device='{device}': JAX has no such device"):
+            klcore.kl_div(jnp.ones(3), jnp.ones(3), device=device)
+
+
+def test_gpu_that_klcore_cannot_use(monkeypatch):
+    """It is said before anything runs."""
+    adapter = importlib.import_module("klcore.backends.jax")
+    cuda = importlib.import_module("klcore.backends.cuda")
+
+    def missing():
+        raise klcore.BackendUnavailableError("CUDA needs CuPy")
+
+    monkeypatch.setattr(cuda, "_ready", missing)
+    monkeypatch.setattr(adapter, "_platform", lambda a: "gpu")
+    with pytest.raises(klcore.BackendUnavailableError, match="CUDA needs CuPy"):
+        klcore.kl_div(jnp.ones(3), jnp.ones(3))
+
+
+def test_platforms():
+    """A program for the CPU calls the CPU, one for CUDA the GPU, and for others there is none."""
+    x = jnp.ones((2, 3))
+    traced = jax.jit(lambda x: klcore.kl_div(x, x)).trace(x)
+    assert "python_cpu_callback" in traced.lower(lowering_platforms=("cpu",)).as_text()
+    cuda = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert "python_gpu_callback" in cuda
+    assert "python_cpu_callback" not in cuda
+    with pytest.raises(ValueError, match="not supported on tpu"):
+        traced.lower(lowering_platforms=("tpu",))
+
+
+def test_buffers_on_a_gpu(gpu, monkeypatch):
+    """What XLA would call on a GPU, with stand-ins for its buffers: JAX itself cannot be emulated."""
+    if not gpu.emulated:
+        pytest.skip("stand-ins for JAX's buffers are of the emulator's arrays")
+    seen = []
+
+    @contextlib.contextmanager
+    def stream(pointer, device):
+        seen.append((pointer, device))
+        yield
+
+    def buffer(array):
+        return None if array is None else types.SimpleNamespace(array=gpu.put(array), __dlpack_device__=lambda: (2, 0))
+
+    monkeypatch.setattr(gpu.xp, "from_dlpack", lambda b: b.array, raising=False)
+    monkeypatch.setattr(gpu.xp.cuda, "ExternalStream", stream, raising=False)
+    adapter = importlib.import_module("klcore.backends.jax")
+    x, y = arguments(("logits", "probs"), (2, 4, 5), (1, 4, 5))  # an axis of vmap's in front, y not mapped
+    value = np.empty(2, np.float32)
+    dy = np.empty((2, 4, 5), np.float32)
+    words = ("kl_div", ("logits", "probs"), -1, "sum", 2.0, None, 2, (), np.dtype("float32"), ("y",))
+    results = [buffer(value), buffer(dy)]
+    adapter._Call(*words)(types.SimpleNamespace(stream=7), results, buffer(x), buffer(y), None, None)
+    assert seen == [(7, 0)]
+    for i in range(2):
+        expected = klcore.kl_div(
+            x[i], y[0], space=("logits", "probs"), reduction="sum", temperature=2.0, return_grad="y"
+        )
+        for result, e in zip(results, expected, strict=True):
+            np.testing.assert_array_equal(gpu.get(result.array)[i], e)
+
+
+# ---- memory and threads ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("traced", [False, True], ids=["", "jit"])
+def test_no_copies(name, traced, monkeypatch):
+    """The engine reads JAX's memory and writes what JAX returns."""
+    pointers = []
+    original = cpu.kl_div
+
+    def watched(x, y, *words):
+        pointers.extend(a.__array_interface__["data"][0] for a in (x, y, *words[-2]))
+        return original(x, y, *words)
+
+    monkeypatch.setattr(cpu, "kl_div", watched)
+    x, y = (jnp.asarray(a).astype(name) for a in arguments(("probs", "probs"), (640, 100)))
+
+    def f(x, y):
+        return klcore.kl_div(x, y, reduction="none", return_grad=("x", "y"))
+
+    results = (jax.jit(f) if traced else f)(x, y)
+    jax.block_until_ready(results)
+    assert pointers == [a.unsafe_buffer_pointer() for a in (x, y, *results)]
+
+
+def test_arguments_stay_as_they_are():
+    x, y = (jnp.asarray(a) for a in arguments(("probs", "probs")))
+    before = np.array(x), np.array(y)
+    klcore.kl_div(x, y, return_grad=("x", "y"))
+    np.testing.assert_array_equal(x, before[0])
+    np.testing.assert_array_equal(y, before[1])
+
+
+def test_no_deadlock(python):
+    """Arrays large enough for XLA's threads, calls that wait for each other, from several threads at once."""
+    code = """
+import threading
+import jax, jax.numpy as jnp, numpy as np
+import klcore
+
+x, y = (jax.random.normal(jax.random.key(k), (4096, 4096)) for k in range(2))
+
+@jax.jit
+def f(x, y):
+    inner = jax.jit(lambda y: klcore.kl_div(y * 1.5, x, space="logits").mean())
+    return klcore.kl_div(x + 1, y, space="logits", reduction="rowmean") + inner(y)
+
+g = jax.grad(jax.jit(f), (0, 1))
+
+def work():
+    for _ in range(2):
+        jax.block_until_ready([f(x, y), g(x, y), klcore.kl_div(x, y, space="logits")])
+
+threads = [threading.Thread(target=work) for _ in range(3)]
+for t in threads: t.start()
+for t in threads: t.join()
+print("done")
+"""
+    assert python(code, timeout=240, JAX_PLATFORMS="cpu").strip() == "done"
+
+
+def test_arrays_over_several_devices(python):
+    """They are collected under jit, as by any custom call; shard_map computes them where they are."""
+    code = """
+import jax, jax.numpy as jnp, numpy as np
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+import klcore
+
+mesh = jax.make_mesh((2,), ("rows",), axis_types=(AxisType.Auto,))
+x = jax.nn.softmax(jax.random.normal(jax.random.key(0), (6, 8)))
+y = x[::-1]
+expected = np.asarray(klcore.kl_div(x, y))
+a, b = (jax.device_put(v, NamedSharding(mesh, P("rows"))) for v in (x, y))
+for found in (
+    klcore.kl_div(a, b),
+    klcore.kl_div(a, b, weights=jnp.ones(6)),
+    jax.jit(klcore.kl_div)(a, b),
+    jax.shard_map(klcore.kl_div, mesh=mesh, in_specs=(P("rows"), P("rows")), out_specs=P("rows"))(a, b),
+):
+    np.testing.assert_array_equal(found, expected)
+assert found.sharding.spec == P("rows")
+second = jax.devices()[1]
+found = klcore.kl_div(*(jax.device_put(v, second) for v in (x, y)))
+assert found.devices() == {second}
+np.testing.assert_array_equal(found, expected)
+"""
+    python(code, JAX_PLATFORMS="cpu", XLA_FLAGS="--xla_force_host_platform_device_count=2")
+
+
+def test_numpy_arrays_do_not_import_jax(python):
+    code = "import sys, numpy as np, klcore; klcore.kl_div(np.ones(3), np.ones(3)); print('jax' in sys.modules)"
+    assert python(code).strip() == "False"
