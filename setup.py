@@ -55,7 +55,8 @@ setup(
             ["src/kl_cpu.pyx"],
             include_dirs=["src"],
             depends=[
-                f"src/kl_{name}.h" for name in ("math", "tree", "store", "logits", "plan", "rows", "isa", "batch")
+                f"src/kl_{name}.h"
+                for name in ("math", "tree", "store", "logits", "plan", "rows", "isa", "batch", "partial")
             ],
             language="c++",
         ),

@@ -46,3 +46,39 @@ def plain(
 ) -> tuple[Any, Any, Any] | None: ...
 def add_up(values: Any) -> float: ...
 def elementary(function: str, x: Any, out: Any) -> None: ...
+
+MAX_STATS: int
+
+def sweeps(operation: int, space_x: int, space_y: int, wide: bool, terms: bool, gradient: bool) -> tuple[int, ...]: ...
+def sweep(
+    number: int,
+    operation: int,
+    space_x: int,
+    space_y: int,
+    x: Any,
+    y: Any,
+    weights: Any,
+    terms: Any,
+    dx: Any,
+    dy: Any,
+    wide: bool,
+    temperature: float,
+    gradient_scale: float,
+    threads: int,
+    stats: Any,
+    states: Any,
+    inner_axes: int = -1,
+) -> None: ...
+def merge(
+    number: int,
+    operation: int,
+    space_x: int,
+    space_y: int,
+    weights: Any,
+    wide: bool,
+    temperature: float,
+    threads: int,
+    states: Any,
+    count: int,
+    stats: Any,
+) -> None: ...

@@ -363,27 +363,34 @@ inline void run_summed(Plan& p, const Isa& isa, int inner_axes) {
   }
 }
 
-// Runs a plan; returns 0, or 1 if memory ran out. inner_axes < 0: an ordinary run; else run_summed.
-inline int run(Plan& p, const Isa& isa, int inner_axes) noexcept {
+// Does `work`, which follows a plan; returns 0, or 1 if memory ran out.
+template <class Work> int guarded(Plan& p, Work work) noexcept {
   int failed = 0;
-  auto work = [&] {
+  auto caught = [&] {
     try {
-      if (inner_axes < 0) run_here(p, isa);
-      else run_summed(p, isa, inner_axes);
+      work();
     } catch (...) {
       failed = 1;
     }
   };
   if (p.threads > 1 && forked().load()) {
     try {
-      std::thread(work).join();
+      std::thread(caught).join();
       return failed;
     } catch (...) {
       p.threads = 1;                  // no thread to be had: the same bits on this one
     }
   }
-  work();
+  caught();
   return failed;
+}
+
+// Runs a plan. inner_axes < 0: an ordinary run; else run_summed.
+inline int run(Plan& p, const Isa& isa, int inner_axes) noexcept {
+  return guarded(p, [&] {
+    if (inner_axes < 0) run_here(p, isa);
+    else run_summed(p, isa, inner_axes);
+  });
 }
 
 }  // namespace kl

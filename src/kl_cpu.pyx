@@ -146,19 +146,13 @@ cdef int _execute(Plan* plan, int inner_axes) except -1:
     return 0
 
 
-def run(int operation, int space_x, int space_y, int output, x, y, weights, value, dx, dy, bint wide,
-        double temperature, double gradient_scale, int threads, int inner_axes=-1, factors=None, double epsilon=0.0):
-    """Compute one plan; returns the total where output is TOTAL.
-
-    x, y, factors, dx, dy and the terms have the shape batch + (n,); weights (float64) and row values the shape batch.
-    y, weights, factors, value, dx, dy may be None. With inner_axes >= 0 the one gradient given is that of an operand broadcast
-    over the last inner_axes batch axes, and is summed over them.
-    """
-    cdef Plan p
-    cdef _Borrowed b = _Borrowed.__new__(_Borrowed)
+cdef int _lay_out(Plan* p, _Borrowed b, int operation, int space_x, int space_y, int output, x, y, weights, value,
+                  dx, dy, bint write_gradients, bint wide, double temperature, double gradient_scale,
+                  int threads) except -1:
+    """Fill in a plan."""
     cdef Py_buffer* v
     cdef int d
-    memset(&p, 0, sizeof(Plan))
+    memset(p, 0, sizeof(Plan))
     b.lend(x, &p.x, True, False)
     v = &b.view[0]
     p.ndim = v.ndim - 1
@@ -171,14 +165,12 @@ def run(int operation, int space_x, int space_y, int output, x, y, weights, valu
         b.lend(y, &p.y, True, False)
     if weights is not None:
         b.lend(weights, &p.weights, False, False)
-    if factors is not None:
-        b.lend(factors, &p.factors, True, False)
     if value is not None:
         b.lend(value, &p.value, output == TERMS, True)
     if dx is not None:
-        b.lend(dx, &p.dx, True, True)
+        b.lend(dx, &p.dx, True, write_gradients)
     if dy is not None:
-        b.lend(dy, &p.dy, True, True)
+        b.lend(dy, &p.dy, True, write_gradients)
     p.operation = operation
     p.space_x = space_x
     p.space_y = space_y
@@ -187,6 +179,23 @@ def run(int operation, int space_x, int space_y, int output, x, y, weights, valu
     p.threads = threads
     p.inverse_temperature = 1.0 / temperature
     p.gradient_scale = gradient_scale
+    return 0
+
+
+def run(int operation, int space_x, int space_y, int output, x, y, weights, value, dx, dy, bint wide,
+        double temperature, double gradient_scale, int threads, int inner_axes=-1, factors=None, double epsilon=0.0):
+    """Compute one plan; returns the total where output is TOTAL.
+
+    x, y, factors, dx, dy and the terms have the shape batch + (n,); weights (float64) and row values the shape batch.
+    y, weights, factors, value, dx, dy may be None. With inner_axes >= 0 the one gradient given is that of an operand
+    broadcast over the last inner_axes batch axes, and is summed over them.
+    """
+    cdef Plan p
+    cdef _Borrowed b = _Borrowed.__new__(_Borrowed)
+    _lay_out(&p, b, operation, space_x, space_y, output, x, y, weights, value, dx, dy, True, wide, temperature,
+             gradient_scale, threads)
+    if factors is not None:
+        b.lend(factors, &p.factors, True, False)
     p.epsilon = epsilon
     _execute(&p, inner_axes)
     return p.total
@@ -289,6 +298,86 @@ def elementary(str function, x, out):
             _isa.elementary_double(f, <const double*>vx.buf, <double*>vo.buf, n)
     else:
         raise TypeError("float32 or float64 only")
+
+
+# ---- rows in parts: kl_partial.h -------------------------------------------------------------------------------------
+
+cdef extern from "kl_partial.h" namespace "kl" nogil:
+    int _MAX_STATS "kl::MAX_STATS"
+    int states_of(const Plan&, const Isa&, int)
+    int sweep_plan "kl::sweep"(Plan&, const Isa&, int, const double*, double*, int) noexcept
+    int merge_plan "kl::merge"(Plan&, const Isa&, int, double*, i64, double*) noexcept
+
+MAX_STATS = _MAX_STATS
+
+
+def sweeps(int operation, int space_x, int space_y, bint wide, bint terms, bint gradient):
+    """How many doubles a chunk of 1024 classes leaves behind, for each sweep over the rows that these outputs take."""
+    cdef Plan p
+    cdef char mark
+    memset(&p, 0, sizeof(Plan))
+    p.operation, p.space_x, p.space_y, p.wide = operation, space_x, space_y, wide
+    p.output = TERMS if terms else TOTAL
+    p.dx.data = &mark if gradient else NULL
+    found = []
+    while states_of(p, _isa[0], len(found)) >= 0:
+        found.append(states_of(p, _isa[0], len(found)))
+    return tuple(found)
+
+
+def sweep(int number, int operation, int space_x, int space_y, x, y, weights, terms, dx, dy, bint wide,
+          double temperature, double gradient_scale, int threads, const double[::1] stats, double[::1] states,
+          int inner_axes=-1):
+    """One of these sweeps over a block of the classes.
+
+    Arrays are those of `run`. `stats` are the rows' after the sweeps before, MAX_STATS each, or None before the first.
+    With `states`, for every row `sweeps()[number]` lines of a double a chunk, zero, only these are written; dx and dy
+    say which gradients will be asked for. Without, the outputs given are.
+    """
+    cdef Plan p
+    cdef _Borrowed b = _Borrowed.__new__(_Borrowed)
+    cdef int failed
+    cdef const double* known = &stats[0] if stats is not None and stats.shape[0] else NULL
+    cdef double* left = &states[0] if states is not None and states.shape[0] else NULL
+    if states is not None and left == NULL:
+        return
+    _lay_out(&p, b, operation, space_x, space_y, TOTAL if terms is None else TERMS, x, y, weights, terms, dx, dy,
+             left == NULL, wide, temperature, gradient_scale, threads)
+    with nogil:
+        failed = sweep_plan(p, _isa[0], number, known, left, inner_axes)
+    if failed:
+        raise MemoryError("klcore could not allocate its working memory")
+
+
+def merge(int number, int operation, int space_x, int space_y, weights, bint wide, double temperature, int threads,
+          double[::1] states, i64 count, double[::1] stats):
+    """The states that a sweep left of all blocks, `count` doubles a line, into the rows' stats; overwrites them.
+
+    A row's stats begin with its value, once that is known, times its weight. `weights` has the batch shape.
+    """
+    cdef Plan p
+    cdef _Borrowed b = _Borrowed.__new__(_Borrowed)
+    cdef Py_buffer* v
+    cdef int d, failed
+    if not stats.shape[0]:
+        return
+    memset(&p, 0, sizeof(Plan))
+    p.ndim = 1
+    p.rows = p.shape[0] = stats.shape[0] // MAX_STATS
+    if weights is not None:
+        b.lend(weights, &p.weights, False, False)
+        v = &b.view[0]
+        p.ndim = v.ndim
+        for d in range(p.ndim):
+            p.shape[d] = v.shape[d]
+    p.operation, p.space_x, p.space_y, p.wide = operation, space_x, space_y, wide
+    p.output = TOTAL
+    p.threads = threads
+    p.inverse_temperature = 1.0 / temperature
+    with nogil:
+        failed = merge_plan(p, _isa[0], number, &states[0] if states.shape[0] else NULL, count, &stats[0])
+    if failed:
+        raise MemoryError("klcore could not allocate its working memory")
 
 
 watch_forks()

@@ -47,7 +47,7 @@ ROOMS = {
     },
     r"klcore\.backends\.(?P<library>torch|jax|dask|dlpack)": {
         "numpy", "cupy", "ml_dtypes", "klcore.backends.cpu", "klcore.backends.cuda", "klcore.backends.rows",
-        REGISTRY_ERROR,
+        "klcore.backends.threads", REGISTRY_ERROR,
     },
     r"klcore\.compat": {"klcore.compat"},
     r"klcore\.compat\._arguments": {"numpy"},

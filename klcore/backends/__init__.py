@@ -50,6 +50,7 @@ def find(x: object, y: object, device: str | None) -> ModuleType:
     if of_x != of_y:
         if of_x is not None and of_y is not None:
             hint = ", or pass device= to have klcore do it" if of_x in _MOVABLE and of_y in _MOVABLE else ""
+            hint = ", as with dask.array.from_array" if "dask" in (of_x, of_y) else hint
             raise TypeError(f"x is a {of_x} array and y a {of_y} one; move one of them{hint}")
         of_x = of_x or of_y
     return _module(of_x or "numpy")

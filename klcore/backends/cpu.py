@@ -124,29 +124,31 @@ def _compute(task: rows.Task) -> Any:
 
 
 def _sum(weights: Any) -> float:
-    """The sum of a view of any layout, in klcore's order of addition, 1024 at a time."""
-    flat = weights.flat
-    chunks = [_cpu.add_up(flat[i : i + 1024].astype(np.float64)) for i in range(0, weights.size, 1024)]
-    return _cpu.add_up(np.array(chunks, np.float64))
+    return add_up(chunk_sums(weights))
 
 
 def _sum_gradient(task: rows.Task, g: rows.Gradient, scale: float, threads: int) -> None:
-    """The gradient of a broadcast operand: its batch axes in front, those to sum over behind."""
-    ndim = task.x.ndim - 1
-    order = (*(d for d in range(ndim) if d not in g.inner), *g.inner)
+    """The gradient of a broadcast operand."""
     if not task.rows:
         g.array[...] = 0
         return
+    to, (x, y, weights, factors), _ = _turned(task, g)
+    _cpu.run(
+        task.operation, *task.spaces, rows.PER_ROW, x, y, weights, None,
+        to if g.of == "x" else None, to if g.of == "y" else None,
+        task.wide, task.temperature, scale, threads, len(g.inner), factors, task.epsilon,
+    )  # fmt: skip
+
+
+def _turned(task: rows.Task, g: rows.Gradient) -> tuple[Any, tuple[Any, ...], tuple[int, ...]]:
+    """The gradient, what is read, and their batch axes' order: the operand's own in front, those to sum over behind."""
+    ndim = task.x.ndim - 1
+    order = (*(d for d in range(ndim) if d not in g.inner), *g.inner)
 
     def turn(a: Any) -> Any:
         return None if a is None else _lent(a.transpose(*order, *range(ndim, a.ndim)))
 
-    to = turn(g.view)
-    _cpu.run(
-        task.operation, *task.spaces, rows.PER_ROW, turn(task.x), turn(task.y), turn(task.weights), None,
-        to if g.of == "x" else None, to if g.of == "y" else None,
-        task.wide, task.temperature, scale, threads, len(g.inner), turn(task.factors), task.epsilon,
-    )  # fmt: skip
+    return turn(g.view), tuple(turn(a) for a in (task.x, task.y, task.weights, task.factors)), order
 
 
 def _entropy(
@@ -217,3 +219,132 @@ def gradient(
             denominator, epsilon, out,
         )
     )[1:]  # fmt: skip
+
+
+# ---- blocks of arrays that are never in one place, for backends/dask.py ----------------------------------------------
+#
+# `totals`: row values as float64, whatever the input. `shared`: the operands of which other blocks hold copies; their
+# gradients are yet to be added up, and come as float64, of shape batch + (n,) with a 1 where they are broadcast.
+
+STATS = _cpu.MAX_STATS  # numbers that say what the outputs of a row need
+
+
+def chunks(n: int) -> int:
+    """How many chunks n classes are."""
+    return -(-n // 1024)
+
+
+def chunk_sums(values: Any) -> Any:
+    """The sums of every 1024 values of a float array of any layout, in C order: what `add_up` goes on with."""
+    flat = values.flat
+    sums = [add_up(flat[i : i + 1024].astype(np.float64)) for i in range(0, values.size, 1024)]
+    return np.array(sums, np.float64)
+
+
+def add_up(sums: Any) -> float:
+    """The sum of a vector of float64, in klcore's order of addition; overwrites it."""
+    return _cpu.add_up(sums)
+
+
+def block(
+    operation: int, x: Any, y: Any, space: Any, axis: int, reduction: str, weights: Any, temperature: float,
+    return_grad: Any, denominator: float, totals: bool, shared: tuple[str, ...],
+) -> tuple[Any, ...]:  # fmt: skip
+    """A block of whole rows: (value, *gradients) for reduction="row" or "none", the gradients divided."""
+    task = _arrange_block(operation, x, y, space, axis, reduction, weights, temperature, return_grad, shared, totals)
+    task.cotangent = 1.0 / denominator if denominator else np.nan
+    _compute(task)
+    return task.value, *(g.array for g in task.gradients)
+
+
+def sweeps(operation: int, spaces: tuple[int, int], wide: bool, terms: bool, gradient: bool) -> tuple[int, ...]:
+    """How many numbers a chunk of a row's classes leaves behind, for each sweep over the row that these outputs take.
+
+    The value is known after the sweeps it takes without outputs; outputs are written by the last sweep they take.
+    """
+    return _cpu.sweeps(operation, *spaces, wide, terms, gradient)
+
+
+def states(
+    operation: int, number: int, x: Any, y: Any, stats: Any, space: Any, axis: int, weights: Any, temperature: float,
+    return_grad: Any,
+) -> Any:  # fmt: skip
+    """What sweep `number` leaves of a block of the classes, of shape batch + (numbers, chunks).
+
+    `stats`, if it is not the first sweep: what :func:`merge` made of the one before.
+    """
+    task = _arrange_block(operation, x, y, space, axis, "row", weights, temperature, return_grad, ())
+    numbers = _cpu.sweeps(operation, *task.spaces, task.wide, False, bool(task.gradients))[number]
+    left = np.zeros((*task.x.shape[:-1], numbers, chunks(task.n)))
+    wanted = {g.of for g in task.gradients}
+    x, y = _lent(task.x), _lent(task.y)
+    _cpu.sweep(
+        number, operation, *task.spaces, x, y, task.weights, None, x if "x" in wanted else None,
+        y if "y" in wanted else None, task.wide, task.temperature, 1.0, get_num_threads(), _flat(stats),
+        left.reshape(-1),
+    )  # fmt: skip
+    return left
+
+
+def merge(
+    operation: int, number: int, states: Any, stats: Any, weights: Any, spaces: tuple[int, int], wide: bool,
+    temperature: float,
+) -> Any:  # fmt: skip
+    """The states of all blocks, joined along the chunks, into the rows' stats, of shape batch + (STATS,).
+
+    stats[..., 0] is a row's value, once that is known, times its weight.
+    """
+    batch, count = states.shape[:-2], states.shape[-1]
+    merged = np.zeros((*batch, _cpu.MAX_STATS)) if stats is None else np.array(stats, order="C")
+    if weights is not None:
+        weights = _asarray(weights, "weights")
+        weights = np.broadcast_to(weights if weights.dtype.itemsize > 2 else weights.astype(np.float32), batch)
+    _cpu.merge(
+        number, operation, *spaces, weights, wide, temperature, get_num_threads(), np.array(states).reshape(-1), count,
+        merged.reshape(-1),
+    )  # fmt: skip
+    return merged
+
+
+def outputs(
+    operation: int, number: int, x: Any, y: Any, stats: Any, space: Any, axis: int, reduction: str, weights: Any,
+    temperature: float, return_grad: Any, denominator: float, shared: tuple[str, ...],
+) -> tuple[Any, ...]:  # fmt: skip
+    """What sweep `number` writes for a block of the classes: the terms for reduction="none", or the gradients."""
+    threads = get_num_threads()
+    task = _arrange_block(operation, x, y, space, axis, reduction, weights, temperature, return_grad, shared)
+    scale = 1.0 / denominator if denominator else np.nan
+    terms = task.value_view if reduction == "none" else None
+    direct = {g.of: _lent(g.view) for g in task.gradients if not g.inner}
+    if direct or terms is not None:
+        _cpu.sweep(
+            number, operation, *task.spaces, _lent(task.x), _lent(task.y), task.weights, terms, direct.get("x"),
+            direct.get("y"), task.wide, task.temperature, scale, threads, _flat(stats), None,
+        )  # fmt: skip
+    for g in task.gradients:
+        if g.inner:
+            to, (x, y, weights, _), order = _turned(task, g)
+            known = None if stats is None else _flat(stats.transpose(*order, len(order)))
+            _cpu.sweep(
+                number, operation, *task.spaces, x, y, weights, None, to if g.of == "x" else None,
+                to if g.of == "y" else None, task.wide, task.temperature, scale, threads, known, None, len(g.inner),
+            )  # fmt: skip
+    return (task.value,) if terms is not None else tuple(g.array for g in task.gradients)
+
+
+def _arrange_block(
+    operation: int, x: Any, y: Any, space: Any, axis: int, reduction: str, weights: Any, temperature: float,
+    return_grad: Any, shared: tuple[str, ...], totals: bool = False,
+) -> rows.Task:  # fmt: skip
+    task = rows.arrange(
+        np, _asarray, operation, x, y, space, axis, reduction, weights, temperature, return_grad, None,
+        dtype=np.dtype(np.float64) if totals else None,
+    )  # fmt: skip
+    for g in task.gradients:
+        if g.of in shared:
+            g.array = g.view = np.zeros(g.view.shape, np.float64)
+    return task
+
+
+def _flat(stats: Any) -> Any:
+    return None if stats is None else np.ascontiguousarray(stats).reshape(-1)

@@ -678,3 +678,24 @@ def gradient(
     arguments = (operation, x, y, space, axis, reduction, weights, temperature, cotangent, return_grad)
     given = {"x": x, "y": y, "weights": weights, "cotangent": cotangent}
     return _on_device(None, given, rows.arrange_gradient, arguments, **keywords)[1:]
+
+
+def block(
+    operation: int, x: Any, y: Any, space: Any, axis: int, reduction: str, weights: Any, temperature: float,
+    return_grad: Any, denominator: float, totals: bool, shared: tuple[str, ...],
+) -> tuple[Any, ...]:  # fmt: skip
+    """What cpu.block does, for backends/dask.py."""
+    cupy = _ready()
+    number = _choose_device(cupy, None, {"x": x, "y": y, "weights": weights})
+    with cupy.cuda.Device(number):
+        # the kernels write a gradient in its operand's dtype, and parts of a sum should not be rounded to 16 bits
+        x, y = (
+            a.astype(np.float32) if name in shared and a.dtype.itemsize == 2 else a for name, a in (("x", x), ("y", y))
+        )
+        task = rows.arrange(
+            cupy, partial(_asarray, cupy, number), operation, x, y, space, axis, reduction, weights, temperature,
+            return_grad, None, dtype=cupy.dtype("float64") if totals else None,
+        )  # fmt: skip
+        task.cotangent = 1.0 / denominator if denominator else math.nan
+        _compute(cupy, number, task)
+        return task.value, *(g.view.astype(np.float64) if g.of in shared else g.array for g in task.gradients)

@@ -27,6 +27,12 @@ def quietly(function: F) -> F:
     return quiet  # type: ignore[return-value]
 
 
+def traced() -> bool:
+    """Whether torch.compile is looking, which cannot follow a warning, and drops those of PyTorch's own losses."""
+    torch = sys.modules.get("torch")
+    return torch is not None and torch.compiler.is_compiling()
+
+
 def namespace(array: Any) -> Any:
     """The module with the functions for an array: numpy, cupy, torch or jax.numpy."""
     for base in type(array).__mro__:

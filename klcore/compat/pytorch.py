@@ -4,10 +4,13 @@ The terms stand in src/kl_math.h; here are the words, warnings, checks and dtype
 """
 
 import math
+import sys
 import warnings
+from functools import cache
+from types import ModuleType
 from typing import Any
 
-from klcore.compat._arguments import FLOATS, as_array, broadcast, detached, dtype_name
+from klcore.compat._arguments import FLOATS, as_array, broadcast, detached, dtype_name, traced
 from klcore.divergence import loss
 
 __all__ = ["KLDivLoss", "kl_div"]
@@ -32,6 +35,8 @@ class KLDivLoss:
     reduction, log_target
         As given; they may be changed.
 
+    Where PyTorch is loaded, instances are ``torch.nn.Module``, without parameters and state.
+
     See Also
     --------
     kl_div : the same as a function, with types, errors and differences from the original.
@@ -55,9 +60,15 @@ class KLDivLoss:
      [-0.45  -0.05 ]]
     """
 
+    def __new__(cls, *arguments: Any, **keywords: Any) -> "KLDivLoss":
+        torch = sys.modules.get("torch")
+        is_loaded = cls is KLDivLoss and hasattr(torch, "nn")  # half-imported, it has no parts yet
+        return object.__new__(_module(torch) if torch is not None and is_loaded else cls)
+
     def __init__(
         self, size_average: Any = None, reduce: Any = None, reduction: str = "mean", log_target: bool = False
     ) -> None:
+        super().__init__()
         if size_average is not None or reduce is not None:
             reduction = _legacy(size_average, reduce, 2)
         self.reduction = reduction
@@ -175,6 +186,18 @@ def _value_and_grad(
 
 kl_div.value_and_grad = _value_and_grad  # type: ignore[attr-defined]
 
+
+@cache
+def _module(torch: ModuleType) -> type:
+    """KLDivLoss as a module of PyTorch's, for ``loss.to(device)`` and the like; what both define is ours."""
+
+    def reduce(self: Any) -> Any:
+        return KLDivLoss, (None, None, self.reduction, self.log_target)
+
+    members = {"__reduce__": reduce, "forward": KLDivLoss.__call__}
+    return type("KLDivLoss", (KLDivLoss, torch.nn.Module), {"__module__": __name__, **members})
+
+
 # ---- the words -------------------------------------------------------------------------------------------------------
 
 
@@ -182,11 +205,14 @@ def _legacy(size_average: Any, reduce: Any, stacklevel: int) -> str:
     """The reduction that the deprecated arguments ask for, of which at least one is given."""
     average = size_average is None or size_average
     word = "none" if reduce is not None and not reduce else "mean" if average else "sum"
-    warnings.warn(
-        f"size_average and reduce are deprecated; reduction={word!r} is what they ask for here",
-        stacklevel=stacklevel + 1,
-    )
+    _warn(f"size_average and reduce are deprecated; reduction={word!r} is what they ask for here", stacklevel + 1)
     return word
+
+
+def _warn(message: str, stacklevel: int) -> None:
+    """A UserWarning; `stacklevel` as if the caller gave it."""
+    if not traced():
+        warnings.warn(message, stacklevel=stacklevel + 1)
 
 
 def _reduction(size_average: Any, reduce: Any, reduction: str) -> tuple[str, bool]:
@@ -195,12 +221,9 @@ def _reduction(size_average: Any, reduce: Any, reduction: str) -> tuple[str, boo
     if size_average is not None or reduce is not None:
         return _legacy(size_average, reduce, 3), by_batch
     if reduction == "mean":
-        warnings.warn(
-            "reduction='mean' divides by the number of elements, which is not the divergence; 'batchmean' is",
-            stacklevel=3,
-        )
+        _warn("reduction='mean' divides by the number of elements, which is not the divergence; 'batchmean' is", 3)
     elif reduction == "elementwise_mean":
-        warnings.warn("reduction='elementwise_mean' is deprecated; say 'mean'", stacklevel=3)
+        _warn("reduction='elementwise_mean' is deprecated; say 'mean'", 3)
         return "mean", False
     elif reduction not in ("batchmean", "none", "sum"):
         raise ValueError(f"reduction must be 'mean', 'batchmean', 'sum' or 'none', found {reduction!r}")

@@ -4,6 +4,7 @@ import sys
 import warnings
 from typing import Any
 
+from klcore.compat._arguments import traced
 from klcore.compat.pytorch import aten, aten_and_grad
 
 __all__ = ["nn_kl_div_loss", "nnf_kl_div"]
@@ -121,7 +122,7 @@ def _reduction(input: Any, reduction: str) -> tuple[str, bool]:
         if not getattr(input, "shape", True):
             raise ValueError("reduction='batchmean' needs an input with a batch axis, found one without dimensions")
         return "sum", True
-    if reduction == "mean":
+    if reduction == "mean" and not traced():
         # the registry, by which Python knows that a line has warned already, is left out
         caller = sys._getframe(2)
         warnings.warn_explicit(

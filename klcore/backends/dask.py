@@ -1,0 +1,427 @@
+"""Dask arrays: lazy in, lazy out; every block computed by backends/cpu.py or cuda.py where it lies.
+
+Arguments are checked at once, by rows.py on arrays that have a shape and no memory. What is computed later:
+
+* the class axis in one chunk: each block by itself, with the bits of the whole array;
+* the class axis in several chunks (NumPy): the sweeps of the kernels over a row, block by block. A block leaves a state
+  for every 1024 of its classes, these are merged into the rows' statistics, and from them a block's outputs follow
+  (src/kl_partial.h);
+* totals: sums of 1024 rows each, as float64, added up when all are there, in the order of the blocks.
+
+Which worker computes what, and when, never changes a bit; how the arrays are chunked may: docs/dask.md.
+"""
+
+import importlib
+import math
+import operator
+import threading
+from contextlib import nullcontext
+from functools import partial
+from types import SimpleNamespace
+from typing import Any
+
+import dask.array as da
+import numpy as np
+from dask.array.utils import meta_from_array
+
+from klcore.backends import cpu, rows
+from klcore.backends.threads import threads
+
+# ---- arguments -------------------------------------------------------------------------------------------------------
+
+# An array library whose arrays have a shape and a dtype, and no memory, for rows.py.
+_SHAPES = SimpleNamespace(
+    broadcast_shapes=np.broadcast_shapes,
+    broadcast_to=np.broadcast_to,
+    moveaxis=np.moveaxis,
+    dtype=np.dtype,
+    empty=lambda shape, dtype: np.broadcast_to(np.zeros((), dtype), shape),
+    empty_like=lambda a: a,
+)
+
+
+def _array(a: Any, name: str) -> Any:
+    """`a` as a dask array of a dtype that klcore computes with."""
+    if isinstance(a, da.Array):
+        if _library(a) not in ("numpy", "cupy"):
+            raise TypeError(
+                f"{name} is a dask array with chunks of type {type(a._meta).__module__}.{type(a._meta).__qualname__}; "
+                f"klcore takes chunks of numpy or cupy: convert them with {name}.map_blocks"
+            )
+        rows.refuse(a._meta, name)
+    elif type(a).__module__.partition(".")[0] == "dask":
+        raise TypeError(
+            f"{name} is a {type(a).__module__}.{type(a).__qualname__}; klcore takes dask arrays: "
+            "DataFrame.to_dask_array(lengths=True), dask.array.from_delayed or dask.array.from_array makes one"
+        )
+    else:
+        rows.refuse(a, name)
+        a = np.asarray(a) if not hasattr(a, "__cuda_array_interface__") else a
+        rows.refuse(a, name)
+        a = da.from_array(a, chunks=-1)
+    return a.astype(np.float64) if a.dtype.kind in "iub" else a
+
+
+def _library(a: Any) -> str:
+    """That of a dask array's chunks."""
+    return type(a._meta).__module__.partition(".")[0]
+
+
+def _like(a: Any, b: Any) -> Any:
+    """NumPy chunks moved to where those of `b` are."""
+    if _library(b) == "numpy":
+        return a
+    meta = meta_from_array(b._meta, a.ndim, a.dtype)
+    return a.map_blocks(importlib.import_module("cupy").asarray, dtype=a.dtype, meta=meta)
+
+
+def _stand_in(a: Any, sizes: list[Any]) -> Any:
+    """An array of zeros without memory for a dask array; a size that is not known is taken from `sizes`."""
+    shape = tuple(sizes[k - a.ndim] if math.isnan(n) else n for k, n in enumerate(a.shape))
+    return np.broadcast_to(np.zeros((), a.dtype.newbyteorder("=")), shape)
+
+
+def _axes(x: Any, y: Any, weights: Any, axis: int) -> list[tuple[str, Any, tuple[int, ...]]]:
+    """The operands there are, with the axes that theirs are in the broadcast shape."""
+    ndim = max(a.ndim for a in (x, y) if a is not None)
+    whole = tuple(range(ndim))
+    batch = tuple(d for d in whole if d != axis % max(ndim, 1))
+    named = (("x", x, whole), ("y", y, whole), ("weights", weights, batch))
+    return [(name, a, axes[len(axes) - a.ndim :]) for name, a, axes in named if a is not None]
+
+
+def _arrange(
+    operation: int, x: Any, y: Any, space: Any, axis: int, reduction: str, weights: Any, w: Any, temperature: float,
+    return_grad: Any,
+) -> rows.Task:  # fmt: skip
+    """The call as rows.py sees it, all errors included; `w` is the dask array of the weights."""
+    ndim = max(a.ndim for a in (x, y) if a is not None)
+    # along the axes of the broadcast shape; where nobody knows a size, any that is not 1 will do
+    sizes = [
+        max((a.shape[d] for a in (x, y) if a is not None and a.ndim >= -d and a.shape[d] > 1), default=2)
+        for d in range(-ndim, 0)
+    ]
+    unknown = any(math.isnan(n) for a in (x, y, w) if a is not None for n in a.shape)
+
+    def asarray(a: Any, name: str) -> Any:
+        if name != "weights":
+            return _stand_in(a, sizes)
+        if unknown and a.ndim < ndim:
+            _check_sizes(_axes(x, y, a, axis), axis % ndim, reduction)
+        if isinstance(weights, da.Array) or hasattr(weights, "__cuda_array_interface__"):
+            return _stand_in(a, [n for d, n in enumerate(sizes) if d != axis % ndim])
+        return np.asarray(weights, a.dtype.newbyteorder("="))  # its values are looked at
+
+    task = rows.arrange(_SHAPES, asarray, operation, x, y, space, axis, reduction, w, temperature, return_grad, None)
+    if unknown:
+        _check_sizes(_axes(x, y, w, axis), axis % ndim, reduction)
+    return task
+
+
+def _check_sizes(operands: list[tuple[str, Any, tuple[int, ...]]], classes: int, reduction: str) -> None:
+    """Raise ValueError if a size must be known and is not."""
+    for name, a, axes in operands:
+        for k in range(a.ndim):
+            if not math.isnan(a.shape[k]):
+                continue
+            others = [b.shape[of_b.index(axes[k])] for _, b, of_b in operands if axes[k] in of_b]
+            if axes[k] == classes:
+                what = "the number of classes must be known"
+            elif any(n > 1 for n in others):
+                what = "another argument's is known: they might not match"
+            elif reduction in ("rowmean", "batchmean", "mean"):
+                what = f"reduction={reduction!r} divides by it"
+            else:
+                continue
+            raise ValueError(
+                f"{name} has an unknown size along axis {k} (chunks {a.chunks[k]}), and {what}; call "
+                f"{name}.compute_chunk_sizes() first"
+            )
+
+
+# ---- what is computed, block by block: called by dask's workers ------------------------------------------------------
+
+
+def _threads() -> Any:
+    """One thread a block where dask runs several at a time, as the threads of its schedulers and workers do."""
+    alone = threading.current_thread() is threading.main_thread()
+    return nullcontext() if alone else threads(1)
+
+
+def _rows(x: Any, y: Any, weights: Any, denominator: Any, totals: bool, **arguments: Any) -> tuple[Any, ...]:
+    """A block whose rows are whole: the value, or the sums of 1024 rows each, and gradients."""
+    backend = importlib.import_module("klcore.backends.cuda") if hasattr(x, "__cuda_array_interface__") else cpu
+    with _threads():
+        value, *gradients = backend.block(
+            x=x, y=y, weights=weights, denominator=float(denominator), totals=totals, **arguments
+        )
+    return cpu.chunk_sums(_host(value)) if totals else value, *gradients
+
+
+def _states(x: Any, y: Any, weights: Any, stats: Any, **arguments: Any) -> Any:
+    with _threads():
+        return cpu.states(x=x, y=y, weights=weights, stats=stats, **arguments)
+
+
+def _merge(states: Any, weights: Any, stats: Any, **arguments: Any) -> Any:
+    with _threads():
+        return cpu.merge(states=states, weights=weights, stats=stats, **arguments)
+
+
+def _outputs(x: Any, y: Any, weights: Any, stats: Any, denominator: Any, **arguments: Any) -> tuple[Any, ...]:
+    with _threads():
+        return cpu.outputs(x=x, y=y, weights=weights, stats=stats, denominator=float(denominator), **arguments)
+
+
+def _pick(packed: Any, k: int) -> Any:
+    """Result k of a block; along axes that the result does not have there is one block."""
+    while isinstance(packed, list):
+        packed = packed[0]
+    return packed[k]
+
+
+def _value(stats: Any, dtype: Any) -> Any:
+    return _round(stats[..., 0], dtype)
+
+
+def _sums(values: Any) -> Any:
+    return cpu.chunk_sums(_host(values))
+
+
+def _sums_of_stats(stats: Any) -> Any:
+    return cpu.chunk_sums(stats[..., 0])
+
+
+def _total(sums: Any, denominator: Any, dtype: Any, library: str) -> Any:
+    """The sums of all blocks, in lists nested in C order, added up and divided."""
+    parts: list[Any] = []
+
+    def gather(nested: Any) -> None:
+        if isinstance(nested, list):
+            for part in nested:
+                gather(part)
+        else:
+            parts.append(nested)
+
+    gather(sums)
+    total, denominator = cpu.add_up(np.concatenate(parts)), float(denominator)
+    value = _round(np.float64(total / denominator if denominator else np.nan), dtype)
+    return value if library == "numpy" else importlib.import_module(library).asarray(value)
+
+
+def _add(a: Any, axis: Any, keepdims: bool) -> Any:
+    with np.errstate(all="ignore"):  # infinities of both signs
+        return a.sum(axis=axis, keepdims=keepdims)
+
+
+def _round(a: Any, dtype: Any) -> Any:
+    with np.errstate(all="ignore"):  # what is finite as float64 may be infinite as float32
+        return a.astype(dtype)
+
+
+def _host(a: Any) -> Any:
+    return a.get() if hasattr(a, "__cuda_array_interface__") else a
+
+
+# ---- the graph -------------------------------------------------------------------------------------------------------
+
+
+class _Graph:
+    """The layers of one call. Axes have numbers as labels: those of the broadcast shape, and two of our own."""
+
+    def __init__(self, operation: int, task: rows.Task, x: Any, y: Any, weights: Any, axis: int) -> None:
+        self.operation, self.task, self.axis = operation, task, axis
+        self.library = _library(x)
+        self._unify(x, y, weights)
+        ndim = max(a.ndim for a in self.arrays.values())
+        self.all = tuple(range(ndim))
+        self.classes = axis % ndim
+        self.batch = tuple(d for d in self.all if d != self.classes)
+        self.states, self.stats = ndim, ndim + 1
+        if len(self.chunks[self.classes]) > 1 and self.library == "cupy":
+            x, y = (a if a is None else a.rechunk({self.classes - ndim: -1}) for a in (x, y))
+            self._unify(x, y, weights)
+
+    def _unify(self, x: Any, y: Any, weights: Any) -> None:
+        """Give all operands the same chunks."""
+        operands = _axes(x, y, weights, self.axis)
+        self.chunks, unified = da.unify_chunks(*(word for _, a, axes in operands for word in (a, axes)))
+        self.arrays = {name: a for (name, _, _), a in zip(operands, unified, strict=True)}
+        self.axes = {name: axes for name, _, axes in operands}
+
+    def operands(self, *names: str) -> list[tuple[Any, Any]]:
+        """Arguments of :meth:`layer`; None for an operand that is absent."""
+        return [(self.arrays.get(name), self.axes.get(name)) for name in names]
+
+    def layer(self, function: Any, out: tuple[int, ...], *pairs: tuple[Any, Any], dtype: Any, **more: Any) -> Any:
+        """One task a block; arguments are pairs of an array and its axes, or of a constant and None."""
+        like = np.empty(0) if np.dtype(dtype) == object else self.arrays["x"]._meta
+        arguments = [word for pair in pairs for word in pair]
+        return da.blockwise(function, out, *arguments, dtype=dtype, meta=meta_from_array(like, len(out), dtype), **more)
+
+    def sums(self, function: Any, *pairs: tuple[Any, Any], **more: Any) -> tuple[Any, Any]:
+        """Over the batch axes, one vector a block; as an argument of :meth:`layer`."""
+        adjust = dict.fromkeys(self.batch, 1)
+        return self.layer(function, self.batch, *pairs, dtype=object, adjust_chunks=adjust, **more), self.batch
+
+    def sum_of_weights(self) -> Any:
+        chunks = tuple(self.chunks[d] for d in self.batch)
+        w = da.broadcast_to(self.arrays["weights"], tuple(map(sum, chunks)), chunks=chunks)
+        wide = np.dtype(np.float64)
+        sums = self.sums(_sums, (w, self.batch))
+        return self.layer(_total, (), sums, (1.0, None), (wide, None), ("numpy", None), dtype=wide)
+
+    def gradient(self, packed: Any, k: int, g: rows.Gradient) -> Any:
+        """Result k of packed blocks: a gradient, or parts of one that is a sum over blocks."""
+        operand = self.arrays[g.of]
+        pick = ((packed, self.all), (k, None))
+        if not g.inner:
+            return self.layer(_pick, self.axes[g.of], *pick, dtype=g.array.dtype)
+        inner = tuple(self.batch[d] for d in g.inner)
+        parts = self.layer(
+            _pick, (*self.batch, self.classes), *pick, dtype=np.float64, adjust_chunks=dict.fromkeys(inner, 1)
+        )
+        meta = meta_from_array(operand._meta, parts.ndim, np.float64)
+        whole = da.reduction(parts, _add, _add, axis=g.inner, keepdims=True, dtype=np.float64, meta=meta)
+        whole = da.moveaxis(whole, -1, self.classes)[(0,) * (len(self.all) - operand.ndim)]
+        return whole.map_blocks(_round, g.array.dtype, dtype=g.array.dtype, meta=operand._meta)
+
+
+def _run(
+    operation: int,
+    x: Any,
+    y: Any,
+    space: Any,
+    axis: int,
+    reduction: str,
+    weights: Any,
+    temperature: float,
+    return_grad: Any,
+    out: Any,
+    device: str | None,
+) -> Any:
+    if out is not None:
+        raise TypeError(
+            "out= cannot be a dask array's: it is computed later, and holds no memory to write into; use the result, "
+            "or dask.array.store"
+        )
+    if device is not None:
+        raise ValueError(
+            f"device={device!r}: dask's chunks are computed where they are; move them first, as with "
+            "x.map_blocks(cupy.asarray)"
+        )
+    w = None if weights is None else _array(weights, "weights")
+    given = x, y
+    x, y = _array(x, "x"), None if operation == rows.ENTROPY else _array(y, "y")
+    if y is not None:  # a list goes with the other's chunks
+        x = x if isinstance(given[0], da.Array) else _like(x, y)
+        y = y if isinstance(given[1], da.Array) else _like(y, x)
+    if y is not None and _library(x) != _library(y):
+        raise TypeError(
+            f"x has chunks of {_library(x)} and y of {_library(y)}; move one of them, as with "
+            "x.map_blocks(cupy.asarray)"
+        )
+    task = _arrange(operation, x, y, space, axis, reduction, weights, w, temperature, return_grad)
+    scalar = task.x.ndim == 1 and all(a.ndim == 0 for a in (x, y) if a is not None)
+    if scalar:  # one class
+        x, y = (a if a is None else a.reshape(1) for a in (x, y))
+    graph = _Graph(operation, task, x, y, w, operator.index(axis))
+    denominator = graph.sum_of_weights() if task.denominator is None else task.denominator
+    scale = (denominator, () if task.denominator is None else None)
+    by = _by_rows if len(graph.chunks[graph.classes]) == 1 else _by_parts
+    value, gradients = by(graph, space, reduction, temperature, scale)
+    if task.output == rows.TOTAL:  # so far its sums
+        dtype = task.scalar_dtype
+        value = graph.layer(_total, (), value, scale, (dtype, None), (graph.library, None), dtype=dtype)
+    if scalar:
+        value, *gradients = (a.reshape(()) for a in (value, *gradients))
+    return (value, *gradients) if gradients else value
+
+
+def _by_rows(graph: _Graph, space: Any, reduction: str, temperature: float, scale: Any) -> tuple[Any, list[Any]]:
+    """Value (or sums of row totals) and gradients, where the class axis is in one chunk."""
+    task, totals = graph.task, graph.task.output == rows.TOTAL
+    packed = graph.layer(
+        _rows, graph.all, *graph.operands("x", "y", "weights"), scale, dtype=object, concatenate=True,
+        operation=graph.operation, space=space, axis=graph.classes - len(graph.all), temperature=temperature,
+        reduction="row" if totals else reduction, totals=totals, return_grad=_wanted(task), shared=_shared(task),
+    )  # fmt: skip
+    first = (packed, graph.all), (0, None)
+    if totals:
+        value = graph.sums(_pick, *first)
+    else:
+        value = graph.layer(_pick, graph.all if reduction == "none" else graph.batch, *first, dtype=task.scalar_dtype)
+    return value, [graph.gradient(packed, k, g) for k, g in enumerate(task.gradients, 1)]
+
+
+def _by_parts(graph: _Graph, space: Any, reduction: str, temperature: float, scale: Any) -> tuple[Any, list[Any]]:
+    """The same where it is in several."""
+    task, operation = graph.task, graph.operation
+    common = {"operation": operation, "temperature": temperature}
+    arguments = {**common, "space": space, "axis": graph.classes - len(graph.all), "concatenate": True}
+    operands = graph.operands("x", "y", "weights")
+    of_stats, of_states = (*graph.batch, graph.stats), (*graph.batch, graph.states, graph.classes)
+    stats: list[tuple[Any, Any]] = [(None, None)]  # before each sweep, and after the last that the value takes
+    for number, size in enumerate(cpu.sweeps(operation, task.spaces, task.wide, False, False)):
+        states = graph.layer(
+            _states, of_states, *operands, stats[-1], dtype=np.float64, number=number, return_grad=_wanted(task),
+            new_axes={graph.states: size}, adjust_chunks={graph.classes: cpu.chunks}, **arguments,
+        )  # fmt: skip
+        merged = graph.layer(
+            _merge, of_stats, (states, of_states), operands[2], stats[-1], dtype=np.float64, concatenate=True,
+            number=number, spaces=task.spaces, wide=task.wide, new_axes={graph.stats: cpu.STATS}, **common,
+        )  # fmt: skip
+        stats.append((merged, of_stats))
+
+    def outputs(terms: bool, reduction: str, return_grad: Any, shared: tuple[str, ...]) -> Any:
+        """Written by the last of the sweeps that they take."""
+        number = len(cpu.sweeps(operation, task.spaces, task.wide, terms, not terms)) - 1
+        return graph.layer(
+            _outputs, graph.all, *operands, stats[number], scale, dtype=object, number=number, reduction=reduction,
+            return_grad=return_grad, shared=shared, **arguments,
+        )  # fmt: skip
+
+    value: Any
+    if reduction == "none":
+        packed = outputs(True, "none", None, ())
+        value = graph.layer(_pick, graph.all, (packed, graph.all), (0, None), dtype=task.scalar_dtype)
+    elif task.output == rows.TOTAL:
+        value = graph.sums(_sums_of_stats, stats[-1], concatenate=True)
+    else:
+        dtype = task.scalar_dtype
+        value = graph.layer(_value, graph.batch, stats[-1], (dtype, None), dtype=dtype, concatenate=True)
+    if not task.gradients:
+        return value, []
+    packed = outputs(False, "row", _wanted(task), _shared(task))
+    return value, [graph.gradient(packed, k, g) for k, g in enumerate(task.gradients)]
+
+
+def _wanted(task: rows.Task) -> tuple[str, ...] | None:
+    return tuple(g.of for g in task.gradients) or None
+
+
+def _shared(task: rows.Task) -> tuple[str, ...]:
+    return tuple(g.of for g in task.gradients if g.inner)
+
+
+def _entropy(
+    x: Any, space: Any, axis: int, reduction: str, weights: Any, temperature: float, return_grad: Any, out: Any,
+    device: str | None,
+) -> Any:  # fmt: skip
+    return _run(rows.ENTROPY, x, None, space, axis, reduction, weights, temperature, return_grad, out, device)
+
+
+def loss(
+    term: str, x: Any, y: Any, space: Any, axis: int, reduction: str, factors: Any, denominator: float, epsilon: float,
+    dtype: str | None, return_grad: Any,
+) -> Any:  # fmt: skip
+    raise TypeError(
+        "klcore.compat takes arrays of NumPy, CuPy, PyTorch and JAX, not dask's: map its functions over the chunks "
+        "with dask.array.map_blocks, or use klcore.kl_div"
+    )
+
+
+kl_div = partial(_run, rows.KL_DIV)
+rel_entr = partial(_run, rows.REL_ENTR)
+cross_entropy = partial(_run, rows.CROSS_ENTROPY)
+entropy = _entropy

@@ -1,0 +1,161 @@
+"""Arrays of any other library that lends its memory through DLPack: to klcore.backends.cpu or klcore.backends.cuda.
+
+Nothing is copied. Results go back as arrays of that library, without dimensions where NumPy's would be scalars, if its
+arrays have an array API namespace (``__array_namespace__``) that takes them; else they are NumPy's or CuPy's.
+"""
+
+import importlib
+import itertools
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from klcore.backends import BackendUnavailableError, cpu
+
+# DLDeviceType in dlpack.h
+_CPU, _CUDA = (1, 3), (2, 13)  # pinned host memory and managed memory among them
+_OTHERS = {
+    4: "OpenCL", 7: "Vulkan", 8: "Metal", 9: "VPI", 10: "ROCm", 11: "ROCm host", 12: "extension", 14: "oneAPI",
+    15: "WebGPU", 16: "Hexagon", 17: "MAIA",
+}  # fmt: skip
+
+
+def _library(a: Any) -> str:
+    return type(a).__module__.partition(".")[0]
+
+
+def _lends(a: Any) -> bool:
+    """Whether `a` is one of the arrays that this module is for; NumPy's and CuPy's need no help."""
+    return hasattr(a, "__dlpack__") and _library(a) not in ("numpy", "cupy")
+
+
+def _lend(a: Any, name: str) -> Any:
+    """The array's memory as a NumPy or CuPy array; numbers, lists and None as they are."""
+    if not _lends(a):
+        return a
+    kind, _ = _place(a, name)
+    from_dlpack = np.from_dlpack if kind == "cpu" else importlib.import_module("cupy").from_dlpack
+    try:
+        return from_dlpack(a)
+    except (BufferError, RuntimeError, TypeError, ValueError) as error:
+        raise TypeError(
+            f"{name}, an array of {_library(a)} of dtype {getattr(a, 'dtype', 'unknown')}, cannot be lent through "
+            f"DLPack: {error}"
+        ) from error
+
+
+def _place(a: Any, name: str) -> tuple[str, int]:
+    """("cpu" or "cuda", number of the device)."""
+    if not hasattr(a, "__dlpack_device__"):
+        raise TypeError(
+            f"{name}, of type {type(a).__module__}.{type(a).__qualname__}, has __dlpack__ and no __dlpack_device__, "
+            "which says where its memory is"
+        )
+    kind, number = (int(part) for part in a.__dlpack_device__())
+    if kind not in _CPU + _CUDA:
+        raise TypeError(
+            f"{name}, an array of {_library(a)}, is on a device of type {_OTHERS.get(kind, 'unknown')} (DLPack: "
+            f"{kind}); klcore computes on the CPU and on CUDA: move it to one of them"
+        )
+    return ("cpu", 0) if kind in _CPU else ("cuda", number)
+
+
+def _backend(arrays: dict[str, Any], device: str | None) -> Any:
+    """The module that computes where these arrays are."""
+    places = {name: _place(a, name) for name, a in arrays.items() if _lends(a)}
+    libraries = {name: _library(a) for name, a in arrays.items() if _lends(a)}
+    if len(set(libraries.values())) > 1:
+        found = ", ".join(f"{name} of {library}" for name, library in libraries.items())
+        raise TypeError(f"the arrays are of different libraries ({found}); convert one of them")
+    if len(set(places.values())) > 1:
+        found = ", ".join(f"{name} on {kind}:{number}" for name, (kind, number) in places.items())
+        raise ValueError(f"the arrays are on different devices ({found}); move one of them")
+    kind, number = next(iter(places.values()))
+    if device not in (None, kind, f"{kind}:{number}"):
+        raise ValueError(
+            f"device={device!r}: the arrays are on {kind}:{number} and only their library can move them; do so first"
+        )
+    if kind == "cpu":
+        return cpu
+    cuda = importlib.import_module("klcore.backends.cuda")
+    if sentence := cuda.missing():  # before CuPy is asked to take the memory
+        raise BackendUnavailableError(sentence)
+    return cuda
+
+
+def _back(result: Any, like: Any) -> Any:
+    """A result as an array of the library of `like`, on its device, if that library takes it."""
+    namespace = like.__array_namespace__() if hasattr(like, "__array_namespace__") else None
+    take = getattr(namespace, "from_dlpack", None) or getattr(namespace, "asarray", None)
+    if take is None:
+        return result
+    back = take(np.asarray(result) if isinstance(result, np.generic) else result)
+    device = getattr(like, "device", None)
+    return back if getattr(back, "device", None) == device else back.to_device(device)
+
+
+def _outs(out: Any) -> Any:
+    """`out` with its arrays lent for writing."""
+    if isinstance(out, tuple):
+        return tuple(_outs(a) for a in out)
+    lent = _lend(out, "out")
+    if _lends(out) and not getattr(lent.flags, "writeable", True):
+        raise TypeError(
+            f"out, an array of {_library(out)}, lends its memory read-only through DLPack; leave out= away and use the "
+            "result"
+        )
+    return lent
+
+
+def _results(found: Any, out: Any, like: Any) -> Any:
+    """What the backend found, in the caller's arrays where these were given."""
+    results = found if isinstance(found, tuple) else (found,)
+    given = out if isinstance(out, tuple) else (out,)
+    results = tuple(_back(a, like) if b is None else b for a, b in itertools.zip_longest(results, given))
+    return results if isinstance(found, tuple) else results[0]
+
+
+def _run(
+    operation: str,
+    x: Any,
+    y: Any,
+    space: Any,
+    axis: int,
+    reduction: str,
+    weights: Any,
+    temperature: float,
+    return_grad: Any,
+    out: Any,
+    device: str | None,
+) -> Any:
+    backend = _backend({"x": x, "y": y}, device)
+    lent = [_lend(x, "x")] if operation == "entropy" else [_lend(x, "x"), _lend(y, "y")]
+    found = getattr(backend, operation)(
+        *lent, space, axis, reduction, _lend(weights, "weights"), temperature, return_grad, _outs(out), None
+    )
+    return _results(found, out, x if _lends(x) else y)
+
+
+def _entropy(
+    x: Any, space: Any, axis: int, reduction: str, weights: Any, temperature: float, return_grad: Any, out: Any,
+    device: str | None,
+) -> Any:  # fmt: skip
+    return _run("entropy", x, None, space, axis, reduction, weights, temperature, return_grad, out, device)
+
+
+def loss(
+    term: str, x: Any, y: Any, space: Any, axis: int, reduction: str, factors: Any, denominator: float, epsilon: float,
+    dtype: str | None, return_grad: Any,
+) -> Any:  # fmt: skip
+    found = _backend({"x": x, "y": y}, None).loss(
+        term, _lend(x, "x"), _lend(y, "y"), space, axis, reduction, _lend(factors, "factors"), denominator, epsilon,
+        dtype, return_grad,
+    )  # fmt: skip
+    return _results(found, None, x if _lends(x) else y)
+
+
+kl_div = partial(_run, "kl_div")
+rel_entr = partial(_run, "rel_entr")
+cross_entropy = partial(_run, "cross_entropy")
+entropy = _entropy

@@ -1,0 +1,122 @@
+// Rows in parts, for arrays that are never in one place: one sweep over a block of the classes, the states of all blocks
+// into the rows' stats, and the outputs of a block from these. Called by kl_cpu.pyx for klcore.backends.dask, without the
+// GIL. The sweeps are those of kl_rows.h, chunk by chunk, and states are merged as Batch merges them (kl_batch.h): where
+// all blocks but the last hold a multiple of CHUNK classes, the chunks are those of the whole row, and so are the bits.
+#pragma once
+#include "kl_batch.h"
+
+namespace kl {
+
+// How many doubles a chunk leaves in a sweep of this plan; -1 if it has no such sweep.
+inline int states_of(const Plan& p, const Isa& isa, int sweep) {
+  Kernel kernel = isa.kernel(p);
+  return sweep < kernel.sweeps ? kernel.states[sweep] : -1;
+}
+
+// Sweep `s` over all rows of a block. `stats`: MAX_STATS a row, from the sweeps before it, or nullptr. With `states`, for
+// every row states_of(s) lines of one double a chunk, zero before, nothing else is written; without, the outputs are.
+inline void sweep_here(Plan& p, const Isa& isa, int s, const double* stats, double* states) {
+  static char nowhere;
+  if (states) {   // a softmax's gradient takes a sum of its own in the second sweep, which asks for it by these
+    p.dx.data = s > 0 && p.dx.data ? &nowhere : nullptr;
+    p.dy.data = s > 0 && p.dy.data ? &nowhere : nullptr;
+  }
+  collapse(p);
+  Batch b(p, isa);
+  i64 width = b.kernel.states[s], items = (p.rows + b.group - 1) / b.group * b.chunks;
+  int threads = p.rows * p.n <= SERIAL ? 1 : p.threads;
+  Scratch scratch((size_t)SCRATCH * (size_t)threads);
+#if defined(_OPENMP)
+#pragma omp parallel for schedule(dynamic, 8) num_threads(threads)
+#endif
+  for (i64 item = 0; item < items; item++) {
+    i64 c = item % b.chunks, first = item / b.chunks * b.group;
+    double unused[MAX_STATES];
+    for (i64 r = first; r < std::min(p.rows, first + b.group); r++) {
+      Row row = locate(p, r);
+      double* to = states ? states + r * width * b.chunks + c : unused;
+      if (row.weight != 0)
+        b.kernel.chunk(p, row, s, c * CHUNK, b.size(c), stats ? stats + r * MAX_STATS : nullptr, to,
+                       states ? b.chunks : 1, scratch.data() + (size_t)Batch::thread() * SCRATCH);
+      else if (c == 0 && !states)
+        b.finish(row, nullptr);
+    }
+  }
+}
+
+// The gradient of an operand that is broadcast over the last `inner_axes` batch axes, summed over them as run_summed does:
+// rows one by one in blocks of BLOCK, then the blocks.
+inline void sweep_summed(Plan& p, const Isa& isa, int s, const double* stats, int inner_axes) {
+  bool of_x = p.dx.data != nullptr;
+  Array target = of_x ? p.dx : p.dy;
+  Plan q = p;                         // one chunk of one gradient row as float64, into a buffer
+  Array& to = of_x ? q.dx : q.dy;
+  to.dtype = FLOAT64;
+  to.stride = 8;
+  Batch b(q, isa);
+  i64 inner = 1;
+  for (int d = p.ndim - inner_axes; d < p.ndim; d++) inner *= p.shape[d];
+  i64 items = inner ? p.rows / inner * b.chunks : 0;
+  int threads = p.rows * p.n <= SERIAL ? 1 : p.threads;
+  Scratch scratch((size_t)SCRATCH * (size_t)threads);
+#if defined(_OPENMP)
+#pragma omp parallel for schedule(dynamic, 1) num_threads(threads)
+#endif
+  for (i64 item = 0; item < items; item++) {
+    i64 c = item % b.chunks, begin = item / b.chunks * inner;
+    int size = b.size(c);
+    double gradient[CHUNK], sum[CHUNK], result[CHUNK] = {0}, unused[MAX_STATES];
+    for (i64 first = 0; first < inner; first += BLOCK) {
+      std::fill(sum, sum + size, 0.0);
+      for (i64 i = first; i < std::min(inner, first + BLOCK); i++) {
+        Row row = locate(q, begin + i);
+        if (row.weight == 0) continue;
+        (of_x ? row.dx : row.dy) = (char*)(gradient - c * CHUNK);
+        b.kernel.chunk(q, row, s, c * CHUNK, size, stats ? stats + (begin + i) * MAX_STATS : nullptr, unused, 1,
+                       scratch.data() + (size_t)Batch::thread() * SCRATCH);
+        for (int j = 0; j < size; j++) sum[j] += gradient[j];
+      }
+      for (int j = 0; j < size; j++) result[j] += sum[j];
+    }
+    Row row = locate(p, begin);
+    char* at = (of_x ? row.dx : row.dy) + c * CHUNK * target.stride;
+    generic::narrow_to(target.dtype, result, 1.0, size, at, target.stride);
+  }
+}
+
+// The states that sweep `s` left of all blocks, `count` a line, into the rows' stats. stats[0] becomes what the row adds
+// to a total: its value times its weight. Overwrites the states. The plan has no classes, only rows and their weights.
+inline void merge_here(Plan& p, const Isa& isa, int s, double* states, i64 count, double* stats) {
+  collapse(p);
+  Batch b(p, isa);
+  i64 width = b.kernel.states[s];
+#if defined(_OPENMP)
+#pragma omp parallel for schedule(static) num_threads(p.rows * count <= SERIAL / CHUNK ? 1 : p.threads)
+#endif
+  for (i64 r = 0; r < p.rows; r++) {
+    Row row = locate(p, r);
+    double *at = states + r * width * count, *to = stats + r * MAX_STATS, last[MAX_STATES];
+    if (row.weight != 0) {
+      i64 left = count;
+      for (; left > CHUNK; left = (left + CHUNK - 1) / CHUNK)
+        for (i64 k = 0; k * CHUNK < left; k++)
+          b.kernel.fold(p, s, at + k * CHUNK, (int)std::min<i64>(CHUNK, left - k * CHUNK), count, at + k, count);
+      if (left > 0) b.kernel.fold(p, s, at, (int)left, count, last, 1);
+      b.kernel.finish(p, s, left > 0 ? last : nullptr, to);
+    }
+    to[0] = b.finish(row, to);
+  }
+}
+
+// These return 0, or 1 if memory ran out.
+inline int sweep(Plan& p, const Isa& isa, int s, const double* stats, double* states, int inner_axes) noexcept {
+  return guarded(p, [&] {
+    if (inner_axes < 0) sweep_here(p, isa, s, stats, states);
+    else sweep_summed(p, isa, s, stats, inner_axes);
+  });
+}
+inline int merge(Plan& p, const Isa& isa, int s, double* states, i64 count, double* stats) noexcept {
+  return guarded(p, [&] { merge_here(p, isa, s, states, count, stats); });
+}
+
+}  // namespace kl

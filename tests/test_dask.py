@@ -1,0 +1,679 @@
+"""Dask arrays: lazy, whatever their chunks; the bits of the whole array where promised, else the published bounds."""
+
+import functools
+import importlib
+import itertools
+import os
+import pickle
+import threading
+import warnings
+
+import ml_dtypes
+import numpy as np
+import oracle
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from test_accuracy import into, pairs_of
+
+import klcore
+
+dask = pytest.importorskip("dask", reason="dask is not installed")
+da = pytest.importorskip("dask.array", reason="dask.array is not installed")
+
+OPERATIONS, SPACES, PAIRS = oracle.OPERATIONS, oracle.SPACES, oracle.PAIRS
+REDUCTIONS = ("row", "none", "sum", "rowmean", "batchmean", "mean")
+CALLS = [(op, pair) for op in OPERATIONS for pair in (SPACES if op == "entropy" else PAIRS)]
+DTYPES = {"float64": np.dtype("f8"), "float32": np.dtype("f4"), "float16": np.dtype("f2")}
+DTYPES["bfloat16"] = np.dtype(ml_dtypes.bfloat16)
+
+
+@pytest.fixture(autouse=True)
+def scheduler():
+    """In this thread, unless a test says otherwise."""
+    with dask.config.set(scheduler="synchronous"):
+        yield
+
+
+# ---- data and calls --------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def numbers(shape, space, dtype, side, kind="ordinary"):
+    """Numbers of a space, the classes last; `kind` "special" has a row with NaN, zeros and excluded classes."""
+    rng = np.random.default_rng([shape[-1], side == "x"])
+    z = rng.normal(size=shape) * np.linspace(0.1, 5, shape[-1])
+    if kind == "special":
+        z.reshape(-1, shape[-1])[1, rng.random(shape[-1]) < 0.4] = -np.inf
+    a = into(z, space, DTYPES[dtype])
+    if kind == "special":
+        a.reshape(-1, shape[-1])[2, 3] = np.nan
+    a.flags.writeable = False
+    return a
+
+
+def arguments(operation, spaces, shape, dtype, kind="ordinary"):
+    of = (spaces,) if operation == "entropy" else spaces
+    return [numbers(shape, s, dtype, side, kind) for s, side in zip(of, "xy", strict=False)]
+
+
+def call(operation, arrays, space, gradient=True, **keywords):
+    wanted = {"return_grad": "x" if operation == "entropy" else ("x", "y")} if gradient else {}
+    result = getattr(klcore, operation)(*arrays, space=space, **wanted, **keywords)
+    return result if isinstance(result, tuple) else (result,)
+
+
+def chunked(arrays, *chunks):
+    return [da.from_array(a, chunks=c) for a, c in zip(arrays, chunks * 2, strict=False)]
+
+
+def assert_same_bits(got, expected, what=""):
+    got, expected = np.asarray(got), np.asarray(expected)
+    assert (got.shape, got.dtype) == (expected.shape, expected.dtype), what
+    assert got.tobytes() == expected.tobytes(), what
+
+
+def assert_close(got, expected, factor=1):
+    """Two results of klcore, each within its bound."""
+    got, expected = np.asarray(got), np.asarray(expected)
+    assert (got.shape, got.dtype) == (expected.shape, expected.dtype)
+    base = "float64" if got.dtype == np.float64 else "float32"
+    relative = oracle.TOLERANCES["gradient", base] + oracle.TOLERANCES["rounding", got.dtype.name] * 2
+    got, expected = got.astype(np.float64), expected.astype(np.float64)
+    finite = expected[np.isfinite(expected)]
+    scale = np.max(np.abs(finite), initial=1e-300)
+    np.testing.assert_allclose(got, expected, rtol=relative * factor, atol=relative * factor * scale)
+
+
+def check(lazy, whole, compare):
+    """Lazy results against those of the whole arrays; announced shapes, dtypes and chunks against the real ones."""
+    assert all(isinstance(a, da.Array) for a in lazy)
+    for a, b, computed in zip(lazy, whole, dask.compute(*lazy), strict=True):
+        assert (a.shape, a.dtype) == (np.shape(b), b.dtype)
+        compare(computed, b)
+        if a.ndim:  # every block by itself
+            blocks = np.empty(a.numblocks, object)
+            for at, block in zip(np.ndindex(*a.numblocks), a.to_delayed().ravel(), strict=True):
+                blocks[at] = block
+                assert block.compute().shape == tuple(c[k] for c, k in zip(a.chunks, at, strict=True))
+
+
+# ---- lazy ------------------------------------------------------------------------------------------------------------
+
+
+def explode(block):
+    raise RuntimeError("computed")
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("chunks", [(2, 2100), (2, 500)])
+def test_nothing_is_computed_before_it_is_asked_for(reduction, chunks):
+    x, y = (da.zeros((6, 2100), chunks=chunks).map_blocks(explode, dtype="f8", meta=np.empty((0, 0))) for _ in "xy")
+    weights = da.ones(6, chunks=2).map_blocks(explode, dtype="f8", meta=np.empty(0))
+    for pair in PAIRS:
+        results = call("kl_div", (x, y), pair, reduction=reduction, weights=weights)
+        assert all(isinstance(a, da.Array) for a in results)
+        for a in results:
+            with pytest.raises(RuntimeError, match="computed"):
+                a.compute()
+
+
+def test_huge_arrays_cost_nothing():
+    """Four petabytes: shapes, dtypes and chunks are known, and no array of such a size is made."""
+    x = da.zeros((1 << 25, 1 << 24), dtype="f8", chunks=(1 << 24, 1 << 23))
+    value, dx, dy = klcore.kl_div(x, x[:1], space="logits", return_grad=("x", "y"), reduction="mean")
+    assert (value.shape, dx.shape, dy.shape) == ((), x.shape, (1, 1 << 24))
+    assert klcore.kl_div(x, x, reduction="none").chunks == x.chunks
+
+
+@pytest.mark.parametrize("chunks", [(2, 40), (2, 15)])
+def test_names_are_those_of_the_computation(chunks):
+    """The same call has the same keys, so that dask computes it once; another call has others."""
+    x, y = chunked(arguments("kl_div", ("logits", "logits"), (6, 40), "float32"), chunks)
+    first, again = (klcore.kl_div(x, y, space="logits", temperature=2.0) for _ in range(2))
+    assert first.name == again.name
+    others = {
+        klcore.kl_div(x, y, space="logits").name,
+        klcore.rel_entr(x, y, space="logits", temperature=2.0).name,
+        klcore.kl_div(y, x, space="logits", temperature=2.0).name,
+        klcore.kl_div(x, y, space="logits", temperature=2.0, weights=[1, 1, 1, 1, 1, 2]).name,
+    }
+    assert len(others | {first.name}) == 5
+
+
+# ---- the class axis in one chunk -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("operation", "space"), CALLS)
+def test_rows_have_the_bits_of_the_whole(operation, space, dtype):
+    arrays = arguments(operation, space, (7, 130), dtype, "special")
+    weights = np.array([1, 0.5, 0, 2, 1, 1, 3])  # the row with NaN is not read
+    for reduction, w in itertools.product(("row", "none"), (None, weights)):
+        whole = call(operation, arrays, space, reduction=reduction, weights=w)
+        lazy = call(operation, chunked(arrays, (3, 130), ((2, 4, 1), 130)), space, reduction=reduction, weights=w)
+        for a, b in zip(dask.compute(*lazy), whole, strict=True):
+            assert_same_bits(a, b, (reduction, w is None))
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2, -1, -3])
+@pytest.mark.parametrize("parts", [1, 3])
+@pytest.mark.parametrize("space", [("probs", "probs"), ("logits", "logits"), ("log_probs", "logits")])
+def test_any_axis(axis, parts, space):
+    arrays = [np.moveaxis(a, -1, axis) for a in arguments("kl_div", space, (4, 5, 2100), "float32")]
+    chunks = [2, 3]
+    chunks.insert(axis % 3, 2100 if parts == 1 else 1024)
+    for reduction in ("row", "none", "sum"):
+        keywords = {"axis": axis, "reduction": reduction}
+        whole = call("kl_div", arrays, space, **keywords)
+        lazy = call("kl_div", chunked(arrays, tuple(chunks)), space, **keywords)
+        check(lazy, whole, assert_close if reduction == "sum" else assert_same_bits)
+
+
+@pytest.mark.parametrize("chunks", [(2, 3, 4000), (2, 3, 1500)])
+@pytest.mark.parametrize(
+    ("of_x", "of_y"),
+    [((6, 5), (1, 5)), ((6, 5), (5,)), ((6, 1), (1, 5)), ((1, 1), (6, 5)), ((), (6, 5)), ((1,), (6, 1)), ((6, 5), ())],
+)
+def test_broadcasting(of_x, of_y, chunks):
+    """Between x and y; gradients of the broadcast operand are summed over all blocks."""
+    for space in (("probs", "probs"), ("logits", "logits"), ("logits", "probs")):
+        arrays = [numbers((*b, 2100), s, "float32", side) for b, s, side in zip((of_x, of_y), space, "xy", strict=True)]
+        lazy = [da.from_array(a, chunks=chunks[3 - a.ndim :]) for a in arrays]
+        for reduction, weights in (("row", None), ("rowmean", np.linspace(0, 2, 5)[None]), ("none", 2)):
+            keywords = {"reduction": reduction, "weights": weights}
+            if weights is not None and np.broadcast_shapes(of_x, of_y) != (6, 5):
+                keywords["weights"] = 2
+            check(call("kl_div", lazy, space, **keywords), call("kl_div", arrays, space, **keywords), assert_close)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("chunks", [(50, 40), (50, 15)])
+def test_parts_of_a_gradient_are_not_rounded(dtype, chunks):
+    """Summed over 2000 rows in 40 blocks, a 16-bit gradient is as good as in one block."""
+    x = numbers((2000, 40), "probs", dtype, "x")
+    y = numbers((40,), "probs", dtype, "y")
+    whole = klcore.kl_div(x, y, return_grad="y")[1]
+    lazy = klcore.kl_div(da.from_array(x, chunks=chunks), da.from_array(y, chunks=-1), return_grad="y")[1]
+    np.testing.assert_array_equal(lazy.compute(), whole)
+
+
+# ---- the class axis in several chunks --------------------------------------------------------------------------------
+
+UNEVEN = (1, 699, 0, 1024, 376)  # 2100
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("space", PAIRS)
+@pytest.mark.parametrize("target", [1e-12, 1e-6, 1.0, 900.0])
+def test_kl_of_any_size(space, dtype, target):
+    """The published bounds, whatever the chunks."""
+    a, b = pairs_of(2100, target, "flat", rows=1)
+    factor = 1.0
+    if target > 50:  # as probabilities of float32 only of masses beyond 1
+        factor, b = (40.0 if "probs" in space else 1.0), np.maximum(b, b.max() - 30) if "probs" in space else b
+    arrays = [into(z, s, DTYPES[dtype], factor if s == "probs" else 1.0) for z, s in zip((a, b), space, strict=True)]
+    true = oracle.fast("kl_div", *arrays, space)
+    got = klcore.kl_div(*chunked(arrays, (1, UNEVEN)), space=space)
+    oracle.assert_answer({"value": got.compute()}, true, "kl_div", space)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize(("operation", "space"), CALLS)
+def test_everything_against_the_oracle(operation, space, dtype):
+    arrays = arguments(operation, space, (2, 2100), dtype)
+    lazy = chunked(arrays, ((1, 1), UNEVEN), (2, (1000, 1100)))
+    value, *gradients = call(operation, lazy, space)
+    (terms,) = call(operation, lazy, space, gradient=False, reduction="none")
+    value, terms, *gradients = dask.compute(value, terms, *gradients)
+    names = dict(zip(("dx", "dy"), gradients, strict=False))
+    pair = (space, space) if operation == "entropy" else space
+    x, y = arrays[0], arrays[-1]
+    true = oracle.fast(operation, x, y, pair)
+    oracle.assert_answer({"value": value, "terms": terms, **names}, true, operation, pair)
+
+
+@pytest.mark.parametrize(("operation", "space"), CALLS)
+def test_multiples_of_1024_classes_have_the_bits_of_the_whole(operation, space):
+    for dtype in DTYPES:
+        arrays = arguments(operation, space, (3, 5000), dtype, "special")
+        for reduction in ("row", "none"):
+            weights = [1, 2, 1]
+            whole = call(operation, arrays, space, reduction=reduction, weights=weights)
+            lazy = call(
+                operation, chunked(arrays, (2, 1024), (1, (3072, 1928))), space, reduction=reduction, weights=weights
+            )
+            for a, b in zip(dask.compute(*lazy), whole, strict=True):
+                assert_same_bits(a, b, (dtype, reduction))
+
+
+def test_millions_of_classes_have_the_bits_of_the_whole():
+    """More chunks of 1024 than are merged at once."""
+    n = 1024 * 1024 + 70_000
+    for space in (("probs", "probs"), ("logits", "logits"), ("logits", "probs")):
+        arrays = arguments("kl_div", space, (1, n), "float32")
+        lazy = klcore.kl_div(*chunked(arrays, (1, 300 * 1024)), space=space)
+        assert_same_bits(lazy.compute(), klcore.kl_div(*arrays, space=space))
+
+
+@pytest.mark.parametrize("space", PAIRS)
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_special_rows_in_parts(space, dtype):
+    """Excluded classes, NaN, and rows whose blocks have nothing in common."""
+    arrays = [a.copy() for a in arguments("kl_div", space, (5, 2100), dtype, "special")]
+    zero = [0.0 if s == "probs" else -np.inf for s in space]
+    arrays[0][3, :1500] = zero[0]
+    arrays[1][3, 1600:] = zero[1]  # impossible for y
+    arrays[0][4, 700:] = zero[0]
+    arrays[1][4, :600] = arrays[0][4, :600]
+    for operation, reduction in itertools.product(("kl_div", "cross_entropy"), ("row", "none")):
+        whole = call(operation, arrays, space, reduction=reduction)
+        check(call(operation, chunked(arrays, (2, UNEVEN)), space, reduction=reduction), whole, assert_close)
+
+
+@pytest.mark.parametrize("space", [*SPACES])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("chunks", [(2, 2100), (2, 300), (1, UNEVEN)])
+def test_equal_is_exactly_zero(space, dtype, chunks):
+    x = numbers((4, 2100), space, dtype, "x")
+    lazy = da.from_array(x, chunks=chunks)
+    other = da.from_array(x.copy(), chunks=(4, 1024))
+    for reduction in REDUCTIONS:
+        value, dy = klcore.kl_div(lazy, other, space=space, reduction=reduction, return_grad="y")
+        assert not np.any(value.compute())
+        assert not np.any(dy.compute()[x != 0])  # at zero probabilities it is 1
+
+
+# ---- totals ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS[2:])
+@pytest.mark.parametrize("chunks", [(7, 40), (7, 15), (100, 40)])
+@pytest.mark.parametrize(
+    "weights", [None, "numpy", "dask", "list", "scalar", "float32 dask in one chunk"], ids=lambda w: str(w)
+)
+def test_totals(reduction, chunks, weights):
+    for space in (("probs", "probs"), ("logits", "logits"), ("log_probs", "probs")):
+        arrays = arguments("kl_div", space, (100, 40), "float32")
+        w = np.arange(100) % 5 / 2.0
+        given = {
+            None: None, "numpy": w, "dask": da.from_array(w, chunks=13), "list": w.tolist(), "scalar": 2,
+            "float32 dask in one chunk": da.from_array(w.astype("f4"), chunks=-1),
+        }[weights]  # fmt: skip
+        w = 2 if weights == "scalar" else w if weights else None
+        whole = call("kl_div", [a.astype("f8") for a in arrays], space, reduction=reduction, weights=w)
+        lazy = call("kl_div", chunked(arrays, chunks), space, reduction=reduction, weights=given)
+        value, *gradients = dask.compute(*lazy)
+        # of float32, as if rows had never been rounded to it
+        bound = oracle.TOLERANCES["kl", "float32"]
+        assert value.dtype == np.float32
+        assert abs(value - whole[0]) <= bound * whole[0]
+        for got, expected in zip(gradients, whole[1:], strict=True):
+            assert_close(got, expected.astype("f4"))
+        wide = call(
+            "kl_div", chunked([a.astype("f8") for a in arrays], chunks), space, reduction=reduction, weights=given
+        )
+        for got, expected in zip(dask.compute(*wide), whole, strict=True):
+            assert_close(got, expected)
+
+
+@pytest.mark.parametrize("classes", [30, 12])
+@pytest.mark.parametrize("space", [("probs", "probs"), ("logits", "logits"), ("probs", "logits")])
+def test_totals_over_multiples_of_1024_rows_have_the_bits_of_the_whole(space, classes):
+    """Of the first batch axis, the classes in one chunk."""
+    arrays = arguments("kl_div", space, (5000, 30), "float64")
+    weights = np.random.default_rng(1).random(5000)
+    for reduction in REDUCTIONS[2:]:
+        whole = call("kl_div", arrays, space, reduction=reduction, weights=weights)
+        lazy = call("kl_div", chunked(arrays, (2048, 30), (1024, 30)), space, reduction=reduction, weights=weights)
+        for got, expected in zip(dask.compute(*lazy), whole, strict=True):
+            assert_same_bits(got, expected, reduction)
+
+
+def test_rows_are_not_rounded_before_they_are_added():
+    """A total of 20000 float32 rows is that of their float64 values, to a rounding."""
+    x, y = arguments("kl_div", ("probs", "probs"), (20000, 3), "float32")
+    exact = np.sum(np.array(oracle.fast("kl_div", x[:2000], y[:2000]).value))
+    got = klcore.kl_div(*chunked((x[:2000], y[:2000]), (16, 3)), reduction="sum").compute()
+    # a row's value errs by up to its bound, but these errors are not all of one sign
+    assert abs(got - exact) <= 0.1 * oracle.TOLERANCES["kl", "float32"] * exact
+
+
+# ---- scheduling ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("chunks", [(5, 1200), (5, 500)])
+def test_scheduling_changes_no_bit(chunks):
+    for space in (("probs", "probs"), ("logits", "logits"), ("logits", "probs")):
+        x, y = arguments("kl_div", space, (30, 1200), "float32")
+        lazy = call("kl_div", chunked((x, y[:1]), chunks), space, reduction="rowmean", weights=np.arange(30))
+        once = dask.compute(*lazy)
+        for workers, optimize in itertools.product((1, 2, 5), (True, False)):
+            again = dask.compute(*lazy, scheduler="threads", num_workers=workers, optimize_graph=optimize)
+            for a, b in zip(again, once, strict=True):
+                assert_same_bits(a, b, (space, workers))
+
+
+@st.composite
+def chunkings(draw, size):
+    """Sizes of chunks that add up to `size`."""
+    cuts = sorted(draw(st.sets(st.integers(1, size - 1), max_size=4)) if size > 1 else [])
+    return tuple(b - a for a, b in itertools.pairwise([0, *cuts, size]))
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.data())
+def test_any_chunks(data):
+    """x, y and weights each chunked in its own way."""
+    rows, n = data.draw(st.sampled_from([(1, 1), (3, 2), (6, 17), (5, 130), (2, 1500)]))
+    space = data.draw(st.sampled_from(PAIRS))
+    operation = data.draw(st.sampled_from(OPERATIONS[:3]))
+    dtype = data.draw(st.sampled_from(["float32", "float64"]))
+    arrays = arguments(operation, space, (rows, n), dtype)
+    of_y = 1 if data.draw(st.booleans()) else rows
+    arrays[1] = arrays[1][:of_y]
+    lazy = [da.from_array(a, chunks=tuple(data.draw(chunkings(k)) for k in a.shape)) for a in arrays]
+    weights = (np.arange(1, rows + 1) % 4).astype(data.draw(st.sampled_from(["i4", "f2", "f4", ">f8"])))
+    keywords = {"reduction": data.draw(st.sampled_from(REDUCTIONS)), "weights": weights}
+    if "logits" in space:
+        keywords["temperature"] = data.draw(st.sampled_from([1.0, 0.5, 3.0]))
+    whole = call(operation, arrays, space, **keywords)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", da.PerformanceWarning)  # chunks that cut each other up
+        keywords["weights"] = da.from_array(weights, chunks=(data.draw(chunkings(rows)),))
+        check(call(operation, lazy, space, **keywords), whole, assert_close)
+
+
+@pytest.mark.parametrize("chunks", [(3, 1200), (3, 500)])
+def test_one_thread_a_block_where_dask_has_several(chunks, monkeypatch):
+    found = {}
+    cpu = importlib.import_module("klcore.backends.cpu")
+
+    def spy(name):
+        original = getattr(cpu, name)
+
+        def recorded(**keywords):
+            found.setdefault(threading.current_thread() is threading.main_thread(), set()).add(klcore.get_num_threads())
+            return original(**keywords)
+
+        return recorded
+
+    for name in ("block", "states", "merge", "outputs"):
+        monkeypatch.setattr(cpu, name, spy(name))
+    lazy = call(
+        "kl_div", chunked(arguments("kl_div", ("logits", "probs"), (9, 1200), "float32"), chunks), ("logits", "probs")
+    )
+    with klcore.threads(3):
+        dask.compute(*lazy)
+    dask.compute(*lazy, scheduler="threads", num_workers=2)
+    assert found == {True: {3}, False: {1}}
+
+
+def test_functions_travel(python):
+    """A graph can be pickled, and computed by a process that has not seen it made."""
+    x, y = chunked(arguments("kl_div", ("logits", "logits"), (4, 30), "float32"), (2, 20))
+    lazy = klcore.kl_div(x, y, space="logits")
+    code = "import pickle, sys; print(pickle.loads(bytes.fromhex(sys.argv[1])).compute(scheduler='sync').tolist())"
+    assert eval(python(code, pickle.dumps(lazy).hex())) == lazy.compute().tolist()
+
+
+# ---- workers of their own, with less memory than the data take -------------------------------------------------------
+
+LIMIT = 300 << 20
+
+
+def peak_memory():
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    distributed = pytest.importorskip("distributed", reason="distributed is not installed")
+    with (
+        dask.config.set({"distributed.worker.memory.spill": False, "distributed.worker.memory.target": False}),
+        distributed.LocalCluster(
+            n_workers=2,
+            threads_per_worker=1,
+            processes=True,
+            memory_limit=LIMIT,
+            dashboard_address=None,
+            local_directory=None,
+        ) as cluster,
+        distributed.Client(cluster) as client,
+    ):
+        yield client
+
+
+@pytest.mark.skipif(os.name != "posix", reason="reads the peak memory of a process with resource, which POSIX has")
+@pytest.mark.parametrize("chunks", [(16, 65536), (64, 8192)])
+def test_more_data_than_memory(cluster, chunks):
+    """2 x 512 MiB of random logits through two workers of 300 MiB: the bits of the same rows computed here."""
+    rng = da.random.default_rng(1)
+    x = rng.standard_normal((2048, 65536), dtype="f4", chunks=chunks)
+    y = x + 0.1 * rng.standard_normal((2048, 65536), dtype="f4", chunks=chunks)
+    rows = klcore.kl_div(x, y, space="logits")
+    total = klcore.kl_div(x, y, space="logits", reduction="rowmean")
+    values, mean = cluster.compute([rows, total], sync=True)
+    peak = max(cluster.run(peak_memory).values())
+    assert x.nbytes > 1.7 * LIMIT
+    assert peak < LIMIT, f"{peak >> 20} MiB"
+    some = slice(100, 102)
+    xs, ys = dask.compute(x[some], y[some])
+    assert_same_bits(values[some], klcore.kl_div(xs, ys, space="logits"))
+    true = oracle.fast("kl_div", xs[:1], ys[:1], "logits")
+    oracle.assert_answer({"value": values[some][:1]}, true, "kl_div", "logits")
+    assert abs(mean - values.mean(dtype="f8")) <= oracle.TOLERANCES["kl", "float32"] * mean
+
+
+def test_gradients_on_workers(cluster):
+    """What workers send each other comes read-only."""
+    for space, chunks in itertools.product(
+        (("probs", "probs"), ("logits", "logits"), ("log_probs", "logits")), (2100, 700)
+    ):
+        arrays = arguments("kl_div", space, (6, 2100), "float32")
+        arrays[1] = arrays[1][:1]
+        lazy = call("kl_div", chunked(arrays, (2, chunks)), space, reduction="rowmean", weights=[1, 2, 0, 1, 1, 1])
+        here = dask.compute(*lazy, scheduler="synchronous")
+        for a, b in zip(cluster.compute(list(lazy), sync=True), here, strict=True):
+            assert_same_bits(a, b)
+
+
+# ---- CuPy chunks -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def on_gpu(gpu):
+    """Dask arrays of the device's chunks; of the emulator, dask cannot know how to join them."""
+    if gpu.emulated:
+        from dask.array.backends import concatenate_lookup
+
+        def join(arrays, axis=0):
+            return gpu.put(np.concatenate([gpu.get(a) for a in arrays], axis))
+
+        concatenate_lookup.register(gpu.array_type(), join)
+    return lambda a, chunks: da.from_array(gpu.put(a), chunks=chunks, asarray=False)
+
+
+@pytest.mark.parametrize("chunks", [(3, 300), (3, 100)])  # the latter are joined along the classes
+def test_cupy_chunks(gpu, on_gpu, chunks):
+    weights = np.array([0, 1, 2, 0.5, 1, 1, 3])
+    for space, reduction in itertools.product(
+        (("probs", "probs"), ("logits", "logits")), ("row", "none", "sum", "rowmean")
+    ):
+        arrays = arguments("kl_div", space, (7, 300), "float32")
+        keywords = {"reduction": reduction, "weights": weights}
+        whole = call("kl_div", arrays, space, **keywords)
+        lazy = call("kl_div", [on_gpu(a, chunks) for a in arrays], space, **keywords)
+        for a, computed, expected in zip(lazy, dask.compute(*lazy), whole, strict=True):
+            assert isinstance(a._meta, gpu.array_type())
+            assert isinstance(computed, gpu.array_type())
+            (assert_close if computed.ndim == 0 else assert_same_bits)(gpu.get(computed), expected)
+
+
+def test_cupy_chunks_broadcast(gpu, on_gpu):
+    x, y = arguments("kl_div", ("probs", "probs"), (7, 300), "float16")
+    whole = klcore.kl_div(x, y[0], return_grad="y")[1]
+    lazy = klcore.kl_div(on_gpu(x, (2, 300)), on_gpu(y[0], -1), return_grad="y")[1]
+    assert_close(gpu.get(lazy.compute()), whole)
+
+
+def test_lists_go_with_cupy_chunks(gpu, on_gpu):
+    x = numbers((7, 30), "probs", "float32", "x")
+    y = numbers((30,), "probs", "float64", "y")
+    for arrays, whole in (((on_gpu(x, (3, 30)), y.tolist()), (x, y)), ((y.tolist(), on_gpu(x, (3, 30))), (y, x))):
+        assert_same_bits(gpu.get(klcore.kl_div(*arrays).compute()), klcore.kl_div(*whole))
+
+
+def test_chunks_of_two_libraries(gpu, on_gpu):
+    x = np.full((2, 2), 0.5)
+    with pytest.raises(TypeError, match=r"x has chunks of cupy and y of numpy.*map_blocks\(cupy.asarray\)"):
+        klcore.kl_div(on_gpu(x, 1), da.from_array(x))
+
+
+# ---- shapes and sizes ------------------------------------------------------------------------------------------------
+
+
+def test_no_dimensions():
+    x, y = da.from_array(np.array(0.5)), da.from_array(np.array(0.25))
+    for reduction in REDUCTIONS:
+        whole = klcore.kl_div(0.5, 0.25, reduction=reduction, return_grad=("x", "y"))
+        lazy = klcore.kl_div(x, y, reduction=reduction, return_grad=("x", "y"))
+        assert [a.shape for a in lazy] == [()] * 3
+        assert [float(a) for a in dask.compute(*lazy)] == [float(a) for a in whole]
+
+
+@pytest.mark.parametrize("shape", [(0, 4), (3, 0), (0, 0), (2, 0, 3)])
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_nothing_in_it(shape, reduction):
+    x = np.ones(shape)
+    for space in (("probs", "probs"), ("logits", "logits"), ("probs", "logits")):
+        with np.errstate(all="ignore"):
+            whole = call("kl_div", (x, x), space, reduction=reduction)
+        check(call("kl_div", chunked((x, x), 2), space, reduction=reduction), whole, assert_same_bits)
+
+
+def test_lists_and_integers():
+    x = da.from_array(np.array([[1, 2], [3, 4]]), chunks=1)
+    np.testing.assert_array_equal(klcore.kl_div(x, [1, 2]).compute(), klcore.kl_div([[1, 2], [3, 4]], [1, 2]))
+    np.testing.assert_array_equal(klcore.kl_div([1.0, 2.0], x).compute(), klcore.kl_div([1, 2], [[1, 2], [3, 4]]))
+    swapped = np.array([0.5, 0.25], ">f8")
+    value, dx = klcore.entropy(da.from_array(swapped), return_grad="x")
+    assert dx.dtype == dx.compute().dtype == np.dtype("f8")
+    assert value.compute() == klcore.entropy(swapped)
+
+
+def unknown(n=30):
+    x, y = chunked(arguments("kl_div", ("probs", "probs"), (12, n), "float64"), (5, n))
+    kept = da.from_array(np.arange(12) % 3 > 0, chunks=5)
+    return x[kept], y[kept]
+
+
+def test_unknown_sizes():
+    x, y = unknown()
+    here = [a.compute() for a in (x, y)]
+    assert np.isnan(x.shape[0])
+    for reduction in ("row", "none", "sum"):
+        for weights in (None, 2.0):
+            keywords = {"reduction": reduction, "weights": weights, "return_grad": ("x", "y")}
+            for got, expected in zip(
+                dask.compute(*klcore.kl_div(x, y, **keywords)), klcore.kl_div(*here, **keywords), strict=True
+            ):
+                assert_close(got, expected)
+    one = numbers((30,), "probs", "float64", "y")
+    value, dy = dask.compute(*klcore.kl_div(x, da.from_array(one), return_grad="y"))
+    assert_close(value, klcore.kl_div(here[0], one))
+    assert_close(dy, klcore.kl_div(here[0], one, return_grad="y")[1])
+    np.testing.assert_array_equal(klcore.kl_div(x.T, y.T, axis=0).compute(), klcore.kl_div(*here))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"reduction": "rowmean"}, "x has an unknown size along axis 0.*rowmean.*x.compute_chunk_sizes"),
+        ({"reduction": "mean"}, "reduction='mean' divides"),
+        ({"reduction": "batchmean"}, "reduction='batchmean' divides"),
+        ({"weights": np.ones(8)}, "x has an unknown size.*might not match"),
+        ({"weights": da.ones(8)}, "x has an unknown size.*might not match"),
+        ({"y": da.ones((8, 30))}, "x has an unknown size.*might not match"),
+        ({"axis": 0}, "number of classes must be known"),
+        ({"x": da.ones((8, 30)), "y": da.ones((8, 30)), "weights": unknown()[0][:, 0]}, "weights.compute_chunk_sizes"),
+    ],
+)
+def test_sizes_that_must_be_known(change, words):
+    x, y = unknown()
+    with pytest.raises(ValueError, match=words):
+        klcore.kl_div(**{"x": x, "y": y, **change})
+
+
+# ---- errors ----------------------------------------------------------------------------------------------------------
+
+LAZY = da.ones((6, 8), chunks=(2, 4))
+WHOLE = np.ones((6, 8))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"space": "prob"}, {"space": ("probs",)}, {"reduction": "total"}, {"axis": 2}, {"axis": "last"},
+        {"temperature": 0, "space": "logits"}, {"temperature": 2.0}, {"temperature": "hot"}, {"return_grad": "z"},
+        {"y": WHOLE[:, :5]}, {"y": WHOLE[:4]}, {"y": WHOLE[0, 0]}, {"weights": np.ones(5)},
+        {"weights": np.ones((1, 1, 6))},
+        {"weights": [-1.0] * 6}, {"weights": [np.nan] * 6}, {"x": WHOLE.astype(complex)}, {"y": WHOLE.astype("c8")},
+        {"x": WHOLE.astype("M8[s]")}, {"weights": np.ones(6, complex)}, {"axis": 1.5},
+    ],
+    ids=lambda change: " ".join(f"{k}" for k in change),
+)  # fmt: skip
+def test_wrong_arguments_say_what_they_say_for_numpy(change):
+    """At once, and in the same words."""
+    with pytest.raises((TypeError, ValueError)) as expected:
+        klcore.kl_div(**{"x": WHOLE, "y": WHOLE, **change})
+    lazy = {
+        k: da.from_array(a) if k in "xy" and isinstance(a, np.generic | np.ndarray) else a for k, a in change.items()
+    }
+    with pytest.raises(expected.type) as raised:
+        klcore.kl_div(**{"x": LAZY, "y": LAZY, **lazy})
+    assert str(raised.value) == str(expected.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "words"),
+    [
+        ({"y": WHOLE}, TypeError, "x is a dask array and y a numpy one.*dask.array.from_array"),
+        ({"x": WHOLE}, TypeError, "x is a numpy array and y a dask one.*dask.array.from_array"),
+        ({"y": WHOLE, "device": "cpu"}, TypeError, "dask.array.from_array"),
+        ({"out": np.ones(6)}, TypeError, "out=.*computed later"),
+        ({"device": "cuda"}, ValueError, r"device='cuda'.*map_blocks\(cupy.asarray\)"),
+        ({"device": "cpu"}, ValueError, "device='cpu'"),
+        ({"device": "tpu"}, ValueError, "device must be"),
+        ({"x": da.ma.masked_equal(LAZY, 1)}, TypeError, "masked"),
+        ({"y": dask.delayed(1)}, TypeError, "y is a dask.delayed.*from_delayed"),
+        ({"weights": dask.delayed(1)}, TypeError, "weights is a dask.delayed"),
+        ({"weights": da.ones(5)}, ValueError, r"weights of shape \(5,\) do not broadcast to the batch shape \(6,\)"),
+        ({"weights": np.ma.masked_equal(np.ones(6), 1)}, TypeError, "masked"),
+    ],
+)
+def test_wrong_arguments(change, error, words):
+    with pytest.raises(error, match=words):
+        klcore.kl_div(**{"x": LAZY, "y": LAZY, **change})
+
+
+def test_other_chunks():
+    sparse = pytest.importorskip("scipy.sparse", reason="scipy is not installed")
+    other = LAZY.map_blocks(sparse.csr_array, meta=sparse.csr_array((0, 0)))
+    with pytest.raises(TypeError, match=r"x is a dask array with chunks of type scipy.*csr_array.*numpy or cupy"):
+        klcore.entropy(other)
+
+
+@pytest.mark.parametrize("chunks", [4, 8])
+def test_weights_are_looked_at_when_they_are_there(chunks):
+    x = da.ones((6, 8), chunks=(2, chunks))
+    lazy = klcore.kl_div(x, x, weights=-da.ones(6, chunks=2))
+    with pytest.raises(ValueError, match="weights must be finite and >= 0"):
+        lazy.compute()
+
+
+def test_loss():
+    with pytest.raises(TypeError, match="map_blocks"):
+        klcore.divergence.loss("pytorch", LAZY, LAZY, space=("probs", "log_probs"))
