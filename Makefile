@@ -3,11 +3,14 @@ PYTHON ?= python3
 BIN := .venv/bin
 SOURCES := setup.py pyproject.toml $(wildcard src/*.h src/*.pyx)
 
-.PHONY: build demo test lint bench cuda-check gpu-check minimax clean
+.PHONY: build demo examples test lint bench cuda-check gpu-check minimax clean
 
 build: .venv/core
 demo: .venv/demo
 	$(BIN)/python examples/distill_digits.py
+examples: .venv/examples
+	$(BIN)/python examples/torch_distill.py
+	$(BIN)/python examples/keras_cnn.py
 test: .venv/test
 	$(BIN)/python -m pytest -n 2 --dist worksteal
 lint: .venv/lint
