@@ -210,6 +210,18 @@ def test_pairs_of_spaces_are_checked():
         loss("keras", [0.5], [0.5], space=("probs", "logits"))
 
 
+def test_puzzlelib_is_not_differentiated():
+    """What it calls a gradient is a direction of descent: autograd would go the other way."""
+    torch = pytest.importorskip("torch", reason="not run: PyTorch is not installed")
+    jax = pytest.importorskip("jax", reason="not run: JAX is not installed")
+    a = np.ones((2, 3), np.float32)
+    value = loss("puzzlelib", torch.from_numpy(a), torch.from_numpy(a).requires_grad_(), space=("probs", "logits"))
+    assert not value.requires_grad
+    b = jax.numpy.asarray(a)
+    with pytest.raises(NotImplementedError, match="direction of descent"):
+        jax.grad(lambda y: loss("puzzlelib", b, y, space=("logits", "logits"), reduction="sum"))(b)
+
+
 @pytest.mark.parametrize("of", ["x", ("x", "y")])
 def test_gradient_that_puzzlelib_does_not_have(of):
     with pytest.raises(ValueError, match="with respect to y only"):

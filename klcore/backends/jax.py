@@ -126,6 +126,10 @@ def _value(call: _Call, x: Any, y: Any, weights: Any) -> Any:
 
 
 def _forward(call: _Call, x: Any, y: Any, weights: Any) -> Any:
+    if call.operation == "puzzlelib":
+        raise NotImplementedError(
+            "PuzzleLib's loss returns a direction of descent, which is not its derivative; use that, or klcore.kl_div"
+        )
     if weights is not None and weights.perturbed:
         raise NotImplementedError(
             f"klcore.{call.operation} has no derivative with respect to weights; pass jax.lax.stop_gradient(weights)"

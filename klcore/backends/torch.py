@@ -587,6 +587,8 @@ def loss(
     dtype: str | None, return_grad: Any,
 ) -> Any:  # fmt: skip
     x, y = _operands(x, y, None)
+    if term == "puzzlelib":  # its gradient is none: autograd would descend where it should ascend
+        x, y = x.detach(), y.detach()
     factors = _weights(factors, x, None, "factors")
     of_value = None if dtype is None else getattr(torch, dtype)
     if term == "pytorch" and of_value in _FLOATS[2:] and torch.is_autocast_enabled(x.device.type):
