@@ -660,10 +660,10 @@ def test_compile_vmap(compiled, capfd, reduction):
 
 
 FIRST = """
-import torch, klcore
+import torch, {module}
 x, y = (torch.linspace(0, 1, 12, dtype=torch.float64).reshape(4, 3).pow(i).requires_grad_() for i in (1, 2))
 def loss(x, y):
-    return klcore.kl_div(x, y, space="logits", reduction="batchmean")
+    return {module}.kl_div(x, y, {options}, reduction="batchmean")
 value = torch.compile(loss, backend="{backend}", fullgraph=True)(x, y)
 value.backward()
 found = x.grad.clone()
@@ -674,11 +674,20 @@ print("first")
 """
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
-def test_compile_before_anything_else(python, backend):
+@pytest.mark.parametrize(
+    ("module", "options", "backend"),
+    [
+        ("klcore", 'space="logits"', "aot_eager"),
+        ("klcore", 'space="logits"', "inductor"),
+        ("klcore.compat.pytorch", "log_target=True", "aot_eager"),
+    ],
+)
+def test_compile_before_anything_else(python, module, options, backend):
     """The adapter is imported while PyTorch traces, and klcore is the cause of no warning."""
     ignored = ("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning:torch")
-    assert python(FIRST.format(backend=backend), warnings=("error", *ignored)).split() == ["first"]
+    assert python(
+        FIRST.format(module=module, options=options, backend=backend), warnings=("error", *ignored)
+    ).split() == ["first"]
 
 
 def test_export():

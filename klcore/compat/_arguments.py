@@ -46,7 +46,8 @@ def namespace(array: Any) -> Any:
 
 def dtype_name(array: Any) -> str:
     """As NumPy calls it; "float32" for torch.float32."""
-    return _name(array.dtype)
+    name = _name.__wrapped__ if traced() else _name  # torch.compile warns about functools.cache
+    return name(array.dtype)
 
 
 @functools.cache
