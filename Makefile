@@ -17,6 +17,7 @@ lint: .venv/lint
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy && PATH=$(CURDIR)/$(BIN):$$PATH cython-lint src
 bench: .venv/bench
 	$(BIN)/python benchmarks/side_by_side.py
+	$(BIN)/python benchmarks/adapters.py
 cuda-check: .venv/cuda-check
 	$(BIN)/python benchmarks/cuda_check.py $(CHECK)
 # Not in .venv: with the packages that PYTHON has, beside which klcore is built, and without the network.

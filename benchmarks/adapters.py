@@ -1,0 +1,176 @@
+"""How fast klcore is through the adapters of PyTorch and JAX, beside those libraries' own losses: value, and gradient.
+
+    python benchmarks/adapters.py [--rows N] [--json FILE]
+
+Arrays of (rows, 32768) float32, and of (10, 10), where the time is that of the calls themselves. Contenders take turns,
+one call each, and the median counts; values are compared first. Nothing is written into given memory: every gradient
+is a new array, as in training. A step is the value and its gradient with respect to the model, by the library's own
+automatic differentiation.
+"""
+
+import argparse
+import datetime
+import importlib.metadata
+import json
+import statistics
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+import klcore
+from klcore.compat import pytorch
+
+CLASSES = 32_768
+ROUNDS = 7
+LIBRARY = {"PyTorch": "F.kl_div", "JAX": "jnp, jit"}  # whose time is the unit
+
+Calls = dict[str, Callable[[], Any]]
+
+
+def arrays(rows: int, n: int) -> dict[str, np.ndarray]:
+    """Teacher and student, in every space."""
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(rows, n)).astype(np.float32)
+    y = x + 0.5 * rng.normal(size=(rows, n)).astype(np.float32)
+    p, q = (torch.log_softmax(torch.from_numpy(a), -1).numpy() for a in (x, y))
+    return {"x logits": x, "y logits": y, "x log_probs": p, "y log_probs": q, "x probs": np.exp(p)}
+
+
+def of_pytorch(data: dict[str, np.ndarray]) -> dict[str, Calls]:
+    """Operation -> contender -> call."""
+    t = {name: torch.from_numpy(a) for name, a in data.items()}
+    words = {"reduction": "batchmean"}
+
+    def logits(y: Any) -> Any:
+        return F.kl_div(torch.log_softmax(y, -1), torch.softmax(t["x logits"], -1), **words)
+
+    losses: dict[str, tuple[str, dict[str, Callable[[Any], Any]]]] = {
+        "logits": (
+            "y logits",
+            {"klcore": lambda y: klcore.kl_div(t["x logits"], y, space="logits", **words), "F.kl_div": logits},
+        ),
+        "log-probabilities": (
+            "y log_probs",
+            {
+                "klcore": lambda y: klcore.kl_div(t["x log_probs"], y, space="log_probs", **words),
+                "compat.pytorch": lambda y: pytorch.kl_div(y, t["x log_probs"], log_target=True, **words),
+                "F.kl_div": lambda y: F.kl_div(y, t["x log_probs"], log_target=True, **words),
+            },
+        ),
+        "probabilities, log-probabilities": (
+            "y log_probs",
+            {
+                "compat.pytorch": lambda y: pytorch.kl_div(y, t["x probs"], **words),
+                "F.kl_div": lambda y: F.kl_div(y, t["x probs"], **words),
+            },
+        ),
+    }
+    found: dict[str, Calls] = {}
+    for operation, (name, of) in losses.items():
+        plain, leaf = t[name], t[name].clone().requires_grad_()
+
+        def step(loss: Callable[[Any], Any], leaf: Any = leaf) -> Any:
+            leaf.grad = None
+            value = loss(leaf)
+            value.backward()
+            return value, leaf.grad
+
+        found[f"{operation}, value"] = {k: lambda f=f, y=plain: f(y) for k, f in of.items()}  # type: ignore[misc]
+        found[f"{operation}, step"] = {k: lambda f=f, step=step: step(f) for k, f in of.items()}  # type: ignore[misc]
+    return found
+
+
+def of_jax(data: dict[str, np.ndarray]) -> dict[str, Calls]:
+    x, y = jnp.asarray(data["x logits"]), jnp.asarray(data["y logits"])
+
+    def formula(y: Any, x: Any) -> Any:
+        p, q = jax.nn.log_softmax(x), jax.nn.log_softmax(y)
+        return (jnp.exp(p) * (p - q)).sum(-1).mean()
+
+    def ours(y: Any, x: Any) -> Any:
+        return klcore.kl_div(x, y, space="logits", reduction="rowmean")
+
+    losses = {"klcore, jit": ours, "jnp, jit": formula}
+    values = {k: jax.jit(f) for k, f in losses.items()}
+    steps = {k: jax.jit(jax.value_and_grad(f)) for k, f in losses.items()}
+    return {
+        "logits, value": {
+            **{k: lambda f=f: jax.block_until_ready(f(y, x)) for k, f in values.items()},  # type: ignore[misc]
+            "klcore": lambda: jax.block_until_ready(ours(y, x)),
+        },
+        "logits, step": {k: lambda f=f: jax.block_until_ready(f(y, x)) for k, f in steps.items()},  # type: ignore[misc]
+    }
+
+
+def compare(operation: str, calls: Calls) -> None:
+    """All contenders' values are the same, to the rounding of the worst of them.
+
+    Not the gradients: that of kl_div with respect to log-probabilities is q - p, of the literal sum -p. Through a
+    log-softmax both are the same; the tests see to that.
+    """
+    values = {}
+    for name, call in calls.items():
+        result = call()
+        value = result[0] if isinstance(result, tuple) else result
+        values[name] = float(value.detach() if isinstance(value, torch.Tensor) else value)
+    if not np.allclose(list(values.values()), next(iter(values.values())), rtol=1e-3):
+        raise SystemExit(f"{operation}: the contenders do not agree: {values}")
+
+
+def seconds(calls: Calls, rounds: int, number: int) -> dict[str, float]:
+    """Median time of a call."""
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(rounds):
+        for name, call in calls.items():
+            start = time.perf_counter()
+            for _ in range(number):
+                call()
+            times[name].append((time.perf_counter() - start) / number)
+    return {name: statistics.median(t) for name, t in times.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=int, default=2048)
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    torch.set_num_threads(klcore.get_num_threads())
+    warnings.simplefilter("ignore")
+
+    found: dict[str, Any] = {}
+    for rows, n, rounds, number, unit, scale in (
+        (args.rows, CLASSES, ROUNDS, 1, "ms", 1e3),
+        (10, 10, 3 * ROUNDS, 300, "us", 1e6),
+    ):
+        data = arrays(rows, n)
+        print(f"\n({rows}, {n}) float32, {unit}; times what {' and '.join(LIBRARY.values())} takes")
+        for library, make in (("PyTorch", of_pytorch), ("JAX", of_jax)):
+            for operation, calls in tqdm(make(data).items(), desc=library, leave=False):
+                compare(operation, calls)
+                median = seconds(calls, rounds, number)
+                found[f"{library}, {operation}, ({rows}, {n})"] = median
+                shown = ", ".join(
+                    f"{name} {t * scale:.1f} ({t / median[LIBRARY[library]]:.2f})" for name, t in median.items()
+                )
+                tqdm.write(f"{library:8} {operation:42} {shown}")
+    if args.json:
+        about = {
+            "date": datetime.date.today().isoformat(),
+            "instruction set": klcore.show_config(mode="dicts")["cpu"]["instruction set in use"],
+            "threads": klcore.get_num_threads(),
+            "versions": {name: importlib.metadata.version(name) for name in ("klcore", "numpy", "torch", "jax")},
+        }
+        args.json.write_text(json.dumps({"machine": about, "seconds": found}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
