@@ -318,6 +318,19 @@ def test_products_have_the_bits_of_the_cpu(gpu, space, reduction):
         np.testing.assert_array_equal(gpu.get(f), e)
 
 
+@pytest.mark.parametrize("reduction", ["sum", "mean", "batchmean", "rowmean"])
+def test_products_have_the_bits_of_any_layout(reduction):
+    """Contiguous arrays take a shorter way; the divisor and the cotangent are rounded as on the longer one."""
+    x, y = (numbers("probs", (7, 33), seed) for seed in (13, 14))
+    cpu = importlib.import_module("klcore.backends.cpu")
+    for cotangent in (0.3, 3.3, 1e-3):
+        arguments = ("probs", -1, reduction, None, 1.0, cotangent, ("x", "y"))
+        expected = cpu.gradient("kl_div", np.asfortranarray(x), np.asfortranarray(y), *arguments)
+        found = cpu.gradient("kl_div", x, y, *arguments)
+        for f, e in zip(found, expected, strict=True):
+            np.testing.assert_array_equal(f, e)
+
+
 def test_products_go_where_they_are_told(device):
     x, y = numbers("logits", (4, 6), 11), numbers("logits", (1, 6), 12)
     arguments = ("logits", -1, "row", None, 1.0, device.put(np.ones(4)), ("x", "y"))
