@@ -12,6 +12,7 @@ from klcore.backends.threads import get_num_threads
 
 _QUICK = {word: code for code, word in enumerate(("row", "sum", "rowmean", "batchmean", "mean"))}
 _WANTED: dict[Any, int] = {None: 0, "x": 1, "y": 2, ("x",): 1, ("y",): 2, ("x", "y"): 3}
+_NUMBERS, _WORDS = (float, int), (type(None), str, tuple)  # others are rows.py's to understand, or to refuse
 _PLAIN = {ord("d"): np.dtype("float64"), ord("f"): np.dtype("float32")}  # by buffer format
 
 
@@ -65,14 +66,16 @@ def _run(
     if (
         type(x) is np.ndarray
         and type(y) is np.ndarray
+        and type(axis) is int
         and axis == -1
         and weights is out is None
         and type(space) is str
         and space in rows.SPACES
+        and type(temperature) in _NUMBERS
         and temperature == 1.0
         and type(reduction) is str
         and reduction in _QUICK
-        and type(return_grad) is not list
+        and type(return_grad) in _WORDS
         and return_grad in _WANTED
     ):
         code, wanted = rows.SPACES[space], _WANTED[return_grad]
