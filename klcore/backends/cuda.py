@@ -649,7 +649,7 @@ def _summed(
     return launches
 
 
-def _entropy(
+def entropy(
     x: Any, space: Any, axis: int, reduction: str, weights: Any, temperature: float, return_grad: Any, out: Any,
     device: str | None,
 ) -> Any:  # fmt: skip
@@ -659,7 +659,6 @@ def _entropy(
 kl_div = partial(_run, rows.KL_DIV)
 rel_entr = partial(_run, rows.REL_ENTR)
 cross_entropy = partial(_run, rows.CROSS_ENTROPY)
-entropy = _entropy
 
 
 def loss(
