@@ -331,6 +331,21 @@ def test_products_have_the_bits_of_any_layout(reduction):
             np.testing.assert_array_equal(f, e)
 
 
+def test_product_of_a_row_of_weight_zero(device):
+    """Zero, whatever becomes of its value afterwards: the derivative of its logarithm is infinite."""
+    x, y = (numbers("probs", (3, 6), seed).astype("float32") for seed in (15, 16))
+    x[0] = np.nan
+    weights, cotangent = np.float32([0, 1, 1e30]), np.float32([np.inf, 2, 1e30])
+    (dy,) = backend(device).gradient(
+        "kl_div", *map(device.put, (x, y)), "probs", -1, "row", device.put(weights), 1.0,
+        device.put(cotangent), ("y",),
+    )  # fmt: skip
+    dy = device.get(dy)
+    assert (dy[0] == 0).all()
+    np.testing.assert_array_equal(dy[1], 2 * klcore.kl_div(x[1], y[1], return_grad="y")[1])
+    assert np.isinf(dy[2]).all()
+
+
 def test_products_go_where_they_are_told(device):
     x, y = numbers("logits", (4, 6), 11), numbers("logits", (1, 6), 12)
     arguments = ("logits", -1, "row", None, 1.0, device.put(np.ones(4)), ("x", "y"))

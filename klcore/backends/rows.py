@@ -296,7 +296,13 @@ def arrange_gradient(
         factors = None
         if reduction == "row":
             cotangent = _multiplier(asarray, cotangent, "cotangent")
-            weights = cotangent if weights is None else cotangent * _multiplier(asarray, weights, "weights")
+            if weights is None:
+                weights = cotangent
+            else:
+                weights = _multiplier(asarray, weights, "weights")
+                with np.errstate(over="ignore", invalid="ignore"):
+                    product = cotangent * weights
+                weights = xp.where(weights == 0, 0, product)  # such a row yields 0, whatever the cotangent: inf as well
         elif reduction == "none":
             factors = cotangent
         task = arrange(
