@@ -1,4 +1,7 @@
-"""The public functions: what they mean, and one line each that hands the arrays to their backend."""
+"""The public functions: what they mean, and one line each that hands the arrays to their backend.
+
+And `loss`, which is the same for the front-ends of klcore.compat.
+"""
 
 from typing import Any
 

@@ -83,10 +83,10 @@ def _look_up(cls: type) -> str | None:
             return root
     if hasattr(cls, "__dlpack__"):
         return "dlpack"
-    known = ", ".join(sorted(_MODULES))
+    known = ", ".join(sorted(_MODULES.keys() - {"dlpack"}))
     raise TypeError(
         f"klcore does not know arrays of type {cls.__module__}.{cls.__qualname__}; it takes arrays of {known}, "
-        "and numbers, lists and tuples. klcore.register_backend adds a library"
+        "those with __dlpack__, and numbers, lists and tuples. klcore.register_backend adds a library"
     )
 
 
