@@ -331,6 +331,17 @@ def test_products_have_the_bits_of_any_layout(reduction):
             np.testing.assert_array_equal(f, e)
 
 
+def test_products_of_close_logits():
+    """Factors keep two rows of logits from the form that does not cancel: docs/accuracy.md says what that costs."""
+    cpu = importlib.import_module("klcore.backends.cpu")
+    x = numbers("logits", (20, 50), 17)
+    y = x + 2e-6 * numbers("logits", x.shape, 18)
+    _, *exact = klcore.kl_div(x, y, space="logits", return_grad=("x", "y"))
+    found = cpu.gradient("kl_div", x, y, "logits", -1, "none", None, 1.0, np.ones_like(x), ("x", "y"))
+    for f, e in zip(found, exact, strict=True):
+        assert (abs(f - e).max(-1) <= 1e-9 * abs(e).max(-1)).all()
+
+
 def test_product_of_a_row_of_weight_zero(device):
     """Zero, whatever becomes of its value afterwards: the derivative of its logarithm is infinite."""
     x, y = (numbers("probs", (3, 6), seed).astype("float32") for seed in (15, 16))
