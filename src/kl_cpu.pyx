@@ -187,8 +187,8 @@ def run(int operation, int space_x, int space_y, int output, x, y, weights, valu
     """Compute one plan; returns the total where output is TOTAL.
 
     x, y, factors, dx, dy and the terms have the shape batch + (n,); weights and row values the shape batch. Weights and
-    factors are float64 or float32. y, weights, factors, value, dx, dy may be None. With inner_axes >= 0 the one gradient
-    given is that of an operand broadcast over the last inner_axes batch axes, and is summed over them.
+    factors are float64 or float32. y, weights, factors, value, dx, dy may be None. With inner_axes >= 0 the one
+    gradient given is that of an operand broadcast over the last inner_axes batch axes, and is summed over them.
     """
     cdef Plan p
     cdef _Borrowed b = _Borrowed.__new__(_Borrowed)
