@@ -1,4 +1,7 @@
-"""The public functions: what they mean, and one line each that hands the arrays to their backend."""
+"""The public functions: what they mean, and one line each that hands the arrays to their backend.
+
+And `loss`, which is the same for the front-ends of klcore.compat.
+"""
 
 from typing import Any
 
@@ -239,6 +242,16 @@ def loss(
     -------
     value : array
         With the gradients, if `return_grad` asks for them, in the operands' shapes and dtypes.
+
+    Raises
+    ------
+    TypeError
+        For arrays whose backend, a registered one, has no `loss`.
     """
     backend = find(x, y, None)
+    if not hasattr(backend, "loss"):
+        raise TypeError(
+            f"the backend {backend.__name__} has no function `loss`, which klcore.compat calls; use klcore.kl_div, or "
+            "convert the arrays to NumPy's"
+        )
     return backend.loss(term, x, y, space, axis, reduction, factors, denominator, epsilon, dtype, return_grad)

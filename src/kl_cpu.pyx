@@ -61,7 +61,7 @@ cdef const Isa* _isa = isa_table()    # until klcore.backends.cpu chooses: the o
 
 cdef double NAN = float("nan")
 cdef enum:
-    ROW, SUM, ROWMEAN, BATCHMEAN, MEAN   # the reductions of `plain`: their places in QUICK of klcore.backends.cpu
+    ROW, SUM, ROWMEAN, BATCHMEAN, MEAN   # the reductions of `plain`: their places in _QUICK of klcore.backends.cpu
 
 OPENMP = kl_openmp
 COMPILER = kl_compiler.decode()
@@ -186,9 +186,9 @@ def run(int operation, int space_x, int space_y, int output, x, y, weights, valu
         double temperature, double gradient_scale, int threads, int inner_axes=-1, factors=None, double epsilon=0.0):
     """Compute one plan; returns the total where output is TOTAL.
 
-    x, y, factors, dx, dy and the terms have the shape batch + (n,); weights (float64) and row values the shape batch.
-    y, weights, factors, value, dx, dy may be None. With inner_axes >= 0 the one gradient given is that of an operand
-    broadcast over the last inner_axes batch axes, and is summed over them.
+    x, y, factors, dx, dy and the terms have the shape batch + (n,); weights and row values the shape batch. Weights and
+    factors are float64 or float32. y, weights, factors, value, dx, dy may be None. With inner_axes >= 0 the one
+    gradient given is that of an operand broadcast over the last inner_axes batch axes, and is summed over them.
     """
     cdef Plan p
     cdef _Borrowed b = _Borrowed.__new__(_Borrowed)
@@ -268,7 +268,7 @@ def plain(int operation, int space_x, int space_y, bint wide, x, y, int reductio
     p.threads = threads
     p.inverse_temperature = 1.0
     p.epsilon = epsilon
-    p.gradient_scale = cotangent / denominator if denominator != 0 else NAN
+    p.gradient_scale = 1.0 / denominator * cotangent if denominator != 0 else NAN   # as klcore.backends.cpu rounds it
     _execute(&p, -1)
     if reduction == ROW:
         return (value if p.ndim else value[()]), dx, dy

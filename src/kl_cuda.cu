@@ -29,7 +29,7 @@ namespace kl {
 
 typedef long long i64;
 
-// ---- what a call asks for: the same layout as PLAN in klcore/backends/cuda.py ----------------------------------------------
+// ---- what a call asks for: the same layout as _FIELDS in klcore/backends/cuda.py --------------------------------------------
 constexpr int MAX_DIMS = 32;
 
 struct Array {                // strides in bytes, of any sign; data == nullptr: absent

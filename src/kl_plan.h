@@ -27,7 +27,7 @@ struct Plan {
   double inverse_temperature, gradient_scale;
   double epsilon;                    // of the terms that take one
   Array x, y, weights;               // weights are float64 or float32
-  Array factors;                     // one a class, which multiplies term and gradients
+  Array factors;                     // one a class, float64 or float32, which multiplies term and gradients
   Array value, dx, dy;               // dx and dy: one gradient row for every batch row
   double total;                      // result of TOTAL
 };

@@ -240,7 +240,7 @@ template <typename T> typename Terms<T>::Map terms_of(const Plan& p) {
   return nullptr;
 }
 
-// Term and gradients times the factors; f is room for a chunk of them.
+// Term and gradients times the factors; `room` is for a chunk of them.
 template <typename T> void multiply(const Plan& p, const Row& row, i64 start, int n, Buffers<T>& s, T* room) {
   if (!p.factors.data) return;
   const T* f = load(p.factors, row.factors, start, n, room);

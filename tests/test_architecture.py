@@ -192,6 +192,12 @@ def test_signature_of_losses(backend):
     assert found[len(public) :] in ([], [("out", None)])
 
 
+@pytest.mark.parametrize("function", ["loss", "gradient", "block"])
+def test_signatures_of_what_adapters_call(function):
+    cpu, cuda = (importlib.import_module(f"klcore.backends.{name}") for name in ("cpu", "cuda"))
+    assert parameters(getattr(cpu, function)) == parameters(getattr(cuda, function))
+
+
 @pytest.mark.parametrize("operation", OPERATIONS[1:])
 def test_public_signatures_are_alike(operation):
     like = inspect.signature(klcore.kl_div).parameters

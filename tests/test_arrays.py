@@ -552,6 +552,27 @@ def test_wrong_arguments(operation, x, y, keywords, error, words):
     assert (out == 7).all()
 
 
+@pytest.mark.parametrize(
+    ("keywords", "error"),
+    [
+        ({"return_grad": {"x"}}, ValueError),
+        ({"return_grad": np.array(["x"])}, ValueError),
+        ({"axis": -1.0}, TypeError),
+        ({"temperature": np.ones(1)}, TypeError),
+        ({"temperature": np.ones(2)}, TypeError),
+        ({"temperature": "1"}, TypeError),
+        ({"space": ["probs"]}, ValueError),
+        ({"reduction": ["row"]}, ValueError),
+    ],
+    ids=str,
+)
+def test_wrong_words_of_plain_calls(keywords, error):
+    """Without `out`, where the quick way looks at the words first and must not take what only equals a right one."""
+    (word,) = keywords
+    with pytest.raises(error, match=word):
+        klcore.kl_div(X, Y, **keywords)
+
+
 @pytest.mark.parametrize("operation", OPERATIONS)
 def test_only_arrays_are_positional(operation):
     with pytest.raises(TypeError, match="positional"):

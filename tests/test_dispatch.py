@@ -111,6 +111,13 @@ def test_unknown_type_may_be_registered_later(clean_registry, monkeypatch):
     assert klcore.entropy(x) == "computed"
 
 
+def test_backend_without_losses(toy):
+    """The public functions are the contract; what klcore.compat calls besides is missing in so many words."""
+    x = array_class("toylib")()
+    with pytest.raises(TypeError, match=r"toy_backend has no function `loss`.*klcore\.compat"):
+        klcore.divergence.loss("pytorch", x, x, space=("probs", "log_probs"))
+
+
 def test_base_classes_are_looked_through(toy):
     derived = array_class("their.package", "Derived", array_class("toylib.core.array"))
     assert klcore.entropy(derived()) == ("computed", "entropy")

@@ -318,6 +318,45 @@ def test_products_have_the_bits_of_the_cpu(gpu, space, reduction):
         np.testing.assert_array_equal(gpu.get(f), e)
 
 
+@pytest.mark.parametrize("reduction", ["sum", "mean", "batchmean", "rowmean"])
+def test_products_have_the_bits_of_any_layout(reduction):
+    """Contiguous arrays take a shorter way; the divisor and the cotangent are rounded as on the longer one."""
+    x, y = (numbers("probs", (7, 33), seed) for seed in (13, 14))
+    cpu = importlib.import_module("klcore.backends.cpu")
+    for cotangent in (0.3, 3.3, 1e-3):
+        arguments = ("probs", -1, reduction, None, 1.0, cotangent, ("x", "y"))
+        expected = cpu.gradient("kl_div", np.asfortranarray(x), np.asfortranarray(y), *arguments)
+        found = cpu.gradient("kl_div", x, y, *arguments)
+        for f, e in zip(found, expected, strict=True):
+            np.testing.assert_array_equal(f, e)
+
+
+def test_products_of_close_logits():
+    """Factors keep two rows of logits from the form that does not cancel: docs/accuracy.md says what that costs."""
+    cpu = importlib.import_module("klcore.backends.cpu")
+    x = numbers("logits", (20, 50), 17)
+    y = x + 2e-6 * numbers("logits", x.shape, 18)
+    _, *exact = klcore.kl_div(x, y, space="logits", return_grad=("x", "y"))
+    found = cpu.gradient("kl_div", x, y, "logits", -1, "none", None, 1.0, np.ones_like(x), ("x", "y"))
+    for f, e in zip(found, exact, strict=True):
+        assert (abs(f - e).max(-1) <= 1e-9 * abs(e).max(-1)).all()
+
+
+def test_product_of_a_row_of_weight_zero(device):
+    """Zero, whatever becomes of its value afterwards: the derivative of its logarithm is infinite."""
+    x, y = (numbers("probs", (3, 6), seed).astype("float32") for seed in (15, 16))
+    x[0] = np.nan
+    weights, cotangent = np.float32([0, 1, 1e30]), np.float32([np.inf, 2, 1e30])
+    (dy,) = backend(device).gradient(
+        "kl_div", *map(device.put, (x, y)), "probs", -1, "row", device.put(weights), 1.0,
+        device.put(cotangent), ("y",),
+    )  # fmt: skip
+    dy = device.get(dy)
+    assert (dy[0] == 0).all()
+    np.testing.assert_array_equal(dy[1], 2 * klcore.kl_div(x[1], y[1], return_grad="y")[1])
+    assert np.isinf(dy[2]).all()
+
+
 def test_products_go_where_they_are_told(device):
     x, y = numbers("logits", (4, 6), 11), numbers("logits", (1, 6), 12)
     arguments = ("logits", -1, "row", None, 1.0, device.put(np.ones(4)), ("x", "y"))

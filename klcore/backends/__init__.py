@@ -1,9 +1,12 @@
 """The registry: which module computes for which arrays.
 
-A backend is a module with the four functions of ``klcore.divergence`` under their names, taking the same arguments in
-the same order, positionally; it gets arrays of its library and returns arrays of its library. It is imported when the
-first array of that library arrives: a library may be absent, heavy or broken, and nobody who does not use it should
-notice. This file imports no array library and no backend.
+A backend is a module with the functions of ``klcore.divergence`` under their names, taking the same arguments in the
+same order, positionally; it gets arrays of its library and returns arrays of its library. The four public ones are the
+contract; `loss` is for ``klcore.compat``, which says so where a backend has none. What cpu.py and cuda.py offer besides
+(`gradient`, `block`) is for the adapters, which lend them their arrays, and may change.
+
+A backend is imported when the first array of its library arrives: a library may be absent, heavy or broken, and nobody
+who does not use it should notice. This file imports no array library, and no backend when it is imported.
 """
 
 import importlib
@@ -61,13 +64,14 @@ def _library(cls: type) -> str | None:
     """The library an array type belongs to, looking through its base classes; None for numbers and lists."""
     if cls in _tensors:
         return "torch"
-    if cls not in _libraries:
+    library = _libraries.get(cls, "")  # looked at once: another thread may register a backend, which empties it
+    if library == "":
         library = _look_up(cls)
         if library == "torch":
             _tensors.add(cls)
-            return library
-        _libraries[cls] = library
-    return _libraries[cls]
+        else:
+            _libraries[cls] = library
+    return library
 
 
 def _look_up(cls: type) -> str | None:
@@ -79,10 +83,10 @@ def _look_up(cls: type) -> str | None:
             return root
     if hasattr(cls, "__dlpack__"):
         return "dlpack"
-    known = ", ".join(sorted(_MODULES))
+    known = ", ".join(sorted(_MODULES.keys() - {"dlpack"}))
     raise TypeError(
         f"klcore does not know arrays of type {cls.__module__}.{cls.__qualname__}; it takes arrays of {known}, "
-        "and numbers, lists and tuples. klcore.register_backend adds a library"
+        "those with __dlpack__, and numbers, lists and tuples. klcore.register_backend adds a library"
     )
 
 
@@ -96,9 +100,10 @@ def _of_device(device: str) -> str:
 
 
 def _module(library: str) -> ModuleType:
-    if library not in _loaded:
-        _loaded[library] = _load(library)
-    return _loaded[library]
+    module = _loaded.get(library)
+    if module is None:
+        module = _loaded[library] = _load(library)
+    return module
 
 
 def _load(library: str) -> ModuleType:
@@ -135,8 +140,8 @@ def register_backend(library: str, module: str) -> None:
         The first word of the module that defines the array type, as ``"torch"`` for ``torch.Tensor``.
     module : str
         Import path of a module with the functions ``kl_div``, ``rel_entr``, ``cross_entropy`` and ``entropy``, which
-        take the arguments of klcore's own in the same order, positionally. It is imported when the first such array
-        arrives.
+        take the arguments of klcore's own in the same order, positionally; and `loss`, as :mod:`klcore.divergence` has
+        it, if ``klcore.compat`` is to take its arrays. It is imported when the first such array arrives.
 
     Raises
     ------

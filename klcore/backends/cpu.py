@@ -1,4 +1,8 @@
-"""NumPy arrays on the CPU: arguments arranged by rows.py, rows computed by klcore._cpu (src/kl_cpu.pyx)."""
+"""NumPy arrays on the CPU: arguments arranged by rows.py, rows computed by klcore._cpu (src/kl_cpu.pyx).
+
+The contract of a backend, with a short cut for the commonest calls (`_cpu.plain`), which must give the bits of the long
+way; `gradient`, for the adapters of PyTorch and JAX; and blocks of arrays, for the one of dask.
+"""
 
 import os
 from functools import partial
@@ -12,6 +16,7 @@ from klcore.backends.threads import get_num_threads
 
 _QUICK = {word: code for code, word in enumerate(("row", "sum", "rowmean", "batchmean", "mean"))}
 _WANTED: dict[Any, int] = {None: 0, "x": 1, "y": 2, ("x",): 1, ("y",): 2, ("x", "y"): 3}
+_NUMBERS, _WORDS = (float, int), (type(None), str, tuple)  # others are rows.py's to understand, or to refuse
 _PLAIN = {ord("d"): np.dtype("float64"), ord("f"): np.dtype("float32")}  # by buffer format
 
 
@@ -65,14 +70,16 @@ def _run(
     if (
         type(x) is np.ndarray
         and type(y) is np.ndarray
+        and type(axis) is int
         and axis == -1
         and weights is out is None
         and type(space) is str
         and space in rows.SPACES
+        and type(temperature) in _NUMBERS
         and temperature == 1.0
         and type(reduction) is str
         and reduction in _QUICK
-        and type(return_grad) is not list
+        and type(return_grad) in _WORDS
         and return_grad in _WANTED
     ):
         code, wanted = rows.SPACES[space], _WANTED[return_grad]
@@ -151,7 +158,7 @@ def _turned(task: rows.Task, g: rows.Gradient) -> tuple[Any, tuple[Any, ...], tu
     return turn(g.view), tuple(turn(a) for a in (task.x, task.y, task.weights, task.factors)), order
 
 
-def _entropy(
+def entropy(
     x: Any, space: Any, axis: int, reduction: str, weights: Any, temperature: float, return_grad: Any, out: Any,
     device: str | None,
 ) -> Any:  # fmt: skip
@@ -161,7 +168,6 @@ def _entropy(
 kl_div = partial(_run, rows.KL_DIV)
 rel_entr = partial(_run, rows.REL_ENTR)
 cross_entropy = partial(_run, rows.CROSS_ENTROPY)
-entropy = _entropy
 
 
 def loss(
@@ -226,18 +232,19 @@ def gradient(
 # `totals`: row values as float64, whatever the input. `shared`: the operands of which other blocks hold copies; their
 # gradients are yet to be added up, and come as float64, of shape batch + (n,) with a 1 where they are broadcast.
 
+CHUNK = 1024  # kl_tree.h
 STATS = _cpu.MAX_STATS  # numbers that say what the outputs of a row need
 
 
 def chunks(n: int) -> int:
     """How many chunks n classes are."""
-    return -(-n // 1024)
+    return -(-n // CHUNK)
 
 
 def chunk_sums(values: Any) -> Any:
-    """The sums of every 1024 values of a float array of any layout, in C order: what `add_up` goes on with."""
+    """The sums of every CHUNK values of a float array of any layout, in C order: what `add_up` goes on with."""
     flat = values.flat
-    sums = [add_up(flat[i : i + 1024].astype(np.float64)) for i in range(0, values.size, 1024)]
+    sums = [add_up(flat[i : i + CHUNK].astype(np.float64)) for i in range(0, values.size, CHUNK)]
     return np.array(sums, np.float64)
 
 

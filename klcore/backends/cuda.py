@@ -527,7 +527,7 @@ def _run(
     return _on_device(device, given, rows.arrange, arguments)
 
 
-def _on_device(device: str | None, given: dict[str, Any], arrange: Any, arguments: Any, **keywords: Any) -> Any:
+def _on_device(device: str | None, given: dict[str, Any], arrange: Any, arguments: Any) -> Any:
     """Arrange a call and compute it, where the `given` arrays are, or where `device` says."""
     cupy = _ready()
     number = _choose_device(cupy, device, given)
@@ -537,7 +537,7 @@ def _on_device(device: str | None, given: dict[str, Any], arrange: Any, argument
                 f"{name} is on cuda:{a.device.id} and the computation on cuda:{number}; pass one from there"
             )
     with cupy.cuda.Device(number):
-        task = arrange(cupy, partial(_asarray, cupy, number), *arguments, **keywords)
+        task = arrange(cupy, partial(_asarray, cupy, number), *arguments)
         return rows.result(task, _compute(cupy, number, task))
 
 
@@ -649,7 +649,7 @@ def _summed(
     return launches
 
 
-def _entropy(
+def entropy(
     x: Any, space: Any, axis: int, reduction: str, weights: Any, temperature: float, return_grad: Any, out: Any,
     device: str | None,
 ) -> Any:  # fmt: skip
@@ -659,7 +659,6 @@ def _entropy(
 kl_div = partial(_run, rows.KL_DIV)
 rel_entr = partial(_run, rows.REL_ENTR)
 cross_entropy = partial(_run, rows.CROSS_ENTROPY)
-entropy = _entropy
 
 
 def loss(
@@ -672,12 +671,14 @@ def loss(
 
 def gradient(
     operation: str, x: Any, y: Any, space: Any, axis: int, reduction: str, weights: Any, temperature: float,
-    cotangent: Any, return_grad: Any, **keywords: Any,
+    cotangent: Any, return_grad: Any, denominator: float = 1.0, epsilon: float = 0.0, out: Any = None,
 ) -> tuple[Any, ...]:  # fmt: skip
     """The gradients of sum(cotangent * value), for adapters; arguments as in :func:`rows.arrange_gradient`."""
-    arguments = (operation, x, y, space, axis, reduction, weights, temperature, cotangent, return_grad)
+    arguments = (
+        operation, x, y, space, axis, reduction, weights, temperature, cotangent, return_grad, denominator, epsilon, out
+    )  # fmt: skip
     given = {"x": x, "y": y, "weights": weights, "cotangent": cotangent}
-    return _on_device(None, given, rows.arrange_gradient, arguments, **keywords)[1:]
+    return _on_device(None, given, rows.arrange_gradient, arguments)[1:]
 
 
 def block(

@@ -404,7 +404,7 @@ def _shared(task: rows.Task) -> tuple[str, ...]:
     return tuple(g.of for g in task.gradients if g.inner)
 
 
-def _entropy(
+def entropy(
     x: Any, space: Any, axis: int, reduction: str, weights: Any, temperature: float, return_grad: Any, out: Any,
     device: str | None,
 ) -> Any:  # fmt: skip
@@ -424,4 +424,3 @@ def loss(
 kl_div = partial(_run, rows.KL_DIV)
 rel_entr = partial(_run, rows.REL_ENTR)
 cross_entropy = partial(_run, rows.CROSS_ENTROPY)
-entropy = _entropy

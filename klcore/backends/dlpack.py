@@ -137,7 +137,7 @@ def _run(
     return _results(found, out, x if _lends(x) else y)
 
 
-def _entropy(
+def entropy(
     x: Any, space: Any, axis: int, reduction: str, weights: Any, temperature: float, return_grad: Any, out: Any,
     device: str | None,
 ) -> Any:  # fmt: skip
@@ -158,4 +158,3 @@ def loss(
 kl_div = partial(_run, "kl_div")
 rel_entr = partial(_run, "rel_entr")
 cross_entropy = partial(_run, "cross_entropy")
-entropy = _entropy

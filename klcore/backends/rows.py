@@ -1,7 +1,10 @@
 """The one shape that kernels see: rows of n classes, batch + (n,), as views; for NumPy and CuPy alike.
 
-Checks every argument and raises before anything is computed. Called by the backends that own kernels, with their array
-library as `xp`; computes nothing itself.
+Checks every argument and raises before anything is computed: the four public functions (`arrange`), the losses of
+klcore.compat (`arrange_loss`) and the products of cotangents and Jacobians that adapters ask for (`arrange_gradient`).
+Called by cpu.py and cuda.py with their array library as `xp`, and by adapters that only want a call checked, with
+arrays that have a shape and no memory. Of arithmetic there is here what is done to weights before a kernel runs, and to
+results after it.
 """
 
 import math
@@ -53,8 +56,8 @@ class Task:
     x: Any
     y: Any
     spaces: tuple[int, int]
-    weights: Any  # float64 or float32, or None
-    factors: Any  # of every term, float64 or float32, or None
+    weights: Any  # one a row; float64 or float32, or None
+    factors: Any  # one a term; float64 or float32, or None
     output: int
     value: Any  # the result's array, allocated or given; None where it is a scalar made from the total
     value_view: Any
@@ -95,7 +98,7 @@ def arrange(
     Parameters
     ----------
     xp : module
-        numpy or cupy.
+        numpy or cupy, or what stands in for them.
     asarray : callable
         ``asarray(a, name)`` gives a native array of float64, float32, float16 or bfloat16, or raises TypeError.
     operation : int
@@ -131,7 +134,7 @@ def arrange(
     weights = _weights(xp, asarray, weights, batch, signed)
     terms_shape = () if scalar else _insert(batch, ndim + last, n)
     if factors is not None:
-        factors = _broadcast(xp, _factors(asarray, factors), terms_shape)
+        factors = _broadcast(xp, _multiplier(asarray, factors, "factors"), terms_shape)
         factors = _classes_last(xp, factors.reshape(1) if scalar else factors, last)
 
     double = max(x.dtype.itemsize, y.dtype.itemsize) == 8
@@ -281,9 +284,9 @@ def arrange_gradient(
     out = None if out is None else (None, *out)
     total = reduction not in ("row", "none")
     if operation in LOSSES:
-        factors = None if weights is None else _factors(asarray, weights)
+        factors = None if weights is None else _multiplier(asarray, weights, "factors")
         if not total:
-            c = _factors(asarray, cotangent, "cotangent")
+            c = _multiplier(asarray, cotangent, "cotangent")
             c = xp.expand_dims(c, axis) if reduction == "row" and c.ndim else c
             factors = c if factors is None else c * factors
         task = arrange_loss(
@@ -292,8 +295,14 @@ def arrange_gradient(
     else:
         factors = None
         if reduction == "row":
-            cotangent = _factors(asarray, cotangent, "cotangent")
-            weights = cotangent if weights is None else cotangent * _factors(asarray, weights, "weights")
+            cotangent = _multiplier(asarray, cotangent, "cotangent")
+            if weights is None:
+                weights = cotangent
+            else:
+                weights = _multiplier(asarray, weights, "weights")
+                with np.errstate(over="ignore", invalid="ignore"):
+                    product = cotangent * weights
+                weights = xp.where(weights == 0, 0, product)  # such a row yields 0, whatever the cotangent: inf as well
         elif reduction == "none":
             factors = cotangent
         task = arrange(
@@ -441,7 +450,8 @@ def _insert(batch: tuple[int, ...], position: int, n: int) -> tuple[int, ...]:
     return (*batch[:position], n, *batch[position:])
 
 
-def _factors(asarray: Any, a: Any, name: str = "factors") -> Any:
+def _multiplier(asarray: Any, a: Any, name: str) -> Any:
+    """Weights, factors or a cotangent, of a dtype that kernels read them in."""
     a = asarray(a, name)
     return a.astype("float32") if a.dtype.itemsize < 4 else a
 
@@ -449,7 +459,7 @@ def _factors(asarray: Any, a: Any, name: str = "factors") -> Any:
 def _weights(xp: Any, asarray: Any, weights: Any, batch: tuple[int, ...], signed: bool) -> Any:
     if weights is None:
         return None
-    w = _factors(asarray, weights, "weights")
+    w = _multiplier(asarray, weights, "weights")
     try:
         view = xp.broadcast_to(w, batch)
     except ValueError:

@@ -575,7 +575,7 @@ def _copied(found: Any, out: Any, outs: list[Any]) -> Any:
     return kept if isinstance(found, tuple) else kept[0]
 
 
-def _entropy(
+def entropy(
     x: Any, space: Any, axis: int, reduction: str, weights: Any, temperature: Any, return_grad: Any, out: Any,
     device: str | None,
 ) -> Any:  # fmt: skip
@@ -601,4 +601,3 @@ def loss(
 kl_div = partial(_run, "kl_div")
 rel_entr = partial(_run, "rel_entr")
 cross_entropy = partial(_run, "cross_entropy")
-entropy = _entropy

@@ -2,5 +2,5 @@
 
 `pytorch`, `rtorch`, `keras`, `mxnet` and `puzzlelib` are imported by name, and import none of those libraries. They
 handle arguments: words, checks, dtypes, weights. The terms are in src/kl_math.h, and the engine adds them up, for
-arrays of any library that klcore takes.
+arrays of NumPy, CuPy, PyTorch and JAX.
 """

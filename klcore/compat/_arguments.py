@@ -29,8 +29,8 @@ def quietly(function: F) -> F:
 
 def traced() -> bool:
     """Whether torch.compile is looking, which cannot follow a warning, and drops those of PyTorch's own losses."""
-    torch = sys.modules.get("torch")
-    return torch is not None and torch.compiler.is_compiling()
+    compiler = getattr(sys.modules.get("torch"), "compiler", None)  # half-imported or old, it has none
+    return compiler is not None and compiler.is_compiling()
 
 
 def namespace(array: Any) -> Any:

@@ -577,6 +577,7 @@ cupy = _module(
     moveaxis=np.moveaxis,
     expand_dims=np.expand_dims,
     squeeze=np.squeeze,
+    where=lambda condition, number, a: array(np.where(asnumpy(condition), number, asnumpy(a))),
     may_share_memory=may_share_memory,
     shares_memory=shares_memory,
     dtype=np.dtype,
