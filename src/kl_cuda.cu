@@ -52,6 +52,7 @@ struct Plan {
   i64 any_weights;            // weights may be any numbers; else bad ones spoil their rows
   double inverse_temperature, gradient_scale, scale, epsilon;
   const double* denominator;  // of a mean weighted by row: known to the device only; or nullptr
+  const double* cotangent;    // multiplies all gradients; likewise
   double *states, *stats, *sums;   // working memory: see the kernels
   Array x, y, weights, factors, value, dx, dy;   // factors: one a class, float64 or float32
 };
@@ -852,8 +853,8 @@ KL_DEVICE Row locate(const Plan& p, i64 r) {
 KL_DEVICE double weight_of(const Plan& p, i64 r) { return p.weights.data ? locate(p, r).weight : 1.0; }
 
 KL_DEVICE double gradient_scale(const Plan& p) {
-  if (!p.denominator) return p.gradient_scale;
-  return *p.denominator != 0 ? 1.0 / *p.denominator : nan<double>();
+  double scale = !p.denominator ? p.gradient_scale : *p.denominator != 0 ? 1.0 / *p.denominator : nan<double>();
+  return p.cotangent ? scale * *p.cotangent : scale;
 }
 
 KL_DEVICE void write_number(i64 dtype, char* at, double v) {

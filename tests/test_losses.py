@@ -307,8 +307,6 @@ def test_products_have_the_bits_of_the_cpu(gpu, space, reduction):
     weights = np.arange(5.0)
     value = klcore.kl_div(x, y, space=space, reduction=reduction, weights=weights)
     cotangent = np.random.default_rng(10).normal(size=np.shape(value))
-    if cotangent.ndim == 0:
-        cotangent = np.array(-0.5)  # exact to divide by
     cpu = importlib.import_module("klcore.backends.cpu")
     expected = cpu.gradient("kl_div", x, y, space, -1, reduction, weights, 1.0, cotangent, ("x", "y"))
     found = backend(gpu).gradient(

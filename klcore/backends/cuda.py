@@ -25,8 +25,8 @@ _RESERVED = 1024  # bytes of shared memory that CUDA takes for itself in every b
 _FIELDS = (
     ("shape", MAX_DIMS), *((name, 1) for name in (
         "ndim", "rows", "n", "chunks", "output", "first", "last", "columns", "dense", "slots", "count", "groups",
-        "inner", "any_weights", "inverse_temperature", "gradient_scale", "scale", "epsilon", "denominator", "states",
-        "stats", "sums",
+        "inner", "any_weights", "inverse_temperature", "gradient_scale", "scale", "epsilon", "denominator", "cotangent",
+        "states", "stats", "sums",
     )),
     *((name, MAX_DIMS + 3) for name in ("x", "y", "weights", "factors", "value", "dx", "dy")),
 )  # fmt: skip
@@ -582,14 +582,12 @@ def _compute(cupy: Any, device: int, task: rows.Task) -> Any:
         over = _layout(task.x.shape[:-1], 1, {"weights": views["weights"]})
         launches += _total(call, None, task.rows, _plan(over, 1, sums=denominator), keep)
     gradient_scale = 1.0 / divisor if divisor else math.nan
-    if task.cotangent is not None:  # the value is of no interest: the gradients' divisor takes the cotangent in
+    cotangent = None
+    if task.cotangent is not None:
         if denominator is None and not _is_here(task.cotangent, cupy):
             gradient_scale *= float(task.cotangent)
         else:
-            _start(launches)  # which sum the weights
-            launches = []
-            of = divisor if denominator is None else denominator
-            denominator = of / cupy.asarray(task.cotangent, np.float64)
+            cotangent = cupy.asarray(task.cotangent, np.float64)
     fields = {
         "output": task.output,
         "any_weights": task.signed,
@@ -598,6 +596,7 @@ def _compute(cupy: Any, device: int, task: rows.Task) -> Any:
         "gradient_scale": gradient_scale,
         "scale": divisor,
         "denominator": denominator,
+        "cotangent": cotangent,
     }
 
     layout = _layout(task.x.shape[:-1], task.n, views)
