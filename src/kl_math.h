@@ -293,14 +293,13 @@ enum Operation { KL_DIV = 0, REL_ENTR = 1, CROSS_ENTROPY = 2, ENTROPY = 3,
 // value, dx and dy of one term; x and y in the spaces SX and SY. ENTROPY ignores y.
 template <int OP, int SX, int SY> struct Term;
 
-// A term with a shorter form for ordinary arguments says which they are; the others have none.
+// What there is to say of a term: whether it has a shorter form for ordinary arguments, and which these are; whether its
+// functions take an epsilon beside x and y. What most terms say:
 struct Plain {
-  static constexpr bool has_ordinary = false;
+  static constexpr bool has_ordinary = false, takes_epsilon = false;
   template <typename T> static KL_FN bool ordinary(T, T) { return false; }
 };
-// Whether a term's functions take an epsilon beside x and y;
-template <class F> struct Takes { static constexpr bool epsilon = false; };
-// and whether its dy is final even where y are logits: else it is a derivative with respect to log y, and has yet to go
+// Whether a term's dy is final even where y are logits: else it is a derivative with respect to log y, and has yet to go
 // through the softmax.
 KL_FN constexpr bool is_final(int operation) { return operation == PUZZLELIB; }
 
@@ -321,7 +320,7 @@ template <typename T> KL_FN T zero_over(T x, T y) {   // -x/y with 0/0 = 0
 }
 
 template <> struct Term<KL_DIV, PROBS, PROBS> {
-  static constexpr bool has_ordinary = true;
+  static constexpr bool has_ordinary = true, takes_epsilon = false;
   template <typename T> static KL_FN bool ordinary(T x, T y) {
     return (x >= Real<T>::tiny) & (y >= Real<T>::tiny) & (x < Real<T>::huge) & (y < Real<T>::huge);
   }
@@ -387,7 +386,7 @@ template <> struct Term<ENTROPY, PROBS, PROBS> : Plain {
 template <typename T> KL_FN bool excluded(T l) { return l == -infinity<T>(); }
 
 template <> struct Term<KL_DIV, LOG_PROBS, LOG_PROBS> {
-  static constexpr bool has_ordinary = true;
+  static constexpr bool has_ordinary = true, takes_epsilon = false;
   template <typename T> static KL_FN bool ordinary(T x, T y) {
     return (absolute(y - x) < Real<T>::far) & (x > Real<T>::flush) & (x < Real<T>::exp_ordinary);
   }
@@ -572,6 +571,7 @@ template <typename T> KL_FN T within(T x, T e, T d) {
   return x <= T(1) ? d : T(0);
 }
 template <> struct Term<KERAS, PROBS, PROBS> : Plain {
+  static constexpr bool takes_epsilon = true;
   template <typename T> static KL_FN T value(T x, T y, T e) {
     T c = clipped(x, e);
     return c * log(c / clipped(y, e));
@@ -581,15 +581,14 @@ template <> struct Term<KERAS, PROBS, PROBS> : Plain {
   }
   template <typename T> static KL_FN T dy(T x, T y, T e) { return within(y, e, -(clipped(x, e) / clipped(y, e))); }
 };
-template <> struct Takes<Term<KERAS, PROBS, PROBS>> { static constexpr bool epsilon = true; };
 
 // MXNet: x (log(x + e) - y)
 template <> struct Term<MXNET, PROBS, LOG_PROBS> : Plain {
+  static constexpr bool takes_epsilon = true;
   template <typename T> static KL_FN T value(T x, T y, T e) { return x * (log(x + e) - y); }
   template <typename T> static KL_FN T dx(T x, T y, T e) { return (log(x + e) - y) + x / (x + e); }
   template <typename T> static KL_FN T dy(T x, T, T) { return -x; }
 };
-template <> struct Takes<Term<MXNET, PROBS, LOG_PROBS>> { static constexpr bool epsilon = true; };
 
 // PuzzleLib: x (log x - y) where x > 0; its "gradient" is x - e^y, the way down for normalised targets
 template <int SX> struct Term<PUZZLELIB, SX, LOG_PROBS> : Plain {
@@ -606,17 +605,17 @@ template <int SX> struct Term<PUZZLELIB, SX, LOG_PROBS> : Plain {
 
 // One way to call them all.
 template <class F, bool ALL, typename T> KL_FN T value_of(T x, T y, T e) {
-  if constexpr (Takes<F>::epsilon) return F::value(x, y, e);
+  if constexpr (F::takes_epsilon) return F::value(x, y, e);
   else if constexpr (F::has_ordinary) return F::template value<ALL>(x, y);
   else return F::value(x, y);
 }
 template <class F, bool ALL, typename T> KL_FN T dx_of(T x, T y, T e) {
-  if constexpr (Takes<F>::epsilon) return F::dx(x, y, e);
+  if constexpr (F::takes_epsilon) return F::dx(x, y, e);
   else if constexpr (F::has_ordinary) return F::template dx<ALL>(x, y);
   else return F::dx(x, y);
 }
 template <class F, bool ALL, typename T> KL_FN T dy_of(T x, T y, T e) {
-  if constexpr (Takes<F>::epsilon) return F::dy(x, y, e);
+  if constexpr (F::takes_epsilon) return F::dy(x, y, e);
   else if constexpr (F::has_ordinary) return F::template dy<ALL>(x, y);
   else return F::dy(x, y);
 }

@@ -44,7 +44,7 @@ class Gradient:
     array: Any
     view: Any
     inner: tuple[int, ...] = ()  # batch axes over which the operand is broadcast: their gradients are summed
-    spread: tuple[int, tuple[int, ...]] | None = None  # the class axis, if the operand is broadcast over it; its shape
+    spread: tuple[int, Any] | None = None  # the class axis and the operand, if that is broadcast over it
     out: Any = None  # where the sum over that axis goes, if not to a new array
 
 
@@ -234,7 +234,7 @@ def arrange_loss(
     task.denominator, task.epsilon = denominator, epsilon
     for g in task.gradients:
         if g.of in spread:
-            g.spread, g.out = (last, operands[g.of].shape), outs.get(g.of)
+            g.spread, g.out = (last, operands[g.of]), outs.get(g.of)
     return task
 
 
@@ -252,11 +252,13 @@ def coded(operation: str, space: Any, return_grad: Any) -> tuple[int, tuple[int,
 
 
 def _over_classes(xp: Any, a: Any, last: int, n: int) -> Any:
-    """`a`, broadcast along the class axis only."""
+    """`a`, broadcast along the class axis only; of 32 bits at least then: its gradient is summed, and rounded once."""
     shape = [1] * (-last - a.ndim) + list(a.shape)
     if shape[last] == 1:
         shape[last] = n
-    return a if tuple(shape) == a.shape else xp.broadcast_to(a, tuple(shape))
+    if tuple(shape) == a.shape:
+        return a
+    return xp.broadcast_to(a.astype("float32") if a.dtype.itemsize == 2 else a, tuple(shape))
 
 
 def arrange_gradient(
@@ -351,8 +353,8 @@ def _collected(g: Gradient) -> Any:
     """A gradient in its operand's own shape."""
     if g.spread is None:
         return g.array
-    axis, shape = g.spread
-    sums = g.array.sum(axis, dtype="float64", keepdims=True).astype(g.array.dtype).reshape(shape)
+    axis, operand = g.spread
+    sums = g.array.sum(axis, dtype="float64", keepdims=True).astype(operand.dtype).reshape(operand.shape)
     if g.out is None:
         return sums
     g.out[...] = sums

@@ -4,7 +4,7 @@ import math
 import numbers
 from typing import Any
 
-from klcore.compat._arguments import FLOATS, as_array, broadcast, cast, detached, dtype_name, quietly, sum_to
+from klcore.compat._arguments import FLOATS, as_array, broadcast, cast, detached, dtype_name, namespace, quietly, sum_to
 from klcore.divergence import loss
 
 __all__ = ["KLDivLoss"]
@@ -153,6 +153,7 @@ class KLDivLoss:
         for word, array in (("pred", pred), ("label", label)):
             if not hasattr(array, "dtype") or not hasattr(array, "shape"):
                 raise TypeError(f"{word} must be an array, found {type(array).__name__}")
+            namespace(array)  # raises for another library's
             if dtype_name(array) not in FLOATS:
                 raise TypeError(f"{word} must be of {', '.join(FLOATS)}, found {dtype_name(array)}")
         if dtype_name(pred) != dtype_name(label):

@@ -4,7 +4,7 @@ import math
 import warnings
 from typing import Any
 
-from klcore.compat._arguments import detached, dtype_name
+from klcore.compat._arguments import detached, dtype_name, namespace
 from klcore.divergence import loss
 
 __all__ = ["KLDivergence"]
@@ -184,6 +184,7 @@ class KLDivergence:
         for name, array in (("pred", pred), ("target", target)):
             if not hasattr(array, "dtype") or not hasattr(array, "shape"):
                 raise AttributeError(f"{name} must be an array, found {type(array).__name__}")
+            namespace(array)  # raises for another library's
         if not pred.ndim or not target.ndim:
             raise IndexError("pred and target must have a batch axis, found an array without dimensions")
         shapes = f"{tuple(pred.shape)} and {tuple(target.shape)}"
