@@ -354,7 +354,8 @@ def _collected(g: Gradient) -> Any:
     if g.spread is None:
         return g.array
     axis, operand = g.spread
-    sums = g.array.sum(axis, dtype="float64", keepdims=True).astype(operand.dtype).reshape(operand.shape)
+    with np.errstate(invalid="ignore", over="ignore"):  # infinities of both signs; more than the dtype holds
+        sums = g.array.sum(axis, dtype="float64", keepdims=True).astype(operand.dtype).reshape(operand.shape)
     if g.out is None:
         return sums
     g.out[...] = sums

@@ -465,6 +465,7 @@ def _eager(*tensors: Any) -> bool:
     """Whether these are tensors with memory, and nobody is tracing or transforming what is done with them."""
     return (
         not torch.compiler.is_compiling()
+        and not torch._C._is_tracing()  # torch.jit.trace, which would keep the numbers
         and all(t is None or type(t) in _PLAIN for t in tensors)
         and not torch._C._are_functorch_transforms_active()
         and torch._C._len_torch_dispatch_stack() == 0

@@ -44,6 +44,28 @@ def namespace(array: Any) -> Any:
     raise TypeError(f"expected an array of NumPy, CuPy, PyTorch or JAX, found {type(array).__name__}")
 
 
+def one_library(**arrays: Any) -> None:
+    """Raise TypeError, by the arguments' names, for arrays of two libraries, or of one that is not known here."""
+    found = {name: namespace(array).__name__ for name, array in arrays.items()}
+    if len(set(found.values())) > 1:
+        raise TypeError(
+            "the arrays must be of one library, found "
+            + " and ".join(f"{name} of {library}" for name, library in found.items())
+            + "; convert one of them, with torch.from_numpy, jax.numpy.asarray or the like"
+        )
+
+
+def cotangent_of(value: Any, cotangent: Any) -> Any:
+    """The cotangent of a value as an array of its library and dtype."""
+    cotangent = as_array(cotangent, value, dtype_name(value))
+    if cotangent.ndim and tuple(cotangent.shape) != tuple(value.shape):
+        raise ValueError(
+            f"cotangent must be a number, or of the shape of the value, {tuple(value.shape)}; found "
+            f"{tuple(cotangent.shape)}"
+        )
+    return cotangent
+
+
 def dtype_name(array: Any) -> str:
     """As NumPy calls it; "float32" for torch.float32."""
     name = _name.__wrapped__ if traced() else _name  # torch.compile warns about functools.cache

@@ -12,7 +12,18 @@ from typing import Any
 
 import numpy as np
 
-from klcore.compat._arguments import FLOATS, as_array, broadcast, cast, detached, dtype_name, namespace, quietly, sum_to
+from klcore.compat._arguments import (
+    FLOATS,
+    as_array,
+    broadcast,
+    cast,
+    cotangent_of,
+    detached,
+    dtype_name,
+    namespace,
+    quietly,
+    sum_to,
+)
 from klcore.divergence import loss
 
 __all__ = [
@@ -65,6 +76,7 @@ def set_epsilon(value: float) -> None:
         keras.config.set_epsilon(float(value))
 
 
+@quietly
 def kullback_leibler_divergence(y_true: Any, y_pred: Any) -> Any:
     """Keras' divergence of predictions from the truth: the sum of t*log(t/p) over the last axis, in nats.
 
@@ -112,18 +124,25 @@ def kullback_leibler_divergence(y_true: Any, y_pred: Any) -> Any:
     return _engine(*_arrays(y_true, y_pred))
 
 
+def kl_divergence(y_true: Any, y_pred: Any) -> Any:
+    """:func:`kullback_leibler_divergence`, under the name that Keras 3 writes into its logs."""
+    return kullback_leibler_divergence(y_true, y_pred)
+
+
+@quietly
 def _value_and_grad(y_true: Any, y_pred: Any, *, cotangent: Any = None) -> tuple[Any, tuple[Any, Any]]:
     """:func:`kullback_leibler_divergence` and its derivatives: ``(value, (d_true, d_pred))``."""
     given = detached(y_true, y_pred)
     arrays = _arrays(*given)
     value = None if cotangent is None else _engine(*arrays)
-    factors = None if value is None else _like(cotangent, value, dtype_name(value))[..., None]
+    factors = None if value is None else cotangent_of(value, cotangent)[..., None]
     passed, d_true, d_pred = _engine(*arrays, factors=factors, return_grad=("x", "y"))
     return passed if value is None else value, _as_given((d_true, d_pred), given)
 
 
 kullback_leibler_divergence.value_and_grad = _value_and_grad  # type: ignore[attr-defined]
-kl_divergence = KLD = kld = kullback_leibler_divergence
+kl_divergence.value_and_grad = _value_and_grad  # type: ignore[attr-defined]
+KLD = kld = kl_divergence
 
 
 class KLDivergence:
@@ -181,8 +200,8 @@ class KLDivergence:
     """
 
     def __new__(cls, *arguments: Any, **keywords: Any) -> "KLDivergence":
-        keras = _keras()
-        return object.__new__(_keras_loss(keras) if keras is not None and cls is KLDivergence else cls)
+        keras, kind = _keras(), cls  # type: Any, Any
+        return object.__new__(kind if keras is None else _keras_loss(keras, kind))
 
     def __init__(
         self, reduction: str | None = "sum_over_batch_size", name: str = "kl_divergence", dtype: Any = None
@@ -264,7 +283,7 @@ class KLDivergence:
             return value, _as_given(gradients, given)
 
         value = self._value(*arrays, shape, weight)
-        factors = _like(1.0 if cotangent is None else cotangent, arrays[1], self.dtype)
+        factors = cotangent_of(value, 1.0 if cotangent is None else cotangent)
         if weight is not None:
             factors = factors * weight
         if divisor is not None:
@@ -319,9 +338,9 @@ class KLDivergence:
 
     def _value(self, y_true: Any, y_pred: Any, shape: tuple[int, ...], weight: Any) -> Any:
         divisor = self._divisor(shape, weight)
-        if weight is None and divisor is not None:  # all of it in one pass
+        if weight is None and divisor is not None and type(self).call is KLDivergence.call:  # all of it in one pass
             return _engine(y_true, y_pred, reduction="sum", denominator=float(divisor or 1))
-        values = _engine(y_true, y_pred)
+        values = self.call(y_true, y_pred)
         if weight is not None:
             values = values.reshape(shape) * weight
         return values if divisor is None else cast(_ratio(values.sum(), divisor), self.dtype)
@@ -355,8 +374,8 @@ class KLDivergenceMetric:
     """
 
     def __new__(cls, *arguments: Any, **keywords: Any) -> "KLDivergenceMetric":
-        keras = _keras()
-        return object.__new__(_keras_metric(keras) if keras is not None and cls is KLDivergenceMetric else cls)
+        keras, kind = _keras(), cls  # type: Any, Any
+        return object.__new__(kind if keras is None else _keras_metric(keras, kind))
 
     def __init__(self, name: str = "kl_divergence", dtype: Any = None) -> None:
         self.name = name
@@ -460,7 +479,6 @@ def _as_given(gradients: Any, given: tuple[Any, Any]) -> tuple[Any, Any]:
     return of_true, of_pred
 
 
-@cache
 def _rounded(value: float, name: str) -> float:
     """A number as the dtype called `name` holds it."""
     if name == "bfloat16":  # a float32 without its lower half, rounded to even; NumPy may not know the type
@@ -475,7 +493,12 @@ def _dtype(dtype: Any) -> str:
     if dtype is None:
         keras = _keras()
         return "float32" if keras is None else str(keras.config.floatx())
-    name = str(getattr(dtype, "compute_dtype", None) or dtype)
+    name = getattr(dtype, "compute_dtype", None) or dtype
+    if not isinstance(name, str):
+        try:
+            name = np.dtype(name).name
+        except TypeError:
+            name = str(name).rpartition(".")[2]  # torch.float32
     if name not in FLOATS:
         raise ValueError(f"dtype must be one of {', '.join(FLOATS)} or None, found {dtype!r}")
     return name
@@ -499,8 +522,12 @@ def _product(a: Any, b: Any) -> Any:
 
 
 def _ratio(a: Any, b: Any) -> Any:
-    """a / b, and 0 where b is 0, in what all libraries have in common."""
-    return a / (b + (b == 0)) * (b != 0)
+    """a / b, and 0 where b is 0."""
+    if not hasattr(b, "dtype"):
+        return a / b if b else a * 0.0
+    xp = namespace(b)
+    ratio = a / xp.where(b == 0, xp.ones_like(b), b)
+    return xp.where(b == 0, xp.zeros_like(ratio), ratio)
 
 
 def _mean_after(array: Any, ndim: int) -> Any:
@@ -536,14 +563,21 @@ def _like(value: Any, like: Any, name: str) -> Any:
 
 
 @cache
-def _keras_loss(keras: ModuleType) -> type:
-    """KLDivergence as a loss of Keras'; what both define is ours."""
-    return _named(KLDivergence, (KLDivergence, keras.losses.Loss), {})
+def _keras_loss(keras: ModuleType, cls: type) -> type:
+    """KLDivergence, or a subclass, as a loss of Keras'; what both define is ours."""
+    if issubclass(cls, keras.losses.Loss):
+        return cls
+    made = _named(cls, (cls, keras.losses.Loss), {})
+    return _registered(keras, made) if cls is KLDivergence else made
 
 
 @cache
-def _keras_metric(keras: ModuleType) -> type:
-    """KLDivergenceMetric as a metric of Keras', whose variables are what its trainers take through their loops."""
+def _keras_metric(keras: ModuleType, cls: type) -> type:
+    """KLDivergenceMetric, or a subclass, as a metric of Keras', with its state in variables that trainers can see."""
+    if issubclass(cls, keras.metrics.Metric):
+        return cls
+    if cls is not KLDivergenceMetric:
+        return _named(cls, (cls, _keras_metric(keras, KLDivergenceMetric)), {})
 
     def init(self: Any, name: str = "kl_divergence", dtype: Any = None) -> None:
         keras.metrics.MeanMetricWrapper.__init__(self, kullback_leibler_divergence, name=name, dtype=dtype)
@@ -552,13 +586,37 @@ def _keras_metric(keras: ModuleType) -> type:
     def get_config(self: Any) -> dict[str, Any]:
         return {"name": self.name, "dtype": self.dtype}
 
-    return _named(
-        KLDivergenceMetric,
-        (keras.metrics.MeanMetricWrapper, KLDivergenceMetric),
-        {"__init__": init, "get_config": get_config, "from_config": classmethod(lambda cls, config: cls(**config))},
-    )
+    def reduce(self: Any) -> Any:  # by the class that can be imported
+        return KLDivergenceMetric, (self.name, self.dtype), [keras.ops.convert_to_numpy(v) for v in self.variables]
+
+    def set_state(self: Any, values: list[Any]) -> None:
+        for variable, value in zip(self.variables, values, strict=True):
+            variable.assign(value)
+
+    members = {
+        "__init__": init, "get_config": get_config, "from_config": classmethod(lambda cls, config: cls(**config)),
+        "__reduce__": reduce, "__setstate__": set_state, "__deepcopy__": lambda self, memo: _rebuilt(*reduce(self)),
+    }  # fmt: skip
+    return _registered(keras, _named(cls, (keras.metrics.MeanMetricWrapper, cls), members))
+
+
+def _rebuilt(make: Any, arguments: tuple[Any, ...], state: Any) -> Any:
+    made = make(*arguments)
+    made.__setstate__(state)
+    return made
 
 
 def _named(ours: type, bases: tuple[type, ...], members: dict[str, Any]) -> type:
     """A class that goes by the name of ours: under it, a saved model finds its way back."""
-    return type(ours.__name__, bases, {"__module__": __name__, "__qualname__": ours.__qualname__, **members})
+    return type(ours.__name__, bases, {"__module__": ours.__module__, "__qualname__": ours.__qualname__, **members})
+
+
+def _registered(keras: ModuleType, ours: Any) -> Any:
+    """Known to Keras, so that it loads models saved with it."""
+    return keras.saving.register_keras_serializable(package="klcore")(ours)
+
+
+if _keras() is not None:
+    for known in (kullback_leibler_divergence, kl_divergence):
+        _registered(sys.modules["keras"], known)
+    KLDivergence(), KLDivergenceMetric()

@@ -4,7 +4,18 @@ import math
 import numbers
 from typing import Any
 
-from klcore.compat._arguments import FLOATS, as_array, broadcast, cast, detached, dtype_name, namespace, quietly, sum_to
+from klcore.compat._arguments import (
+    FLOATS,
+    as_array,
+    broadcast,
+    cast,
+    cotangent_of,
+    detached,
+    dtype_name,
+    one_library,
+    quietly,
+    sum_to,
+)
 from klcore.divergence import loss
 
 __all__ = ["KLDivLoss"]
@@ -133,7 +144,7 @@ class KLDivLoss:
         value = self._value(pred, label, weights)
         shape = tuple(pred.shape)
         full = shape if weights is None else broadcast(shape, tuple(weights.shape), "pred and sample_weight")
-        factors = as_array(1.0 if cotangent is None else cotangent, value, dtype_name(pred))
+        factors = cotangent_of(value, 1.0 if cotangent is None else cotangent)
         if factors.ndim:  # along the batch axis
             factors = factors.reshape([-1 if k == self._batch(full) else 1 for k in range(len(full))])
         options = {"denominator": self._denominator(full)}
@@ -153,9 +164,9 @@ class KLDivLoss:
         for word, array in (("pred", pred), ("label", label)):
             if not hasattr(array, "dtype") or not hasattr(array, "shape"):
                 raise TypeError(f"{word} must be an array, found {type(array).__name__}")
-            namespace(array)  # raises for another library's
             if dtype_name(array) not in FLOATS:
                 raise TypeError(f"{word} must be of {', '.join(FLOATS)}, found {dtype_name(array)}")
+        one_library(pred=pred, label=label)
         if dtype_name(pred) != dtype_name(label):
             raise TypeError(
                 f"pred and label must be of one dtype, found {dtype_name(pred)} and {dtype_name(label)}; convert one"

@@ -4,7 +4,7 @@ import math
 import warnings
 from typing import Any
 
-from klcore.compat._arguments import detached, dtype_name, namespace
+from klcore.compat._arguments import cast, cotangent_of, detached, dtype_name, one_library
 from klcore.divergence import loss
 
 __all__ = ["KLDivergence"]
@@ -134,7 +134,9 @@ class KLDivergence:
         """
         pred, target = detached(pred, target)
         error, grad = self._compute(pred, target, "y")
-        return error, (grad if cotangent is None else grad * cotangent,)
+        if cotangent is not None:
+            grad = grad * cast(cotangent_of(error, cotangent), "float32")
+        return error, (grad,)
 
     def validate(self, pred: Any, target: Any) -> Any:
         """The error of a batch, kept as `valError` and nowhere else."""
@@ -184,7 +186,7 @@ class KLDivergence:
         for name, array in (("pred", pred), ("target", target)):
             if not hasattr(array, "dtype") or not hasattr(array, "shape"):
                 raise AttributeError(f"{name} must be an array, found {type(array).__name__}")
-            namespace(array)  # raises for another library's
+        one_library(pred=pred, target=target)
         if not pred.ndim or not target.ndim:
             raise IndexError("pred and target must have a batch axis, found an array without dimensions")
         shapes = f"{tuple(pred.shape)} and {tuple(target.shape)}"

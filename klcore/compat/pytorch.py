@@ -10,7 +10,7 @@ from functools import cache
 from types import ModuleType
 from typing import Any
 
-from klcore.compat._arguments import FLOATS, as_array, broadcast, detached, dtype_name, traced
+from klcore.compat._arguments import FLOATS, broadcast, cotangent_of, detached, dtype_name, one_library, traced
 from klcore.divergence import loss
 
 __all__ = ["KLDivLoss", "kl_div"]
@@ -35,7 +35,8 @@ class KLDivLoss:
     reduction, log_target
         As given; they may be changed.
 
-    Where PyTorch is loaded, instances are ``torch.nn.Module``, without parameters and state.
+    Where PyTorch is loaded, instances are ``torch.nn.KLDivLoss``, those of subclasses too: modules with hooks,
+    ``.to(device)`` and the like.
 
     See Also
     --------
@@ -62,15 +63,15 @@ class KLDivLoss:
 
     def __new__(cls, *arguments: Any, **keywords: Any) -> "KLDivLoss":
         torch = sys.modules.get("torch")
-        is_loaded = cls is KLDivLoss and hasattr(torch, "nn")  # half-imported, it has no parts yet
-        return object.__new__(_module(torch) if torch is not None and is_loaded else cls)
+        kind: Any = cls
+        return object.__new__(_module(torch, kind) if torch is not None and hasattr(torch, "nn") else kind)
 
     def __init__(
         self, size_average: Any = None, reduce: Any = None, reduction: str = "mean", log_target: bool = False
     ) -> None:
         super().__init__()
         if size_average is not None or reduce is not None:
-            reduction = _legacy(size_average, reduce, 2)
+            reduction = _legacy(size_average, reduce)
         self.reduction = reduction
         self.log_target = log_target
 
@@ -79,6 +80,10 @@ class KLDivLoss:
 
     def __call__(self, input: Any, target: Any) -> Any:
         """The loss of arrays as :func:`kl_div` takes them."""
+        return self.forward(input, target)
+
+    def forward(self, input: Any, target: Any) -> Any:
+        """What a call computes; for subclasses to override."""
         return aten(input, target, *_reduction(None, None, self.reduction), self.log_target)
 
     def value_and_grad(self, input: Any, target: Any, *, cotangent: Any = None) -> tuple[Any, tuple[Any, Any]]:
@@ -188,42 +193,48 @@ kl_div.value_and_grad = _value_and_grad  # type: ignore[attr-defined]
 
 
 @cache
-def _module(torch: ModuleType) -> type:
-    """KLDivLoss as a module of PyTorch's, for ``loss.to(device)`` and the like; what both define is ours."""
+def _module(torch: ModuleType, cls: type) -> type:
+    """KLDivLoss, or a subclass, as a module of PyTorch's, called as those are."""
+    if issubclass(cls, torch.nn.Module):
+        return cls
 
-    def reduce(self: Any) -> Any:
-        return KLDivLoss, (None, None, self.reduction, self.log_target)
+    def reduce(self: Any) -> Any:  # by the class that can be imported
+        return cls.__new__, (cls,), self.__dict__
 
-    members = {"__reduce__": reduce, "forward": KLDivLoss.__call__}
-    return type("KLDivLoss", (KLDivLoss, torch.nn.Module), {"__module__": __name__, **members})
+    members = {"__call__": torch.nn.Module.__call__, "__reduce__": reduce, "__module__": cls.__module__}
+    return type(cls.__name__, (cls, torch.nn.KLDivLoss), {**members, "__qualname__": cls.__qualname__})
 
 
 # ---- the words -------------------------------------------------------------------------------------------------------
 
 
-def _legacy(size_average: Any, reduce: Any, stacklevel: int) -> str:
+def _legacy(size_average: Any, reduce: Any) -> str:
     """The reduction that the deprecated arguments ask for, of which at least one is given."""
     average = size_average is None or size_average
     word = "none" if reduce is not None and not reduce else "mean" if average else "sum"
-    _warn(f"size_average and reduce are deprecated; reduction={word!r} is what they ask for here", stacklevel + 1)
+    _warn(f"size_average and reduce are deprecated; reduction={word!r} is what they ask for here")
     return word
 
 
-def _warn(message: str, stacklevel: int) -> None:
-    """A UserWarning; `stacklevel` as if the caller gave it."""
-    if not traced():
-        warnings.warn(message, stacklevel=stacklevel + 1)
+def _warn(message: str) -> None:
+    """A UserWarning about the line that called klcore, be it through a module of PyTorch's."""
+    if traced():
+        return
+    frame, level = sys._getframe(1), 2
+    while frame.f_back and frame.f_globals.get("__name__", "").startswith(("klcore.compat.", "torch.nn.modules.")):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, stacklevel=level)
 
 
 def _reduction(size_average: Any, reduce: Any, reduction: str) -> tuple[str, bool]:
-    """(what to do with the terms, whether to divide by the size of the batch). Warns where its caller was called."""
+    """(what to do with the terms, whether to divide by the size of the batch)."""
     by_batch = reduction == "batchmean"
     if size_average is not None or reduce is not None:
-        return _legacy(size_average, reduce, 3), by_batch
+        return _legacy(size_average, reduce), by_batch
     if reduction == "mean":
-        _warn("reduction='mean' divides by the number of elements, which is not the divergence; 'batchmean' is", 3)
+        _warn("reduction='mean' divides by the number of elements, which is not the divergence; 'batchmean' is")
     elif reduction == "elementwise_mean":
-        _warn("reduction='elementwise_mean' is deprecated; say 'mean'", 3)
+        _warn("reduction='elementwise_mean' is deprecated; say 'mean'")
         return "mean", False
     elif reduction not in ("batchmean", "none", "sum"):
         raise ValueError(f"reduction must be 'mean', 'batchmean', 'sum' or 'none', found {reduction!r}")
@@ -238,6 +249,7 @@ def _checked(input: Any, target: Any, log_target: bool) -> tuple[tuple[int, ...]
     for name, array in (("input", input), ("target", target)):
         if not hasattr(array, "dtype") or not hasattr(array, "shape"):
             raise TypeError(f"{name} must be an array, found {type(array).__name__}")
+    one_library(input=input, target=target)
     if not isinstance(log_target, bool):
         raise TypeError(f"log_target must be a bool, found {log_target!r}")
     found = [dtype_name(input), dtype_name(target)]
@@ -294,6 +306,6 @@ def aten_and_grad(
     value = None
     if cotangent is not None:  # multiplies the gradients, not the value
         value = aten(input, target, word, by_batch, log_target)
-        cotangent = as_array(cotangent, value, dtype_name(value))
+        cotangent = cotangent_of(value, cotangent)
     passed, d_target, d_input = aten(input, target, word, by_batch, log_target, cotangent, ("x", "y"))
     return passed if value is None else value, (d_input, d_target)
