@@ -758,6 +758,54 @@ def test_pytorch_module_is_one_of_pytorch():
         assert torch.equal(same(*arrays), loss(*arrays))
 
 
+def test_pytorch_subclasses_hooks_and_copies():
+    """As of a module: forward is what subclasses override, hooks are called, attributes are copied."""
+    torch = pytest.importorskip("torch", reason="not run: PyTorch is not installed")
+
+    class Scaled(pytorch.KLDivLoss):
+        def __init__(self):
+            super().__init__(reduction="sum")
+            self.layer = torch.nn.Linear(1, 1)
+
+        def forward(self, input, target):
+            return 3 * super().forward(input, target)
+
+    arrays = [torch.from_numpy(a.copy()) for a in (LOG_PROBS, PROBS)]
+    loss = Scaled()
+    called = []
+    loss.register_forward_hook(lambda *_: called.append(True))
+    assert isinstance(loss, torch.nn.KLDivLoss)
+    assert torch.equal(loss(*arrays), 3 * pytorch.kl_div(*arrays, reduction="sum"))
+    assert called
+    loss.tag = "kept"
+    same = copy.deepcopy(loss.eval())
+    assert (same.tag, same.training, len(list(same.parameters()))) == ("kept", False, 2)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch.jit is on its way out
+def test_pytorch_jit_trace():
+    """Records the call, not what it returned."""
+    torch = pytest.importorskip("torch", reason="not run: PyTorch is not installed")
+    arrays = [torch.from_numpy(a.copy()) for a in (LOG_PROBS, PROBS)]
+    with quiet():
+        traced = torch.jit.trace(lambda x, y: pytorch.kl_div(x, y, reduction="sum"), arrays)
+    other = [arrays[0] * 2, arrays[1]]
+    assert torch.equal(traced(*other), pytorch.kl_div(*other, reduction="sum"))
+
+
+@pytest.mark.parametrize("name", FRONT_ENDS)
+def test_cotangent_of_another_shape(name):
+    _, function, *inputs = FRONT_ENDS[name]
+    with quiet(), pytest.raises(ValueError, match="cotangent must be a number, or of the shape of the value"):
+        function.value_and_grad(*inputs, cotangent=np.ones((2, 1, 7)))
+
+
+def test_arrays_of_two_libraries_are_named():
+    torch = pytest.importorskip("torch", reason="not run: PyTorch is not installed")
+    with pytest.raises(TypeError, match=r"input of torch and target of numpy; convert one .*torch\.from_numpy"):
+        pytorch.kl_div(torch.zeros(3), np.ones(3), reduction="sum")
+
+
 def test_pytorch_positional_reduction_is_a_mean():
     """The trap of the original: the first argument is size_average."""
     with pytest.warns(UserWarning, match="deprecated"):
@@ -862,7 +910,11 @@ def test_rtorch_has_no_log_target():
 
 
 def test_keras_names():
-    assert of_keras.kullback_leibler_divergence is of_keras.kl_divergence is of_keras.KLD is of_keras.kld
+    """The names are what Keras writes into its logs."""
+    assert of_keras.kl_divergence is of_keras.KLD is of_keras.kld
+    assert of_keras.kl_divergence.__name__ == "kl_divergence"
+    assert of_keras.kullback_leibler_divergence.__name__ == "kullback_leibler_divergence"
+    np.testing.assert_array_equal(of_keras.kld(PROBS, PROBS), of_keras.kullback_leibler_divergence(PROBS, PROBS))
 
 
 @pytest.mark.parametrize("loaded", [False, True])
@@ -996,9 +1048,19 @@ def train(loss, metric):
     found = model.evaluate(x, y, verbose=0)
     return [w.tolist() for w in model.get_weights()], list(history.values()), found
 
+class Subclass(ours.KLDivergence):
+    def call(self, y_true, y_pred):
+        return 0.5 * super().call(y_true, y_pred) + 0.5 * super().call(y_true, y_pred)
+
+class Metric(ours.KLDivergenceMetric):
+    pass
+
 theirs = train(keras.losses.KLDivergence(), keras.metrics.KLDivergence())
-for loss in (ours.kullback_leibler_divergence, ours.KLDivergence()):
-    mine = train(loss, ours.KLDivergenceMetric())
+for loss, metric in (
+    (ours.kullback_leibler_divergence, ours.KLDivergenceMetric()), (ours.KLDivergence(), ours.KLDivergenceMetric()),
+    (Subclass(), Metric()),
+):
+    mine = train(loss, metric)
     for a, b in zip(keras.tree.flatten(theirs), keras.tree.flatten(mine), strict=True):
         assert abs(a - b) <= 1e-5 * max(1, abs(a)), (loss, a, b)
 total = train(ours.KLDivergence(reduction="sum"), ours.KLDivergenceMetric())
@@ -1006,6 +1068,42 @@ assert total[0] != mine[0]
 print("trained")
 """
     assert python(code, KERAS_BACKEND=backend, warnings="ignore").strip().endswith("trained")
+
+
+SAVED = """
+import sys, keras, numpy as np
+from klcore.compat import keras as ours
+x = np.ones((4, 3), "float32")
+for loss in (ours.KLDivergence("sum"), ours.kl_divergence, ours.kullback_leibler_divergence):
+    model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(3, "softmax")])
+    model.compile(loss=loss, metrics=[ours.KLDivergenceMetric()])
+    model.evaluate(x, x / 3, verbose=0)
+    model.save(sys.argv[1])
+    loaded = keras.models.load_model(sys.argv[1])
+    assert type(loaded.loss) is type(loss) and "klcore" in type(loaded.loss).__module__ + str(loaded.loss.__module__)
+    assert loaded.evaluate(x, x / 3, verbose=0) == model.evaluate(x, x / 3, verbose=0)
+print("loaded")
+"""
+
+
+def test_keras_saved_models(python, tmp_path):
+    pytest.importorskip("torch", reason="not run: PyTorch is not installed")
+    pytest.importorskip("keras", reason="not run: Keras is not installed")
+    code = SAVED.replace("sys.argv[1]", repr(str(tmp_path / "model.keras")))
+    assert python(code, KERAS_BACKEND="torch", warnings="ignore").strip().endswith("loaded")
+
+
+def test_keras_copies_of_metrics(keras):
+    metric = of_keras.KLDivergenceMetric()
+    metric.update_state(PROBS, np.exp(LOG_PROBS))
+    for same in (copy.deepcopy(metric), pickle.loads(pickle.dumps(metric))):
+        assert isinstance(same, keras.metrics.Metric)
+        assert float(same.result()) == float(metric.result()) > 0
+
+
+def test_keras_divisor_of_zero_hides_nan():
+    loss = of_keras.KLDivergence("mean_with_sample_weight")
+    assert loss(np.array([[np.nan, 1]]), np.array([[0.5, 0.5]]), np.zeros(1)) == 0
 
 
 def test_keras_masks_of_tensors(keras):

@@ -182,7 +182,10 @@ class KLDivergence:
 
     As in the original, values that are a scalar or an empty vector are not reduced.
 
-    To load a model that was saved with it, pass ``custom_objects={"KLDivergence": KLDivergence}`` to Keras.
+    Import Keras before instances are made: one made without it stays a plain object, whose weights Keras would apply to
+    the reduced value. Models that were saved with it load where Keras and this module are imported, in this order.
+
+    float16 is computed in float32 and rounded once: where Keras' own ratio overflows to infinity, this is finite.
 
     Examples
     --------
@@ -587,7 +590,7 @@ def _keras_metric(keras: ModuleType, cls: type) -> type:
         return {"name": self.name, "dtype": self.dtype}
 
     def reduce(self: Any) -> Any:  # by the class that can be imported
-        return KLDivergenceMetric, (self.name, self.dtype), [keras.ops.convert_to_numpy(v) for v in self.variables]
+        return KLDivergenceMetric, (self.name, self.dtype), [float(v) for v in self.variables]
 
     def set_state(self: Any, values: list[Any]) -> None:
         for variable, value in zip(self.variables, values, strict=True):
