@@ -231,14 +231,14 @@ class _Graph:
 
     def __init__(self, operation: int, task: rows.Task, x: Any, y: Any, weights: Any, axis: int) -> None:
         self.operation, self.task, self.axis = operation, task, axis
-        self.library = _library(x)
+        self.chunk_library = _library(x)
         self._unify(x, y, weights)
         ndim = max(a.ndim for a in self.arrays.values())
         self.all = tuple(range(ndim))
         self.classes = axis % ndim
         self.batch = tuple(d for d in self.all if d != self.classes)
         self.states, self.stats = ndim, ndim + 1
-        if len(self.chunks[self.classes]) > 1 and self.library == "cupy":
+        if len(self.chunks[self.classes]) > 1 and self.chunk_library == "cupy":
             x, y = (a if a is None else a.rechunk({self.classes - ndim: -1}) for a in (x, y))
             self._unify(x, y, weights)
 
@@ -332,7 +332,7 @@ def _run(
     value, gradients = by(graph, space, reduction, temperature, scale)
     if task.output == rows.TOTAL:  # so far its sums
         dtype = task.scalar_dtype
-        value = graph.layer(_total, (), value, scale, (dtype, None), (graph.library, None), dtype=dtype)
+        value = graph.layer(_total, (), value, scale, (dtype, None), (graph.chunk_library, None), dtype=dtype)
     if scalar:
         value, *gradients = (a.reshape(()) for a in (value, *gradients))
     return (value, *gradients) if gradients else value
