@@ -9,6 +9,7 @@ import builtins
 import contextlib
 import copy
 import importlib.util
+import inspect
 import json
 import math
 import os
@@ -912,6 +913,26 @@ def test_rtorch_has_no_log_target():
         rtorch.nn_kl_div_loss(log_target=True)
     with pytest.raises(ValueError, match="batch axis"):
         rtorch.nnf_kl_div(np.array(-1.0), np.array(0.5), "batchmean")
+
+
+@pytest.mark.parametrize(
+    ("cls", "words"),
+    [
+        (pytorch.KLDivLoss, ["size_average", "reduce", "reduction", "log_target"]),
+        (of_keras.KLDivergence, ["reduction", "name", "dtype"]),
+        (of_keras.KLDivergenceMetric, ["name", "dtype"]),
+    ],
+)
+def test_signatures_are_those_of_init(cls, words):
+    """help() and editors show what can be passed, also of subclasses; and of objects what a call takes."""
+    assert list(inspect.signature(cls).parameters) == words
+
+    class Sub(cls):
+        def __init__(self, factor):
+            super().__init__()
+
+    assert list(inspect.signature(Sub).parameters) == ["factor"]
+    assert not hasattr(cls(), "__signature__")
 
 
 # ---- behaviour: Keras ------------------------------------------------------------------------------------------------

@@ -140,7 +140,7 @@ def register_backend(library: str, module: str) -> None:
         The first word of the module that defines the array type, as ``"torch"`` for ``torch.Tensor``.
     module : str
         Import path of a module with the functions ``kl_div``, ``rel_entr``, ``cross_entropy`` and ``entropy``, which
-        take the arguments of klcore's own in the same order, positionally; and `loss`, as :mod:`klcore.divergence` has
+        take the arguments of klcore's own in the same order, positionally; and `loss`, as ``klcore.divergence`` has
         it, if ``klcore.compat`` is to take its arrays. It is imported when the first such array arrives.
 
     Raises

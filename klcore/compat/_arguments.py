@@ -4,6 +4,7 @@ Called by the modules of klcore.compat. No library is imported here: an array of
 """
 
 import functools
+import inspect
 import sys
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -25,6 +26,16 @@ def quietly(function: F) -> F:
             return function(*arguments, **keywords)
 
     return quiet  # type: ignore[return-value]
+
+
+class InitSignature:
+    """The `__signature__` of a class whose `__new__` takes anything: that of its `__init__`, for help() and editors."""
+
+    def __get__(self, instance: Any, owner: type) -> inspect.Signature:
+        if instance is not None:
+            raise AttributeError("__signature__")  # a call's is that of __call__
+        signature = inspect.signature(owner.__init__)  # type: ignore[misc]
+        return signature.replace(parameters=list(signature.parameters.values())[1:])
 
 
 def traced() -> bool:

@@ -14,6 +14,7 @@ import numpy as np
 
 from klcore.compat._arguments import (
     FLOATS,
+    InitSignature,
     as_array,
     broadcast,
     cast,
@@ -125,7 +126,7 @@ def kullback_leibler_divergence(y_true: Any, y_pred: Any) -> Any:
 
 
 def kl_divergence(y_true: Any, y_pred: Any) -> Any:
-    """:func:`kullback_leibler_divergence`, under the name that Keras 3 writes into its logs."""
+    """:func:`~klcore.compat.keras.kullback_leibler_divergence`, under the name that Keras 3 writes into its logs."""
     return kullback_leibler_divergence(y_true, y_pred)
 
 
@@ -201,6 +202,8 @@ class KLDivergence:
     [[-0.     -1.25  ]
      [-0.625  -0.4167]]
     """
+
+    __signature__ = InitSignature()
 
     def __new__(cls, *arguments: Any, **keywords: Any) -> "KLDivergence":
         keras, kind = _keras(), cls  # type: Any, Any
@@ -375,6 +378,8 @@ class KLDivergenceMetric:
     >>> print(round(float(metric.result()), 6))
     0.458143
     """
+
+    __signature__ = InitSignature()
 
     def __new__(cls, *arguments: Any, **keywords: Any) -> "KLDivergenceMetric":
         keras, kind = _keras(), cls  # type: Any, Any

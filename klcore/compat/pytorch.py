@@ -10,7 +10,16 @@ from functools import cache
 from types import ModuleType
 from typing import Any
 
-from klcore.compat._arguments import FLOATS, broadcast, cotangent_of, detached, dtype_name, one_library, traced
+from klcore.compat._arguments import (
+    FLOATS,
+    InitSignature,
+    broadcast,
+    cotangent_of,
+    detached,
+    dtype_name,
+    one_library,
+    traced,
+)
 from klcore.divergence import loss
 
 __all__ = ["KLDivLoss", "kl_div"]
@@ -60,6 +69,8 @@ class KLDivLoss:
     [[-0.125 -0.375]
      [-0.45  -0.05 ]]
     """
+
+    __signature__ = InitSignature()
 
     def __new__(cls, *arguments: Any, **keywords: Any) -> "KLDivLoss":
         torch = sys.modules.get("torch")
