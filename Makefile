@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 SOURCES := setup.py pyproject.toml $(wildcard src/*.h src/*.pyx)
 
-.PHONY: build demo examples test lint bench cuda-check gpu-check minimax clean
+.PHONY: build demo examples test lint docs bench cuda-check gpu-check minimax clean
 
 build: .venv/core
 demo: .venv/demo
@@ -13,8 +13,11 @@ examples: .venv/examples
 	$(BIN)/python examples/keras_cnn.py
 test: .venv/test
 	$(BIN)/python -m pytest -n 2 --dist worksteal
+	$(BIN)/python -m pytest -p docs.pages README.md docs  # a page is one program, for one process
 lint: .venv/lint
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy && PATH=$(CURDIR)/$(BIN):$$PATH cython-lint src
+docs: .venv/docs
+	$(BIN)/sphinx-build -W --keep-going docs docs/_build/html
 bench: .venv/bench
 	$(BIN)/python benchmarks/side_by_side.py
 	$(BIN)/python benchmarks/adapters.py
@@ -27,7 +30,7 @@ gpu-check:
 minimax: .venv/test
 	$(BIN)/python docs/minimax.py
 clean:
-	rm -rf .venv build src/kl_cpu.cpp klcore/_cpu*.so
+	rm -rf .venv build docs/_build docs/api src/kl_cpu.cpp klcore/_cpu*.so
 
 .venv/bin/python:
 	$(PYTHON) -m venv .venv && $(BIN)/pip install -q --upgrade pip
