@@ -14,7 +14,8 @@ examples: .venv/examples
 test: .venv/test
 	$(BIN)/python -m pytest -n 2 --dist worksteal
 lint: .venv/lint
-	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy && PATH=$(CURDIR)/$(BIN):$$PATH cython-lint src
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && PATH=$(CURDIR)/$(BIN):$$PATH cython-lint src
+	$(BIN)/mypy && $(BIN)/stubtest klcore._cpu --ignore-missing-stub --mypy-config-file .ci/stubtest.ini
 bench: .venv/bench
 	$(BIN)/python benchmarks/side_by_side.py
 	$(BIN)/python benchmarks/adapters.py

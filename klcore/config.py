@@ -4,7 +4,7 @@ import importlib
 import os
 import platform
 import sys
-from typing import Any
+from typing import Any, Literal, overload
 
 from klcore.backends import backends
 from klcore.backends.threads import get_num_threads
@@ -35,6 +35,10 @@ def _cuda() -> dict[str, Any]:
     return entries
 
 
+@overload
+def show_config(mode: Literal["stdout"] = "stdout") -> None: ...
+@overload
+def show_config(mode: Literal["dicts"]) -> dict[str, dict[str, Any]]: ...
 def show_config(mode: str = "stdout") -> dict[str, Any] | None:
     """Print version, compiler, instruction sets, threads and devices.
 
