@@ -32,7 +32,12 @@ ROOMS = {
         "klcore.divergence", "klcore.backends", "klcore.backends.threads", "klcore.config", "klcore.version",
     },
     r"klcore\.divergence": {"klcore.backends", "klcore.typing"},
-    r"klcore\.(typing|version)": set(),
+    r"klcore\.(typing|version|exact)": set(),
+    r"klcore\.__main__": {"klcore.config", "klcore.selftest"},
+    r"klcore\.selftest": {
+        "numpy", "ml_dtypes", "klcore._cpu", "klcore.backends.threads", "klcore.config", "klcore.divergence",
+        "klcore.exact",
+    },
     r"klcore\.config": {
         "numpy", "cupy", "klcore._cpu", "klcore.backends", "klcore.backends.threads", "klcore.backends.cpu",
         "klcore.backends.cuda", "klcore.backends.nvrtc", "klcore.version",
