@@ -10,7 +10,7 @@ import sys
 import numpy as np
 import oracle
 import pytest
-from conftest import EMULATOR, computing_on
+from conftest import DEVICES, computing_on
 
 import klcore
 from klcore import __main__, _cpu, exact, selftest
@@ -52,7 +52,7 @@ def test_selftest_on_the_cpu():
     assert missing == "yes" or f"cuda: not checked: {missing}\n" in done.stdout
 
 
-@pytest.mark.skipif(not EMULATOR, reason="the emulator needs g++")
+@pytest.mark.skipif("emulated" not in DEVICES, reason="the emulator is not among the devices of these tests")
 def test_selftest_on_a_gpu(capsys, monkeypatch):
     """Emulated: a device that is there is checked, with every kernel."""
     used = set()
