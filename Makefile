@@ -15,7 +15,9 @@ test: .venv/test
 	$(BIN)/python -m pytest -n 2 --dist worksteal
 	$(BIN)/python -m pytest -p docs.pages README.md docs  # a page is one program, for one process
 lint: .venv/lint
-	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy && PATH=$(CURDIR)/$(BIN):$$PATH cython-lint src
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && PATH=$(CURDIR)/$(BIN):$$PATH cython-lint src
+	$(BIN)/mypy && $(BIN)/stubtest klcore._cpu --ignore-missing-stub --mypy-config-file .ci/stubtest.ini
+	$(BIN)/zizmor --offline --quiet .
 docs: .venv/docs
 	$(BIN)/sphinx-build -W --keep-going docs docs/_build/html
 bench: .venv/bench

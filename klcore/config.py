@@ -1,14 +1,39 @@
-"""What klcore was built with and what it uses here."""
+"""What klcore was built with and what it uses here: `klcore.show_config`, which `python -m klcore` calls."""
 
+import contextlib
 import importlib
+import importlib.metadata
 import os
 import platform
 import sys
-from typing import Any
+from typing import Any, Literal, overload
 
 from klcore.backends import backends
 from klcore.backends.threads import get_num_threads
 from klcore.version import __version__
+
+LIBRARIES = (  # as pip calls them; numpy is always there
+    "numpy", "ml_dtypes", "cupy", "cupy-cuda13x", "cupy-cuda12x", "nvidia-cuda-nvrtc", "nvidia-cuda-nvrtc-cu12",
+    "torch", "jax", "jaxlib", "keras", "dask",
+)  # fmt: skip
+VARIABLES = ("KLCORE_", "OMP_", "CUDA_VISIBLE_DEVICES")  # what their names begin with
+
+
+def _libraries() -> dict[str, str]:
+    """Versions of those installed; asked of their metadata, as an import may take seconds."""
+    found = {}
+    for name in LIBRARIES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
+
+
+def _processor() -> str:
+    with contextlib.suppress(OSError), open("/proc/cpuinfo") as f:
+        for line in f:
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
 
 
 def _version(number: int) -> str:
@@ -35,8 +60,12 @@ def _cuda() -> dict[str, Any]:
     return entries
 
 
+@overload
+def show_config(mode: Literal["stdout"] = "stdout") -> None: ...
+@overload
+def show_config(mode: Literal["dicts"]) -> dict[str, dict[str, Any]]: ...
 def show_config(mode: str = "stdout") -> dict[str, Any] | None:
-    """Print version, compiler, instruction sets, threads and devices.
+    """Print versions, compiler, instruction sets, threads, devices, and the environment variables that matter.
 
     Parameters
     ----------
@@ -52,20 +81,24 @@ def show_config(mode: str = "stdout") -> dict[str, Any] | None:
         raise ValueError(f"mode must be 'stdout' or 'dicts', found {mode!r}")
     cpu = importlib.import_module("klcore._cpu")
     importlib.import_module("klcore.backends.cpu")  # chooses the instruction set
+    built = cpu.instruction_sets()
     config: dict[str, Any] = {
         "klcore": {"version": __version__, "numerics": "v1"},
-        "python": {"version": platform.python_version(), "platform": f"{sys.platform} {platform.machine()}"},
-        "numpy": {"version": importlib.import_module("numpy").__version__},
+        "python": {"version": " ".join(sys.version.split()), "platform": platform.platform()},
+        "libraries": _libraries(),
         "cpu": {
+            "processor": _processor(),
+            "processors": os.cpu_count(),
             "compiler": cpu.COMPILER,
-            "instruction sets built": ", ".join(cpu.instruction_sets()),
+            "instruction sets built": ", ".join(built),
+            "instruction sets of this processor": ", ".join(name for name in built if built[name]),
             "instruction set in use": cpu.instruction_set(),
             "OpenMP": str(cpu.OPENMP) if cpu.OPENMP else "no: one thread",
             "threads": get_num_threads(),
-            "processors": os.cpu_count(),
         },
         "cuda": _cuda(),
         "backends": backends(),
+        "environment": {name: os.environ[name] for name in sorted(os.environ) if name.startswith(VARIABLES)},
     }
     if mode == "dicts":
         return config

@@ -1,13 +1,26 @@
 """The public functions: what they mean, and one line each that hands the arrays to their backend.
 
-And `loss`, which is the same for the front-ends of klcore.compat.
+And `loss`, which is the same for the front-ends of klcore.compat. The overloads are for type checkers: they say what
+comes back, which depends on `return_grad`, and which words are known.
 """
 
-from typing import Any
+from typing import TYPE_CHECKING, Any, overload
 
 from klcore.backends import find
+from klcore.typing import BothGrads, EntropyGrad, EntropyOptions, OneGrad, Options, ReturnGrad
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack  # in typing from Python 3.11
 
 
+@overload
+def kl_div(x: Any, y: Any, *, return_grad: None = None, **options: "Unpack[Options]") -> Any: ...
+@overload
+def kl_div(x: Any, y: Any, *, return_grad: OneGrad, **options: "Unpack[Options]") -> tuple[Any, Any]: ...
+@overload
+def kl_div(x: Any, y: Any, *, return_grad: BothGrads, **options: "Unpack[Options]") -> tuple[Any, Any, Any]: ...
+@overload
+def kl_div(x: Any, y: Any, *, return_grad: ReturnGrad | None, **options: "Unpack[Options]") -> Any: ...
 def kl_div(
     x: Any,
     y: Any,
@@ -17,7 +30,7 @@ def kl_div(
     reduction: str = "row",
     weights: Any = None,
     temperature: float = 1.0,
-    return_grad: str | tuple[str, str] | None = None,
+    return_grad: str | tuple[str, ...] | None = None,
     out: Any = None,
     device: str | None = None,
 ) -> Any:
@@ -98,6 +111,14 @@ def kl_div(
     return find(x, y, device).kl_div(x, y, space, axis, reduction, weights, temperature, return_grad, out, device)
 
 
+@overload
+def rel_entr(x: Any, y: Any, *, return_grad: None = None, **options: "Unpack[Options]") -> Any: ...
+@overload
+def rel_entr(x: Any, y: Any, *, return_grad: OneGrad, **options: "Unpack[Options]") -> tuple[Any, Any]: ...
+@overload
+def rel_entr(x: Any, y: Any, *, return_grad: BothGrads, **options: "Unpack[Options]") -> tuple[Any, Any, Any]: ...
+@overload
+def rel_entr(x: Any, y: Any, *, return_grad: ReturnGrad | None, **options: "Unpack[Options]") -> Any: ...
 def rel_entr(
     x: Any,
     y: Any,
@@ -107,7 +128,7 @@ def rel_entr(
     reduction: str = "row",
     weights: Any = None,
     temperature: float = 1.0,
-    return_grad: str | tuple[str, str] | None = None,
+    return_grad: str | tuple[str, ...] | None = None,
     out: Any = None,
     device: str | None = None,
 ) -> Any:
@@ -133,6 +154,14 @@ def rel_entr(
     return find(x, y, device).rel_entr(x, y, space, axis, reduction, weights, temperature, return_grad, out, device)
 
 
+@overload
+def cross_entropy(x: Any, y: Any, *, return_grad: None = None, **options: "Unpack[Options]") -> Any: ...
+@overload
+def cross_entropy(x: Any, y: Any, *, return_grad: OneGrad, **options: "Unpack[Options]") -> tuple[Any, Any]: ...
+@overload
+def cross_entropy(x: Any, y: Any, *, return_grad: BothGrads, **options: "Unpack[Options]") -> tuple[Any, Any, Any]: ...
+@overload
+def cross_entropy(x: Any, y: Any, *, return_grad: ReturnGrad | None, **options: "Unpack[Options]") -> Any: ...
 def cross_entropy(
     x: Any,
     y: Any,
@@ -142,7 +171,7 @@ def cross_entropy(
     reduction: str = "row",
     weights: Any = None,
     temperature: float = 1.0,
-    return_grad: str | tuple[str, str] | None = None,
+    return_grad: str | tuple[str, ...] | None = None,
     out: Any = None,
     device: str | None = None,
 ) -> Any:
@@ -166,6 +195,12 @@ def cross_entropy(
     )
 
 
+@overload
+def entropy(x: Any, *, return_grad: None = None, **options: "Unpack[EntropyOptions]") -> Any: ...
+@overload
+def entropy(x: Any, *, return_grad: EntropyGrad, **options: "Unpack[EntropyOptions]") -> tuple[Any, Any]: ...
+@overload
+def entropy(x: Any, *, return_grad: EntropyGrad | None, **options: "Unpack[EntropyOptions]") -> Any: ...
 def entropy(
     x: Any,
     *,
@@ -174,7 +209,7 @@ def entropy(
     reduction: str = "row",
     weights: Any = None,
     temperature: float = 1.0,
-    return_grad: str | None = None,
+    return_grad: str | tuple[str] | None = None,
     out: Any = None,
     device: str | None = None,
 ) -> Any:

@@ -24,15 +24,20 @@ BACKENDS = sorted(klcore.backends().values())
 
 # ---- imports ---------------------------------------------------------------------------------------------------------
 
-STANDARD = set(sys.stdlib_module_names)
+STANDARD = set(sys.stdlib_module_names) | {"typing_extensions"}  # for type checkers: see what an import brings
 REGISTRY_ERROR = "klcore.backends:BackendUnavailableError"  # an exception has to be defined above those who raise it
 # the room of a module (the first pattern that matches) -> what it may import, beside the standard library
 ROOMS = {
     r"klcore": {
         "klcore.divergence", "klcore.backends", "klcore.backends.threads", "klcore.config", "klcore.version",
     },
-    r"klcore\.divergence": {"klcore.backends"},
-    r"klcore\.version": set(),
+    r"klcore\.divergence": {"klcore.backends", "klcore.typing"},
+    r"klcore\.(typing|version|exact)": set(),
+    r"klcore\.__main__": {"klcore.config", "klcore.selftest"},
+    r"klcore\.selftest": {
+        "numpy", "ml_dtypes", "klcore._cpu", "klcore.backends.threads", "klcore.config", "klcore.divergence",
+        "klcore.exact",
+    },
     r"klcore\.config": {
         "numpy", "cupy", "klcore._cpu", "klcore.backends", "klcore.backends.threads", "klcore.backends.cpu",
         "klcore.backends.cuda", "klcore.backends.nvrtc", "klcore.version",
@@ -142,7 +147,8 @@ klcore.kl_div([0.5, 0.5], [0.25, 0.75])
 print(json.dumps([sorted(after_import), sorted(set(sys.modules) - before)]))
 """
     after_import, after_call = (
-        {name.partition(".")[0] for name in names} - STANDARD - {"klcore"} for names in json.loads(python(code))
+        {name.partition(".")[0] for name in names} - set(sys.stdlib_module_names) - {"klcore"}
+        for names in json.loads(python(code))
     )
     assert after_import <= {"numpy"}
     after_call = {name for name in after_call if not name.startswith(("_cython", "cython_runtime"))}

@@ -456,7 +456,7 @@ def test_show_config(capsys):
     config = klcore.show_config("dicts")
     assert capsys.readouterr().out == ""
     assert config["klcore"] == {"version": klcore.__version__, "numerics": "v1"}
-    assert config["numpy"]["version"] == np.__version__
+    assert config["libraries"]["numpy"] == np.__version__
     assert config["cpu"]["threads"] == klcore.get_num_threads()
     assert config["cpu"]["instruction set in use"] == _cpu.instruction_set()
     assert config["cpu"]["instruction sets built"].split(", ") == list(_cpu.instruction_sets())
@@ -470,6 +470,15 @@ def test_show_config(capsys):
         assert f"{section}:\n" in text
         for name, value in entries.items():
             assert f"  {name}: {value}\n" in text
+
+
+def test_show_config_names_variables_and_imports_no_library(python):
+    code = """
+import sys, klcore
+environment = klcore.show_config("dicts")["environment"]
+print([environment.get(name) for name in ("KLCORE_NUM_THREADS", "OMP_PLACES", "HOME")], "torch" in sys.modules)
+"""
+    assert python(code, KLCORE_NUM_THREADS=3, OMP_PLACES="cores").strip() == "['3', 'cores', None] False"
 
 
 def test_show_config_of_an_unknown_mode():

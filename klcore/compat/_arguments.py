@@ -7,12 +7,34 @@ import functools
 import inspect
 import sys
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, ParamSpec, Protocol, TypeVar
 
 import numpy as np
 
 FLOATS = ("float16", "bfloat16", "float32", "float64")
 F = TypeVar("F", bound=Callable[..., Any])
+P = ParamSpec("P")
+Q = ParamSpec("Q")
+
+
+class Differentiable(Protocol[P, Q]):
+    """A function that has its derivatives beside it."""
+
+    def __call__(self, *arguments: P.args, **keywords: P.kwargs) -> Any: ...
+    @property
+    def value_and_grad(self) -> Callable[Q, tuple[Any, tuple[Any, Any]]]: ...
+
+
+def with_gradients(
+    value_and_grad: Callable[Q, tuple[Any, tuple[Any, Any]]],
+) -> Callable[[Callable[P, Any]], Differentiable[P, Q]]:
+    """Give a function the attribute `value_and_grad`, in the eyes of type checkers as well."""
+
+    def give(function: Any) -> Differentiable[P, Q]:
+        function.value_and_grad = value_and_grad
+        return function
+
+    return give
 
 
 def quietly(function: F) -> F:

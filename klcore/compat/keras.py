@@ -8,7 +8,7 @@ import math
 import sys
 from functools import cache
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -24,8 +24,12 @@ from klcore.compat._arguments import (
     namespace,
     quietly,
     sum_to,
+    with_gradients,
 )
 from klcore.divergence import loss
+
+if TYPE_CHECKING:
+    from typing_extensions import Self  # in typing from Python 3.11
 
 __all__ = [
     "KLD",
@@ -78,6 +82,18 @@ def set_epsilon(value: float) -> None:
 
 
 @quietly
+def _value_and_grad(y_true: Any, y_pred: Any, *, cotangent: Any = None) -> tuple[Any, tuple[Any, Any]]:
+    """:func:`kullback_leibler_divergence` and its derivatives: ``(value, (d_true, d_pred))``."""
+    given = detached(y_true, y_pred)
+    arrays = _arrays(*given)
+    value = None if cotangent is None else _engine(*arrays)
+    factors = None if value is None else cotangent_of(value, cotangent)[..., None]
+    passed, d_true, d_pred = _engine(*arrays, factors=factors, return_grad=("x", "y"))
+    return passed if value is None else value, _as_given((d_true, d_pred), given)
+
+
+@with_gradients(_value_and_grad)
+@quietly
 def kullback_leibler_divergence(y_true: Any, y_pred: Any) -> Any:
     """Keras' divergence of predictions from the truth: the sum of t*log(t/p) over the last axis, in nats.
 
@@ -125,24 +141,12 @@ def kullback_leibler_divergence(y_true: Any, y_pred: Any) -> Any:
     return _engine(*_arrays(y_true, y_pred))
 
 
+@with_gradients(_value_and_grad)
 def kl_divergence(y_true: Any, y_pred: Any) -> Any:
     """:func:`~klcore.compat.keras.kullback_leibler_divergence`, under the name that Keras 3 writes into its logs."""
     return kullback_leibler_divergence(y_true, y_pred)
 
 
-@quietly
-def _value_and_grad(y_true: Any, y_pred: Any, *, cotangent: Any = None) -> tuple[Any, tuple[Any, Any]]:
-    """:func:`kullback_leibler_divergence` and its derivatives: ``(value, (d_true, d_pred))``."""
-    given = detached(y_true, y_pred)
-    arrays = _arrays(*given)
-    value = None if cotangent is None else _engine(*arrays)
-    factors = None if value is None else cotangent_of(value, cotangent)[..., None]
-    passed, d_true, d_pred = _engine(*arrays, factors=factors, return_grad=("x", "y"))
-    return passed if value is None else value, _as_given((d_true, d_pred), given)
-
-
-kullback_leibler_divergence.value_and_grad = _value_and_grad  # type: ignore[attr-defined]
-kl_divergence.value_and_grad = _value_and_grad  # type: ignore[attr-defined]
 KLD = kld = kl_divergence
 
 
@@ -205,7 +209,7 @@ class KLDivergence:
 
     __signature__ = InitSignature()
 
-    def __new__(cls, *arguments: Any, **keywords: Any) -> "KLDivergence":
+    def __new__(cls, *arguments: Any, **keywords: Any) -> "Self":
         keras, kind = _keras(), cls  # type: Any, Any
         return object.__new__(kind if keras is None else _keras_loss(keras, kind))
 
@@ -381,7 +385,7 @@ class KLDivergenceMetric:
 
     __signature__ = InitSignature()
 
-    def __new__(cls, *arguments: Any, **keywords: Any) -> "KLDivergenceMetric":
+    def __new__(cls, *arguments: Any, **keywords: Any) -> "Self":
         keras, kind = _keras(), cls  # type: Any, Any
         return object.__new__(kind if keras is None else _keras_metric(keras, kind))
 

@@ -8,7 +8,7 @@ import sys
 import warnings
 from functools import cache
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from klcore.compat._arguments import (
     FLOATS,
@@ -19,8 +19,12 @@ from klcore.compat._arguments import (
     dtype_name,
     one_library,
     traced,
+    with_gradients,
 )
 from klcore.divergence import loss
+
+if TYPE_CHECKING:
+    from typing_extensions import Self  # in typing from Python 3.11
 
 __all__ = ["KLDivLoss", "kl_div"]
 
@@ -72,7 +76,7 @@ class KLDivLoss:
 
     __signature__ = InitSignature()
 
-    def __new__(cls, *arguments: Any, **keywords: Any) -> "KLDivLoss":
+    def __new__(cls, *arguments: Any, **keywords: Any) -> "Self":
         torch = sys.modules.get("torch")
         kind: Any = cls
         return object.__new__(_module(torch, kind) if torch is not None and hasattr(torch, "nn") else kind)
@@ -121,6 +125,21 @@ class KLDivLoss:
         return aten_and_grad(input, target, *_reduction(None, None, self.reduction), self.log_target, cotangent)
 
 
+def _value_and_grad(
+    input: Any,
+    target: Any,
+    size_average: Any = None,
+    reduce: Any = None,
+    reduction: str = "mean",
+    log_target: bool = False,
+    *,
+    cotangent: Any = None,
+) -> tuple[Any, tuple[Any, Any]]:
+    """:func:`kl_div` and its derivatives; see :meth:`KLDivLoss.value_and_grad`."""
+    return aten_and_grad(input, target, *_reduction(size_average, reduce, reduction), log_target, cotangent)
+
+
+@with_gradients(_value_and_grad)
 def kl_div(
     input: Any,
     target: Any,
@@ -184,23 +203,6 @@ def kl_div(
     0.130812
     """
     return aten(input, target, *_reduction(size_average, reduce, reduction), log_target)
-
-
-def _value_and_grad(
-    input: Any,
-    target: Any,
-    size_average: Any = None,
-    reduce: Any = None,
-    reduction: str = "mean",
-    log_target: bool = False,
-    *,
-    cotangent: Any = None,
-) -> tuple[Any, tuple[Any, Any]]:
-    """:func:`kl_div` and its derivatives; see :meth:`KLDivLoss.value_and_grad`."""
-    return aten_and_grad(input, target, *_reduction(size_average, reduce, reduction), log_target, cotangent)
-
-
-kl_div.value_and_grad = _value_and_grad  # type: ignore[attr-defined]
 
 
 @cache

@@ -4,7 +4,7 @@ import sys
 import warnings
 from typing import Any
 
-from klcore.compat._arguments import traced
+from klcore.compat._arguments import traced, with_gradients
 from klcore.compat.pytorch import aten, aten_and_grad
 
 __all__ = ["nn_kl_div_loss", "nnf_kl_div"]
@@ -54,6 +54,14 @@ class nn_kl_div_loss:
         return aten_and_grad(input, target, *_reduction(input, self.reduction), False, cotangent)
 
 
+def _value_and_grad(
+    input: Any, target: Any, reduction: str = "mean", *, cotangent: Any = None
+) -> tuple[Any, tuple[Any, Any]]:
+    """:func:`nnf_kl_div` and its derivatives: ``(value, (d_input, d_target))``."""
+    return aten_and_grad(input, target, *_reduction(input, reduction), False, cotangent)
+
+
+@with_gradients(_value_and_grad)
 def nnf_kl_div(input: Any, target: Any, reduction: str = "mean") -> Any:
     """R's ``torch::nnf_kl_div``: xlogy(t, t) - t*x, reduced; in nats.
 
@@ -98,16 +106,6 @@ def nnf_kl_div(input: Any, target: Any, reduction: str = "mean") -> Any:
     [-0.173287  0.304099]
     """
     return aten(input, target, *_reduction(input, reduction))
-
-
-def _value_and_grad(
-    input: Any, target: Any, reduction: str = "mean", *, cotangent: Any = None
-) -> tuple[Any, tuple[Any, Any]]:
-    """:func:`nnf_kl_div` and its derivatives: ``(value, (d_input, d_target))``."""
-    return aten_and_grad(input, target, *_reduction(input, reduction), False, cotangent)
-
-
-nnf_kl_div.value_and_grad = _value_and_grad  # type: ignore[attr-defined]
 
 
 def _checked(reduction: str) -> None:

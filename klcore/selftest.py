@@ -1,0 +1,277 @@
+"""Whether klcore keeps its promises on this machine: `python -m klcore --selftest`, which calls `run`.
+
+Needs NumPy alone. The exact answers stand in exact.py, and klcore had no part in them. All other inputs are made of
+integers and single IEEE operations, so that they are the same on every machine, and so are the digests of the results.
+"""
+
+import hashlib
+import importlib
+import importlib.util
+import math
+from collections.abc import Callable, Iterator
+from functools import cache, partial
+from itertools import product
+from typing import Any
+
+import numpy as np
+
+from klcore import _cpu, divergence
+from klcore.backends.threads import get_num_threads, threads
+from klcore.config import show_config
+from klcore.exact import ANSWERS
+
+OPERATIONS = ("kl_div", "rel_entr", "cross_entropy", "entropy")
+SPACES = ("probs", "log_probs", "logits")
+DTYPES = ("float64", "float32", "float16", "bfloat16")
+# On a GPU each pair of spaces, dtype and way to go over rows is a kernel of its own, compiled for a second: these pairs
+# in both dtypes are checked there, and each way once.
+GPU_PAIRS = (*((space, space) for space in SPACES), ("probs", "logits"))
+BOUNDS = {  # docs/accuracy.md: relative, the gradients' to the row's largest
+    ("values", "float32"): 4e-6,
+    ("values", "float64"): 1e-13,
+    ("gradients", "float32"): 2e-5,
+    ("gradients", "float64"): 1e-11,
+}
+INF, NAN = math.inf, math.nan
+DOMAIN = (  # space, x, y, KL(x || y)
+    ("probs", (0.0, 1.0), (0.25, 1.0), 0.25),
+    ("probs", (0.0, 0.0), (0.0, 0.0), 0.0),
+    ("probs", (0.5, 0.5), (0.0, 1.0), INF),
+    ("probs", (-0.5, 1.5), (0.5, 0.5), NAN),
+    ("probs", (0.5, 0.5), (-0.5, 1.5), NAN),
+    ("probs", (NAN, 1.0), (1.0, 1.0), NAN),
+    ("log_probs", (-INF, 0.0), (0.0, 0.0), 1.0),
+    ("log_probs", (-INF, 0.0), (-INF, 0.0), 0.0),
+    ("log_probs", (-1.0, 0.0), (-INF, 0.0), INF),
+    ("log_probs", (NAN, 0.0), (0.0, 0.0), NAN),
+    ("logits", (-INF, 1.0), (-INF, 3.0), 0.0),
+    ("logits", (1.0, 1.0), (-INF, 1.0), INF),
+    ("logits", (-INF, -INF), (1.0, 1.0), NAN),
+    ("logits", (INF, 1.0), (1.0, 1.0), NAN),
+)
+# Numerics v1: the first 64 bits of the SHA-256 of all results of a group of calls. Only another version changes them.
+DIGESTS = {
+    "kernels": "1a0cbe3ee1a80fec",
+    "kl_div float64": "4b379ed7239e7c2c",
+    "rel_entr float64": "74df4e06e08969fb",
+    "cross_entropy float64": "02de1302053da972",
+    "entropy float64": "ca1edcd9ae07b097",
+    "kl_div float32": "6c81379b85c7861d",
+    "rel_entr float32": "d5160bb1c462bad7",
+    "cross_entropy float32": "b882207d82ed3e03",
+    "entropy float32": "8eb249462c9b64bd",
+    "kl_div float16": "9ccfe04380f30afa",
+    "rel_entr float16": "41bc7f0f9b3c13bd",
+    "cross_entropy float16": "bbddc78443107220",
+    "entropy float16": "e9cea869dbfe391b",
+    "kl_div bfloat16": "431a988a8eae7449",
+    "rel_entr bfloat16": "c1611d661ff5db5c",
+    "cross_entropy bfloat16": "35a5d2b8d5f22a0b",
+    "entropy bfloat16": "8b3444bf85aa75b2",
+}
+
+Call = tuple[str, list[Any], dict[str, Any]]
+Line = tuple[bool, str]  # whether it holds, and a sentence
+
+
+def run() -> bool:
+    """Check every device, and print a line for each promise.
+
+    Returns
+    -------
+    bool
+        Whether all of them hold. A device that is not there is none.
+    """
+    config = show_config("dicts")
+    devices = {"cpu": f"{config['cpu']['instruction set in use']}, {get_num_threads()} threads"}
+    devices |= {name: about for name, about in config["cuda"].items() if name.startswith("cuda:")}
+    holds = True
+    for device, about in devices.items():
+        print(f"{device} ({about}):", flush=True)
+        for check in (_answers, _domain, _signs, _bits):
+            for good, sentence in _lines(check, device):
+                print(f"  {'ok    ' if good else 'FAILED'}  {sentence}", flush=True)
+                holds &= good
+    if len(devices) == 1:
+        print(f"cuda: not checked: {config['cuda']['available'].removeprefix('no: ')}")
+    print(
+        f"klcore keeps its promises on {', '.join(devices)}."
+        if holds
+        else "klcore does NOT keep its promises here. Please report it, with everything above: "
+        "https://github.com/klcore/klcore/issues"
+    )
+    return holds
+
+
+def _lines(check: Callable[[str], Iterator[Line]], device: str) -> Iterator[Line]:
+    try:
+        yield from check(device)
+    except Exception as error:  # of any kind: a report says it better than a traceback
+        yield False, f"{check.__name__[1:]}: {type(error).__name__}: {error}"
+
+
+# ---- inputs ----------------------------------------------------------------------------------------------------------
+
+
+def _uniform(seed: int, shape: tuple[int, ...]) -> Any:
+    """Multiples of 2^-53 in [0, 1): the finaliser of SplitMix64 (Steele, Lea and Flood 2014) over a counter."""
+    k = np.arange(1, math.prod(shape) + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(seed << 32)
+    k = (k ^ (k >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    k = (k ^ (k >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return ((k ^ (k >> np.uint64(31))) >> np.uint64(11)).astype(np.float64).reshape(shape) * 2.0**-53
+
+
+@cache
+def _arrays(shape: tuple[int, int], spaces: tuple[str, ...], dtype: str) -> list[Any]:
+    """One array a space. Rows of four kinds take turns: far apart, close, equal, with excluded classes."""
+    u, v = _uniform(1, shape), _uniform(2, shape)
+    kind = np.arange(shape[0])[:, None] % 4
+    v = np.where(kind == 1, u * (1 - 2.0**-12) + v * 2.0**-12, np.where(kind == 2, u, v))
+    excluded = (kind == 3) & (_uniform(3, shape) < 0.25)
+    excluded[:, 0] = False
+    arrays = []
+    for numbers, space, some in zip((u, v), spaces, (excluded, excluded & (u < 0.5)), strict=False):
+        a = numbers if space == "probs" else numbers * -16 if space == "log_probs" else numbers * 32 - 16
+        a = np.where(some, 0.0 if space == "probs" else -INF, a)
+        if dtype == "bfloat16":
+            arrays.append(a.astype(np.float32).astype(importlib.import_module("ml_dtypes").bfloat16))
+        else:
+            arrays.append(a.astype(dtype))
+    return arrays
+
+
+def _calls(operation: str, dtype: str) -> Iterator[Call]:
+    """Every pair of spaces over short and longer rows; reductions, weights, temperature, broadcasting, a long row."""
+    single = operation == "entropy"
+    wanted = "x" if single else ("x", "y")
+    for pair in ((s,) for s in SPACES) if single else product(SPACES, SPACES):
+        options = {"space": pair[0] if single else pair, "return_grad": wanted}
+        for shape in ((8, 1), (8, 17), (8, 130), (4, 1025)):
+            yield operation, _arrays(shape, pair, dtype), options
+        if len(set(pair)) > 1:
+            continue
+        x, *y = _arrays((200, 257), pair, dtype)
+        yield operation, [x, *y], {**options, "reduction": "rowmean", "weights": np.arange(200) % 3 / 2}
+        yield operation, [x, *(a[:1] for a in y)], {**options, "reduction": "mean"}
+        yield operation, [a[:, ::-3].T for a in (x, *y)], {**options, "reduction": "none", "axis": 0}
+        if "logits" in pair:
+            yield operation, [x, *y], {**options, "reduction": "batchmean", "temperature": 2.5}
+        if dtype == "float32":
+            yield operation, _arrays((1, 140_001), pair, dtype), {**options, "reduction": "sum"}
+
+
+def _kernels() -> Iterator[Call]:
+    """Every kernel of kl_cuda.cu: short rows, longer ones, few, many, and columns; sums, and summed gradients."""
+    both = {"return_grad": ("x", "y")}
+    for dtype, pair in product(("float32", "float64"), GPU_PAIRS):
+        yield "kl_div", _arrays((8, 17), pair, dtype), {**both, "space": pair}
+    for shape in ((5, 1000), (200, 1500), (1, 140_001)):
+        yield "kl_div", _arrays(shape, ("logits", "logits"), "float32"), {**both, "space": "logits"}
+    apart = [np.ascontiguousarray(a.T) for a in _arrays((9, 2500), ("logits", "logits"), "float32")]
+    yield "kl_div", apart, {**both, "space": "logits", "axis": 0}
+    x, y = _arrays((2100, 40), ("probs", "probs"), "float32")
+    yield "kl_div", [x, y], {**both, "reduction": "rowmean", "weights": np.arange(2100) % 3 / 2}
+    yield "kl_div", [x, y[0]], {**both, "reduction": "sum"}
+
+
+def _compute(device: str, call: Call) -> tuple[Any, ...]:
+    """What klcore returns, as NumPy arrays."""
+    operation, arrays, options = call
+    found = getattr(divergence, operation)(*arrays, device=device, **options)
+    results = found if isinstance(found, tuple) else (found,)
+    return tuple(a.get() if hasattr(a, "get") else np.asarray(a) for a in results)
+
+
+# ---- checks ----------------------------------------------------------------------------------------------------------
+
+
+def _answers(device: str) -> Iterator[Line]:
+    """The exact answers, and rows in which they are repeated."""
+    worst = dict.fromkeys(BOUNDS, 0.0)
+    count = 0
+    pairs = GPU_PAIRS if device != "cpu" else tuple(product(SPACES, SPACES))
+    for pair, dtype in product(pairs, ("float32", "float64")):
+        x, y, value, dx, dy = (np.array(a) for a in zip(*(a[2:] for a in ANSWERS if a[:2] == pair), strict=True))
+        softmax = pair == ("logits", "logits")  # of a row repeated: the same divergence, of smaller probabilities
+        repeats = (1, 40, 500, 45_000) if device == "cpu" else (1, 40)
+        for times in repeats if softmax or "logits" not in pair else (1,):
+            arrays = [np.tile(a, times).astype(dtype) for a in (x, y)]
+            call = "kl_div", arrays, {"space": pair, "return_grad": ("x", "y")}
+            found, *gradients = _compute(device, call)
+            total = value * (1 if softmax else times)
+            errors = {"values": np.max(abs(found - total) / total)}
+            exact = [np.tile(d / (times if softmax else 1), times) for d in (dx, dy)]
+            off = [np.max(abs(g - e), 1) / np.max(abs(e), 1) for g, e in zip(gradients, exact, strict=True)]
+            errors["gradients"] = np.max(off)
+            for what, error in errors.items():
+                worst[what, dtype] = max(worst[what, dtype], error if error >= 0 else INF)  # NaN is no answer
+            count += len(value)
+    for what in ("values", "gradients"):
+        of = {dtype: (worst[what, dtype], BOUNDS[what, dtype]) for dtype in ("float32", "float64")}
+        text = " and ".join(f"{dtype} to {error:.1e} (promised: {bound:.0e})" for dtype, (error, bound) in of.items())
+        yield all(error <= bound for error, bound in of.values()), f"{what}: {count} exact answers, {text}"
+
+
+def _domain(device: str) -> Iterator[Line]:
+    wrong = []
+    for space in SPACES:
+        x, y, expected = zip(*(row[1:] for row in DOMAIN if row[0] == space), strict=True)
+        arrays = [np.array(a, np.float32) for a in (x, y)]
+        found, *_ = _compute(device, ("kl_div", arrays, {"space": space, "return_grad": ("x", "y")}))
+        for a, b, f, e in zip(x, y, found, expected, strict=True):
+            if f != e and not (math.isnan(f) and math.isnan(e)):
+                wrong.append(f"KL({list(a)} || {list(b)}) of {space} is {f}, not {e}")
+    yield not wrong, "zeros, infinities and NaN: " + ("; ".join(wrong) or f"{len(DOMAIN)} rows as documented")
+
+
+def _signs(device: str) -> Iterator[Line]:
+    positive = equal = rows = 0
+    for space, dtype in product(SPACES, ("float32", "float64")):
+        options = {"space": space, "return_grad": ("x", "y")}
+        x, y = _arrays((2000, 30), (space, space), dtype)
+        positive += int(np.sum(_compute(device, ("kl_div", [x, y], options))[0] >= 0))
+        equal += int(np.sum(_compute(device, ("kl_div", [x, x], options))[0] == 0))
+        rows += len(x)
+    yield positive == rows, f"KL(p || q) >= 0: in {positive} of {rows} rows"
+    yield equal == rows, f"KL(p || p) = 0: in {equal} of {rows} rows"
+
+
+def _bits(device: str) -> Iterator[Line]:
+    """On the CPU with every instruction set, and with several numbers of threads."""
+    if device != "cpu":
+        yield _digests(device, {"kernels": _kernels}, "")
+        return
+    groups: dict[str, Callable[[], Iterator[Call]]] = {"kernels": _kernels}
+    bfloat16 = importlib.util.find_spec("ml_dtypes") is not None
+    if not bfloat16:
+        yield True, "bits of bfloat16: not checked: ml_dtypes is not installed"
+    for operation, dtype in product(OPERATIONS, DTYPES if bfloat16 else DTYPES[:3]):
+        groups[f"{operation} {dtype}"] = partial(_calls, operation, dtype)
+    in_use = _cpu.instruction_set()
+    try:
+        for name, usable in _cpu.instruction_sets().items():
+            if usable:
+                _cpu.use_instruction_set(name)
+                yield _digests(device, groups, f" with {name} instructions")
+    finally:
+        _cpu.use_instruction_set(in_use)
+    for n in sorted({1, 2, 3, get_num_threads()}):
+        with threads(n):
+            line = _digests(device, groups, f" with {n} thread{'s' * (n > 1)}")
+        yield line
+
+
+def _digests(device: str, groups: dict[str, Callable[[], Iterator[Call]]], how: str) -> Line:
+    """Whether all results have the bits of numerics v1."""
+    differ, count = [], 0
+    for name, calls in groups.items():
+        digest = hashlib.sha256()
+        for call in calls():
+            for a in _compute(device, call):
+                digest.update(a.astype(a.dtype.newbyteorder("<"), copy=False).tobytes())
+                count += a.size
+        if digest.hexdigest()[:16] != DIGESTS[name]:
+            differ.append(f"{name} ({digest.hexdigest()[:16]})")
+    if differ:
+        return False, f"bits{how}: not those of numerics v1: {', '.join(differ)}"
+    return True, f"bits{how}: those of numerics v1, in {count:,} numbers"
