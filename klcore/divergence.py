@@ -42,26 +42,30 @@ def kl_div(
     Parameters
     ----------
     x : array of shape (..., n, ...)
-        The first distribution: the truth, the teacher. float64, float32, float16 or bfloat16 (``ml_dtypes``); integers,
-        booleans and lists are taken as float64. A 0-d array is one class.
+        The first distribution: the truth, the teacher. Of NumPy, CuPy, PyTorch, JAX, Dask, or with ``__dlpack__``.
+        float64, float32, float16 or bfloat16 (``ml_dtypes``); integers, booleans and lists are taken as float64. A 0-d
+        array is one class.
     y : array
         The second: the model, the student. The same number of classes; the batch axes of x and y broadcast.
     space : {"probs", "log_probs", "logits"} or a pair of them
-        What the numbers are. Logits are unnormalised: their softmax over `axis` is part of the computation. A pair is
-        (space of x, space of y).
+        What the numbers are, which cannot be seen from them: a wrong space is a wrong result. Logits are unnormalised:
+        their softmax over `axis` is part of the computation. A pair is (space of x, space of y).
     axis : int
         The class axis; all others are the batch.
     reduction : {"row", "sum", "rowmean", "none", "batchmean", "mean"}
-        "row": one value a distribution. "sum": of all rows. "rowmean": their mean, weighted by `weights`. "none": the
-        terms, not summed. "batchmean": the sum divided by the size of the first axis; "mean": by the number of
-        elements (PyTorch's words).
+        "row": one value a distribution. "sum": of all rows. "rowmean": their mean, which for tokens is the one to take.
+        "none": the terms, not summed. "batchmean": the sum divided by the size of the first axis; "mean": by the number
+        of elements (PyTorch's words).
     weights : array, optional
-        One weight >= 0 a row, broadcastable to the batch shape. A row of weight 0 is not read, and yields 0.
+        One weight >= 0 a row, broadcastable to the batch shape; a boolean mask, say. Rows are multiplied by them,
+        "rowmean" is divided by their sum, the other denominators are those without weights. A row of weight 0 is not
+        read, and yields 0, even if it holds NaN.
     temperature : float
-        Divides the logits; only with logits.
+        Divides the logits; only with logits. Nothing is multiplied by its square.
     return_grad : {"x", "y", ("x", "y")}, optional
         Also return the derivative of the value (for "row" and "none": of the sum of what is returned) with respect to
-        these arguments as they were given, computed in the same pass.
+        these arguments as they were given, computed in the same pass. PyTorch's autograd and ``jax.grad`` need no such
+        word.
     out : array or tuple of arrays, optional
         Where to write the value, or (value, gradients...). Must not overlap an input.
     device : {"cpu", "cuda", "cuda:N"}, optional
@@ -96,17 +100,24 @@ def kl_div(
 
     References
     ----------
-    .. [1] S. Kullback and R. A. Leibler, "On Information and Sufficiency", Annals of Mathematical Statistics 22 (1951).
-    .. [2] I. Csiszar, "Why Least Squares and Maximum Entropy?", Annals of Statistics 19 (1991).
+    .. [1] Kullback, S., and Leibler, R. A., "On Information and Sufficiency", Annals of Mathematical Statistics 22
+       (1951).
+    .. [2] Csiszar, I., "Why Least Squares and Maximum Entropy?", Annals of Statistics 19 (1991).
 
     Examples
     --------
     >>> import klcore
     >>> print(klcore.kl_div([0.5, 0.5], [0.9, 0.1]))
     0.5108256237659906
-    >>> value, dy = klcore.kl_div([[2.0, 0.0]], [[1.0, 1.0]], space="logits", reduction="sum", return_grad="y")
-    >>> print(round(float(value), 6), dy.round(6))
-    0.327813 [[-0.380797  0.380797]]
+
+    Two tokens, of which the mask leaves out the second:
+
+    >>> teacher, student, mask = [[2.0, 0.0], [9.0, 9.0]], [[1.0, 1.0], [0.0, 5.0]], [True, False]
+    >>> loss, dy = klcore.kl_div(
+    ...     teacher, student, space="logits", reduction="rowmean", weights=mask, return_grad="y"
+    ... )
+    >>> print(round(float(loss), 6), dy.round(6).tolist())
+    0.327813 [[-0.380797, 0.380797], [0.0, 0.0]]
     """
     return find(x, y, device).kl_div(x, y, space, axis, reduction, weights, temperature, return_grad, out, device)
 
@@ -138,7 +149,21 @@ def rel_entr(
     normalisation of close distributions shows in it at first order: prefer `kl_div` unless it is this sum that is
     wanted.
 
-    Parameters and results are those of :func:`kl_div`.
+    Parameters
+    ----------
+    x, y : array of shape (..., n, ...)
+        The truth and the model.
+    space, axis, reduction, weights, temperature, return_grad, out, device
+        As for :func:`kl_div`.
+
+    Returns
+    -------
+    value, gradients
+        As of :func:`kl_div`.
+
+    See Also
+    --------
+    kl_div : says what all parameters mean, what is returned, and what raises.
 
     Notes
     -----
@@ -177,7 +202,21 @@ def cross_entropy(
 ) -> Any:
     """Cross-entropy H(x, y) = -sum(x*log(y)) over the classes, in nats.
 
-    Parameters and results are those of :func:`kl_div`.
+    Parameters
+    ----------
+    x, y : array of shape (..., n, ...)
+        The truth and the model.
+    space, axis, reduction, weights, temperature, return_grad, out, device
+        As for :func:`kl_div`.
+
+    Returns
+    -------
+    value, gradients
+        As of :func:`kl_div`.
+
+    See Also
+    --------
+    kl_div : says what all parameters mean, what is returned, and what raises.
 
     Notes
     -----
@@ -215,7 +254,23 @@ def entropy(
 ) -> Any:
     """Entropy H(x) = -sum(x*log(x)) over the classes, in nats.
 
-    Parameters and results are those of :func:`kl_div`, without `y`.
+    Parameters
+    ----------
+    x : array of shape (..., n, ...)
+        The distribution.
+    space : {"probs", "log_probs", "logits"}
+        What the numbers are.
+    axis, reduction, weights, temperature, return_grad, out, device
+        As for :func:`kl_div`.
+
+    Returns
+    -------
+    value, gradients
+        As of :func:`kl_div`.
+
+    See Also
+    --------
+    kl_div : says what all parameters mean, what is returned, and what raises.
 
     Notes
     -----

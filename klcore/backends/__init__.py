@@ -86,7 +86,8 @@ def _look_up(cls: type) -> str | None:
     known = ", ".join(sorted(_MODULES.keys() - {"dlpack"}))
     raise TypeError(
         f"klcore does not know arrays of type {cls.__module__}.{cls.__qualname__}; it takes arrays of {known}, "
-        "those with __dlpack__, and numbers, lists and tuples. klcore.register_backend adds a library"
+        "those with __dlpack__, and numbers, lists and tuples. numpy.asarray converts most others; "
+        "klcore.register_backend adds a library"
     )
 
 
