@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 SOURCES := setup.py pyproject.toml $(wildcard src/*.h src/*.pyx)
 
-.PHONY: build demo examples test lint docs bench cuda-check gpu-check minimax clean
+.PHONY: build demo examples test lint docs bench accuracy plots cuda-check gpu-check minimax clean
 
 build: .venv/core
 demo: .venv/demo
@@ -23,6 +23,10 @@ docs: .venv/docs
 bench: .venv/bench
 	$(BIN)/python benchmarks/side_by_side.py
 	$(BIN)/python benchmarks/adapters.py
+accuracy: .venv/accuracy
+	$(BIN)/python benchmarks/accuracy.py
+plots: .venv/plots
+	$(BIN)/python benchmarks/plots.py
 cuda-check: .venv/cuda-check
 	$(BIN)/python benchmarks/cuda_check.py $(CHECK)
 # Not in .venv: with the packages that PYTHON has, beside which klcore is built, and without the network.

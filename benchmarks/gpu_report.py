@@ -325,6 +325,16 @@ def newest_gpu(folder: Path) -> Path | None:
     return max(found)[1] if found else None
 
 
+def marked(text: str, name: str, section: str, script: str) -> str:
+    """`text`, a page, with what is between its marks of that name made anew."""
+    start, end = f"<!-- {name}: made by benchmarks/{script} -->", f"<!-- {name}: end -->"
+    made = f"{start}\n\n{section}\n\n{end}"
+    text, count = re.subn(f"{re.escape(start)}.*{re.escape(end)}", lambda _: made, text, flags=re.DOTALL)
+    if count != 1:
+        raise ValueError(f"the page must have one section {name!r} by {script}, found {count}")
+    return text
+
+
 def page(text: str, folder: Path = RECORDS) -> str:
     """docs/performance.md with its marked sections made anew from the records in `folder`."""
     cpu, gpu = newest_cpu(folder), newest_gpu(folder)
@@ -333,15 +343,7 @@ def page(text: str, folder: Path = RECORDS) -> str:
         "gpu": gpu_section(json.loads(gpu.read_text()), gpu.stem, "benchmarks/") if gpu else NO_GPU,
     }
     for name, section in sections.items():
-        start, end = f"<!-- {name}: made by benchmarks/gpu_report.py -->", f"<!-- {name}: end -->"
-        text, count = re.subn(
-            f"{re.escape(start)}.*{re.escape(end)}",
-            lambda _, body=f"{start}\n\n{section}\n\n{end}": body,
-            text,
-            flags=re.DOTALL,
-        )
-        if count != 1:
-            raise ValueError(f"docs/performance.md must have one section {name!r}, found {count}")
+        text = marked(text, name, section, "gpu_report.py")
     return text
 
 

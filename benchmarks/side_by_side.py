@@ -35,7 +35,7 @@ import sys
 import tempfile
 import time
 import timeit
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -712,7 +712,7 @@ def version(name: str) -> str:
         return "not installed"
 
 
-def describe(rows: int, rounds: int) -> dict[str, Any]:
+def describe(libraries: Iterable[str]) -> dict[str, Any]:
     try:
         config = klcore.show_config(mode="dicts")
     except ValueError as error:  # an instruction set that is not there
@@ -723,11 +723,9 @@ def describe(rows: int, rounds: int) -> dict[str, Any]:
         "instruction set of klcore": config["cpu"]["instruction set in use"],
         "threads": klcore.get_num_threads(),
         "last-level cache": last_level_cache(),
-        "arrays": f"({rows}, {CLASSES}) float32, {rows * CLASSES * 4 / 2**20:.0f} MiB each",
-        "rounds": rounds,
         # processes wanting a processor before we start: more than a few tenths, and others share in the times
         "load average of the last minute": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
-        "versions": {"python": platform.python_version()} | {name: version(name) for name in LIBRARIES},
+        "versions": {"python": platform.python_version()} | {name: version(name) for name in libraries},
     }
 
 
@@ -742,7 +740,10 @@ def main() -> None:
 
     rows = rows_that_fit(QUICK_ROWS if args.quick else ROWS)
     rounds = QUICK_ROUNDS if args.quick else ROUNDS
-    machine = describe(rows, rounds)
+    machine = describe(LIBRARIES) | {
+        "arrays": f"({rows}, {CLASSES}) float32, {rows * CLASSES * 4 / 2**20:.0f} MiB each",
+        "rounds": rounds,
+    }
     for key, entry in machine.items():
         print(f"{key}: {', '.join(f'{k} {v}' for k, v in entry.items()) if isinstance(entry, dict) else entry}")
     if args.quick:

@@ -19,6 +19,7 @@ extensions = [
     "sphinx.ext.intersphinx",
     "sphinx_copybutton",
     "mathml",
+    "pictures",
     "repository",
 ]
 exclude_patterns = ["_build", "_extensions", "benchmarks"]

@@ -1,8 +1,4 @@
-"""Sphinx extension: what is written for GitHub's view of the repository works on the site as well.
-
-A link to a file or folder that is no page, as ../examples/torch_distill.py, goes to GitHub. A picture NAME-light.svg is
-NAME-dark.svg in the dark theme.
-"""
+"""Sphinx extension: links to files and folders that are no pages, as ../examples/torch_distill.py, go to GitHub."""
 
 from pathlib import Path
 
@@ -15,7 +11,7 @@ GITHUB = "https://github.com/klcore/klcore/blob/main/"
 
 
 class Links(SphinxTransform):
-    default_priority = 200  # before Sphinx collects downloads and images
+    default_priority = 200  # before Sphinx collects downloads
 
     def apply(self):
         for node in list(self.document.findall(addnodes.download_reference)) + [
@@ -27,21 +23,6 @@ class Links(SphinxTransform):
                 node.replace_self(nodes.reference("", "", *node.children, refuri=uri, internal=False))
 
 
-class Pictures(SphinxTransform):
-    default_priority = 200
-
-    def apply(self):
-        for node in list(self.document.findall(nodes.image)):
-            dark = node["uri"].replace("-light.svg", "-dark.svg")
-            if dark != node["uri"]:
-                twin = node.deepcopy()
-                twin["uri"] = dark
-                twin["classes"] += ["only-dark"]
-                node["classes"] += ["only-light"]
-                node.parent.insert(node.parent.index(node) + 1, twin)
-
-
 def setup(app):
     app.add_transform(Links)
-    app.add_transform(Pictures)
     return {"version": "1", "parallel_read_safe": True, "parallel_write_safe": True}

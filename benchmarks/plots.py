@@ -1,0 +1,348 @@
+"""The plots of docs/accuracy.md and docs/performance.md, from the newest records in docs/benchmarks: ``make plots``.
+
+    python benchmarks/plots.py
+
+writes docs/plots/NAME-light.svg and NAME-dark.svg, for white and for dark pages, and the tables of docs/accuracy.md. It
+measures nothing. accuracy.py, side_by_side.py and gpu_check.py make the records. Readable on a telephone: seven inches
+wide, panels one above the other, large letters. The same record gives the same file.
+"""
+
+import functools
+import hashlib
+import json
+import textwrap
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+from gpu_report import OURS, RECORDS, benchmark_of, markdown, marked, newest_cpu, newest_gpu
+from matplotlib import pyplot
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+PLOTS = RECORDS.parent / "plots"
+PAGE = RECORDS.parent / "accuracy.md"
+WIDTH = 7.0  # inches
+
+# Darker on white, lighter on dark. After Okabe and Ito; of any two colours at least 12 units of CIELAB remain for the
+# colour-blind, by the simulation of Machado, Oliveira and Fernandes (2009). Markers differ as well.
+THEMES = {
+    "light": {
+        "ink": "#1f2328", "grid": "#d0d7de", "blue": "#0060a8", "orange": "#dd6b0a", "green": "#008f6b",
+        "pink": "#a03070", "yellow": "#5c4a00", "grey": "#8c959f",
+    },
+    "dark": {
+        "ink": "#e6edf3", "grid": "#30363d", "blue": "#4aa8ee", "orange": "#f5803a", "green": "#2ab58f",
+        "pink": "#ffc0e0", "yellow": "#f5dc55", "grey": "#7d8792",
+    },
+}  # fmt: skip
+# contender -> colour, marker, line
+LOOKS = {
+    OURS: ("blue", "o", "-"),
+    "klcore, new arrays": ("blue", "o", "-"),
+    "PyTorch": ("orange", "s", "-"),
+    "torch eager": ("orange", "s", "-"),
+    "torch.compile": ("orange", "D", "-"),
+    "JAX": ("green", "^", "-"),
+    "JAX jit": ("green", "^", "-"),
+    "Liger-Kernel": ("pink", "P", "-"),
+    "NumPy": ("pink", "v", "-"),
+    "SciPy": ("yellow", "X", "-"),
+    "SciPy kl_div": ("yellow", "X", "-"),
+    "SciPy entropy": ("yellow", "*", ":"),
+    "numba": ("grey", "<", "-"),
+    "numexpr": ("grey", ">", "-"),
+}
+OTHER = ("grey", "d", "-")
+ORDER = {name: k for k, name in enumerate(LOOKS)}
+HOLLOW = "klcore, new arrays"
+WORDS = {"probs": "probabilities", "log_probs": "log-probabilities", "logits": "logits"}
+
+Theme = dict[str, str]
+
+
+def look(name: str, theme: Theme, **more: Any) -> dict[str, Any]:
+    """How a contender is drawn; klcore above the others."""
+    colour, marker, line = LOOKS.get(name, OTHER)
+    ours = name == OURS
+    style = {
+        "color": theme[colour], "marker": marker, "linestyle": line, "linewidth": 2.4 if ours else 1.2,
+        "markersize": 7 if ours else 6, "markeredgewidth": 1.2, "zorder": 5 if ours else 3, "label": name,
+        "markerfacecolor": "none" if name == HOLLOW else theme[colour],
+    }  # fmt: skip
+    return style | more
+
+
+def head(figure: Figure, title: str, handles: Iterable[Line2D]) -> None:
+    """Title and legend, above everything."""
+    found = figure.legend(
+        handles=list(handles), loc="outside upper left", ncols=3, frameon=False, handlelength=1.6, title=title,
+        title_fontproperties={"size": 13, "weight": "bold"}, alignment="left", borderpad=0.2, columnspacing=1.2,
+    )  # fmt: skip
+    found.get_title().set_position((0, 4))
+    figure.get_layout_engine().set(h_pad=0.1)
+
+
+def array(found: list[float | None]) -> np.ndarray:
+    return np.array(found, np.float64)
+
+
+# ---- elementary functions --------------------------------------------------------------------------------------------
+
+LEAST, TOP = 0.35, 8.0  # ulp; an error above that is written down
+
+
+def elementary(record: dict[str, Any], theme: Theme) -> Figure:
+    """Worst error in ulp by octave: a row of panels a function, a column a dtype."""
+    about = record["elementary"]
+    functions = list(dict.fromkeys(name.split()[0] for name in about["ulp"]))
+    dtypes = list(about["bounds"])
+    figure, axes = pyplot.subplots(
+        len(functions), len(dtypes), figsize=(WIDTH, 8), sharex=True, sharey=True, layout="constrained"
+    )
+    centres = 2.0 ** (np.array(about["octaves"]) + 0.5)
+    bound = {"color": theme["ink"], "linestyle": "--", "linewidth": 1.4}
+    for row, function in zip(axes, functions, strict=True):
+        row[0].set_ylabel(f"{function}, ulp")
+        for panel, dtype in zip(row, dtypes, strict=True):
+            panel.axhline(about["bounds"][dtype], **bound)
+            for k, (name, found) in enumerate(about["ulp"][f"{function} {dtype}"].items()):
+                errors = array(found)
+                style = look(name, theme, markersize=5)
+                panel.plot(centres, np.where(errors >= LEAST, errors, np.nan), markevery=(4 * k, 16), **style)
+                if np.nanmax(errors) > TOP:
+                    at = centres[np.nanargmax(errors)]
+                    words = f"{name} {np.nanmax(errors):.0f} \N{UPWARDS ARROW}"
+                    panel.annotate(
+                        words, (at, TOP), (6, -4), textcoords="offset points", va="top", color=style["color"], size=11
+                    )
+    for panel, dtype in zip(axes[0], dtypes, strict=True):
+        panel.set_title(dtype, loc="left")
+    axes[0, 0].set_xscale("log", base=2)
+    axes[0, 0].set_xlim(2.0 ** about["octaves"][0], 2.0 ** (about["octaves"][-1] + 1))
+    axes[0, 0].set_xticks([2.0**k for k in (-24, 0, 24)])
+    axes[0, 0].set_yscale("log", base=2)
+    axes[0, 0].set_ylim(LEAST, TOP)
+    axes[0, 0].set_yticks([0.5, 1, 2, 4, 8], ["0.5", "1", "2", "4", "8"])
+    figure.supxlabel("size of the argument", size=12)
+    names = next(iter(about["ulp"].values()))
+    handles = [Line2D([], [], **look(name, theme)) for name in names]
+    handles.append(Line2D([], [], label="klcore's bound", **bound))
+    head(figure, "Elementary functions: klcore stays within 1 ulp", handles)
+    return figure
+
+
+# ---- divergences -----------------------------------------------------------------------------------------------------
+
+PANELS = {
+    ("probs", "values"): "value, from probabilities",
+    ("log_probs", "values"): "value, from log-probabilities",
+    ("logits", "values"): "value, from logits",
+    ("logits", "gradients"): "gradient with respect to logits",
+}
+RANGES = {"float32": (1e-8, 1e8), "float64": (1e-16, 1e1)}
+TICKS = {"float32": [1e-8, 1e-4, 1, 1e4, 1e8], "float64": [1e-16, 1e-12, 1e-8, 1e-4, 1]}
+LIKE_NUMPY = "SciPy rel_entr"  # its errors are NumPy's; the tables show both
+LITERAL, DIVERGENCE = "x log(x/y)", "x log(x/y) - x + y"
+
+
+def divergence(record: dict[str, Any], theme: Theme, dtype: str) -> Figure:
+    """Worst error by decade of the divergence, a panel a kind of input."""
+    about = record["divergence"]
+    figure, axes = pyplot.subplots(
+        len(PANELS), 1, figsize=(WIDTH, 10.5), sharex=True, sharey=True, layout="constrained"
+    )
+    centres = 10.0 ** (np.array(about["decades"]) + 0.5)
+    of_bound = {"color": theme["ink"], "linestyle": "--", "linewidth": 1.4, "label": "klcore's bound"}
+    of_literal = {"color": theme["ink"], "linestyle": ":", "linewidth": 2, "label": f"exact {LITERAL}"}
+    names: dict[str, None] = {}
+    for panel, ((space, of_what), title) in zip(axes, PANELS.items(), strict=True):
+        found = about[f"{space} {dtype}"]
+        bound = np.full(len(centres), about["bounds"][of_what][dtype])
+        if "formulas" in found:
+            bound += array(found["formulas"][DIVERGENCE]["worst"])
+            panel.plot(centres, array(found["formulas"][LITERAL]["worst"]), **of_literal, zorder=6)
+        panel.plot(centres, bound, **of_bound, zorder=2)
+        shown = {name: errors for name, errors in found[of_what].items() if name != LIKE_NUMPY}
+        for k, (name, errors) in enumerate(shown.items()):  # markers in turn: many of the lines lie on each other
+            panel.plot(centres, array(errors["worst"]), markevery=(k % 3, 3), **look(name, theme))
+        names |= dict.fromkeys(shown)
+        remarks = []
+        for what in ("negative", "not finite"):
+            counts = {name: sum(errors[what]) for name, errors in shown.items() if sum(errors.get(what, []))}
+            words = f"{what}, of {sum(found['pairs'])}: " + ", ".join(f"{name} {k}" for name, k in counts.items())
+            remarks += textwrap.wrap(words, 42) if counts else []
+        panel.text(0.99, 0.97, "\n".join(remarks), transform=panel.transAxes, ha="right", va="top", size=10.5)
+        panel.set_title(title, loc="left")
+        panel.minorticks_off()
+    axes[0].set(xscale="log", yscale="log", xlim=(0.7 * centres[0], 1.4 * centres[-1]), ylim=RANGES[dtype])
+    axes[0].set(xticks=[10.0**k for k in (-12, -9, -6, -3, 0)], yticks=TICKS[dtype])
+    axes[-1].set_xlabel("KL divergence, nats")
+    figure.supylabel("worst relative error", size=12)
+    handles = [Line2D([], [], **look(name, theme)) for name in names]
+    handles += [Line2D([], [], **of_bound), Line2D([], [], **of_literal)]
+    head(figure, f"{dtype}: klcore keeps its digits when distributions are close", handles)
+    return figure
+
+
+# ---- speed -----------------------------------------------------------------------------------------------------------
+
+
+def ratios(times: dict[str, dict[str, float]], device: str, floor: str, theme: Theme) -> Figure:
+    """Contenders' times as multiples of the floor, one line an operation."""
+    names = sorted({name for found in times.values() for name in found}, key=lambda name: (ORDER.get(name, 99), name))
+    figure, panel = pyplot.subplots(figsize=(WIDTH, 2.2 + 0.55 * len(times)), layout="constrained")
+    panel.axvline(1, color=theme["ink"], linestyle="--", linewidth=1.4)
+    for name in names:
+        at = [(found[name], k) for k, found in enumerate(times.values()) if name in found]
+        panel.plot(*zip(*at, strict=True), **look(name, theme, linestyle="", markersize=11 if name == OURS else 8))
+    panel.set_xscale("log")
+    panel.set_xlim(0.8, None)
+    panel.xaxis.set_major_formatter("{x:g}")
+    panel.set_yticks(range(len(times)), list(times))
+    panel.set_ylim(len(times) - 0.5, -0.5)
+    panel.set_xlabel(f"time, multiples of {floor}")
+    ours = [found[OURS] for found in times.values() if OURS in found]
+    title = f"{device}: klcore takes {min(ours):.1f} to {max(ours):.1f} times {floor}"
+    head(figure, title, [Line2D([], [], **look(name, theme, linestyle="", markersize=8)) for name in names])
+    return figure
+
+
+def cpu(record: dict[str, Any], theme: Theme) -> Figure:
+    """Of side_by_side.py's record, rows' values: a sum over them takes as long."""
+    times: dict[str, dict[str, float]] = {}
+    for title, figures in record["operations"].items():
+        what, space, reduction = title.split(", ")
+        if reduction == "'row'":
+            label = f"{WORDS[space]}\n{what}"
+            times[label] = {f["contender"]: f["times_floor"] for f in figures if f.get("times_floor")}
+            times[label] = {name: t for name, t in times[label].items() if not name.startswith("floor")}
+    order = sorted(times, key=lambda label: ("gradient" in label, list(WORDS.values()).index(label.partition("\n")[0])))
+    return ratios({label: times[label] for label in order}, "CPU", "the floor", theme)
+
+
+def gpu(record: dict[str, Any], theme: Theme) -> Figure:
+    """Of gpu_check.py's record, the first shape at which all contenders ran; gpu_report.py draws every case."""
+    cases = benchmark_of(record)["cases"]
+    compared = [c for c in cases if len(c["contenders"]) > 1] or cases
+    shape = [(c["rows"], c["n"]) for c in compared][:1]
+    times = {}
+    for case in compared:
+        if (case["rows"], case["n"]) in shape and case["outputs"] in ("value", "value+dy"):
+            what = "value" if case["outputs"] == "value" else "value and gradient"
+            found = [c for c in case["contenders"] if "percent of copy" in c and not c["wrong"]]
+            label = f"{WORDS[case['space']]}\n{what}, {case['dtype']}"
+            times[label] = {c["name"]: 100 / c["percent of copy"] for c in found}
+    return ratios(times, "GPU", "a copy", theme)
+
+
+# ---- the tables of docs/accuracy.md ----------------------------------------------------------------------------------
+
+SHOWN = (-12, -6, 0)  # decades
+
+
+def short(number: float) -> str:
+    return f"{number:.0e}".replace("e-0", "e-").replace("e+0", "e")
+
+
+def elementary_table(record: dict[str, Any]) -> str:
+    found = record["elementary"]["ulp"]
+    names = list(next(iter(found.values())))
+    rows = [
+        [name.replace(" ", ", "), *(f"{np.nanmax(array(errors[n])):.3g}" for n in names)]
+        for name, errors in found.items()
+    ]
+    return markdown(["worst error, ulp", *names], rows)
+
+
+def negative_table(record: dict[str, Any]) -> str:
+    about = {space: record["divergence"][f"{space} float32"] for space in WORDS}
+    names = list(about["logits"]["values"])
+    rows = [[name, *(f"{sum(found['values'][name]['negative'])}" for found in about.values())] for name in names]
+    header = [f"{WORDS[space]}, of {sum(found['pairs'])}" for space, found in about.items()]
+    return markdown(["negative, float32", *header], rows)
+
+
+def errors_table(record: dict[str, Any]) -> str:
+    about = record["divergence"]
+    columns = [(dtype, about["decades"].index(d), d) for dtype in RANGES for d in SHOWN]
+    rows = []
+    for name in about["logits float32"]["values"]:
+        worst = [about[f"logits {dtype}"]["values"][name]["worst"][k] for dtype, k, _ in columns]
+        rows.append([name, *(short(w) for w in worst)])
+    header = [f"{dtype}, {short(10.0**d)} to {short(10.0 ** (d + 1))}" for dtype, _, d in columns]
+    return markdown(["worst error, from logits", *header], rows)
+
+
+def page(text: str, folder: Path = RECORDS) -> str:
+    """docs/accuracy.md with its marked sections made anew from the newest record in `folder`."""
+    path = newest_accuracy(folder)
+    if path is None:
+        raise FileNotFoundError(f"no accuracy-*.json in {folder}: `make accuracy` writes one")
+    record = json.loads(path.read_text())
+    versions = ", ".join(f"{name} {v}" for name, v in record["machine"]["versions"].items() if name != OURS)
+    source = f"From [{path.name}](benchmarks/{path.name}): {record['machine']['processor']}, {versions}."
+    divergences = "\n\n".join([errors_table(record), negative_table(record), source])
+    sections = {"elementary": f"{elementary_table(record)}\n\n{source}", "divergence": divergences}
+    for name, section in sections.items():
+        text = marked(text, name, section, "plots.py")
+    return text
+
+
+# ---- files -----------------------------------------------------------------------------------------------------------
+
+
+def newest_accuracy(folder: Path) -> Path | None:
+    return max(folder.glob("accuracy-*.json"), default=None)
+
+
+def plots(folder: Path = RECORDS) -> Iterator[tuple[str, Path, Callable[[Theme], Figure]]]:
+    """Name, record and drawing of every plot that there is a record for."""
+    for path, drawings in (
+        (newest_accuracy(folder), {
+            "elementary": elementary,
+            "divergence-float32": functools.partial(divergence, dtype="float32"),
+            "divergence-float64": functools.partial(divergence, dtype="float64"),
+        }),
+        (newest_cpu(folder), {"cpu": cpu}),
+        (newest_gpu(folder), {"gpu": gpu}),
+    ):  # fmt: skip
+        record = json.loads(path.read_text()) if path else None
+        for name, drawing in drawings.items() if path else ():
+            yield name, path, functools.partial(drawing, record)
+
+
+def draw(folder: Path, records: Path = RECORDS) -> list[Path]:
+    """All plots, each for light and for dark pages, as SVG with text as text."""
+    written = []
+    for name, record, drawing in plots(records):
+        source = f"{record.name}, sha256 {hashlib.sha256(record.read_text().encode()).hexdigest()}"
+        for kind, theme in THEMES.items():
+            ink, grid = theme["ink"], theme["grid"]
+            style = {
+                "svg.hashsalt": "klcore", "svg.fonttype": "none", "font.size": 12, "axes.titlesize": 12,
+                "text.color": ink, "axes.labelcolor": ink, "xtick.color": ink, "ytick.color": ink,
+                "axes.edgecolor": grid, "axes.grid": True, "grid.color": grid, "axes.axisbelow": True,
+                "axes.spines.top": False, "axes.spines.right": False, "axes.facecolor": "none",
+            }  # fmt: skip
+            path = folder / f"{name}-{kind}.svg"
+            with matplotlib.rc_context(style):
+                figure = drawing(theme)
+                figure.savefig(path, transparent=True, metadata={"Date": None, "Creator": None, "Source": source})
+                pyplot.close(figure)
+            written.append(path)
+    return written
+
+
+def main() -> None:
+    matplotlib.use("svg")
+    PLOTS.mkdir(exist_ok=True)
+    PAGE.write_text(page(PAGE.read_text()))
+    for path in [PAGE, *draw(PLOTS)]:
+        print(path)
+
+
+if __name__ == "__main__":
+    main()
