@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 SOURCES := setup.py pyproject.toml $(wildcard src/*.h src/*.pyx)
 
-.PHONY: build demo examples test lint bench cuda-check gpu-check minimax clean
+.PHONY: build demo examples test lint bench asv asv-check cuda-check gpu-check minimax clean
 
 build: .venv/core
 demo: .venv/demo
@@ -18,6 +18,15 @@ lint: .venv/lint
 bench: .venv/bench
 	$(BIN)/python benchmarks/side_by_side.py
 	$(BIN)/python benchmarks/adapters.py
+# Commits as git names them ("RANGE=main~5..main"), or NEW: since the last measured ones. Each is built and installed in
+# asv_bench/env. Then the pages: asv_bench/html, to be looked at with `asv preview`.
+asv: RANGE ?= HEAD^!
+asv: .venv/asv
+	cd asv_bench && ../$(BIN)/asv machine --yes && ../$(BIN)/asv run $(RANGE) && ../$(BIN)/asv publish
+# Every benchmark once, of klcore as it is in .venv; fails if one of them does. The figures mean nothing.
+asv-check: .venv/asv
+	cd asv_bench && ../$(BIN)/asv machine --yes && ../$(BIN)/asv check --python=same \
+		&& ../$(BIN)/asv run --python=same --quick --show-stderr
 cuda-check: .venv/cuda-check
 	$(BIN)/python benchmarks/cuda_check.py $(CHECK)
 # Not in .venv: with the packages that PYTHON has, beside which klcore is built, and without the network.
