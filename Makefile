@@ -22,7 +22,7 @@ bench: .venv/bench
 # asv_bench/env. Then the pages: asv_bench/html, to be looked at with `asv preview`.
 asv: RANGE ?= HEAD^!
 asv: .venv/asv
-	cd asv_bench && ../$(BIN)/asv machine --yes && ../$(BIN)/asv run $(RANGE) && ../$(BIN)/asv publish
+	cd asv_bench && ../$(BIN)/asv machine --yes && ../$(BIN)/asv run "$(RANGE)" && ../$(BIN)/asv publish
 # Every benchmark once, of klcore as it is in .venv; fails if one of them does. The figures mean nothing.
 asv-check: .venv/asv
 	cd asv_bench && ../$(BIN)/asv machine --yes && ../$(BIN)/asv check --python=same \

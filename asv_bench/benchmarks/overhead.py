@@ -4,7 +4,7 @@ import functools
 
 import klcore
 
-from .calls import DEVICES, NAMES, library, random_logits, to_space, waiting
+from .calls import DEVICES, NAMES, library, random_logits, timer, to_space, waiting
 
 CALLS = {
     "row": {},
@@ -32,6 +32,7 @@ class SmallCalls:
         words = CALLS[operation] | ({"device": device} if operation == "named device" else {})
         self.call = functools.partial(klcore.kl_div, x, y, **words)
         self.wait = waiting(device)
+        self.timer = timer(device, shape)
         self.call()
 
     def time_thousand_calls(self, operation: str, device: str, dtype: str, shape: str) -> None:
