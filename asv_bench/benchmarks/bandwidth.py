@@ -14,7 +14,7 @@ from floor import floor
 from .calls import DEVICES, NAMES, PAST_CACHE, Call, library, warm
 from .divergence import GRADIENTS, VALUES
 
-ROUNDS = 15
+ROUNDS = 25
 LAUNCHES = {"cpu": 1, "cuda": 10}  # before waiting, which takes a GPU as long as some MB
 
 

@@ -21,7 +21,7 @@ DEVICES = ["cpu", "cuda"]
 IN_CACHE = "1024x256"  # 1 MiB of float32; on the CPU by one thread, and timed by `timer`: arithmetic and nothing else
 PAST_CACHE = "2048x32768"  # 256 MiB of float32, twice that is more than caches hold; by all threads
 
-# function, its words; "gradient": with respect to y
+# function, its words; gradients are those with respect to y
 OPERATIONS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
     f"{space}{', gradient' if grad else ''}": (klcore.kl_div, {"space": space, "return_grad": grad})
     for space in ("probs", "log_probs", "logits")
@@ -72,7 +72,7 @@ def waiting(device: str) -> Callable[[], Any]:
 
 
 def timer(device: str, shape: str) -> Callable[[], float]:
-    """The clock for what one thread of the CPU does stops while others have the processor."""
+    """The clock of calls on that shape: one thread's own stops while others have the processor."""
     return time.perf_counter if device == "cuda" or shape == PAST_CACHE else time.thread_time
 
 

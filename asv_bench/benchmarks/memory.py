@@ -1,5 +1,5 @@
-"""Peak memory of a process: one that holds the arrays of a call, and one that makes the call as well. Temporaries would
-stand between the two. Outside GPUs' memory, so on the CPU alone.
+"""Peak memory of a process that holds the arrays of a call, and of one that makes the call as well: the difference is
+temporaries. asv sees no memory of GPUs, hence the CPU alone.
 """
 
 from .calls import NAMES, prepare
