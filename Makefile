@@ -36,7 +36,7 @@ gpu-check:
 minimax: .venv/test
 	$(BIN)/python docs/minimax.py
 clean:
-	rm -rf .venv build src/kl_cpu.cpp klcore/_cpu*.so
+	rm -rf .venv build asv_bench/env src/kl_cpu.cpp klcore/_cpu*.so
 
 .venv/bin/python:
 	$(PYTHON) -m venv .venv && $(BIN)/pip install -q --upgrade pip

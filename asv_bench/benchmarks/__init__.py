@@ -1,4 +1,4 @@
-"""klcore over time, by airspeed velocity: `make asv`; one commit beside another: `asv continuous -b Rows main HEAD`.
+"""klcore over time, by airspeed velocity: `make asv`; one commit beside another: `asv continuous -f 1.2 main HEAD`.
 
 asv installs the commits to be measured; these files are always those of the working tree. With them come two more of
 its files: the floor (benchmarks/floor.py) and the exact answers (tests/oracle.py). Nothing else of klcore is imported
