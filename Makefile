@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 SOURCES := setup.py pyproject.toml $(wildcard src/*.h src/*.pyx)
 
-.PHONY: build demo examples test lint docs bench accuracy plots cuda-check gpu-check minimax clean
+.PHONY: build demo examples test lint docs bench accuracy plots asv asv-check asv-compare cuda-check gpu-check minimax clean
 
 build: .venv/core
 demo: .venv/demo
@@ -27,6 +27,18 @@ accuracy: .venv/accuracy
 	$(BIN)/python benchmarks/accuracy.py
 plots: .venv/plots
 	$(BIN)/python benchmarks/plots.py
+# Commits as git names them ("RANGE=main~5..main"), or NEW: since the last measured ones. Each is built and installed in
+# asv_bench/env. Then the pages: asv_bench/html, to be looked at with `asv preview`.
+asv: RANGE ?= HEAD^!
+asv: .venv/asv
+	cd asv_bench && ../$(BIN)/asv machine --yes && ../$(BIN)/asv run "$(RANGE)" && ../$(BIN)/asv publish
+# Every benchmark once, of klcore as it is in .venv; fails if one of them does. The figures mean nothing.
+asv-check: .venv/asv
+	cd asv_bench && ../$(BIN)/asv machine --yes && ../$(BIN)/asv check --python=same \
+		&& ../$(BIN)/asv run --python=same --quick --show-stderr
+# This commit beside BASE, in turns; fails where one of them is slower, larger or less exact by more than the factor.
+asv-compare: .venv/asv
+	cd asv_bench && ../$(BIN)/asv machine --yes && ../$(BIN)/asv continuous -f 1.2 $(BASE) HEAD
 cuda-check: .venv/cuda-check
 	$(BIN)/python benchmarks/cuda_check.py $(CHECK)
 # Not in .venv: with the packages that PYTHON has, beside which klcore is built, and without the network.
@@ -36,7 +48,7 @@ gpu-check:
 minimax: .venv/test
 	$(BIN)/python docs/minimax.py
 clean:
-	rm -rf .venv build docs/_build docs/api src/kl_cpu.cpp klcore/_cpu*.so
+	rm -rf .venv build docs/_build docs/api asv_bench/env src/kl_cpu.cpp klcore/_cpu*.so
 
 .venv/bin/python:
 	$(PYTHON) -m venv .venv && $(BIN)/pip install -q --upgrade pip

@@ -19,7 +19,6 @@ What is fair is stated, not assumed:
 """
 
 import argparse
-import ctypes
 import datetime
 import functools
 import importlib.metadata
@@ -30,9 +29,7 @@ import platform
 import resource
 import shutil
 import statistics
-import subprocess
 import sys
-import tempfile
 import time
 import timeit
 from collections.abc import Callable, Iterable
@@ -41,6 +38,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from floor import Unavailable, buffer, floor
 from tqdm import tqdm
 
 import klcore
@@ -103,10 +101,6 @@ class Contender:
         return f"{', '.join(absent)} not installed" if absent else ""
 
 
-class Unavailable(Exception):
-    """A tool that a contender needs is not there."""
-
-
 CONTENDERS: list[Contender] = []
 
 
@@ -119,72 +113,6 @@ def contender(name: str, *needs: str, sliced: bool = False) -> Callable[[Any], A
 
 
 # --- the floors ------------------------------------------------------------------------------------------------------
-
-# Ordinary stores first read the line that they overwrite, a fourth array to move; streamed stores do not. Which is
-# quicker depends on the processor, so both are measured and the quicker one is the floor. No -ffast-math: linked into a
-# library it makes the whole process flush denormals to zero.
-FLOOR_SOURCE = """
-#include <stddef.h>
-#ifdef __SSE2__
-#include <immintrin.h>
-#endif
-#define BLOCK 8192
-
-float read_both(const float *x, const float *y, ptrdiff_t n, int threads) {
-  float sum = 0;
-#pragma omp parallel for num_threads(threads) reduction(+ : sum) schedule(static)
-  for (ptrdiff_t b = 0; b < n; b += BLOCK) {
-    float s = 0;
-#pragma omp simd reduction(+ : s)
-    for (int i = 0; i < BLOCK; i++) s += x[b + i] * y[b + i];
-    sum += s;
-  }
-  return sum;
-}
-
-void read_write(const float *restrict x, const float *restrict y, float *restrict z, ptrdiff_t n, int threads) {
-#pragma omp parallel for num_threads(threads) schedule(static)
-  for (ptrdiff_t b = 0; b < n; b += BLOCK)
-#pragma omp simd
-    for (int i = 0; i < BLOCK; i++) z[b + i] = x[b + i] + y[b + i];
-}
-
-void read_stream(const float *restrict x, const float *restrict y, float *restrict z, ptrdiff_t n, int threads) {
-#if defined(__AVX512F__)
-#pragma omp parallel for num_threads(threads) schedule(static)
-  for (ptrdiff_t i = 0; i < n; i += 16)
-    _mm512_stream_ps(z + i, _mm512_add_ps(_mm512_load_ps(x + i), _mm512_load_ps(y + i)));
-#elif defined(__SSE2__)
-#pragma omp parallel for num_threads(threads) schedule(static)
-  for (ptrdiff_t i = 0; i < n; i += 4)
-    _mm_stream_ps(z + i, _mm_add_ps(_mm_load_ps(x + i), _mm_load_ps(y + i)));
-#else
-  read_write(x, y, z, n, threads);
-#endif
-}
-"""
-
-
-@functools.cache
-def floor_library() -> ctypes.CDLL:
-    compiler = os.environ.get("CC", "cc")
-    if shutil.which(compiler.split()[0]) is None:
-        raise Unavailable("needs a C compiler")
-    with tempfile.TemporaryDirectory() as folder:
-        source, library = Path(folder, "floor.c"), Path(folder, "floor.so")
-        source.write_text(FLOOR_SOURCE)
-        flags = ["-O3", "-march=native", "-fopenmp", "-shared", "-fPIC"]
-        subprocess.run([*compiler.split(), *flags, source, "-o", library], check=True)
-        loaded = ctypes.CDLL(str(library))
-    loaded.read_both.restype = ctypes.c_float
-    return loaded
-
-
-def floor(function: str, *arrays: np.ndarray) -> Callable[[], Any]:
-    pointers = [ctypes.c_void_p(a.ctypes.data) for a in arrays]
-    return functools.partial(
-        getattr(floor_library(), function), *pointers, ctypes.c_ssize_t(arrays[0].size), klcore.get_num_threads()
-    )
 
 
 @contender("floor: read")
@@ -633,16 +561,6 @@ def call_overhead(rounds: int = 15, calls: int = 2_000) -> dict[str, float]:
 # --- the data --------------------------------------------------------------------------------------------------------
 
 
-def buffer(*shape: int) -> np.ndarray:
-    """Zeros aligned to a cache line, as JAX needs to share them and streamed stores to work; every page is touched."""
-    size = int(np.prod(shape))
-    memory = np.empty(size + 16, np.float32)
-    start = -memory.ctypes.data % 64 // 4
-    array = memory[start : start + size].reshape(shape)
-    array[...] = 0
-    return array
-
-
 def blocks(a: np.ndarray) -> Any:
     return tqdm(np.split(a, len(a) // 64), desc="data", leave=False, disable=None)
 
@@ -664,8 +582,8 @@ def to_probs(a: np.ndarray) -> None:
 
 
 def run_all(rows: int, rounds: int, quick: bool) -> dict[str, Any]:
-    x, y, grad = (buffer(rows, CLASSES) for _ in range(3))
-    values = buffer(rows)
+    x, y, grad = (buffer((rows, CLASSES)) for _ in range(3))
+    values = buffer((rows,))
     for seed, a in enumerate((x, y)):
         fill_with_logits(a, seed)
     results: dict[str, Any] = {}

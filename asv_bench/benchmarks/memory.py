@@ -1,0 +1,20 @@
+"""Peak memory of a process that holds the arrays of a call, and of one that makes the call as well: the difference is
+temporaries. asv sees no memory of GPUs, hence the CPU alone.
+"""
+
+from .calls import NAMES, prepare
+from .divergence import GRADIENTS, VALUES
+
+
+class Memory:
+    params = ([*VALUES, *GRADIENTS, "axis 0"], ["cpu"], ["float32"], ["512x32768"])
+    param_names = NAMES
+
+    def setup(self, *params: str) -> None:
+        self.call = prepare(*params)
+
+    def peakmem_arrays(self, *params: str) -> None:
+        """Nothing but what setup() left: Python, NumPy, klcore and 64 MiB an array."""
+
+    def peakmem_call(self, *params: str) -> None:
+        self.call()
