@@ -249,6 +249,18 @@ def test_sixteen_bits(operation, space, n, target, dtype):
     assert value.tobytes() == call(operation, x.astype("float32"), y.astype("float32"), space).tobytes()
 
 
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_every_number_of_sixteen_bits_is_widened_exactly(dtype):
+    """Subnormal ones, infinities and NaN included: the terms are those of the same numbers in float32."""
+    x = np.arange(1 << 16, dtype=np.uint16).view(getattr(ml_dtypes, dtype, dtype))
+    wide = x.astype("float32")
+    for operation in ("rel_entr", "cross_entropy"):
+        terms = getattr(klcore, operation)(x, x[::-1], reduction="none")
+        np.testing.assert_array_equal(terms, getattr(klcore, operation)(wide, wide[::-1], reduction="none"))
+    value = klcore.entropy(x[:, None])
+    np.testing.assert_array_equal(value, klcore.entropy(wide[:, None]))
+
+
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("rest", [1e-3, 1e-7, 1e-12, 1e-30])
 @pytest.mark.parametrize("n", [2, 100, 1025])
