@@ -34,7 +34,9 @@ inline void watch_forks() {
 #endif
 }
 
-constexpr int GROUP = 16;             // neighbouring rows taken together where classes lie far apart: they share cache lines
+constexpr int LINE = 16;              // neighbouring rows taken together at least where classes lie far apart: a cache line's
+constexpr int GROUP = 256;            // and at most
+constexpr i64 TILE = 128 * CHUNK;      // numbers of an array that such rows bring together at once; the second level holds it
 constexpr i64 SERIAL = 32768;         // classes below which a second thread costs more than it brings
 constexpr i64 STREAM = 64 << 20;      // bytes of output from which on it is streamed past the caches
 constexpr i64 AHEAD = 1 << 20;        // bytes of a row pair that the second-level cache holds twice
@@ -103,6 +105,30 @@ inline void collapse(Plan& p) {
   }
 }
 
+inline int width(const Array& a) { return a.dtype == FLOAT64 ? 8 : a.dtype == FLOAT32 ? 4 : 2; }
+inline bool scattered(const Array& a) { return a.data && std::abs(a.stride) > 64; }
+
+// n classes of m rows that are neighbours in memory, from columns to rows `pitch` bytes apart, or back. Eight classes at a
+// time: as many cache lines, in which the rows share, and the eight after the next ones are asked for, since no hardware
+// foresees steps of this size.
+template <int SIZE, bool BACK> void turn(char* columns, i64 stride, int m, int n, char* rows, i64 pitch) {
+  constexpr int STEP = 8;
+  for (int start = 0; start < n; start += STEP) {
+    int end = start + STEP < n ? start + STEP : n;
+    for (int i = start + 2 * STEP; i < end + 2 * STEP && i < n; i++)
+      for (int k = 0; k < m * SIZE; k += 64) prefetch(columns + i * stride + k);
+    for (int j = 0; j < m; j++)
+      for (int i = start; i < end; i++) {
+        char *column = columns + i * stride + j * SIZE, *row = rows + j * pitch + i * SIZE;
+        std::memcpy(BACK ? column : row, BACK ? row : column, SIZE);
+      }
+  }
+}
+
+template <bool BACK> void turn(int size, char* columns, i64 stride, int m, int n, char* rows, i64 pitch) {
+  (size == 8 ? turn<8, BACK> : size == 4 ? turn<4, BACK> : turn<2, BACK>)(columns, stride, m, n, rows, pitch);
+}
+
 struct Batch {
   const Plan& p;
   Kernel kernel;
@@ -113,27 +139,74 @@ struct Batch {
   bool ahead;                         // read the next row while this one is written
   bool flat;                          // rows short and dense enough for kernel.flat
   size_t bytes;                       // of scratch a thread
+  // Where classes lie far apart, a chunk of all rows of a group is brought into rows before it is computed, and results
+  // from rows into columns afterwards: `near` is the plan of that.
+  static constexpr int SIDES = 5;
+  static constexpr Array Plan::*sides[SIDES] = {&Plan::x, &Plan::y, &Plan::value, &Plan::dx, &Plan::dy};
+  size_t tile[SIDES] = {0};           // where in the scratch; 0: the array is used as it lies
+  Plan near;
 
-  Batch(const Plan& plan, const Isa& set) : p(plan), kernel(set.kernel(plan)), isa(set) {
+  Batch(const Plan& plan, const Isa& set) : p(plan), kernel(set.kernel(plan)), isa(set), near(plan) {
     chunks = (p.n + CHUNK - 1) / CHUNK;
-    i64 last = p.ndim ? p.shape[p.ndim - 1] : 1;
-    bool scattered = std::abs(p.x.stride) > 64 || std::abs(p.y.stride) > 64;
-    group = scattered ? std::min<i64>(GROUP, std::max<i64>(last, 1)) : 1;
+    bool far = scattered(p.x) || scattered(p.y) || scattered(p.dx) || scattered(p.dy);
+    group = far ? group_size() : 1;
     flat = kernel.flat && p.n > 0 && p.n <= COLUMNS && p.ndim <= 1 && !p.weights.data && !p.factors.data &&
            p.output != TERMS && dense(p.x) && dense(p.y) && dense(p.dx) && dense(p.dy);
     if (flat) group = CHUNK / p.n;
-    i64 width = p.x.dtype == FLOAT64 ? 8 : 4;
-    ahead = group == 1 && kernel.sweeps > 1 && chunks > 1 && 2 * p.n * width <= AHEAD && p.x.stride == width &&
-            p.y.stride == width;
+    i64 size = p.x.dtype == FLOAT64 ? 8 : 4;
+    ahead = group == 1 && kernel.sweeps > 1 && chunks > 1 && 2 * p.n * size <= AHEAD && p.x.stride == size &&
+            p.y.stride == size;
     panel = std::min<i64>(CHUNK, (std::max<i64>(chunks, 1) + 7) & ~(i64)7);
     panels = (chunks + CHUNK - 1) / CHUNK;
     per_row = (panel + panels) * *std::max_element(kernel.states, kernel.states + 3);
     bytes = (SCRATCH + sizeof(double) * (size_t)(per_row * group) + 63) & ~(size_t)63;
+    for (int k = 0; k < SIDES && group > 1 && !flat; k++) {
+      Array& a = near.*sides[k];
+      if (!scattered(a) || (&a == &near.value && p.output != TERMS)) continue;
+      near.stream = 0;
+      a.stride = width(a);
+      tile[k] = bytes;
+      bytes += (size_t)(pitch(k) * group);
+    }
+  }
+
+  // How many rows are taken together: enough for TILE numbers, few enough that every thread finds some.
+  i64 group_size() const {
+    i64 last = p.ndim ? p.shape[p.ndim - 1] : 1, rows = TILE / std::min<i64>(CHUNK, std::max<i64>(p.n, 1));
+    rows = std::min<i64>(std::min<i64>(rows, GROUP), p.rows / (4 * p.threads)) / LINE * LINE;
+    return std::min(std::max<i64>(rows, LINE), std::max<i64>(last, 1));
   }
 
   bool dense(const Array& a) const {
-    i64 width = a.dtype == FLOAT64 ? 8 : a.dtype == FLOAT32 ? 4 : 2;
-    return !a.data || (a.stride == width && (p.ndim == 0 || a.batch[0] == p.n * width));
+    return !a.data || (a.stride == width(a) && (p.ndim == 0 || a.batch[0] == p.n * width(a)));
+  }
+
+  // Rows of the tile begin at different offsets within a page: the first-level cache keeps few lines of one offset.
+  i64 pitch(int k) const { return ((std::min<i64>(CHUNK, p.n) * width(p.*sides[k]) + 63) & ~(i64)63) + 64; }
+  static char*& place(Row& row, int k) {
+    char** places[SIDES] = {(char**)&row.x, (char**)&row.y, &row.value, &row.dx, &row.dy};
+    return *places[k];
+  }
+
+  // The classes from `start` on of these rows, between arrays in which they lie far apart and the tile.
+  template <bool BACK> void turn_chunk(Row* row, int count, i64 start, int n, char* scratch) const {
+    for (int k = BACK ? 2 : 0; k < (BACK ? SIDES : 2); k++) {
+      if (!tile[k]) continue;
+      const Array& a = p.*sides[k];
+      for (int i = 0, m; i < count; i += m) {
+        char* at = place(row[i], k);
+        for (m = 1; i + m < count && place(row[i + m], k) == at + m * width(a);) m++;
+        turn<BACK>(width(a), at + start * a.stride, a.stride, m, n, scratch + tile[k] + i * pitch(k), pitch(k));
+      }
+    }
+  }
+
+  // Row i of those in the tile, so that `start` classes on it finds its own.
+  Row in_tile(const Row& row, int i, i64 start, char* scratch) const {
+    Row moved = row;
+    for (int k = 0; k < SIDES; k++)
+      if (tile[k]) place(moved, k) = scratch + tile[k] + i * pitch(k) - start * width(p.*sides[k]);
+    return moved;
   }
 
   int size(i64 chunk) const { return (int)std::min<i64>(CHUNK, p.n - chunk * CHUNK); }
@@ -164,10 +237,14 @@ struct Batch {
     }
     for (int s = first; s < last; s++) {
       for (i64 k = 0; k < panels; k++) {
-        for (i64 c = k * CHUNK; c < std::min(chunks, (k + 1) * CHUNK); c++)
+        for (i64 c = k * CHUNK; c < std::min(chunks, (k + 1) * CHUNK); c++) {
+          turn_chunk<false>(row, count, c * CHUNK, size(c), scratch);
           for (int i = 0; i < count; i++)
             if (row[i].weight != 0)
-              kernel.chunk(p, row[i], s, c * CHUNK, size(c), stats[i], states + i * per_row + c % CHUNK, panel, scratch);
+              kernel.chunk(near, in_tile(row[i], i, c * CHUNK, scratch), s, c * CHUNK, size(c), stats[i],
+                           states + i * per_row + c % CHUNK, panel, scratch);
+          if (s == kernel.sweeps - 1) turn_chunk<true>(row, count, c * CHUNK, size(c), scratch);
+        }
         for (int i = 0; i < count; i++)
           if (row[i].weight != 0) fold_panel(s, states + i * per_row, k);
       }
