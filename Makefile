@@ -3,7 +3,8 @@ PYTHON ?= python3
 BIN := .venv/bin
 SOURCES := setup.py pyproject.toml $(wildcard src/*.h src/*.pyx)
 
-.PHONY: build demo examples test lint docs bench accuracy plots asv asv-check asv-compare cuda-check gpu-check minimax clean
+.PHONY: build demo examples test lint docs wheel wheel-test bench accuracy plots asv asv-check asv-compare cuda-check \
+	gpu-check minimax clean
 
 build: .venv/core
 demo: .venv/demo
@@ -20,6 +21,16 @@ lint: .venv/lint
 	$(BIN)/zizmor --offline --quiet .
 docs: .venv/docs
 	$(BIN)/sphinx-build -W --keep-going docs docs/_build/html
+wheel: .venv/wheel
+	rm -rf dist && $(BIN)/python -m build
+	[ $$(uname) != Linux ] || PATH=$(CURDIR)/$(BIN):$$PATH auditwheel repair --strip -w dist dist/*-linux_*.whl
+	rm -f dist/*-linux_*.whl
+# The whole suite against the wheel, with neither the sources nor a compiler at hand.
+wheel-test: wheel
+	rm -rf build/installed && $(PYTHON) -m venv build/installed && cp -r tests pyproject.toml build/installed
+	build/installed/bin/pip install -q --upgrade pip
+	build/installed/bin/pip install -q "$$(echo dist/*.whl)[test]"
+	cd build/installed && PATH=$$PWD/bin python -m pytest -n 2 --dist worksteal tests --pyargs klcore
 bench: .venv/bench
 	$(BIN)/python benchmarks/side_by_side.py
 	$(BIN)/python benchmarks/adapters.py

@@ -13,9 +13,12 @@ NO_OPENMP = os.environ.get("KLCORE_NO_OPENMP") == "1"
 # The same bits everywhere: no contraction, no fast-math. Without jump threading gcc leaves selects in one piece, which
 # its vectoriser needs; the other two say that nobody reads errno or the exception flags.
 FLAGS = {
-    "msvc": (["/O2", "/std:c++17", "/fp:precise"], []),
+    "msvc": (["/O2", "/std:c++17", "/EHsc", "/fp:precise"], []),
     "unix": (
-        ["-std=c++17", "-O3", "-g0", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-pthread"],
+        [
+            *("-std=c++17", "-O3", "-g0", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"),
+            *("-fvisibility=hidden", "-pthread"),
+        ],
         ["-pthread"],
     ),
 }

@@ -7,6 +7,7 @@ while rows are computed.
 """
 from cpython.buffer cimport PyBUF_FORMAT, PyBUF_STRIDES, PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer
 from libc.string cimport memset
+from libcpp.atomic cimport atomic
 
 cdef extern from "kl_batch.h" namespace "kl" nogil:
     ctypedef long long i64 "kl::i64"
@@ -57,7 +58,9 @@ cdef extern from *:
     const int kl_openmp
     const char* kl_compiler
 
-cdef const Isa* _isa = isa_table()    # until klcore.backends.cpu chooses: the one that every processor has
+ctypedef const Isa* ChosenIsa
+cdef atomic[ChosenIsa] _isa           # atomic: one thread may choose while others compute, without the GIL
+_isa.store(isa_table())               # until klcore.backends.cpu chooses: the one that every processor has
 
 cdef double NAN = float("nan")
 cdef enum:
@@ -79,11 +82,10 @@ def instruction_sets():
 
 def use_instruction_set(str name):
     """Compute with this instruction set from now on. The caller has checked that it is supported."""
-    global _isa
     cdef const Isa* s = isa_table()
     while s.name != NULL:
         if s.name.decode() == name:
-            _isa = s
+            _isa.store(s)
             return
         s += 1
     raise ValueError(name)
@@ -91,7 +93,7 @@ def use_instruction_set(str name):
 
 def instruction_set():
     """The instruction set in use."""
-    return _isa.name.decode()
+    return _isa.load().name.decode()
 
 
 cdef int _dtype(const char* format) except -1:
@@ -140,7 +142,7 @@ cdef class _Borrowed:
 cdef int _execute(Plan* plan, int inner_axes) except -1:
     cdef int failed
     with nogil:
-        failed = run_plan(plan[0], _isa[0], inner_axes)
+        failed = run_plan(plan[0], _isa.load()[0], inner_axes)
     if failed:
         raise MemoryError("klcore could not allocate its working memory")
     return 0
@@ -278,7 +280,7 @@ def plain(int operation, int space_x, int space_y, bint wide, x, y, int reductio
 
 def add_up(double[::1] values):
     """The sum of `values` in klcore's order of addition; `values` is overwritten."""
-    return _isa.sum_levels(&values[0], values.shape[0]) if values.shape[0] else 0.0
+    return _isa.load().sum_levels(&values[0], values.shape[0]) if values.shape[0] else 0.0
 
 
 def elementary(str function, x, out):
@@ -292,10 +294,10 @@ def elementary(str function, x, out):
         raise ValueError("x and out differ")
     if _dtype(vx.format) == FLOAT32:
         with nogil:
-            _isa.elementary_float(f, <const float*>vx.buf, <float*>vo.buf, n)
+            _isa.load().elementary_float(f, <const float*>vx.buf, <float*>vo.buf, n)
     elif _dtype(vx.format) == FLOAT64:
         with nogil:
-            _isa.elementary_double(f, <const double*>vx.buf, <double*>vo.buf, n)
+            _isa.load().elementary_double(f, <const double*>vx.buf, <double*>vo.buf, n)
     else:
         raise TypeError("float32 or float64 only")
 
@@ -320,8 +322,8 @@ def sweeps(int operation, int space_x, int space_y, bint wide, bint terms, bint 
     p.output = TERMS if terms else TOTAL
     p.dx.data = &mark if gradient else NULL
     found = []
-    while states_of(p, _isa[0], len(found)) >= 0:
-        found.append(states_of(p, _isa[0], len(found)))
+    while states_of(p, _isa.load()[0], len(found)) >= 0:
+        found.append(states_of(p, _isa.load()[0], len(found)))
     return tuple(found)
 
 
@@ -344,7 +346,7 @@ def sweep(int number, int operation, int space_x, int space_y, x, y, weights, te
     _lay_out(&p, b, operation, space_x, space_y, TOTAL if terms is None else TERMS, x, y, weights, terms, dx, dy,
              left == NULL, wide, temperature, gradient_scale, threads)
     with nogil:
-        failed = sweep_plan(p, _isa[0], number, known, left, inner_axes)
+        failed = sweep_plan(p, _isa.load()[0], number, known, left, inner_axes)
     if failed:
         raise MemoryError("klcore could not allocate its working memory")
 
@@ -375,7 +377,7 @@ def merge(int number, int operation, int space_x, int space_y, weights, bint wid
     p.threads = threads
     p.inverse_temperature = 1.0 / temperature
     with nogil:
-        failed = merge_plan(p, _isa[0], number, &states[0] if states.shape[0] else NULL, count, &stats[0])
+        failed = merge_plan(p, _isa.load()[0], number, &states[0] if states.shape[0] else NULL, count, &stats[0])
     if failed:
         raise MemoryError("klcore could not allocate its working memory")
 

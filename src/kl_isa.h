@@ -63,8 +63,8 @@ inline void stream_line(char* to, const char* from) {
 }  // namespace avx2
 #if defined(__clang__)
 #pragma clang attribute pop
-#pragma clang attribute push(__attribute__((target("avx512f,avx512dq,avx512bw,avx512vl,avx2,fma,f16c,bmi,bmi2"), \
-                                            min_vector_width(512))), apply_to = function)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512dq,avx512bw,avx512vl,avx2,fma,f16c,bmi,bmi2"))), apply_to = function)
+#pragma clang attribute push(__attribute__((min_vector_width(512))), apply_to = function)
 #else
 #pragma GCC pop_options
 #pragma GCC push_options
@@ -75,6 +75,7 @@ inline void stream_line(char* to, const char* from) { _mm512_stream_si512((__m51
 #include "kl_rows.h"
 }  // namespace avx512
 #if defined(__clang__)
+#pragma clang attribute pop
 #pragma clang attribute pop
 #else
 #pragma GCC pop_options

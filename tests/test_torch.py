@@ -7,6 +7,7 @@ autograd, torch.func, torch.compile, torch.export.
 import contextlib
 import importlib
 import os
+import shutil
 import threading
 
 import ml_dtypes
@@ -679,7 +680,10 @@ print("first")
     ("module", "options", "backend"),
     [
         ("klcore", 'space="logits"', "aot_eager"),
-        ("klcore", 'space="logits"', "inductor"),
+        pytest.param(
+            *("klcore", 'space="logits"', "inductor"),
+            marks=pytest.mark.skipif(not shutil.which("g++"), reason="inductor needs a C++ compiler"),
+        ),
         ("klcore.compat.pytorch", "log_target=True", "aot_eager"),
     ],
 )

@@ -23,7 +23,8 @@ _MODULES = {
 }
 _DEVICES = {"cpu": "numpy", "cuda": "cupy"}
 _MOVABLE = (None, *_DEVICES.values())  # between these a device that is named decides; adapters look at it themselves
-# what was found, in dicts: torch.compile warns about functools.cache
+# What was found, in dicts: torch.compile warns about functools.cache. register_backend puts new ones in their place, so
+# that what other threads are finding meanwhile, by the old registry, is not kept; hence each is looked at once a call.
 _libraries: dict[type, str | None] = {}
 _tensors: set[type] = set()  # PyTorch's apart: torch.compile compiles anew when a dict that a call looks into has grown
 _loaded: dict[str, ModuleType] = {}
@@ -62,15 +63,16 @@ def find(x: object, y: object, device: str | None) -> ModuleType:
 
 def _library(cls: type) -> str | None:
     """The library an array type belongs to, looking through its base classes; None for numbers and lists."""
-    if cls in _tensors:
+    libraries, tensors = _libraries, _tensors
+    if cls in tensors:
         return "torch"
-    library = _libraries.get(cls, "")  # looked at once: another thread may register a backend, which empties it
+    library = libraries.get(cls, "")
     if library == "":
         library = _look_up(cls)
         if library == "torch":
-            _tensors.add(cls)
+            tensors.add(cls)
         else:
-            _libraries[cls] = library
+            libraries[cls] = library
     return library
 
 
@@ -83,7 +85,7 @@ def _look_up(cls: type) -> str | None:
             return root
     if hasattr(cls, "__dlpack__"):
         return "dlpack"
-    known = ", ".join(sorted(_MODULES.keys() - {"dlpack"}))
+    known = ", ".join(sorted(backends().keys() - {"dlpack"}))
     raise TypeError(
         f"klcore does not know arrays of type {cls.__module__}.{cls.__qualname__}; it takes arrays of {known}, "
         "those with __dlpack__, and numbers, lists and tuples. numpy.asarray converts most others; "
@@ -101,9 +103,10 @@ def _of_device(device: str) -> str:
 
 
 def _module(library: str) -> ModuleType:
-    module = _loaded.get(library)
+    loaded = _loaded
+    module = loaded.get(library)
     if module is None:
-        module = _loaded[library] = _load(library)
+        module = loaded[library] = _load(library)
     return module
 
 
@@ -158,7 +161,6 @@ def register_backend(library: str, module: str) -> None:
             raise ValueError(f"{word} must be the name of a module, found {text!r}")
     if "." in library:
         raise ValueError(f"library is the first word of a module's name, as 'torch'; found {library!r}")
+    global _libraries, _tensors, _loaded
     _MODULES[library] = module
-    _libraries.clear()
-    _tensors.clear()
-    _loaded.clear()
+    _libraries, _tensors, _loaded = {}, set(), {}

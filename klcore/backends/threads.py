@@ -7,7 +7,8 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 
 _within: ContextVar[int | None] = ContextVar("klcore_threads", default=None)
-_set: int | None = None
+_set: int | None = None  # by set_num_threads
+_found: int | None = None  # by _default; apart, or a first call could undo what another thread sets meanwhile
 
 
 def _positive(n: int, what: str) -> int:
@@ -50,13 +51,15 @@ def get_num_threads() -> int:
     ``KLCORE_NUM_THREADS`` or ``OMP_NUM_THREADS`` when the first call was made, else the number of processors that this
     process may use. Small inputs use one thread whatever this says.
     """
-    global _set
+    global _found
     n = _within.get()
-    if n is not None:
-        return n
-    if _set is None:
-        _set = _default()
-    return _set
+    if n is None:
+        n = _set
+    if n is None:
+        n = _found
+    if n is None:
+        n = _found = _default()
+    return n
 
 
 def set_num_threads(n: int) -> None:
