@@ -16,6 +16,9 @@
 #if defined(__unix__) || defined(__APPLE__)
 #include <pthread.h>
 #endif
+#if defined(_M_X64)
+#include <immintrin.h>
+#endif
 
 #include "kl_isa.h"
 
@@ -33,6 +36,33 @@ inline void watch_forks() {
   pthread_atfork(nullptr, nullptr, [] { forked() = true; });
 #endif
 }
+
+// While one lives, its thread computes as numerics v1 says: rounding to nearest, subnormal numbers kept. A program may have
+// chosen otherwise (torch.set_flush_denormal, a library linked with -ffast-math), and threads inherit that.
+struct Arithmetic {
+  Arithmetic(const Arithmetic&) = delete;
+#if defined(__SSE2__) || defined(_M_X64)
+  static constexpr unsigned ORDINARY = 0x1f80, MODES = 0xffc0;   // the other bits are flags
+  unsigned found = _mm_getcsr();
+  Arithmetic() {
+    if ((found & MODES) != ORDINARY) _mm_setcsr(ORDINARY);
+  }
+  ~Arithmetic() {
+    if ((found & MODES) != ORDINARY) _mm_setcsr(found);
+  }
+#elif defined(__aarch64__) && (defined(__GNUC__) || defined(__clang__))
+  std::uint64_t found;
+  Arithmetic() {
+    asm volatile("mrs %0, fpcr" : "=r"(found));
+    if (found) asm volatile("msr fpcr, %0" : : "r"((std::uint64_t)0));
+  }
+  ~Arithmetic() {
+    if (found) asm volatile("msr fpcr, %0" : : "r"(found));
+  }
+#else
+  Arithmetic() {}
+#endif
+};
 
 constexpr int LINE = 16;              // neighbouring rows taken together at least where classes lie far apart: a cache line's
 constexpr int GROUP = 256;            // and at most
@@ -262,6 +292,7 @@ struct Batch {
 #pragma omp parallel num_threads(p.threads)
 #endif
         {
+          Arithmetic arithmetic;
 #if defined(_OPENMP)
 #pragma omp for schedule(dynamic, 8) nowait
 #endif
@@ -363,6 +394,7 @@ inline void run_here(Plan& p, const Isa& isa) {
 #pragma omp parallel num_threads(p.threads)
 #endif
         {
+          Arithmetic arithmetic;
 #if defined(_OPENMP)
 #pragma omp for schedule(dynamic, share) nowait
 #endif
@@ -411,6 +443,7 @@ inline void run_summed(Plan& p, const Isa& isa, int inner_axes) {
 #pragma omp parallel for schedule(dynamic, 1) num_threads(threads)
 #endif
         for (i64 i = begin; i < end; i++) {
+          Arithmetic arithmetic;
           Row row;
           b.rows(o * inner + i, 1, 0, last, &row, stats_of(i - begin), mine());
         }
@@ -420,6 +453,7 @@ inline void run_summed(Plan& p, const Isa& isa, int inner_axes) {
 #pragma omp parallel for schedule(dynamic, 1) num_threads(threads)
 #endif
       for (i64 item = 0; item < items; item++) {
+        Arithmetic arithmetic;
         i64 k = item / b.chunks, c = item % b.chunks;
         int size = b.size(c);
         double gradient[CHUNK], state[MAX_STATS], *sum = sums.data() + k * p.n + c * CHUNK;
@@ -445,6 +479,7 @@ template <class Work> int guarded(Plan& p, Work work) noexcept {
   int failed = 0;
   auto caught = [&] {
     try {
+      Arithmetic arithmetic;
       work();
     } catch (...) {
       failed = 1;

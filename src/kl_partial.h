@@ -30,6 +30,7 @@ inline void sweep_here(Plan& p, const Isa& isa, int s, const double* stats, doub
 #pragma omp parallel for schedule(dynamic, 8) num_threads(threads)
 #endif
   for (i64 item = 0; item < items; item++) {
+    Arithmetic arithmetic;
     i64 c = item % b.chunks, first = item / b.chunks * b.group;
     double unused[MAX_STATES];
     for (i64 r = first; r < std::min(p.rows, first + b.group); r++) {
@@ -63,6 +64,7 @@ inline void sweep_summed(Plan& p, const Isa& isa, int s, const double* stats, in
 #pragma omp parallel for schedule(dynamic, 1) num_threads(threads)
 #endif
   for (i64 item = 0; item < items; item++) {
+    Arithmetic arithmetic;
     i64 c = item % b.chunks, begin = item / b.chunks * inner;
     int size = b.size(c);
     double gradient[CHUNK], sum[CHUNK], result[CHUNK] = {0}, unused[MAX_STATES];
@@ -94,6 +96,7 @@ inline void merge_here(Plan& p, const Isa& isa, int s, double* states, i64 count
 #pragma omp parallel for schedule(static) num_threads(p.rows * count <= SERIAL / CHUNK ? 1 : p.threads)
 #endif
   for (i64 r = 0; r < p.rows; r++) {
+    Arithmetic arithmetic;
     Row row = locate(p, r);
     double *at = states + r * width * count, *to = stats + r * MAX_STATS, last[MAX_STATES];
     if (row.weight != 0) {

@@ -474,6 +474,39 @@ def test_contexts(context):
     same(x.grad, dx)
 
 
+FLUSHED = """
+import hashlib
+import sys
+
+import numpy as np
+import torch
+
+if sys.argv[1] == "flush":
+    assert torch.set_flush_denormal(True)
+    assert np.float32(1e-40) * np.float32(1.0) == 0
+import klcore
+
+rng = np.random.default_rng(0)
+found = hashlib.sha256()
+for shape in ((3, 20), (300, 1500), (1, 200_000)):  # one thread; rows over two; a row over two
+    for bits, dtype in ((16, "float16"), (32, "float32"), (64, "float64")):  # subnormal numbers, made of integers
+        x, y = rng.integers(1 << bits // 2, size=(2, *shape), dtype=f"uint{bits}").view(dtype)
+        for y in (y, y[:1]):
+            for array in klcore.kl_div(x, y, return_grad=("x", "y")):
+                found.update(array.tobytes())
+print(found.hexdigest())
+if sys.argv[1] == "flush":
+    assert np.float32(1e-40) * np.float32(1.0) == 0  # left as it was
+"""
+
+
+@pytest.mark.skipif(not torch.set_flush_denormal(False), reason="this processor has no such mode")
+def test_flushing_subnormals_changes_no_bit(python):
+    """A mode of the processor that threads inherit; a library linked with -ffast-math sets it as well."""
+    plain, flushed = (python(FLUSHED, how, KLCORE_NUM_THREADS=2) for how in ("keep", "flush"))
+    assert plain == flushed
+
+
 # ---- torch.library, torch.func ---------------------------------------------------------------------------------------
 
 
