@@ -45,7 +45,8 @@ def test_selftest_on_the_cpu():
     done = command("--selftest")
     assert (done.returncode, done.stderr) == (0, "")
     assert "FAILED" not in done.stdout
-    assert f"cpu ({_cpu.instruction_set()}, {klcore.get_num_threads()} threads):" in done.stdout
+    isa, threads = (re.search(f"{name}: (.*)", done.stdout)[1] for name in ("instruction set in use", "threads"))
+    assert f"cpu ({isa}, {threads} threads):" in done.stdout
     for name, usable in _cpu.instruction_sets().items():
         assert (f"bits with {name} instructions: those of numerics v1" in done.stdout) == usable
     missing = klcore.show_config("dicts")["cuda"]["available"].removeprefix("no: ")
