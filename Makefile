@@ -14,7 +14,7 @@ examples: .venv/examples
 	$(BIN)/python examples/keras_cnn.py
 test: .venv/test
 	$(BIN)/python -m pytest -n 2 --dist worksteal
-	$(BIN)/python -m pytest -p docs.pages README.md docs  # a page is one program, for one process
+	$(BIN)/python -m pytest -p docs.pages --ignore docs/_extensions README.md docs  # a page is one program, for one process
 lint: .venv/lint
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && PATH=$(CURDIR)/$(BIN):$$PATH cython-lint src
 	$(BIN)/mypy && $(BIN)/stubtest klcore._cpu --ignore-missing-stub --mypy-config-file .ci/stubtest.ini

@@ -1,6 +1,6 @@
 """Plugin of pytest: the Python blocks of README.md and of docs/ are tests, each page one program, run from its top.
 
-    python -m pytest -p docs.pages README.md docs    # part of `make test`
+    python -m pytest -p docs.pages --ignore docs/_extensions README.md docs    # part of `make test`
 
 A block that cannot run here is preceded by an HTML comment, which pages do not show: <!-- skip: next "reason" -->.
 """
