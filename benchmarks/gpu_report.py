@@ -100,7 +100,8 @@ def judge(stage: str, lines: list[dict[str, Any]]) -> Verdict:
     found = {(line["stage"], line["item"]): line for line in mine if "item" in line and "begin" not in line}
     done = {key: line for key, line in found.items() if "died" not in line}
     failures = [*ends[-1].get("failures", [])] if ends else []
-    for (_, item), line in found.items():
+    tools = {("", line["tool"]): line for line in mine if "tool" in line}
+    for (_, item), line in (found | tools).items():
         failures += [f"{item}: {words}" for words in wrongs(line)]
     planned: dict[str, Any] = {}
     for line in mine:  # of a second call only what was left: the first counts

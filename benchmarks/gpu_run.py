@@ -87,6 +87,7 @@ class Run:
     end: float
     carry: Path
     keep: Path
+    site: Path  # klcore, of these sources, if it is built on the way
     deadline: float = 0.0  # of the stage that is under way
     out_of_time: bool = False  # in that stage
     children: list[subprocess.Popen[bytes]] = field(default_factory=list)
@@ -156,9 +157,14 @@ class Run:
 
     def needs_core(self) -> None:
         """Wait until klcore's extension is there: what is compared is compared with the CPU."""
-        if self.builder is not None and self.wait(self.builder) != 0:
+        if self.builder is None:
+            return
+        try:
+            status = self.builder.wait(None if self.deadline == math.inf else max(0.1, self.deadline - time.time()))
+        except subprocess.TimeoutExpired:  # for a later stage it may be there
+            raise RuntimeError("klcore is still being built") from None
+        if status:
             raise RuntimeError("klcore could not be built; why stands in log.txt")
-        self.builder = None
 
 
 def processes() -> int:
@@ -201,20 +207,32 @@ def commit() -> str:
     return "unknown"
 
 
-def prepare_paths(keep: Path) -> None:
-    """For this process and its children: klcore as it is installed, else this folder, with the sources where it looks.
+def prepare_paths(keep: Path, site: Path) -> None:
+    """For this process and its children: klcore as it is installed, else as it lies here, without its extension.
 
-    What is built and unpacked on the way comes first, as soon as it is there.
+    What is built and installed on the way comes first, as soon as it is there.
     """
     given = filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))
-    paths = [*(str(keep / name) for name in ("site", "extra")), str(HERE), *given]
+    paths = [str(site), str(keep / "extra"), str(HERE), *given]
     if importlib.util.find_spec("klcore") is None:
-        paths.append(str(ROOT))
+        paths.append(str(lay_out(keep / f"plain-{site.name}")))
     sys.path[:0] = paths
     os.environ["PYTHONPATH"] = os.pathsep.join(paths)
-    if importlib.util.find_spec("klcore._src") is None:
-        (ROOT / "klcore" / "_src").symlink_to(Path("..", "src"))
-        importlib.invalidate_caches()
+
+
+def lay_out(folder: Path) -> Path:
+    """klcore as an installed package looks: the sources are in it, and it has a version."""
+    package = folder / "klcore"
+    package.mkdir(parents=True, exist_ok=True)
+    entries = {path.name: path for path in (ROOT / "klcore").iterdir()} | {"_src": ROOT / "src"}
+    for name, path in entries.items():
+        if not (package / name).exists():
+            (package / name).symlink_to(path)
+    version = re.search('^version = "(.*)"$', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+    about = folder / "klcore-0.dist-info"
+    about.mkdir(exist_ok=True)
+    (about / "METADATA").write_text(f"Metadata-Version: 2.1\nName: klcore\nVersion: {version and version[1]}\n")
+    return folder
 
 
 def unpack(run: Run) -> str:
@@ -237,7 +255,7 @@ def unpack(run: Run) -> str:
 def start_build(run: Run) -> str:
     """Install what was carried, and build klcore's extension if it is not there, while stages run that do without."""
     pip = f"{shlex.quote(sys.executable)} -m pip install -q --no-index --no-deps --upgrade --target"
-    tools, extra, site, part = (shlex.quote(str(run.keep / name)) for name in ("tools", "extra", "site", "part"))
+    tools, extra, part = (shlex.quote(str(run.keep / name)) for name in ("tools", "extra", "part"))
     lines = []
     for folder, names in ((extra, "liger_kernel-*.whl"), (tools, "[!l]*.whl")):
         wheels = sorted(map(str, run.carry.glob(names)))
@@ -245,7 +263,7 @@ def start_build(run: Run) -> str:
     built = importlib.util.find_spec("klcore._cpu") is not None
     if not built:  # whole or not at all: others look there meanwhile
         lines.append(f"PYTHONPATH={tools} {pip} {part} --no-build-isolation {shlex.quote(str(ROOT))}")
-        lines.append(f"mv {part} {site}")
+        lines.append(f"mv {part} {shlex.quote(str(run.site))}")
     if lines:
         run.builder = run.start(["bash", "-c", " && ".join(lines)])
     return "klcore is built already" if built else "klcore is built in the background"
@@ -317,17 +335,17 @@ def sanitizer(run: Run) -> list[str]:
         if name not in done:
             words = [command, "--tool", name, "--error-exitcode", str(TOOL_FOUND), "--print-limit", "20"]
             running[name] = run.start([*words, *run.words("sanitizer", name)], to=f"sanitizer-{name}.txt")
-    failures = []
     for name, process in running.items():
         status = run.wait(process)
         text = (run.out / f"sanitizer-{name}.txt").read_text(errors="replace")
         summary = re.findall(r"=+ ((?:ERROR|RACECHECK) SUMMARY.*)", text)
         errors = [line.strip("= ") for line in text.splitlines() if line.startswith("=====")]
         said = summary[-1] if summary else "out of time" if status is None else f"exit status {status}"
-        say(stage="sanitizer", tool=name, status=status, said=said)
+        failed = {}
         if status and "Device not supported" not in text:
-            failures.append(f"{name}: {said}: {' | '.join(errors[1:8])}"[:1000])
-    return failures
+            failed = {"failed": f"{said}: {' | '.join(errors[1:8])}"[:1000]}
+        say(stage="sanitizer", tool=name, status=status, said=said, **failed)
+    return []
 
 
 def tests(run: Run) -> list[str]:
@@ -379,14 +397,15 @@ NAMES = [stage.name for stage in STAGES]
 
 
 def work(name: str, argument: str, emulated: bool) -> int:
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # Linux: end with the process that started this one
+    if sys.platform == "linux" and name not in ("sanitizer", "profile"):  # those are ended by their tools
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # end with the process that started this one
     deadline = float(os.environ["KLCORE_GPU_DEADLINE"])
     if name == "environment":
         work_on_environment(emulated)
         return 0
     if name == "tests":
         return work_on_tests(emulated)
+    os.environ.setdefault("KLCORE_NUM_THREADS", "2")  # many such processes share the CPU
     import gpu_bench
     import gpu_bits
     from gpu_device import clocks, open_device
@@ -404,7 +423,7 @@ def work(name: str, argument: str, emulated: bool) -> int:
         if not emulated:
             gpu.cupy.cuda.set_allocator(None)  # an allocation an array: else an error hits what lies beside it
         roles = gpu_bits.roles(gpu)
-        each(f"sanitizer {argument}", roles, lambda role: gpu_bits.check_role(roles[role]), **go)
+        each(f"sanitizer {argument}", roles, lambda role: gpu_bits.check_role(roles[role]), needs=5.0, **go)
     elif name == "large":
         each(name, gpu_bits.LARGE, lambda item: gpu_bits.check_large(gpu, item), needs=5.0, **go)
     elif name == "profile":
@@ -541,9 +560,9 @@ def main() -> int:
 
     end = time.time() + args.seconds
     keep = args.keep.absolute()
-    prepare_paths(keep)
-    out = args.out.absolute()
-    sources = source_digest()
+    out, sources = args.out.absolute(), source_digest()
+    site = keep / f"site-{sources}"
+    prepare_paths(keep, site)
     memory = keep / f"results-{sources}{'-emulated' if args.emulated else ''}.jsonl"
     for folder in (out, keep):
         folder.mkdir(parents=True, exist_ok=True)
@@ -551,7 +570,7 @@ def main() -> int:
         memory.unlink(missing_ok=True)
     os.environ[gpu_lines.FILES] = os.pathsep.join([str(out / gpu_lines.NAME), str(memory)])
     os.environ[gpu_lines.CALL] = "2" if args.second else "1"
-    run = Run(out, args.emulated, end, args.carry.absolute(), keep)
+    run = Run(out, args.emulated, end, args.carry.absolute(), keep, site)
     stages = chosen(args.second, args.only or [])
     now = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
     about = {"date": now, "commit": commit(), "sources": sources, "emulated": args.emulated}
