@@ -154,7 +154,7 @@ def run(script, tmp_path, monkeypatch):
     gpu_run, gpu_lines = script("gpu_run"), script("gpu_lines")
     monkeypatch.setenv(gpu_lines.FILES, str(tmp_path / gpu_lines.NAME))
     monkeypatch.setenv(gpu_lines.CALL, "1")
-    return gpu_run.Run(tmp_path, True, math.inf, tmp_path, tmp_path)
+    return gpu_run.Run(tmp_path, True, math.inf, tmp_path, tmp_path, tmp_path)
 
 
 def test_limits_are_kept(script, run):
