@@ -57,7 +57,7 @@ class ndarray:
     """cupy.ndarray: a shape and strides over memory that nobody looks at."""
 
     __module__ = "cupy"
-    __slots__ = ("_strides", "data", "dtype", "ndim", "shape")
+    __slots__ = ("_strides", "data", "dtype", "ndim", "packed", "shape")
     device = Device()
 
     def __init__(self, shape: Any, dtype: Any = float, memptr: Any = None, strides: Any = None) -> None:
@@ -65,7 +65,7 @@ class ndarray:
         self.dtype = dtype if isinstance(dtype, np.dtype) else np.dtype(dtype)
         self.ndim = len(self.shape)
         self.data = alloc(0) if memptr is None else memptr
-        self._strides = strides
+        self._strides, self.packed = strides, strides is None
 
     @property
     def size(self) -> int:
@@ -216,8 +216,10 @@ def _forget(backends: types.ModuleType) -> None:
     backends._loaded.clear()
 
 
-def _strides_like(a: ndarray) -> tuple[int, ...]:
+def _strides_like(a: ndarray) -> tuple[int, ...] | None:
     """Of a new array in the order of `a`, without its gaps, as NumPy's empty_like has it."""
+    if a.packed:
+        return None
     return _packed(a.shape, a.dtype.itemsize, sorted(range(a.ndim), key=lambda d: (-abs(a.strides[d]), d)))
 
 

@@ -83,6 +83,7 @@ KL_DEVICE unsigned cluster_rank() {
   return rank;
 }
 KL_DEVICE void cluster_barrier() {
+  __syncwarp();   // .aligned asks all lanes to come together; that loops ended for them all does not promise it
   asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
 template <typename T> KL_DEVICE T* cluster_peer(T* mine, unsigned rank) {

@@ -538,7 +538,7 @@ def test_gpu_that_klcore_cannot_use(monkeypatch):
     def missing():
         raise klcore.BackendUnavailableError("CUDA needs CuPy")
 
-    monkeypatch.setattr(cuda, "_ready", missing)
+    monkeypatch.setattr(cuda, "ready", missing)
     monkeypatch.setattr(adapter, "_platform", lambda a: "gpu")
     with pytest.raises(klcore.BackendUnavailableError, match="CUDA needs CuPy"):
         klcore.kl_div(jnp.ones(3), jnp.ones(3))
@@ -562,16 +562,16 @@ def test_buffers_on_a_gpu(gpu, monkeypatch):
         pytest.skip("stand-ins for JAX's buffers are of the emulator's arrays")
     seen = []
 
-    @contextlib.contextmanager
-    def stream(pointer, device):
-        seen.append((pointer, device))
-        yield
+    class Watched(gpu.xp.cuda.Stream):
+        def __enter__(self):
+            seen.append((self.ptr, gpu.xp.cuda.Device().id))
+            return super().__enter__()
 
     def buffer(array):
         return None if array is None else types.SimpleNamespace(array=gpu.put(array), __dlpack_device__=lambda: (2, 0))
 
     monkeypatch.setattr(gpu.xp, "from_dlpack", lambda b: b.array, raising=False)
-    monkeypatch.setattr(gpu.xp.cuda, "ExternalStream", stream, raising=False)
+    monkeypatch.setattr(gpu.xp.cuda, "Stream", Watched)
     adapter = importlib.import_module("klcore.backends.jax")
     x, y = arguments(("logits", "probs"), (2, 4, 5), (1, 4, 5))  # an axis of vmap's in front, y not mapped
     value = np.empty(2, np.float32)

@@ -2,6 +2,7 @@
 
 import importlib
 import importlib.resources
+import importlib.util
 import re
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import pytest
 import klcore
 
 nvrtc = importlib.import_module("klcore.backends.nvrtc")
+nvidia = importlib.import_module("nvidia") if importlib.util.find_spec("nvidia") else None
 
 try:
     nvrtc.version()
@@ -128,6 +130,37 @@ def test_an_unknown_architecture_names_the_remedy(monkeypatch, version, arch, wo
     with pytest.raises(klcore.BackendUnavailableError) as caught:
         nvrtc.compile(TOY, OPTIONS, arch)
     assert [word for word in words if word not in str(caught.value)] == []
+
+
+PRELOADED = """
+import ctypes, sys
+other = ctypes.CDLL(sys.argv[1])  # as PyTorch loads it, and leaves its other half alone
+from klcore.backends import nvrtc
+library = nvrtc._load(sys.argv[1])
+nvrtc._library = lambda: library
+print("builtins" if "libnvrtc-builtins" in open("/proc/self/maps").read() else "half of it")
+nvrtc.compile(sys.argv[2], (), 90)
+"""
+WITHOUT_PATHFINDER = """
+import sys
+sys.modules["cuda.pathfinder"] = None
+from klcore.backends import nvrtc
+nvrtc.compile(sys.argv[1], (), 90)
+print(nvrtc._library()._name)
+"""
+BY_PIP = sorted(str(p) for root in (nvidia.__path__ if nvidia else ()) for p in Path(root).glob("*/lib/libnvrtc.so.1?"))
+
+
+@pytest.mark.skipif(not BY_PIP, reason="NVRTC is not here as a package of pip's")
+@pytest.mark.parametrize("path", BY_PIP, ids=lambda path: Path(path).name)
+def test_whoever_has_loaded_it_before(python, path):
+    """Not all of NVIDIA's packages lead from the library to its other half, which NVRTC needs when it compiles."""
+    assert python(PRELOADED, path, TOY.replace("FACTOR", "3")).strip() == "builtins"
+
+
+@pytest.mark.skipif(not BY_PIP, reason="NVRTC is not here as a package of pip's")
+def test_found_without_pathfinder(python):
+    assert python(WITHOUT_PATHFINDER, TOY.replace("FACTOR", "3")).strip() in BY_PIP
 
 
 def test_a_missing_compiler_is_named(monkeypatch):

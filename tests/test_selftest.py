@@ -59,13 +59,13 @@ def test_selftest_on_a_gpu(capsys, monkeypatch):
     used = set()
     with computing_on("emulated"):
         cuda = importlib.import_module("klcore.backends.cuda")  # anew, with the emulator for CuPy
-        kernel = cuda._kernel
+        start = cuda._start
 
-        def recorded(device, options, name):
-            used.add(name)
-            return kernel(device, options, name)
+        def recorded(launches, plans):
+            used.update(launch.name for launch in launches)
+            start(launches, plans)
 
-        monkeypatch.setattr(cuda, "_kernel", recorded)
+        monkeypatch.setattr(cuda, "_start", recorded)
         assert selftest.run()
         text = capsys.readouterr().out
         assert used == {*cuda._ENTRIES}

@@ -1,4 +1,4 @@
-"""PyTorch tensors on a GPU: the current stream, and results. Collected where KLCORE_TEST_DEVICES asks for "cuda"."""
+"""PyTorch tensors on a GPU: streams, graphs, results. Collected where KLCORE_TEST_DEVICES asks for "cuda"."""
 
 import pytest
 from test_torch import kl, logits
@@ -11,20 +11,86 @@ def test_current_stream(device):
     """The kernels wait for what the stream does, and nobody else for them."""
     x, y = logits(512, 4096).to(device), logits(512, 4096, seed=1).to(device)
     expected = kl(x, y, "row", return_grad="x")
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        torch.cuda._sleep(100_000_000)
-        late = x + 0.0
-        leaf = late.requires_grad_()
+
+    def step(x):
+        leaf = (x + 0.0).requires_grad_()
         value = kl(leaf, y, "row")
         value.sum().backward()
         out = torch.empty_like(value)
         kl(leaf.detach(), y, "row", out=out)
+        return value.detach(), leaf.grad, out
+
+    step(x)  # compiled, and loaded, which waits for the GPU
+    torch.cuda.synchronize()
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(100_000_000)
+        found = step(x)
         busy = not stream.query()
     torch.cuda.synchronize()
     assert busy
-    torch.testing.assert_close((value.detach(), leaf.grad, out), (*expected, expected[0]), rtol=0, atol=0)
+    torch.testing.assert_close(found, (*expected, expected[0]), rtol=0, atol=0)
+
+
+def steps(weights):
+    """Losses whose kernels need working memory: totals, weighted means, gradients that are summed."""
+    return {
+        "total": lambda x, y: kl(x, y, "batchmean"),
+        "weighted": lambda x, y: kl(x, y, "rowmean", weights=weights),
+        "broadcast": lambda x, y: kl(x, y[:1], "sum"),
+        "half": lambda x, y: kl(x.bfloat16(), y.bfloat16(), "batchmean"),
+    }
+
+
+@pytest.mark.parametrize("device", ["cuda"])
+@pytest.mark.parametrize("name", steps(None))
+def test_cuda_graph(device, name):
+    """What a graph has allocated is its own as long as it lives, whoever allocates meanwhile."""
+    x, y = logits(300, 5000, dtype=torch.float32).to(device), logits(300, 5000, seed=1, dtype=torch.float32).to(device)
+    step = steps(torch.rand(300, device=device))[name]
+
+    def loss_and_gradient():
+        leaf = y.detach().requires_grad_()
+        value = step(x, leaf)
+        return value.detach(), torch.autograd.grad(value, leaf)[0]
+
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        loss_and_gradient()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        found = loss_and_gradient()
+    for seed in (2, 3):
+        x.copy_(logits(300, 5000, seed=seed, dtype=torch.float32))
+        graph.replay()
+        torch.cuda.synchronize()
+        kept = tuple(t.clone() for t in found)
+        others = [loss_and_gradient() for _ in range(3)]  # would land in memory that the graph does not own
+        graph.replay()
+        torch.cuda.synchronize()
+        for expected in (kept, others[0]):
+            torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("device", ["cuda"])
+@pytest.mark.parametrize("name", steps(None))
+def test_reduce_overhead(device, name):
+    """torch.compile's own graphs."""
+    x, y = logits(300, 5000, dtype=torch.float32).to(device), logits(300, 5000, seed=1, dtype=torch.float32).to(device)
+    step = steps(torch.rand(300, device=device))[name]
+    compiled = torch.compile(step, mode="reduce-overhead", fullgraph=True)
+    for seed in range(4):
+        x = logits(300, 5000, seed=seed, dtype=torch.float32).to(device)
+        found = []
+        for function in (step, compiled):
+            torch.compiler.cudagraph_mark_step_begin()
+            leaf = y.detach().clone().requires_grad_()
+            value = function(x, leaf)
+            value.backward()
+            found.append((value.detach().clone(), leaf.grad.clone()))
+        torch.testing.assert_close(*found, rtol=1e-6, atol=1e-9)
 
 
 @pytest.mark.parametrize("device", ["cuda"])

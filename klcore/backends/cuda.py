@@ -3,11 +3,15 @@
 A call becomes a few launches on the caller's current stream, all prepared, their working memory included, before the
 first one starts: nothing waits for the GPU, and what fails, fails before anything is written. Which launches, and how
 numbers are grouped in them, depends on the shapes alone; how many blocks run them does not change a bit.
+
+Launches are prepared without the addresses of the arrays, and kept: the next call of the same words, shapes, strides
+and dtypes only fills its own addresses in.
 """
 
+import contextlib
 import importlib
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache, partial
 from typing import Any, NamedTuple
 
@@ -33,7 +37,10 @@ _FIELDS = (
 _AT = {name: sum(words for _, words in _FIELDS[:k]) for k, (name, _) in enumerate(_FIELDS)}
 _WORDS = sum(words for _, words in _FIELDS)
 _OUTPUTS, _TERMS = {"x": 1, "y": 2}, 4  # KL_OUTPUTS
-_READ = ("x", "y", "weights", "factors")
+# What has an address: what a call reads, in this order, then its value and gradients, then its working memory.
+_READ = ("x", "y", "weights", "factors", "cotangent")
+_SCRATCH = -1
+_MOST_KEPT = 1024  # prepared calls; a few kilobytes each
 _DOUBLES = ("inverse_temperature", "gradient_scale", "scale", "epsilon")
 
 
@@ -78,7 +85,7 @@ def missing() -> str | None:
 
 
 @cache
-def _ready() -> Any:
+def ready() -> Any:
     sentence = missing()
     if sentence:
         raise BackendUnavailableError(sentence)
@@ -106,12 +113,27 @@ def _properties(device: int) -> _Device:
     )
 
 
+def _is_current(cupy: Any, a: Any) -> bool:
+    """Whether an array is on the current device."""
+    return a.data.device_id == cupy.cuda.runtime.getDevice()
+
+
 def _is_here(a: Any, cupy: Any) -> bool:
     return isinstance(a, cupy.ndarray)
 
 
-def _choose_device(cupy: Any, device: str | None, arrays: dict[str, Any]) -> int:
-    """The number of the device to compute on."""
+def _choose_device(cupy: Any, device: str | None, arrays: dict[str, Any], outs: Sequence[Any]) -> int:
+    """The number of the device to compute on, where `outs` have to be."""
+    chosen = _named_or_found(cupy, device, arrays | {f"out[{k}]": a for k, a in enumerate(outs)})
+    for k, a in enumerate(outs):
+        if _is_here(a, cupy) and a.device.id != chosen:
+            raise ValueError(
+                f"out[{k}] is on cuda:{a.device.id} and the computation on cuda:{chosen}; pass one from there"
+            )
+    return chosen
+
+
+def _named_or_found(cupy: Any, device: str | None, arrays: dict[str, Any]) -> int:
     number = None if device is None else device.partition(":")[2]
     if number:
         count = cupy.cuda.runtime.getDeviceCount()
@@ -142,6 +164,24 @@ def _asarray(cupy: Any, device: int, a: Any, name: str) -> Any:
     elif a.device.id != device:
         a = cupy.array(a)  # copies to the current device
     return a.astype(np.float64) if a.dtype.kind in "iub" else a
+
+
+class _Foreign:
+    """A stream of another library's, as CuPy takes it."""
+
+    def __init__(self, pointer: int) -> None:
+        self._pointer = pointer
+
+    def __cuda_stream__(self) -> tuple[int, int]:
+        return 0, self._pointer
+
+
+@contextlib.contextmanager
+def on_stream(device: int, pointer: int) -> Iterator[Any]:
+    """CuPy, with another library's device and stream as its current ones; for that library's adapter."""
+    cupy = ready()
+    with cupy.cuda.Device(device), cupy.cuda.Stream.from_external(_Foreign(pointer)):
+        yield cupy
 
 
 # ---- kernels ---------------------------------------------------------------------------------------------------------
@@ -229,48 +269,64 @@ def _sum_options() -> tuple[str, ...]:
     return options(rows.KL_DIV, (0, 0), (1, 1), False, 0, ("kl_sum",))
 
 
+_STAGING = ("kl_units", "kl_narrow", "kl_rows", "kl_summed")  # kernels that keep chunks in shared memory
+
+
 @cache
-def _kernel(device: int, options: tuple[str, ...], name: str) -> Any:
-    """A kernel, compiled if need be and loaded on the current device."""
-    module = _cupy().RawModule(path=str(nvrtc.build(options, _properties(device).arch)))
-    return module.get_function(name)
-
-
-class _Launch(NamedTuple):
-    kernel: Any
-    grid: int
-    warps: int
-    shared: int
-    plan: np.ndarray
-
-
-def _start(launches: list[_Launch]) -> None:
-    for launch in launches:
-        launch.kernel(
-            (launch.grid,), (32 * launch.warps,), (launch.plan.view(f"V{8 * _WORDS}"),), shared_mem=launch.shared
-        )
+def _kernel(device: int, options: tuple[str, ...], name: str, cluster: int = 1) -> Any:
+    """A kernel, compiled if need be, loaded on the current device, and told what it may use there: CuPy's Function,
+    which has less to do for a launch than a RawKernel."""
+    properties = _properties(device)
+    kernel = _cupy().RawModule(path=str(nvrtc.build(options, properties.arch))).get_function(name)
+    if name in _STAGING:
+        kernel.max_dynamic_shared_size_bytes = properties.shared
+        kernel.preferred_shared_memory_carveout = 100  # percent: how many blocks fit was reckoned with all of it
+    function = kernel.kernel
+    if cluster > 8:  # more blocks than every device must support: a function attribute says that it is meant
+        driver = importlib.import_module("cupy_backends.cuda.api.driver")
+        driver.funcSetAttribute(function.ptr, 14, 1)
+    return function
 
 
 # ---- plans -----------------------------------------------------------------------------------------------------------
 
 
+class _Place(NamedTuple):
+    """Where something will lie: so many bytes behind the address of number `of`, in the order of _READ."""
+
+    of: int
+    offset: int = 0
+
+
+class _Scratch:
+    """The working memory of a call, laid out piece by piece, so that one allocation serves all launches."""
+
+    def __init__(self) -> None:
+        self.nbytes = 0
+
+    def doubles(self, count: int) -> _Place:
+        place = _Place(_SCRATCH, self.nbytes)
+        self.nbytes += -(-8 * count // 256) * 256
+        return place
+
+
 class _View(NamedTuple):
     """An array as kl::Array describes it."""
 
-    data: int
+    place: _Place
     stride: int
     batch: tuple[int, ...]
     dtype: int
     size: int
 
 
-def _view(a: Any, classes: bool) -> _View:
+def _view(a: Any, place: _Place, classes: bool) -> _View:
     strides = a.strides
     code = _code(a.dtype)
     assert code is not None  # _asarray and rows.py have seen to it
     if classes:
-        return _View(a.data.ptr, strides[-1], strides[:-1], code, _SIZES[code])
-    return _View(a.data.ptr, 0, strides, code, _SIZES[code])
+        return _View(place, strides[-1], strides[:-1], code, _SIZES[code])
+    return _View(place, 0, strides, code, _SIZES[code])
 
 
 class _Layout(NamedTuple):
@@ -311,37 +367,61 @@ def _layout(shape: tuple[int, ...], n: int, views: dict[str, _View], keep_order:
     return _Layout(joined, views, columns, dense)
 
 
-def _plan(layout: _Layout, n: int, **fields: Any) -> np.ndarray:
-    plan = np.zeros(_WORDS, np.int64)
-    plan[: len(layout.shape)] = layout.shape
-    plan[_AT["ndim"]] = len(layout.shape)
-    plan[_AT["rows"]] = math.prod(layout.shape)
-    plan[_AT["n"]] = n
-    plan[_AT["chunks"]] = -(-n // CHUNK)
+class _Plan:
+    """kl::Plan in words of eight bytes, and the places whose addresses some of them are to hold."""
+
+    __slots__ = ("places", "words")
+
+    def __init__(self, words: np.ndarray, places: dict[int, _Place]) -> None:
+        self.words, self.places = words, places
+
+    def with_fields(self, **fields: Any) -> "_Plan":
+        """A copy with some fields changed; None stands for the address 0."""
+        plan = _Plan(self.words.copy(), self.places.copy())
+        for name, value in fields.items():
+            plan.put(_AT[name], value, name in _DOUBLES)
+        return plan
+
+    def put(self, at: int, value: Any, double: bool = False) -> None:
+        self.places.pop(at, None)
+        if isinstance(value, _Place):
+            self.places[at] = value
+        elif double:
+            self.words.view(np.float64)[at] = value
+        else:
+            self.words[at] = 0 if value is None else value
+
+
+def _plan(layout: _Layout, n: int, **fields: Any) -> _Plan:
+    plan = _Plan(np.zeros(_WORDS, np.int64), {})
+    words = plan.words
+    words[: len(layout.shape)] = layout.shape
+    words[_AT["ndim"]] = len(layout.shape)
+    words[_AT["rows"]] = math.prod(layout.shape)
+    words[_AT["n"]] = n
+    words[_AT["chunks"]] = -(-n // CHUNK)
     for name, v in layout.views.items():
         at = _AT[name]
-        plan[at : at + 2] = v.data, v.stride
-        plan[at + 2 : at + 2 + len(v.batch)] = v.batch
-        plan[at + 2 + MAX_DIMS] = v.dtype
-    return _with(plan, **fields)
+        plan.put(at, v.place)
+        words[at + 1] = v.stride
+        words[at + 2 : at + 2 + len(v.batch)] = v.batch
+        words[at + 2 + MAX_DIMS] = v.dtype
+    return plan.with_fields(**fields)
 
 
-def _with(plan: np.ndarray, **fields: Any) -> np.ndarray:
-    """A copy of a plan with some fields changed; an array stands for where it lies."""
-    plan = plan.copy()
-    doubles = plan.view(np.float64)
-    for name, value in fields.items():
-        if name in _DOUBLES:
-            doubles[_AT[name]] = value
-        else:
-            plan[_AT[name]] = value if isinstance(value, (int, bool)) else 0 if value is None else value.data.ptr
-    return plan
+class _Launch(NamedTuple):
+    name: str
+    cluster: int
+    function: Any
+    grid: tuple[int]
+    block: tuple[int]
+    shared: int
+    plan: _Plan | None  # None once it lies beside the others'
 
 
 class _Call(NamedTuple):
     """What all launches of one call share."""
 
-    cupy: Any
     device: int
     operation: int
     spaces: tuple[int, int]
@@ -357,7 +437,7 @@ class _Call(NamedTuple):
         macros = options(
             self.operation, self.spaces, self.dtypes, self.wide, outputs, (name,), cluster, self.unit, self.factors
         )
-        return _kernel(self.device, macros, name)
+        return _kernel(self.device, macros, name, cluster)
 
     def states(self, sweep: int) -> int:
         """Doubles that a chunk leaves behind."""
@@ -397,20 +477,15 @@ def _warps(properties: _Device, bytes_a_warp: int, fixed: int = 0) -> int:
     return 1
 
 
-def _launch(call: _Call, name: str, plan: np.ndarray, items: int, warps: int, shared: int, cluster: int = 1) -> _Launch:
+def _launch(call: _Call, name: str, plan: _Plan, items: int, warps: int, shared: int, cluster: int = 1) -> _Launch:
     """One launch; `items` blocks' (clusters') worth of work."""
-    kernel = call.kernel(name, cluster)
-    if shared > 48 * 1024 and kernel.max_dynamic_shared_size_bytes < shared:
-        kernel.max_dynamic_shared_size_bytes = shared
-    if cluster > 8:  # more blocks than every device must support: a function attribute says that it is meant
-        driver = importlib.import_module("cupy_backends.cuda.api.driver")
-        driver.funcSetAttribute(kernel.kernel.ptr, 14, 1)
     most = 32 * _properties(call.device).multiprocessors
-    return _Launch(kernel, cluster * max(1, min(items, most)), warps, shared, plan)
+    grid = cluster * max(1, min(items, most))
+    return _Launch(name, cluster, call.kernel(name, cluster), (grid,), (32 * warps,), shared, plan)
 
 
-def _sweep(call: _Call, plan: np.ndarray, layout: _Layout, last: int, keep: list[Any]) -> list[_Launch]:
-    """The launches that run sweeps 0 to last - 1 over all rows. Working memory is appended to `keep`."""
+def _sweep(call: _Call, plan: _Plan, layout: _Layout, last: int, scratch: _Scratch) -> list[_Launch]:
+    """The launches that run sweeps 0 to last - 1 over all rows."""
     properties = _properties(call.device)
     n, chunks = call.n, -(-call.n // CHUNK)
     batch = math.prod(layout.shape)
@@ -420,7 +495,7 @@ def _sweep(call: _Call, plan: np.ndarray, layout: _Layout, last: int, keep: list
         at_once = min(CHUNK // n, 64)
         bytes_a_warp = (CHUNK + NARROW) * (call.bytes_a_class() + extra) + at_once * MAX_STATS * 8
         warps = _warps(properties, bytes_a_warp)
-        plan = _with(plan, first=0, last=last, count=at_once, dense=layout.dense, columns=layout.columns)
+        plan = plan.with_fields(first=0, last=last, count=at_once, dense=layout.dense, columns=layout.columns)
         return [_launch(call, "kl_narrow", plan, -(-batch // (at_once * warps)), warps, warps * bytes_a_warp)]
 
     slot = CHUNK * call.bytes_a_class()
@@ -428,7 +503,7 @@ def _sweep(call: _Call, plan: np.ndarray, layout: _Layout, last: int, keep: list
     warps = _warps(properties, bytes_a_warp)
 
     def units(first: int, last: int) -> _Launch:
-        p = _with(plan, first=first, last=last, slots=1, columns=layout.columns)
+        p = plan.with_fields(first=first, last=last, slots=1, columns=layout.columns)
         tiles = -(-batch // warps) * chunks if layout.columns else -(-batch * chunks // warps)
         return _launch(call, "kl_units", p, tiles, warps, warps * bytes_a_warp)
 
@@ -436,76 +511,351 @@ def _sweep(call: _Call, plan: np.ndarray, layout: _Layout, last: int, keep: list
         return [units(0, last)]
 
     if not layout.columns and chunks <= CHUNK:
-        cluster, slots, warps_a_row = _residence(call, properties, chunks, last, slot, CHUNK * extra + 8 * MAX_STATS)
+        extra_bytes = CHUNK * extra + 8 * MAX_STATS
+        cluster, slots, warps_a_row = _residence(call, properties, batch, chunks, last, slot, extra_bytes)
         if batch * cluster >= properties.multiprocessors:
-            p = _with(plan, first=0, last=last, slots=slots)
-            shared = warps_a_row * (slots * slot + CHUNK * extra + 8 * MAX_STATS) + 8 * (
-                LOGITS_STATES * chunks + MAX_STATS
-            )
+            p = plan.with_fields(first=0, last=last, slots=slots)
+            shared = warps_a_row * (slots * slot + extra_bytes) + 8 * (LOGITS_STATES * chunks + MAX_STATS)
             return [_launch(call, "kl_rows", p, batch, warps_a_row, shared, cluster)]
 
     # few rows of many classes, or classes apart: the chunks over the whole device, one sweep a launch
-    empty = call.cupy.empty
-    if not plan[_AT["stats"]]:
-        stats = empty(batch * MAX_STATS, np.float64)
-        keep.append(stats)
-        plan = _with(plan, stats=stats)
+    if _AT["stats"] not in plan.places:
+        plan = plan.with_fields(stats=scratch.doubles(batch * MAX_STATS))
     launches = []
     for sweep in range(last):
         states, count = call.states(sweep), chunks
-        level = empty(batch * states * count, np.float64)
-        keep.append(level)
-        plan = _with(plan, states=level)
+        level = scratch.doubles(batch * states * count)
+        plan = plan.with_fields(states=level)
         launches.append(units(sweep, sweep + 1))
         while states:
             groups = -(-count // CHUNK)
-            up = empty(batch * states * groups, np.float64) if groups > 1 else None
-            keep.append(up)
-            p = _with(plan, first=sweep, states=level, sums=up, count=count, groups=groups)
+            up = scratch.doubles(batch * states * groups) if groups > 1 else None
+            p = plan.with_fields(first=sweep, states=level, sums=up, count=count, groups=groups)
             launches.append(_launch(call, "kl_fold", p, -(-batch * groups // 8), 8, 0))
-            if groups == 1:
+            if up is None:
                 break
             level, count = up, groups
     return launches
 
 
 def _residence(
-    call: _Call, properties: _Device, chunks: int, sweeps: int, slot: int, extra: int
+    call: _Call, properties: _Device, batch: int, chunks: int, sweeps: int, slot: int, extra: int
 ) -> tuple[int, int, int]:
-    """Blocks a row, chunks a warp holds, warps a block: so that a row that is needed twice is read once, if it fits."""
+    """Blocks a row, chunks a warp holds, warps a block: so that a row that is needed twice is read once, if it fits.
+
+    Of the ways to hold a row, the one with the most warps at work on a multiprocessor: it is they who hide how long
+    memory takes. Then the smallest cluster, which waits the least for others.
+    """
     fixed = 8 * (LOGITS_STATES * chunks + MAX_STATS)
-    warps = _warps(properties, slot + extra, fixed)
     if sweeps == 1:
-        return 1, 1, warps
-    clusters = (1, 2, 4, 8, 16) if properties.arch >= 90 else (1,)
-    for room in (properties.shared_all // 2 - _RESERVED, properties.shared):  # two blocks a multiprocessor, or one
-        for cluster in clusters:
-            for warps_a_block in (8, 4):
-                slots = -(-chunks // (cluster * warps_a_block))
-                if warps_a_block * (slots * slot + extra) + fixed <= min(room, properties.shared):
-                    return cluster, slots, warps_a_block
-    return 1, 1, warps
+        return 1, 1, _warps(properties, slot + extra, fixed)
+    most = 8 if call.wide else 16  # warps on a multiprocessor that have the registers they want: BLOCKS in kl_cuda.cu
+    found = []
+    for cluster in (1, 2, 4, 8, 16) if properties.arch >= 90 else (1,):
+        for warps in (8, 4, 2, 1):
+            slots = -(-chunks // (cluster * warps))
+            block = warps * (slots * slot + extra) + fixed
+            if block <= properties.shared:
+                blocks = min(properties.shared_all // (block + _RESERVED), most // warps)
+                blocks = min(blocks, -(-batch * cluster // properties.multiprocessors))  # there may be few rows
+                at_work = blocks * chunks / (cluster * slots)  # on average: some warps have a chunk less
+                found.append((-at_work, cluster, -warps, slots))
+    if not found:
+        return 1, 1, _warps(properties, slot + extra, fixed)
+    _, cluster, minus_warps, slots = min(found)
+    return cluster, slots, -minus_warps
 
 
-def _total(call: _Call, values: Any, count: int, plan: np.ndarray, keep: list[Any]) -> list[_Launch]:
+def _total(call: _Call, values: _Place | None, count: int, plan: _Plan, scratch: _Scratch) -> list[_Launch]:
     """The sum of `count` doubles, divided, into the plan's value; or of the plan's weights into its `sums`."""
     launches = []
-    level, last = values, plan[_AT["sums"]]
+    function = _kernel(call.device, _sum_options(), "kl_sum")
     while True:
         groups = max(1, -(-count // CHUNK))
-        p = _with(plan, states=level, count=count, groups=groups, sums=int(last))
+        p = plan.with_fields(states=values, count=count, groups=groups)
+        up = None
         if groups > 1:
-            up = call.cupy.empty(groups, np.float64)
-            keep.append(up)
-            p = _with(p, sums=up)
-            p[_AT["value"]] = 0
-        kernel = _kernel(call.device, _sum_options(), "kl_sum")
-        launches.append(_Launch(kernel, max(1, min(-(-groups // 8), 1 << 16)), 8, 0, p))
-        if groups == 1:
+            up = scratch.doubles(groups)
+            p = p.with_fields(sums=up, value=None)
+        launches.append(_Launch("kl_sum", 1, function, (max(1, min(-(-groups // 8), 1 << 16)),), (256,), 0, p))
+        if up is None:
             return launches
-        plan = plan.copy()
-        plan[_AT["weights"]] = 0  # from now on the sums of the level below
-        level, count = up, groups
+        plan = plan.with_fields(weights=None)  # from now on the sums of the level below
+        values, count = up, groups
+
+
+# ---- calls -----------------------------------------------------------------------------------------------------------
+
+
+class _Prepared(NamedTuple):
+    """The launches of a call, but for addresses; and what the next such call needs to know besides."""
+
+    device: int
+    launches: tuple[_Launch, ...]
+    plans: np.ndarray  # one element a launch, as kl::Plan lies in memory
+    addresses: tuple[tuple[int, int, int], ...]  # word of `plans`, number of the address, bytes to add
+    scratch: int  # bytes of working memory
+    results: tuple[tuple[Any, Any, int | None], ...] = ()  # shape, dtype, and which argument each is laid out like
+    spans: tuple[tuple[int, int], ...] = ()  # of arguments and results, as rows.span has them
+
+
+_kept: dict[Any, _Prepared] = {}  # by _key
+
+
+def _key(cupy: Any, words: tuple[Any, ...], arrays: tuple[Any, ...]) -> Any:
+    """What tells calls apart that differ by more than addresses; None for one that has to be looked at each time."""
+    key: list[Any] = [words]
+    for a in arrays:
+        if a is None:
+            key.append(None)
+        elif type(a) is cupy.ndarray:
+            key.append((a.shape, a.strides, a.dtype, a.data.device_id))
+        else:
+            return None
+    return tuple(key)
+
+
+def _computed(
+    words: tuple[Any, ...],
+    read: tuple[Any, ...],
+    out: Any,
+    device: str | None,
+    arrange: Callable[[Any, Any], rows.Task],
+) -> Any:
+    """What the caller gets of a call.
+
+    Parameters
+    ----------
+    words : tuple
+        The arguments that are no arrays; equal ones must have the same meaning.
+    read : tuple
+        The arrays, in the order of _READ; None where there is none.
+    out : array, tuple or None
+        As in the public functions.
+    device : str or None
+        Where to compute.
+    arrange : callable
+        Makes the Task, given CuPy and an `asarray` for rows.py.
+    """
+    cupy = ready()
+    given = out if type(out) is tuple else (out,)
+    key = _key(cupy, (device, *words), (*read, *given))
+    try:
+        prepared = _kept.get(key)
+    except TypeError:  # a word that cannot be a key
+        key = prepared = None
+    if prepared is not None:
+        if cupy.cuda.runtime.getDevice() == prepared.device:
+            return _again(cupy, prepared, read, given)
+        with cupy.cuda.Device(prepared.device):
+            return _again(cupy, prepared, read, given)
+
+    number = _choose_device(cupy, device, dict(zip(_READ, read, strict=True)), given)
+    with cupy.cuda.Device(number):
+        task = arrange(cupy, partial(_asarray, cupy, number))
+        value, prepared, arrays = _compute(cupy, number, task)
+        if key is not None and prepared is not None and _can_be_kept(task, arrays, read):
+            if len(_kept) >= _MOST_KEPT:
+                _kept.clear()
+            _kept[key] = prepared
+        return rows.result(task, value)
+
+
+def _can_be_kept(task: rows.Task, arrays: list[Any], read: tuple[Any, ...]) -> bool:
+    """Whether the kernels read the caller's own arrays, none of them converted or moved, and finish the results."""
+    pairs = zip(arrays, read, strict=True)
+    return (
+        all(a is b if a is None or b is None else a.data.ptr == b.data.ptr for a, b in pairs)
+        and all(g.spread is None for g in task.gradients)
+        and (task.output == rows.TOTAL or task.denominator == 1)
+    )
+
+
+def _again(cupy: Any, prepared: _Prepared, read: tuple[Any, ...], given: tuple[Any, ...]) -> Any:
+    """A call that was prepared before, with other addresses."""
+    arrays = list(read)
+    for k, (shape, dtype, like) in enumerate(prepared.results):
+        a = given[k] if k < len(given) else None
+        if a is None:
+            a = cupy.empty(shape, dtype) if like is None else cupy.empty_like(read[like])
+        arrays.append(a)
+    addresses = [0 if a is None else a.data.ptr for a in arrays]
+    if len(given) > 1 or given[0] is not None:
+        _check_overlap(prepared, arrays, addresses, given)
+    _execute(cupy, prepared, addresses)
+    results = arrays[len(read) :]
+    return tuple(results) if len(results) > 1 else results[0]
+
+
+def _check_overlap(prepared: _Prepared, arrays: list[Any], addresses: list[int], given: tuple[Any, ...]) -> None:
+    """What rows.arrange checks as well; here most pairs of arrays are told apart by integers that are known already."""
+    starts, ends = [], []
+    for at, (low, high) in zip(addresses, prepared.spans, strict=True):
+        starts.append(at + low)
+        ends.append(at + high)
+    first = len(_READ)
+    for k, a in enumerate(given, first):
+        if a is not None:
+            start, end = starts[k], ends[k]
+            for j in range(k):
+                if start < ends[j] and starts[j] < end:
+                    inputs = [b for b in arrays[:first] if b is not None]
+                    rows.check_overlap([b for b in arrays[first : k + 1] if b is not None], inputs)
+
+
+def _execute(cupy: Any, prepared: _Prepared, addresses: list[int]) -> None:
+    """Launch everything; `addresses`: of arguments and results, in the order of _READ."""
+    # CuPy takes the memory back at the end of this function, and reuses it in the order of the stream
+    memory = cupy.cuda.alloc(prepared.scratch) if prepared.scratch else None
+    addresses.append(0 if memory is None else memory.ptr)
+    plans = prepared.plans.copy()
+    words = plans.view(np.int64)
+    for word, of, offset in prepared.addresses:
+        words[word] = addresses[of] + offset
+    _start(prepared.launches, plans)
+
+
+def _start(launches: Sequence[_Launch], plans: np.ndarray) -> None:
+    """All launches of a call pass here: whoever wants to know what is launched wraps this function."""
+    for k, launch in enumerate(launches):
+        launch.function(launch.grid, launch.block, (plans[k : k + 1],), launch.shared)
+
+
+def _compute(cupy: Any, device: int, task: rows.Task) -> tuple[Any, _Prepared | None, list[Any]]:
+    """The value's array, how it was computed, and the arrays that were read, in the order of _READ."""
+    value = task.value if task.out is None else task.out
+    if value is None:
+        value = cupy.empty((), task.scalar_dtype)
+
+    if task.rows == 0 or task.n == 0:  # none of our launches; CuPy fills what is not empty
+        of = task.denominator
+        if task.output != rows.TOTAL:
+            value[...] = 0
+        elif of is not None:
+            value[...] = 0 if of else math.nan
+        else:
+            value[...] = 0.0 / task.weights.sum()
+        for g in task.gradients:
+            g.array[...] = 0
+        return value, None, []
+
+    cotangent = task.cotangent
+    if cotangent is not None and (task.denominator is None or _is_here(cotangent, cupy)):
+        cotangent = task.cotangent = cupy.asarray(cotangent, np.float64)  # multiplied where the denominator is known
+    arrays = [task.x, task.y, task.weights, task.factors, cotangent if _is_here(cotangent, cupy) else None]
+    results = [value, *(g.array for g in task.gradients)]
+    prepared = _prepare(device, task, value, arrays[4] is not None)
+    like = (None, *(_READ.index(g.of) for g in task.gradients))
+    prepared = prepared._replace(
+        results=tuple((a.shape, a.dtype, of) for a, of in zip(results, like, strict=True)),
+        spans=tuple((0, 0) if a is None else rows.span(a) for a in (*arrays, *results)),
+    )
+    _execute(cupy, prepared, [0 if a is None else a.data.ptr for a in (*arrays, *results)])
+    return value, prepared, arrays
+
+
+def _prepare(device: int, task: rows.Task, value: Any, cotangent: bool) -> _Prepared:
+    """All launches of a task; `cotangent`: whether there is one on the device."""
+    places = {name: _Place(k) for k, name in enumerate((*_READ, "value", *("d" + g.of for g in task.gradients)))}
+    scratch = _Scratch()
+    views = {"x": _view(task.x, places["x"], True)}
+    if task.y is not None:
+        views["y"] = _view(task.y, places["y"], True)
+    if task.weights is not None:
+        views["weights"] = _view(task.weights, places["weights"], False)
+    if task.factors is not None:
+        views["factors"] = _view(task.factors, places["factors"], True)
+    totals = None
+    if task.output == rows.TOTAL:  # one number a row, behind each other
+        totals = scratch.doubles(task.rows)
+        batch = task.x.shape[:-1]
+        strides = tuple(8 * math.prod(batch[d + 1 :]) for d in range(len(batch)))
+        views["value"] = _View(totals, 0, strides, rows.FLOATS.index("float64"), 8)
+    else:
+        views["value"] = _view(task.value_view, places["value"], task.output == rows.TERMS)
+    gradients = {g.of: _view(g.view, places["d" + g.of], True) for g in task.gradients}
+    views.update({"d" + g.of: gradients[g.of] for g in task.gradients if not g.inner})
+    call = _Call(
+        device, task.operation, task.spaces, (views["x"].dtype, views.get("y", views["x"]).dtype), task.wide,
+        sum(_OUTPUTS[g.of] for g in task.gradients if not g.inner) + (_TERMS if task.output == rows.TERMS else 0),
+        task.temperature == 1, task.factors is not None, task.n,
+    )  # fmt: skip
+
+    launches: list[_Launch] = []
+    divisor, denominator = task.denominator, None
+    if divisor is None:  # the sum of the weights, known to the device only
+        divisor, denominator = 0.0, scratch.doubles(1)
+        over = _layout(task.x.shape[:-1], 1, {"weights": views["weights"]})
+        launches += _total(call, None, task.rows, _plan(over, 1, sums=denominator), scratch)
+    gradient_scale = 1.0 / divisor if divisor else math.nan
+    if task.cotangent is not None and not cotangent:
+        gradient_scale *= float(task.cotangent)
+    fields = {
+        "output": task.output,
+        "any_weights": task.signed,
+        "epsilon": task.epsilon,
+        "inverse_temperature": 1.0 / task.temperature,
+        "gradient_scale": gradient_scale,
+        "scale": divisor,
+        "denominator": denominator,
+        "cotangent": places["cotangent"] if cotangent else None,
+    }
+
+    layout = _layout(task.x.shape[:-1], task.n, views)
+    launches += _sweep(call, _plan(layout, task.n, **fields), layout, call.sweeps, scratch)
+    for g in task.gradients:
+        if g.inner:
+            launches += _summed(call, task, g, gradients[g.of], views, fields, scratch)
+    if totals is not None:
+        plan = _plan(_Layout((), {"value": _view(value, places["value"], False)}, False, False), 1, **fields)
+        launches += _total(call, totals, task.rows, plan, scratch)
+    plans = [launch.plan for launch in launches if launch.plan]
+    return _Prepared(
+        device,
+        tuple(launch._replace(plan=None) for launch in launches),
+        np.concatenate([plan.words for plan in plans]).view(f"V{8 * _WORDS}"),
+        tuple(
+            (k * _WORDS + at, place.of, place.offset)
+            for k, plan in enumerate(plans)
+            for at, place in plan.places.items()
+        ),
+        scratch.nbytes,
+    )
+
+
+def _summed(
+    call: _Call, task: rows.Task, g: rows.Gradient, to: _View, views: dict[str, _View], fields: dict[str, Any],
+    scratch: _Scratch,
+) -> list[_Launch]:  # fmt: skip
+    """The gradient of a broadcast operand: its batch axes in front, those to sum over behind, 1024 rows at a time."""
+    batch = task.x.shape[:-1]
+    order = (*(d for d in range(len(batch)) if d not in g.inner), *g.inner)
+    shape = tuple(batch[d] for d in order)
+    inner = math.prod(batch[d] for d in g.inner)
+    turned = {name: v._replace(batch=tuple(v.batch[d] for d in order)) for name, v in views.items() if name in _READ}
+    turned["d" + g.of] = to._replace(batch=tuple(to.batch[d] for d in order))
+    layout = _layout(shape, call.n, turned, keep_order=True)
+    stats = None
+    launches: list[_Launch] = []
+    call = call._replace(outputs=_OUTPUTS[g.of])
+    if call.sweeps > 1:
+        stats = scratch.doubles(task.rows * MAX_STATS)
+        known = _layout(shape, call.n, {k: v for k, v in turned.items() if k[0] != "d"}, keep_order=True)
+        plan = _plan(known, call.n, stats=stats, **{**fields, "output": rows.PER_ROW})
+        launches += _sweep(call, plan, known, call.sweeps - 1, scratch)
+    groups = -(-inner // CHUNK)
+    sums = scratch.doubles(task.rows // inner * groups * call.n)
+    plan = _plan(
+        layout, call.n, stats=stats, sums=sums, inner=inner, groups=groups, first=call.sweeps - 1,
+        **{**fields, "output": rows.PER_ROW},
+    )  # fmt: skip
+    bytes_a_warp = CHUNK * (8 + call.bytes_a_class() + call.number())
+    items = task.rows // inner * groups * -(-call.n // CHUNK)
+    warps = _warps(_properties(call.device), bytes_a_warp)
+    launches.append(_launch(call, "kl_summed", plan, -(-items // warps), warps, warps * bytes_a_warp))
+    elements = task.rows // inner * call.n
+    launches.append(_launch(call, "kl_summed_fold", plan, -(-elements // 256), 8, 0))
+    return launches
 
 
 def _run(
@@ -521,131 +871,17 @@ def _run(
     out: Any,
     device: str | None,
 ) -> Any:
-    given = {"x": x, "y": y, "weights": weights}
-    given.update({f"out[{k}]": a for k, a in enumerate(out if isinstance(out, tuple) else (out,))})
-    arguments = (operation, x, y, space, axis, reduction, weights, temperature, return_grad, out)
-    return _on_device(device, given, rows.arrange, arguments)
+    cupy = ready()
+    if type(weights) is cupy.ndarray and weights.dtype.kind in "biu" and _is_current(cupy, weights):
+        weights = weights.astype(np.float64)  # as rows.py would: so that the call is known again
 
+    def arrange(cupy: Any, asarray: Any) -> rows.Task:
+        return rows.arrange(
+            cupy, asarray, operation, x, y, space, axis, reduction, weights, temperature, return_grad, out
+        )
 
-def _on_device(device: str | None, given: dict[str, Any], arrange: Any, arguments: Any) -> Any:
-    """Arrange a call and compute it, where the `given` arrays are, or where `device` says."""
-    cupy = _ready()
-    number = _choose_device(cupy, device, given)
-    for name, a in given.items():
-        if name.startswith("out") and _is_here(a, cupy) and a.device.id != number:
-            raise ValueError(
-                f"{name} is on cuda:{a.device.id} and the computation on cuda:{number}; pass one from there"
-            )
-    with cupy.cuda.Device(number):
-        task = arrange(cupy, partial(_asarray, cupy, number), *arguments)
-        return rows.result(task, _compute(cupy, number, task))
-
-
-def _compute(cupy: Any, device: int, task: rows.Task) -> Any:
-    """Prepare all launches of a task, start them, and return the value's array."""
-    value = task.value if task.out is None else task.out
-    if value is None:
-        value = cupy.empty((), task.scalar_dtype)
-    totals = cupy.empty(task.x.shape[:-1], np.float64) if task.output == rows.TOTAL else None
-    views = {"x": _view(task.x, True)}
-    if task.y is not None:
-        views["y"] = _view(task.y, True)
-    if task.weights is not None:
-        views["weights"] = _view(task.weights, False)
-    if task.factors is not None:
-        views["factors"] = _view(task.factors, True)
-    views["value"] = _view(task.value_view, task.output == rows.TERMS) if totals is None else _view(totals, False)
-    views.update({"d" + g.of: _view(g.view, True) for g in task.gradients if not g.inner})
-    call = _Call(
-        cupy, device, task.operation, task.spaces, (views["x"].dtype, views.get("y", views["x"]).dtype), task.wide,
-        sum(_OUTPUTS[g.of] for g in task.gradients if not g.inner) + (_TERMS if task.output == rows.TERMS else 0),
-        task.temperature == 1, task.factors is not None, task.n,
-    )  # fmt: skip
-
-    if task.rows == 0 or task.n == 0:  # none of our launches; CuPy fills what is not empty
-        of = task.denominator
-        if totals is None:
-            value[...] = 0
-        elif of is not None:
-            value[...] = 0 if of else math.nan
-        else:
-            value[...] = 0.0 / task.weights.sum()
-        for g in task.gradients:
-            g.array[...] = 0
-        return value
-
-    keep: list[Any] = [totals]  # working memory, until everything is launched; CuPy then reuses it in stream order
-    launches: list[_Launch] = []
-    divisor, denominator = task.denominator, None
-    if divisor is None:  # the sum of the weights, known to the device only
-        divisor, denominator = 0.0, cupy.empty((), np.float64)
-        over = _layout(task.x.shape[:-1], 1, {"weights": views["weights"]})
-        launches += _total(call, None, task.rows, _plan(over, 1, sums=denominator), keep)
-    gradient_scale = 1.0 / divisor if divisor else math.nan
-    cotangent = None
-    if task.cotangent is not None:
-        if denominator is None and not _is_here(task.cotangent, cupy):
-            gradient_scale *= float(task.cotangent)
-        else:
-            cotangent = cupy.asarray(task.cotangent, np.float64)
-    fields = {
-        "output": task.output,
-        "any_weights": task.signed,
-        "epsilon": task.epsilon,
-        "inverse_temperature": 1.0 / task.temperature,
-        "gradient_scale": gradient_scale,
-        "scale": divisor,
-        "denominator": denominator,
-        "cotangent": cotangent,
-    }
-
-    layout = _layout(task.x.shape[:-1], task.n, views)
-    launches += _sweep(call, _plan(layout, task.n, **fields), layout, call.sweeps, keep)
-    for g in task.gradients:
-        if g.inner:
-            launches += _summed(call, task, g, views, fields, keep)
-    if totals is not None:
-        plan = _plan(_Layout((), {"value": _view(value, False)}, False, False), 1, **fields)
-        launches += _total(call, totals, task.rows, plan, keep)
-    _start(launches)
-    return value
-
-
-def _summed(
-    call: _Call, task: rows.Task, g: rows.Gradient, views: dict[str, _View], fields: dict[str, Any], keep: list[Any]
-) -> list[_Launch]:
-    """The gradient of a broadcast operand: its batch axes in front, those to sum over behind, 1024 rows at a time."""
-    batch = task.x.shape[:-1]
-    order = (*(d for d in range(len(batch)) if d not in g.inner), *g.inner)
-    shape = tuple(batch[d] for d in order)
-    inner = math.prod(batch[d] for d in g.inner)
-    turned = {name: v._replace(batch=tuple(v.batch[d] for d in order)) for name, v in views.items() if name in _READ}
-    to = _view(g.view, True)
-    turned["d" + g.of] = to._replace(batch=tuple(to.batch[d] for d in order))
-    layout = _layout(shape, call.n, turned, keep_order=True)
-    stats = None
-    launches: list[_Launch] = []
-    call = call._replace(outputs=_OUTPUTS[g.of])
-    if call.sweeps > 1:
-        stats = call.cupy.empty(task.rows * MAX_STATS, np.float64)
-        keep.append(stats)
-        known = _layout(shape, call.n, {k: v for k, v in turned.items() if k[0] != "d"}, keep_order=True)
-        plan = _plan(known, call.n, stats=stats, **{**fields, "output": rows.PER_ROW})
-        launches += _sweep(call, plan, known, call.sweeps - 1, keep)
-    groups = -(-inner // CHUNK)
-    sums = call.cupy.empty(task.rows // inner * groups * call.n, np.float64)
-    keep.append(sums)
-    plan = _plan(
-        layout, call.n, stats=stats, sums=sums, inner=inner, groups=groups, first=call.sweeps - 1,
-        **{**fields, "output": rows.PER_ROW},
-    )  # fmt: skip
-    bytes_a_warp = CHUNK * (8 + call.bytes_a_class() + call.number())
-    items = task.rows // inner * groups * -(-call.n // CHUNK)
-    warps = _warps(_properties(call.device), bytes_a_warp)
-    launches.append(_launch(call, "kl_summed", plan, -(-items // warps), warps, warps * bytes_a_warp))
-    elements = task.rows // inner * call.n
-    launches.append(_launch(call, "kl_summed_fold", plan, -(-elements // 256), 8, 0))
-    return launches
+    words = (operation, space, axis, type(axis), reduction, temperature, return_grad)  # an axis is an integer, not 1.0
+    return _computed(words, (x, y, weights, None, None), out, device, arrange)
 
 
 def entropy(
@@ -664,8 +900,13 @@ def loss(
     term: str, x: Any, y: Any, space: Any, axis: int, reduction: str, factors: Any, denominator: float, epsilon: float,
     dtype: str | None, return_grad: Any, out: Any = None,
 ) -> Any:  # fmt: skip
-    arguments = (term, x, y, space, axis, reduction, factors, denominator, epsilon, dtype, return_grad, out)
-    return _on_device(None, {"x": x, "y": y, "factors": factors}, rows.arrange_loss, arguments)
+    def arrange(cupy: Any, asarray: Any) -> rows.Task:
+        return rows.arrange_loss(
+            cupy, asarray, term, x, y, space, axis, reduction, factors, denominator, epsilon, dtype, return_grad, out
+        )
+
+    words = (term, space, axis, type(axis), reduction, denominator, epsilon, dtype, return_grad)
+    return _computed(words, (x, y, None, factors, None), out, None, arrange)
 
 
 def gradient(
@@ -673,11 +914,21 @@ def gradient(
     cotangent: Any, return_grad: Any, denominator: float = 1.0, epsilon: float = 0.0, out: Any = None,
 ) -> tuple[Any, ...]:  # fmt: skip
     """The gradients of sum(cotangent * value), for adapters; arguments as in :func:`rows.arrange_gradient`."""
-    arguments = (
-        operation, x, y, space, axis, reduction, weights, temperature, cotangent, return_grad, denominator, epsilon, out
-    )  # fmt: skip
-    given = {"x": x, "y": y, "weights": weights, "cotangent": cotangent}
-    return _on_device(None, given, rows.arrange_gradient, arguments)[1:]
+
+    def arrange(cupy: Any, asarray: Any) -> rows.Task:
+        return rows.arrange_gradient(
+            cupy, asarray, operation, x, y, space, axis, reduction, weights, temperature, cotangent, return_grad,
+            denominator, epsilon, out,
+        )  # fmt: skip
+
+    cupy = ready()
+    if reduction not in ("row", "none") and type(cotangent) is cupy.ndarray and _is_current(cupy, cotangent):
+        cotangent = cotangent.astype(np.float64, copy=False)  # as the kernels read it: so that the call is known again
+    read = (x, y, weights, None, cotangent)
+    if weights is None and reduction in ("row", "none"):  # it multiplies each row, or each term
+        read = (x, y, cotangent, None, None) if reduction == "row" else (x, y, None, cotangent, None)
+    words = ("gradient", operation, space, axis, reduction, temperature, return_grad, denominator, epsilon)
+    return _computed(words, read, None if out is None else (None, *out), None, arrange)[1:]
 
 
 def block(
@@ -685,8 +936,8 @@ def block(
     return_grad: Any, denominator: float, totals: bool, shared: tuple[str, ...],
 ) -> tuple[Any, ...]:  # fmt: skip
     """What cpu.block does, for backends/dask.py."""
-    cupy = _ready()
-    number = _choose_device(cupy, None, {"x": x, "y": y, "weights": weights})
+    cupy = ready()
+    number = _choose_device(cupy, None, {"x": x, "y": y, "weights": weights}, ())
     with cupy.cuda.Device(number):
         # the kernels write a gradient in its operand's dtype, and parts of a sum should not be rounded to 16 bits
         x, y = (

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from klcore.backends import BackendUnavailableError, cpu
+from klcore.backends import cpu
 
 # DLDeviceType in dlpack.h
 _CPU, _CUDA = (1, 3), (2, 13)  # pinned host memory and managed memory among them
@@ -35,9 +35,10 @@ def _lend(a: Any, name: str) -> Any:
     if not _lends(a):
         return a
     kind, _ = _place(a, name)
-    from_dlpack = np.from_dlpack if kind == "cpu" else importlib.import_module("cupy").from_dlpack
+    # ready: CuPy, or a sentence on what is missing
+    xp = np if kind == "cpu" else importlib.import_module("klcore.backends.cuda").ready()
     try:
-        return from_dlpack(a)
+        return xp.from_dlpack(a)
     except (BufferError, RuntimeError, TypeError, ValueError) as error:
         raise TypeError(
             f"{name}, an array of {_library(a)} of dtype {getattr(a, 'dtype', 'unknown')}, cannot be lent through "
@@ -78,10 +79,7 @@ def _backend(arrays: dict[str, Any], device: str | None) -> Any:
         )
     if kind == "cpu":
         return cpu
-    cuda = importlib.import_module("klcore.backends.cuda")
-    if sentence := cuda.missing():  # before CuPy is asked to take the memory
-        raise BackendUnavailableError(sentence)
-    return cuda
+    return importlib.import_module("klcore.backends.cuda")
 
 
 def _back(result: Any, like: Any) -> Any:

@@ -65,8 +65,7 @@ class _Call:
             self._on(cpu, np, np.asarray, out, arguments)
             return
         cuda = import_module("klcore.backends.cuda")
-        cupy = cuda._ready()  # or says what is missing
-        with cupy.cuda.Device(number), cupy.cuda.ExternalStream(context.stream, number):
+        with cuda.on_stream(number, context.stream) as cupy:
             self._on(cuda, cupy, cupy.from_dlpack, out, arguments)
 
     def _on(self, backend: Any, xp: Any, lend: Callable[[Any], Any], out: Any, arguments: Any) -> None:
@@ -264,7 +263,7 @@ def _call(words: tuple[Any, ...], x: Any, y: Any, weights: Any, out: Any, device
     if _platform(weights) == "cpu" or not _is_hashable(words):
         _arranged(words, _stand_in(x), _stand_in(y), None if weights is None else np.asarray(weights))
     if "gpu" in (_platform(x), _platform(y)):
-        import_module("klcore.backends.cuda")._ready()
+        import_module("klcore.backends.cuda").ready()
     results = _compute(words, x, y, weights)
     return results if len(results) > 1 else results[0]
 

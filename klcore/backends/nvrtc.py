@@ -9,6 +9,7 @@ import ctypes
 import hashlib
 import importlib
 import importlib.resources
+import importlib.util
 import os
 import re
 import secrets
@@ -16,6 +17,7 @@ import sys
 import tempfile
 import threading
 import warnings
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -32,10 +34,10 @@ _OPTIONS = (
     "--fmad=false",
     "--prec-div=true",
     "--prec-sqrt=true",
-    "--generate-line-info",
 )
-_WINDOWS = ("nvrtc64_130_0.dll", "nvrtc64_120_0.dll")
-_LINUX = ("libnvrtc.so.13", "libnvrtc.so.12")
+# Of CUDA 13 and of CUDA 12: the library's file, and where in the folder `nvidia` pip puts it.
+_LINUX = (("libnvrtc.so.13", "cu13/lib"), ("libnvrtc.so.12", "cuda_nvrtc/lib"))
+_WINDOWS = (("nvrtc64_130_0.dll", "cu13/bin/x86_64"), ("nvrtc64_120_0.dll", "cuda_nvrtc/bin"))
 
 _lock = threading.Lock()
 _private: tempfile.TemporaryDirectory[str] | None = None  # the cache of a process that may not write the common one
@@ -68,7 +70,7 @@ def _library() -> ctypes.CDLL:
         return _load(pathfinder.load_nvidia_dynamic_lib("nvrtc").abs_path)
     except (ImportError, RuntimeError, OSError):
         pass
-    for name in _WINDOWS if sys.platform == "win32" else _LINUX:
+    for name in _files():
         try:
             return _load(name)
         except OSError:
@@ -77,6 +79,15 @@ def _library() -> ctypes.CDLL:
         "NVRTC, the compiler of NVIDIA's GPUs, is not installed, or cannot be loaded; install it with: "
         'pip install "klcore[cuda13]" (or "klcore[cuda12]" for a driver of CUDA 12)'
     )
+
+
+def _files() -> Iterator[str]:
+    """Where to look for NVRTC without cuda.pathfinder: in pip's packages, then wherever the system looks."""
+    names = _WINDOWS if sys.platform == "win32" else _LINUX
+    spec = importlib.util.find_spec("nvidia")
+    for name, folder in names:
+        yield from (str(Path(root, folder, name)) for root in (spec.submodule_search_locations or [] if spec else []))
+    yield from (name for name, _ in names)
 
 
 def _load(path: str) -> ctypes.CDLL:
@@ -98,7 +109,18 @@ def _load(path: str) -> ctypes.CDLL:
         getattr(library, name).argtypes = types
     library.nvrtcGetErrorString.argtypes = (ctypes.c_int,)
     library.nvrtcGetErrorString.restype = text
+    _load_builtins(library, path)
     return library
+
+
+def _load_builtins(library: ctypes.CDLL, path: str) -> None:
+    """NVRTC's other half, which it loads by name when it compiles. Some of pip's packages do not have the system look
+    for it beside the first; there NVRTC finds it only if it is loaded already."""
+    major, minor = ctypes.c_int(), ctypes.c_int()
+    library.nvrtcVersion(ctypes.byref(major), ctypes.byref(minor))
+    builtins = Path(path).with_name(f"libnvrtc-builtins.so.{major.value}.{minor.value}")
+    if builtins.is_absolute() and builtins.exists():
+        ctypes.CDLL(str(builtins), ctypes.RTLD_GLOBAL)
 
 
 def _call(name: str, *arguments: Any) -> None:

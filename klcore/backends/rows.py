@@ -126,10 +126,7 @@ def arrange(
         try:
             batch = xp.broadcast_shapes(batch, ys.shape[:-1])
         except ValueError:
-            raise ValueError(
-                f"x and y must have batch shapes (all axes but axis {axis}) that broadcast; found shapes {x.shape} and "
-                f"{y.shape}"
-            ) from None
+            raise batches_differ(x, y, axis) from None
     rows = math.prod(batch)
     weights = _weights(xp, asarray, weights, batch, signed)
     terms_shape = () if scalar else _insert(batch, ndim + last, n)
@@ -172,7 +169,7 @@ def arrange(
                 operand = operands[name]
                 _check_out(xp, result, f"the gradient with respect to {name}", operand.shape, operand.dtype)
         given = [result for result in results if result is not None]
-        _check_overlap(xp, given, [x, y] if weights is None else [x, y, weights])
+        check_overlap(given, [x, y] if weights is None else [x, y, weights])
 
     if task.output == TOTAL:
         task.out = results[0]
@@ -390,6 +387,14 @@ def class_axis(x: Any, y: Any, axis: Any) -> int:
     return last
 
 
+def batches_differ(x: Any, y: Any, axis: Any) -> ValueError:
+    """What to raise for batch shapes that do not broadcast."""
+    return ValueError(
+        f"x and y must have batch shapes (all axes but axis {axis}) that broadcast; found shapes {tuple(x.shape)} and "
+        f"{tuple(y.shape)}"
+    )
+
+
 def space_pair(space: Any, single: bool) -> tuple[int, int]:
     """The codes of both arguments' spaces, or ValueError."""
     pair = (space, space) if isinstance(space, str) else space
@@ -432,6 +437,8 @@ def _wanted(return_grad: Any, single: bool) -> tuple[str, ...]:
 
 def _axis(axis: Any, ndim: int, scalar: bool) -> int:
     try:
+        if isinstance(axis, (float, str, tuple, list, type(None))):  # torch.compile 2.11 fails in index() of these
+            raise TypeError
         a = operator.index(axis)
     except TypeError:
         raise TypeError(f"axis must be an integer, found {type(axis).__name__}") from None
@@ -508,20 +515,40 @@ def _check_out(xp: Any, out: Any, what: str, shape: tuple[int, ...], dtype: Any)
         raise ValueError(f"out for {what} is a broadcast view, whose elements share memory")
 
 
-def _check_overlap(xp: Any, outs: list[Any], inputs: list[Any]) -> None:
+def span(a: Any) -> tuple[int, int]:
+    """The bytes that an array covers, counted from the address of its first element: from, to."""
+    low = high = 0
+    for n, step in zip(a.shape, a.strides, strict=True):
+        if n == 0:
+            return 0, 0
+        if step < 0:
+            low += (n - 1) * step
+        else:
+            high += (n - 1) * step
+    return low, high + a.dtype.itemsize
+
+
+def _meet(a: Any, b: Any) -> bool:
+    """Whether the bytes between an array's first and last one meet another's: two integer intervals."""
+    if isinstance(a, np.ndarray):
+        return np.may_share_memory(a, b)
+    (low_a, high_a), (low_b, high_b) = span(a), span(b)
+    return a.data.ptr + low_a < b.data.ptr + high_b and b.data.ptr + low_b < a.data.ptr + high_a
+
+
+def check_overlap(outs: list[Any], inputs: list[Any]) -> None:
+    """Raise ValueError if results would be written over an input, or over each other."""
     for i, out in enumerate(outs):
-        if any(_overlap(xp, out, a) for a in inputs):
+        if any(_meet(out, a) and _share(out, a) for a in inputs):
             raise ValueError("out overlaps the memory of an input; pass an array of its own")
-        if any(_overlap(xp, out, other) for other in outs[:i]):
+        if any(_meet(out, other) and _share(out, other) for other in outs[:i]):
             raise ValueError("two arrays of out overlap; pass separate ones")
 
 
-def _overlap(xp: Any, a: Any, b: Any) -> bool:
-    a, b = _memory(a), _memory(b)
-    if not np.may_share_memory(a, b):
-        return False
+def _share(a: Any, b: Any) -> bool:
+    """Whether arrays whose intervals meet have an element in common."""
     try:
-        return bool(np.shares_memory(a, b, max_work=100_000))  # type: ignore[arg-type]  # any integer will do
+        return bool(np.shares_memory(_memory(a), _memory(b), max_work=100_000))  # type: ignore[arg-type]  # any integer
     except Exception:  # too hard to decide exactly
         return True
 

@@ -10,7 +10,7 @@ second ones are PyTorch's.
 import contextlib
 import importlib
 from collections.abc import Sequence
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
@@ -42,10 +42,13 @@ def _lend(t: Any) -> Any:
     if not isinstance(t, torch.Tensor):
         return t
     t = t.detach()
+    if t.is_cuda:
+        cupy, t, size = _cuda().ready(), t.resolve_neg(), t.element_size()
+        memory = cupy.cuda.UnownedMemory(t.data_ptr(), t.numel() * size, t, t.get_device())
+        strides = tuple(size * step for step in t.stride())
+        return cupy.ndarray(tuple(t.shape), _numpy_dtype(t.dtype), cupy.cuda.MemoryPointer(memory, 0), strides)
     if t.dtype is torch.bfloat16:
         return _lend(t.view(torch.int16)).view(_bfloat16())
-    if t.is_cuda:
-        return importlib.import_module("cupy").asarray(t.resolve_neg())
     try:
         return t.numpy()
     except RuntimeError:
@@ -53,6 +56,15 @@ def _lend(t: Any) -> Any:
             raise TypeError("klcore takes dense tensors, found a nested one; pass x.to_padded_tensor(value)") from None
         # else the imaginary part of a conjugate: memory that is to be read negated
         return t.resolve_neg().numpy()
+
+
+@cache
+def _numpy_dtype(dtype: torch.dtype) -> Any:
+    return _bfloat16() if dtype is torch.bfloat16 else np.dtype(str(dtype).removeprefix("torch."))
+
+
+def _cuda() -> Any:
+    return importlib.import_module("klcore.backends.cuda")
 
 
 def _tensor(a: Any) -> Any:
@@ -64,10 +76,17 @@ def _tensor(a: Any) -> Any:
 
 
 @contextlib.contextmanager
-def _on_current_stream(device: Any) -> Any:
-    cupy = importlib.import_module("cupy")
-    stream = torch.cuda.current_stream(device).cuda_stream
-    with cupy.cuda.Device(device.index), cupy.cuda.ExternalStream(stream, device.index):
+def _as_pytorch(x: Any) -> Any:
+    """Compute on PyTorch's current stream of the device of `x`, and take all memory from PyTorch: a CUDA graph that
+    PyTorch captures owns what is allocated meanwhile, which CuPy's pool would lend to others."""
+
+    def allocate(nbytes: int) -> Any:
+        memory = torch.empty(nbytes, dtype=torch.uint8, device=x.device)
+        owned = cupy.cuda.UnownedMemory(memory.data_ptr(), nbytes, memory, x.get_device())
+        return cupy.cuda.MemoryPointer(owned, 0)
+
+    stream = torch.cuda.current_stream(x.device).cuda_stream
+    with _cuda().on_stream(x.get_device(), stream) as cupy, cupy.cuda.using_allocator(allocate):
         yield
 
 
@@ -152,13 +171,16 @@ def _weights(weights: Any, like: Any, device: str | None, name: str = "weights")
 
 
 def _of_backend(x: Any) -> Any:
-    return cpu if x.is_cpu else importlib.import_module("klcore.backends.cuda")
+    return cpu if x.is_cpu else _cuda()
 
 
 def _value_like(x: Any, y: Any, axis: int, reduction: str, dtype: Any) -> tuple[tuple[int, ...], torch.dtype]:
     """Shape and dtype of a value."""
     shapes = [x.shape] if y is None else [x.shape, y.shape]
-    shape = torch.broadcast_shapes(*shapes)
+    try:
+        shape = torch.broadcast_shapes(*shapes)
+    except RuntimeError:
+        raise rows.batches_differ(x, y, axis) from None
     if dtype is None:
         wide = [t.dtype not in _FLOATS[1:] for t in ((x,) if y is None else (x, y))]
         dtype = torch.float64 if any(wide) else torch.float32
@@ -203,12 +225,23 @@ def _compute(
     if x.is_cpu:
         found = _call(*arguments, None)
         return _tensor(found) if return_grad is None else tuple(map(_tensor, found))
-    shape, of_value = _value_like(x, y, axis, reduction, dtype)
-    outs = [torch.empty(shape, dtype=of_value, device=x.device)]
-    outs += (_like(x if of == "x" else y) for of in rows.GRADIENTS[return_grad])
-    with _on_current_stream(x.device):
+    outs = _outs(operation, x, y, space, axis, reduction, temperature, dtype, return_grad)
+    with _as_pytorch(x):
         _call(*arguments, tuple(map(_lend, outs)))
     return outs[0] if return_grad is None else tuple(outs)
+
+
+def _outs(
+    operation: str, x: Any, y: Any, space: Any, axis: int, reduction: str, temperature: Any, dtype: Any,
+    return_grad: Any,
+) -> list[Any]:  # fmt: skip
+    """New tensors for the value and the gradients of a call, whose words are checked."""
+    wanted = rows.words(space, reduction, temperature, return_grad, y is None)[2]
+    if operation not in rows.LOSSES:
+        rows.class_axis(x, y, axis)
+    shape, of_value = _value_like(x, y, axis, reduction, dtype)
+    value = torch.empty(shape, dtype=of_value, device=x.device)
+    return [value, *(_like(x if of == "x" else y) for of in wanted)]
 
 
 def _gradients(
@@ -226,7 +259,7 @@ def _gradients(
     if x.is_cpu:
         return [_tensor(a) for a in call(None)]
     outs = [_like(x if of == "x" else y) for of in wanted]
-    with _on_current_stream(x.device):
+    with _as_pytorch(x):
         call(tuple(map(_lend, outs)))
     return outs
 
@@ -549,14 +582,19 @@ def _into(
             operation, x, y, space, axis, reduction, weights, temperature, 1.0, 0.0, None, return_grad
         )
         return _copied(found, out, outs)
+    if not x.is_cpu:  # all results are to be PyTorch's own memory
+        new = _outs(operation, x, y, space, axis, reduction, temperature, None, return_grad)
+        if not isinstance(out, tuple):
+            outs += [None] * (len(new) - 1)
+        outs = [b if a is None else a for a, b in zip(outs, new, strict=False)] + outs[len(new) :]
+        out = tuple(outs)
     given = tuple(map(_lend, outs)) if isinstance(out, tuple) else _lend(out)
     arguments = (operation, x, y, space, axis, reduction, weights, temperature, 1.0, 0.0, None, return_grad, given)
-    with contextlib.nullcontext() if x.is_cpu else _on_current_stream(x.device):
+    with contextlib.nullcontext() if x.is_cpu else _as_pytorch(x):
         results = _call(*arguments)
-        results = results if isinstance(results, tuple) else (results,)
-        outs += [None] * (len(results) - len(outs))
-        back = torch.utils.dlpack.from_dlpack if x.is_cuda else _tensor
-        kept = tuple(back(a) if t is None else t for a, t in zip(results, outs, strict=True))
+    results = results if isinstance(results, tuple) else (results,)
+    outs += [None] * (len(results) - len(outs))
+    kept = tuple(_tensor(a) if t is None else t for a, t in zip(results, outs, strict=True))
     torch.autograd.graph.increment_version([t for t in outs if t is not None])  # who saved one for backward, is told
     return kept if return_grad is not None else kept[0]
 

@@ -192,6 +192,17 @@ class Stream:
         self.ptr = 0 if null else id(self)
         self._left = []
 
+    @classmethod
+    def from_external(cls, obj):
+        if not hasattr(obj, "__cuda_stream__"):
+            raise TypeError(f"Object of type {type(obj).__name__} does not implement the CUDA stream protocol")
+        version, pointer = obj.__cuda_stream__()
+        if version != 0 or type(pointer) is not int:
+            raise TypeError(f"__cuda_stream__() must return (0, int), got ({version!r}, {pointer!r})")
+        stream = cls()
+        stream.ptr = pointer
+        return stream
+
     def __enter__(self):
         self._left.append(_stream())
         _current.stream = self
@@ -205,6 +216,13 @@ class Stream:
 
 
 Stream.null = Stream(null=True)
+
+
+class ExternalStream(Stream):
+    """CuPy 14 warns of it, and warnings are errors where klcore is tested."""
+
+    def __init__(self, ptr, device_id=-1):
+        raise EmulatorError("ExternalStream is deprecated: CuPy 14 warns each time; use Stream.from_external")
 
 
 def _stream():
@@ -231,28 +249,58 @@ class _Memory:
     def __init__(self, nbytes):
         pointer = ctypes.c_void_p()
         self._c = _libc()
+        self.size, self.device_id = nbytes, Device().id
         if self._c.posix_memalign(ctypes.byref(pointer), self.ALIGNMENT, max(nbytes, 1)):
             raise MemoryError(f"cannot allocate {nbytes} bytes")
-        self._pointer = pointer.value
-        ctypes.memset(self._pointer, 0xFF, nbytes)
-        self.__array_interface__ = {
-            "shape": (nbytes,),
-            "typestr": "|u1",
-            "data": (self._pointer, False),
-            "version": 3,
-        }
+        self.ptr = pointer.value
+        ctypes.memset(self.ptr, 0xFF, nbytes)
 
     def __del__(self):
-        if hasattr(self, "_pointer"):
-            self._c.free(self._pointer)
+        if hasattr(self, "ptr"):
+            self._c.free(self.ptr)
+
+
+class UnownedMemory:
+    """cupy.cuda.UnownedMemory"""
+
+    def __init__(self, ptr, size, owner, device_id):
+        self.ptr, self.size, self.device_id, self._owner = int(ptr), int(size), int(device_id), owner
 
 
 class MemoryPointer:
     """cupy.cuda.MemoryPointer"""
 
-    def __init__(self, ptr, device):
-        self.ptr, self.device = ptr, device
-        self.device_id = device.id
+    def __init__(self, mem, offset):
+        self.mem, self.ptr, self.device_id = mem, mem.ptr + offset, mem.device_id
+
+    @property
+    def device(self):
+        return Device(self.device_id)
+
+
+def alloc(nbytes):
+    """cupy.cuda.alloc"""
+    allocator = getattr(_current, "allocator", None)
+    return MemoryPointer(_Memory(nbytes), 0) if allocator is None else allocator(nbytes)
+
+
+@contextlib.contextmanager
+def using_allocator(allocator=None):
+    before = getattr(_current, "allocator", None)
+    _current.allocator = allocator
+    try:
+        yield
+    finally:
+        _current.allocator = before
+
+
+class _Bytes:
+    """What NumPy is shown of a memory."""
+
+    def __init__(self, memptr, nbytes):
+        self.memptr = memptr  # lives as long as the arrays over it
+        data = (memptr.ptr, False)
+        self.__array_interface__ = {"shape": (nbytes,), "typestr": "|u1", "data": data, "version": 3}
 
 
 class Flags:
@@ -270,6 +318,9 @@ class ndarray(np.ndarray):
     """cupy.ndarray"""
 
     __module__ = "cupy"
+
+    def __new__(cls, shape, dtype=float, memptr=None, strides=None, order="C"):
+        return _allocate(shape, dtype, order, strides, memptr)
 
     def __array_finalize__(self, parent):
         self._device = getattr(parent, "_device", None) or Device()
@@ -308,7 +359,8 @@ class ndarray(np.ndarray):
 
     @property
     def data(self):
-        return MemoryPointer(_plain(self).ctypes.data if self.size else 0, self._device)
+        at = _plain(self).ctypes.data if self.size else 0
+        return MemoryPointer(UnownedMemory(at, self.nbytes, self, self._device.id), 0)
 
     @property
     def flags(self):
@@ -338,14 +390,19 @@ def _wrap(result):
     return np.asarray(result).view(ndarray)
 
 
-def _allocate(shape, dtype, order="C", strides=None):
+def _allocate(shape, dtype, order="C", strides=None, memptr=None):
     dtype = np.dtype(dtype)
     if dtype.kind not in "biufcV":
         raise ValueError(f"Unsupported dtype {dtype}")
     shape = tuple(shape) if hasattr(shape, "__iter__") else (shape,)
-    memory = np.asarray(_Memory(int(np.prod(shape, dtype=object)) * dtype.itemsize))
+    nbytes = int(np.prod(shape, dtype=object)) * dtype.itemsize
+    if memptr is None:
+        memptr = alloc(nbytes)
+    elif strides is not None:  # a view with gaps: up to the end of what it covers
+        nbytes = dtype.itemsize + sum((n - 1) * step for n, step in zip(shape, strides, strict=True)) if nbytes else 0
+    memory = np.asarray(_Bytes(memptr, nbytes)) if nbytes else None
     array = np.ndarray.__new__(ndarray, shape, dtype, buffer=memory, order=order, strides=strides)
-    array._device = Device()
+    array._device = memptr.device
     return array
 
 
@@ -451,22 +508,20 @@ class RawModule:
 
 
 class RawKernel:
-    """cupy.RawKernel: ``kernel(grid, block, (plan,), shared_mem=bytes)``; the plan is a structured array of size 1."""
+    """cupy.RawKernel: ``kernel(grid, block, (plan,), shared_mem=bytes)``."""
+
+    preferred_shared_memory_carveout = -1
 
     def __init__(self, library, name):
-        try:
-            function = getattr(library, name)
-        except AttributeError:
-            raise EmulatorError(f"CUDA_ERROR_NOT_FOUND: named symbol not found: {name}") from None
-        self._library = library
         self.name = name
-        self.kernel = types.SimpleNamespace(ptr=ctypes.cast(function, ctypes.c_void_p).value)
-        self._shared = 48 << 10
-        self._cluster = library.emulator_cluster(self.kernel.ptr)
+        self.kernel = Function(library, name)
+
+    def __call__(self, grid, block, args, *, shared_mem=0):
+        self.kernel(grid, block, args, shared_mem)
 
     @property
     def max_dynamic_shared_size_bytes(self):
-        return self._shared
+        return self.kernel.shared
 
     @max_dynamic_shared_size_bytes.setter
     def max_dynamic_shared_size_bytes(self, size):
@@ -474,17 +529,31 @@ class RawKernel:
             raise EmulatorError(
                 f"CUDA_ERROR_INVALID_VALUE: {self.name}: {size} bytes of shared memory are not to be had"
             )
-        self._shared = size
+        self.kernel.shared = size
 
-    def __call__(self, grid, block, args, *, shared_mem=0):
+
+class Function:
+    """cupy.cuda.Function; the plan, its one argument, is a structured array of size 1."""
+
+    def __init__(self, library, name):
+        try:
+            function = getattr(library, name)
+        except AttributeError:
+            raise EmulatorError(f"CUDA_ERROR_NOT_FOUND: named symbol not found: {name}") from None
+        self._library, self.name = library, name
+        self.ptr = ctypes.cast(function, ctypes.c_void_p).value
+        self.shared = 48 << 10
+        self._cluster = library.emulator_cluster(self.ptr)
+
+    def __call__(self, grid, block, args, shared_mem=0):
         if any(n > 1 for n in (*grid[1:], *block[1:])):
             raise NotImplementedError(f"{self.name}: grids and blocks of more than one dimension")
-        if shared_mem > self._shared:
+        if shared_mem > self.shared:
             raise EmulatorError(
                 f"CUDA_ERROR_INVALID_VALUE: {self.name}: launched with {shared_mem} bytes of shared memory; "
-                f"max_dynamic_shared_size_bytes is {self._shared}"
+                f"max_dynamic_shared_size_bytes is {self.shared}"
             )
-        if self._cluster > 8 and self.kernel.ptr not in _large_clusters:
+        if self._cluster > 8 and self.ptr not in _large_clusters:
             raise EmulatorError(
                 f"CUDA_ERROR_INVALID_CLUSTER_SIZE: {self.name}: clusters of {self._cluster} blocks, without the "
                 "attribute that allows more than 8"
@@ -497,7 +566,7 @@ class RawKernel:
                 f"{self.name}: the plan has {plan.itemsize} bytes, kl::Plan {self._library.emulator_plan_size()}"
             )
         error = self._library.emulator_launch(
-            self.kernel.ptr,
+            self.ptr,
             self.name.encode(),
             plan.ctypes.data,
             max(1, grid[0]),  # as CuPy does
@@ -549,7 +618,11 @@ _cuda = _module(
     "cupy.cuda",
     Device=Device,
     Stream=Stream,
+    ExternalStream=ExternalStream,
     MemoryPointer=MemoryPointer,
+    UnownedMemory=UnownedMemory,
+    alloc=alloc,
+    using_allocator=using_allocator,
     runtime=_runtime,
     get_current_stream=_stream,
     is_available=lambda: True,

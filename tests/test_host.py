@@ -1,0 +1,182 @@
+"""What a call on a GPU costs before its kernels run: allocations, launches, and that a call that is known stays cheap.
+
+benchmarks/host_time.py measures the microseconds; a test must not. The arrays here are benchmarks/stub.py's.
+"""
+
+import importlib
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import klcore
+
+BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
+if not (BENCHMARKS / "stub.py").exists():
+    pytest.skip("no benchmarks beside the tests: these are of an installed package", allow_module_level=True)
+
+
+@pytest.fixture(scope="module")
+def modules():
+    """stub.py and host_time.py."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(BENCHMARKS))
+        yield importlib.import_module("stub"), importlib.import_module("host_time")
+
+
+@pytest.fixture
+def cupy(modules):
+    with modules[0].installed() as cupy:
+        yield cupy
+
+
+def cuda():
+    return sys.modules["klcore.backends.cuda"]
+
+
+# results that are new arrays, one allocation for all working memory (and one for what a mask becomes); launches
+COUNTS = {
+    "row": (1, 1),
+    "row, out=": (0, 1),
+    "sum": (2, 3),
+    "sum, out=": (1, 3),
+    "logits, batchmean": (2, 3),
+    "logits, row + dy": (2, 1),
+    "logits, row + dy, out=": (0, 1),
+    "logits, sum + dy": (3, 3),
+    "logits, sum + dy, out=": (1, 3),
+    "logits, batchmean + dx + dy, out=": (1, 3),
+    "16 bits, logits, sum + dy, out=": (1, 3),
+    "weighted rowmean + dy": (3, 5),
+    "weighted rowmean + dy, out=": (1, 5),
+    "rowmean + dy, a mask": (4, 5),
+    "entropy, mean": (2, 3),
+}
+
+
+def test_every_kind_of_call_is_counted(modules, cupy):
+    assert list(modules[1].calls(cupy)) == list(COUNTS)
+
+
+@pytest.mark.parametrize("name", COUNTS)
+def test_allocations_and_launches(modules, cupy, name):
+    stub, host_time = modules
+    call = host_time.calls(cupy)[name]
+    for _ in range(3):  # the first prepares what the others reuse, and allocates no more than they
+        stub.counts.clear()
+        call()
+        assert (stub.counts["allocations"], stub.counts["launches"]) == COUNTS[name]
+
+
+@pytest.mark.parametrize("name", COUNTS)
+def test_a_call_that_is_known_is_not_arranged_again(modules, cupy, monkeypatch, name):
+    call = modules[1].calls(cupy)[name]
+    call()
+    monkeypatch.setattr(cuda().rows, "arrange", None)
+    monkeypatch.setattr(cuda(), "_prepare", None)
+    call()
+
+
+def test_addresses_are_the_calls_own(modules, cupy, monkeypatch):
+    """Of two calls of a kind, each has the kernels read and write its own arrays."""
+    seen = []
+    klcore.kl_div(cupy.empty((500, 9000)), cupy.empty((500, 9000)))  # imports the backend
+    monkeypatch.setattr(cuda(), "_start", lambda launches, plans: seen.append(plans))
+    fields = {name: cuda()._AT[name] for name in ("x", "y", "weights", "value", "dx", "dy")}
+    for _ in range(3):
+        x, y, dx, dy = (cupy.empty((500, 9000), "float32") for _ in range(4))
+        w, value = cupy.empty(500, "float32"), cupy.empty(500, "float32")
+        klcore.kl_div(x, y, space="logits", weights=w, return_grad=("x", "y"), out=(value, dx, dy))
+        (plan,) = seen.pop().view(np.int64).reshape(-1, cuda()._WORDS)
+        given = {"x": x, "y": y, "weights": w, "value": value, "dx": dx, "dy": dy}
+        assert {name: plan[at] for name, at in fields.items()} == {name: a.data.ptr for name, a in given.items()}
+    assert len(cuda()._kept) == 2
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"reduction": "sum"}, {"space": "log_probs"}, {"axis": 0}, {"return_grad": "x"}, {"temperature": 2.0},
+        {"weights": (300, "float64")}, {"weights": (300, "float32")}, {"x": "float64"}, {"x": "rows apart"},
+        {"y": "one row"}, {"out": True},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_calls_that_differ_do_not_share(cupy, monkeypatch, change):
+    """Whatever changes the kernels, or what they are told."""
+
+    def call(change):
+        x, y = (cupy.empty((300, 300), "float32") for _ in "xy")
+        keywords = {"space": "logits"} | {k: v for k, v in change.items() if k not in ("x", "y")}
+        if "weights" in change:
+            keywords["weights"] = cupy.empty(*change["weights"])
+        if "out" in change:
+            keywords["out"] = cupy.empty(300, "float32")
+        if change.get("x") == "float64":
+            x = cupy.empty((300, 300), "float64")
+        if change.get("x") == "rows apart":
+            x = cupy.empty((600, 300), "float32")[::2]
+        if "y" in change:
+            y = y[:1]
+        klcore.kl_div(x, y, **keywords)
+
+    call({})
+    before = len(cuda()._kept)
+    call({})
+    assert len(cuda()._kept) == before
+    call(change)
+    assert len(cuda()._kept) == before + 1
+
+
+def test_words_that_are_equal_and_mean_another_thing(cupy):
+    """1.0 == 1, but an axis is an integer: no call accepts what the first one refused."""
+    x, y = cupy.empty((4, 5)), cupy.empty((4, 5))
+    for axis in (1, np.int64(1), True):
+        klcore.kl_div(x, y, axis=axis)
+    with pytest.raises(TypeError, match="axis must be an integer, found float"):
+        klcore.kl_div(x, y, axis=1.0)
+    for words in ({"space": ["logits", "logits"]}, {"return_grad": ["x", "y"]}):  # cannot be looked up
+        klcore.kl_div(x, y, **words)
+    with pytest.raises(ValueError, match="return_grad"):
+        klcore.kl_div(x, y, return_grad=[["x"]])
+
+
+def test_what_is_kept_is_bounded(cupy, monkeypatch):
+    x = cupy.empty((3, 4))
+    klcore.kl_div(x, x)
+    monkeypatch.setattr(cuda(), "_MOST_KEPT", 5)
+    for n in range(1, 40):
+        y = cupy.empty((3, n))
+        klcore.kl_div(y, y)
+        assert len(cuda()._kept) <= 5
+
+
+def test_what_kernels_may_use(modules, cupy, monkeypatch):
+    """Kernels that keep chunks in shared memory get all of it: how many blocks fit was reckoned with that."""
+    stub, made = modules[0], {}
+    kernel = stub.RawModule.get_function
+
+    def watched(module, name):
+        return made.setdefault(name, kernel(module, name))
+
+    monkeypatch.setattr(stub.RawModule, "get_function", watched)
+    for shape in ((300, 5), (300, 500), (300, 50_000), (2, 50_000)):
+        x = cupy.empty(shape, "float32")
+        klcore.kl_div(x, x, space="logits", reduction="sum", return_grad="y")
+    klcore.kl_div(x, x[:1], space="logits", return_grad="y")
+    staging = {"kl_narrow", "kl_units", "kl_rows", "kl_summed"}
+    assert set(made) == staging | {"kl_fold", "kl_sum", "kl_summed_fold"}
+    for name, k in made.items():
+        assert k.preferred_shared_memory_carveout == (100 if name in staging else -1)
+        assert k.max_dynamic_shared_size_bytes == ((227 if name in staging else 48) << 10)
+
+
+def test_the_script_says_what_it_measured(modules, capsys, monkeypatch):
+    host_time = modules[1]
+    monkeypatch.setattr(host_time, "measure_in", lambda tree: {"a": {"us": 30.0, "allocations": 1, "launches": 2}})
+    monkeypatch.setattr(sys, "argv", ["", "--against", "."])
+    host_time.main()
+    text = capsys.readouterr().out
+    assert text.splitlines()[1].split() == ["a", "30.0", "30.0", "1", "2"]
+    assert text.endswith("target: 20 us; missed by a\n")

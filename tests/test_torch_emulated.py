@@ -1,0 +1,199 @@
+"""PyTorch's road to the GPU, without one: the emulator's GPU memory is the CPU's, so tensors there pass for CUDA's.
+
+What PyTorch itself does on a GPU is asked in test_torch_cuda.py, where there is one.
+"""
+
+import importlib
+import re
+import types
+
+import numpy as np
+import pytest
+from conftest import DEVICES, DTYPES, computing_on
+from test_gradient import PAIRS, REDUCTIONS
+from test_torch import array, kl, logits, operands, options, same
+
+import klcore
+
+torch = pytest.importorskip("torch", reason="no PyTorch: its adapter is not tested")
+adapter = importlib.import_module("klcore.backends.torch")
+STREAM = 7
+
+
+def pose_as_cuda(monkeypatch):
+    """Have every tensor say that it is on device 0, whose current stream is STREAM."""
+    monkeypatch.setattr(torch.Tensor, "is_cpu", property(lambda t: False), raising=False)
+    monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda t: True), raising=False)
+    monkeypatch.setattr(torch.Tensor, "get_device", lambda t: 0)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: types.SimpleNamespace(cuda_stream=STREAM))
+
+
+@pytest.fixture(scope="module")
+def emulated():
+    if "emulated" not in DEVICES:
+        pytest.skip("the emulator is not among the devices of these tests")
+    with computing_on("emulated") as device:
+        yield device
+
+
+@pytest.fixture
+def posing(emulated, monkeypatch):
+    pose_as_cuda(monkeypatch)
+    return emulated
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize(("operation", "space"), [p for p in PAIRS if p[1][0] == p[1][1]])
+def test_bits_of_cupy(emulated, monkeypatch, operation, space, reduction, dtype):
+    """On every road of eager code: plain, gradients asked for, out=, backward."""
+    tensors = operands(operation, space, dtype)
+    keywords = options(operation, space, reduction=reduction, return_grad="x" if operation == "entropy" else ("x", "y"))
+    function = getattr(klcore, operation)
+    expected = tuple(map(emulated.get, function(*(emulated.put(array(t)) for t in tensors), **keywords)))
+    pose_as_cuda(monkeypatch)
+    found = function(*tensors, **keywords)
+    for got, a in zip(found, expected, strict=True):
+        same(got, a)
+    out = tuple(torch.full_like(t, 7) for t in found)
+    for got, given, a in zip(function(*tensors, **keywords, out=out), out, expected, strict=True):
+        assert got is given
+        same(got, a)
+    out = (None, *out[1:])
+    for got, a in zip(function(*tensors, **keywords, out=out), expected, strict=True):
+        same(got, a)
+    leaves = [t.clone().requires_grad_() for t in tensors]
+    del keywords["return_grad"]
+    same(function(*tensors, **keywords), expected[0])
+    value = function(*leaves, **keywords)
+    value.sum().backward()
+    same(value.detach(), expected[0])
+    for leaf, a in zip(leaves, expected[1:], strict=True):
+        if reduction == "none" and "logits" in space:  # a cotangent of its own for every term: another computation
+            np.testing.assert_allclose(
+                array(leaf.grad).astype(float), a.astype(float), rtol=2e-2 if dtype == "bfloat16" else 1e-5, atol=1e-6
+            )
+        else:
+            same(leaf.grad, a)
+
+
+@pytest.mark.parametrize("name", DTYPES)
+def test_strides_and_numbers(posing, name):
+    x = logits(4, 6).to(getattr(torch, name))
+    whole = kl(x, [0.5] * 6, "row", weights=[1.0, 0.5, 0.0, 2.0], return_grad="x")
+    for view in (x.T.contiguous().T, x.repeat_interleave(2, 1)[:, ::2], x.expand(2, 4, 6)[1]):
+        for got, a in zip(
+            kl(view, [0.5] * 6, "row", weights=[1.0, 0.5, 0.0, 2.0], return_grad="x"), whole, strict=True
+        ):
+            same(got, array(a))
+    integers = torch.tensor([[1, 2, 3]])
+    assert kl(integers, integers + 1).item() == 0
+
+
+def calls():
+    x, y = logits(6, 40, dtype=torch.float32), logits(6, 40, seed=1, dtype=torch.float32)
+    weights = torch.arange(6) / 6
+    for space in ("logits", ("log_probs", "logits")):
+        for reduction in REDUCTIONS:
+            yield x, y, {"space": space, "reduction": reduction, "weights": weights, "return_grad": ("x", "y")}
+        yield x, y[:1], {"space": space, "return_grad": "y"}
+        yield x.requires_grad_(), y, {"space": space, "reduction": "rowmean", "weights": weights > 0.3}
+
+
+def test_all_memory_is_pytorchs(posing, monkeypatch):
+    """A CUDA graph that PyTorch captures owns what PyTorch allocated meanwhile, and nothing else."""
+    device = importlib.import_module("emulator.device")
+
+    def refused(nbytes):
+        raise AssertionError(f"{nbytes} bytes of CuPy's own")
+
+    monkeypatch.setattr(device, "_Memory", refused)
+    for x, y, keywords in calls():
+        value = klcore.kl_div(x, y, **keywords)
+        if "return_grad" not in keywords:
+            value.backward()
+
+
+def test_the_stream_is_pytorchs(posing, monkeypatch):
+    device = importlib.import_module("emulator.device")
+    seen, run = [], device.Function.__call__
+
+    def watched(function, *arguments):
+        seen.append(device._stream().ptr)
+        run(function, *arguments)
+
+    monkeypatch.setattr(device.Function, "__call__", watched)
+    before = device._stream()
+    for x, y, keywords in calls():
+        value = klcore.kl_div(x, y, **keywords)
+        if "return_grad" not in keywords:
+            value.backward()
+    assert set(seen) == {STREAM}
+    assert device._stream() is before
+
+
+@pytest.mark.parametrize(
+    ("keywords", "words"),
+    [
+        ({"reduction": "average"}, ("reduction", "'average'", "'rowmean'")),
+        ({"return_grad": "z"}, ("return_grad", "'z'")),
+        ({"space": "odds"}, ("space", "'odds'")),
+        ({"axis": 2}, ("axis 2", "2 dimensions")),
+        ({"temperature": 0}, ("temperature", "positive")),
+        ({"y": torch.ones(2, 4)}, ("number of classes", "(2, 3)", "(2, 4)")),
+        ({"y": torch.ones(5, 3)}, ("broadcast", "(2, 3)", "(5, 3)")),
+        ({"weights": torch.ones(3)}, ("weights", "(3,)", "(2,)")),
+    ],
+)
+@pytest.mark.parametrize("given", [False, True], ids=["", "out"])
+def test_messages_of_numpy(posing, keywords, words, given):
+    x, y = torch.ones(2, 3), keywords.get("y", torch.ones(2, 3))
+    rest = (
+        {"space": "logits"}
+        | {k: v for k, v in keywords.items() if k != "y"}
+        | ({"out": torch.ones(2)} if given else {})
+    )
+    with pytest.raises(ValueError, match=re.escape(words[0])) as raised:
+        klcore.kl_div(x, y, **rest)
+    assert [word for word in words if word not in str(raised.value)] == [], raised.value
+
+
+def test_out_of_the_wrong_length(posing):
+    x = torch.ones(2, 3)
+    for out in ((torch.ones(2),), (None, None, None)):
+        with pytest.raises(ValueError, match=r"tuple of 2 \(value, then gradients"):
+            klcore.kl_div(x, x, return_grad="y", out=out)
+
+
+def test_without_cupy(python):
+    """Tensors and other libraries' arrays on a GPU, and no CuPy: a sentence that says what to install."""
+    code = """
+import sys, types
+sys.modules["cupy"] = None
+import torch, klcore
+torch.Tensor.is_cpu, torch.Tensor.is_cuda = property(lambda t: False), property(lambda t: True)
+torch.cuda.current_stream = lambda device: types.SimpleNamespace(cuda_stream=0)
+class Foreign:
+    shape = (3,)
+    def __dlpack_device__(self): return 2, 0
+    def __dlpack__(self, **keywords): raise AssertionError("asked for its memory")
+x = torch.ones(2, 3)
+leaf = torch.ones(2, 3, requires_grad=True)
+calls = (
+    lambda: klcore.kl_div(x, x),
+    lambda: klcore.kl_div(leaf, x),
+    lambda: klcore.kl_div(x, x, out=torch.ones(2)),
+    lambda: klcore.compat.pytorch.kl_div(x, x, reduction="sum"),
+    lambda: klcore.kl_div(Foreign(), Foreign()),
+)
+import klcore.compat.pytorch
+for call in calls:
+    try:
+        call()
+    except klcore.BackendUnavailableError as error:
+        assert "CuPy" in str(error) and "pip install 'klcore[cuda13]'" in str(error), error
+    else:
+        raise AssertionError("computed somewhere else")
+print("named")
+"""
+    assert python(code).strip() == "named"
