@@ -187,7 +187,6 @@ def main() -> None:
     args.to.mkdir(exist_ok=True)
     for path in args.to.iterdir():
         path.unlink()
-    # alike beside alike: smaller
     with tarfile.open(args.to / "cache.tar.xz", "w:xz", preset=6) as archive:
         for path in tqdm(cubins, desc="packing", mininterval=5):
             archive.add(path, path.name)
