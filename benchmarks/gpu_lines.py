@@ -5,7 +5,9 @@ come: whoever is killed leaves complete lines. A line names its `stage`, and its
 that a stage goes through.
 """
 
+import faulthandler
 import json
+import math
 import os
 import time
 from collections.abc import Callable, Iterable
@@ -54,11 +56,13 @@ def sentence(error: BaseException) -> str:
 def each(
     stage: str, names: Iterable[str], work: Callable[[str], dict[str, Any]], deadline: float,
     alive: Callable[[], Any] = lambda: None, shard: tuple[int, int] = (0, 1), needs: float = 1.0,
+    patience: float = 60.0,
 ) -> None:  # fmt: skip
     """Do `work` for each name that has no result yet, until the deadline less the seconds that one `needs`.
 
     A line when it begins, and one with what was found. Who began in this call and left no result has ended its process,
-    and would again. `alive` raises, after an error, if the process has lost the GPU: then another goes on.
+    and would again; of an earlier call's, it comes last. `alive` raises, after an error, if the process has lost the
+    GPU: then another goes on. So it does where there is a deadline and one takes longer than `patience`: kernels hang.
     """
     names = list(names)
     k, count = shard
@@ -67,17 +71,21 @@ def each(
         say(stage=stage, planned=names)
     ended = [line for line in before if "item" in line]
     skip = {line["item"] for line in ended if not {"begin", "died"} & set(line) or line["call"] == call()}
-    for name in names[k::count]:
+    begun = {line["item"] for line in ended}
+    for name in sorted(names[k::count], key=lambda name: name in begun):
         if name in skip:
             continue
         if time.time() > deadline - needs:
             return
         say(stage=stage, item=name, begin=os.getpid())
         start = time.time()
+        if max(deadline, patience) < math.inf:
+            faulthandler.dump_traceback_later(patience, exit=True)
         try:
             found, failed = work(name), False
         except Exception as error:  # of any kind: what follows is worth as much
             found, failed = {"failed": sentence(error)}, True
+        faulthandler.cancel_dump_traceback_later()
         say(stage=stage, item=name, seconds=round(time.time() - start, 3), **found)
         if failed:
             alive()

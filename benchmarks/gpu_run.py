@@ -428,7 +428,14 @@ def work(name: str, argument: str, emulated: bool) -> int:
         if not emulated:
             gpu.cupy.cuda.set_allocator(None)  # an allocation an array: else an error hits what lies beside it
         roles = gpu_bits.roles(gpu)
-        each(f"sanitizer {argument}", roles, lambda role: gpu_bits.check_role(roles[role]), needs=5.0, **go)
+        each(
+            f"sanitizer {argument}",
+            roles,
+            lambda role: gpu_bits.check_role(roles[role]),
+            needs=5.0,
+            patience=math.inf,
+            **go,
+        )
     elif name == "large":
         each(name, gpu_bits.LARGE, lambda item: gpu_bits.check_large(gpu, item), needs=5.0, **go)
     elif name == "profile":
@@ -447,7 +454,8 @@ def work(name: str, argument: str, emulated: bool) -> int:
         found = [line["figures"]["copy"] for line in known() if line.get("item") == "copies" and "figures" in line]
         measure = gpu_bench.Bench(gpu, name, found[-1] if found else gpu.copies()["copy"])
         several = any(len(task.contenders) > 1 for task in measure.tasks.values())
-        each(name, measure.tasks, measure, needs=8.0 if several and not emulated else 1.0, **go)
+        times = {"needs": 8.0, "patience": 90.0} if several else {}
+        each(name, measure.tasks, measure, **times, **go)
         say(stage=name, clocks=clocks())
     return 0
 

@@ -203,7 +203,7 @@ def test_who_dies_is_passed_over(script, run, monkeypatch):
     """By the process that goes on, but not by a second call."""
     gpu_lines, gpu_report = script("gpu_lines"), script("gpu_report")
     code = f"""
-import os, sys
+import os, sys, time
 sys.path.insert(0, {str(SCRIPTS)!r})
 from gpu_lines import each
 def work(name):
@@ -211,19 +211,23 @@ def work(name):
         os.abort()
     if name == "c":
         raise ValueError("wrong")
+    if name == "d":
+        time.sleep(600)
     return {{"wrong": []}}
-each("s", "abcd", work, float("inf"))
+each("s", "abcde", work, time.time() + 1e6, patience=0.1)
 """
     monkeypatch.setattr(run, "work", lambda *arguments: run.start([sys.executable, "-c", code]))
     run.deadline = math.inf
     assert run.items("s") == []
     verdict = gpu_report.judge("s", lines_of(run.out))
-    assert (verdict.done, verdict.not_run) == (3, 1)
-    assert verdict.failures == ["b: its process ended, exit status -6", "c: ValueError: wrong"]
+    assert (verdict.done, verdict.not_run) == (3, 2)
+    assert verdict.failures == [
+        "b: its process ended, exit status -6", "c: ValueError: wrong", "d: its process ended, exit status 1",
+    ]  # fmt: skip
     monkeypatch.setenv(gpu_lines.CALL, "2")
     again = []
-    gpu_lines.each("s", "abcd", lambda name: again.append(name) or {}, math.inf)
-    assert again == ["b"]
+    gpu_lines.each("s", "abcdef", lambda name: again.append(name) or {}, math.inf)
+    assert again == ["f", "b", "d"]  # who ended a process comes last
     assert gpu_report.judge("s", lines_of(run.out)).not_run == 0
 
 
