@@ -2,16 +2,23 @@
 
     python benchmarks/cuda_check.py [--quick] [--arch 90,120] [--only TEXT] [--json FILE]
 
-Fails, with a sentence each, if a kernel does not compile or draws a warning, if it spills (uses any local memory), or
-if one of the hot ones has no 16-byte load from global memory. Everything else it prints is for reading.
+Fails, with a sentence each, if a kernel does not compile or draws a warning, if it spills (uses any local memory), if
+one of the hot ones has no 16-byte load from global memory, or if it cannot be counted because a loop is not known here.
+Everything else it prints is for reading.
 
-The *hot loop* of a kernel is the innermost loop with the most floating-point instructions. Its *way* is the path once
-round that loads the most by accesses of 8 bytes or more, and of those the shortest:
-what most rows take, slow paths for rare values left out. The *writing way* is the one that loads and stores the most.
-Instructions on the way, divided by the bytes it moves, say what the kernel waits for: on an H200 memory keeps up with
-6.9 instructions per byte (132 SMs x 128 lanes x 1.755 GHz / 4.3 TB/s); with more, arithmetic is the limit. The bytes
-are those of global memory, or, in a loop that touches none, of shared memory, where others have copied them. A loop
-without such accesses has no figure.
+The hot kernels are *counted*: how many instructions a lane issues for each class, all loops and the code between them
+included, for a full chunk of 1024 classes of ordinary, contiguous, 16-byte aligned rows without weights. The machine
+code says nothing of how often a loop goes round; the `for` line that it comes from does (LOOPS), and line information
+tells which that is. Between the loops the *way* through a chunk is the one that passes the most of these loops, then
+the most of what must not be left out (`wanted`), and of those ways the shortest: slow paths for rare values are left
+out. Each sweep over a chunk has a way of its own; their instructions are added up. An instruction of a warp, once a
+chunk, is 32/1024 of an instruction a class.
+
+The parts are the loops; "per chunk" is all that stands around them: totals in double, the state, where the row is, the
+way into the copies. kl_rows: a chunk that is staged once, in the first sweep; what is done once a row (fold, finish,
+barriers) is left out. kl_units: a row of one chunk, and what finishes it, but for writing the value. kl_narrow: eight
+rows of 128 classes, the same. An H200 has time for 6.9 instructions a byte read or written (132 SMs x 128 lanes x
+1.755 GHz / 4.3 TB/s).
 """
 
 import argparse
@@ -27,12 +34,12 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field
-from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
@@ -40,29 +47,63 @@ from klcore.backends import nvrtc
 
 ARCHITECTURES = (70, 75, 80, 86, 89, 90, 100, 120)
 OLD = 70  # CUDA 13 has dropped it: needs NVRTC 12; of its machine code no more than the resources can be read
-PER_BYTE = 6.9
-FEW = 16  # floating-point instructions of a loop that only adds up, or copies
 SHOWN = 100  # sentences about what is wrong
 QUICK = (75, 90)
 COMMON = (" value", " dx", " dy", " cluster")  # ends of the names of the builds that --quick takes, if hot
-ELEMENTS = {"kl_units": 8, "kl_rows": 8, "kl_narrow": 4}  # that one lane treats on the way round
-BUDGETS = {  # bytes of global memory per element
-    "value, two float32 rows": 8,
-    "value, two 16-bit rows": 4,
-    "value and one gradient, float32": 12,
-    "value and one gradient, 16-bit": 6,
+
+# Of kl_rows on sm_90, by the name of the build: instructions a class. A miss is printed, and fails nothing.
+BUDGETS = {
+    r"kl_div logits float32 value": 60,
+    r"kl_div logits float32 dy": 75,
+    r"kl_div (probs|log_probs) float32 value": 45,
+    r"kl_div (probs|log_probs) float32 dy": 55,
+    r"kl_div (probs|log_probs|logits) b?float16 value": 40,
+    r"kl_div (probs|log_probs|logits) b?float16 dy": 48,
 }
+BUDGETED = 90
+
+# What the counting knows of src/kl_cuda.cu. A place in the source is written "function: line".
+CHUNK = 1024
+PER_CHUNK, SWEEP = "per chunk", "the sweep it is in"
+PARTS = ("staging", "reading sweep", "writing sweep", "copy-out", PER_CHUNK)
+# kernel -> the loop whose round treats a chunk; and the loop that goes round once a sweep
+UNITS = {"kl_rows": r"int c = mine.* {$", "kl_units": r"i64 tile = ", "kl_narrow": r"i64 g = .*groups"}
+EACH_SWEEP = r"int c = mine.* {$|int sweep = "
+# function of a sweep -> its part, and what is done in another one: flags say so, which a way does not see
+SWEEPS = {
+    "terms_chunk": ("reading sweep", ""),
+    "spread_chunk": ("reading sweep", r"spread_outputs|store_outputs"),
+    "spread_outputs": ("writing sweep", r"spread_chunk|stage_chunk|finish"),
+}
+# what ordinary rows without weights do not meet; and what no way may leave out, though flags guard it
+RARE = r"far_chunk: |p\.weights\.data \?"
+WANTED = r"near_outputs: "
+# places of a loop's `for` -> which part the loop is, and how often it goes round
+LOOPS = (
+    (r"copy_in: .*\n.*copy_in<16>", "staging", None),  # None: as often as makes a chunk
+    (r"copy_out: .*\n.*copy_out<16>", "copy-out", None),
+    (r"copy_(in|out): ", PER_CHUNK, 0),
+    (r".*for \(int step = ", SWEEP, 4),  # 256 classes a step
+    (r".*for \(int r = lane_of\(\) / lanes", SWEEP, 8),  # rows of 128 classes
+    (r".*for \(int r = lane_of\(\);", PER_CHUNK, 1),  # a row in each lane
+    (r".*for \(int d = ", PER_CHUNK, 1),  # one batch axis
+    (r".*for \(int o = lanes / 2;", PER_CHUNK, 5),
+    (r".*for \(int ([eij]|pass|sweep) = ", PER_CHUNK, 0),  # element by element; rare; only flags
+)
 
 
 # --- machine code ----------------------------------------------------------------------------------------------------
 
-# as  /*0b40*/  @!P0 BRA 0xee0 ;
-INSTRUCTION = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(?:(@!?\w+)\s+)?([A-Z][\w.]*)\s*([^;]*);", re.MULTILINE)
-FLOATING = re.compile(r"(?:FFMA|FADD|FMUL|DFMA|DADD|DMUL)2?\b|MUFU\b")
+# as  /*0b40*/  @!P0 BRA `(.L_x_7) ;
+INSTRUCTION = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(?:(@!?\w+)\s+)?([A-Z][\w.]*)\s*([^;]*);")
 GLOBAL = re.compile(r"(?:LDG|LDGSTS|STG|LD|ST)\b")
 SHARED = re.compile(r"(?:LDS|STS)\b")
 LOAD = re.compile(r"(?:LDG|LDGSTS)\b")
 LOCAL = re.compile(r"(?:LDL|STL)\b")
+PLACE = re.compile(
+    r'//## File "(?:[^"]*[/\\\\])?([^"]+)", line (\d+)'
+)  # of the instructions below; its callers' follow
+LABEL = re.compile(r"([.$][\w.$]+):$")
 WIDTHS = {"256": 32, "128": 16, "64": 8, "U16": 2, "S16": 2, "U8": 1, "S8": 1}
 
 
@@ -72,6 +113,7 @@ class Instruction:
     guarded: bool
     opcode: str
     operands: str
+    places: tuple[str, ...] = ()  # in the source: the line itself, where that is called, ...
 
     @property
     def bytes(self) -> int:
@@ -83,6 +125,15 @@ class Instruction:
     @property
     def wide_load(self) -> bool:
         return bool(LOAD.match(self.opcode)) and self.bytes >= 16
+
+    @property
+    def wanted(self) -> int:
+        """How much a way gains by it: states and gradients are left in shared memory, which is no detour."""
+        left = self.opcode.startswith("STS") and self.bytes >= 8 and not self.is_at("^copy_in: ")
+        return 0 if self.is_at(RARE) else self.bytes * left + self.is_at(WANTED)
+
+    def is_at(self, pattern: str) -> bool:
+        return bool(pattern) and any(re.search(pattern, place) for place in self.places)
 
     @property
     def target(self) -> int:
@@ -104,41 +155,6 @@ class Block:
     instructions: list[Instruction]
     after: list[int] = field(default_factory=list)  # numbers of blocks
 
-    @cached_property
-    def wide_loads(self) -> int:
-        return sum(i.bytes for i in self.instructions if i.bytes >= 8 and i.opcode.startswith("LD"))
-
-    @cached_property
-    def wide_bytes(self) -> int:
-        return sum(i.bytes for i in self.instructions if i.bytes >= 8)
-
-
-@dataclass
-class Way:
-    instructions: int
-    global_bytes: int
-    shared_bytes: int
-
-    @property
-    def per_byte(self) -> float:
-        return self.instructions / (self.global_bytes or self.shared_bytes)
-
-
-@dataclass
-class Loop:
-    """The hot loop."""
-
-    instructions: int  # all, of slow paths and of loops inside too
-    floating: int
-    mufu: int
-    wide_loads: int  # from global memory
-    way: Way | None
-    writing_way: Way | None  # if it is another
-
-
-def count(instructions: Iterable[Instruction], pattern: re.Pattern[str]) -> int:
-    return sum(bool(pattern.match(i.opcode)) for i in instructions)
-
 
 def blocks_of(code: list[Instruction]) -> tuple[list[Block], list[int]]:
     """The control flow graph, and the numbers of the blocks where it is entered: the kernel, and what it calls."""
@@ -151,7 +167,7 @@ def blocks_of(code: list[Instruction]) -> tuple[list[Block], list[int]]:
     entries = [code[0].address]
     for i in code:
         name = i.opcode.split(".")[0]
-        if name in ("BRA", "JMP"):
+        if name in ("BRA", "JMP") or (name == "CALL" and i.guarded and "0x" in i.operands):  # out of a loop, for good
             jumps[i.address] = [i.target]
         elif name == "BRX" and "TARGETS" in i.operands:
             jumps[i.address] = [int(t, 16) for t in re.findall(r"0x([0-9a-f]+)", i.operands.partition("TARGETS")[2])]
@@ -182,8 +198,8 @@ def blocks_of(code: list[Instruction]) -> tuple[list[Block], list[int]]:
     return blocks, sorted({number[a] for a in entries if a in number})
 
 
-def dominators(blocks: list[Block], entries: list[int]) -> list[set[int]]:
-    """For each block, those that every way to it passes through; empty if there is none."""
+def in_order(blocks: list[Block], entries: list[int]) -> list[int]:
+    """The blocks that can be reached, each before those that follow it, but for the ways back in loops."""
     order: list[int] = []
     seen: set[int] = set()
     for entry in entries:
@@ -198,7 +214,11 @@ def dominators(blocks: list[Block], entries: list[int]) -> list[set[int]]:
             else:
                 seen.add(m)
                 stack.append((m, iter(blocks[m].after)))
-    order.reverse()
+    return order[::-1]
+
+
+def dominators(blocks: list[Block], entries: list[int], order: list[int]) -> list[set[int]]:
+    """For each block, those that every way to it passes through; empty if there is none."""
     before: dict[int, list[int]] = {n: [] for n in order}
     for n in order:
         for m in blocks[n].after:
@@ -236,55 +256,116 @@ def loops_of(blocks: list[Block], over: list[set[int]]) -> dict[int, set[int]]:
     return loops
 
 
-def way_round(
-    blocks: list[Block], over: list[set[int]], header: int, body: set[int], wide: Callable[[Block], int]
-) -> Way | None:
-    """The path once round that is the widest, and of those the shortest."""
-    best: dict[int, tuple[int, int, list[int]] | None] = {}  # block -> (- width, instructions, blocks) to the end
-
-    def from_block(n: int) -> tuple[int, int, list[int]] | None:
-        if n not in best:
-            best[n] = None  # also for whom a graph that is no proper loop leads back here
-            onward: list[tuple[int, int, list[int]]] = [(0, 0, [])] if header in blocks[n].after else []
-            onward += [w for m in blocks[n].after if m in body and m not in over[n] and (w := from_block(m))]
-            if onward:
-                width, instructions, path = min(onward)
-                best[n] = (width - wide(blocks[n]), instructions + len(blocks[n].instructions), [n, *path])
-        return best[n]
-
-    found = from_block(header)
-    if not found or not found[0]:
-        return None
-    path = [i for n in found[2] for i in blocks[n].instructions]
-    return Way(len(path), *(sum(i.bytes for i in path if kind.match(i.opcode)) for kind in (GLOBAL, SHARED)))
+# --- counting --------------------------------------------------------------------------------------------------------
 
 
-def hot_loop(code: list[Instruction]) -> Loop | None:
-    blocks, entries = blocks_of(code)
-    over = dominators(blocks, entries)
-    loops = loops_of(blocks, over)
+class Way(NamedTuple):
+    loops: int  # of LOOPS that it passes
+    wanted: int
+    parts: Counter[str]  # instructions
 
-    def own(header: int) -> int:
-        inside = set().union(*(b for h, b in loops.items() if h != header and h in loops[header]), set())
-        return sum(count(blocks[n].instructions, FLOATING) for n in loops[header] - inside)
+    def then(self, other: "Way") -> "Way":
+        return Way(self.loops + other.loops, self.wanted + other.wanted, self.parts + other.parts)
 
-    if not loops:
-        return None
-    innermost = [h for h in loops if not any(o != h and o in loops[h] for o in loops)]
-    header = max((h for h in innermost if own(h) >= FEW), key=own, default=max(loops, key=own))
-    all_of_it = [i for n in loops[header] for i in blocks[n].instructions]
-    way, writing = (
-        way_round(blocks, over, header, loops[header], wide)
-        for wide in (lambda block: block.wide_loads, lambda block: block.wide_bytes)
-    )
-    return Loop(
-        instructions=len(all_of_it),
-        floating=count(all_of_it, FLOATING),
-        mufu=count(all_of_it, re.compile("MUFU")),
-        wide_loads=sum(i.wide_load for i in all_of_it),
-        way=way,
-        writing_way=writing if writing != way else None,
-    )
+    def times(self, trips: int) -> "Way":
+        return Way(1 + self.loops, trips * self.wanted, Counter({part: trips * n for part, n in self.parts.items()}))
+
+    def worse(self) -> tuple[int, int, int]:
+        return -self.loops, -self.wanted, sum(self.parts.values())
+
+
+NOTHING = Way(0, 0, Counter())
+
+
+class Counting:
+    """The instructions of one kernel for a full chunk of elements of `size` bytes."""
+
+    def __init__(self, code: list[Instruction], size: int) -> None:
+        self.size = size
+        self.blocks, entries = blocks_of(code)
+        self.order = in_order(self.blocks, entries)
+        self.loops = loops_of(self.blocks, dominators(self.blocks, entries, self.order))
+        self.sweeps = [name for name in SWEEPS if any(i.is_at(f"^{name}: ") for i in code)]
+
+    def whole(self, kernel: str) -> dict[str, float]:
+        """Instructions a class, by part."""
+        units = [h for h in self.loops if any(re.search(UNITS[kernel], jump.places[0]) for jump in self.jumps(h))]
+        unit = max(units, key=lambda h: len(self.loops[h]), default=None)
+        if unit is None or not self.sweeps:
+            raise LookupError("that over the chunks is missing")
+        parts = (self.each_sweep(unit) if self.goes_round_each_sweep(unit) else self.round(unit)).parts
+        return {part: parts[part] * 32 / CHUNK for part in PARTS if parts[part]}
+
+    def round(self, header: int, part: str = PER_CHUNK, sweep: str | None = None) -> Way:
+        """The way once round a loop; `part`: what all of it belongs to, but for inner loops of a chunk's loop."""
+        own, unrelated = SWEEPS[sweep] if sweep else (part, "")
+        inner: dict[int, Way] = {}  # all rounds of a loop, at its header
+        hidden: set[int] = set()  # the other blocks of those
+        idle: set[int] = set()  # of loops that do not go round
+        for h in self.order:  # outer loops come first
+            if h not in self.loops or h not in self.loops[header] - hidden - idle - {header}:
+                continue
+            if sweep is None and self.goes_round_each_sweep(h):
+                inner[h] = self.each_sweep(h)
+            elif (kind := self.kind(h, unrelated))[1]:
+                its = part if part != PER_CHUNK else own if kind[0] == SWEEP else kind[0]
+                inner[h] = self.round(h, its, sweep).times(kind[1])
+            else:
+                idle |= self.loops[h]
+                continue
+            hidden |= self.loops[h] - {h}
+
+        best: dict[int, Way] = {}  # from a block to the end of the round
+        for n in reversed(self.order):
+            if n not in self.loops[header] - hidden:
+                continue
+            if n in inner:
+                here = inner[n]
+                after = {m for k in self.loops[n] for m in self.blocks[k].after} - self.loops[n]
+            else:
+                code, after = self.blocks[n].instructions, set(self.blocks[n].after)
+                wanted = 0 if n in idle else sum(i.wanted for i in code if not i.is_at(unrelated))
+                here = Way(0, wanted, Counter({part: len(code)}))
+            ways = [best[m] for m in after if m in best] + [NOTHING] * (header in after)
+            if ways:
+                best[n] = here.then(min(ways, key=Way.worse))
+        return best[header]
+
+    def each_sweep(self, header: int) -> Way:
+        way = NOTHING
+        for sweep in self.sweeps:
+            way = way.then(self.round(header, sweep=sweep))
+        return way
+
+    def goes_round_each_sweep(self, header: int) -> bool:
+        code = (i for n in self.loops[header] for i in self.blocks[n].instructions)
+        return any(re.search(EACH_SWEEP, jump.places[0]) for jump in self.jumps(header)) and any(
+            i.is_at("|".join(f"^{sweep}: " for sweep in self.sweeps)) for i in code
+        )
+
+    def kind(self, header: int, unrelated: str) -> tuple[str, int]:
+        """Of a loop: the part of the work, and how often it goes round."""
+        jumps = self.jumps(header)
+        waits = len(self.loops[header]) == 2 and any(  # for the other lanes, which are there
+            i.opcode == "YIELD" for n in self.loops[header] for i in self.blocks[n].instructions
+        )
+        if waits or any(jump.is_at(RARE) or jump.is_at(unrelated) for jump in jumps):
+            return PER_CHUNK, 0
+        for pattern, part, trips in LOOPS:
+            for jump in jumps:
+                if re.match(pattern, "\n".join(jump.places)):
+                    return part, self.copies(header, jump) if trips is None else trips
+        raise LookupError(jumps[0].places[0] if jumps else "it comes from no line")
+
+    def copies(self, header: int, jump: Instruction) -> int:
+        size = 4 if jump.is_at("^unstage_terms: ") else self.size
+        moved = (i.bytes for n in self.loops[header] for i in self.blocks[n].instructions if GLOBAL.match(i.opcode))
+        return CHUNK * size // 32 // sum(moved)
+
+    def jumps(self, header: int) -> list[Instruction]:
+        """The jumps back of a loop: they come from its `for` line."""
+        ends = (self.blocks[n] for n in self.loops[header] if header in self.blocks[n].after)
+        return [end.instructions[-1] for end in ends if end.instructions[-1].places]
 
 
 # --- one cubin -------------------------------------------------------------------------------------------------------
@@ -297,8 +378,13 @@ class Job:
     build: str
     options: tuple[str, ...]
     kernels: tuple[str, ...]
-    hot: tuple[str, ...]  # those of `kernels` that have to load wide
+    hot: tuple[str, ...]  # those of `kernels` that have to load wide, and are counted
     arch: int
+
+    @property
+    def size(self) -> int:
+        """Bytes of an element of x, and of y: those of every_build are of one dtype."""
+        return (8, 4, 2, 2)[int(next(o for o in self.options if o.startswith("-DKL_X="))[-1])]
 
 
 @dataclass
@@ -314,30 +400,33 @@ class Kernel:
     instructions: int  # 0: not disassembled
     local_accesses: int
     wide_loads: int
-    mufu: int
-    loop: Loop | None
-    per_byte: list[float]  # on the way, and on the writing way
-    per_element: list[float]
+    parts: dict[str, float]  # instructions a class; empty: not counted
+
+    @property
+    def a_class(self) -> float:
+        return sum(self.parts.values())
+
+    @property
+    def budget(self) -> int | None:
+        if self.arch != BUDGETED or self.kernel != "kl_rows":
+            return None
+        return next((most for build, most in BUDGETS.items() if re.match(build, self.build)), None)
 
     @property
     def cell(self) -> str:
-        if not self.instructions:
-            return f"{self.registers} {self.stack} ? ? ?"
-        loop = "-" if self.loop is None else str(self.loop.instructions)
-        figures, unit = (self.per_element, "e") if self.per_element else (self.per_byte, "B")
-        speed = ",".join(f"{x:.1f}" for x in figures) + f"/{unit}" if figures else "-"
-        return f"{self.registers} {self.stack} {loop} {self.wide_loads} {speed}"
+        loads = self.wide_loads if self.instructions else "?"
+        return f"{self.registers} {self.stack} {loads} " + (f"{self.a_class:.1f}" if self.parts else "-")
 
 
 _source = ""
 _cuobjdump = ""
-_path = ""
+_nvdisasm = ""
 
 
-def prepare(source: str, library: str | None, cuobjdump: str, path: str) -> None:
+def prepare(source: str, library: str | None, cuobjdump: str, nvdisasm: str) -> None:
     """In each worker. All compile the same source, whatever happens to the files meanwhile."""
-    global _source, _cuobjdump, _path
-    _source, _cuobjdump, _path = source, cuobjdump, path
+    global _source, _cuobjdump, _nvdisasm
+    _source, _cuobjdump, _nvdisasm = source, cuobjdump, nvdisasm
     if library:
         loaded = nvrtc._load(library)
         nvrtc._library = lambda: loaded  # type: ignore[assignment]
@@ -346,15 +435,39 @@ def prepare(source: str, library: str | None, cuobjdump: str, path: str) -> None
 def check(job: Job) -> tuple[list[Kernel], list[str]]:
     """The kernels of a build, and what is wrong with them."""
     try:
-        cubin, log = nvrtc._compile(_source, job.options, job.arch)
+        lines = ("--generate-line-info",) if job.hot else ()
+        cubin, log = nvrtc._compile(_source, (*job.options, *lines), job.arch)
     except RuntimeError as error:
         return [], [f"{job.build} fails: {error}"]
     # the compiler's own retirement plans are no warning about the code
     log = "\n".join(line for line in log.splitlines() if line and not line.startswith("nvrtc: warning: Architectures"))
     wrong = [f"{job.build}: the compiler warns:\n{log}"] if log else []
     found = {}
-    for name, usage, code in functions(cubin):
-        found[name] = kernel = describe(job, name, usage, code)
+    for name, usage, code in functions(cubin, _source):
+        parts = {}
+        if name in job.hot and not code and job.arch != OLD:
+            wrong.append(f"{job.build}: {name} cannot be disassembled")
+        elif name in job.hot and code:
+            try:
+                parts = Counting(code, job.size).whole(name)
+            except LookupError as error:
+                wrong.append(
+                    f"{job.build}: {name} cannot be counted, for a loop that is not known here: {error.args[0]}"
+                )
+        found[name] = kernel = Kernel(
+            build=job.build,
+            kernel=name,
+            arch=job.arch,
+            hot=name in job.hot,
+            registers=usage["REG"],
+            stack=usage["STACK"],
+            local=usage["LOCAL"],
+            shared=usage["SHARED"],
+            instructions=len(code),
+            local_accesses=sum(bool(LOCAL.match(i.opcode)) for i in code),
+            wide_loads=sum(i.wide_load for i in code),
+            parts=parts,
+        )
         if kernel.stack or kernel.local or kernel.local_accesses:
             wrong.append(f"{job.build}: {name} spills registers, or keeps an array, in local memory")
         if kernel.hot and kernel.instructions and not kernel.wide_loads:
@@ -363,53 +476,66 @@ def check(job: Job) -> tuple[list[Kernel], list[str]]:
     return [found[name] for name in job.kernels if name in found], wrong
 
 
-def functions(cubin: bytes) -> Iterator[tuple[str, dict[str, int], list[Instruction]]]:
+def functions(cubin: bytes, source: str) -> Iterator[tuple[str, dict[str, int], list[Instruction]]]:
     """Name, resources and machine code; without code where the disassembler has forgotten the architecture."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "klcore.cubin")
         path.write_bytes(cubin)
-        command = [_cuobjdump, str(path), "--dump-resource-usage"]
-        for tail in (["--dump-sass"], []):
-            done = subprocess.run([*command, *tail], capture_output=True, text=True, env=os.environ | {"PATH": _path})
-            if "is deprecated" not in done.stderr:
-                break
+        resources = [_cuobjdump, "--dump-resource-usage", str(path)]
+        lines = [_nvdisasm, "--print-code", "--print-line-info-inline", str(path)]
+        done, sass = (subprocess.run(command, capture_output=True, text=True) for command in (resources, lines))
     if done.returncode:
         raise SystemExit(f"cuobjdump fails: {done.stderr.strip() or done.stdout.strip()}")
-    resources, _, sass = done.stdout.partition("code for sm_")
     usage = {
         name: {key: int(value) for key, value in re.findall(r"(\w+):(\d+)", line)}
-        for name, line in re.findall(r"Function (\S+):\s*\n\s*(.*)", resources)
+        for name, line in re.findall(r"Function (\S+):\s*\n\s*(.*)", done.stdout)
     }
-    code: dict[str, list[Instruction]] = {}
-    for text in re.split(r"^\s*Function : ", sass, flags=re.MULTILINE)[1:]:
-        found = INSTRUCTION.findall(text)
-        code[text.split(maxsplit=1)[0]] = [Instruction(int(a, 16), bool(g), o, rest.strip()) for a, g, o, rest in found]
+    code = dict(read(sass.stdout, places_of(source)))
     for name in usage:
         yield name, usage[name], code.get(name, [])
 
 
-def describe(job: Job, name: str, usage: dict[str, int], code: list[Instruction]) -> Kernel:
-    loop = hot_loop(code) if code else None
-    elements = ELEMENTS.get(name)
-    ways = [way for way in (loop.way, loop.writing_way) if way] if loop else []
-    lengths = [way.instructions for way in ways] or ([loop.instructions] if loop else [])
-    return Kernel(
-        build=job.build,
-        kernel=name,
-        arch=job.arch,
-        hot=name in job.hot,
-        registers=usage["REG"],
-        stack=usage["STACK"],
-        local=usage["LOCAL"],
-        shared=usage["SHARED"],
-        instructions=len(code),
-        local_accesses=count(code, LOCAL),
-        wide_loads=sum(i.wide_load for i in code),
-        mufu=count(code, re.compile("MUFU")),
-        loop=loop,
-        per_byte=[way.per_byte for way in ways],
-        per_element=[length / elements for length in lengths] if elements else [],
-    )
+def places_of(source: str) -> dict[tuple[str, int], str]:
+    """(file, line) -> "function: line"; a function is what its first line says."""
+    places: dict[tuple[str, int], str] = {}
+    file, number, function = "", 0, ""
+    for line in source.splitlines():
+        if mark := re.match(r'#line (\d+) "(.*)"', line):
+            file, number = mark[2], int(mark[1]) - 1
+            continue
+        number += 1
+        if start := re.search(r"\b(?:KL_DEVICE|KL_FN|__global__) .*?\b(?!__)(\w+)\(", line):
+            function = start[1]
+        places[file, number] = f"{function}: {line.strip()}"
+    return places
+
+
+def read(sass: str, places: dict[tuple[str, int], str]) -> Iterator[tuple[str, list[Instruction]]]:
+    """The kernels that nvdisasm prints."""
+    for text in re.split(r"^\.text\.", sass, flags=re.MULTILINE)[1:]:
+        name, _, lines = text.partition(":\n")
+        yield name, instructions(lines, places)
+
+
+def instructions(text: str, places: dict[tuple[str, int], str]) -> list[Instruction]:
+    code: list[Instruction] = []
+    labels: dict[str, str] = {}
+    waiting: list[str] = []
+    at: list[str] = []
+    last = ""
+    for line in text.splitlines():
+        if found := PLACE.search(line):
+            at = [*(at if "//##" in last else []), places.get((found[1], int(found[2])), "")]
+        elif found := LABEL.match(line):
+            waiting.append(found[1])
+        elif found := INSTRUCTION.match(line):
+            labels |= dict.fromkeys(waiting, "0x" + found[1])
+            waiting = []
+            code.append(Instruction(int(found[1], 16), bool(found[2]), found[3], found[4].strip(), tuple(at)))
+        last = line
+    for i in code:
+        i.operands = re.sub(r"[.$]\w[\w.$]*", lambda label: labels.get(label[0], label[0]), i.operands)
+    return code
 
 
 # --- all of them -----------------------------------------------------------------------------------------------------
@@ -445,7 +571,6 @@ def nvrtc_12() -> str | None:
 
 
 def run(jobs: list[Job]) -> tuple[list[Kernel], list[str]]:
-    path = os.pathsep.join([str(Path(tool("nvdisasm")).parent), os.environ.get("PATH", "")])
     processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     spawn = multiprocessing.get_context("spawn")
     source = nvrtc.source()
@@ -457,7 +582,7 @@ def run(jobs: list[Job]) -> tuple[list[Kernel], list[str]]:
             if not mine:
                 continue
             library = nvrtc_12() if old else None
-            arguments = (source, library, tool("cuobjdump"), path)
+            arguments = (source, library, tool("cuobjdump"), tool("nvdisasm"))
             with ProcessPoolExecutor(min(processors, len(mine)), spawn, prepare, arguments) as pool:
                 futures = {pool.submit(check, job): job for job in mine}
                 for future in as_completed(futures):
@@ -479,14 +604,25 @@ def table(kernels: list[Kernel]) -> Iterator[str]:
         lines.setdefault(("* " if k.hot else "  ") + name, {})[k.arch] = k.cell
     first = max(map(len, lines), default=0)
     widths = {a: max(6, *(len(cells.get(a, "")) for cells in lines.values())) for a in archs}
-    yield "registers, bytes of stack, instructions of the hot loop, 16-byte loads from global memory, instructions per"
-    yield "byte (B) or element (e) on the way and, if it is another, on the writing way:"
+    yield "registers, bytes of stack, 16-byte loads from global memory, instructions a class:"
     yield " " * first + "".join(f"  {f'sm_{a}':>{widths[a]}}" for a in archs)
     for name, cells in lines.items():
         yield f"{name:{first}}" + "".join(f"  {cells.get(a, ''):>{widths[a]}}" for a in archs)
-    yield f"* hot. An H200 has time for {PER_BYTE} instructions per byte; per element: " + "; ".join(
-        f"{name} {PER_BYTE * size:.1f}" for name, size in BUDGETS.items()
-    )
+    yield "* hot"
+
+
+def counts(kernels: list[Kernel]) -> Iterator[str]:
+    """Where the instructions are, on one architecture."""
+    archs = {k.arch for k in kernels if k.parts}
+    arch = BUDGETED if BUDGETED in archs else max(archs, default=0)
+    counted = [k for k in kernels if k.arch == arch and k.parts]
+    first = max((len(f"{k.build}: {k.kernel}") for k in counted), default=0)
+    if counted:
+        yield f"{f'instructions a class, sm_{arch}':{first}}" + "".join(f"  {name:>13}" for name in (*PARTS, "all"))
+    for k in counted:
+        figures = [f"{k.parts[part]:.1f}" if part in k.parts else "" for part in PARTS] + [f"{k.a_class:.1f}"]
+        verdict = f"  {'met' if k.a_class <= k.budget else 'MISSED'}: {k.budget}" if k.budget else ""
+        yield f"{f'{k.build}: {k.kernel}':{first}}" + "".join(f"  {figure:>13}" for figure in figures) + verdict
 
 
 def main() -> None:
@@ -506,7 +642,7 @@ def main() -> None:
     if not chosen or not archs:
         sys.exit("nothing to check")
     kernels, wrong = run(list(jobs_for(chosen, archs)))
-    print(*table(kernels), sep="\n")
+    print(*table(kernels), "", *counts(kernels), sep="\n")
     print(f"{len(kernels)} kernels, compiled by NVRTC {'.'.join(map(str, nvrtc.version()))}")
     if args.json:
         args.json.write_text(json.dumps([asdict(k) for k in kernels], indent=1) + "\n")
