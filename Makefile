@@ -4,7 +4,7 @@ BIN := .venv/bin
 SOURCES := setup.py pyproject.toml $(wildcard src/*.h src/*.pyx)
 
 .PHONY: build demo examples test lint docs wheel wheel-test bench accuracy plots asv asv-check asv-compare cuda-check \
-	gpu-check minimax clean
+	gpu-check gpu-carry gpu-report minimax clean
 
 build: .venv/core
 demo: .venv/demo
@@ -53,9 +53,18 @@ asv-compare: .venv/asv
 cuda-check: .venv/cuda-check
 	$(BIN)/python benchmarks/cuda_check.py $(CHECK)
 # Not in .venv: with the packages that PYTHON has, beside which klcore is built, and without the network.
+CHECKED := first-light tests bits ceilings alone peers more
 gpu-check:
 	$(PYTHON) -m pip install -q --no-index --no-build-isolation --no-deps --upgrade --target build/gpu-check .
-	PYTHONPATH=$(CURDIR)/build/gpu-check:$$PYTHONPATH $(PYTHON) benchmarks/gpu_check.py $(ARGS)
+	out=build/gpu-check-$$(date +%Y%m%d-%H%M%S); export PYTHONPATH=$(CURDIR)/build/gpu-check:$$PYTHONPATH; failed=0; \
+		$(PYTHON) benchmarks/gpu_run.py $$out $(patsubst %,--only %,$(CHECKED)) $(ARGS) || failed=1; \
+		$(PYTHON) benchmarks/gpu_report.py $$out && exit $$failed
+# What a GPU that can be had for a quarter of an hour should have with it; gpu_run.py says how it is used there.
+gpu-carry: .venv/gpu-carry
+	$(BIN)/python benchmarks/gpu_carry.py $(ARGS)
+# Pages of what gpu_run.py brought home: make gpu-report RUNS="FIRST SECOND", the folders of its calls.
+gpu-report: .venv/plots
+	$(BIN)/python benchmarks/gpu_report.py $(RUNS) && $(BIN)/python benchmarks/plots.py
 minimax: .venv/test
 	$(BIN)/python docs/minimax.py
 clean:

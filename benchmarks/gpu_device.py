@@ -1,17 +1,19 @@
-"""The GPU as gpu_check.py's steps see it: data made there, streams, graphs, clocks; or the emulator in its place.
+"""The GPU as gpu_run.py's stages see it: data made there, streams, graphs, clocks; or the emulator in its place.
 
-`open_device` gives one or the other. The emulated one runs the same steps in the same order, at once and on the CPU:
-it shows that the scripts work, and its times mean nothing.
+`open_device` gives one or the other. The emulated one runs the same stages in the same order, at once and on the CPU:
+it shows that the scripts work, and its times mean nothing. `launched` tells which kernels a call starts.
 """
 
+import contextlib
 import functools
+import hashlib
 import importlib
 import importlib.metadata
 import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -126,6 +128,59 @@ def clocks() -> dict[str, str]:
     return smi("clocks.sm", "clocks.mem", "temperature.gpu", "power.draw")
 
 
+def own_kernels(arch: int) -> Path:
+    """The path of KERNELS as a cubin, kept where klcore keeps its own."""
+    nvrtc = importlib.import_module("klcore.backends.nvrtc")
+    key = hashlib.sha256(repr((KERNELS, nvrtc._OPTIONS, nvrtc.version(), arch)).encode()).hexdigest()[:32]
+    path = nvrtc._folder() / f"gpu_device-{key}.cubin"
+    return path if path.exists() else nvrtc._write(path.parent, path.name, nvrtc.compile(KERNELS, (), arch))
+
+
+# ---- launches --------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def launched(start: bool = True) -> Iterator[Counter[tuple[str, int]]]:
+    """Counts kernels, by name and size of cluster, as calls launch them; or would, if they are not to `start`."""
+    cuda = importlib.import_module("klcore.backends.cuda")
+    kept, found = cuda._start, Counter[tuple[str, int]]()
+
+    def note(launches: Any, *rest: Any) -> None:
+        found.update((launch.name, launch.cluster) for launch in launches)
+        if start:
+            kept(launches, *rest)
+
+    cuda._start = note
+    try:
+        yield found
+    finally:
+        cuda._start = kept
+
+
+CLUSTERS = (2, 4, 8, 16)
+# classes: usual vocabularies first, then whatever lies between
+LENGTHS = (9_000, 20_000, 50_257, 128_256, 262_144, *(round(5_000 * 1.15**k) for k in range(38)))
+
+
+def shape_in_clusters(gpu: "Gpu", cluster: int, dtype: str, space: Any, gradient: Any) -> tuple[int, int]:
+    """A shape that is computed in clusters of that many blocks: so many rows that the device is full.
+
+    Which lengths are depends on the device and on what klcore finds best: so they are tried, without launching.
+    """
+    klcore, cuda = importlib.import_module("klcore"), importlib.import_module("klcore.backends.cuda")
+    rows = -(-cuda._properties(0).multiprocessors // cluster) + 1
+    for n in LENGTHS[:2] if gpu.emulated else LENGTHS:
+        x, y = (gpu.cupy.empty((rows, n), numpy_dtype(dtype)) for _ in range(2))
+        with launched(start=False) as found:
+            klcore.kl_div(x, y, space=space, return_grad=gradient)
+        if ("kl_rows", cluster) in found:
+            return rows, n
+    raise LookupError(f"no length of rows of {space} {dtype} is computed in clusters of {cluster}")
+
+
+# ---- the device ------------------------------------------------------------------------------------------------------
+
+
 class Graph:
     """A captured sequence of calls. It keeps its memory: what ran in it wrote there, and will again."""
 
@@ -156,12 +211,7 @@ class Gpu:
 
     @functools.cached_property
     def _module(self) -> Any:
-        nvrtc = importlib.import_module("klcore.backends.nvrtc")
-        arch = int(self.cupy.cuda.Device().compute_capability)
-        self._folder = tempfile.TemporaryDirectory()  # until the end: CuPy says not when it reads the file
-        path = Path(self._folder.name, "kernels.cubin")
-        path.write_bytes(nvrtc.compile(KERNELS, (), arch))
-        return self.cupy.RawModule(path=str(path))
+        return self.cupy.RawModule(path=str(own_kernels(int(self.cupy.cuda.Device().compute_capability))))
 
     def _kernel(self, name: str, blocks: int, threads: int, *arguments: Any) -> None:
         given = tuple(np.int64(a) if isinstance(a, int) else a for a in arguments)
@@ -225,17 +275,6 @@ class Gpu:
             finally:
                 graph = self.stream.end_capture()
         return Graph(graph, self.stream, pool)
-
-    def extra_bytes(self, call: Callable[[], Any]) -> int:
-        """What a call allocates beside its results, at most."""
-        pool = self.cupy.get_default_memory_pool()
-        self.synchronize()
-        pool.free_all_blocks()
-        before = pool.total_bytes()
-        result = call()
-        self.synchronize()
-        results = result if isinstance(result, tuple) else (result,)
-        return max(0, pool.total_bytes() - before - sum(a.nbytes for a in results))
 
     def free(self) -> None:
         self.cupy.get_default_memory_pool().free_all_blocks()
@@ -313,10 +352,6 @@ class Emulated(Gpu):
 
     def capture(self, calls: Sequence[Callable[[], Any]]) -> Any:
         return _Replay(calls)
-
-    def extra_bytes(self, call: Callable[[], Any]) -> int:
-        call()
-        return 0
 
     def free(self) -> None:
         pass

@@ -1,26 +1,34 @@
-"""Tables, plots and docs/performance.md, from the records in docs/benchmarks.
+"""Tables, plots and docs/performance.md, from what gpu_run.py and side_by_side.py found.
 
-    python benchmarks/gpu_report.py [FILE.json ...]
+    python benchmarks/gpu_report.py [FOLDER ...] [--to DIR]
 
-writes FILE.md and, if matplotlib is there, FILE.svg beside each record of gpu_check.py, and puts the newest records, of
-the CPU and of a GPU, into the marked sections of docs/performance.md. It measures nothing and needs no GPU.
+makes of gpu_run.py's folders, those of one run, the record docs/benchmarks/GPU-DATE.json, and of that a page (.md) and,
+if matplotlib is there, a plot (.svg) beside it; then it puts the newest records, of the CPU and of a GPU, into the
+marked sections of docs/performance.md. It measures nothing and needs no GPU. gpu_run.py asks it how stages ended, and
+for the table that it prints last.
 """
 
+import argparse
 import importlib.util
 import json
 import re
 import sys
 from collections.abc import Iterable
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+import gpu_lines
 
 ROOT = Path(__file__).resolve().parents[1]
 RECORDS = ROOT / "docs" / "benchmarks"
 PAGE = ROOT / "docs" / "performance.md"
 OURS = "klcore"
 SHOWN = 12  # entries of a list; the record has them all
-LARGE = 1e9  # bytes of both inputs: what the target of bandwidth is about
-PERCENT = 90  # of the copy, of large arrays; value, or value and one gradient, float32 and bfloat16
+LARGE = 1e9  # bytes of both inputs: what the targets of bandwidth are about
+# percent of the copy that value, and value and gradient, are to reach
+PERCENT = {"H100": {"float32": 90, "bfloat16": 85}, "H200": {"float32": 85, "bfloat16": 75}}
+CALL_US = 20.0  # a call from Python, warm
 AHEAD = {"torch.compile": 1.0, "Liger-Kernel": 1.0, "torch eager": 4.0}
 
 
@@ -68,7 +76,133 @@ def cpu_section(path: Path) -> str:
     )
 
 
-# ---- a GPU -----------------------------------------------------------------------------------------------------------
+# ---- how stages ended ------------------------------------------------------------------------------------------------
+
+BENCHMARKS = ("alone", "peers", "more")  # stages
+
+
+@dataclass
+class Verdict:
+    """How a stage ended, of all lines about it."""
+
+    status: str  # ok, failed, skipped, not run, out of time, or cut off: with the whole run
+    seconds: float
+    why: str
+    done: int  # items
+    not_run: int
+    checked: int  # comparisons
+    failures: list[str]
+
+
+def judge(stage: str, lines: list[dict[str, Any]]) -> Verdict:
+    mine = [line for line in lines if line["stage"] == stage or line["stage"].startswith(f"{stage} ")]
+    ends = [line for line in mine if "status" in line and "tool" not in line]
+    found = {(line["stage"], line["item"]): line for line in mine if "item" in line and "begin" not in line}
+    done = {key: line for key, line in found.items() if "died" not in line}
+    failures = [*ends[-1].get("failures", [])] if ends else []
+    tools = {("", line["tool"]): line for line in mine if "tool" in line}
+    for (_, item), line in (found | tools).items():
+        failures += [f"{item}: {words}" for words in wrongs(line)]
+    planned: dict[str, Any] = {}
+    for line in mine:  # of a second call only what was left: the first counts
+        if "planned" in line:
+            planned.setdefault(line["stage"], line["planned"])
+    not_run = 0
+    for name, items in planned.items():
+        ended = {item for where, item in done if where == name}
+        not_run += max(0, items - len(ended)) if isinstance(items, int) else len(set(items) - ended)
+    status = ends[-1]["status"] if ends else "cut off" if mine else "not run"
+    if failures:
+        status = "failed"
+    elif status == "ok" and not_run:
+        status = "out of time"
+    seconds = sum(line.get("seconds", 0) for line in ends)
+    why = ends[-1].get("why", "") if ends else ""
+    checked = sum(line.get("checked", 0) for line in done.values())
+    return Verdict(status, round(seconds, 1), why, len(done), not_run, checked, list(dict.fromkeys(failures)))
+
+
+def wrongs(line: dict[str, Any]) -> list[str]:
+    """What is wrong with an item."""
+    found = [line[key] for key in ("failed", "died") if key in line] + line.get("wrong", [])
+    if line.get("outcome") == "failed":
+        found.append(line["why"])
+    for c in line.get("figures", {}).get("contenders", ()):
+        if c["name"] == OURS and ("absent" in c or c["wrong"]):
+            found.append(str(c.get("absent") or f"errors {c['errors']}"))
+    return found
+
+
+def notes(stage: str, verdict: Verdict, lines: list[dict[str, Any]]) -> str:
+    """What is to be said about a stage, in a few words."""
+    if verdict.why:
+        return verdict.why
+    words = [f"{verdict.done} done"] if verdict.done else []
+    words += [f"{verdict.not_run} not run"] if verdict.not_run else []
+    words += [f"{verdict.checked} comparisons"] if verdict.checked else []
+    if stage == "sanitizer":
+        words += [f"{line['tool']}: {line['said']}" for line in lines if "tool" in line]
+    if stage == "tests":
+        skipped = sum(line.get("outcome") == "skipped" for line in lines)
+        words += [f"{skipped} of them skipped"] if skipped else []
+    words += [line["note"] for line in lines if line["stage"] == stage and "note" in line]
+    return "; ".join(words)
+
+
+def stages_of(lines: list[dict[str, Any]]) -> list[str]:
+    return list(dict.fromkeys(name for line in lines if line["stage"] == "run" for name in line["stages"]))
+
+
+def record_of(lines: list[dict[str, Any]]) -> dict[str, Any]:
+    """All that one run found, in one or two calls, as docs/benchmarks keeps it."""
+    runs = [line for line in lines if line["stage"] == "run"]
+    if len({(line["sources"], line["emulated"]) for line in runs}) != 1:
+        raise ValueError("these are not the results of one run: there must be one state of the sources")
+    environments = [line["found"] for line in lines if line["stage"] == "environment" and "found" in line]
+    measured = [line for line in lines if "item" in line and line["stage"] in (*BENCHMARKS, "ceilings")]
+    figures = {line["item"]: line["figures"] for line in measured if "figures" in line}
+    failed = {line["item"]: line[key] for line in measured for key in ("failed", "died") if key in line}
+    planned = [name for line in lines if line["stage"] in BENCHMARKS for name in line.get("planned", ())]
+    copies, calls = figures.pop("copies", {}), figures.pop("calls", {})
+    stages = {}
+    for name in stages_of(lines):
+        verdict = judge(name, lines)
+        stages[name] = asdict(verdict) | {"notes": notes(name, verdict, lines)}
+    return {
+        "date": runs[0]["date"],
+        "emulated": runs[0]["emulated"],
+        "commit": runs[0]["commit"],
+        "sources": runs[0]["sources"],
+        "environment": environments[-1] if environments else {},
+        "stages": stages,
+        "launched": {
+            f"{line['stage']}: {line['item']}": line["launched"]
+            for line in lines
+            if "launched" in line and line["stage"] in ("first-light", "bits")
+        },
+        "benchmark": {
+            "ceilings": copies,
+            "overhead, microseconds": calls,
+            "cases": list(figures.values()),
+            "failed": {name: why for name, why in failed.items() if name not in figures},
+            "not run": [name for name in dict.fromkeys(planned) if name not in figures and name not in failed],
+            "clocks": [line["clocks"] for line in lines if "clocks" in line],
+        },
+    }
+
+
+def table(lines: list[dict[str, Any]]) -> list[str]:
+    """What gpu_run.py prints last: the page, without what is long."""
+    record = record_of(lines)
+    found = benchmark_of(record)
+    found["cases"] = [case for case in found["cases"] if case["part"] != "sweep"]
+    made = [line[:400] for line in gpu_section(record, "", "").splitlines() if line and "| --" not in line]
+    for name, stage in record["stages"].items():
+        made += [f"{name} FAILED {words}"[:400] for words in stage["failures"][:3]]
+    return made
+
+
+# ---- a GPU's record --------------------------------------------------------------------------------------------------
 
 
 def of(case: dict[str, Any], name: str) -> dict[str, Any]:
@@ -81,7 +215,7 @@ def title(case: dict[str, Any]) -> str:
 
 
 def benchmark_of(record: dict[str, Any]) -> dict[str, Any]:
-    return record["steps"].get("benchmark", {}).get("details") or {}
+    return record.get("benchmark") or {}
 
 
 def peers_table(cases: list[dict[str, Any]]) -> str:
@@ -115,126 +249,104 @@ def ours_table(cases: list[dict[str, Any]]) -> str:
     return markdown(["% of copy", *(" ".join(column) for column in columns)], rows)
 
 
-def details_table(cases: list[dict[str, Any]]) -> str:
-    """What else was seen of each contender: memory, errors, first calls, launches."""
-    names = list(dict.fromkeys(c["name"] for case in cases for c in case["contenders"]))
-    rows = []
-    for name in names:
-        found = [c for case in cases for c in case["contenders"] if c["name"] == name and "ms" in c]
-        reasons = {c["absent"] for case in cases for c in case["contenders"] if c["name"] == name and "absent" in c}
-        if not found:
-            rows.append([name, "", "", "", "", "; ".join(sorted(reasons))])
-            continue
-        extra = [c["extra bytes"] for c in found if c["extra bytes"] is not None]
-        exact = [
-            max(of(case, name)["errors"].values())
-            for case in cases
-            if case["dtype"] == "float32" and "ms" in of(case, name)
-        ]
-        rows.append(
-            [
-                name,
-                f"{max(c['first call s'] for c in found):.2f}",
-                f"{min(c['wall us'] for c in found):.1f}",
-                f"{max(extra) / 2**20:.1f}" if extra else "",
-                f"{max(exact):.1e}" if exact else "",
-                "; ".join(sorted(reasons)),
-            ]
-        )
-    header = [
-        "",
-        "longest first call, s",
-        "shortest call from Python, us",
-        "most extra memory, MiB",
-        "greatest float32 error",
-    ]
-    return markdown([*header, "absent from some cases because"], rows)
+def absent(cases: list[dict[str, Any]]) -> list[str]:
+    """Who could not be measured, and why."""
+    found = {f"{c['name']}: {c['absent']}": None for case in cases for c in case["contenders"] if "absent" in c}
+    return [f"Absent from some cases: {some(list(found))}."] if found else []
 
 
-def some(entries: list[str]) -> str:
-    rest = f"; and {len(entries) - SHOWN} more" if len(entries) > SHOWN else ""
-    return "; ".join(entries[:SHOWN]) + rest
+def some(entries: list[str], shown: int = SHOWN) -> str:
+    rest = f"; and {len(entries) - shown} more" if len(entries) > shown else ""
+    return "; ".join(entries[:shown]) + rest
 
 
-def targets(cases: list[dict[str, Any]]) -> list[str]:
+def targets(record: dict[str, Any]) -> list[str]:
     """Whether each target was met, as a list; where not, by which cases."""
-    ours = [(case, of(case, OURS)) for case in cases if "ms" in of(case, OURS)]
+    found = benchmark_of(record)
+    ours = [(case, of(case, OURS)) for case in found.get("cases", []) if "ms" in of(case, OURS)]
+    if not ours:
+        return []
 
     def line(words: str, asked: list[str], missed: list[str]) -> str:
         if not asked:
             return f"* {words}: not measured."
         met = f"{len(asked) - len(missed)} of {len(asked)} cases"
-        return f"* {words}: {met}{f'; not {some(missed)}' if missed else ''}."
+        return f"* {words}: {f'missed, {met}; not {some(missed)}' if missed else f'met, {met}'}."
 
-    large = [
-        (case, c)
-        for case, c in ours
-        if case["part"] != "sweep"
-        and case["dtype"] != "float16"
-        and case["outputs"] != "value+dx+dy"
-        and case["rows"] * case["n"] * (8 if case["dtype"] == "float32" else 4) >= LARGE
-    ]
-    slow = [f"{title(case)} ({c['percent of copy']:.0f})" for case, c in large if c["percent of copy"] < PERCENT]
-    lines = [line(f"{PERCENT} percent of the copy, inputs of 1 GB and more", [title(c) for c, _ in large], slow)]
+    lines = []
+    names = [name for name in PERCENT if name in record["environment"].get("gpu", "")]
+    for dtype, percent in (PERCENT[names[0]] if names else {}).items():
+        size = 8 if dtype == "float32" else 4  # bytes of both inputs
+        large = [
+            (f"{title(case)} ({c['percent of copy']:.0f})", c["percent of copy"])
+            for case, c in ours
+            if case["part"] != "sweep" and case["dtype"] == dtype and case["rows"] * case["n"] * size >= LARGE
+        ]
+        missed = [words for words, reached in large if reached < percent]
+        lines.append(
+            line(f"{dtype}, inputs of 1 GB and more, {percent} percent of the copy", [w for w, _ in large], missed)
+        )
     for name, times in AHEAD.items():
         ratios = {title(case): of(case, name)["ms"] / c["ms"] for case, c in ours if "ms" in of(case, name)}
         behind = [f"{t} ({r:.2f})" for t, r in ratios.items() if r <= times]
         words = f"ahead of {name}" if times == 1 else f"{times:.0f} times as fast as {name}"
         lines.append(line(words, list(ratios), behind))
+    calls = {name: us for name, us in found["overhead, microseconds"].items() if name.startswith(OURS)}
+    slow = [f"{name} ({us:.1f})" for name, us in calls.items() if us > CALL_US]
+    lines.append(line(f"a call from Python in {CALL_US:.0f} microseconds", list(calls), slow))
     return lines
 
 
 def checks_table(record: dict[str, Any]) -> str:
     rows = []
-    for name, step in record["steps"].items():
-        what = step["skipped"] or "; ".join(step["notes"])
-        if step["failures"]:
-            what = f"{len(step['failures'])} failures, the first: {step['failures'][0]}"
-        rows.append([name, step["status"], f"{step['seconds']:.0f}", what.replace("|", "/")[:400]])
-    return markdown(["step", "result", "seconds", ""], rows)
+    for name, stage in record["stages"].items():
+        what = stage["notes"]
+        if stage["failures"]:
+            what = f"{len(stage['failures'])} failures, the first: {stage['failures'][0]}; {what}"
+        rows.append([name, stage["status"], f"{stage['seconds']:.0f}", what.replace("|", "/")[:400]])
+    return markdown(["stage", "result", "seconds", ""], rows)
+
+
+PICTURE = """<picture>
+  <source media="(prefers-color-scheme: dark)" srcset="plots/gpu-dark.svg">
+  <img src="plots/gpu-light.svg" alt="Time as a multiple of a copy on the device, for klcore and other libraries.">
+</picture>"""
 
 
 def gpu_section(record: dict[str, Any], name: str, folder: str) -> str:
-    """A whole record as Markdown; `folder` leads to it."""
-    about, found = record["environment"] or {}, benchmark_of(record)
+    """A whole record as Markdown; `folder` leads to it, and `name` is what it is called there."""
+    about, found = record["environment"], benchmark_of(record)
     versions = ", ".join(f"{k} {v}" for k, v in about.get("versions", {}).items() if v != "not installed")
-    parts = [
+    parts = ["**Emulated on a CPU: not one of these times means anything.**"] if record["emulated"] else []
+    parts += [
         f"{about.get('gpu', 'unknown GPU')}, driver {about.get('nvidia-smi', {}).get('driver_version', 'unknown')}, "
         f"NVRTC {about.get('NVRTC', 'unknown')}; {record['date'][:10]}; klcore {record['commit']} (sources "
-        f"{record['sources']}); {versions}.",
-        checks_table(record),
+        f"{record['sources']}); {versions}."
     ]
-    if record["emulated"]:
-        parts.insert(0, "**Emulated on a CPU: not one of these times means anything.**")
-    if found.get("ceilings"):
+    if folder:
+        parts.append(PICTURE)
+    if found["ceilings"]:
         parts.append(
             "Memory: " + ", ".join(f"{k} {v / 1e9:.0f} GB/s" for k, v in found["ceilings"].items()) + ". "
             "Percentages below are of the copy, on necessary bytes."
         )
-    cases = found.get("cases", [])
-    compared = [c for c in cases if len(c["contenders"]) > 1]
-    if compared:
-        parts += ["Beside other libraries:", peers_table(compared)]
-    for part, words in (("klcore alone", "klcore over shapes:"), ("sweep", "klcore over row lengths, 2^28 elements:")):
-        chosen = [c for c in cases if c["part"] == part]
-        if chosen:
-            parts += [words, ours_table(chosen)]
-    if compared:
-        parts.append(details_table(compared))
-    calls = found.get("overhead, microseconds")
+    calls = found["overhead, microseconds"]
     if calls:
         parts.append(
             "A call on (10, 10), in microseconds: " + ", ".join(f"{n} {t:.1f}" for n, t in calls.items()) + "."
         )
-    if cases:
-        parts.append("\n".join(targets(cases)))
-    if found.get("not run"):
-        parts.append(f"Not run: {some(found['not run'])}.")
-    if found.get("failed"):
-        parts.append(f"Not measured: {some([f'{key} ({why})' for key, why in found['failed'].items()])}.")
-    if (RECORDS / f"{name}.svg").exists() and folder:
-        parts.append(f"![Percent of copy bandwidth]({folder}{name}.svg)")
-    parts.append(f"From [{name}.json]({folder}{name}.json).")
+    cases = found["cases"]
+    for part, words in (("alone", "klcore over shapes:"), ("sweep", "klcore over row lengths, 2^28 elements:")):
+        chosen = [c for c in cases if c["part"] == part]
+        parts += [words, ours_table(chosen)] if chosen else []
+    compared = [c for c in cases if len(c["contenders"]) > 1]
+    parts += ["Beside other libraries:", peers_table(compared), *absent(compared)] if compared else []
+    parts += ["\n".join(targets(record))] if cases else []
+    parts += ["Stages of the run:", checks_table(record)]
+    parts += [f"Not run: {some(found['not run'])}."] if found["not run"] else []
+    failed = [f"{key} ({why})" for key, why in found["failed"].items()]
+    parts += [f"Not measured: {some(failed)}."] if failed else []
+    parts += [f"From [{name}.json]({folder}{name}.json)."] if name else []
     return "\n\n".join(parts)
 
 
@@ -290,24 +402,25 @@ def plot(record: dict[str, Any], path: Path) -> bool:
     return True
 
 
-def write(path: Path) -> list[Path]:
-    """The table and the plot of one record, beside it."""
-    record = json.loads(path.read_text())
-    table, picture = path.with_suffix(".md"), path.with_suffix(".svg")
-    written = [picture] if plot(record, picture) else []
-    heading = f"# klcore on {(record['environment'] or {}).get('gpu', 'an unknown GPU')}, {record['date'][:10]}"
-    text = f"{heading}\n\n{gpu_section(record, path.stem, '')}\n"
-    if written:
-        text += f"\n![Percent of copy bandwidth]({picture.name})\n"
-    table.write_text(text)
-    return [table, *written]
+def write(record: dict[str, Any], folder: Path) -> list[Path]:
+    """The record, its page and its plot."""
+    gpu = record["environment"].get("gpu", "unknown GPU")
+    name = f"{re.sub('[^a-z0-9]+', '-', gpu.lower()).strip('-')}-{record['date'][:10]}"
+    path = folder / f"{name}.json"
+    page, picture = path.with_suffix(".md"), path.with_suffix(".svg")
+    folder.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(record, indent=1) + "\n")
+    drawn = [picture] if plot(record, picture) else []
+    text = f"# klcore on {gpu}, {record['date'][:10]}\n\n{gpu_section(record, name, '')}\n"
+    page.write_text(text + f"\n![Percent of copy bandwidth]({picture.name})\n" * len(drawn))
+    return [path, page, *drawn]
 
 
 # ---- docs/performance.md ---------------------------------------------------------------------------------------------
 
 NO_GPU = (
     "There is no record of a GPU yet: the CUDA kernels are tested on an emulator, and no figure of theirs is known. On "
-    "a machine with a GPU, `make gpu-check` makes one, in less than ten minutes."
+    "a machine with a GPU, `make gpu-check` makes one."
 )
 
 
@@ -320,7 +433,7 @@ def newest_gpu(folder: Path) -> Path | None:
     found = []
     for path in folder.glob("*.json"):
         record = json.loads(path.read_text())
-        if "steps" in record and not record["emulated"] and benchmark_of(record).get("cases"):
+        if benchmark_of(record).get("cases") and not record["emulated"]:
             found.append((record["date"], path))
     return max(found)[1] if found else None
 
@@ -352,13 +465,19 @@ def update_page() -> None:
 
 
 def main() -> None:
-    for argument in sys.argv[1:]:
-        if argument.startswith("-"):
-            sys.exit((__doc__ or "").strip())
-        for written in write(Path(argument)):
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("folders", nargs="*", type=Path, help="of gpu_run.py, the first call's first")
+    parser.add_argument("--to", type=Path, default=RECORDS, help="where the record goes: docs/benchmarks")
+    args = parser.parse_args()
+    if args.folders:
+        record = record_of([line for folder in args.folders for line in gpu_lines.read(folder / gpu_lines.NAME)])
+        if record["emulated"] and args.to == RECORDS:
+            sys.exit("these figures are emulated: they are no record of a GPU; --to DIR writes them elsewhere")
+        for written in write(record, args.to):
             print(written)
-    update_page()
-    print(PAGE)
+    if args.to == RECORDS:
+        update_page()
+        print(PAGE)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
     python benchmarks/plots.py
 
 writes docs/plots/NAME-light.svg and NAME-dark.svg, for white and for dark pages, and the tables of docs/accuracy.md. It
-measures nothing. accuracy.py, side_by_side.py and gpu_check.py make the records. Readable on a telephone: seven inches
+measures nothing. accuracy.py, side_by_side.py and gpu_report.py make the records. Readable on a telephone: seven inches
 wide, panels one above the other, large letters. The same record gives the same file.
 """
 
@@ -224,7 +224,7 @@ def cpu(record: dict[str, Any], theme: Theme) -> Figure:
 
 
 def gpu(record: dict[str, Any], theme: Theme) -> Figure:
-    """Of gpu_check.py's record, the first shape at which all contenders ran; gpu_report.py draws every case."""
+    """Of a GPU's record, the first shape at which all contenders ran; gpu_report.py draws every case."""
     cases = benchmark_of(record)["cases"]
     compared = [c for c in cases if len(c["contenders"]) > 1] or cases
     shape = [(c["rows"], c["n"]) for c in compared][:1]

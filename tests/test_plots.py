@@ -83,8 +83,7 @@ def test_a_record_of_a_gpu_is_drawn(script, tmp_path):
         case("logits", "value+dy", {"klcore": 50.0, "torch eager": 5.0}),
         case("logits", "value+dy", {"klcore": 1.0, "torch eager": 5.0}) | {"rows": 4},
     ]
-    benchmark = {"details": {"cases": cases}}
-    record = {"steps": {"benchmark": benchmark}, "emulated": False, "date": "2027-01-01T00:00:00+00:00"}
+    record = {"benchmark": {"cases": cases}, "emulated": False, "date": "2027-01-01T00:00:00+00:00"}
     (tmp_path / "toy.json").write_text(json.dumps(record))
     light, dark = script("plots").draw(tmp_path, tmp_path)
     assert (light.name, dark.name) == ("gpu-light.svg", "gpu-dark.svg")

@@ -1,0 +1,354 @@
+"""The run on a GPU, where there is none: it goes through on the emulator, loses nothing, and its pages are true."""
+
+import copy
+import importlib
+import json
+import math
+import os
+import pathlib
+import shutil
+import signal
+import stat
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+SCRIPTS = ROOT / "benchmarks"
+TOOL = """#!/bin/bash
+while [[ $1 == -* ]]; do shift 2; done
+"$@"
+status=$?
+echo "========= ERROR SUMMARY: 0 errors"
+exit $status
+"""
+
+if not (SCRIPTS / "gpu_run.py").exists():
+    pytest.skip("no benchmarks beside the tests: these are of an installed package", allow_module_level=True)
+
+
+@pytest.fixture(scope="module")
+def script():
+    """Imports a file of benchmarks/."""
+    sys.path.insert(0, str(SCRIPTS))
+    yield importlib.import_module
+    sys.path.remove(str(SCRIPTS))
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory):
+    """Starts an emulated run, with stand-ins for NVIDIA's tools that run what they are to look at."""
+    if not shutil.which("g++") or sys.platform == "win32":
+        pytest.skip("the emulator needs g++ and POSIX")
+    tools = tmp_path_factory.mktemp("tools")
+    for name in ("compute-sanitizer", "ncu"):
+        (tools / name).write_text(TOOL)
+        (tools / name).chmod(stat.S_IRWXU)
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
+    environment["PATH"] = f"{tools}{os.pathsep}{environment['PATH']}"
+
+    def start(out, keep, *arguments):
+        words = [sys.executable, str(SCRIPTS / "gpu_run.py"), str(out), "--emulated", "--keep", str(keep), *arguments]
+        return subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
+
+    return start
+
+
+@pytest.fixture(scope="module")
+def emulated(start, tmp_path_factory):
+    """The lines of a first call, its folder, and what it keeps for a second."""
+    out, keep = tmp_path_factory.mktemp("out"), tmp_path_factory.mktemp("keep")
+    process = start(out, keep)
+    printed = process.communicate()[0]
+    assert process.returncode == 0, printed + (out / "log.txt").read_text()
+    assert printed.endswith((out / "table.txt").read_text())
+    return lines_of(out), out, keep
+
+
+def lines_of(folder):
+    return [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
+
+
+def test_every_stage_runs(script, emulated):
+    lines, out, _ = emulated
+    gpu_run, gpu_report = script("gpu_run"), script("gpu_report")
+    record = gpu_report.record_of(lines)
+    assert list(record["stages"]) == [name for name in gpu_run.NAMES if name != "profile"]
+    assert {stage["status"] for stage in record["stages"].values()} == {"ok"}
+    assert not any(stage["failures"] or stage["not_run"] for stage in record["stages"].values())
+    assert record["stages"]["bits"]["checked"] >= 8
+    assert {line["tool"] for line in lines if "tool" in line} == set(gpu_run.TOOLS)
+    assert len(list(out.iterdir())) == 3 + len(gpu_run.TOOLS)  # in all no more than eight
+    assert len((out / "table.txt").read_text().splitlines()) < 50
+    found = record["benchmark"]
+    assert not found["not run"]
+    assert {case["part"] for case in found["cases"]} == set(gpu_report.BENCHMARKS)
+    for case in found["cases"]:
+        (ours,) = case["contenders"]
+        assert not ours["wrong"]
+        assert set(ours["errors"]) == ({"value", "dy"} if case["outputs"] == "value+dy" else {"value"})
+
+
+def test_clusters_are_launched(emulated):
+    lines, _, _ = emulated
+    for stage in ("first-light", "bits", "sanitizer memcheck"):
+        launched = [line["launched"] for line in lines if line["stage"] == stage and "launched" in line]
+        assert any("kl_rows x2" in found for found in launched), stage
+
+
+def test_a_second_call_does_what_is_left(script, start, emulated, tmp_path):
+    lines, _, keep = emulated
+    (memory,) = keep.glob("results-*.jsonl")
+    kept = tmp_path / "keep"
+    kept.mkdir()
+
+    def is_lost(line):
+        items = {"kl_div logits logits float32", "float16 probs"}
+        return line.get("item") in items or (line["stage"] == "large" and "status" in line)
+
+    text = "".join(f"{json.dumps(line)}\n" for line in lines if not is_lost(line))
+    (kept / memory.name).write_text(text)
+    process = start(tmp_path / "out", kept, "--second")
+    printed = process.communicate()[0]
+    assert process.returncode == 0, printed
+    second = lines_of(tmp_path / "out")
+    assert second[0]["stages"] == ["environment", "profile", "bits", "large"]
+    begun = [line["item"] for line in second if "begin" in line]
+    assert begun == ["kl_div logits logits float32", "float16 probs"]
+    assert "kl_rows" not in printed
+    assert (tmp_path / "out" / "ncu.txt").read_text().count("ERROR SUMMARY") == 1
+    record = script("gpu_report").record_of([line for line in lines if not is_lost(line)] + second)
+    assert {stage["status"] for stage in record["stages"].values()} == {"ok"}
+    assert "profile" in record["stages"]
+
+
+def test_who_is_killed_leaves_complete_lines(script, start, emulated, tmp_path):
+    out = tmp_path / "out"
+    process = start(out, tmp_path / "keep", "--only", "ceilings", "--only", "alone", "--only", "peers")
+    results = out / "results.jsonl"
+    while process.poll() is None and not (results.exists() and '"figures": {"rows"' in results.read_text()):
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    lines = lines_of(out)
+    gpu_report = script("gpu_report")
+    record = gpu_report.record_of(lines)
+    assert record["benchmark"]["cases"]
+    assert record["benchmark"]["ceilings"]
+    assert record["stages"]["alone"]["status"] in ("cut off", "ok")
+    assert record["stages"]["peers"]["status"] in ("not run", "cut off")
+    page = gpu_report.write(record, tmp_path)[1].read_text()
+    assert "Emulated on a CPU: not one of these times means anything." in page
+    assert "| alone |" in page
+    assert gpu_report.table(lines)
+    done = subprocess.run([sys.executable, SCRIPTS / "gpu_report.py", out], capture_output=True, text=True)
+    assert "no record of a GPU" in done.stderr  # in docs/benchmarks
+
+
+@pytest.fixture
+def run(script, tmp_path, monkeypatch):
+    """A run, in this process, that has stages of the test's own."""
+    gpu_run, gpu_lines = script("gpu_run"), script("gpu_lines")
+    monkeypatch.setenv(gpu_lines.FILES, str(tmp_path / gpu_lines.NAME))
+    monkeypatch.setenv(gpu_lines.CALL, "1")
+    return gpu_run.Run(tmp_path, True, math.inf, tmp_path, tmp_path, tmp_path)
+
+
+def test_limits_are_kept(script, run):
+    gpu_run = script("gpu_run")
+    run.end = time.time() + gpu_run.LAST + 4
+
+    def sleeps(run):
+        run.wait(run.start([sys.executable, "-c", "import time; time.sleep(600)"]))
+        return []
+
+    stages = [gpu_run.Stage(name, limit, sleeps) for name, limit in (("a", 0.1), ("b", math.inf), ("c", 9))]
+    gpu_run.run_stages(run, stages, True)
+    assert not run.children
+    found = {line["stage"]: line["status"] for line in lines_of(run.out) if "status" in line}
+    assert found == {"a": "not run", "b": "out of time", "c": "not run"}
+
+
+def test_a_failure_ends_its_stage_and_no_other(script, run, monkeypatch):
+    gpu_run, gpu_report = script("gpu_run"), script("gpu_report")
+
+    def fails(run):
+        raise OSError("out of smoke")
+
+    def stops(run):
+        raise gpu_run.Stop("dark")
+
+    def skips(run):
+        raise gpu_run.Skip("no tool")
+
+    kinds = {"a": fails, "b": skips, "c": stops, "d": fails}
+    gpu_run.run_stages(run, [gpu_run.Stage(name, 9, kind) for name, kind in kinds.items()], False)
+    found = {name: gpu_report.judge(name, lines_of(run.out)) for name in kinds}
+    assert {name: verdict.status for name, verdict in found.items()} == {
+        "a": "failed", "b": "skipped", "c": "failed", "d": "not run",
+    }  # fmt: skip
+    assert found["a"].failures == ["OSError: out of smoke"]
+    assert found["d"].why == "c failed: dark"
+    monkeypatch.setattr(gpu_run, "STAGES", [gpu_run.Stage("a", 9, fails)])
+    monkeypatch.setattr(sys, "argv", ["", str(run.out / "out"), "--keep", str(run.out / "keep")])
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setenv("PYTHONPATH", os.environ.get("PYTHONPATH", ""))
+    assert gpu_run.main() == 1
+
+
+def test_who_dies_is_passed_over(script, run, monkeypatch):
+    """By the process that goes on, but not by a second call."""
+    gpu_lines, gpu_report = script("gpu_lines"), script("gpu_report")
+    code = f"""
+import os, sys, time
+sys.path.insert(0, {str(SCRIPTS)!r})
+from gpu_lines import each
+def work(name):
+    if name == "b":
+        os.abort()
+    if name == "c":
+        raise ValueError("wrong")
+    if name == "d":
+        time.sleep(600)
+    return {{"wrong": []}}
+each("s", "abcde", work, time.time() + 1e6, patience=0.1)
+"""
+    monkeypatch.setattr(run, "work", lambda *arguments: run.start([sys.executable, "-c", code]))
+    run.deadline = math.inf
+    assert run.items("s") == []
+    verdict = gpu_report.judge("s", lines_of(run.out))
+    assert (verdict.done, verdict.not_run) == (3, 2)
+    assert verdict.failures == [
+        "b: its process ended, exit status -6", "c: ValueError: wrong", "d: its process ended, exit status 1",
+    ]  # fmt: skip
+    monkeypatch.setenv(gpu_lines.CALL, "2")
+    again = []
+    gpu_lines.each("s", "abcdef", lambda name: again.append(name) or {}, math.inf)
+    assert again == ["f", "b", "d"]  # who ended a process comes last
+    assert gpu_report.judge("s", lines_of(run.out)).not_run == 0
+
+
+# ---- what is planned for hardware ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def h100(script):
+    with script("stub").installed() as cupy:
+        yield script("gpu_carry").Planned(cupy)
+
+
+@pytest.mark.parametrize("cluster", [2, 4, 8, 16])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_every_cluster_has_a_shape(script, h100, dtype, cluster):
+    rows, n = script("gpu_device").shape_in_clusters(h100, cluster, dtype, "logits", "y")
+    assert rows * cluster > 132
+    x = h100.fill(rows, n, dtype, "logits", 0, 0)
+    with script("gpu_device").launched(start=False) as found:
+        importlib.import_module("klcore").kl_div(x, x.copy(), space="logits", return_grad="y")
+    assert ("kl_rows", cluster) in found
+
+
+def test_what_is_carried(script):
+    options = {frozenset(found) for found in script("gpu_carry").planned()}
+    assert len(options) > 1000
+    codes = {"float32": 1, "bfloat16": 3}
+    for code in codes.values():
+        for cluster in (2, 4, 8, 16):
+            wanted = {f"-DKL_X={code}", f"-DKL_CLUSTER={cluster}", "-DKL_SPACE_X=2", "-DKL_SPACE_Y=2", "-DKL_OUTPUTS=2"}
+            assert any(wanted <= found for found in options), wanted
+    for macro in ("UNITS", "NARROW", "ROWS", "FOLD", "SUM", "SUMMED"):
+        assert any(f"-DKL_{macro}" in found for found in options), macro
+
+
+def test_all_cases_are_planned(script):
+    gpu_bench = script("gpu_bench")
+    stages = {stage: gpu_bench.tasks(stage, False) for stage in script("gpu_report").BENCHMARKS}
+    names = [task.name for tasks in stages.values() for task in tasks]
+    assert len(set(names)) == len(names)
+    alone = {task.case for task in stages["alone"]}
+    assert alone == {
+        gpu_bench.Case(*size, dtype, space, outputs)
+        for size in (*gpu_bench.FIRST, *gpu_bench.NAMED)
+        for dtype in ("float32", "bfloat16")
+        for space in ("probs", "log_probs", "logits")
+        for outputs in ("value", "value+dy")
+    }
+    assert len(stages["peers"]) == 8
+    assert all(len(task.contenders) == len(gpu_bench.CONTENDERS) for task in stages["peers"])
+
+
+@pytest.mark.skipif(sys.platform == "darwin", reason="NVIDIA has no compiler for this system")
+def test_its_own_kernels_compile(script, tmp_path, monkeypatch):
+    nvrtc = importlib.import_module("klcore.backends.nvrtc")
+    monkeypatch.setenv("KLCORE_CACHE_DIR", str(tmp_path))
+    path = script("gpu_device").own_kernels(nvrtc.supported()[-1])
+    assert path.stat().st_size
+    assert script("gpu_device").own_kernels(nvrtc.supported()[-1]) == path
+
+
+def test_bits_differ_or_not(script):
+    gpu_bits = script("gpu_bits")
+    a = np.array([[0.0, 1.0, np.nan]], np.float32)
+    other_nan = np.array([[0, 0x3F800000, 0xFFC00001]], np.uint32).view(np.float32)
+    assert gpu_bits.same_bits(a, other_nan)
+    for wrong in (-0.0, 1e-45):
+        b = a.copy()
+        b[0, 0] = wrong
+        assert not gpu_bits.same_bits(a, b)
+        assert "1 of 3 differ, first at (0, 0)" in gpu_bits.difference(b, a, True, True)
+    assert gpu_bits.difference(a, a[:, :2], True, True)
+    near = np.array([1 + 1e-6, np.inf], np.float32)
+    assert gpu_bits.difference(near, np.array([1, np.inf], np.float32), False, False) == ""
+    assert gpu_bits.difference(near, np.array([1, 1], np.float32), False, False)
+
+
+# ---- the page --------------------------------------------------------------------------------------------------------
+
+
+def test_the_page_is_up_to_date(script):
+    """After a new record: make gpu-report"""
+    text = (ROOT / "docs" / "performance.md").read_text()
+    assert script("gpu_report").page(text) == text
+
+
+def test_the_page_takes_the_newest_record_of_a_gpu(script, tmp_path):
+    gpu_report = script("gpu_report")
+    text = (ROOT / "docs" / "performance.md").read_text()
+    ours = {"name": "klcore", "ms": 1.0, "percent of copy": 89.0, "wall us": 9.0, "extra bytes": 0, "wrong": False}
+    ours["errors"] = {"value": 1e-7}
+    peer = ours | {"name": "Peer", "ms": 3.0, "percent of copy": 30.0, "wrong": True}
+    case = {"rows": 8192, "n": 32_768, "dtype": "float32", "space": "probs", "outputs": "value", "part": "peers"}
+    case["contenders"] = [ours, peer, peer | {"name": "torch.compile", "ms": 0.9}]
+    case["contenders"].append({"name": "Absentee", "absent": "not installed"})
+    run = {"stage": "run", "stages": ["peers", "more"], "commit": "c", "sources": "s", "emulated": False}
+    lines = [
+        {"stage": "environment", "found": {"gpu": "NVIDIA H200", "versions": {}}},
+        {"stage": "peers", "planned": ["a", "b"]},
+        {"stage": "peers", "item": "a", "figures": case},
+    ]
+    for date in ("2027-01-01", "2027-01-03", "2027-01-02"):
+        line = run | {"date": f"{date}T00:00:00+00:00", "emulated": date.endswith("3")}
+        record = gpu_report.record_of([line, *copy.deepcopy(lines)])
+        assert gpu_report.write(record, tmp_path)[0].name == f"nvidia-h200-{date}.json"
+    made = gpu_report.page(text, tmp_path)
+    for words in (
+        "2027-01-02",
+        "3.00 (wrong)",
+        "Absent from some cases: Absentee: not installed",
+        "Not run: b",
+        "float32, inputs of 1 GB and more, 85 percent of the copy: met, 1 of 1",
+        "ahead of torch.compile: missed, 0 of 1 cases; not (8192, 32768) float32 probs value (0.90)",
+        "ahead of Liger-Kernel: not measured",
+        "plots/gpu-light.svg",
+    ):
+        assert words in made
+    assert "2027-01-01" not in made
+    assert "2027-01-03" not in made  # emulated
+    assert gpu_report.NO_GPU not in made
+    with pytest.raises(ValueError, match="one section 'gpu'"):
+        gpu_report.page(text.replace("<!-- gpu: end -->", ""), tmp_path)
+    with pytest.raises(ValueError, match="not the results of one run"):
+        gpu_report.record_of([run | {"date": ""}, run | {"date": "", "sources": "t"}])
