@@ -120,6 +120,7 @@ def of_tests() -> list[tuple[str, ...]]:
     """The options of every kernel that the tests ask for. They fail, for nothing is computed, but go on: -O."""
     path = ROOT / "build" / f"gpu-carry-tests-{gpu_run.source_digest()}.jsonl"
     part = path.with_suffix(".part")
+    part.parent.mkdir(exist_ok=True)
     part.unlink(missing_ok=True)
     words = [sys.executable, "-O", "-m", "pytest", "-q", "-p", "gpu_carry", "--assert=plain", "-W", "default"]
     words += ["-p", "no:cacheprovider", "--tb=no", *(test for test in gpu_run.TESTS if "torch" not in test)]
