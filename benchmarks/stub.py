@@ -1,7 +1,7 @@
 """CuPy and NVRTC without a GPU and without work: arrays that only know where they would lie, launches that do nothing.
 
 What is left of a call is klcore's own Python. host_time.py times it, gpu_carry.py asks it which kernels a run on a GPU
-will need, tests/test_host.py counts allocations and launches. The device is an H100, unless `install` is told another.
+will need, tests/test_host.py counts allocations and launches. The device is an H100, if `installed` is told no other.
 """
 
 import contextlib
@@ -140,6 +140,8 @@ class Function:
 
 
 class RawKernel:
+    """cupy.RawKernel; called by trees of klcore from before it held functions."""
+
     max_dynamic_shared_size_bytes, preferred_shared_memory_carveout = 48 << 10, -1
 
     def __init__(self) -> None:
@@ -207,6 +209,7 @@ def installed(**device: int) -> Iterator[types.ModuleType]:
             sys.modules.pop(name, None)
             if module is not None:
                 sys.modules[name] = module
+        vars(backends).pop("cuda", None)
         backends._loaded.clear()
 
 

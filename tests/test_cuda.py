@@ -413,6 +413,11 @@ def both(gpu, compared, operation, arrays, what="", **keywords):
 )
 def test_rows_in_clusters(gpu, compared, monkeypatch, operation, space, gradient, dtype, blocks, n):
     """A row that is needed twice is held by the blocks of a cluster; on hardware too, with as many rows as it takes."""
+    with settings(gpu, multiprocessors=132 if blocks == 16 else 4):  # small devices have no clusters of 16
+        assert_clusters(gpu, compared, monkeypatch, operation, space, gradient, dtype, blocks, n)
+
+
+def assert_clusters(gpu, compared, monkeypatch, operation, space, gradient, dtype, blocks, n):
     chosen = launches(monkeypatch, lambda launch: (launch.name, launch.cluster))
     rows = max(5, -(-backend()._properties(0).multiprocessors // blocks) + 1)
     x, y = logits(rows, n, "float64" if dtype == "float64" else "float32")
@@ -462,6 +467,19 @@ def test_most_warps_rather_than_few_blocks(gpu, monkeypatch):
         block = warps * (slots * slot + 4096 + 96) + 8 * (9 * 149 + 12)
         kept[code] = cluster, warps, warps * (h100.shared_all // (block + 1024))
     assert kept == {1: (16, 8, 8), 3: (16, 8, 16)}
+
+
+@pytest.mark.parametrize(
+    ("arch", "multiprocessors", "most"),
+    [(80, 108, 1), (90, 132, 16), (90, 78, 8), (90, 16, 8), (100, 148, 16), (120, 170, 8)],
+    ids=["A100", "H100", "H20", "a seventh of an H100", "B200", "RTX 5090"],
+)
+def test_clusters_that_a_device_has(gpu, arch, multiprocessors, most):
+    """More than 8 blocks must be near each other: not where a device is a part of one, or another design."""
+    device = backend()._Device(arch, multiprocessors, 227 << 10, 228 << 10)
+    call = backend()._Call(0, 0, (2, 2), (1, 1), False, 2, True, False, 131_072)
+    chosen = [backend()._residence(call, device, 4096, n // 1024, 2, 8192, 4192)[0] for n in range(2048, 1 << 18, 1024)]
+    assert max(chosen) == most
 
 
 @pytest.mark.parametrize("n", [9000, 50_257])
@@ -680,6 +698,37 @@ def test_a_call_that_is_known(gpu, compared, monkeypatch, space, shapes, reducti
     assert all((gpu.get(a) == b).all() for a, b in zip(first, before, strict=True))
 
 
+@pytest.mark.parametrize("reduction", ["row", "none", "rowmean"])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_products_that_are_known(gpu, reduction, weighted):
+    """Cotangents, weights and factors of the second call, not of the first."""
+    cpu = importlib.import_module("klcore.backends.cpu")
+    for seed in range(3):
+        x, y = logits(5, 40, seed=seed)
+        rng = np.random.default_rng(seed)
+        cotangent = rng.normal(size={"row": 5, "none": (5, 40)}.get(reduction, ())).astype("float32")
+        weights = rng.random(5).astype("float32") if weighted else None
+        rest = ("logits", -1, reduction)
+        expected = cpu.gradient("kl_div", x, y, *rest, weights, 1.0, cotangent, ("x", "y"))
+        put = [gpu.put(a) if a is not None else None for a in (x, y, weights, cotangent)]
+        found = backend().gradient("kl_div", *put[:2], *rest, put[2], 1.0, put[3], ("x", "y"))
+        for f, e in zip(found, expected, strict=True):
+            assert (bits(gpu.get(f)) == bits(e)).all(), seed
+
+
+@pytest.mark.parametrize("factored", [False, True])
+def test_losses_that_are_known(gpu, factored):
+    cpu = importlib.import_module("klcore.backends.cpu")
+    for seed in range(3):
+        x, y = (into(a, s) for a, s in zip(logits(5, 40, seed=seed), ("probs", "log_probs"), strict=True))
+        factors = np.random.default_rng(seed).random((5, 40)) if factored else None
+        rest = (("probs", "log_probs"), -1, "sum")
+        expected = cpu.loss("pytorch", x, y, *rest, factors, 7.0, 0.0, None, "y")
+        on = [gpu.put(a) if a is not None else None for a in (x, y, factors)]
+        for f, e in zip(backend().loss("pytorch", *on[:2], *rest, on[2], 7.0, 0.0, None, "y"), expected, strict=True):
+            assert (bits(gpu.get(f)) == bits(np.asarray(e))).all(), seed
+
+
 def test_nothing_is_kept_alive(emulated):
     x, y = (emulated.put(a) for a in logits(3, 40))
     kept = [weakref.ref(a) for a in (x, y, *klcore.kl_div(x, y, space="logits", reduction="sum", return_grad=PAIR))]
@@ -813,7 +862,8 @@ def on(gpu, number, a):
 
 def test_second_device(two, compared):
     x, y = logits(3, 2000)
-    for there in ([on(two, 1, a) for a in (x, y)],):
+    for _ in range(2):  # a call that is known, with the other device current
+        there = [on(two, 1, a) for a in (x, y)]
         found = call("kl_div", there, space="logits", reduction="sum", return_grad=PAIR)
         assert {a.device.id for a in found} == {1}
         assert_bits(two, compared, found, call("kl_div", (x, y), space="logits", reduction="sum", return_grad=PAIR))

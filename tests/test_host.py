@@ -142,6 +142,77 @@ def test_words_that_are_equal_and_mean_another_thing(cupy):
         klcore.kl_div(x, y, return_grad=[["x"]])
 
 
+class Schedule:
+    """A temperature that changes in place, as a tensor may."""
+
+    value = 1.5
+
+    def __float__(self):
+        return self.value
+
+
+def test_a_temperature_that_changes_in_place(cupy, monkeypatch):
+    x, seen = cupy.empty((3, 5)), []
+    klcore.kl_div(x, x)
+    monkeypatch.setattr(cuda(), "_start", lambda launches, plans: seen.append(plans.view(np.float64)))
+    schedule = Schedule()
+    for schedule.value in (1.5, 4.0, 1.5):
+        klcore.kl_div(x, x, space="logits", temperature=schedule)
+    at = cuda()._AT["inverse_temperature"]
+    assert [plans[at] for plans in seen] == [1 / 1.5, 1 / 4.0, 1 / 1.5]
+    before = len(cuda()._kept)
+    for value in (1.5, np.float32(1.5), np.array(1.5), Schedule()):
+        klcore.kl_div(x, x, space="logits", temperature=value)
+    assert len(cuda()._kept) == before
+
+
+@pytest.mark.parametrize(
+    ("known", "change"),
+    [
+        (True, {}),
+        (True, {"weights": "bool"}),
+        (True, {"weights": "int64"}),
+        (True, {"weights": "float16"}),
+        (True, {"y": "one row"}),
+        (False, {"weights": "list"}),
+        (False, {"x": "int64"}),
+        (False, {"y": "numbers"}),
+        (False, {"space": ["logits", "logits"]}),
+        (False, {"x": "empty"}),
+    ],
+    ids=str,
+)
+def test_which_calls_are_known_again(cupy, known, change):
+    """Those whose arrays the kernels read as they are, and whose words can be looked up; others are arranged anew."""
+    x = (
+        cupy.empty((0, 40), "float32")
+        if change.get("x") == "empty"
+        else cupy.empty((30, 40), change.get("x", "float32"))
+    )
+    y = {"one row": x[:1], "numbers": [0.5] * 40}.get(change.get("y"), x)
+    keywords = {"space": change.get("space", "logits")}
+    if "weights" in change:
+        keywords["weights"] = [1.0] * 30 if change["weights"] == "list" else cupy.empty(30, change["weights"])
+    for _ in range(2):
+        klcore.kl_div(x, y, **keywords)
+    assert len(cuda()._kept) == known
+
+
+def test_a_gradient_alone_adds_up_no_value(modules, cupy, monkeypatch):
+    """Of products with a cotangent nobody reads the value."""
+    stub = modules[0]
+    x, y, dy = (cupy.empty((300, 9000), "float16") for _ in range(3))
+    klcore.kl_div(x, y)
+    for reduction, cotangent in (("sum", cupy.empty((), "float32")), ("row", cupy.empty(300, "float16"))):
+        for _ in range(2):
+            before = len(cuda()._kept)
+            stub.counts.clear()
+            cuda().gradient("kl_div", x, y, "logits", -1, reduction, None, 1.0, cotangent, "y", out=(dy,))
+            assert stub.counts["launches"] == 1
+            assert stub.counts["allocations"] <= 2  # a scalar for the value, and the cotangent as kernels read it
+        assert len(cuda()._kept) == before
+
+
 def test_what_is_kept_is_bounded(cupy, monkeypatch):
     x = cupy.empty((3, 4))
     klcore.kl_div(x, x)

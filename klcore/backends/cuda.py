@@ -39,8 +39,9 @@ _WORDS = sum(words for _, words in _FIELDS)
 _OUTPUTS, _TERMS = {"x": 1, "y": 2}, 4  # KL_OUTPUTS
 # What has an address: what a call reads, in this order, then its value and gradients, then its working memory.
 _READ = ("x", "y", "weights", "factors", "cotangent")
-_SCRATCH = -1
-_MOST_KEPT = 1024  # prepared calls; a few kilobytes each
+_CHECKED = 3  # of these out= may not overlap
+_SCRATCH = -1  # the last address of all
+_MOST_KEPT = 1024  # prepared calls; 2.4 KB a launch
 _DOUBLES = ("inverse_temperature", "gradient_scale", "scale", "epsilon")
 
 
@@ -100,6 +101,14 @@ class _Device(NamedTuple):
     shared: int  # bytes of shared memory that a block may have
     shared_all: int  # and that a multiprocessor has
 
+    @property
+    def clusters(self) -> tuple[int, ...]:
+        """Blocks a cluster can have. All devices of 9.0 and later take 8; 16 need as many multiprocessors that are near
+        each other, which whole data centre GPUs have, and parts of them (MIG, H20) or others may not."""
+        if self.arch < 90:
+            return (1,)
+        return (1, 2, 4, 8, 16) if self.arch < 110 and self.multiprocessors >= 100 else (1, 2, 4, 8)
+
 
 @cache
 def _properties(device: int) -> _Device:
@@ -113,9 +122,16 @@ def _properties(device: int) -> _Device:
     )
 
 
-def _is_current(cupy: Any, a: Any) -> bool:
-    """Whether an array is on the current device."""
-    return a.data.device_id == cupy.cuda.runtime.getDevice()
+def _as_read(cupy: Any, a: Any, dtype: Any = None) -> Any:
+    """Weights, factors or a cotangent as kernels read them, which rows.py would see to as well, but too late: a call is
+    known by the arrays that kernels read. Only for CuPy's arrays on the current device."""
+    if type(a) is not cupy.ndarray or a.data.device_id != cupy.cuda.runtime.getDevice():
+        return a
+    if dtype is None and a.dtype.kind in "biu":
+        dtype = np.float64
+    elif dtype is None and a.dtype.itemsize == 2:
+        dtype = np.float32
+    return a if dtype is None or a.dtype.kind == "c" else a.astype(dtype, copy=False)
 
 
 def _is_here(a: Any, cupy: Any) -> bool:
@@ -416,7 +432,9 @@ class _Launch(NamedTuple):
     grid: tuple[int]
     block: tuple[int]
     shared: int
-    plan: _Plan | None  # None once it lies beside the others'
+
+
+_Planned = tuple[_Launch, _Plan]
 
 
 class _Call(NamedTuple):
@@ -477,14 +495,14 @@ def _warps(properties: _Device, bytes_a_warp: int, fixed: int = 0) -> int:
     return 1
 
 
-def _launch(call: _Call, name: str, plan: _Plan, items: int, warps: int, shared: int, cluster: int = 1) -> _Launch:
+def _launch(call: _Call, name: str, plan: _Plan, items: int, warps: int, shared: int, cluster: int = 1) -> _Planned:
     """One launch; `items` blocks' (clusters') worth of work."""
     most = 32 * _properties(call.device).multiprocessors
     grid = cluster * max(1, min(items, most))
-    return _Launch(name, cluster, call.kernel(name, cluster), (grid,), (32 * warps,), shared, plan)
+    return _Launch(name, cluster, call.kernel(name, cluster), (grid,), (32 * warps,), shared), plan
 
 
-def _sweep(call: _Call, plan: _Plan, layout: _Layout, last: int, scratch: _Scratch) -> list[_Launch]:
+def _sweep(call: _Call, plan: _Plan, layout: _Layout, last: int, scratch: _Scratch) -> list[_Planned]:
     """The launches that run sweeps 0 to last - 1 over all rows."""
     properties = _properties(call.device)
     n, chunks = call.n, -(-call.n // CHUNK)
@@ -502,7 +520,7 @@ def _sweep(call: _Call, plan: _Plan, layout: _Layout, last: int, scratch: _Scrat
     bytes_a_warp = slot + CHUNK * extra + 8 * MAX_STATS
     warps = _warps(properties, bytes_a_warp)
 
-    def units(first: int, last: int) -> _Launch:
+    def units(first: int, last: int) -> _Planned:
         p = plan.with_fields(first=first, last=last, slots=1, columns=layout.columns)
         tiles = -(-batch // warps) * chunks if layout.columns else -(-batch * chunks // warps)
         return _launch(call, "kl_units", p, tiles, warps, warps * bytes_a_warp)
@@ -551,7 +569,7 @@ def _residence(
         return 1, 1, _warps(properties, slot + extra, fixed)
     most = 8 if call.wide else 16  # warps on a multiprocessor that have the registers they want: BLOCKS in kl_cuda.cu
     found = []
-    for cluster in (1, 2, 4, 8, 16) if properties.arch >= 90 else (1,):
+    for cluster in properties.clusters:
         for warps in (8, 4, 2, 1):
             slots = -(-chunks // (cluster * warps))
             block = warps * (slots * slot + extra) + fixed
@@ -566,7 +584,7 @@ def _residence(
     return cluster, slots, -minus_warps
 
 
-def _total(call: _Call, values: _Place | None, count: int, plan: _Plan, scratch: _Scratch) -> list[_Launch]:
+def _total(call: _Call, values: _Place | None, count: int, plan: _Plan, scratch: _Scratch) -> list[_Planned]:
     """The sum of `count` doubles, divided, into the plan's value; or of the plan's weights into its `sums`."""
     launches = []
     function = _kernel(call.device, _sum_options(), "kl_sum")
@@ -577,7 +595,7 @@ def _total(call: _Call, values: _Place | None, count: int, plan: _Plan, scratch:
         if groups > 1:
             up = scratch.doubles(groups)
             p = p.with_fields(sums=up, value=None)
-        launches.append(_Launch("kl_sum", 1, function, (max(1, min(-(-groups // 8), 1 << 16)),), (256,), 0, p))
+        launches.append((_Launch("kl_sum", 1, function, (max(1, min(-(-groups // 8), 1 << 16)),), (256,), 0), p))
         if up is None:
             return launches
         plan = plan.with_fields(weights=None)  # from now on the sums of the level below
@@ -595,8 +613,8 @@ class _Prepared(NamedTuple):
     plans: np.ndarray  # one element a launch, as kl::Plan lies in memory
     addresses: tuple[tuple[int, int, int], ...]  # word of `plans`, number of the address, bytes to add
     scratch: int  # bytes of working memory
-    results: tuple[tuple[Any, Any, int | None], ...] = ()  # shape, dtype, and which argument each is laid out like
-    spans: tuple[tuple[int, int], ...] = ()  # of arguments and results, as rows.span has them
+    results: tuple[tuple[Any, Any, int | None], ...]  # shape, dtype, and which argument each is laid out like
+    spans: tuple[tuple[int, int], ...]  # by _span, of arguments and results
 
 
 _kept: dict[Any, _Prepared] = {}  # by _key
@@ -638,7 +656,7 @@ def _computed(
         Makes the Task, given CuPy and an `asarray` for rows.py.
     """
     cupy = ready()
-    given = out if type(out) is tuple else (out,)
+    given = out if isinstance(out, tuple) else (out,)
     key = _key(cupy, (device, *words), (*read, *given))
     try:
         prepared = _kept.get(key)
@@ -687,6 +705,12 @@ def _again(cupy: Any, prepared: _Prepared, read: tuple[Any, ...], given: tuple[A
     return tuple(results) if len(results) > 1 else results[0]
 
 
+def _span(a: Any) -> tuple[int, int]:
+    """The bytes that an array covers, counted from the address of its first element: from, to."""
+    steps = [(n - 1) * step for n, step in zip(a.shape, a.strides, strict=True)]
+    return sum(s for s in steps if s < 0), sum(s for s in steps if s > 0) + a.dtype.itemsize
+
+
 def _check_overlap(prepared: _Prepared, arrays: list[Any], addresses: list[int], given: tuple[Any, ...]) -> None:
     """What rows.arrange checks as well; here most pairs of arrays are told apart by integers that are known already."""
     starts, ends = [], []
@@ -697,10 +721,10 @@ def _check_overlap(prepared: _Prepared, arrays: list[Any], addresses: list[int],
     for k, a in enumerate(given, first):
         if a is not None:
             start, end = starts[k], ends[k]
-            for j in range(k):
+            for j in (*range(_CHECKED), *range(first, k)):
                 if start < ends[j] and starts[j] < end:
-                    inputs = [b for b in arrays[:first] if b is not None]
-                    rows.check_overlap([b for b in arrays[first : k + 1] if b is not None], inputs)
+                    inputs = [b for b in arrays[:_CHECKED] if b is not None]
+                    rows.check_overlap(arrays[first : k + 1], inputs)
 
 
 def _execute(cupy: Any, prepared: _Prepared, addresses: list[int]) -> None:
@@ -744,19 +768,16 @@ def _compute(cupy: Any, device: int, task: rows.Task) -> tuple[Any, _Prepared | 
         cotangent = task.cotangent = cupy.asarray(cotangent, np.float64)  # multiplied where the denominator is known
     arrays = [task.x, task.y, task.weights, task.factors, cotangent if _is_here(cotangent, cupy) else None]
     results = [value, *(g.array for g in task.gradients)]
-    prepared = _prepare(device, task, value, arrays[4] is not None)
-    like = (None, *(_READ.index(g.of) for g in task.gradients))
-    prepared = prepared._replace(
-        results=tuple((a.shape, a.dtype, of) for a, of in zip(results, like, strict=True)),
-        spans=tuple((0, 0) if a is None else rows.span(a) for a in (*arrays, *results)),
-    )
+    prepared = _prepare(device, task, arrays, results)
     _execute(cupy, prepared, [0 if a is None else a.data.ptr for a in (*arrays, *results)])
     return value, prepared, arrays
 
 
-def _prepare(device: int, task: rows.Task, value: Any, cotangent: bool) -> _Prepared:
-    """All launches of a task; `cotangent`: whether there is one on the device."""
-    places = {name: _Place(k) for k, name in enumerate((*_READ, "value", *("d" + g.of for g in task.gradients)))}
+def _prepare(device: int, task: rows.Task, arrays: list[Any], results: list[Any]) -> _Prepared:
+    """All launches of a task, which reads `arrays`, in the order of _READ, and writes `results`."""
+    names = (*_READ, "value", *("d" + g.of for g in task.gradients))
+    places = {name: _Place(k) for k, name in enumerate(names)}
+    cotangent = arrays[_READ.index("cotangent")] is not None
     scratch = _Scratch()
     views = {"x": _view(task.x, places["x"], True)}
     if task.y is not None:
@@ -766,12 +787,12 @@ def _prepare(device: int, task: rows.Task, value: Any, cotangent: bool) -> _Prep
     if task.factors is not None:
         views["factors"] = _view(task.factors, places["factors"], True)
     totals = None
-    if task.output == rows.TOTAL:  # one number a row, behind each other
+    if task.value_wanted and task.output == rows.TOTAL:  # one number a row, behind each other
         totals = scratch.doubles(task.rows)
         batch = task.x.shape[:-1]
         strides = tuple(8 * math.prod(batch[d + 1 :]) for d in range(len(batch)))
         views["value"] = _View(totals, 0, strides, rows.FLOATS.index("float64"), 8)
-    else:
+    elif task.value_wanted:
         views["value"] = _view(task.value_view, places["value"], task.output == rows.TERMS)
     gradients = {g.of: _view(g.view, places["d" + g.of], True) for g in task.gradients}
     views.update({"d" + g.of: gradients[g.of] for g in task.gradients if not g.inner})
@@ -781,7 +802,7 @@ def _prepare(device: int, task: rows.Task, value: Any, cotangent: bool) -> _Prep
         task.temperature == 1, task.factors is not None, task.n,
     )  # fmt: skip
 
-    launches: list[_Launch] = []
+    launches: list[_Planned] = []
     divisor, denominator = task.denominator, None
     if divisor is None:  # the sum of the weights, known to the device only
         divisor, denominator = 0.0, scratch.doubles(1)
@@ -807,26 +828,26 @@ def _prepare(device: int, task: rows.Task, value: Any, cotangent: bool) -> _Prep
         if g.inner:
             launches += _summed(call, task, g, gradients[g.of], views, fields, scratch)
     if totals is not None:
-        plan = _plan(_Layout((), {"value": _view(value, places["value"], False)}, False, False), 1, **fields)
+        plan = _plan(_Layout((), {"value": _view(results[0], places["value"], False)}, False, False), 1, **fields)
         launches += _total(call, totals, task.rows, plan, scratch)
-    plans = [launch.plan for launch in launches if launch.plan]
+    kernels, plans = zip(*launches, strict=True)
+    places_of_all = ((k * _WORDS + at, place) for k, plan in enumerate(plans) for at, place in plan.places.items())
+    like = (None, *(_READ.index(g.of) for g in task.gradients))
     return _Prepared(
         device,
-        tuple(launch._replace(plan=None) for launch in launches),
+        kernels,
         np.concatenate([plan.words for plan in plans]).view(f"V{8 * _WORDS}"),
-        tuple(
-            (k * _WORDS + at, place.of, place.offset)
-            for k, plan in enumerate(plans)
-            for at, place in plan.places.items()
-        ),
+        tuple((at, place.of, place.offset) for at, place in places_of_all),
         scratch.nbytes,
+        tuple((a.shape, a.dtype, of) for a, of in zip(results, like, strict=True)),
+        tuple((0, 0) if a is None else _span(a) for a in (*arrays, *results)),
     )
 
 
 def _summed(
     call: _Call, task: rows.Task, g: rows.Gradient, to: _View, views: dict[str, _View], fields: dict[str, Any],
     scratch: _Scratch,
-) -> list[_Launch]:  # fmt: skip
+) -> list[_Planned]:  # fmt: skip
     """The gradient of a broadcast operand: its batch axes in front, those to sum over behind, 1024 rows at a time."""
     batch = task.x.shape[:-1]
     order = (*(d for d in range(len(batch)) if d not in g.inner), *g.inner)
@@ -836,7 +857,7 @@ def _summed(
     turned["d" + g.of] = to._replace(batch=tuple(to.batch[d] for d in order))
     layout = _layout(shape, call.n, turned, keep_order=True)
     stats = None
-    launches: list[_Launch] = []
+    launches: list[_Planned] = []
     call = call._replace(outputs=_OUTPUTS[g.of])
     if call.sweeps > 1:
         stats = scratch.doubles(task.rows * MAX_STATS)
@@ -871,9 +892,10 @@ def _run(
     out: Any,
     device: str | None,
 ) -> Any:
-    cupy = ready()
-    if type(weights) is cupy.ndarray and weights.dtype.kind in "biu" and _is_current(cupy, weights):
-        weights = weights.astype(np.float64)  # as rows.py would: so that the call is known again
+    weights = _as_read(ready(), weights)
+    if hasattr(type(temperature), "__float__"):
+        with contextlib.suppress(TypeError, ValueError):
+            temperature = float(temperature)  # a number is a key; an object may be another number tomorrow
 
     def arrange(cupy: Any, asarray: Any) -> rows.Task:
         return rows.arrange(
@@ -905,6 +927,7 @@ def loss(
             cupy, asarray, term, x, y, space, axis, reduction, factors, denominator, epsilon, dtype, return_grad, out
         )
 
+    factors = _as_read(ready(), factors)
     words = (term, space, axis, type(axis), reduction, denominator, epsilon, dtype, return_grad)
     return _computed(words, (x, y, None, factors, None), out, None, arrange)
 
@@ -921,11 +944,10 @@ def gradient(
             denominator, epsilon, out,
         )  # fmt: skip
 
-    cupy = ready()
-    if reduction not in ("row", "none") and type(cotangent) is cupy.ndarray and _is_current(cupy, cotangent):
-        cotangent = cotangent.astype(np.float64, copy=False)  # as the kernels read it: so that the call is known again
+    total = reduction not in ("row", "none")
+    cotangent = _as_read(ready(), cotangent, np.float64 if total else None)
     read = (x, y, weights, None, cotangent)
-    if weights is None and reduction in ("row", "none"):  # it multiplies each row, or each term
+    if weights is None and not total:  # it multiplies each row, or each term
         read = (x, y, cotangent, None, None) if reduction == "row" else (x, y, None, cotangent, None)
     words = ("gradient", operation, space, axis, reduction, temperature, return_grad, denominator, epsilon)
     return _computed(words, read, None if out is None else (None, *out), None, arrange)[1:]

@@ -73,6 +73,7 @@ class Task:
     gradients: list[Gradient] = field(default_factory=list)
     epsilon: float = 0.0
     cotangent: Any = None  # a scalar that multiplies the gradients
+    value_wanted: bool = True  # else the gradients only
 
 
 def arrange(
@@ -137,7 +138,7 @@ def arrange(
     double = max(x.dtype.itemsize, y.dtype.itemsize) == 8
     if dtype is None:
         dtype = xp.dtype("float64") if double else xp.dtype("float32")
-    results = _results(out, wanted)
+    results = results_in(out, wanted)
 
     task = Task(
         operation=operation,
@@ -310,6 +311,7 @@ def arrange_gradient(
         )  # fmt: skip
     if total:
         task.cotangent = cotangent
+    task.value_wanted = False
     return task
 
 
@@ -491,7 +493,8 @@ def _denominator(reduction: str, shape: tuple[int, ...], rows: int, n: int, weig
     return float(rows * n) if reduction == "mean" else 1.0
 
 
-def _results(out: Any, wanted: tuple[str, ...]) -> tuple[Any, ...]:
+def results_in(out: Any, wanted: tuple[str, ...]) -> tuple[Any, ...]:
+    """Where the value and the gradients go; None for those to allocate."""
     results = out if isinstance(out, tuple) else (out, *[None] * len(wanted))
     if len(results) != 1 + len(wanted):
         raise ValueError(
@@ -515,40 +518,21 @@ def _check_out(xp: Any, out: Any, what: str, shape: tuple[int, ...], dtype: Any)
         raise ValueError(f"out for {what} is a broadcast view, whose elements share memory")
 
 
-def span(a: Any) -> tuple[int, int]:
-    """The bytes that an array covers, counted from the address of its first element: from, to."""
-    low = high = 0
-    for n, step in zip(a.shape, a.strides, strict=True):
-        if n == 0:
-            return 0, 0
-        if step < 0:
-            low += (n - 1) * step
-        else:
-            high += (n - 1) * step
-    return low, high + a.dtype.itemsize
-
-
-def _meet(a: Any, b: Any) -> bool:
-    """Whether the bytes between an array's first and last one meet another's: two integer intervals."""
-    if isinstance(a, np.ndarray):
-        return np.may_share_memory(a, b)
-    (low_a, high_a), (low_b, high_b) = span(a), span(b)
-    return a.data.ptr + low_a < b.data.ptr + high_b and b.data.ptr + low_b < a.data.ptr + high_a
-
-
 def check_overlap(outs: list[Any], inputs: list[Any]) -> None:
     """Raise ValueError if results would be written over an input, or over each other."""
     for i, out in enumerate(outs):
-        if any(_meet(out, a) and _share(out, a) for a in inputs):
+        if any(_overlap(out, a) for a in inputs):
             raise ValueError("out overlaps the memory of an input; pass an array of its own")
-        if any(_meet(out, other) and _share(out, other) for other in outs[:i]):
+        if any(_overlap(out, other) for other in outs[:i]):
             raise ValueError("two arrays of out overlap; pass separate ones")
 
 
-def _share(a: Any, b: Any) -> bool:
-    """Whether arrays whose intervals meet have an element in common."""
+def _overlap(a: Any, b: Any) -> bool:
+    a, b = _memory(a), _memory(b)
+    if not np.may_share_memory(a, b):  # two integer intervals
+        return False
     try:
-        return bool(np.shares_memory(_memory(a), _memory(b), max_work=100_000))  # type: ignore[arg-type]  # any integer
+        return bool(np.shares_memory(a, b, max_work=100_000))  # type: ignore[arg-type]  # any integer will do
     except Exception:  # too hard to decide exactly
         return True
 

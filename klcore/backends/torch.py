@@ -176,11 +176,12 @@ def _of_backend(x: Any) -> Any:
 
 def _value_like(x: Any, y: Any, axis: int, reduction: str, dtype: Any) -> tuple[tuple[int, ...], torch.dtype]:
     """Shape and dtype of a value."""
-    shapes = [x.shape] if y is None else [x.shape, y.shape]
-    try:
-        shape = torch.broadcast_shapes(*shapes)
-    except RuntimeError:
-        raise rows.batches_differ(x, y, axis) from None
+    shape = x.shape
+    if y is not None and y.shape != shape:
+        try:
+            shape = torch.broadcast_shapes(shape, y.shape)
+        except RuntimeError:
+            raise rows.batches_differ(x, y, axis) from None
     if dtype is None:
         wide = [t.dtype not in _FLOATS[1:] for t in ((x,) if y is None else (x, y))]
         dtype = torch.float64 if any(wide) else torch.float32
@@ -584,9 +585,8 @@ def _into(
         return _copied(found, out, outs)
     if not x.is_cpu:  # all results are to be PyTorch's own memory
         new = _outs(operation, x, y, space, axis, reduction, temperature, None, return_grad)
-        if not isinstance(out, tuple):
-            outs += [None] * (len(new) - 1)
-        outs = [b if a is None else a for a, b in zip(outs, new, strict=False)] + outs[len(new) :]
+        given = rows.results_in(out, ("",) * (len(new) - 1))
+        outs = [b if a is None else a for a, b in zip(given, new, strict=True)]
         out = tuple(outs)
     given = tuple(map(_lend, outs)) if isinstance(out, tuple) else _lend(out)
     arguments = (operation, x, y, space, axis, reduction, weights, temperature, 1.0, 0.0, None, return_grad, given)

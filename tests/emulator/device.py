@@ -31,6 +31,7 @@ class Settings:
     threads: int = min(4, os.cpu_count() or 1)  # of the operating system, for one launch
     architecture: str = "90"  # compute capability, as CuPy writes it
     devices: int = 1
+    multiprocessors: int = 4  # a device
     optimize: int = 0  # g++ -O; tests compile more than they compute
     sanitize: bool = False  # compile with ASan and UBSan, in a process started with sanitizer_environment()
 
@@ -173,7 +174,7 @@ class Device:
     def attributes(self):
         block, multiprocessor = _SHARED[settings.architecture]
         return {
-            "MultiProcessorCount": 4,
+            "MultiProcessorCount": settings.multiprocessors,
             "WarpSize": 32,
             "MaxThreadsPerBlock": 1024,
             "MaxThreadsPerMultiProcessor": 1024 if settings.architecture == "75" else 2048,
@@ -711,8 +712,11 @@ def using(**changes):
         _change(before)
 
 
+_PROPERTIES = ("architecture", "multiprocessors")
+
+
 def _change(changes):
-    if "architecture" in changes and changes["architecture"] != settings.architecture:
+    if any(getattr(settings, name) != changes.get(name, getattr(settings, name)) for name in _PROPERTIES):
         _forget()  # what the backend knows about its devices
     for name, value in changes.items():
         setattr(settings, name, value)
