@@ -213,6 +213,50 @@ def test_a_gradient_alone_adds_up_no_value(modules, cupy, monkeypatch):
         assert len(cuda()._kept) == before
 
 
+def test_what_a_first_call_refuses(cupy):
+    """A call like it that was good does not make it so."""
+    x, value = cupy.empty((3, 5)), cupy.empty(3)
+    for good, bad, error in (
+        ({"return_grad": "x", "out": value}, {"return_grad": "x", "out": (value,)}, ValueError),
+        ({"return_grad": "x"}, {"return_grad": "x", "out": (None,)}, ValueError),
+        ({"space": "logits", "temperature": 3}, {"space": "logits", "temperature": 3 + 0j}, TypeError),
+        ({"axis": 1}, {"axis": 1.0}, TypeError),
+    ):
+        klcore.kl_div(x, x, **good)
+        with pytest.raises(error):
+            klcore.kl_div(x, x, **bad)
+
+
+class Axis:
+    value = 0
+
+    def __index__(self):
+        return self.value
+
+
+def test_an_axis_that_changes_in_place(cupy):
+    x, axis = cupy.empty((3, 5)), Axis()
+    for axis.value, shape in ((0, (5,)), (1, (3,)), (0, (5,))):
+        assert klcore.kl_div(x, x, axis=axis).shape == shape
+
+
+@pytest.mark.parametrize("shared", [64, 96, 99, 163, 227])
+@pytest.mark.parametrize("dtype", ["float64", "float32", "float16"])
+def test_no_launch_asks_for_more_than_there_is(modules, monkeypatch, shared, dtype):
+    """However long the rows: those that no block can hold the states of are shared out over the device."""
+    stub, asked = modules[0], []
+    device = {"MaxSharedMemoryPerBlockOptin": shared << 10, "MaxSharedMemoryPerMultiprocessor": (shared + 1) << 10}
+    with stub.installed(**device) as cupy:
+        klcore.kl_div(cupy.empty((2, 3)), cupy.empty((2, 3)))
+        monkeypatch.setattr(cuda(), "_start", lambda launches, plans: asked.extend(launches))
+        for n in (1, 100, 1_000, 9_000, 130_000, 500_000, 800_000, 1_048_576):
+            x = cupy.empty((4096, n), dtype)
+            for space in ("probs", "logits", ("probs", "logits")):
+                for wanted in (None, ("x", "y")):
+                    klcore.kl_div(x, x, space=space, return_grad=wanted)
+    assert max(launch.shared for launch in asked) <= shared << 10
+
+
 def test_what_is_kept_is_bounded(cupy, monkeypatch):
     x = cupy.empty((3, 4))
     klcore.kl_div(x, x)

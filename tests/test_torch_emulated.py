@@ -90,6 +90,29 @@ def test_strides_and_numbers(posing, name):
     assert kl(integers, integers + 1).item() == 0
 
 
+def test_nothing_to_compute(posing):
+    x = logits(4, 6, dtype=torch.float32)[:0]
+    value, dx, dy = kl(x, x.clone(), "row", return_grad=("x", "y"))
+    assert (value.shape, dx.shape, dy.shape) == ((0,), (0, 6), (0, 6))
+    assert torch.isnan(kl(x, x, "mean"))
+
+
+def test_a_temperature_that_changes_in_place(posing):
+    """Between two calls, and between a call and its backward."""
+    x, y, temperature = logits(3, 5), logits(3, 5, seed=1), torch.tensor(2.0)
+    gradients = []
+    for value in (2.0, 4.0):
+        temperature.fill_(value)
+        leaf = y.clone().requires_grad_()
+        result = kl(x, leaf, "row", temperature=temperature)
+        same(result.detach(), array(kl(x, y, "row", temperature=value)))
+        temperature.fill_(9.0)
+        gradients.append(torch.autograd.grad(result.sum(), leaf)[0])
+        same(gradients[-1], array(kl(x, y, "row", temperature=value, return_grad="y")[1]))
+    kept = importlib.import_module("klcore.backends.cuda")._kept
+    assert not any(isinstance(word, torch.Tensor) for words, *_ in kept for word in words)
+
+
 def calls():
     x, y = logits(6, 40, dtype=torch.float32), logits(6, 40, seed=1, dtype=torch.float32)
     weights = torch.arange(6) / 6

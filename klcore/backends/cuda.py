@@ -11,6 +11,7 @@ and dtypes only fills its own addresses in.
 import contextlib
 import importlib
 import math
+import operator
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache, partial
 from typing import Any, NamedTuple
@@ -531,9 +532,9 @@ def _sweep(call: _Call, plan: _Plan, layout: _Layout, last: int, scratch: _Scrat
     if not layout.columns and chunks <= CHUNK:
         extra_bytes = CHUNK * extra + 8 * MAX_STATS
         cluster, slots, warps_a_row = _residence(call, properties, batch, chunks, last, slot, extra_bytes)
-        if batch * cluster >= properties.multiprocessors:
+        shared = warps_a_row * (slots * slot + extra_bytes) + 8 * (LOGITS_STATES * chunks + MAX_STATS)
+        if batch * cluster >= properties.multiprocessors and shared <= properties.shared:
             p = plan.with_fields(first=0, last=last, slots=slots)
-            shared = warps_a_row * (slots * slot + extra_bytes) + 8 * (LOGITS_STATES * chunks + MAX_STATS)
             return [_launch(call, "kl_rows", p, batch, warps_a_row, shared, cluster)]
 
     # few rows of many classes, or classes apart: the chunks over the whole device, one sweep a launch
@@ -633,6 +634,23 @@ def _key(cupy: Any, words: tuple[Any, ...], arrays: tuple[Any, ...]) -> Any:
     return tuple(key)
 
 
+# What equals it must mean the same, now and later: 1.0 == 1 is no axis, and an object may be another number tomorrow.
+
+
+def _integer(axis: Any) -> Any:
+    try:
+        return operator.index(axis)
+    except TypeError:
+        return axis  # for rows.py to refuse
+
+
+def _number(temperature: Any) -> Any:
+    try:
+        return float(temperature) if hasattr(temperature, "__float__") else temperature
+    except (TypeError, ValueError):
+        return temperature
+
+
 def _computed(
     words: tuple[Any, ...],
     read: tuple[Any, ...],
@@ -657,7 +675,7 @@ def _computed(
     """
     cupy = ready()
     given = out if isinstance(out, tuple) else (out,)
-    key = _key(cupy, (device, *words), (*read, *given))
+    key = _key(cupy, (device, given is out, *words), (*read, *given))
     try:
         prepared = _kept.get(key)
     except TypeError:  # a word that cannot be a key
@@ -892,17 +910,14 @@ def _run(
     out: Any,
     device: str | None,
 ) -> Any:
-    weights = _as_read(ready(), weights)
-    if hasattr(type(temperature), "__float__"):
-        with contextlib.suppress(TypeError, ValueError):
-            temperature = float(temperature)  # a number is a key; an object may be another number tomorrow
+    weights, axis, temperature = _as_read(ready(), weights), _integer(axis), _number(temperature)
 
     def arrange(cupy: Any, asarray: Any) -> rows.Task:
         return rows.arrange(
             cupy, asarray, operation, x, y, space, axis, reduction, weights, temperature, return_grad, out
         )
 
-    words = (operation, space, axis, type(axis), reduction, temperature, return_grad)  # an axis is an integer, not 1.0
+    words = (operation, space, axis, type(axis), reduction, temperature, type(temperature), return_grad)
     return _computed(words, (x, y, weights, None, None), out, device, arrange)
 
 
@@ -927,7 +942,7 @@ def loss(
             cupy, asarray, term, x, y, space, axis, reduction, factors, denominator, epsilon, dtype, return_grad, out
         )
 
-    factors = _as_read(ready(), factors)
+    factors, axis = _as_read(ready(), factors), _integer(axis)
     words = (term, space, axis, type(axis), reduction, denominator, epsilon, dtype, return_grad)
     return _computed(words, (x, y, None, factors, None), out, None, arrange)
 
@@ -946,10 +961,11 @@ def gradient(
 
     total = reduction not in ("row", "none")
     cotangent = _as_read(ready(), cotangent, np.float64 if total else None)
+    axis, temperature = _integer(axis), _number(temperature)
     read = (x, y, weights, None, cotangent)
     if weights is None and not total:  # it multiplies each row, or each term
         read = (x, y, cotangent, None, None) if reduction == "row" else (x, y, None, cotangent, None)
-    words = ("gradient", operation, space, axis, reduction, temperature, return_grad, denominator, epsilon)
+    words = ("gradient", operation, space, axis, type(axis), reduction, temperature, return_grad, denominator, epsilon)
     return _computed(words, read, None if out is None else (None, *out), None, arrange)[1:]
 
 

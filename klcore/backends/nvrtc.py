@@ -5,6 +5,7 @@ driver. Here NVRTC is called through ctypes: it needs neither CuPy nor a GPU, so
 """
 
 import atexit
+import contextlib
 import ctypes
 import hashlib
 import importlib
@@ -84,9 +85,12 @@ def _library() -> ctypes.CDLL:
 def _files() -> Iterator[str]:
     """Where to look for NVRTC without cuda.pathfinder: in pip's packages, then wherever the system looks."""
     names = _WINDOWS if sys.platform == "win32" else _LINUX
-    spec = importlib.util.find_spec("nvidia")
+    roots: list[str] = []
+    with contextlib.suppress(ValueError):  # of a module that says not where it is from
+        spec = importlib.util.find_spec("nvidia")
+        roots = list(spec.submodule_search_locations or []) if spec else []
     for name, folder in names:
-        yield from (str(Path(root, folder, name)) for root in (spec.submodule_search_locations or [] if spec else []))
+        yield from (str(Path(root, folder, name)) for root in roots)
     yield from (name for name, _ in names)
 
 

@@ -534,6 +534,8 @@ def _history_or_not(
     denominator: Any, epsilon: float, dtype: Any, return_grad: Any,
 ) -> Any:  # fmt: skip
     eager = _eager(x, y, weights)
+    if eager and isinstance(temperature, torch.Tensor) and temperature.numel() == 1:
+        temperature = float(temperature)  # that of now: backward comes later
     if eager and (return_grad is not None or not _needs_grad(x, y)):
         return _compute(
             operation, x, y, space, axis, reduction, weights, temperature, denominator, epsilon, dtype, return_grad

@@ -402,7 +402,10 @@ def _allocate(shape, dtype, order="C", strides=None, memptr=None):
     elif strides is not None:  # a view with gaps: up to the end of what it covers
         nbytes = dtype.itemsize + sum((n - 1) * step for n, step in zip(shape, strides, strict=True)) if nbytes else 0
     memory = np.asarray(_Bytes(memptr, nbytes)) if nbytes else None
-    array = np.ndarray.__new__(ndarray, shape, dtype, buffer=memory, order=order, strides=strides)
+    if memory is None and strides is not None:  # NumPy would choose others for nothing
+        array = np.lib.stride_tricks.as_strided(np.empty(0, dtype), shape, strides).view(ndarray)
+    else:
+        array = np.ndarray.__new__(ndarray, shape, dtype, buffer=memory, order=order, strides=strides)
     array._device = memptr.device
     return array
 
