@@ -470,6 +470,9 @@ def main() -> None:
     parser.add_argument("--to", type=Path, default=RECORDS, help="where the record goes: docs/benchmarks")
     args = parser.parse_args()
     if args.folders:
+        missing = [str(folder / gpu_lines.NAME) for folder in args.folders if not (folder / gpu_lines.NAME).exists()]
+        if missing:
+            sys.exit(f"there is no {missing[0]}: name the folders that gpu_run.py wrote")
         record = record_of([line for folder in args.folders for line in gpu_lines.read(folder / gpu_lines.NAME)])
         if record["emulated"] and args.to == RECORDS:
             sys.exit("these figures are emulated: they are no record of a GPU; --to DIR writes them elsewhere")

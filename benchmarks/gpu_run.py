@@ -545,7 +545,7 @@ def run_stages(run: Run, stages: list[Stage], limited: bool) -> None:
         except Skip as reason:
             status, why = "skipped", str(reason)
         except Stop as reason:
-            failures, stopped = [str(reason)], f"{stage.name} failed: {reason}"
+            failures, stopped = [str(reason)], f"{stage.name} failed"
         except Exception as error:  # the stages that follow are worth as much
             failures = [sentence(error)]
         for process in [p for p in run.children if p is not run.builder]:
