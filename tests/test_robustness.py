@@ -300,6 +300,7 @@ def test_beside_at_the_same_time(same, library):
 INTERRUPTED = """
 x = np.broadcast_to(np.linspace(0.1, 1, 100_000), (2000, 100_000))
 digest(2)
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a background job of a shell is without
 print("ready", flush=True)
 try:
     with klcore.threads(2):
