@@ -146,7 +146,7 @@ def notes(stage: str, verdict: Verdict, lines: list[dict[str, Any]]) -> str:
         skipped = sum(line.get("outcome") == "skipped" for line in lines)
         words += [f"{skipped} of them skipped"] if skipped else []
     words += [line["note"] for line in lines if line["stage"] == stage and "note" in line]
-    return "; ".join(words)
+    return "; ".join(dict.fromkeys(words))  # a second call says the same
 
 
 def stages_of(lines: list[dict[str, Any]]) -> list[str]:

@@ -261,16 +261,17 @@ def start_build(run: Run) -> str:
     """Install what was carried, and build klcore's extension if it is not there, while stages run that do without."""
     pip = f"{shlex.quote(sys.executable)} -m pip install -q --no-index --no-deps --upgrade --target"
     tools, extra, part = (shlex.quote(str(run.keep / name)) for name in ("tools", "extra", "part"))
-    lines = []
-    for folder, names in ((extra, "liger_kernel-*.whl"), (tools, "[!l]*.whl")):
-        wheels = sorted(map(str, run.carry.glob(names)))
-        lines += [f"{pip} {folder} {shlex.join(wheels)}"] if wheels else []
     built = importlib.util.find_spec("klcore._cpu") is not None
+    lines = []
+    for folder, names, needed in ((extra, "liger_kernel-*.whl", True), (tools, "[!l]*.whl", not built)):
+        wheels = sorted(map(str, run.carry.glob(names)))
+        if wheels and needed:  # one that is of no use here must not keep the rest from being built
+            lines.append(f"{pip} {folder} {shlex.join(wheels)} || true")
     if not built:  # whole or not at all: others look there meanwhile
         lines.append(f"PYTHONPATH={tools} {pip} {part} --no-build-isolation {shlex.quote(str(ROOT))}")
         lines.append(f"mv {part} {shlex.quote(str(run.site))}")
     if lines:
-        run.builder = run.start(["bash", "-c", " && ".join(lines)])
+        run.builder = run.start(["bash", "-ec", "\n".join(lines)])
     return "klcore is built already" if built else "klcore is built in the background"
 
 
