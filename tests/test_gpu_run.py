@@ -52,7 +52,7 @@ def start(tmp_path_factory):
 
     def start(out, keep, *arguments):
         carry = keep / "carry"
-        carry.mkdir(exist_ok=True)
+        carry.mkdir(parents=True, exist_ok=True)
         (carry / "liger_kernel-0-py3-none-any.whl").touch()  # no wheel: what is carried may be of no use
         words = [sys.executable, str(SCRIPTS / "gpu_run.py"), str(out), "--emulated", "--keep", str(keep)]
         words += ["--carry", str(carry), *arguments]
