@@ -46,6 +46,9 @@ _MOST_KEPT = 1024  # prepared calls; 2.4 KB a launch
 _DOUBLES = ("inverse_temperature", "gradient_scale", "scale", "epsilon")
 
 
+_FLOAT64, _FLOAT32 = np.dtype("float64"), np.dtype("float32")  # NumPy takes its time to make one of a type
+
+
 @cache
 def _code(dtype: Any) -> int | None:
     """The code of a dtype in kl_store.h, or None. A dtype's name takes NumPy a microsecond: hence the cache."""
@@ -129,10 +132,10 @@ def _as_read(cupy: Any, a: Any, dtype: Any = None) -> Any:
     if type(a) is not cupy.ndarray or a.data.device_id != cupy.cuda.runtime.getDevice():
         return a
     if dtype is None and a.dtype.kind in "biu":
-        dtype = np.float64
+        dtype = _FLOAT64
     elif dtype is None and a.dtype.itemsize == 2:
-        dtype = np.float32
-    return a if dtype is None or a.dtype.kind == "c" else a.astype(dtype, copy=False)
+        dtype = _FLOAT32
+    return a if dtype is None or a.dtype is dtype or a.dtype.kind == "c" else a.astype(dtype)
 
 
 def _is_here(a: Any, cupy: Any) -> bool:
@@ -960,7 +963,7 @@ def gradient(
         )  # fmt: skip
 
     total = reduction not in ("row", "none")
-    cotangent = _as_read(ready(), cotangent, np.float64 if total else None)
+    cotangent = _as_read(ready(), cotangent, _FLOAT64 if total else None)
     axis, temperature = _integer(axis), _number(temperature)
     read = (x, y, weights, None, cotangent)
     if weights is None and not total:  # it multiplies each row, or each term
