@@ -69,6 +69,7 @@ constexpr int GROUP = 256;            // and at most
 constexpr i64 TILE = 128 * CHUNK;      // numbers of an array that such rows bring together at once; the second level holds it
 constexpr i64 SERIAL = 32768;         // classes below which a second thread costs more than it brings
 constexpr i64 STREAM = 64 << 20;      // bytes of output from which on it is streamed past the caches
+constexpr i64 KEPT = 4 << 20;         // bytes up to which what a row's first sweep found out is kept for its last one
 constexpr i64 AHEAD = 1 << 20;        // bytes of a row pair that the second-level cache holds twice
 constexpr i64 ROUND = 16 * CHUNK;     // rows whose totals are held at once
 constexpr i64 BLOCK = CHUNK;          // rows summed into one partial when a gradient is summed over rows
@@ -85,7 +86,7 @@ struct Scratch {                      // 64-byte aligned memory
 };
 
 inline Row locate(const Plan& p, i64 r) {
-  Row row = {p.x.data, p.y.data, p.factors.data, p.value.data, p.dx.data, p.dy.data, 1.0, nullptr, nullptr};
+  Row row = {p.x.data, p.y.data, p.factors.data, p.value.data, p.dx.data, p.dy.data, 1.0, nullptr, nullptr, nullptr};
   const char* weight = p.weights.data;
   for (int d = p.ndim - 1; d >= 0; d--) {
     i64 i = d > 0 ? r % p.shape[d] : r;
@@ -169,6 +170,7 @@ struct Batch {
   bool ahead;                         // read the next row while this one is written
   bool flat;                          // rows short and dense enough for kernel.flat
   size_t bytes;                       // of scratch a thread
+  size_t kept = 0;                    // where in the scratch; 0: nothing is kept
   // Where classes lie far apart, a chunk of all rows of a group is brought into rows before it is computed, and results
   // from rows into columns afterwards: `near` is the plan of that.
   static constexpr int SIDES = 5;
@@ -190,6 +192,10 @@ struct Batch {
     panels = (chunks + CHUNK - 1) / CHUNK;
     per_row = (panel + panels) * *std::max_element(kernel.states, kernel.states + 3);
     bytes = (SCRATCH + sizeof(double) * (size_t)(per_row * group) + 63) & ~(size_t)63;
+    if (group == 1 && kernel.kept > 0 && (i64)kernel.kept * chunks <= KEPT) {
+      kept = bytes;
+      bytes += kernel.kept * (size_t)chunks;
+    }
     for (int k = 0; k < SIDES && group > 1 && !flat; k++) {
       Array& a = near.*sides[k];
       if (!scattered(a) || (&a == &near.value && p.output != TERMS)) continue;
@@ -260,6 +266,7 @@ struct Batch {
   void rows(i64 r, int count, int first, int last, Row* row, double (*stats)[MAX_STATS], char* scratch) const {
     double* states = (double*)(scratch + SCRATCH);
     for (int i = 0; i < count; i++) row[i] = locate(p, r + i);
+    if (kept && last == kernel.sweeps) row[0].kept = scratch + kept;
     if (ahead && r + count < p.rows) {
       Row next = locate(p, r + count);
       row[0].next_x = next.x;
@@ -356,6 +363,7 @@ inline void run_here(Plan& p, const Isa& isa) {
     for (i64 r = 0; r < p.rows; r++) {
       Row row = locate(p, r);
       double stats[MAX_STATS] = {0};
+      if (b.kept) row.kept = scratch.data() + b.kept;
       if (row.weight != 0) b.long_row(row, stats, (double*)(scratch.data() + SCRATCH), scratch.data() + b.bytes);
       double v = b.finish(row, stats);
       if (totals) held[(size_t)r] = v;

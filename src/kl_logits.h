@@ -7,159 +7,245 @@ namespace kl {
 
 // ---- the divergence of two rows of logits ---------------------------------------------------------------------------------
 //
-// With T the temperature, a = x's logits, b = y's, c = b - a and z = (c - M)/T:
+// With T the temperature, a = x's logits, b = y's, c = b - a and z = (c - M)/T. The anchor M is an unevaluated sum of two
+// numbers, as c is: however large an offset the logits have in common, z is as exact as without.
 struct Spread {
   double max_a;       // m = max a
   double s;           // sum e^((a-m)/T): the weights
-  double m;           // M, the weighted mean of c, rounded to the type of the input: the anchor
+  double m, m_low;    // M, next to the weighted mean of c
   double x;           // sum of weights * z, nearly 0
   double g;           // sum of weights * (e^z - 1 - z) >= 0
-  double max_b;       // where y's mass is measured from:
-  double q;           // sum e^((b - max_b)/T)
-  double far;         // some class has e^z beyond what the weights can carry
-  double impossible;  // some class is possible for x and impossible for y
+  double max_b;
+  double q;           // of a far state sum e^((b - max b)/T); of another M - (max b - max a), which gives that sum
+  double kind;        // FAR and IMPOSSIBLE, added up
 };
+enum { FAR = 1, IMPOSSIBLE = 2 };   // some e^z is beyond what the weights carry; some class possible for x is not for y
 constexpr int LOGITS_STATES = sizeof(Spread) / sizeof(double);
+KL_FN bool is_far(double kind) { return kind == FAR || kind == FAR + IMPOSSIBLE; }
+KL_FN bool is_impossible(double kind) { return kind >= IMPOSSIBLE; }
+KL_FN double kind_of(bool far, bool impossible) { return (far ? FAR : 0) + (impossible ? IMPOSSIBLE : 0); }
 
 // A row's stats: the value, then what the writing sweep needs
-enum { VALUE, ROW_MAX_A, ROW_INV_S, ROW_SHIFT, ROW_SHIFT_LOW, ROW_MAX_B, ROW_INV_Q, ROW_FAR, ROW_MEAN, ROW_MEAN_LOW };
+enum { VALUE, ROW_MAX_A, ROW_S, ROW_M, ROW_M_LOW, ROW_MEAN_Z, ROW_SHIFT, ROW_SHIFT_LOW, ROW_MAX_B, ROW_Q, ROW_KIND };
 constexpr int MAX_STATS = 12;
+
+// TEMPERED = false, here and below: T is 1, and dividing by it is left out, which changes no bit.
+#if defined(KL_FAST16)
+template <typename T> constexpr bool EXACT = sizeof(T) == sizeof(double);   // else the low parts of numbers are left out
+#else
+template <typename T> constexpr bool EXACT = true;
+#endif
+template <typename T> constexpr bool PAIRED = EXACT<T> && sizeof(T) == sizeof(float);   // u/T is; double has bits to spare
+template <typename T> struct Inverse { T it, low; };   // 1/T = it + low
+template <typename T> KL_FN Inverse<T> inverse(double it) { return {(T)it, (T)(it - (double)(T)it)}; }
+template <typename T> struct Pair { T value, low; };
+template <bool TEMPERED, typename T> KL_FN Pair<T> cooled(T u, T low, const Inverse<T>& k) {   // (u + low)/T
+  if constexpr (!TEMPERED) return {u, low};
+  T v = u * k.it;
+  if constexpr (PAIRED<T>) return {v, fma(u, k.it, -v) + fma(u, k.low, low * k.it)};
+  return {v, T(0)};
+}
 
 template <typename T> KL_FN T softmax_weight(T u) { return u == u ? exp_flushed(u) : u; }   // where NaN may come
 
-template <typename T> KL_FN T weight(T a, T m, T it) { return exp_flushed((a - m) * it); }   // times b - a for the mean
+// e^((a-m)/T). At T = 1 the rounding of a - m alone is at most 1.9e-6 of any weight that counts (a - m > -64).
+template <bool TEMPERED, typename T> KL_FN T weight(T a, T m, const Inverse<T>& k) {
+  if constexpr (!(TEMPERED && PAIRED<T>)) return exp_flushed(cooled<TEMPERED>(a - m, T(0), k).value);
+  T low, u = difference(a, m, low);
+  Pair<T> v = cooled<TEMPERED>(u, low, k);
+  return exp_flushed(v.value, v.low);
+}
+
+// A chunk's M = max b - max a + mean, from the weighted mean of (b - max b) - (a - max a), which no offset makes large. Of
+// its low part two bits are left out: (c - m) - low is then exact where z is small beside the rounding of c.
+template <typename T> struct Anchor { T max_a, max_b, m, low, mean; };
+template <typename T> KL_FN T below_tops(T a, T b, T max_a, T max_b) { return (b - max_b) - (a - max_a); }
 KL_FN bool usable(double mean) { return absolute(mean) < 1e300; }
-template <typename T> KL_FN T centred(T a, T b, T mean, T it) {   // z
+template <typename T> KL_FN Anchor<T> anchor(T max_a, T max_b, double mean) {
+  T low, c = difference(max_b, max_a, low), rest = (T)(mean + (double)low), m_low, m = difference(c, -rest, m_low);
+  m_low = real(bits(m_low) & ~(typename Real<T>::Bits)3);
+  return {max_a, max_b, m, m_low, (m - c) + (m_low - low)};
+}
+
+// z, and in float32 at a temperature what its rounding left
+template <bool TEMPERED, typename T> KL_FN Pair<T> centred(T a, T b, const Anchor<T>& at, const Inverse<T>& k) {
+  if constexpr (!EXACT<T>) return cooled<TEMPERED>(below_tops(a, b, at.max_a, at.max_b) - at.mean, T(0), k);
   T low, c = difference(b, a, low);
-  return ((c - mean) + low) * it;
+  return cooled<TEMPERED>(((c - at.m) - at.low) + low, T(0), k);
 }
-template <typename T> KL_FN bool in_range(T z) { return z < Real<T>::far; }   // all of a chunk's, or it is a far one
+// z of a class that has a weight; else 0, since it may have overflowed
+template <typename T> KL_FN Pair<T> counted(const Pair<T>& z, T w) { return {w > T(0) ? z.value : T(0), w > T(0) ? z.low : T(0)}; }
+// (b - a) - (m + m_low) with every bit of m_low, |m_low| at most half a unit of m
+template <typename T> KL_FN T difference_from(T a, T b, T m, T m_low) {
+  T low, c = difference(b, a, low), d = c - m, s = d + low, left = low - (s - d);
+  return (s - m_low) + left;
+}
+// By a chunk's largest z, and its smallest of a class that has a weight: whether float32 (double) carries its exponentials and
+// their sums. Below -64 the others' z, which those classes make small, would be known to 64 eps only.
+template <typename T> KL_FN bool in_range(T largest, T smallest) { return (largest < Real<T>::far) & (smallest > T(-64)); }
 
-template <typename T> KL_FN Spread near_state(T m, T mean, double weights, double x, double g) {
-  return {(double)m, weights, (double)mean, x, g, (double)m + (double)mean, (weights + x) + g, 0.0, 0.0};
+// e^z - 1 - z
+template <bool TEMPERED, bool ALL = true, typename T> KL_FN T spread_of(const Pair<T>& z) {
+  if constexpr (TEMPERED && PAIRED<T>) return expm1_minus<ALL>(z.value, z.low);
+  return expm1_minus<ALL>(z.value);
 }
 
-// A chunk where e^z leaves the range, or classes are excluded: y's mass is measured from its own maximum.
-// First the weights, and what the mean of c over classes that both allow is made of;
-template <typename T> struct Shared { T e, weight, c; bool impossible; };
-template <typename T> KL_FN Shared<T> shared(T a, T b, T zero, T it) {
-  T e = softmax_weight((a - zero) * it), both = b > -infinity<T>() ? e : T(0), c = e * (b - a);
-  T alone = a > -infinity<T>() ? T(1) : T(0);
-  alone = excluded(b) ? alone : T(0);
-  return {e, both, both > T(0) ? c : T(0), alone != T(0)};
+template <typename T> KL_FN Pair<double> pair_of(const Anchor<T>& at) {   // M
+  if constexpr (EXACT<T>) return {(double)at.m, (double)at.low};
+  double low, m = difference((double)at.max_b, (double)at.max_a, low);
+  return {m, low + (double)at.mean};
 }
-template <typename T> KL_FN T far_mean(double weights, double c) {
-  T mean = (T)(weights > 0 ? c / weights : 0.0);
-  return absolute(mean) < infinity<T>() ? mean : T(0);
+template <typename T> KL_FN Spread near_state(const Anchor<T>& at, double weights, double x, double g) {
+  Pair<double> m = pair_of(at);
+  return {(double)at.max_a, weights, m.value, m.low, x, g, (double)at.max_b, (double)at.mean, 0.0};
+}
+
+// A chunk where e^z leaves the range, or classes are excluded: always in double, and y's mass is measured from y's own
+// maximum. First the weights, and what the mean over classes that both allow is made of;
+KL_FN double top_of(double max) { return excluded(max) ? 0.0 : max; }
+KL_FN double limited(double z) {   // what overflowed counts as very large
+  z = z > 1e300 ? 1e300 : z;
+  return z < -1e300 ? -1e300 : z;
+}
+struct Shared { double e, weight, c; bool impossible; };
+KL_FN Shared shared(double a, double b, double top_a, double top_b, double it) {
+  double e = softmax_weight((a - top_a) * it), both = excluded(b) ? 0.0 : e;
+  double c = both * limited(below_tops(a, b, top_a, top_b));
+  return {e, both, both > 0 ? c : 0.0, (!excluded(a)) && excluded(b)};
+}
+KL_FN Anchor<double> far_anchor(double top_a, double top_b, double weights, double c) {
+  double mean = weights > 0 ? c / weights : 0.0;
+  return anchor(top_a, top_b, absolute(mean) < infinity<double>() ? mean : 0.0);
 }
 // then near classes by the series; of the others y's mass, x's, and x's times z.
-template <typename T> struct Apart { T near, near_x, mass, weight, x; };
-template <typename T> KL_FN Apart<T> apart(T a, T b, T e, T q, T mean, T it) {
-  T low, c = difference(b, a, low);
-  low = absolute(c) < infinity<T>() ? low : T(0);
-  T z = ((c - mean) + low) * it;
-  T near_e = z < Real<T>::far ? e : T(0), near_z = z < Real<T>::far ? z : T(0);
-  T far_e = z < Real<T>::far ? T(0) : e, mass = z < Real<T>::far ? T(0) : q;
-  near_e = excluded(b) ? T(0) : near_e;
-  near_z = excluded(b) ? T(0) : near_z;
-  return {near_e * expm1_minus(near_z), near_e * near_z, e > T(0) ? mass : q, far_e, far_e * (far_e > T(0) ? z : T(0))};
+struct Apart { double near, near_x, mass, weight, x; };
+KL_FN Apart apart(double a, double b, double e, double q, const Anchor<double>& at, double it) {
+  double low, c = difference(b, a, low);
+  low = absolute(c) < infinity<double>() ? low : 0.0;
+  double z = limited((((c - at.m) - at.low) + low) * it);
+  bool near = (z < Real<double>::far) & !excluded(b);
+  double near_e = near ? e : 0.0, near_z = near & (e > 0) ? z : 0.0, far_e = z < Real<double>::far ? 0.0 : e;
+  double mass = z < Real<double>::far ? 0.0 : q;
+  return {near_e * expm1_minus(near_z), near_e * near_z, e > 0 ? mass : q, far_e, far_e * (far_e > 0 ? z : 0.0)};
 }
 // of the sums of all these over the chunk
-template <typename T>
-KL_FN Spread far_state(T m, T max_b, T mean, double it, double s, double q, double near, double near_x, double mass,
-                       double weights, double x, bool impossible) {
-  double zero = excluded(m) ? 0.0 : (double)m, from = excluded(max_b) ? 0.0 : (double)max_b;
-  double scale = mass > 0 ? exp((from - (zero + (double)mean)) * it) : 0.0;
-  return {(double)m, s, (double)mean, near_x + x, near + ((mass * scale - weights) - x), (double)max_b, q, 1.0,
-          impossible ? 1.0 : 0.0};
+KL_FN Spread far_state(double max_a, double max_b, const Anchor<double>& at, double it, double s, double q, double near,
+                       double near_x, double mass, double weights, double x, bool impossible) {
+  double scale = mass > 0 ? exp(-at.mean * it) : 0.0;
+  return {max_a, s, at.m, at.low, near_x + x, near + ((mass * scale - weights) - x), max_b, q, kind_of(true, impossible)};
 }
 
-// Several states into one, by the same steps as for the classes of a chunk, between chunks.
-KL_FN double zero_for(double top) { return excluded(top) ? 0.0 : top; }
-KL_FN double merge_weight(double m, double zero, double it) { return exp_flushed((m - zero) * it); }
-template <typename T> KL_FN double merge_anchor(double c, double s) { return s > 0 ? (double)(T)(c / s) : 0.0; }
+// Several states into one, by the same steps as for the classes of a chunk, between chunks. `Tops` is where they are
+// measured from: the largest a and b, and b's less a's as an unevaluated sum.
+struct Tops { double a, b, c, c_low; };
+KL_FN Tops tops(double max_a, double max_b) {
+  double low, c = difference(top_of(max_b), top_of(max_a), low);
+  return {top_of(max_a), top_of(max_b), c, low};
+}
+KL_FN double merge_weight(double max, double top, double it) { return exp_flushed((max - top) * it); }
+KL_FN double merge_mean(const Spread& k, const Tops& top) { return (k.m - top.c) + (k.m_low - top.c_low); }
+KL_FN double merge_mass(const Spread& k, const Tops& top, double it) {   // y's, measured from its top
+  if (is_far(k.kind)) return k.q * merge_weight(k.max_b, top.b, it);
+  return ((k.s + k.x) + k.g) * exp(((k.max_b - top.b) + k.q) * it);
+}
+KL_FN Pair<double> merge_anchor(const Tops& top, double c, double s) {
+  double mean = s > 0 ? c / s : 0.0, low, m = difference(top.c, -(mean + top.c_low), low);
+  return {m, low};
+}
 struct Moved { double x, g; bool far; };
-KL_FN Moved moved(const Spread& k, double zero, double anchor, double it) {   // to the common anchor
-  double w = merge_weight(k.max_a, zero, it), d = (k.m - anchor) * it, shifted = k.x + d * k.s;
+KL_FN Moved moved(const Spread& k, const Tops& top, const Pair<double>& m, double it) {   // to the common anchor
+  double w = merge_weight(k.max_a, top.a, it), d = ((k.m - m.value) + (k.m_low - m.low)) * it, shifted = k.x + d * k.s;
   double e = d < Real<double>::far ? d : 0.0, gap = expm1_minus(e);
   double near = w * ((exp(e) * k.g + gap * k.s) + expm1_of(e, gap) * k.x), x = w * shifted;
   if ((absolute(d) < Real<double>::far) & (k.g < infinity<double>()) & (w > 0)) return {x, near, false};
-  double mass = k.q > 0 ? k.q * exp((k.max_b - (zero + anchor)) * it) : k.q;
-  return {x, mass - (w * k.s + x), true};
+  double mass = merge_mass(k, top, it), from = ((top.c - m.value) + (top.c_low - m.low)) * it;
+  mass = mass > 0 ? mass * exp(from) : mass;
+  return {w > 0 ? x : 0.0, mass - (w > 0 ? w * k.s + x : 0.0), true};
 }
 
-template <typename T> KL_FN void logits_finish(const Spread& s, double it, double* stats) {
-  double mean_z = s.x / s.s, y = (s.g + s.x) / s.s;
-  bool close = y < 1 && s.impossible == 0;
-  double lse, shift, shift_low;   // log E_p[e^z]; log q - log p = (c - shift - shift_low)/T
-  if (close) {
-    lse = log1p(y);
-    shift = s.m;
-    shift_low = lse / it;
-  } else {                        // not small: from the two masses
-    double apart = (s.max_b - s.max_a) + log(s.q / s.s) / it;
-    lse = (apart - s.m) * it;
-    shift = (T)apart;
-    shift_low = apart - shift;
+KL_FN Spread merged(double max_a, double max_b, double s, const Tops& top, const Pair<double>& m, double x, double g,
+                    double mass, bool far, bool impossible) {
+  double mean = (m.value - top.c) + (m.low - top.c_low);
+  return {max_a, s, m.value, m.low, x, g, max_b, far ? mass : mean, kind_of(far, impossible)};
+}
+
+KL_FN void logits_finish(const Spread& s, double it, double* stats) {
+  double mean_z = s.x / s.s, y = (s.g + s.x) / s.s, lse = log1p(y);   // log E_p[e^z]
+  bool far = is_far(s.kind), impossible = is_impossible(s.kind);
+  double shift_low, shift = difference(s.m, -(s.m_low + lse / it), shift_low);   // log q - log p = (c - shift)/T
+  if (far & (impossible | !(y < 1))) {   // not small: from the two masses
+    Tops top = tops(s.max_a, s.max_b);
+    shift = difference(top.c, -(top.c_low + log(s.q / s.s) / it), shift_low);
+    lse = ((shift - s.m) + (shift_low - s.m_low)) * it;
   }
   double value = lse - mean_z;
   value = value < 0 ? 0.0 : value;                     // rounding of an exact zero
-  value = s.impossible != 0 ? infinity<double>() : value;
-  bool defined = s.s > 0 && s.s < infinity<double>() && s.q > 0 && s.max_b < infinity<double>();
+  value = impossible ? infinity<double>() : value;
+  bool defined = s.s > 0 && s.s < infinity<double>() && (!far || (s.q > 0 && s.max_b < infinity<double>()));
   stats[VALUE] = defined ? value : nan<double>();
   stats[ROW_MAX_A] = s.max_a;
-  stats[ROW_INV_S] = defined ? 1.0 / s.s : nan<double>();
+  stats[ROW_S] = defined ? s.s : nan<double>();
+  stats[ROW_M] = s.m;
+  stats[ROW_M_LOW] = s.m_low;
+  stats[ROW_MEAN_Z] = impossible ? nan<double>() : mean_z;   // no derivative where the value is infinite
   stats[ROW_SHIFT] = shift;
   stats[ROW_SHIFT_LOW] = shift_low;
   stats[ROW_MAX_B] = s.max_b;
-  stats[ROW_INV_Q] = 1.0 / s.q;
-  stats[ROW_FAR] = s.far;
-  stats[ROW_MEAN] = s.m;
-  stats[ROW_MEAN_LOW] = s.impossible != 0 ? nan<double>() : mean_z / it;   // no derivative where the value is infinite
+  stats[ROW_Q] = s.q;
+  stats[ROW_KIND] = s.kind;
 }
 
-// what a row's classes contribute, once its stats are known
-template <typename T> struct Known {
-  // t = (c - shift - shift_low)/T; t + KL = (c - mean - mean_low)/T, which has nothing to cancel
-  T m, it, inv_s, shift, shift_low, mean, mean_low, max_b, inv_q;
-  KL_FN Known(double inverse_temperature, const double* stats)
-      : m((T)stats[ROW_MAX_A]), it((T)inverse_temperature), inv_s((T)stats[ROW_INV_S]),
-        shift((T)stats[ROW_SHIFT]), shift_low((T)stats[ROW_SHIFT_LOW]), mean((T)stats[ROW_MEAN]),
-        mean_low((T)stats[ROW_MEAN_LOW]), max_b((T)stats[ROW_MAX_B]), inv_q((T)stats[ROW_INV_Q]) {}
-};
+// ---- what a row's classes contribute, once its stats are known -----------------------------------------------------------
 
-enum { NO_TERM, DEVIANCE, LITERAL };   // the term wanted: that of kl_div, or of rel_entr
-
-template <typename T> struct Outputs { T term, dx, dy; };   // those not asked for are of no meaning
-template <typename T> KL_FN Outputs<T> near_outputs(T a, T b, const Known<T>& k, int term, bool dx, bool dy) {
-  T w = exp_flushed((a - k.m) * k.it) * k.inv_s;
-  T low, c = difference(b, a, low), t = ((c - k.shift) + (low - k.shift_low)) * k.it;
-  Outputs<T> r = {};
-  if (term) r.term = term == LITERAL ? T(0) - w * t : w * expm1_minus(t);
-  if (dx) r.dx = T(0) - (w * (((c - k.mean) + (low - k.mean_low)) * k.it)) * k.it;
-  if (dy) r.dy = (w * expm1_of(t, expm1_minus(t))) * k.it;
-  return r;
+// Of a chunk that is not far, with its weights w, its z and E = e^z - 1: dx = w (z c + d) and dy = w (E a + b). Its
+// probabilities are w p, and log q - log p = z + t + t_low.
+template <typename T> struct Slopes { T a, b, c, d, p, t, t_low; };
+template <typename T> KL_FN Slopes<T> slopes(double max_a, const Pair<double>& m, const double* stats, double it) {
+  double away = (max_a - stats[ROW_MAX_A]) * it, p = exp_flushed(away) / stats[ROW_S], share = p * it;
+  double d = ((m.value - stats[ROW_M]) + (m.low - stats[ROW_M_LOW])) * it;
+  double t = ((m.value - stats[ROW_SHIFT]) + (m.low - stats[ROW_SHIFT_LOW])) * it;
+  double up = exp(away + t) / stats[ROW_S] * it, b = absolute(t) < 1 ? share * expm1(t) : up - share;
+  T high = (T)t;
+  return {(T)up, (T)b, (T)-share, (T)(-share * (d - stats[ROW_MEAN_Z])), (T)p, high, (T)(t - (double)high)};
 }
 
-// the same where classes are excluded, or weights cannot carry e^t
-template <typename T> KL_FN Outputs<T> far_outputs(T a, T b, const Known<T>& k, int term) {
-  T nothing = T(0) * k.inv_s;   // NaN where the row is undefined
-  T w = softmax_weight((a - k.m) * k.it) * k.inv_s, q = softmax_weight((b - k.max_b) * k.it) * k.inv_q;
-  w = excluded(a) ? T(0) : w;
-  q = excluded(b) ? T(0) : q;
-  T low, c = difference(b, a, low);
-  low = absolute(c) < infinity<T>() ? low : T(0);
-  T t = ((c - k.shift) + (low - k.shift_low)) * k.it, wt = w * t;
-  wt = w > T(0) ? wt : T(0);
-  T near = t < Real<T>::far ? t : T(0), g = expm1_minus(near);
-  T v = t < Real<T>::far ? w * g : (q - w) - wt, d = t < Real<T>::far ? w * expm1_of(near, g) : q - w;
-  v = w > T(0) ? v : q + nothing;
-  d = w > T(0) ? d : q + nothing;
-  v = term == LITERAL ? T(0) - wt : v;
-  v = excluded(b) ? infinity<T>() : v;
-  v = excluded(a) ? (term == LITERAL ? nothing : q + nothing) : v;
-  T s = T(0) - (w * (((c - k.mean) + (low - k.mean_low)) * k.it)) * k.it;
-  return {v, w > T(0) ? s : T(0) * k.mean_low + nothing, d * k.it};
+enum { DEVIANCE, LITERAL };   // the term of kl_div, or of rel_entr
+
+// Terms, by t = log q - log p itself. Where t is out of range, and for all classes of a far chunk, far_class does it.
+template <int TERM, bool TEMPERED, typename T>
+KL_FN T near_term(T a, T b, T w, const Anchor<T>& at, const Slopes<T>& s, const Inverse<T>& it, bool& good) {
+  Pair<T> z = centred<TEMPERED>(a, b, at, it);
+  T t = (z.value + s.t) + (z.low + s.t_low), p = w * s.p;
+  good = (t < Real<T>::far) & (t > -Real<T>::huge);
+  return TERM == LITERAL ? T(0) - p * t : p * expm1_minus(t);
+}
+
+struct FarRow { double max_a, inv_s, max_b, inv_q, m, m_low, shift, shift_low, mean_z, it; };
+KL_FN FarRow far_row(const double* stats, double it) {
+  Tops top = tops(stats[ROW_MAX_A], stats[ROW_MAX_B]);
+  double from_tops = (stats[ROW_SHIFT] - top.c) + (stats[ROW_SHIFT_LOW] - top.c_low);
+  double q = is_far(stats[ROW_KIND]) ? stats[ROW_Q] : stats[ROW_S] * exp(from_tops * it);
+  return {stats[ROW_MAX_A], 1 / stats[ROW_S], stats[ROW_MAX_B], 1 / q, stats[ROW_M], stats[ROW_M_LOW], stats[ROW_SHIFT],
+          stats[ROW_SHIFT_LOW], stats[ROW_MEAN_Z], it};
+}
+struct Outputs { double term, dx, dy; };
+template <int TERM> KL_FN Outputs far_class(double a, double b, const FarRow& k) {
+  double nothing = 0 * k.inv_s;   // NaN where the row is undefined
+  double w = softmax_weight((a - k.max_a) * k.it) * k.inv_s, q = softmax_weight((b - k.max_b) * k.it) * k.inv_q;
+  w = excluded(a) ? 0.0 : w;
+  q = excluded(b) ? 0.0 : q;
+  bool finite = absolute(b - a) < infinity<double>();
+  double t = limited((finite ? difference_from(a, b, k.shift, k.shift_low) : b - a) * k.it);
+  double z = limited((finite ? difference_from(a, b, k.m, k.m_low) : b - a) * k.it);
+  double wt = w > 0 ? w * t : 0.0, near = t < Real<double>::far ? t : 0.0, g = expm1_minus(near);
+  double v = t < Real<double>::far ? w * g : (q - w) - wt, d = t < Real<double>::far ? w * expm1_of(near, g) : q - w;
+  v = w > 0 ? v : q + nothing;
+  d = w > 0 ? d : q + nothing;
+  v = TERM == LITERAL ? 0.0 - wt : v;
+  v = excluded(b) ? infinity<double>() : v;
+  v = excluded(a) ? (TERM == LITERAL ? nothing : q + nothing) : v;
+  double s = 0.0 - (w * (z - k.mean_z)) * k.it;
+  return {v, w > 0 ? s : 0 * k.mean_z + nothing, d * k.it};
 }
 
 // ---- normalising: logits to log-probabilities ------------------------------------------------------------------------------

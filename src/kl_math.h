@@ -38,7 +38,8 @@ template <> struct Real<float> {
   static constexpr float flush = -86.5f;                                     // exp_flushed: zero below
   static constexpr float expm1_overflow = 0x1.62e42ep+6f;                    // largest x with finite expm1
   static constexpr float expm1_is_minus_one = -18.f;                         // to within half an ulp, below
-  static constexpr float far = 40.f;   // e^-far (1 + far) is below the rounding of either type's result
+  static constexpr float far = 32.f;   // e^-far (1 + far) is below the rounding of either type's result, and e^far times
+                                       // the rounding of far is not
 };
 
 template <> struct Real<double> {
@@ -155,6 +156,12 @@ template <typename T> KL_FN T power_of_two(T k) { return real((bits(k) << Real<T
 // Where a function takes ALL = false, the caller has made sure that its arguments are ordinary: the steps for the rest of
 // the domain are left out, and the bits are the same.
 
+// e^(r + n ln 2) of an ordinary octave
+template <typename T> KL_FN T exp_of(const Octave<T>& o) {
+  T y = fma(o.r * o.r, exp_tail(o.r), o.r) + T(1);
+  return real(bits(y) + (bits(o.k) << Real<T>::mantissa));
+}
+
 // e^x; ordinary: flush < x < exp_ordinary
 template <bool ALL = true, typename T> KL_FN T exp(T x) {
   typedef Real<T> R;
@@ -162,9 +169,7 @@ template <bool ALL = true, typename T> KL_FN T exp(T x) {
 #if defined(KL_FAST16)   // two 16-bit inputs on the GPU: memory is faster there than these polynomials
     if constexpr (sizeof(T) == sizeof(float)) return hardware_exp2(x * R::log2e);
 #endif
-    Octave<T> o = octave(x);
-    T y = fma(o.r * o.r, exp_tail(o.r), o.r) + T(1);
-    return real(bits(y) + (bits(o.k) << R::mantissa));
+    return exp_of(octave(x));
   }
   x = x > R::exp_max ? R::exp_max : x;
   x = x < R::exp_min ? R::exp_min : x;
@@ -178,6 +183,12 @@ template <bool ALL = true, typename T> KL_FN T exp(T x) {
 // e^x for x <= 0, zero below 2^-124 (2^-1020): the weights of a softmax, whose largest is 1. Not for NaN.
 template <typename T> KL_FN T exp_flushed(T x) {
   T y = exp<false>(x);
+  return x < Real<T>::flush ? T(0) : y;
+}
+template <typename T> KL_FN T exp_flushed(T x, T low) {   // of x + low
+  Octave<T> o = octave(x);
+  o.r = o.r + low;
+  T y = exp_of(o);
   return x < Real<T>::flush ? T(0) : y;
 }
 
@@ -199,19 +210,26 @@ template <typename T> KL_FN T expm1(T x) {
   return x > R::expm1_overflow ? infinity<T>() : z;
 }
 
+template <typename T> KL_FN T expm1_minus_of(const Octave<T>& o) {
+  T h = (o.r * o.r) * exp_tail(o.r), s = power_of_two(o.k);
+  return fma(s - T(1), T(1) + o.r, fma(s, h, o.n * -Real<T>::ln2));
+}
 // e^t - 1 - t >= 0 for t <= far, without cancellation near 0; ordinary: |t| < far
 template <bool ALL = true, typename T> KL_FN T expm1_minus(T t) {
-  typedef Real<T> R;
 #if defined(KL_FAST16)
   if constexpr (sizeof(T) == sizeof(float)) {
-    T apart = (hardware_exp2(t * R::log2e) - T(1)) - t;
+    T apart = (hardware_exp2(t * Real<T>::log2e) - T(1)) - t;
     T near = (t * t) * horner(t, 0.5f, 1.f / 6, 1.f / 24, 1.f / 120, 1.f / 720);
     return absolute(t) < T(0.25) ? near : apart;
   }
 #endif
+  T g = expm1_minus_of(octave(t));
+  return ALL & (t < T(-60)) ? T(-1) - t : g;
+}
+template <bool ALL = true, typename T> KL_FN T expm1_minus(T t, T low) {   // of t + low
   Octave<T> o = octave(t);
-  T h = (o.r * o.r) * exp_tail(o.r), s = power_of_two(o.k);
-  T g = fma(s - T(1), T(1) + o.r, fma(s, h, o.n * -R::ln2));
+  o.r = o.r + low;
+  T g = expm1_minus_of(o);
   return ALL & (t < T(-60)) ? T(-1) - t : g;
 }
 // e^t - 1 where g = e^t - 1 - t is at hand already, with an error of a few eps

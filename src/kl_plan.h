@@ -1,5 +1,6 @@
 // What one call asks of the CPU: filled in by kl_cpu.pyx, read by kl_rows.h (one row) and kl_batch.h (all rows).
 #pragma once
+#include <cstddef>
 #include <cstdint>
 
 namespace kl {
@@ -37,6 +38,7 @@ struct Row {                  // one row of the plan: where it lies, what it wei
   char *value, *dx, *dy;
   double weight;
   const char *next_x, *next_y;   // the row after it, if it may be asked for ahead of time
+  char* kept;                    // room for what a sweep leaves for a later one, 64-byte aligned; or nullptr
 };
 
 // How one kind of row is computed: in `sweeps` passes over its chunks. A sweep turns each chunk into `states[s]` doubles
@@ -52,6 +54,7 @@ struct Kernel {
   void (*finish)(const Plan&, int sweep, const double* state, double* stats);
   // the totals of several rows of at most COLUMNS classes that lie one behind the other; or nullptr
   void (*flat)(const Plan&, const Row& first, int rows, double* totals, void* scratch);
+  size_t kept;                    // bytes a chunk that the first sweep may leave for the last one in row.kept; or 0
 };
 
 constexpr int SCRATCH = 56 * 1024;   // bytes that a chunk may use, 64-byte aligned

@@ -5,57 +5,87 @@
 
 // ---- sums: the order of addition of kl_tree.h ----------------------------------------------------------------------------
 
-template <int N, typename T> void column_sums(const T* t, double* columns) {
-  for (int j = 0; j < COLUMNS; j++) columns[j] = (double)Column<N>::sum(t + j);
-}
+#if defined(__GNUC__) || defined(__clang__)
+#define KL_LAMBDA __attribute__((always_inline))   // behind a lambda's arguments: vectorised with the loop that calls it
+#else
+#define KL_LAMBDA
+#endif
 
-inline double fold(double* columns, int width) {
-  for (int half = width / 2; half >= 1; half /= 2)
-    for (int j = 0; j < half; j++) columns[j] += columns[j + half];
-  return columns[0] + 0.0;   // -0 becomes +0, as if every missing +0 had been added
-}
+// Columns are treated so many at a time that their sums stay in registers.
+template <typename T> constexpr int BLOCK_OF = 64 / sizeof(T);
 
-// the sum of t[0..n), 0 < n <= COLUMNS: every column holds one element
-template <typename T> double sum_short(const T* t, int n) {
-  alignas(64) double columns[COLUMNS];
-  int width = 1;
-  while (width < n) width *= 2;
-  for (int j = 0; j < n; j++) columns[j] = (double)t[j];
-  for (int j = n; j < width; j++) columns[j] = 0.0;
-  return fold(columns, width);
-}
+// Q sums of a chunk at once: f(i, sums...) adds element i to each. PADDED: f may be called for more elements, up to the next
+// multiple of 16, which are not counted. `next`: memory that will be wanted soon, asked for on the way, since the hardware's
+// own prefetch stops at every page.
+template <int Q, typename T, bool PADDED = true> struct Sums {
+  alignas(64) T columns[Q][COLUMNS];
+  int n;
 
-// the sum of t[0..n), 0 < n <= CHUNK; overwrites t[n..) up to a multiple of COLUMNS
-template <typename T> double sum(T* t, int n) {
-  if (n <= COLUMNS) return sum_short(t, n);
-  alignas(64) double columns[COLUMNS];
-  int depth = (n + COLUMNS - 1) / COLUMNS;
-  for (int i = n; i < depth * COLUMNS; i++) t[i] = T(0);
-  switch (depth) {
-    case 2: column_sums<2>(t, columns); break;
-    case 3: column_sums<3>(t, columns); break;
-    case 4: column_sums<4>(t, columns); break;
-    case 5: column_sums<5>(t, columns); break;
-    case 6: column_sums<6>(t, columns); break;
-    case 7: column_sums<7>(t, columns); break;
-    default: column_sums<8>(t, columns);
+  template <class F> KL_FN Sums(int count, F f, const char* next = nullptr) : n(count) {
+    constexpr int B = BLOCK_OF<T>, LINES = CHUNK / COLUMNS;
+    int depth = n / COLUMNS, rest = n % COLUMNS;
+    for (int k = 0; k < (depth > 0 ? COLUMNS : rest); k += B) {
+      for (int l = 0; next && l < LINES; l++) prefetch(next + (k / B * LINES + l) * 64);
+      T s[Q][B];
+      for (int q = 0; q < Q; q++)
+        for (int j = 0; j < B; j++) s[q][j] = T(0);
+      for (int i = k; i < depth * COLUMNS; i += COLUMNS)
+        for (int j = 0; j < B; j++) add(f, i + j, s, j);
+      for (int q = 0; q < Q; q++)
+        for (int j = 0; j < B; j++) columns[q][k + j] = s[q][j];
+    }
+    for (int k = 0; k < rest; k += B) {
+      T s[Q][B];
+      for (int q = 0; q < Q; q++)
+        for (int j = 0; j < B; j++) s[q][j] = columns[q][k + j];
+      if (PADDED || k + B <= rest)
+        for (int j = 0; j < B; j++) add(f, depth * COLUMNS + k + j, s, j);
+      else
+        for (int j = 0; k + j < rest; j++) add(f, depth * COLUMNS + k + j, s, j);
+      for (int q = 0; q < Q; q++)
+        for (int j = 0; j < B && k + j < rest; j++) columns[q][k + j] = s[q][j];
+    }
   }
-  return fold(columns, COLUMNS);
-}
+  template <class F, int B> static KL_FN void add(F f, int i, T (&s)[Q][B], int j) {
+    if constexpr (Q == 1) f(i, s[0][j]);
+    else if constexpr (Q == 2) f(i, s[0][j], s[1][j]);
+    else f(i, s[0][j], s[1][j], s[2][j], s[3][j]);
+  }
 
-// the same of doubles that must stay as they are
-inline double sum_kept(const double* t, int n) {
-  alignas(64) double copy[CHUNK];
-  for (int i = 0; i < n; i++) copy[i] = t[i];
-  return sum(copy, n);
+  double total(int q) const {
+    alignas(64) double d[COLUMNS];
+    int width = 1, used = n < COLUMNS ? n : COLUMNS;
+    while (width < used) width *= 2;
+    for (int j = 0; j < used; j++) d[j] = (double)columns[q][j];
+    for (int j = used; j < width; j++) d[j] = 0.0;
+    for (int half = width / 2; half >= 1; half /= 2)
+      for (int j = 0; j < half; j++) d[j] += d[j + half];
+    return d[0] + 0.0;   // -0 becomes +0, as if every missing +0 had been added
+  }
+  // where f takes the larger, or the smaller, of what it finds
+  T largest(int q) const {
+    T m = T(0);
+    for (int j = 0; j < (n < COLUMNS ? n : COLUMNS); j++) m = columns[q][j] > m ? columns[q][j] : m;
+    return m;
+  }
+  T smallest(int q) const {
+    T m = T(0);
+    for (int j = 0; j < (n < COLUMNS ? n : COLUMNS); j++) m = columns[q][j] < m ? columns[q][j] : m;
+    return m;
+  }
+};
+
+// the sum of t[0..n), 0 < n <= CHUNK
+template <typename T> double sum(const T* t, int n) {
+  return Sums<1, T, false>(n, [&](int i, T& s) KL_LAMBDA { s += t[i]; }).total(0);
 }
 
 // the sum of any number of doubles, level by level; overwrites t
 inline double sum_levels(double* t, i64 n) {
   if (n == 0) return 0.0;
   for (; n > CHUNK; n = (n + CHUNK - 1) / CHUNK)
-    for (i64 g = 0; g * CHUNK < n; g++) t[g] = sum_kept(t + g * CHUNK, (int)(n - g * CHUNK < CHUNK ? n - g * CHUNK : CHUNK));
-  return sum_kept(t, (int)n);
+    for (i64 g = 0; g * CHUNK < n; g++) t[g] = sum(t + g * CHUNK, (int)(n - g * CHUNK < CHUNK ? n - g * CHUNK : CHUNK));
+  return sum(t, (int)n);
 }
 
 // m[j] = the larger of m[j] and t[j]; that of m where t is NaN. Loaded first: gcc would choose between addresses.
@@ -280,11 +310,11 @@ template <typename T> void terms_flat(const Plan& p, const Row& first, int rows,
             [&](int i, int m) { map(x + i, y + i, (T)p.epsilon, m, s.a + i, s.dx + i, s.dy + i); });
   if (p.dx.data) store(p.dx, first.dx, 0, all, s.dx, p.gradient_scale, p.stream);
   if (p.dy.data) store(p.dy, first.dy, 0, all, s.dy, p.gradient_scale, p.stream);
-  for (int r = 0; r < rows; r++) totals[r] = sum_short(s.a + r * n, n);
+  for (int r = 0; r < rows; r++) totals[r] = sum(s.a + r * n, n);
 }
 
 inline void terms_fold(const Plan&, int, const double* from, int count, i64, double* to, i64) {
-  to[0] = sum_kept(from, count);
+  to[0] = sum(from, count);
 }
 
 inline void terms_finish(const Plan&, int, const double* state, double* stats) { stats[0] = state ? state[0] : 0.0; }
@@ -299,162 +329,202 @@ inline Spread spread_at(const double* state, i64 pitch) {
           state[6 * pitch], state[7 * pitch], state[8 * pitch]};
 }
 
-template <typename T> void weights_and_means(const T* __restrict a, const T* __restrict b, int n, T m, T it,
-                                             T* __restrict e, T* __restrict ec) {
-  for (int i = 0; i < n; i++) {
-    e[i] = weight(a[i], m, it);
-    ec[i] = e[i] * (b[i] - a[i]);
-  }
+// What the reading sweep leaves for the writing one, of a chunk: where it is measured from, and what costs most to compute.
+// Where there is no room for that, the writing sweep computes it again, by the same steps.
+template <typename T> struct alignas(64) Kept {
+  Anchor<T> at;
+  bool far;
+  alignas(64) T weight[CHUNK + 192 / sizeof(T)];   // offsets within a page as in Buffers
+  T growth[CHUNK + 192 / sizeof(T)];               // e^z - 1, if dy is wanted
+};
+
+// The chunk's anchor, its weights and their sum
+template <typename T, bool TEMPERED>
+double weigh(const T* __restrict a, const T* __restrict b, int n, const Inverse<T>& it, const char* next, Kept<T>& k) {
+  int n16 = (n + 15) & ~15;
+  T max_a = maximum(a, n16), max_b = maximum(b, n16);
+  T* __restrict w = k.weight;
+  Sums<2, T> sums(n, [=](int i, T& s, T& c) KL_LAMBDA {
+    T v = weight<TEMPERED>(a[i], max_a, it);
+    w[i] = v;
+    s = s + v;
+    c = fma(v, below_tops(a[i], b[i], max_a, max_b), c);
+  }, next);
+  double weights = sums.total(0), mean = sums.total(1) / weights;
+  k.at = anchor(max_a, max_b, mean);
+  k.far = !usable(mean);
+  return weights;
 }
 
-// returns whether any z is out of range or not a number
-template <typename T> typename Real<T>::Bits spread(const T* __restrict a, const T* __restrict b, int n, T mean, T it,
-                                                    T* __restrict e, T* __restrict ez) {
-  typename Real<T>::Bits bad = 0;
-  for (int i = 0; i < n; i++) {
-    T z = centred(a[i], b[i], mean, it);
-    bad |= in_range(z) ? 0 : 1;
-    ez[i] = e[i] * z;
-    e[i] = e[i] * expm1_minus(z);
-  }
-  return bad;
+// and the sums of w z and w (e^z - 1 - z)
+template <typename T, bool TEMPERED, bool KEEP>
+void spread(const T* __restrict a, const T* __restrict b, int n, const Inverse<T>& it, const char* next, Kept<T>& k,
+            double& x, double& g) {
+  const Anchor<T> at = k.at;
+  const T* __restrict w = k.weight;
+  T* __restrict growth = k.growth;
+  Sums<4, T> sums(n, [=](int i, T& sx, T& sg, T& largest, T& smallest) KL_LAMBDA {
+    Pair<T> any = centred<TEMPERED>(a[i], b[i], at, it), z = counted(any, w[i]);
+    T e = spread_of<TEMPERED>(z);
+    largest = any.value > largest ? any.value : largest;
+    smallest = z.value < smallest ? z.value : smallest;
+    sx = fma(w[i], z.value, sx);
+    sg = fma(w[i], e, sg);
+    if (KEEP) growth[i] = e + z.value;
+  }, next);
+  k.far = !in_range(sums.largest(2), sums.smallest(3));
+  x = sums.total(0);
+  g = sums.total(1);
 }
 
-template <typename T> Spread far_chunk(const T* a, const T* b, int n, T m, double inverse_temperature, Buffers<T>& s) {
-  T it = (T)inverse_temperature, max_b = maximum(b, (n + 15) & ~15);
-  T zero = excluded(m) ? T(0) : m, from = excluded(max_b) ? T(0) : max_b;
+// A chunk with classes excluded or far apart, in double
+template <typename T> Spread far_chunk(const T* a, const T* b, int n, double it) {
+  double max_a = -infinity<double>(), max_b = max_a;
   bool impossible = false;
   for (int i = 0; i < n; i++) {
-    Shared<T> k = shared(a[i], b[i], zero, it);
-    s.a[i] = k.e;
-    s.b[i] = k.weight;
-    s.dx[i] = k.c;
+    max_a = a[i] > max_a ? a[i] : max_a;
+    max_b = b[i] > max_b ? b[i] : max_b;
+  }
+  double top_a = top_of(max_a), top_b = top_of(max_b);
+  alignas(64) double e[CHUNK], u[CHUNK], v[CHUNK], near[CHUNK], near_x[CHUNK];
+  for (int i = 0; i < n; i++) {
+    Shared k = shared(a[i], b[i], top_a, top_b, it);
+    e[i] = k.e;
+    u[i] = k.weight;
+    v[i] = k.c;
     impossible |= k.impossible;
   }
-  double weights = sum(s.b, n);
-  T mean = far_mean<T>(weights, sum(s.dx, n));
-  for (int i = 0; i < n; i++) s.b[i] = softmax_weight((b[i] - from) * it);
-  alignas(64) T near[CHUNK], near_x[CHUNK], mass[CHUNK];
+  double s = sum(e, n), shared_weights = sum(u, n);
+  Anchor<double> at = far_anchor(top_a, top_b, shared_weights, sum(v, n));
+  for (int i = 0; i < n; i++) u[i] = softmax_weight((b[i] - top_b) * it);
+  double q = sum(u, n);
   for (int i = 0; i < n; i++) {
-    Apart<T> k = apart(a[i], b[i], s.a[i], s.b[i], mean, it);
+    Apart k = apart(a[i], b[i], e[i], u[i], at, it);
     near[i] = k.near;
     near_x[i] = k.near_x;
-    mass[i] = k.mass;
-    s.dx[i] = k.weight;
-    s.dy[i] = k.x;
+    u[i] = k.mass;
+    e[i] = k.weight;
+    v[i] = k.x;
   }
-  return far_state(m, max_b, mean, inverse_temperature, sum(s.a, n), sum(s.b, n), sum(near, n), sum(near_x, n),
-                   sum(mass, n), sum(s.dx, n), sum(s.dy, n), impossible);
-}
-
-template <typename T, int TERM, bool DX, bool DY>
-void write_near(const T* __restrict a, const T* __restrict b, int n, Known<T> k, T* __restrict term, T* __restrict dx,
-                T* __restrict dy) {
-  for (int i = 0; i < n; i++) {
-    Outputs<T> r = near_outputs(a[i], b[i], k, TERM, DX, DY);
-    if (TERM) term[i] = r.term;
-    if (DX) dx[i] = r.dx;
-    if (DY) dy[i] = r.dy;
-  }
-}
-template <typename T, int TERM>
-void write_far(const T* __restrict a, const T* __restrict b, int n, Known<T> k, T* __restrict term, T* __restrict dx,
-               T* __restrict dy) {
-  for (int i = 0; i < n; i++) {
-    Outputs<T> r = far_outputs(a[i], b[i], k, TERM);
-    term[i] = r.term;
-    dx[i] = r.dx;
-    dy[i] = r.dy;
-  }
+  return far_state(max_a, max_b, at, it, s, q, sum(near, n), sum(near_x, n), sum(u, n), sum(e, n), sum(v, n), impossible);
 }
 
 template <typename T>
+void write_dy(const T* __restrict w, const T* __restrict growth, int n, const Slopes<T>& s, T* __restrict dy) {
+  for (int i = 0; i < n; i++) dy[i] = w[i] * fma(growth[i], s.a, s.b);
+}
+template <typename T, bool TEMPERED>
+void write_dx(const T* __restrict a, const T* __restrict b, const T* __restrict w, int n, const Inverse<T>& it,
+              const Anchor<T>& at, const Slopes<T>& s, T* __restrict dx) {
+  for (int i = 0; i < n; i++) dx[i] = w[i] * fma(counted(centred<TEMPERED>(a[i], b[i], at, it), w[i]).value, s.c, s.d);
+}
+template <typename T> void write_far(const T* a, const T* b, int n, const FarRow& row, T* dx, T* dy) {
+  for (int i = 0; i < n; i++) {
+    Outputs r = far_class<DEVIANCE>(a[i], b[i], row);
+    if (dx) dx[i] = (T)r.dx;
+    if (dy) dy[i] = (T)r.dy;
+  }
+}
+template <typename T, int TERM, bool TEMPERED>
+void write_terms(const T* __restrict a, const T* __restrict b, const T* __restrict w, int n, const Inverse<T>& it,
+                   const Anchor<T>& at, const Slopes<T>& s, const FarRow& row, T* __restrict term) {
+  typename Real<T>::Bits others = 0;
+  for (int i = 0; i < n; i++) {
+    bool good;
+    term[i] = near_term<TERM, TEMPERED>(a[i], b[i], w[i], at, s, it, good);
+    others |= good ? 0 : 1;
+  }
+  for (int i = 0; others && i < n; i++) {
+    bool good;
+    near_term<TERM, TEMPERED>(a[i], b[i], w[i], at, s, it, good);
+    if (!good) term[i] = (T)far_class<TERM>(a[i], b[i], row).term;
+  }
+}
+
+template <typename T, bool TEMPERED>
 void logits_chunk(const Plan& p, const Row& row, int sweep, i64 start, int n, const double* stats, double* state,
                   i64 pitch, void* scratch) {
   Buffers<T>& s = *(Buffers<T>*)scratch;
   const T* a = load(p.x, row.x, start, n, s.x);
   const T* b = load(p.y, row.y, start, n, s.y);
-  int n16 = (n + 15) & ~15;
-  T it = (T)p.inverse_temperature;
+  double temperature = p.inverse_temperature;
+  Inverse<T> it = inverse<T>(temperature);
+  bool dx = p.dx.data, dy = p.dy.data, kept = row.kept;
+  static_assert(sizeof(Kept<T>) <= sizeof s.a + sizeof s.b);
+  Kept<T>& k = kept ? ((Kept<T>*)row.kept)[start / CHUNK] : *(Kept<T>*)s.a;
+  double x = 0, g = 0;
   if (sweep == 0) {
-    T m = maximum(a, n16);
-    pieces<T>(a + CHUNK, nullptr, n16,
-              [&](int i, int k) { weights_and_means(a + i, b + i, k, m, it, s.a + i, s.b + i); });
-    double mean = sum(s.b, n), weights = sum(s.a, n);
-    mean = mean / weights;
-    typename Real<T>::Bits bad = usable(mean) ? 0 : 1;
-    if (!bad)
-      pieces<T>(nullptr, b + CHUNK, n16,
-                [&](int i, int k) { bad |= spread(a + i, b + i, k, (T)mean, it, s.a + i, s.b + i); });
-    if (bad) {
-      put(state, pitch, far_chunk(a, b, n, m, p.inverse_temperature, s));
-    } else {
-      double x = sum(s.b, n);
-      put(state, pitch, near_state(m, (T)mean, weights, x, sum(s.a, n)));
-    }
+    double weights = weigh<T, TEMPERED>(a, b, n, it, (const char*)(a + CHUNK), k);
+    if (!k.far)
+      (kept && dy ? spread<T, TEMPERED, true> : spread<T, TEMPERED, false>)(a, b, n, it, (const char*)(b + CHUNK), k, x, g);
+    put(state, pitch, k.far ? far_chunk(a, b, n, temperature) : near_state(k.at, weights, x, g));
     return;
   }
-  Known<T> k(p.inverse_temperature, stats);
-  bool literal = p.operation == REL_ENTR, term = p.output == TERMS, dx = p.dx.data, dy = p.dy.data;
-  void (*outputs)(const T*, const T*, int, Known<T>, T*, T*, T*);
-  if (stats[ROW_FAR] != 0) outputs = literal ? write_far<T, LITERAL> : write_far<T, DEVIANCE>;
-  else if (term) outputs = literal ? write_near<T, LITERAL, true, true> : write_near<T, DEVIANCE, true, true>;
-  else if (dx && dy) outputs = write_near<T, NO_TERM, true, true>;
-  else outputs = dx ? write_near<T, NO_TERM, true, false> : write_near<T, NO_TERM, false, true>;
-  // this sweep reads from the caches: the memory may bring the next row meanwhile
-  i64 at = start * (i64)sizeof(T);
-  pieces<T>(row.next_x ? row.next_x + at : nullptr, row.next_y ? row.next_y + at : nullptr, n16,
-            [&](int i, int m) { outputs(a + i, b + i, m, k, s.a + i, s.dx + i, s.dy + i); });
-  if (term) store(p.value, row.value, start, n, s.a, row.weight, p.stream);
+  FarRow far = far_row(stats, temperature);
+  i64 at = start * (i64)sizeof(T);   // this sweep reads from the caches: the memory may bring the next row meanwhile
+  pieces<T>(row.next_x ? row.next_x + at : nullptr, row.next_y ? row.next_y + at : nullptr, n, [](int, int) {});
+  bool literal = p.operation == REL_ENTR;
+  if (!kept) {
+    weigh<T, TEMPERED>(a, b, n, it, nullptr, k);
+    if (!k.far) spread<T, TEMPERED, true>(a, b, n, it, nullptr, k, x, g);
+  }
+  Slopes<T> along = slopes<T>((double)k.at.max_a, pair_of(k.at), stats, temperature);
+  if (k.far && (dx || dy)) {
+    write_far(a, b, n, far, dx ? s.dx : nullptr, dy ? s.dy : nullptr);
+  } else {
+    if (dx) write_dx<T, TEMPERED>(a, b, k.weight, n, it, k.at, along, s.dx);
+    if (dy) write_dy(k.weight, k.growth, n, along, s.dy);
+  }
   if (dx) store(p.dx, row.dx, start, n, s.dx, row.weight * p.gradient_scale, p.stream);
   if (dy) store(p.dy, row.dy, start, n, s.dy, row.weight * p.gradient_scale, p.stream);
+  if (p.output != TERMS) return;
+  T* term = s.dx;
+  if (k.far)
+    for (int i = 0; i < n; i++) term[i] = (T)(literal ? far_class<LITERAL> : far_class<DEVIANCE>)(a[i], b[i], far).term;
+  else
+    (literal ? write_terms<T, LITERAL, TEMPERED> : write_terms<T, DEVIANCE, TEMPERED>)(a, b, k.weight, n, it, k.at, along,
+                                                                                      far, term);
+  store(p.value, row.value, start, n, term, row.weight, p.stream);
 }
 
-template <typename T>
-void logits_fold(const Plan& p, int sweep, const double* from, int count, i64 pitch, double* to, i64 to_pitch) {
+inline void logits_fold(const Plan& p, int sweep, const double* from, int count, i64 pitch, double* to, i64 to_pitch) {
   if (sweep > 0) return;
   if (count == 1) {
     put(to, to_pitch, spread_at(from, pitch));
     return;
   }
   double it = p.inverse_temperature;
-  alignas(64) double u[CHUNK], v[CHUNK];
-  Spread all = {-infinity<double>(), 0, 0, 0, 0, -infinity<double>(), 0, 0, 0};
+  alignas(64) double u[CHUNK], v[CHUNK], mass[CHUNK];
+  double max_a = -infinity<double>(), max_b = max_a;
+  bool far = false, impossible = false;
   for (int k = 0; k < count; k++) {
     Spread s = spread_at(from + k, pitch);
-    all.max_a = s.max_a > all.max_a ? s.max_a : all.max_a;
-    all.max_b = s.max_b > all.max_b ? s.max_b : all.max_b;
-    all.far = s.far != 0 ? 1 : all.far;
-    all.impossible = s.impossible != 0 ? 1 : all.impossible;
+    max_a = s.max_a > max_a ? s.max_a : max_a;
+    max_b = s.max_b > max_b ? s.max_b : max_b;
+    far |= is_far(s.kind);
+    impossible |= is_impossible(s.kind);
   }
-  double zero = zero_for(all.max_a), zero_b = zero_for(all.max_b);
+  Tops top = tops(max_a, max_b);
   for (int k = 0; k < count; k++) {
     Spread s = spread_at(from + k, pitch);
-    u[k] = merge_weight(s.max_a, zero, it) * s.s;
-    v[k] = u[k] * s.m;
+    u[k] = merge_weight(s.max_a, top.a, it) * s.s;
+    v[k] = u[k] * merge_mean(s, top);
+    mass[k] = merge_mass(s, top, it);
   }
-  double sum_c = sum(v, count);
-  all.s = sum(u, count);
-  all.m = merge_anchor<T>(sum_c, all.s);
+  double weights = sum(u, count);
+  Pair<double> m = merge_anchor(top, sum(v, count), weights);
   for (int k = 0; k < count; k++) {
-    Moved to_anchor = moved(spread_at(from + k, pitch), zero, all.m, it);
+    Moved to_anchor = moved(spread_at(from + k, pitch), top, m, it);
     u[k] = to_anchor.x;
     v[k] = to_anchor.g;
-    all.far = to_anchor.far ? 1 : all.far;
+    far |= to_anchor.far;
   }
-  all.x = sum(u, count);
-  all.g = sum(v, count);
-  for (int k = 0; k < count; k++) {
-    Spread s = spread_at(from + k, pitch);
-    u[k] = s.q * merge_weight(s.max_b, zero_b, it);
-  }
-  all.q = sum(u, count);
-  put(to, to_pitch, all);
+  put(to, to_pitch, merged(max_a, max_b, weights, top, m, sum(u, count), sum(v, count), sum(mass, count), far, impossible));
 }
 
-template <typename T> void finish_logits(const Plan& p, int sweep, const double* s, double* stats) {
+inline void logits_done(const Plan& p, int sweep, const double* s, double* stats) {
   if (sweep > 0) return;
-  if (s) logits_finish<T>(spread_at(s, 1), p.inverse_temperature, stats);
+  if (s) logits_finish(spread_at(s, 1), p.inverse_temperature, stats);
   else std::fill(stats, stats + MAX_STATS, 0.0);
 }
 
@@ -466,7 +536,7 @@ enum { NORM_X = 3, NORM_Y = 5 };   // stats: [0..2] the sums; then maximum and l
 inline void norm_chunk(const Array& a, const char* row, i64 start, int n, double it, double* state, i64 pitch,
                        Buffers<double>& s) {
   const double* x = load(a, row, start, n, s.x);
-  double m = maximum(x, (n + 15) & ~15), zero = zero_for(m);
+  double m = maximum(x, (n + 15) & ~15), zero = top_of(m);
   for (int i = 0; i < n; i++) {
     s.b[i] = x[i] == m ? 1.0 : 0.0;
     s.a[i] = norm_rest(x[i], m, zero, it);
@@ -480,7 +550,7 @@ inline void norm_fold(double it, const double* from, int count, i64 pitch, doubl
   alignas(64) double ties[CHUNK], rest[CHUNK];
   double top = -infinity<double>();
   for (int k = 0; k < count; k++) top = from[k] > top ? from[k] : top;
-  double zero = zero_for(top);
+  double zero = top_of(top);
   for (int k = 0; k < count; k++) {
     Norm s = {from[k], from[k + pitch], from[k + 2 * pitch]};
     rest[k] = merge_rest(s, top, zero, it);
@@ -547,7 +617,7 @@ inline void mixed_fold(const Plan& p, int sweep, const double* from, int count, 
     if (p.operation != ENTROPY && p.space_y == LOGITS)
       norm_fold(p.inverse_temperature, from + NORM_STATES * pitch, count, pitch, to + NORM_STATES * to_pitch, to_pitch);
   } else if (sweep == 1) {
-    for (int k = 0; k < SUM_STATES; k++) to[k * to_pitch] = sum_kept(from + k * pitch, count);
+    for (int k = 0; k < SUM_STATES; k++) to[k * to_pitch] = sum(from + k * pitch, count);
   }
 }
 
@@ -573,9 +643,11 @@ inline Kernel kernel(const Plan& p) {
   bool gradient = p.dx.data || p.dy.data;
   if (of_logits(p)) {
     int sweeps = gradient || p.output == TERMS ? 2 : 1;
-    if (p.wide) return {sweeps, {LOGITS_STATES, 0, 0}, logits_chunk<double>, logits_fold<double>, finish_logits<double>,
-                        nullptr};
-    return {sweeps, {LOGITS_STATES, 0, 0}, logits_chunk<float>, logits_fold<float>, finish_logits<float>, nullptr};
+    bool tempered = p.inverse_temperature != 1;
+    auto chunk = p.wide ? (tempered ? logits_chunk<double, true> : logits_chunk<double, false>)
+                        : (tempered ? logits_chunk<float, true> : logits_chunk<float, false>);
+    return {sweeps, {LOGITS_STATES, 0, 0}, chunk, logits_fold, logits_done, nullptr,
+            gradient && p.output != TERMS ? (p.wide ? sizeof(Kept<double>) : sizeof(Kept<float>)) : 0};
   }
   if (p.space_x == LOGITS || p.space_y == LOGITS)
     return {gradient ? 3 : 2, {2 * NORM_STATES, SUM_STATES, 0}, mixed_chunk, mixed_fold, mixed_finish, nullptr};
