@@ -15,6 +15,7 @@ import time
 
 import numpy as np
 import pytest
+from conftest import DTYPES, as_here
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 SCRIPTS = ROOT / "benchmarks"
@@ -47,8 +48,8 @@ def start(tmp_path_factory):
     for name in ("compute-sanitizer", "ncu"):
         (tools / name).write_text(TOOL)
         (tools / name).chmod(stat.S_IRWXU)
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
-    environment["PATH"] = f"{tools}{os.pathsep}{environment['PATH']}"
+    keywords = as_here(PATH=f"{tools}{os.pathsep}{os.environ['PATH']}")
+    keywords["env"] = {k: v for k, v in keywords["env"].items() if not k.startswith("PYTEST_")}
 
     def start(out, keep, *arguments):
         carry = keep / "carry"
@@ -56,7 +57,7 @@ def start(tmp_path_factory):
         (carry / "liger_kernel-0-py3-none-any.whl").touch()  # no wheel: what is carried may be of no use
         words = [sys.executable, str(SCRIPTS / "gpu_run.py"), str(out), "--emulated", "--keep", str(keep)]
         words += ["--carry", str(carry), *arguments]
-        return subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
+        return subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **keywords)
 
     return start
 
@@ -307,6 +308,16 @@ def test_bits_differ_or_not(script):
     near = np.array([1 + 1e-6, np.inf], np.float32)
     assert gpu_bits.difference(near, np.array([1, np.inf], np.float32), False, False) == ""
     assert gpu_bits.difference(near, np.array([1, 1], np.float32), False, False)
+
+
+@pytest.mark.parametrize("size", [2.0**-20, 1e-3])  # the first is subnormal in float16
+@pytest.mark.parametrize("name", ["float16", "bfloat16"])
+def test_gradients_of_16_bits_may_be_one_unit_apart(script, name, size):
+    gpu_bits, dtype = script("gpu_bits"), DTYPES[name]
+    a = np.full((1, 3), size, dtype)
+    for units in (1, 2):
+        b = (a.view(np.uint16) + np.array([0, 0, units], np.uint16)).view(dtype)
+        assert bool(gpu_bits.difference(b, a, False, True)) == (units > 1)
 
 
 # ---- the page --------------------------------------------------------------------------------------------------------
