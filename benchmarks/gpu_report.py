@@ -610,7 +610,10 @@ def main() -> None:
             sys.exit(f"there is no {missing[0]}: name the folders that gpu_run.py wrote")
         lines = [line for folder in args.folders for line in gpu_lines.read(folder / gpu_lines.NAME)]
         profiles = [folder / "ncu.txt" for folder in args.folders if (folder / "ncu.txt").exists()]
-        record = record_of(lines, "".join(path.read_text(errors="replace") for path in profiles[-1:]))
+        try:
+            record = record_of(lines, "".join(path.read_text(errors="replace") for path in profiles[-1:]))
+        except ValueError as error:
+            sys.exit(f"{error}; one command a run")
         if record["emulated"] and args.to == RECORDS:
             sys.exit("these figures are emulated: they are no record of a GPU; --to DIR writes them elsewhere")
         for written in write(record, args.to):
