@@ -20,6 +20,7 @@ import numpy as np
 import oracle
 import pytest
 import test_bits
+from conftest import as_here
 from test_bits import DTYPES, OPERATIONS, SPACES
 
 import klcore
@@ -1117,9 +1118,9 @@ def test_sanitizers_find_nothing(emulated, which):
     """Address and undefined behaviour, of rows that begin and end anywhere."""
     done = subprocess.run(
         [sys.executable, "-c", SANITIZED, os.path.dirname(__file__), which],
-        env={**os.environ, **emulator().sanitizer_environment()},
         capture_output=True,
         text=True,
         timeout=300,
+        **as_here(**emulator().sanitizer_environment()),
     )
     assert done.stdout == "clean\n", done.stdout + done.stderr

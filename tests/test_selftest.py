@@ -10,7 +10,7 @@ import sys
 import numpy as np
 import oracle
 import pytest
-from conftest import DEVICES, computing_on
+from conftest import DEVICES, as_here, computing_on
 
 import klcore
 from klcore import __main__, _cpu, exact, selftest
@@ -20,7 +20,8 @@ SCRIPT = pathlib.Path(__file__).parents[1] / "docs" / "exact_answers.py"
 
 
 def command(*arguments):
-    return subprocess.run([sys.executable, "-m", "klcore", *arguments], capture_output=True, text=True, timeout=120)
+    words = [sys.executable, "-m", "klcore", *arguments]
+    return subprocess.run(words, capture_output=True, text=True, timeout=120, **as_here())
 
 
 # ---- what a user types -----------------------------------------------------------------------------------------------
