@@ -25,8 +25,8 @@ KL_FN bool is_far(double kind) { return kind == FAR || kind == FAR + IMPOSSIBLE;
 KL_FN bool is_impossible(double kind) { return kind >= IMPOSSIBLE; }
 KL_FN double kind_of(bool far, bool impossible) { return (far ? FAR : 0) + (impossible ? IMPOSSIBLE : 0); }
 
-// A row's stats: the value, then what the writing sweep needs
-enum { VALUE, ROW_MAX_A, ROW_S, ROW_M, ROW_M_LOW, ROW_MEAN_Z, ROW_SHIFT, ROW_SHIFT_LOW, ROW_MAX_B, ROW_Q, ROW_KIND };
+// A row's stats: the value, then what the writing sweep needs, in the order of a state where they are a state's numbers
+enum { VALUE, ROW_MAX_A, ROW_S, ROW_M, ROW_M_LOW, ROW_MEAN_Z, ROW_SHIFT, ROW_MAX_B, ROW_Q, ROW_KIND, ROW_SHIFT_LOW };
 constexpr int MAX_STATS = 12;
 
 // TEMPERED = false, here and below: T is 1, and dividing by it is left out, which changes no bit.
@@ -84,10 +84,10 @@ template <typename T> KL_FN T difference_from(T a, T b, T m, T m_low) {
 // their sums. Below -64 the others' z, which those classes make small, would be known to 64 eps only.
 template <typename T> KL_FN bool in_range(T largest, T smallest) { return (largest < Real<T>::far) & (smallest > T(-64)); }
 
-// e^z - 1 - z
-template <bool TEMPERED, bool ALL = true, typename T> KL_FN T spread_of(const Pair<T>& z) {
-  if constexpr (TEMPERED && PAIRED<T>) return expm1_minus<ALL>(z.value, z.low);
-  return expm1_minus<ALL>(z.value);
+// e^z - 1 - z, of z in range
+template <bool TEMPERED, typename T> KL_FN T spread_of(const Pair<T>& z) {
+  if constexpr (TEMPERED && PAIRED<T>) return expm1_minus<false>(z.value, z.low);
+  return expm1_minus<false>(z.value);
 }
 
 template <typename T> KL_FN Pair<double> pair_of(const Anchor<T>& at) {   // M

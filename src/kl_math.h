@@ -226,7 +226,7 @@ template <bool ALL = true, typename T> KL_FN T expm1_minus(T t) {
   T g = expm1_minus_of(octave(t));
   return ALL & (t < T(-60)) ? T(-1) - t : g;
 }
-template <bool ALL = true, typename T> KL_FN T expm1_minus(T t, T low) {   // of t + low
+template <bool ALL, typename T> KL_FN T expm1_minus(T t, T low) {   // of t + low
   Octave<T> o = octave(t);
   o.r = o.r + low;
   T g = expm1_minus_of(o);

@@ -547,7 +547,8 @@ def _sweep(call: _Call, plan: _Plan, layout: _Layout, last: int, scratch: _Scrat
     for sweep in range(last):
         states, count = call.states(sweep), chunks
         level = scratch.doubles(batch * states * count)
-        plan = plan.with_fields(states=level)
+        if states:  # else the sweep looks at those that an earlier one left
+            plan = plan.with_fields(states=level)
         launches.append(units(sweep, sweep + 1))
         while states:
             groups = -(-count // CHUNK)
