@@ -214,6 +214,10 @@ struct Wide {
 #pragma unroll
       for (int k = 0; k < 4; k++) now[q][k] = fma(w[k + 4], v[k + 4], fma(w[k], v[k], now[q][k]));
     }
+    KL_DEVICE void add_four(int q, const U* v) {   // half a step
+#pragma unroll
+      for (int k = 0; k < 4; k++) now[q][k] += v[k];
+    }
   };
   // (the sum over lanes with bit = 0 of a, over the others of b), each where it belongs
   KL_DEVICE double exchange(double a, double b, int bit) const {
@@ -276,6 +280,7 @@ struct Narrow {
 #pragma unroll
       for (int k = 0; k < 4; k++) v[q][k] = w[k] * t[k];
     }
+    KL_DEVICE void add_four(int q, const U* t) { add(0, q, t); }
   };
   template <int Q, typename U> KL_DEVICE double total(const Sums<Q, U>& s, int q) const {
     double a = ((double)s.v[q][0] + (double)s.v[q][2]) + ((double)s.v[q][1] + (double)s.v[q][3]);
@@ -392,77 +397,56 @@ KL_DEVICE double terms_chunk(const Plan& p, const L& at, const Slot& s, const Wa
 // lane is to write the state.
 template <class L> KL_DEVICE void far_chunk(const L& at, const Slot& s, double it, bool mine, double* state) {
   enum { Q, NEAR, NEAR_X, MASS, WEIGHTS, X_TIMES_Z, ALL };
-  typedef typename L::template Sums<2, double> Pairs;
-  double max_a = -infinity<double>(), max_b = max_a;
-#pragma unroll 1
-  for (int step = 0; step < at.steps(); step++) {
-    T a[L::E], b[L::E];
-    at.template read<DX>(s.x, step, a);
-    at.template read<DY>(s.y, step, b);
-#pragma unroll
-    for (int k = 0; k < L::E; k++) {
-      max_a = larger((double)a[k], max_a);
-      max_b = larger((double)b[k], max_b);
-    }
-  }
-  max_a = at.max(max_a);
-  max_b = at.max(max_b);
-  double top_a = top_of(max_a), top_b = top_of(max_b);
+  double max_a = -infinity<double>(), max_b = max_a, top_a = 0, top_b = 0;
   bool impossible = false;
   Anchor<double> from = {};
 #pragma unroll 1
-  for (int pass = 0; pass < 2; pass++) {
-    Pairs sums;
+  for (int pass = 0; pass < 6; pass++) {
+    typename L::template Sums<2, double> sums;
 #pragma unroll 1
-    for (int step = 0; step < at.steps(); step++) {
-      T a[L::E], b[L::E];
-      double u[L::E], v[L::E];
-      at.template read<DX>(s.x, step, a);
-      at.template read<DY>(s.y, step, b);
+    for (int part = 0; part < at.steps() * (L::E / 4); part++) {   // four classes at a time
+      double u[4], v[4];
 #pragma unroll
-      for (int k = 0; k < L::E; k++) {
-        Shared r = shared(a[k], b[k], top_a, top_b, it);
-        impossible |= r.impossible;
-        u[k] = r.weight;
-        v[k] = pass == 0 ? r.e : r.c;
+      for (int k = 0; k < 4; k++) {
+        int i = at.index(part * 4 / L::E, part * 4 % L::E + k);
+        bool real = i < at.n;
+        double a = real ? (double)Stored<DX>::template widen<T>(s.x[i]) : -infinity<double>();
+        double b = real ? (double)Stored<DY>::template widen<T>(s.y[i]) : -infinity<double>();
+        u[k] = v[k] = 0.0;
+        if (pass == 0) {
+          max_a = larger(a, max_a);
+          max_b = larger(b, max_b);
+        } else if (pass < 3) {
+          Shared r = shared(a, b, top_a, top_b, it);
+          impossible |= real & r.impossible;
+          if (real) u[k] = r.weight;
+          if (real) v[k] = pass == 1 ? r.e : r.c;
+        } else {
+          double of_y = softmax_weight((b - top_b) * it);
+          Apart r = apart(a, b, softmax_weight((a - top_a) * it), of_y, from, it);
+          if (real) u[k] = pass == 3 ? of_y : pass == 4 ? r.near_x : r.weight;
+          if (real) v[k] = pass == 3 ? r.near : pass == 4 ? r.mass : r.x;
+        }
       }
-      mask(at, step, u);
-      mask(at, step, v);
-      sums.add(step, 0, v);
-      sums.add(step, 1, u);
+      sums.add_four(0, u);
+      sums.add_four(1, v);
     }
-    double sum = at.total(sums, 0), weights = at.total(sums, 1);
-    if (pass == 0 && mine) state[ALL] = sum;
-    if (pass == 1) from = far_anchor(top_a, top_b, weights, sum);
-  }
-  impossible = at.any(impossible);
-#pragma unroll 1
-  for (int pass = 0; pass < 3; pass++) {
-    Pairs sums;
-#pragma unroll 1
-    for (int step = 0; step < at.steps(); step++) {
-      T a[L::E], b[L::E];
-      double u[L::E], v[L::E];
-      at.template read<DX>(s.x, step, a);
-      at.template read<DY>(s.y, step, b);
-#pragma unroll
-      for (int k = 0; k < L::E; k++) {
-        double of_y = softmax_weight(((double)b[k] - top_b) * it);
-        Apart r = apart(a[k], b[k], softmax_weight(((double)a[k] - top_a) * it), of_y, from, it);
-        u[k] = pass == 0 ? of_y : pass == 1 ? r.near_x : r.weight;
-        v[k] = pass == 0 ? r.near : pass == 1 ? r.mass : r.x;
-      }
-      mask(at, step, u);
-      mask(at, step, v);
-      sums.add(step, 0, u);
-      sums.add(step, 1, v);
+    if (pass == 0) {
+      max_a = at.max(max_a);
+      max_b = at.max(max_b);
+      top_a = top_of(max_a);
+      top_b = top_of(max_b);
+      continue;
     }
     double one = at.total(sums, 0), other = at.total(sums, 1);
-    if (mine) {
-      state[2 * pass] = one;
-      state[2 * pass + 1] = other;
+    if (pass == 1 && mine) state[ALL] = other;
+    if (pass == 2) from = far_anchor(top_a, top_b, one, other);
+    if (pass > 2 && mine) {
+      state[2 * (pass - 3)] = one;
+      state[2 * (pass - 3) + 1] = other;
     }
   }
+  impossible = at.any(impossible);
   if (mine)
     *(Spread*)state = far_state(max_a, max_b, from, it, state[ALL], state[Q], state[NEAR], state[NEAR_X], state[MASS],
                                 state[WEIGHTS], state[X_TIMES_Z], impossible);
@@ -477,11 +461,9 @@ constexpr bool TEMPERED = true;
 constexpr bool TEMPERED = false;
 #endif
 
-// `again` brings the chunk into the slot once more, where something was kept in its place that turns out to be of no use.
-template <class L, class Again>
-KL_DEVICE void spread_chunk(const L& at, const Slot& s, double inverse_temperature, bool keep, const Again& again,
-                            double* state) {
-  Inverse<T> it = inverse<T>(inverse_temperature);
+// A chunk's anchor and its weights, which stay in `extra` if there is room
+template <class L> KL_DEVICE Anchor<T> weigh(const L& at, const Slot& s, const Inverse<T>& it, bool room, double& weights,
+                                             bool& far) {
   T max_a = -infinity<T>(), max_b = max_a;
 #pragma unroll 1
   for (int step = 0; step < at.steps(); step++) {
@@ -508,13 +490,24 @@ KL_DEVICE void spread_chunk(const L& at, const Slot& s, double inverse_temperatu
       b[e] = below_tops(a[e], b[e], max_a, max_b);
     }
     mask(at, step, w);
-    at.template write<code_of<T>()>(s.extra, step, w, T(1));
+    if (room) at.template write<code_of<T>()>(s.extra, step, w, T(1));
     means.add(step, 0, w);
     means.add_products(step, 1, w, b);
   }
-  double weights = at.total(means, 0), mean = at.total(means, 1) / weights;
-  Anchor<T> from = anchor(max_a, max_b, mean);
-  bool far = !usable(mean);
+  weights = at.total(means, 0);
+  double mean = at.total(means, 1) / weights;
+  far = !usable(mean);
+  return anchor(max_a, max_b, mean);
+}
+
+// `again` brings the chunk into the slot once more, where something was kept in its place that turns out to be of no use.
+template <class L, class Again>
+KL_DEVICE void spread_chunk(const L& at, const Slot& s, double inverse_temperature, bool keep, const Again& again,
+                            double* state) {
+  Inverse<T> it = inverse<T>(inverse_temperature);
+  bool far;
+  double weights;
+  Anchor<T> from = weigh(at, s, it, true, weights, far);
   typename L::template Sums<2> sums;
   T largest = T(0), smallest = T(0);
 #pragma unroll 1
