@@ -496,8 +496,9 @@ template <class L> KL_DEVICE Anchor<T> weigh(const L& at, const Slot& s, const I
   }
   weights = at.total(means, 0);
   double mean = at.total(means, 1) / weights;
-  far = !usable(mean);
-  return anchor(max_a, max_b, mean);
+  Anchor<T> from = anchor(max_a, max_b, mean);
+  far = !usable((double)from.mean);
+  return from;
 }
 
 // `again` brings the chunk into the slot once more, where something was kept in its place that turns out to be of no use.
@@ -554,12 +555,9 @@ struct Local {
   KL_DEVICE double get(int k) const { return state[k * pitch]; }
 };
 enum { AT_MAX_A, AT_S, AT_M, AT_M_LOW, AT_X, AT_G, AT_MAX_B, AT_Q, AT_KIND };
-constexpr int PACKED[4] = {AT_S, AT_X, AT_G, EXACT<T> ? AT_MAX_B : AT_M};
-KL_DEVICE Anchor<T> anchor_of(const Local& l) {
-  return {(T)l.get(AT_MAX_A), (T)l.get(AT_MAX_B), (T)l.get(AT_M), (T)l.get(AT_M_LOW), (T)l.get(AT_Q)};
-}
+constexpr int PACKED[4] = {AT_S, AT_X, AT_G, EXACT<T> ? AT_M : AT_M_LOW};
 KL_DEVICE Slopes<T> slopes_of(const Local& l, double it) {
-  if (!l.packed) return slopes<T>(l.get(AT_MAX_A), {l.get(AT_M), l.get(AT_M_LOW)}, l.stats, it);
+  if (!l.packed) return slopes<T>(l.get(AT_MAX_A), l.get(AT_MAX_B), {l.get(AT_M), l.get(AT_M_LOW)}, l.stats, it);
   Slopes<T> s = {};
   if constexpr (OUT_TERMS) s.p = (T)l.get(PACKED[0]), s.t = (T)l.get(PACKED[1]), s.t_low = (T)l.get(PACKED[2]);
   if constexpr (OUT_DY) s.a = (T)l.get(PACKED[0]), s.b = (T)l.get(PACKED[1]);
@@ -599,6 +597,13 @@ KL_DEVICE void far_output(const L& at, const Slot& s, int i, const FarRow& row, 
 template <class L, class Sink>
 KL_DEVICE void spread_outputs(const L& at, const Slot& s, const Local& local, double inverse_temperature, bool kept,
                               const Want& want, const Sink& sink) {
+  Inverse<T> it = inverse<T>(inverse_temperature);
+  Anchor<T> from = {(T)local.get(AT_MAX_A), (T)local.get(AT_MAX_B), T(0), T(0), (T)local.get(AT_M)};
+  if (EXACT<T> && !(KEEPS && kept)) {   // of two numbers, which the state does not tell apart; all lanes take part in this
+    double weights;
+    bool far;
+    from = weigh(at, s, it, false, weights, far);
+  }
   if (at.n > 0 && is_far(local.get(AT_KIND))) {
     FarRow row = far_row(local.stats, inverse_temperature);
 #pragma unroll 1
@@ -608,8 +613,6 @@ KL_DEVICE void spread_outputs(const L& at, const Slot& s, const Local& local, do
         if (at.index(step, e) < at.n) far_output(at, s, at.index(step, e), row, want, sink);
     return;
   }
-  Inverse<T> it = inverse<T>(inverse_temperature);
-  Anchor<T> from = anchor_of(local);
   Slopes<T> k = slopes_of(local, inverse_temperature);
   constexpr int TERM = OP == REL_ENTR ? LITERAL : DEVIANCE;
 #pragma unroll 1

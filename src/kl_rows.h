@@ -352,7 +352,7 @@ double weigh(const T* __restrict a, const T* __restrict b, int n, const Inverse<
   }, next);
   double weights = sums.total(0), mean = sums.total(1) / weights;
   k.at = anchor(max_a, max_b, mean);
-  k.far = !usable(mean);
+  k.far = !usable((double)k.at.mean);
   return weights;
 }
 
@@ -468,7 +468,7 @@ void logits_chunk(const Plan& p, const Row& row, int sweep, i64 start, int n, co
     weigh<T, TEMPERED>(a, b, n, it, nullptr, k);
     if (!k.far) spread<T, TEMPERED, true>(a, b, n, it, nullptr, k, x, g);
   }
-  Slopes<T> along = slopes<T>((double)k.at.max_a, pair_of(k.at), stats, temperature);
+  Slopes<T> along = slopes<T>((double)k.at.max_a, (double)k.at.max_b, mean_of(k.at), stats, temperature);
   if (k.far && (dx || dy)) {
     write_far(a, b, n, far, dx ? s.dx : nullptr, dy ? s.dy : nullptr);
   } else {
