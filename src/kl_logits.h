@@ -94,7 +94,9 @@ KL_FN Pair<double> from_tops(double a, double b, double top_a, double top_b) {
 KL_FN double less(const Pair<double>& c, const Pair<double>& m) { return (c.value - m.value) + (c.low - m.low); }
 // By a chunk's largest z, and its smallest of a class that has a weight: whether float32 (double) carries its exponentials and
 // their sums. Below -64 the others' z, which those classes make small, would be known to 64 eps only.
-template <typename T> KL_FN bool in_range(T largest, T smallest) { return (largest < Real<T>::far) & (smallest > T(-64)); }
+template <typename T> KL_FN bool above_range(T z) { return z >= Real<T>::far; }
+template <typename T> KL_FN bool below_range(T z) { return z <= T(-64); }
+template <typename T> KL_FN bool in_range(T largest, T smallest) { return !(above_range(largest) | below_range(smallest)); }
 
 // e^z - 1 - z, of z in range
 template <bool TEMPERED, typename T> KL_FN T spread_of(const Pair<T>& z) {
