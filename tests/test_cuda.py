@@ -6,6 +6,7 @@ chosen so that every pair of those choices occurs: see `cover`.
 """
 
 import contextlib
+import functools
 import gc
 import importlib
 import itertools
@@ -367,6 +368,24 @@ def test_bits_of_the_cpu(gpu, compared, monkeypatch, case):
             for run in (runs[(at + 2 * k) % len(runs)], runs[(at + 2 * k + 1) % len(runs)]):
                 assert_run(gpu, compared, case, n, run)
         assert kernel in used
+
+
+# Rows that take two sweeps, and three: with fewer things asked for than on the CPU, since each is a kernel to compile.
+ASKED = {"reduction": ("none", "row"), "gradient": (("x", "y"),), "axis": ("first", "middle", "last")}
+GIVEN_ALL = {
+    **test_bits.GIVEN,
+    "size": tuple(itertools.product((1, 16, 17), (1, 7, 128, 129, 1024, 1025, 2500))),
+    "layout": ("plain", "padded", "apart", "backwards", "turned"),
+    "out": (None, "plain", "apart", "turned"),
+    "dtype": ("float32",),
+}
+
+
+@pytest.mark.parametrize("space", [("logits", "logits"), ("probs", "logits")])
+def test_all_that_can_be_asked(gpu, space):
+    for case in test_bits.cases("kl_div", str(space), 8, ASKED, GIVEN_ALL):
+        with settings(gpu, threads=min(case["threads"], 2)):
+            test_bits.assert_plain("kl_div", space, case, functools.partial(placed, gpu), gpu.get)
 
 
 # ---- what is special -------------------------------------------------------------------------------------------------
