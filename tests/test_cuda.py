@@ -539,7 +539,7 @@ def test_a_million_rows(gpu, compared, launched, weighted):
     x, y = (np.random.default_rng(k).random((1_100_000, 1), dtype="float32") for k in (0, 1))
     weights = np.random.default_rng(2).random(len(x), dtype="float32") if weighted else None
     both(gpu, compared, "kl_div", (x, y), reduction="rowmean", weights=weights)
-    assert launched.count("kl_sum") == (6 if weighted else 3)
+    assert (launched.count("kl_sum"), launched.count("kl_weights")) == (3, 3 if weighted else 0)
 
 
 @pytest.mark.parametrize(
@@ -683,7 +683,9 @@ def test_launches(gpu, launched):
     assert after((6, 5), space="logits", return_grad=PAIR, temperature=2) == "narrow"
     assert after((6, 5), reduction="none") == "narrow"
     assert after((6, 5), reduction="sum") == "narrow sum"
-    assert after((6, 5), reduction="rowmean", weights=gpu.put(np.ones(6))) == "sum narrow sum"
+    assert after((6, 5), reduction="rowmean", weights=gpu.put(np.ones(6, "float32"))) == "weights narrow sum"
+    assert after((6, 5), reduction="mean", weights=gpu.put(np.ones(6))) == "weights narrow sum"
+    assert after((6, 5), reduction="mean", weights=gpu.put(np.ones(6, "float32"))) == "narrow sum"
     assert after((6, 500)) == "units"
     assert after((5, 6), axis=0) == "narrow"
     assert after((500, 6), axis=0) == "units"
