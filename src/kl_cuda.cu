@@ -1384,7 +1384,7 @@ extern "C" __global__ void __launch_bounds__(256) kl_weights(const Plan p) {
     } else {
       double sum = total[0], factor = factors[0];
       if (total[0] > 0x1p500) sum = total[1], factor = factors[1];
-      if (total[0] < 0x1p-500) sum = total[2], factor = factors[2];
+      if (total[0] > 0 && total[0] < 0x1p-500) sum = total[2], factor = factors[2];
       p.sums[0] = p.scale != 0 ? p.scale * factor : sum;
       p.sums[1] = factor;
     }

@@ -280,6 +280,7 @@ def test_what_kernels_may_use(modules, cupy, monkeypatch):
         x = cupy.empty(shape, "float32")
         klcore.kl_div(x, x, space="logits", reduction="sum", return_grad="y")
     klcore.kl_div(x, x[:1], space="logits", return_grad="y")
+    klcore.kl_div(x, x, reduction="rowmean", weights=cupy.empty(2))
     staging = {"kl_narrow", "kl_units", "kl_rows", "kl_summed"}
     assert set(made) == staging | {"kl_fold", "kl_sum", "kl_weights", "kl_summed_fold"}
     for name, k in made.items():

@@ -508,7 +508,7 @@ WEIGHT_FACTORS = (1.0, 2.0**-600, 2.0**600)
 
 def weight_factor(total: float) -> float:
     """Of weights with this sum."""
-    return WEIGHT_FACTORS[1 if total > 2.0**500 else 2 if total < 2.0**-500 else 0]
+    return WEIGHT_FACTORS[1 if total > 2.0**500 else 2 if 0 < total < 2.0**-500 else 0]
 
 
 def scaled_weights(weights: Any, factor: float) -> Any:
