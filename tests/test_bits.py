@@ -389,8 +389,8 @@ def laid_out(a, layout):
 
 
 def assert_plain(operation, space, case, place=laid_out, get=np.asarray):
-    """What a case gives has the bits of plain calls: contiguous, the classes last, no out=; the value without gradients,
-    and each gradient beside the other."""
+    """What a case gives has the bits of plain calls: contiguous, the classes last, no out=; the value without
+    gradients, and each gradient beside the other."""
     arrays, weights = rows_of(operation, space, case)
     words = {"reduction": case["reduction"], "weights": weights}
     (value,) = call(operation, arrays, space, gradient=(), **words)

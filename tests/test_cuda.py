@@ -21,6 +21,7 @@ import numpy as np
 import oracle
 import pytest
 import test_bits
+from test_accuracy import anywhere
 from test_bits import DTYPES, OPERATIONS, SPACES
 
 import klcore
@@ -386,6 +387,12 @@ def test_all_that_can_be_asked(gpu, space):
     for case in test_bits.cases("kl_div", str(space), 8, ASKED, GIVEN_ALL):
         with settings(gpu, threads=min(case["threads"], 2)):
             test_bits.assert_plain("kl_div", space, case, functools.partial(placed, gpu), gpu.get)
+
+
+@pytest.mark.parametrize("space", ["probs", "log_probs"])
+def test_the_whole_range(gpu, compared, space):
+    """Numbers of any size have the CPU's bits as well."""
+    both(gpu, compared, "kl_div", anywhere((space, space), "float32", 300, 7), space=space, return_grad=PAIR)
 
 
 # ---- what is special -------------------------------------------------------------------------------------------------

@@ -341,7 +341,7 @@ def _run(
     graph = _Graph(operation, task, x, y, w, operator.index(axis))
     denominator = task.denominator
     if task.by_weights:
-        factor = graph.move_weights() if w.dtype.itemsize == 8 else 1.0
+        factor = graph.move_weights() if task.weights.dtype.itemsize == 8 else 1.0
         denominator = graph.sum_of_weights() if denominator is None else denominator * factor
     scale = (denominator, () if task.by_weights else None)
     by = _by_rows if len(graph.chunks[graph.classes]) == 1 else _by_parts
