@@ -173,7 +173,7 @@ struct Batch {
   size_t kept = 0;                    // where in the scratch; 0: nothing is kept
   // Where classes lie far apart, a chunk of all rows of a group is brought into rows before it is computed, and results
   // from rows into columns afterwards: `near` is the plan of that.
-  static constexpr int SIDES = 5;
+  static constexpr int OUTPUTS = 2, SIDES = 5;   // the first that is written; how many there are
   static constexpr Array Plan::*sides[SIDES] = {&Plan::x, &Plan::y, &Plan::value, &Plan::dx, &Plan::dy};
   size_t tile[SIDES] = {0};           // where in the scratch; 0: the array is used as it lies
   Plan near;
@@ -224,9 +224,11 @@ struct Batch {
     return *places[k];
   }
 
-  // The classes from `start` on of these rows, between arrays in which they lie far apart and the tile.
-  template <bool BACK> void turn_chunk(Row* row, int count, i64 start, int n, char* scratch) const {
-    for (int k = BACK ? 2 : 0; k < (BACK ? SIDES : 2); k++) {
+  // The classes from `start` on of these rows, of sides [first, last), between arrays in which they lie far apart and the
+  // tile.
+  template <bool BACK>
+  void turn_chunk(int first, int last, Row* row, int count, i64 start, int n, char* scratch) const {
+    for (int k = first; k < last; k++) {
       if (!tile[k]) continue;
       const Array& a = p.*sides[k];
       for (int i = 0, m; i < count; i += m) {
@@ -275,12 +277,14 @@ struct Batch {
     for (int s = first; s < last; s++) {
       for (i64 k = 0; k < panels; k++) {
         for (i64 c = k * CHUNK; c < std::min(chunks, (k + 1) * CHUNK); c++) {
-          turn_chunk<false>(row, count, c * CHUNK, size(c), scratch);
+          turn_chunk<false>(0, OUTPUTS, row, count, c * CHUNK, size(c), scratch);
           for (int i = 0; i < count; i++)
             if (row[i].weight != 0)
               kernel.chunk(near, in_tile(row[i], i, c * CHUNK, scratch), s, c * CHUNK, size(c), stats[i],
                            states + i * per_row + c % CHUNK, panel, scratch);
-          if (s == kernel.sweeps - 1) turn_chunk<true>(row, count, c * CHUNK, size(c), scratch);
+          // each result in the sweep that writes it: the next chunk takes its place in the tile
+          if (s == kernel.terms_sweep()) turn_chunk<true>(OUTPUTS, OUTPUTS + 1, row, count, c * CHUNK, size(c), scratch);
+          if (s == kernel.sweeps - 1) turn_chunk<true>(OUTPUTS + 1, SIDES, row, count, c * CHUNK, size(c), scratch);
         }
         for (int i = 0; i < count; i++)
           if (row[i].weight != 0) fold_panel(s, states + i * per_row, k);

@@ -51,7 +51,7 @@ struct Plan {
   i64 inner;                  // kl_summed: rows that share one gradient row
   i64 any_weights;            // weights may be any numbers; else bad ones spoil their rows
   double inverse_temperature, gradient_scale, scale, epsilon;
-  const double* denominator;  // of a mean weighted by row: known to the device only; or nullptr
+  const double* denominator;  // of a weighted mean, and what multiplies its weights: known to the device only; or nullptr
   const double* cotangent;    // multiplies all gradients; likewise
   double *states, *stats, *sums;   // working memory: see the kernels
   Array x, y, weights, factors, value, dx, dy;   // factors: one a class, float64 or float32
@@ -156,6 +156,17 @@ KL_DEVICE int states_of(int sweep) {
   return 1;
 }
 
+// The branch stands around the loop, not in it: doubles are rare, and slow.
+template <int E> KL_DEVICE void multiply(const T* v, const Scale<T>& scale, T (&products)[E]) {
+  if (scale.far) {
+#pragma unroll
+    for (int e = 0; e < E; e++) products[e] = (T)((double)v[e] * scale.exact);
+  } else {
+#pragma unroll
+    for (int e = 0; e < E; e++) products[e] = v[e] * scale.near;
+  }
+}
+
 // ---- where the lanes of a warp stand ----------------------------------------------------------------------------------------
 //
 // Wide: the warp treats one chunk of a row, 256 classes a step, eight of them in each lane.
@@ -177,13 +188,15 @@ struct Wide {
       for (int k = 0; k < 4; k++) v[4 * half + k] = Stored<D>::template widen<T>(f.v[k]);
     }
   }
-  template <int D> KL_DEVICE void write(typename Stored<D>::Type* slot, int step, const T* v, T scale) const {
+  template <int D> KL_DEVICE void write(typename Stored<D>::Type* slot, int step, const T* v, const Scale<T>& scale) const {
     struct __align__(sizeof(typename Stored<D>::Type) == 2 ? 8 : 16) Four { typename Stored<D>::Type v[4]; };
+    T products[E];
+    multiply(v, scale, products);
 #pragma unroll
     for (int half = 0; half < 2; half++) {
       Four f;
 #pragma unroll
-      for (int k = 0; k < 4; k++) f.v[k] = Stored<D>::template narrow<T>(v[4 * half + k] * scale);
+      for (int k = 0; k < 4; k++) f.v[k] = Stored<D>::template narrow<T>(products[4 * half + k]);
       *(Four*)(slot + index(step, 4 * half)) = f;
     }
   }
@@ -253,10 +266,12 @@ struct Narrow {
 #pragma unroll
     for (int e = 0; e < E; e++) v[e] = Stored<D>::template widen<T>(slot[index(0, e) < n ? index(0, e) : lane]);
   }
-  template <int D> KL_DEVICE void write(typename Stored<D>::Type* slot, int, const T* v, T scale) const {
+  template <int D> KL_DEVICE void write(typename Stored<D>::Type* slot, int, const T* v, const Scale<T>& scale) const {
+    T products[E];
+    multiply(v, scale, products);
 #pragma unroll
     for (int e = 0; e < E; e++)
-      if (index(0, e) < n) slot[index(0, e)] = Stored<D>::template narrow<T>(v[e] * scale);
+      if (index(0, e) < n) slot[index(0, e)] = Stored<D>::template narrow<T>(products[e]);
   }
   template <typename U> KL_DEVICE U max(U m) const {
     for (int o = lanes / 2; o; o /= 2) {
@@ -306,16 +321,16 @@ struct Slot {                 // a chunk in shared memory
 
 struct Want {                 // what a sweep is to write, and times what
   bool term, dx, dy;
-  T of_term, of_gradient;
+  Scale<T> of_term, of_gradient;
 };
 
 // Gradients take the place of their inputs;
 struct InPlace {
   Slot s;
-  template <class L> KL_DEVICE void dx(const L& at, int step, const T* v, T scale) const {
+  template <class L> KL_DEVICE void dx(const L& at, int step, const T* v, const Scale<T>& scale) const {
     at.template write<DX>(s.x, step, v, scale);
   }
-  template <class L> KL_DEVICE void dy(const L& at, int step, const T* v, T scale) const {
+  template <class L> KL_DEVICE void dy(const L& at, int step, const T* v, const Scale<T>& scale) const {
     at.template write<DY>(s.y, step, v, scale);
   }
   KL_DEVICE void dx(int i, T v) const { s.x[i] = Stored<DX>::narrow(v); }
@@ -324,12 +339,16 @@ struct InPlace {
 // or are added to those of other rows.
 struct Added {
   double* sums;
-  template <class L> KL_DEVICE void dx(const L& at, int step, const T* v, T scale) const {
+  template <class L> KL_DEVICE void dx(const L& at, int step, const T* v, const Scale<T>& scale) const {
+    T products[L::E];
+    multiply(v, scale, products);
 #pragma unroll
     for (int e = 0; e < L::E; e++)
-      if (at.index(step, e) < at.n) sums[at.index(step, e)] += (double)(v[e] * scale);
+      if (at.index(step, e) < at.n) sums[at.index(step, e)] += (double)products[e];
   }
-  template <class L> KL_DEVICE void dy(const L& at, int step, const T* v, T scale) const { dx(at, step, v, scale); }
+  template <class L> KL_DEVICE void dy(const L& at, int step, const T* v, const Scale<T>& scale) const {
+    dx(at, step, v, scale);
+  }
   KL_DEVICE void dx(int i, T v) const { sums[i] += (double)v; }
   KL_DEVICE void dy(int i, T v) const { sums[i] += (double)v; }
 };
@@ -950,6 +969,13 @@ KL_DEVICE Row locate(const Plan& p, i64 r) {
 }
 KL_DEVICE double weight_of(const Plan& p, i64 r) { return p.weights.data ? locate(p, r).weight : 1.0; }
 
+// Of a mean, whose weights may lie at an end of the range: WEIGHT_FACTORS. It remains a weight, and its row counts.
+KL_DEVICE double scaled(const Plan& p, double weight) {
+  if (!p.denominator) return weight;
+  double w = weight * p.denominator[1];
+  return (w == 0) & (weight != 0) ? 0x1p-1074 : w;
+}
+
 KL_DEVICE double gradient_scale(const Plan& p) {
   double scale = !p.denominator ? p.gradient_scale : *p.denominator != 0 ? 1.0 / *p.denominator : nan<double>();
   return p.cotangent ? scale * *p.cotangent : scale;
@@ -964,10 +990,11 @@ KL_DEVICE void write_number(i64 dtype, char* at, double v) {
 
 KL_DEVICE Want wanted(const Plan& p, int sweep, double weight) {
   return {OUT_TERMS && sweep == TERM_SWEEP, OUT_DX && sweep == GRADIENT_SWEEP, OUT_DY && sweep == GRADIENT_SWEEP,
-          (T)weight, (T)(weight * gradient_scale(p))};
+          weight, scaled(p, weight) * gradient_scale(p)};
 }
 
 KL_DEVICE void write_value(const Plan& p, char* at, double weight, double value) {
+  weight = scaled(p, weight);
   double v = weight == 0 ? 0.0 : weight == 1 ? value : value * weight;
   write_number(p.value.dtype, at, v);
 }
@@ -1450,22 +1477,44 @@ extern "C" __global__ void __launch_bounds__(256, 1) kl_fold(const Plan p) {
 }
 #endif
 
-// The sum of `count` doubles in `states`, or of the weights: every 1024 into one, left in `sums`; the last one, divided,
-// is the value.
+// The sum of `count` doubles in `states`: every 1024 into one, left in `sums`; the last one, divided, is the value.
 #if defined(KL_SUM)
 extern "C" __global__ void __launch_bounds__(256) kl_sum(const Plan p) {
   for (i64 g = (i64)blockIdx.x * warps_of() + warp_of(); g < p.groups; g += (i64)gridDim.x * warps_of()) {
     i64 left = p.count - g * CHUNK;
     double total;
-    sum_states<1>(left < CHUNK ? (int)left : CHUNK, [&](int i, double* v) {
-      v[0] = p.weights.data ? locate(p, g * CHUNK + i).weight : p.states[g * CHUNK + i];
-    }, &total);
+    sum_states<1>(left < CHUNK ? (int)left : CHUNK, [&](int i, double* v) { v[0] = p.states[g * CHUNK + i]; }, &total);
     if (lane_of() != 0) continue;
     if (!p.value.data) {
       p.sums[g] = total;
     } else {
       double d = p.denominator ? *p.denominator : p.scale;
-      write_value(p, p.value.data, 1.0, d != 0 ? total / d : nan<double>());
+      write_number(p.value.dtype, p.value.data, d != 0 ? total / d : nan<double>());
+    }
+  }
+}
+// The same of the weights, times each of WEIGHT_FACTORS: lines of `groups` sums. The last ones: which of them is in the
+// middle of the range; then sums[0] is what a mean of so many weights is divided by, sums[1] the factor.
+extern "C" __global__ void __launch_bounds__(256) kl_weights(const Plan p) {
+  const double factors[] = {1, 0x1p-600, 0x1p600};   // WEIGHT_FACTORS in klcore/backends/rows.py
+  for (i64 g = (i64)blockIdx.x * warps_of() + warp_of(); g < p.groups; g += (i64)gridDim.x * warps_of()) {
+    i64 left = p.count - g * CHUNK;
+    double total[3];
+    sum_states<3>(left < CHUNK ? (int)left : CHUNK, [&](int i, double* v) {
+      double w = p.weights.data ? locate(p, g * CHUNK + i).weight : 0.0;
+#pragma unroll
+      for (int k = 0; k < 3; k++) v[k] = p.weights.data ? w * factors[k] : p.states[k * p.count + g * CHUNK + i];
+    }, total);
+    if (lane_of() != 0) continue;
+    if (p.groups > 1) {
+#pragma unroll
+      for (int k = 0; k < 3; k++) p.sums[k * p.groups + g] = total[k];
+    } else {
+      double sum = total[0], factor = factors[0];
+      if (total[0] > 0x1p500) sum = total[1], factor = factors[1];
+      if (total[0] > 0 && total[0] < 0x1p-500) sum = total[2], factor = factors[2];
+      p.sums[0] = p.scale != 0 ? p.scale * factor : sum;
+      p.sums[1] = factor;
     }
   }
 }

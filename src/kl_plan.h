@@ -44,6 +44,7 @@ struct Row {                  // one row of the plan: where it lies, what it wei
 // How one kind of row is computed: in `sweeps` passes over its chunks. A sweep turns each chunk into `states[s]` doubles
 // (state[k * pitch], k = 0, 1, ...; none if it only writes); `fold` makes one such state of up to CHUNK of them, level by
 // level, and `finish` turns the last one (pitch 1; nullptr for a row without classes) into the row's stats, the value first.
+// Gradients are written in the last sweep, terms in the second one, which may come before it, or in the only one.
 constexpr int MAX_STATES = 9;
 struct Kernel {
   int sweeps;
@@ -55,6 +56,7 @@ struct Kernel {
   // the totals of several rows of at most COLUMNS classes that lie one behind the other; or nullptr
   void (*flat)(const Plan&, const Row& first, int rows, double* totals, void* scratch);
   size_t kept;                    // bytes a chunk that the first sweep may leave for the last one in row.kept; or 0
+  int terms_sweep() const { return sweeps > 1 ? 1 : 0; }
 };
 
 constexpr int SCRATCH = 56 * 1024;   // bytes that a chunk may use, 64-byte aligned

@@ -149,9 +149,16 @@ template <typename T> void narrow_to(int dtype, const T* v, T scale, i64 n, char
 template <typename T> void store(const Array& a, char* row, i64 start, int n, const T* v, double scale, bool stream) {
   char* p = row + start * a.stride;
   i64 size = a.dtype == FLOAT64 ? 8 : a.dtype == FLOAT32 ? 4 : 2;
-  if (!stream || a.stride != size) return narrow_to(a.dtype, v, (T)scale, n, p, a.stride);
+  const Scale<T> by(scale);
+  T near = by.near, products[CHUNK];
+  if (by.far) {
+    for (int i = 0; i < n; i++) products[i] = v[i] * by;
+    v = products;
+    near = T(1);
+  }
+  if (!stream || a.stride != size) return narrow_to(a.dtype, v, near, n, p, a.stride);
   alignas(64) char line[CHUNK * 8];
-  narrow_to(a.dtype, v, (T)scale, n, line, size);
+  narrow_to(a.dtype, v, near, n, line, size);
   i64 bytes = n * size, head = (i64)(-(std::uintptr_t)p & 63);
   head = head < bytes ? head : bytes;
   std::memcpy(p, line, (size_t)head);
