@@ -565,6 +565,16 @@ KL_DEVICE void spread_chunk(const L& at, const Slot& s, double inverse_temperatu
   far_chunk(at, s, inverse_temperature, far && at.leads(), state);
 }
 
+// In float32 and double the anchor is of two numbers, which the state does not tell apart. All lanes take part in this.
+template <class L> KL_DEVICE Anchor<T> anchor_again(const L& at, const Slot& s, const Inverse<T>& it) {
+  double weights;
+  bool far;
+  return weigh(at, s, it, false, weights, far);
+}
+template <class L> KL_DEVICE Anchor<T> anchor_where_not_kept(const L& at, const Slot& s, const Inverse<T>& it) {
+  return anchor_again(at, s, it);
+}
+
 // What a chunk's outputs follow from: the row's stats, and where the chunk's own state lies. PACKED: its slopes stand there
 // already, in the place of what nobody needs any more.
 struct Local {
@@ -618,11 +628,8 @@ KL_DEVICE void spread_outputs(const L& at, const Slot& s, const Local& local, do
                               const Want& want, const Sink& sink) {
   Inverse<T> it = inverse<T>(inverse_temperature);
   Anchor<T> from = {(T)local.get(AT_MAX_A), (T)local.get(AT_MAX_B), T(0), T(0), (T)local.get(AT_M)};
-  if (EXACT<T> && !(KEEPS && kept)) {   // of two numbers, which the state does not tell apart; all lanes take part in this
-    double weights;
-    bool far;
-    from = weigh(at, s, it, false, weights, far);
-  }
+  if constexpr (EXACT<T> && !KEEPS) from = anchor_again(at, s, it);
+  else if (EXACT<T> && !kept) from = anchor_where_not_kept(at, s, it);
   if (at.n > 0 && is_far(local.get(AT_KIND))) {
     FarRow row = far_row(local.stats, inverse_temperature);
 #pragma unroll 1
@@ -777,7 +784,7 @@ KL_DEVICE void chunk(const Plan& p, const L& at, const Slot& s, int sweep, const
   double it = inverse_temperature(p);
   if constexpr (OF_LOGITS) {
     if (sweep == 0) spread_chunk(at, s, it, keep, again, state);
-    else spread_outputs(at, s, local, it, keep, want, sink);
+    else if constexpr (KL_OUTPUTS != 0) spread_outputs(at, s, local, it, keep, want, sink);
   } else if constexpr (NORMALISED) {
     if (sweep == 0) {
       Norm of_x = {}, of_y = {};
@@ -1108,6 +1115,11 @@ KL_DEVICE void store_outputs(const Plan& p, const Row& row, i64 start, int n, co
   __syncwarp();
 }
 
+struct Unit {   // a chunk of a row
+  i64 row;
+  int chunk;
+};
+
 KL_DEVICE int classes(const Plan& p, i64 c) {
   i64 left = p.n - c * CHUNK;
   return left < CHUNK ? (int)left : CHUNK;
@@ -1119,12 +1131,12 @@ KL_DEVICE void stage_chunk(const Plan& p, const Row& row, i64 c, const Slot& s) 
 }
 
 // the same, where it was staged before
-KL_DEVICE void stage_again(const Plan& p, i64 row, i64 c, const Slot& s) {
+KL_DEVICE void stage_again(const Plan& p, const Unit& unit, const Slot& s) {
   __syncwarp();
-  stage_chunk(p, locate(p, row), c, s);
+  stage_chunk(p, locate(p, unit.row), unit.chunk, s);
   arrived();
   __syncwarp();
-  pad(s, classes(p, c));
+  pad(s, classes(p, unit.chunk));
   __syncwarp();
 }
 
@@ -1144,10 +1156,6 @@ using namespace kl;
 // Each warp treats one chunk of one row at a time. Where neighbouring rows lie side by side, the block's warps take
 // neighbouring rows and read them together.
 #if defined(KL_UNITS)
-struct Unit {
-  i64 row;
-  int chunk;
-};
 KL_DEVICE Unit unit_of(const Plan& p, i64 tile) {
   if (p.columns) return {tile / p.chunks * warps_of() + warp_of(), (int)(tile % p.chunks)};
   i64 unit = tile * warps_of() + warp_of();
@@ -1200,7 +1208,7 @@ extern "C" __global__ void __launch_bounds__(256, BLOCKS) kl_units(const Plan p)
       }
       bool keep = p.chunks == 1 && p.last > 1 && !p.columns;
       chunk(p, Wide(n), with_factors(p, s, here.row, here.chunk), sweep, local, wanted(p, sweep, weight_of(p, here.row)),
-            InPlace{s}, stats, keep, [&] { stage_again(p, here.row, here.chunk, s); });
+            InPlace{s}, stats, keep, [&] { stage_again(p, unit_of(p, again(tile)), s); });
       __syncwarp();
       int count = states_of(sweep);
       if (count > 0 && p.chunks == 1 && lane_of() == 0) finish(p, sweep, stats, stats);
@@ -1403,7 +1411,7 @@ extern "C" __global__ void __launch_bounds__(256, BLOCKS) kl_rows(const Plan p) 
           double* state = stats_of(p, shared);
           Local local = {stats, states + c, chunks, PACKS};
           chunk(p, Wide(n), with_factors(p, s, r, c), sweep, local, want, InPlace{s}, state, resident && p.last > 1,
-                [&] { stage_again(p, r, c, s); });
+                [&] { stage_again(p, {again(r), c}, s); });
           __syncwarp();
           if (lane_of() < states_of(sweep)) states[lane_of() * chunks + c] = state[lane_of()];
           __syncwarp();

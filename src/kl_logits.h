@@ -65,6 +65,7 @@ template <typename T> struct Anchor { T max_a, max_b, m, low, mean; };
 template <typename T> KL_FN T below_tops(T a, T b, T max_a, T max_b) { return (b - max_b) - (a - max_a); }
 KL_FN bool usable(double mean) { return absolute(mean) < 1e300; }
 template <typename T> KL_FN Anchor<T> anchor(T max_a, T max_b, double mean) {
+  if constexpr (!EXACT<T>) return {max_a, max_b, T(0), T(0), (T)mean};
   T low, c = difference(max_b, max_a, low), rest = (T)(mean + (double)low), m_low, m = difference(c, -rest, m_low);
   m_low = real(bits(m_low) & ~(typename Real<T>::Bits)3);
   T found = (m - c) + (m_low - low), wanted = (T)mean;
