@@ -579,9 +579,9 @@ template <class L> KL_DEVICE Anchor<T> anchor_where_not_kept(const L& at, const 
 // already, in the place of what nobody needs any more.
 struct Local {
   const double *stats, *state;
-  i64 pitch;
+  int pitch;
   bool packed;
-  KL_DEVICE double get(int k) const { return state[k * pitch]; }
+  KL_DEVICE double get(int k) const { return state[(i64)k * pitch]; }
 };
 enum { AT_MAX_A, AT_S, AT_M, AT_M_LOW, AT_X, AT_G, AT_MAX_B, AT_Q, AT_KIND };
 constexpr int PACKED[4] = {AT_S, AT_X, AT_G, EXACT<T> ? AT_M : AT_M_LOW};
@@ -594,7 +594,7 @@ KL_DEVICE Slopes<T> slopes_of(const Local& l, double it) {
   return s;
 }
 constexpr bool PACKS = OF_LOGITS && (OUT_TERMS ? !OUT_DX && !OUT_DY : OUT_DX || OUT_DY);
-KL_DEVICE void pack(const double* stats, double* state, i64 pitch, double it) {   // by one lane
+KL_DEVICE void pack(const double* stats, double* state, int pitch, double it) {   // by one lane
   Local l = {stats, state, pitch, false};
   if (is_far(l.get(AT_KIND))) return;
   Slopes<T> s = slopes_of(l, it);
@@ -1202,9 +1202,9 @@ extern "C" __global__ void __launch_bounds__(256, BLOCKS) kl_units(const Plan p)
     for (int sweep = (int)p.first; live && sweep < (int)p.last; sweep++) {
       Unit here = unit_of(p, again(tile));
       Local local = {stats, stats + 1, 1, false};
-      if (OF_LOGITS && p.chunks > 1) {
+      if (OF_LOGITS && sweep > 0 && p.chunks > 1) {
         local.state = p.states + here.row * LOGITS_STATES * p.chunks + here.chunk;
-        local.pitch = p.chunks;
+        local.pitch = (int)p.chunks;
       }
       bool keep = p.chunks == 1 && p.last > 1 && !p.columns;
       chunk(p, Wide(n), with_factors(p, s, here.row, here.chunk), sweep, local, wanted(p, sweep, weight_of(p, here.row)),
