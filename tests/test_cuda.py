@@ -493,7 +493,7 @@ def test_most_warps_rather_than_few_blocks(gpu, monkeypatch):
         cluster, slots, warps = cuda._residence(call, h100, 4096, 149, 2, slot, 4096 + 96)
         block = warps * (slots * slot + 4096 + 96) + 8 * (9 * 149 + 12)
         kept[code] = cluster, warps, warps * (h100.shared_all // (block + 1024))
-    assert kept == {1: (16, 8, 8), 3: (16, 8, 16)}
+    assert kept == {1: (16, 5, 10), 3: (16, 5, 15)}
 
 
 @pytest.mark.parametrize(

@@ -575,7 +575,7 @@ def _residence(
     most = 8 if call.wide else 16  # warps on a multiprocessor that have the registers they want: BLOCKS in kl_cuda.cu
     found = []
     for cluster in properties.clusters:
-        for warps in (8, 4, 2, 1):
+        for warps in range(8, 0, -1):
             slots = -(-chunks // (cluster * warps))
             block = warps * (slots * slot + extra) + fixed
             if block <= properties.shared:
