@@ -82,7 +82,9 @@ template <typename T> KL_FN T difference_from(T a, T b, T m, T m_low) {
 }
 // By a chunk's largest z, and its smallest of a class that has a weight: whether float32 (double) carries its exponentials and
 // their sums. Below -64 the others' z, which those classes make small, would be known to 64 eps only.
-template <typename T> KL_FN bool in_range(T largest, T smallest) { return (largest < Real<T>::far) & (smallest > T(-64)); }
+template <typename T> KL_FN bool above_range(T z) { return z >= Real<T>::far; }
+template <typename T> KL_FN bool below_range(T z) { return z <= T(-64); }
+template <typename T> KL_FN bool in_range(T largest, T smallest) { return !(above_range(largest) | below_range(smallest)); }
 
 // e^z - 1 - z
 template <bool TEMPERED, bool ALL = true, typename T> KL_FN T spread_of(const Pair<T>& z) {

@@ -11,73 +11,52 @@
 #define KL_LAMBDA
 #endif
 
-// Columns are treated so many at a time that their sums stay in registers.
-template <typename T> constexpr int BLOCK_OF = 64 / sizeof(T);
+// Rows of columns that are added up in one go, so that the sums stay in registers meanwhile.
+constexpr int DEPTH = 4, PIECE = DEPTH * COLUMNS;
 
-// Q sums of a chunk at once: f(i, sums...) adds element i to each. PADDED: f may be called for more elements, up to the next
-// multiple of 16, which are not counted. `next`: memory that will be wanted soon, asked for on the way, since the hardware's
-// own prefetch stops at every page.
-template <int Q, typename T, bool PADDED = true> struct Sums {
-  alignas(64) T columns[Q][COLUMNS];
-  int n;
-
-  template <class F> KL_FN Sums(int count, F f, const char* next = nullptr) : n(count) {
-    constexpr int B = BLOCK_OF<T>, LINES = CHUNK / COLUMNS;
-    int depth = n / COLUMNS, rest = n % COLUMNS;
-    for (int k = 0; k < (depth > 0 ? COLUMNS : rest); k += B) {
-      for (int l = 0; next && l < LINES; l++) prefetch(next + (k / B * LINES + l) * 64);
-      T s[Q][B];
-      for (int q = 0; q < Q; q++)
-        for (int j = 0; j < B; j++) s[q][j] = T(0);
-      for (int i = k; i < depth * COLUMNS; i += COLUMNS)
-        for (int j = 0; j < B; j++) add(f, i + j, s, j);
-      for (int q = 0; q < Q; q++)
-        for (int j = 0; j < B; j++) columns[q][k + j] = s[q][j];
-    }
-    for (int k = 0; k < rest; k += B) {
-      T s[Q][B];
-      for (int q = 0; q < Q; q++)
-        for (int j = 0; j < B; j++) s[q][j] = columns[q][k + j];
-      if (PADDED || k + B <= rest)
-        for (int j = 0; j < B; j++) add(f, depth * COLUMNS + k + j, s, j);
-      else
-        for (int j = 0; k + j < rest; j++) add(f, depth * COLUMNS + k + j, s, j);
-      for (int q = 0; q < Q; q++)
-        for (int j = 0; j < B && k + j < rest; j++) columns[q][k + j] = s[q][j];
-    }
+template <int D, class F> KL_FN void at_depth(int j, F f) {
+  f(j, D * COLUMNS + j);
+  if constexpr (D + 1 < DEPTH) at_depth<D + 1>(j, f);
+}
+// f(j, i) for the elements i of a piece of m and their columns j, so that each column meets its elements in order.
+template <class F> KL_FN void down(int m, F f) {
+  if (m == PIECE) {
+    for (int j = 0; j < COLUMNS; j++) at_depth<0>(j, f);
+    return;
   }
-  template <class F, int B> static KL_FN void add(F f, int i, T (&s)[Q][B], int j) {
-    if constexpr (Q == 1) f(i, s[0][j]);
-    else if constexpr (Q == 2) f(i, s[0][j], s[1][j]);
-    else f(i, s[0][j], s[1][j], s[2][j], s[3][j]);
+  for (int k = 0; k < m; k += COLUMNS) {
+    int end = m - k < COLUMNS ? m - k : COLUMNS;
+    for (int j = 0; j < end; j++) f(j, k + j);
   }
+}
 
-  double total(int q) const {
-    alignas(64) double d[COLUMNS];
-    int width = 1, used = n < COLUMNS ? n : COLUMNS;
-    while (width < used) width *= 2;
-    for (int j = 0; j < used; j++) d[j] = (double)columns[q][j];
-    for (int j = used; j < width; j++) d[j] = 0.0;
-    for (int half = width / 2; half >= 1; half /= 2)
-      for (int j = 0; j < half; j++) d[j] += d[j + half];
+// The sums of a chunk's columns, and the fold. Plain arrays and loops of one constant length, which compilers vectorise
+// whatever they unroll.
+template <typename T> struct Columns {
+  alignas(64) T at[COLUMNS];
+  Columns() {
+    for (int j = 0; j < COLUMNS; j++) at[j] = T(0);
+  }
+  double total() const {
+    alignas(64) double d[COLUMNS / 2];
+    for (int j = 0; j < COLUMNS / 2; j++) d[j] = (double)at[j] + (double)at[j + COLUMNS / 2];
+    fold<COLUMNS / 4>(d);
     return d[0] + 0.0;   // -0 becomes +0, as if every missing +0 had been added
   }
-  // where f takes the larger, or the smaller, of what it finds
-  T largest(int q) const {
-    T m = T(0);
-    for (int j = 0; j < (n < COLUMNS ? n : COLUMNS); j++) m = columns[q][j] > m ? columns[q][j] : m;
-    return m;
-  }
-  T smallest(int q) const {
-    T m = T(0);
-    for (int j = 0; j < (n < COLUMNS ? n : COLUMNS); j++) m = columns[q][j] < m ? columns[q][j] : m;
-    return m;
+  template <int HALF> static KL_FN void fold(double* d) {
+    for (int j = 0; j < HALF; j++) d[j] += d[j + HALF];
+    if constexpr (HALF > 1) fold<HALF / 2>(d);
   }
 };
 
+template <typename T> void add_columns(const T* __restrict t, int m, T* __restrict s) {
+  down(m, [=](int j, int i) KL_LAMBDA { s[j] += t[i]; });
+}
 // the sum of t[0..n), 0 < n <= CHUNK
 template <typename T> double sum(const T* t, int n) {
-  return Sums<1, T, false>(n, [&](int i, T& s) KL_LAMBDA { s += t[i]; }).total(0);
+  Columns<T> s;
+  for (int i = 0; i < n; i += PIECE) add_columns(t + i, n - i < PIECE ? n - i : PIECE, s.at);
+  return s.total();
 }
 
 // the sum of any number of doubles, level by level; overwrites t
@@ -181,12 +160,18 @@ template <typename T> void store(const Array& a, char* row, i64 start, int n, co
   std::memcpy(p + at, line + at, (size_t)(bytes - at));
 }
 
+// Asks for the memory of elements [i, i + m) at `next`.
+template <typename T> KL_FN void ask_for(const char* next, int i, int m) {
+  if (next)
+    for (i64 at = i * (i64)sizeof(T); at < (i + m) * (i64)sizeof(T); at += 64) prefetch(next + at);
+}
+
 // Runs f(i, m) over a chunk piece by piece, and with each piece asks for as much of the memory at px and py, so that it
 // arrives while this chunk is computed: the hardware's own prefetch stops at every page.
 template <typename T, class F> void pieces(const void* px, const void* py, int n, F f) {
-  constexpr int PIECE = 128, LINE = 64;
-  for (int i = 0; i < n; i += PIECE) {
-    int m = n - i < PIECE ? n - i : PIECE;
+  constexpr int STEP = 128, LINE = 64;
+  for (int i = 0; i < n; i += STEP) {
+    int m = n - i < STEP ? n - i : STEP;
     for (i64 k = i * (i64)sizeof(T); k < (i + m) * (i64)sizeof(T); k += LINE) {
       if (px) prefetch((const char*)px + k);
       if (py) prefetch((const char*)py + k);
@@ -338,43 +323,77 @@ template <typename T> struct alignas(64) Kept {
   T growth[CHUNK + 192 / sizeof(T)];               // e^z - 1, if dy is wanted
 };
 
-// The chunk's anchor, its weights and their sum
+// Where each element takes a long chain of instructions, a processor finds few independent ones among those it sees ahead.
+// So the functions below take a piece of a chunk in several short loops, and leave in memory what the next one needs.
+
+// The weights of n elements, up to m, the next multiple of 16, zeros; and what they add to the columns of the mean
 template <typename T, bool TEMPERED>
-double weigh(const T* __restrict a, const T* __restrict b, int n, const Inverse<T>& it, const char* next, Kept<T>& k) {
+void weigh_piece(const T* __restrict a, const T* __restrict b, int n, int m, T max_a, T max_b, Inverse<T> it, T* __restrict w,
+                 T* __restrict s, T* __restrict c) {
+  for (int i = 0; i < m; i++) w[i] = weight<TEMPERED>(a[i], max_a, it);
+  for (int i = n; i < m; i++) w[i] = T(0);
+  down(m, [=](int j, int i) KL_LAMBDA {
+    s[j] += w[i];
+    c[j] = fma(w[i], below_tops(a[i], b[i], max_a, max_b), c[j]);
+  });
+}
+
+// The chunk's anchor, its weights and their sum. `next`: memory that will be wanted soon, asked for on the way.
+template <typename T, bool TEMPERED>
+double weigh(const T* a, const T* b, int n, const Inverse<T>& it, const char* next, Kept<T>& k) {
   int n16 = (n + 15) & ~15;
   T max_a = maximum(a, n16), max_b = maximum(b, n16);
-  T* __restrict w = k.weight;
-  Sums<2, T> sums(n, [=](int i, T& s, T& c) KL_LAMBDA {
-    T v = weight<TEMPERED>(a[i], max_a, it);
-    w[i] = v;
-    s = s + v;
-    c = fma(v, below_tops(a[i], b[i], max_a, max_b), c);
-  }, next);
-  double weights = sums.total(0), mean = sums.total(1) / weights;
+  Columns<T> s, c;
+  for (int i = 0; i < n; i += PIECE) {
+    int m = n16 - i < PIECE ? n16 - i : PIECE;
+    ask_for<T>(next, i, m);
+    weigh_piece<T, TEMPERED>(a + i, b + i, n - i, m, max_a, max_b, it, k.weight + i, s.at, c.at);
+  }
+  double weights = s.total(), mean = c.total() / weights;
   k.at = anchor(max_a, max_b, mean);
   k.far = !usable(mean);
   return weights;
 }
 
+template <typename T, bool TEMPERED, bool KEEP>
+bool spread_piece(const T* __restrict a, const T* __restrict b, const T* __restrict w, int m, Anchor<T> at, Inverse<T> it,
+                  T* __restrict growth, T* __restrict sx, T* __restrict sg) {
+  alignas(64) T e[PIECE], low[TEMPERED ? PIECE : 1];
+  T* __restrict z = growth;
+  typename Real<T>::Bits others = 0;
+  for (int i = 0; i < m; i++) {
+    Pair<T> any = centred<TEMPERED>(a[i], b[i], at, it), mine = counted(any, w[i]);
+    others |= above_range(any.value) ? 1 : 0;
+    z[i] = mine.value;
+    if constexpr (TEMPERED) low[i] = mine.low;
+  }
+  for (int i = 0; i < m; i++) {
+    others |= below_range(z[i]) ? 1 : 0;
+    e[i] = spread_of<TEMPERED>(Pair<T>{z[i], TEMPERED ? low[i] : T(0)});
+  }
+  const T* __restrict excess = e;
+  down(m, [=](int j, int i) KL_LAMBDA {
+    sx[j] = fma(w[i], z[i], sx[j]);
+    sg[j] = fma(w[i], excess[i], sg[j]);
+    if (KEEP) growth[i] = excess[i] + z[i];
+  });
+  return others;
+}
+
 // and the sums of w z and w (e^z - 1 - z)
 template <typename T, bool TEMPERED, bool KEEP>
-void spread(const T* __restrict a, const T* __restrict b, int n, const Inverse<T>& it, const char* next, Kept<T>& k,
-            double& x, double& g) {
-  const Anchor<T> at = k.at;
-  const T* __restrict w = k.weight;
-  T* __restrict growth = k.growth;
-  Sums<4, T> sums(n, [=](int i, T& sx, T& sg, T& largest, T& smallest) KL_LAMBDA {
-    Pair<T> any = centred<TEMPERED>(a[i], b[i], at, it), z = counted(any, w[i]);
-    T e = spread_of<TEMPERED>(z);
-    largest = any.value > largest ? any.value : largest;
-    smallest = z.value < smallest ? z.value : smallest;
-    sx = fma(w[i], z.value, sx);
-    sg = fma(w[i], e, sg);
-    if (KEEP) growth[i] = e + z.value;
-  }, next);
-  k.far = !in_range(sums.largest(2), sums.smallest(3));
-  x = sums.total(0);
-  g = sums.total(1);
+void spread(const T* a, const T* b, int n, const Inverse<T>& it, const char* next, Kept<T>& k, double& x, double& g) {
+  int n16 = (n + 15) & ~15;
+  Columns<T> sx, sg;
+  bool far = false;
+  for (int i = 0; i < n; i += PIECE) {
+    int m = n16 - i < PIECE ? n16 - i : PIECE;
+    ask_for<T>(next, i, m);
+    far |= spread_piece<T, TEMPERED, KEEP>(a + i, b + i, k.weight + i, m, k.at, it, k.growth + i, sx.at, sg.at);
+  }
+  k.far = far;
+  x = sx.total();
+  g = sg.total();
 }
 
 // A chunk with classes excluded or far apart, in double
@@ -460,7 +479,6 @@ void logits_chunk(const Plan& p, const Row& row, int sweep, i64 start, int n, co
     put(state, pitch, k.far ? far_chunk(a, b, n, temperature) : near_state(k.at, weights, x, g));
     return;
   }
-  FarRow far = far_row(stats, temperature);
   i64 at = start * (i64)sizeof(T);   // this sweep reads from the caches: the memory may bring the next row meanwhile
   pieces<T>(row.next_x ? row.next_x + at : nullptr, row.next_y ? row.next_y + at : nullptr, n, [](int, int) {});
   bool literal = p.operation == REL_ENTR;
@@ -469,6 +487,7 @@ void logits_chunk(const Plan& p, const Row& row, int sweep, i64 start, int n, co
     if (!k.far) spread<T, TEMPERED, true>(a, b, n, it, nullptr, k, x, g);
   }
   Slopes<T> along = slopes<T>((double)k.at.max_a, pair_of(k.at), stats, temperature);
+  FarRow far = k.far || p.output == TERMS ? far_row(stats, temperature) : FarRow{};
   if (k.far && (dx || dy)) {
     write_far(a, b, n, far, dx ? s.dx : nullptr, dy ? s.dy : nullptr);
   } else {
