@@ -66,6 +66,7 @@ template <> struct Stored<FLOAT16> {
 #endif
 };
 
+constexpr int size_of(int dtype) { return dtype == FLOAT64 ? 8 : dtype == FLOAT32 ? 4 : 2; }
 template <typename T> constexpr int code_of() { return sizeof(T) == 8 ? FLOAT64 : FLOAT32; }
 
 }  // namespace kl
