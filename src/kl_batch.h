@@ -66,6 +66,7 @@ struct Arithmetic {
 
 constexpr int LINE = 16;              // neighbouring rows taken together at least where classes lie far apart: a cache line's
 constexpr int GROUP = 256;            // and at most
+constexpr i64 FEW = 4;                // rows below which it does not pay to take several at once
 constexpr i64 TILE = 128 * CHUNK;      // numbers of an array that such rows bring together at once; the second level holds it
 constexpr i64 SERIAL = 32768;         // classes below which a second thread costs more than it brings
 constexpr i64 STREAM = 64 << 20;      // bytes of output from which on it is streamed past the caches
@@ -85,33 +86,9 @@ struct Scratch {                      // 64-byte aligned memory
   char* raw;
 };
 
-inline Row locate(const Plan& p, i64 r) {
-  Row row = {p.x.data, p.y.data, p.factors.data, p.value.data, p.dx.data, p.dy.data, 1.0, nullptr, nullptr, nullptr};
-  const char* weight = p.weights.data;
-  for (int d = p.ndim - 1; d >= 0; d--) {
-    i64 i = d > 0 ? r % p.shape[d] : r;
-    r = d > 0 ? r / p.shape[d] : 0;
-    row.x += i * p.x.batch[d];
-    row.y += i * p.y.batch[d];
-    row.factors += i * p.factors.batch[d];
-    row.value += i * p.value.batch[d];
-    row.dx += i * p.dx.batch[d];
-    row.dy += i * p.dy.batch[d];
-    weight += i * p.weights.batch[d];
-  }
-  if (p.weights.data && p.weights.dtype == FLOAT32) {
-    float f;
-    std::memcpy(&f, weight, sizeof f);
-    row.weight = f;
-  } else if (p.weights.data) {
-    std::memcpy(&row.weight, weight, sizeof row.weight);
-  }
-  return row;
-}
-
 inline void write_zeros(const Array& a, char* row, i64 n) {
   if (!a.data) return;
-  i64 size = a.dtype == FLOAT64 ? 8 : a.dtype == FLOAT32 ? 4 : 2;
+  i64 size = size_of(a.dtype);
   for (i64 i = 0; i < n; i++) std::memset(row + i * a.stride, 0, (size_t)size);
 }
 
@@ -136,7 +113,7 @@ inline void collapse(Plan& p) {
   }
 }
 
-inline int width(const Array& a) { return a.dtype == FLOAT64 ? 8 : a.dtype == FLOAT32 ? 4 : 2; }
+inline int width(const Array& a) { return size_of(a.dtype); }
 inline bool scattered(const Array& a) { return a.data && std::abs(a.stride) > 64; }
 
 // n classes of m rows that are neighbours in memory, from columns to rows `pitch` bytes apart, or back. Eight classes at a
@@ -168,7 +145,7 @@ struct Batch {
   i64 panel, panels;                  // chunks whose states are held at once; how often that is
   i64 per_row;                        // doubles that a row's states take: those of a panel, then one a panel
   bool ahead;                         // read the next row while this one is written
-  bool flat;                          // rows short and dense enough for kernel.flat
+  Few few_rows;                       // for rows so short that several are taken at once; or nullptr
   size_t bytes;                       // of scratch a thread
   size_t kept = 0;                    // where in the scratch; 0: nothing is kept
   // Where classes lie far apart, a chunk of all rows of a group is brought into rows before it is computed, and results
@@ -182,21 +159,21 @@ struct Batch {
     chunks = (p.n + CHUNK - 1) / CHUNK;
     bool far = scattered(p.x) || scattered(p.y) || scattered(p.dx) || scattered(p.dy);
     group = far ? group_size() : 1;
-    flat = kernel.flat && p.n > 0 && p.n <= COLUMNS && p.ndim <= 1 && !p.weights.data && !p.factors.data &&
-           p.output != TERMS && dense(p.x) && dense(p.y) && dense(p.dx) && dense(p.dy);
-    if (flat) group = CHUNK / p.n;
+    few_rows = isa.few(p);
+    if (p.n < 1 || p.n > COLUMNS || p.rows < FEW) few_rows = nullptr;
+    if (few_rows) group = isa.lanes(p.n, p.wide);
     i64 size = p.x.dtype == FLOAT64 ? 8 : 4;
     ahead = group == 1 && kernel.sweeps > 1 && chunks > 1 && 2 * p.n * size <= AHEAD && p.x.stride == size &&
             p.y.stride == size;
     panel = std::min<i64>(CHUNK, (std::max<i64>(chunks, 1) + 7) & ~(i64)7);
     panels = (chunks + CHUNK - 1) / CHUNK;
     per_row = (panel + panels) * *std::max_element(kernel.states, kernel.states + 3);
-    bytes = (SCRATCH + sizeof(double) * (size_t)(per_row * group) + 63) & ~(size_t)63;
+    bytes = (SCRATCH + sizeof(double) * (size_t)(per_row * (few_rows ? 1 : group)) + 63) & ~(size_t)63;
     if (group == 1 && kernel.kept > 0 && (i64)kernel.kept * chunks <= KEPT) {
       kept = bytes;
       bytes += kernel.kept * (size_t)chunks;
     }
-    for (int k = 0; k < SIDES && group > 1 && !flat; k++) {
+    for (int k = 0; k < SIDES && group > 1 && !few_rows; k++) {
       Array& a = near.*sides[k];
       if (!scattered(a) || (&a == &near.value && p.output != TERMS)) continue;
       near.stream = 0;
@@ -211,10 +188,6 @@ struct Batch {
     i64 last = p.ndim ? p.shape[p.ndim - 1] : 1, rows = TILE / std::min<i64>(CHUNK, std::max<i64>(p.n, 1));
     rows = std::min<i64>(std::min<i64>(rows, GROUP), p.rows / (4 * p.threads)) / LINE * LINE;
     return std::min(std::max<i64>(rows, LINE), std::max<i64>(last, 1));
-  }
-
-  bool dense(const Array& a) const {
-    return !a.data || (a.stride == width(a) && (p.ndim == 0 || a.batch[0] == p.n * width(a)));
   }
 
   // Rows of the tile begin at different offsets within a page: the first-level cache keeps few lines of one offset.
@@ -381,19 +354,24 @@ inline void run_here(Plan& p, const Isa& isa) {
       auto group = [&](i64 g) {
         i64 r = start + g * b.group;
         int count = (int)std::min<i64>(b.group, end - r);
-        if (b.flat) {
-          double values[CHUNK];
-          Row row = locate(p, r);
-          b.kernel.flat(p, row, count, values, scratch.data() + (size_t)Batch::thread() * b.bytes);
+        char* mine = scratch.data() + (size_t)Batch::thread() * b.bytes;
+        Row row[GROUP];
+        double stats[GROUP][MAX_STATS];
+        if (b.few_rows) {
+          double values[GROUP];
+          char alone[GROUP] = {0};
+          if (count < FEW) std::memset(alone, 1, sizeof alone);
+          else b.few_rows(p, r, count, values, alone, mine);
           for (int i = 0; i < count; i++) {
+            if (alone[i]) {
+              b.rows(r + i, 1, 0, b.kernel.sweeps, row, stats, mine);
+              values[i] = b.finish(row[0], stats[0]);
+            }
             if (totals) held[(size_t)(r + i - start)] = values[i];
-            else write_value(p.value, row.value + i * p.value.batch[0], values[i]);
           }
           return;
         }
-        Row row[GROUP];
-        double stats[GROUP][MAX_STATS];
-        b.rows(r, count, 0, b.kernel.sweeps, row, stats, scratch.data() + (size_t)Batch::thread() * b.bytes);
+        b.rows(r, count, 0, b.kernel.sweeps, row, stats, mine);
         for (int i = 0; i < count; i++) {
           double v = b.finish(row[i], stats[i]);
           if (totals) held[(size_t)(r + i - start)] = v;

@@ -107,17 +107,21 @@ template <int D, typename T> void widen_into(const char* p, i64 stride, int n, T
   }
 }
 
+template <typename T> void widen(int dtype, const char* p, i64 stride, int n, T* out) {
+  switch (dtype) {
+    case FLOAT64: widen_into<FLOAT64>(p, stride, n, out); break;
+    case FLOAT32: widen_into<FLOAT32>(p, stride, n, out); break;
+    case FLOAT16: widen_into<FLOAT16>(p, stride, n, out); break;
+    default: widen_into<BFLOAT16>(p, stride, n, out);
+  }
+}
+
 // Elements [start, start+n) of a row as T, readable up to the next multiple of 16: in place where possible, else in buffer.
 template <typename T> const T* load(const Array& a, const char* row, i64 start, int n, T* buffer) {
   const char* p = row + start * a.stride;
   if (a.dtype == code_of<T>() && a.stride == (i64)sizeof(T) && n % 16 == 0 && (std::uintptr_t)p % sizeof(T) == 0)
     return (const T*)p;
-  switch (a.dtype) {
-    case FLOAT64: widen_into<FLOAT64>(p, a.stride, n, buffer); break;
-    case FLOAT32: widen_into<FLOAT32>(p, a.stride, n, buffer); break;
-    case FLOAT16: widen_into<FLOAT16>(p, a.stride, n, buffer); break;
-    default: widen_into<BFLOAT16>(p, a.stride, n, buffer);
-  }
+  widen(a.dtype, p, a.stride, n, buffer);
   for (int i = n; i % 16; i++) buffer[i] = buffer[0];
   return buffer;
 }
@@ -144,27 +148,31 @@ template <typename T> void narrow_to(int dtype, const T* v, T scale, i64 n, char
   }
 }
 
-// v * scale to elements [start, start+n) of a row. Large outputs are streamed: nobody will find them in a cache later,
-// and a store that misses the caches reads the line first.
-template <typename T> void store(const Array& a, char* row, i64 start, int n, const T* v, double scale, bool stream) {
-  char* p = row + start * a.stride;
-  i64 size = a.dtype == FLOAT64 ? 8 : a.dtype == FLOAT32 ? 4 : 2;
+// v * scale to n elements, at most CHUNK * 8 bytes, `stride` apart. Large outputs are streamed: nobody will find them in a
+// cache later, and a store that misses the caches reads the line first.
+template <typename T> void store_to(int dtype, char* p, i64 stride, int n, const T* v, double scale, bool stream) {
+  i64 size = size_of(dtype);
   const Scale<T> by(scale);
-  T near = by.near, products[CHUNK];
+  T near = by.near, products[CHUNK * 8 / sizeof(T)];
   if (by.far) {
     for (int i = 0; i < n; i++) products[i] = v[i] * by;
     v = products;
     near = T(1);
   }
-  if (!stream || a.stride != size) return narrow_to(a.dtype, v, near, n, p, a.stride);
+  if (!stream || stride != size) return narrow_to(dtype, v, near, n, p, stride);
   alignas(64) char line[CHUNK * 8];
-  narrow_to(a.dtype, v, near, n, line, size);
+  narrow_to(dtype, v, near, n, line, size);
   i64 bytes = n * size, head = (i64)(-(std::uintptr_t)p & 63);
   head = head < bytes ? head : bytes;
   std::memcpy(p, line, (size_t)head);
   i64 at = head;
   for (; at + 64 <= bytes; at += 64) stream_line(p + at, line + at);
   std::memcpy(p + at, line + at, (size_t)(bytes - at));
+}
+
+// v * scale to elements [start, start+n) of a row
+template <typename T> void store(const Array& a, char* row, i64 start, int n, const T* v, double scale, bool stream) {
+  store_to(a.dtype, row + start * a.stride, a.stride, n, v, scale, stream);
 }
 
 // Asks for the memory of elements [i, i + m) at `next`.
@@ -289,20 +297,6 @@ void terms_chunk(const Plan& p, const Row& row, int, i64 start, int n, const dou
     store(p.value, row.value, start, n, s.a, row.weight, p.stream);
   else
     state[0] = sum(s.a, n);
-}
-
-// Several short rows that lie one behind the other: their terms in one go, then a sum for each.
-template <typename T> void terms_flat(const Plan& p, const Row& first, int rows, double* totals, void* scratch) {
-  Buffers<T>& s = *(Buffers<T>*)scratch;
-  int n = (int)p.n, all = n * rows;
-  const T* x = load(p.x, first.x, 0, all, s.x);
-  const T* y = p.operation == ENTROPY ? x : load(p.y, first.y, 0, all, s.y);
-  auto map = terms_of<T>(p);
-  pieces<T>(x + CHUNK, y == x ? nullptr : y + CHUNK, (all + 15) & ~15,
-            [&](int i, int m) { map(x + i, y + i, (T)p.epsilon, m, s.a + i, s.dx + i, s.dy + i); });
-  if (p.dx.data) store(p.dx, first.dx, 0, all, s.dx, p.gradient_scale, p.stream);
-  if (p.dy.data) store(p.dy, first.dy, 0, all, s.dy, p.gradient_scale, p.stream);
-  for (int r = 0; r < rows; r++) totals[r] = sum(s.a + r * n, n);
 }
 
 inline void terms_fold(const Plan&, int, const double* from, int count, i64, double* to, i64) {
@@ -672,13 +666,13 @@ inline Kernel kernel(const Plan& p) {
     bool tempered = p.inverse_temperature != 1;
     auto chunk = p.wide ? (tempered ? logits_chunk<double, true> : logits_chunk<double, false>)
                         : (tempered ? logits_chunk<float, true> : logits_chunk<float, false>);
-    return {sweeps, {LOGITS_STATES, 0, 0}, chunk, logits_fold, logits_done, nullptr,
+    return {sweeps, {LOGITS_STATES, 0, 0}, chunk, logits_fold, logits_done,
             gradient && p.output != TERMS ? (p.wide ? sizeof(Kept<double>) : sizeof(Kept<float>)) : 0};
   }
   if (p.space_x == LOGITS || p.space_y == LOGITS)
-    return {gradient ? 3 : 2, {2 * NORM_STATES, SUM_STATES, 0}, mixed_chunk, mixed_fold, mixed_finish, nullptr};
-  if (p.wide) return {1, {1, 0, 0}, terms_chunk<double>, terms_fold, terms_finish, terms_flat<double>};
-  return {1, {1, 0, 0}, terms_chunk<float>, terms_fold, terms_finish, terms_flat<float>};
+    return {gradient ? 3 : 2, {2 * NORM_STATES, SUM_STATES, 0}, mixed_chunk, mixed_fold, mixed_finish, 0};
+  if (p.wide) return {1, {1, 0, 0}, terms_chunk<double>, terms_fold, terms_finish, 0};
+  return {1, {1, 0, 0}, terms_chunk<float>, terms_fold, terms_finish, 0};
 }
 
 // klcore's own elementary functions over arrays, for the tests

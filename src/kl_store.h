@@ -77,6 +77,7 @@ template <typename T> struct Scale {
 };
 template <typename T> KL_FN T operator*(T v, const Scale<T>& s) { return s.far ? (T)((double)v * s.exact) : v * s.near; }
 
+constexpr int size_of(int dtype) { return dtype == FLOAT64 ? 8 : dtype == FLOAT32 ? 4 : 2; }
 template <typename T> constexpr int code_of() { return sizeof(T) == 8 ? FLOAT64 : FLOAT32; }
 
 }  // namespace kl
