@@ -559,8 +559,13 @@ template <int SX, int SY> struct Term<REL_ENTR, SX, SY> : Plain {
   }
   template <typename T> static KL_FN T dy(T x, T y) {
     T lx = log_prob<SX>(x), ly = log_prob<SY>(y), d;
-    if constexpr (SY == PROBS) d = T(0) - with_exp<true>(y, x);
-    else d = T(0) - x;
+    if constexpr (SY == PROBS) {
+      d = T(0) - with_exp<true>(y, x);
+      d = excluded(ly) ? -infinity<T>() : d;   // however small p is
+      d = excluded(lx) ? T(0) : d;
+    } else {
+      d = T(0) - x;
+    }
     return unless_nan(lx, ly, d);
   }
 };

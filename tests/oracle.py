@@ -365,6 +365,8 @@ def _sizes(
     finite = np.where(np.isfinite(terms), terms, 0.0)
     if is_wide(operation, (sx, sy)):
         magnitudes = (finite + np.abs(q - p) if operation == "kl_div" else p * np.abs(part) + p * (sx != sy)) * logs
+        if operation == "kl_div":  # of next to equal rows, the square of the error of log q - log p
+            magnitudes = magnitudes + EPS64 * p * logs * logs
         x_size = logs if sx == "probs" else p * logs * logs
         y_size = (p + q) * logs / (np.where(q > 0, q, 1.0) if sy == "probs" else 1.0)
         if sx == "logits":
