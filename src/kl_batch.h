@@ -37,7 +37,7 @@ inline void watch_forks() {
 #endif
 }
 
-// While one lives, its thread computes as numerics v1 says: rounding to nearest, subnormal numbers kept. A program may have
+// While one lives, its thread computes as numerics v2 says: rounding to nearest, subnormal numbers kept. A program may have
 // chosen otherwise (torch.set_flush_denormal, a library linked with -ffast-math), and threads inherit that.
 struct Arithmetic {
   Arithmetic(const Arithmetic&) = delete;

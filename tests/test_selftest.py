@@ -49,7 +49,7 @@ def test_selftest_on_the_cpu():
     isa, threads = (re.search(f"{name}: (.*)", done.stdout)[1] for name in ("instruction set in use", "threads"))
     assert f"cpu ({isa}, {threads} threads):" in done.stdout
     for name, usable in _cpu.instruction_sets().items():
-        assert (f"bits with {name} instructions: those of numerics v1" in done.stdout) == usable
+        assert (f"bits with {name} instructions: those of numerics v2" in done.stdout) == usable
     missing = klcore.show_config("dicts")["cuda"]["available"].removeprefix("no: ")
     assert missing == "yes" or f"cuda: not checked: {missing}\n" in done.stdout
 
@@ -75,7 +75,7 @@ def test_selftest_on_a_gpu(capsys, monkeypatch):
     assert "cuda:0 (emulated, compute capability 9.0, 8 GiB):\n  ok      values: " in text
     assert text.endswith("klcore keeps its promises on cpu, cuda:0.\n")
     assert not good
-    assert sentence.startswith("bits: not those of numerics v1: kernels (")
+    assert sentence.startswith("bits: not those of numerics v2: kernels (")
 
 
 # ---- faults ----------------------------------------------------------------------------------------------------------
