@@ -312,7 +312,7 @@ void few_logits(const Plan& p, i64 r, int count, double* values, char* alone, vo
 
 // everything else with logits, by the steps of mixed_chunk
 struct NormLanes {
-  alignas(64) Lane<double> max, zero, ties, rest, log;
+  alignas(64) Lane<double> max, zero, ties, rest, alone, tied, log;
 };
 KL_APART inline void few_log_probs(double* __restrict x, i64 n, i64 pitch, double it, double* __restrict a, double* room) {
   NormLanes k;
@@ -324,7 +324,11 @@ KL_APART inline void few_log_probs(double* __restrict x, i64 n, i64 pitch, doubl
   for (i64 i = 0; i < n * pitch; i += pitch)
     for (i64 r = 0; r < pitch; r++) a[i + r] = norm_rest(x[i + r], k.max[r], k.zero[r], it);
   add_lanes(n, pitch, room, k.rest, [=](i64 j) KL_LAMBDA { return a[j]; });
-  for (i64 r = 0; r < pitch; r++) k.log[r] = log_norm({k.max[r], excluded(k.max[r]) ? 0.0 : k.ties[r], k.rest[r]});
+  for (i64 r = 0; r < pitch; r++) k.ties[r] = excluded(k.max[r]) ? 0.0 : k.ties[r];
+  // a loop each: in one, gcc would take branches
+  for (i64 r = 0; r < pitch; r++) k.alone[r] = log_alone({k.max[r], k.ties[r], k.rest[r]});
+  for (i64 r = 0; r < pitch; r++) k.tied[r] = log_tied({k.max[r], k.ties[r], k.rest[r]});
+  for (i64 r = 0; r < pitch; r++) k.log[r] = log_norm({k.max[r], k.ties[r], k.rest[r]}, k.alone[r], k.tied[r]);
   for (i64 i = 0; i < n * pitch; i += pitch)
     for (i64 r = 0; r < pitch; r++) x[i + r] = log_prob_of(x[i + r], k.max[r], k.log[r], it);
 }
