@@ -928,6 +928,8 @@ KL_DEVICE void finish(const Plan& p, int sweep, const double* from, double* stat
 #pragma unroll
   for (int k = 0; k < MAX_STATES; k++)
     if (k < states_of(sweep)) state[k] = from[k];
+  if (sweep == 0)
+    for (int k = 0; k < MAX_STATS; k++) stats[k] = 0.0;   // all of them are read, the unused ones too
   if constexpr (OF_LOGITS) {
     logits_finish(*(const Spread*)state, inverse_temperature(p), stats);
   } else if (NORMALISED && sweep == 0) {

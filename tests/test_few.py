@@ -119,8 +119,12 @@ def test_a_block_has_the_bits_of_its_rows(operation, layout, dtype):
             few = [a[i : i + 3] for a in arrays]
             w = None if weights is None else weights[i : i + 3]
             expected = compute(operation, few, space, -1, temperature=temperature, weights=w)
-            for name, a, b in zip(("value", "dx", "dy", "terms") if sides == 2 else ("value", "dx", "terms"), found, expected, strict=True):
-                np.testing.assert_array_equal(as_bits(a[i : i + 3]), as_bits(b), f"{name} {space} {n=} rows {i}.. of {rows}")
+            for name, a, b in zip(
+                ("value", "dx", "dy", "terms") if sides == 2 else ("value", "dx", "terms"), found, expected, strict=True
+            ):
+                np.testing.assert_array_equal(
+                    as_bits(a[i : i + 3]), as_bits(b), f"{name} {space} {n=} rows {i}.. of {rows}"
+                )
 
 
 @pytest.mark.parametrize("operation", OPERATIONS)
