@@ -7,16 +7,17 @@ namespace kl {
 
 // ---- the divergence of two rows of logits ---------------------------------------------------------------------------------
 //
-// With T the temperature, a = x's logits, b = y's, c = b - a and z = (c - M)/T. The anchor M is an unevaluated sum of two
-// numbers, as c is: however large an offset the logits have in common, z is as exact as without.
+// With T the temperature, a = x's logits, b = y's, c = b - a and z = (c - M)/T. A chunk's anchor M is an unevaluated sum of
+// two numbers, as c is: however large an offset the logits have in common, z is as exact as without. What outlives the
+// chunk is measured from the largest a and b, where offsets of any size are gone: M less max b - max a.
 struct Spread {
   double max_a;       // m = max a
   double s;           // sum e^((a-m)/T): the weights
-  double m, m_low;    // M, next to the weighted mean of c
+  double m, m_low;    // M, next to the weighted mean of c, less max b - max a
   double x;           // sum of weights * z, nearly 0
   double g;           // sum of weights * (e^z - 1 - z) >= 0
   double max_b;
-  double q;           // of a far state sum e^((b - max b)/T); of another M - (max b - max a), which gives that sum
+  double q;           // of a far state sum e^((b - max b)/T)
   double kind;        // FAR and IMPOSSIBLE, added up
 };
 enum { FAR = 1, IMPOSSIBLE = 2 };   // some e^z is beyond what the weights carry; some class possible for x is not for y
@@ -25,7 +26,7 @@ KL_FN bool is_far(double kind) { return kind == FAR || kind == FAR + IMPOSSIBLE;
 KL_FN bool is_impossible(double kind) { return kind >= IMPOSSIBLE; }
 KL_FN double kind_of(bool far, bool impossible) { return (far ? FAR : 0) + (impossible ? IMPOSSIBLE : 0); }
 
-// A row's stats: the value, then what the writing sweep needs
+// A row's stats: the value, then what the writing sweep needs; M and shift less max b - max a
 enum { VALUE, ROW_MAX_A, ROW_S, ROW_M, ROW_M_LOW, ROW_MEAN_Z, ROW_SHIFT, ROW_SHIFT_LOW, ROW_MAX_B, ROW_Q, ROW_KIND };
 constexpr int MAX_STATS = 12;
 
@@ -57,14 +58,18 @@ template <bool TEMPERED, typename T> KL_FN T weight(T a, T m, const Inverse<T>& 
 }
 
 // A chunk's M = max b - max a + mean, from the weighted mean of (b - max b) - (a - max a), which no offset makes large. Of
-// its low part two bits are left out: (c - m) - low is then exact where z is small beside the rounding of c.
+// its low part two bits are left out: (c - m) - low is then exact where z is small beside the rounding of c. Two numbers
+// do not hold an M whose parts are too far apart (max a 1e7, max b 1e18): such a chunk has no usable mean, and is far.
 template <typename T> struct Anchor { T max_a, max_b, m, low, mean; };
 template <typename T> KL_FN T below_tops(T a, T b, T max_a, T max_b) { return (b - max_b) - (a - max_a); }
 KL_FN bool usable(double mean) { return absolute(mean) < 1e300; }
 template <typename T> KL_FN Anchor<T> anchor(T max_a, T max_b, double mean) {
   T low, c = difference(max_b, max_a, low), rest = (T)(mean + (double)low), m_low, m = difference(c, -rest, m_low);
   m_low = real(bits(m_low) & ~(typename Real<T>::Bits)3);
-  return {max_a, max_b, m, m_low, (m - c) + (m_low - low)};
+  T found = (m - c) + (m_low - low), wanted = (T)mean;
+  // beside the rounding of the mean; at the lowest temperature 2^-29/T is a fifth of the smallest spread, 1e-6
+  bool held = absolute(found - wanted) <= fma(absolute(wanted), T(4) * Real<T>::eps, T(0x1p-29f));
+  return {max_a, max_b, m, m_low, held ? found : infinity<T>()};
 }
 
 // z, and in float32 at a temperature what its rounding left
@@ -75,11 +80,17 @@ template <bool TEMPERED, typename T> KL_FN Pair<T> centred(T a, T b, const Ancho
 }
 // z of a class that has a weight; else 0, since it may have overflowed
 template <typename T> KL_FN Pair<T> counted(const Pair<T>& z, T w) { return {w > T(0) ? z.value : T(0), w > T(0) ? z.low : T(0)}; }
-// (b - a) - (m + m_low) with every bit of m_low, |m_low| at most half a unit of m
-template <typename T> KL_FN T difference_from(T a, T b, T m, T m_low) {
-  T low, c = difference(b, a, low), d = c - m, s = d + low, left = low - (s - d);
-  return (s - m_low) + left;
+// (b - top_b) - (a - top_a), nothing rounded away that counts; what overflowed counts as very large
+KL_FN double limited(double z) {
+  z = z > 1e300 ? 1e300 : z;
+  return z < -1e300 ? -1e300 : z;
 }
+KL_FN Pair<double> from_tops(double a, double b, double top_a, double top_b) {
+  double low_a, u = difference(a, top_a, low_a), low_b, v = difference(b, top_b, low_b), low, c = difference(v, u, low);
+  low += low_b - low_a;
+  return {limited(c), absolute(low) < infinity<double>() ? low : 0.0};
+}
+KL_FN double less(const Pair<double>& c, const Pair<double>& m) { return (c.value - m.value) + (c.low - m.low); }
 // By a chunk's largest z, and its smallest of a class that has a weight: whether float32 (double) carries its exponentials and
 // their sums. Below -64 the others' z, which those classes make small, would be known to 64 eps only.
 template <typename T> KL_FN bool in_range(T largest, T smallest) { return (largest < Real<T>::far) & (smallest > T(-64)); }
@@ -95,18 +106,19 @@ template <typename T> KL_FN Pair<double> pair_of(const Anchor<T>& at) {   // M
   double low, m = difference((double)at.max_b, (double)at.max_a, low);
   return {m, low + (double)at.mean};
 }
+KL_FN Pair<double> less_tops(const Pair<double>& m, double max_a, double max_b) {
+  double c_low, c = difference(max_b, max_a, c_low), low, from = difference(m.value, c, low);
+  return {from, low + (m.low - c_low)};
+}
 template <typename T> KL_FN Spread near_state(const Anchor<T>& at, double weights, double x, double g) {
   Pair<double> m = pair_of(at);
-  return {(double)at.max_a, weights, m.value, m.low, x, g, (double)at.max_b, (double)at.mean, 0.0};
+  m = less_tops(m, (double)at.max_a, (double)at.max_b);
+  return {(double)at.max_a, weights, m.value, m.low, x, g, (double)at.max_b, 0.0, 0.0};
 }
 
 // A chunk where e^z leaves the range, or classes are excluded: always in double, and y's mass is measured from y's own
 // maximum. First the weights, and what the mean over classes that both allow is made of;
 KL_FN double top_of(double max) { return excluded(max) ? 0.0 : max; }
-KL_FN double limited(double z) {   // what overflowed counts as very large
-  z = z > 1e300 ? 1e300 : z;
-  return z < -1e300 ? -1e300 : z;
-}
 struct Shared { double e, weight, c; bool impossible; };
 KL_FN Shared shared(double a, double b, double top_a, double top_b, double it) {
   double e = softmax_weight((a - top_a) * it), both = excluded(b) ? 0.0 : e;
@@ -115,14 +127,12 @@ KL_FN Shared shared(double a, double b, double top_a, double top_b, double it) {
 }
 KL_FN Anchor<double> far_anchor(double top_a, double top_b, double weights, double c) {
   double mean = weights > 0 ? c / weights : 0.0;
-  return anchor(top_a, top_b, absolute(mean) < infinity<double>() ? mean : 0.0);
+  return {top_a, top_b, 0.0, 0.0, absolute(mean) < infinity<double>() ? mean : 0.0};
 }
 // then near classes by the series; of the others y's mass, x's, and x's times z.
 struct Apart { double near, near_x, mass, weight, x; };
 KL_FN Apart apart(double a, double b, double e, double q, const Anchor<double>& at, double it) {
-  double low, c = difference(b, a, low);
-  low = absolute(c) < infinity<double>() ? low : 0.0;
-  double z = limited((((c - at.m) - at.low) + low) * it);
+  double z = limited(less(from_tops(a, b, at.max_a, at.max_b), {at.mean, 0.0}) * it);
   bool near = (z < Real<double>::far) & !excluded(b);
   double near_e = near ? e : 0.0, near_z = near & (e > 0) ? z : 0.0, far_e = z < Real<double>::far ? 0.0 : e;
   double mass = z < Real<double>::far ? 0.0 : q;
@@ -132,41 +142,39 @@ KL_FN Apart apart(double a, double b, double e, double q, const Anchor<double>& 
 KL_FN Spread far_state(double max_a, double max_b, const Anchor<double>& at, double it, double s, double q, double near,
                        double near_x, double mass, double weights, double x, bool impossible) {
   double scale = mass > 0 ? exp(-at.mean * it) : 0.0;
-  return {max_a, s, at.m, at.low, near_x + x, near + ((mass * scale - weights) - x), max_b, q, kind_of(true, impossible)};
+  return {max_a, s, at.mean, 0.0, near_x + x, near + ((mass * scale - weights) - x), max_b, q, kind_of(true, impossible)};
 }
 
 // Several states into one, by the same steps as for the classes of a chunk, between chunks. `Tops` is where they are
-// measured from: the largest a and b, and b's less a's as an unevaluated sum.
-struct Tops { double a, b, c, c_low; };
-KL_FN Tops tops(double max_a, double max_b) {
-  double low, c = difference(top_of(max_b), top_of(max_a), low);
-  return {top_of(max_a), top_of(max_b), c, low};
+// measured from: the largest a and b.
+struct Tops { double a, b; };
+KL_FN Tops tops(double max_a, double max_b) { return {top_of(max_a), top_of(max_b)}; }
+KL_FN Pair<double> tops_of(const Spread& k, const Tops& top) {   // the state's own, measured from these
+  return from_tops(top_of(k.max_a), top_of(k.max_b), top.a, top.b);
 }
 KL_FN double merge_weight(double max, double top, double it) { return exp_flushed((max - top) * it); }
-KL_FN double merge_mean(const Spread& k, const Tops& top) { return (k.m - top.c) + (k.m_low - top.c_low); }
+KL_FN double merge_mean(const Spread& k, const Tops& top) { return tops_of(k, top).value + k.m; }
 KL_FN double merge_mass(const Spread& k, const Tops& top, double it) {   // y's, measured from its top
   if (is_far(k.kind)) return k.q * merge_weight(k.max_b, top.b, it);
-  return ((k.s + k.x) + k.g) * exp(((k.max_b - top.b) + k.q) * it);
+  return ((k.s + k.x) + k.g) * exp(((k.max_b - top.b) + k.m) * it);
 }
-KL_FN Pair<double> merge_anchor(const Tops& top, double c, double s) {
-  double mean = s > 0 ? c / s : 0.0, low, m = difference(top.c, -(mean + top.c_low), low);
-  return {m, low};
-}
+KL_FN Pair<double> merge_anchor(const Tops&, double c, double s) { return {s > 0 ? c / s : 0.0, 0.0}; }
 struct Moved { double x, g; bool far; };
 KL_FN Moved moved(const Spread& k, const Tops& top, const Pair<double>& m, double it) {   // to the common anchor
-  double w = merge_weight(k.max_a, top.a, it), d = ((k.m - m.value) + (k.m_low - m.low)) * it, shifted = k.x + d * k.s;
-  double e = d < Real<double>::far ? d : 0.0, gap = expm1_minus(e);
+  double low, by = difference(k.m, m.value, low);
+  Pair<double> from = tops_of(k, top);
+  double w = merge_weight(k.max_a, top.a, it), d = ((from.value + by) + (from.low + (low + (k.m_low - m.low)))) * it;
+  double e = d < Real<double>::far ? d : 0.0, gap = expm1_minus(e), shifted = k.x + d * k.s;
   double near = w * ((exp(e) * k.g + gap * k.s) + expm1_of(e, gap) * k.x), x = w * shifted;
   if ((absolute(d) < Real<double>::far) & (k.g < infinity<double>()) & (w > 0)) return {x, near, false};
-  double mass = merge_mass(k, top, it), from = ((top.c - m.value) + (top.c_low - m.low)) * it;
-  mass = mass > 0 ? mass * exp(from) : mass;
+  double mass = merge_mass(k, top, it);
+  mass = mass > 0 ? mass * exp(-(m.value + m.low) * it) : mass;
   return {w > 0 ? x : 0.0, mass - (w > 0 ? w * k.s + x : 0.0), true};
 }
 
-KL_FN Spread merged(double max_a, double max_b, double s, const Tops& top, const Pair<double>& m, double x, double g,
+KL_FN Spread merged(double max_a, double max_b, double s, const Tops&, const Pair<double>& m, double x, double g,
                     double mass, bool far, bool impossible) {
-  double mean = (m.value - top.c) + (m.low - top.c_low);
-  return {max_a, s, m.value, m.low, x, g, max_b, far ? mass : mean, kind_of(far, impossible)};
+  return {max_a, s, m.value, m.low, x, g, max_b, far ? mass : 0.0, kind_of(far, impossible)};
 }
 
 KL_FN void logits_finish(const Spread& s, double it, double* stats) {
@@ -174,9 +182,9 @@ KL_FN void logits_finish(const Spread& s, double it, double* stats) {
   bool far = is_far(s.kind), impossible = is_impossible(s.kind);
   double shift_low, shift = difference(s.m, -(s.m_low + lse / it), shift_low);   // log q - log p = (c - shift)/T
   if (far & (impossible | !(y < 1))) {   // not small: from the two masses
-    Tops top = tops(s.max_a, s.max_b);
-    shift = difference(top.c, -(top.c_low + log(s.q / s.s) / it), shift_low);
-    lse = ((shift - s.m) + (shift_low - s.m_low)) * it;
+    shift = log(s.q / s.s) / it;
+    shift_low = 0;
+    lse = less({shift, shift_low}, {s.m, s.m_low}) * it;
   }
   double value = lse - mean_z;
   value = value < 0 ? 0.0 : value;                     // rounding of an exact zero
@@ -202,8 +210,8 @@ KL_FN void logits_finish(const Spread& s, double it, double* stats) {
 template <typename T> struct Slopes { T a, b, c, d, p, t, t_low; };
 template <typename T> KL_FN Slopes<T> slopes(double max_a, const Pair<double>& m, const double* stats, double it) {
   double away = (max_a - stats[ROW_MAX_A]) * it, p = exp_flushed(away) / stats[ROW_S], share = p * it;
-  double d = ((m.value - stats[ROW_M]) + (m.low - stats[ROW_M_LOW])) * it;
-  double t = ((m.value - stats[ROW_SHIFT]) + (m.low - stats[ROW_SHIFT_LOW])) * it;
+  Pair<double> from = less_tops(m, stats[ROW_MAX_A], stats[ROW_MAX_B]);
+  double d = less(from, {stats[ROW_M], stats[ROW_M_LOW]}) * it, t = less(from, {stats[ROW_SHIFT], stats[ROW_SHIFT_LOW]}) * it;
   double up = exp(away + t) / stats[ROW_S] * it, b = absolute(t) < 1 ? share * expm1(t) : up - share;
   T high = (T)t;
   return {(T)up, (T)b, (T)-share, (T)(-share * (d - stats[ROW_MEAN_Z])), (T)p, high, (T)(t - (double)high)};
@@ -220,13 +228,11 @@ KL_FN T near_term(T a, T b, T w, const Anchor<T>& at, const Slopes<T>& s, const 
   return TERM == LITERAL ? T(0) - p * t : p * expm1_minus(t);
 }
 
-struct FarRow { double max_a, inv_s, max_b, inv_q, m, m_low, shift, shift_low, mean_z, it; };
+struct FarRow { double max_a, inv_s, max_b, inv_q; Pair<double> m, shift; double mean_z, it; };
 KL_FN FarRow far_row(const double* stats, double it) {
-  Tops top = tops(stats[ROW_MAX_A], stats[ROW_MAX_B]);
-  double from_tops = (stats[ROW_SHIFT] - top.c) + (stats[ROW_SHIFT_LOW] - top.c_low);
-  double q = is_far(stats[ROW_KIND]) ? stats[ROW_Q] : stats[ROW_S] * exp(from_tops * it);
-  return {stats[ROW_MAX_A], 1 / stats[ROW_S], stats[ROW_MAX_B], 1 / q, stats[ROW_M], stats[ROW_M_LOW], stats[ROW_SHIFT],
-          stats[ROW_SHIFT_LOW], stats[ROW_MEAN_Z], it};
+  double q = is_far(stats[ROW_KIND]) ? stats[ROW_Q] : stats[ROW_S] * exp(stats[ROW_SHIFT] * it);
+  return {stats[ROW_MAX_A], 1 / stats[ROW_S], stats[ROW_MAX_B], 1 / q, {stats[ROW_M], stats[ROW_M_LOW]},
+          {stats[ROW_SHIFT], stats[ROW_SHIFT_LOW]}, stats[ROW_MEAN_Z], it};
 }
 struct Outputs { double term, dx, dy; };
 template <int TERM> KL_FN Outputs far_class(double a, double b, const FarRow& k) {
@@ -234,9 +240,8 @@ template <int TERM> KL_FN Outputs far_class(double a, double b, const FarRow& k)
   double w = softmax_weight((a - k.max_a) * k.it) * k.inv_s, q = softmax_weight((b - k.max_b) * k.it) * k.inv_q;
   w = excluded(a) ? 0.0 : w;
   q = excluded(b) ? 0.0 : q;
-  bool finite = absolute(b - a) < infinity<double>();
-  double t = limited((finite ? difference_from(a, b, k.shift, k.shift_low) : b - a) * k.it);
-  double z = limited((finite ? difference_from(a, b, k.m, k.m_low) : b - a) * k.it);
+  Pair<double> c = from_tops(a, b, top_of(k.max_a), top_of(k.max_b));
+  double t = limited(less(c, k.shift) * k.it), z = limited(less(c, k.m) * k.it);
   double wt = w > 0 ? w * t : 0.0, near = t < Real<double>::far ? t : 0.0, g = expm1_minus(near);
   double v = t < Real<double>::far ? w * g : (q - w) - wt, d = t < Real<double>::far ? w * expm1_of(near, g) : q - w;
   v = w > 0 ? v : q + nothing;

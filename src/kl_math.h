@@ -38,6 +38,7 @@ template <> struct Real<float> {
   static constexpr float flush = -86.5f;                                     // exp_flushed: zero below
   static constexpr float expm1_overflow = 0x1.62e42ep+6f;                    // largest x with finite expm1
   static constexpr float expm1_is_minus_one = -18.f;                         // to within half an ulp, below
+  static constexpr float eps = 0x1p-23f;
   static constexpr float far = 32.f;   // e^-far (1 + far) is below the rounding of either type's result, and e^far times
                                        // the rounding of far is not
 };
@@ -62,6 +63,7 @@ template <> struct Real<double> {
   static constexpr double flush = -707.;
   static constexpr double expm1_overflow = 0x1.62e42fefa39efp+9;
   static constexpr double expm1_is_minus_one = -38.;
+  static constexpr double eps = 0x1p-52;
   static constexpr double far = 64.;
 };
 

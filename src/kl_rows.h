@@ -352,7 +352,7 @@ double weigh(const T* __restrict a, const T* __restrict b, int n, const Inverse<
   }, next);
   double weights = sums.total(0), mean = sums.total(1) / weights;
   k.at = anchor(max_a, max_b, mean);
-  k.far = !usable(mean);
+  k.far = !usable((double)k.at.mean);
   return weights;
 }
 

@@ -209,7 +209,9 @@ class Doubles:
 
     @staticmethod
     def exp(x: Pair) -> Pair:
-        octave = np.clip(np.rint(x.hi / _LN2.hi), -2000, 2000)
+        inside = np.abs(x.hi) < 1500.0  # beyond, the result is 0 or infinite
+        x = Doubles.where(inside, x, np.sign(x.hi) * 1500.0)
+        octave = np.rint(x.hi / _LN2.hi)
         r = (x - _LN2 * Pair(octave)).scaled(-6)  # |r| < 0.0055: r^14/14! < 1e-42
         t = Pair(np.zeros_like(x.hi))
         for c in _FACTORIALS[:0:-1]:
