@@ -57,18 +57,19 @@ template <bool TEMPERED, typename T> KL_FN T weight(T a, T m, const Inverse<T>& 
   return exp_flushed(v.value, v.low);
 }
 
-// A chunk's M = max b - max a + mean, from the weighted mean of (b - max b) - (a - max a), which no offset makes large. Of
-// its low part two bits are left out: (c - m) - low is then exact where z is small beside the rounding of c. Two numbers
-// do not hold an M whose parts are too far apart (max a 1e7, max b 1e18): such a chunk has no usable mean, and is far.
+// A chunk's M = max b - max a + mean, from the weighted mean of (b - max b) - (a - max a), which no offset makes large. Its
+// low part is a multiple of 2 eps units of m: (c - m) - low is then exact where z is small beside the rounding of c. Two
+// numbers do not hold an M whose parts are too far apart (max a 1, max b 1e5 in float32): such a chunk is far.
 template <typename T> struct Anchor { T max_a, max_b, m, low, mean; };
 template <typename T> KL_FN T below_tops(T a, T b, T max_a, T max_b) { return (b - max_b) - (a - max_a); }
 KL_FN bool usable(double mean) { return absolute(mean) < 1e300; }
 template <typename T> KL_FN Anchor<T> anchor(T max_a, T max_b, double mean) {
   T low, c = difference(max_b, max_a, low), rest = (T)(mean + (double)low), m_low, m = difference(c, -rest, m_low);
-  m_low = real(bits(m_low) & ~(typename Real<T>::Bits)3);
+  T step = T(3) * Real<T>::eps * real(bits(m) & Real<T>::octaves);
+  m_low = (m_low + step) - step;
   T found = (m - c) + (m_low - low), wanted = (T)mean;
-  // beside the rounding of the mean; at the lowest temperature 2^-29/T is a fifth of the smallest spread, 1e-6
-  bool held = absolute(found - wanted) <= fma(absolute(wanted), T(4) * Real<T>::eps, T(0x1p-29f));
+  // 2^-36: what logits of up to a thousand lose; q - p of a nearly one-hot row is known to eps times as much
+  bool held = absolute(found - wanted) <= fma(absolute(wanted), T(4) * Real<T>::eps, T(0x1p-36f));
   return {max_a, max_b, m, m_low, held ? found : infinity<T>()};
 }
 
@@ -108,7 +109,8 @@ template <typename T> KL_FN Pair<double> pair_of(const Anchor<T>& at) {   // M
 }
 KL_FN Pair<double> less_tops(const Pair<double>& m, double max_a, double max_b) {
   double c_low, c = difference(max_b, max_a, c_low), low, from = difference(m.value, c, low);
-  return {from, low + (m.low - c_low)};
+  double rest, sum = difference(from, -(low + (m.low - c_low)), rest);
+  return {sum, rest};
 }
 template <typename T> KL_FN Spread near_state(const Anchor<T>& at, double weights, double x, double g) {
   Pair<double> m = pair_of(at);
@@ -247,7 +249,7 @@ template <int TERM> KL_FN Outputs far_class(double a, double b, const FarRow& k)
   v = w > 0 ? v : q + nothing;
   d = w > 0 ? d : q + nothing;
   v = TERM == LITERAL ? 0.0 - wt : v;
-  v = excluded(b) ? infinity<double>() : v;
+  v = excluded(b) ? infinity<double>() + nothing : v;
   v = excluded(a) ? (TERM == LITERAL ? nothing : q + nothing) : v;
   double s = 0.0 - (w * (z - k.mean_z)) * k.it;
   return {v, w > 0 ? s : 0 * k.mean_z + nothing, d * k.it};

@@ -377,6 +377,8 @@ def _sizes(
             magnitudes = np.where(np.isfinite(values), values, 0.0)[..., None]
             # where p is nearly 1, -p (log q - log p + KL) cancels down to what the other classes add up to
             x_size = x_size + 2.0**-20 * p * (np.abs(part) + np.abs(magnitudes)) / temperature
+            # so does q - p where a mask makes KL large beside it: log q - log p is known to a few eps of double times KL
+            y_size = y_size + 2.0**-13 * p * np.where(np.isfinite(values), values, 1.0)[..., None] / temperature
         if operation in ("rel_entr", "entropy") and sx != "logits":  # by_p is 1 beside a logarithm: they may cancel
             x_size = (1 + np.abs(part)) * (p if sx == "log_probs" else 1.0)
     terms_size = np.abs(finite) + magnitudes
