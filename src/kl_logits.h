@@ -272,7 +272,12 @@ KL_FN double log_norm(const Norm& n) {
   bool defined = n.count > 0 && n.max < infinity<double>();
   return !defined ? nan<double>() : n.count == 1.0 ? log1p(n.rest) : log(n.count + n.rest);
 }
-KL_FN double log_prob_of(double x, double max, double log_s, double it) { return (x - max) * it - log_s; }
-KL_FN double through_softmax(double d, double log_p, double sum, double it) { return (d - exp(log_p) * sum) * it; }
+KL_FN double log_prob_of(double x, double max, double log_s, double it) {
+  double l = (x - max) * it - log_s, lowest = -0x1.fffffffffffffp1023;
+  return !excluded(x) & (l < lowest) ? lowest : l;   // what overflows is not excluded
+}
+KL_FN double through_softmax(double d, double log_p, double sum, double it) {
+  return ((d - exp(log_p) * sum) + 0 * sum) * it;   // none has a derivative where the sum is infinite
+}
 
 }  // namespace kl

@@ -536,7 +536,11 @@ template <int SX, int SY> struct Term<REL_ENTR, SX, SY> : Plain {
   }
   template <typename T> static KL_FN T dy(T x, T y) {
     T lx = log_prob<SX>(x), ly = log_prob<SY>(y), p = prob<SX>(x), d = T(0) - p;
-    if constexpr (SY == PROBS) d = zero_over(p, y);
+    if constexpr (SY == PROBS) {
+      d = zero_over(p, y);
+      d = excluded(ly) ? -infinity<T>() : d;   // however small p is
+      d = excluded(lx) ? T(0) : d;
+    }
     return unless_nan(lx, ly, d);
   }
 };

@@ -13,7 +13,7 @@ Written from the mathematics; imports nothing of klcore. Two arithmetics carry t
 Both take rows, shape (rows, n), and give float64: rounding the exact answer to 53 bits is an error of 1.1e-16.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cache
 from typing import Any
 
@@ -41,9 +41,10 @@ TOLERANCES = {
     ("gradient", "float32"): 2e-5,
     ("gradient", "float64"): 1e-11,
     # a term errs by up to 2 eps (an elementary function to 1 ulp, its argument and a product to half an eps each), and
-    # each of at most three additions in the input's precision, before the sum goes on in double, adds half an eps
+    # each of at most seven additions in the input's precision, before the sum goes on in double, adds half an eps of what
+    # the column holds by then: of half its sum, where terms are alike
     ("sum", "float32"): 4 * EPS32,
-    # there the whole sum is in double; ten levels of half an eps, which add up like the square root of their number
+    # there the whole sum is in double; fourteen additions of half an eps, which add up like the square root of their number
     ("sum", "float64"): 4 * EPS64,
     # two 16-bit inputs on a GPU: a hardware exponential errs by 2 units and by 1.5 more for every unit of its argument,
     # of which, weighted with the exponential, a few count; a hardware reciprocal by 1; a product each
@@ -365,6 +366,8 @@ def _sizes(
     finite = np.where(np.isfinite(terms), terms, 0.0)
     if is_wide(operation, (sx, sy)):
         magnitudes = (finite + np.abs(q - p) if operation == "kl_div" else p * np.abs(part) + p * (sx != sy)) * logs
+        if operation == "kl_div":  # of next to equal rows, the square of the error of log q - log p
+            magnitudes = magnitudes + EPS64 * p * logs * logs
         x_size = logs if sx == "probs" else p * logs * logs
         y_size = (p + q) * logs / (np.where(q > 0, q, 1.0) if sy == "probs" else 1.0)
         if sx == "logits":
@@ -400,6 +403,11 @@ def exact(
 def fast(operation: str, x: Any, y: Any = None, space: Any = "probs", temperature: float = 1.0) -> Answer:
     """By pairs of doubles; for long rows of ordinary numbers."""
     return _answer(Doubles, operation, x, y, space, temperature)
+
+
+def at(answer: Answer, rows: Any) -> Answer:
+    """The answer for some of its rows."""
+    return Answer(*(getattr(answer, f.name)[rows] for f in fields(Answer)))
 
 
 # ---- comparisons -----------------------------------------------------------------------------------------------------

@@ -14,6 +14,8 @@ EPS = {"float32": oracle.EPS32, "float64": oracle.EPS64}
 SAME = [(s, s) for s in oracle.SPACES]
 checked = settings(max_examples=150, deadline=None, derandomize=True)
 
+any_dtype = st.sampled_from(DTYPES)
+
 # the exponents of probabilities: ordinary ones, tied ones and far apart ones; None is an excluded class
 logit = st.one_of(st.floats(-5, 5), st.sampled_from([-3.0, 0.0, 3.0]), st.floats(-80, 0), st.none())
 
@@ -29,6 +31,29 @@ def rows(draw, count=2, most=40, excluded=True):
     return z
 
 
+# what a row of logits may be shifted by: nothing, something, or so much that little else is left of it
+offset = st.one_of(st.just(0.0), st.floats(-1e4, 1e4), st.floats(-1e30, 1e30))
+any_temperature = st.one_of(st.just(1.0), st.floats(-2, 2).map(lambda e: 10.0**e))
+
+
+@st.composite
+def any_logits(draw, most=40):
+    """Two rows of logits, a dtype and a temperature, from the whole range: offsets, magnitudes, masks of either side."""
+    dtype, temperature, z = draw(any_dtype), draw(any_temperature), draw(rows(most=most, excluded=False))
+    lowest = float(np.finfo(dtype).min)
+    magnitude = draw(st.floats(-7, 3).map(lambda e: 10.0**e)) * draw(st.sampled_from([1.0, temperature]))
+    z = magnitude * z + draw(st.one_of(offset, st.tuples(offset, offset).map(lambda o: np.array(o)[:, None])))
+    mask = draw(st.sampled_from([-1e9, lowest]))
+    masked = draw(st.lists(st.booleans(), min_size=z.shape[1], max_size=z.shape[1]).map(np.array))
+    side = draw(st.sampled_from(["none", "x", "y", "both", "all of x", "all of y"]))
+    for row, name in enumerate("xy"):
+        if side in (name, "both"):
+            z[row, masked] = mask
+        elif side == f"all of {name}":
+            z[row] = mask
+    return np.clip(z, lowest, -lowest).astype(dtype), temperature
+
+
 def into(z, space, dtype):
     if space == "logits":
         return z.astype(dtype)
@@ -37,7 +62,6 @@ def into(z, space, dtype):
     return (np.exp(z) if space == "probs" else z).astype(dtype)
 
 
-any_dtype = st.sampled_from(DTYPES)
 any_space = st.sampled_from(oracle.SPACES)
 any_pair = st.sampled_from(oracle.PAIRS)
 
@@ -51,7 +75,24 @@ def test_never_negative(z, space, dtype):
 
 
 @checked
-@given(rows(count=1, most=2000), any_space, any_dtype, st.sampled_from([1.0, 0.3, 7.0]))
+@given(any_logits())
+def test_any_finite_logits(drawn):
+    """Not negative, and nothing is NaN, whatever the offset, the magnitude, the mask and the temperature."""
+    (x, y), temperature = drawn
+    options = {"space": "logits", "temperature": temperature}
+    value, dx, dy = klcore.kl_div(x, y, return_grad=("x", "y"), **options)
+    terms = klcore.kl_div(x, y, reduction="none", **options)
+    assert value >= 0
+    assert (terms >= 0).all()
+    assert not np.isnan([dx, dy]).any()
+    for operation in (klcore.rel_entr, klcore.cross_entropy):
+        assert not np.isnan(operation(x, y, return_grad="y", **options)[0])
+    assert klcore.entropy(x, **options) >= 0
+    assert klcore.kl_div(x, x.copy(), **options) == 0
+
+
+@checked
+@given(rows(count=1, most=2000), any_space, any_dtype, any_temperature)
 def test_zero_of_equal(z, space, dtype, temperature):
     x = into(z[0], space, dtype)
     temperature = temperature if space == "logits" else 1.0
@@ -105,14 +146,14 @@ def test_order_of_rows_and_classes(z, space, dtype, random):
     assert_near(klcore.kl_div(x[classes], y[classes], space=space), value, x, y, space, dtype)
 
 
-def assert_near(a, b, x, y, space, dtype):
+def assert_near(a, b, x, y, space, dtype, temperature=1.0):
     """Two computations of one divergence, each within the bound."""
     if np.isinf(a) or np.isinf(b):
         assert a == b
         return
     relative, absolute = oracle.tolerance("kl_div", space, dtype)
     assert abs(np.float64(a) - b) <= 2 * (
-        relative * oracle.exact("kl_div", x, y, space).value_size[0] + absolute * x.size
+        relative * oracle.exact("kl_div", x, y, space, temperature).value_size[0] + absolute * x.size
     )
 
 
@@ -130,12 +171,15 @@ def test_padding_with_excluded_classes(z, space, dtype, count, front):
 
 
 @checked
-@given(rows(), st.integers(-2000, 2000), st.integers(-2000, 2000), any_dtype)
-def test_shifted_logits(z, left, right, dtype):
-    # multiples of 2^-8, so that shifting by an integer rounds nothing
+@given(rows(), st.integers(-2000, 2000), st.integers(-2000, 2000), st.integers(0, 80), any_dtype)
+def test_shifted_logits(z, left, right, octaves, dtype):
+    # multiples of 2^-8, so that shifting by an integer rounds nothing; then all of it in larger or smaller units
+    unit = dtype_power(octaves - 20, dtype)
     x, y = np.round(z * 256).astype(dtype) / 256
-    shifted = klcore.kl_div((x + left).astype(dtype), (y + right).astype(dtype), space="logits")
-    assert_near(shifted, klcore.kl_div(x, y, space="logits"), x, y, ("logits", "logits"), dtype)
+    options = {"space": "logits", "temperature": 1.0 if octaves < 20 else float(unit)}
+    shifted = klcore.kl_div((x + left).astype(dtype) * unit, (y + right).astype(dtype) * unit, **options)
+    expected = klcore.kl_div(x * unit, y * unit, **options)
+    assert_near(shifted, expected, x * unit, y * unit, ("logits", "logits"), dtype, options["temperature"])
 
 
 @checked
