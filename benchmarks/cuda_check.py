@@ -76,8 +76,8 @@ SWEEPS = {
     "spread_outputs": ("writing sweep", r"spread_chunk|stage_chunk|finish"),
 }
 # what ordinary rows without weights do not meet; and what no way may leave out, though flags guard it
-RARE = r"far_chunk: |p\.weights\.data \?"
-WANTED = r"near_outputs: "
+RARE = r"far_chunk: |stage_again: |far_output: |far_row: |anchor_where_not_kept: |p\.weights\.data \?"
+WANTED = r"near_term: "
 # places of a loop's `for` -> which part the loop is, and how often it goes round
 LOOPS = (
     (r"copy_in: .*\n.*copy_in<16>", "staging", None),  # None: as often as makes a chunk

@@ -1,8 +1,8 @@
 """How fast klcore is on a GPU: beside what memory allows, and beside the libraries one would use instead.
 
 Run by gpu_run.py, for its stages "ceilings", "alone", "peers" and "more". One *case* is a shape, a dtype, a space and
-what is wanted: the value (the sum over all rows), or the value and the gradient to y. One *contender* is a way of
-computing it.
+what is wanted: the value (the sum over all rows), or the value and a gradient; and an operation, kl_div but for a few.
+One *contender* is a way of computing it.
 
 * Every contender gets the same arrays, and gives gradients to the same operands. For probabilities all start from
   probabilities, for logits from logits; none waits for the GPU.
@@ -14,8 +14,7 @@ computing it.
 * Contenders take turns, one replay each, round after round. Medians and the 20th and 80th percentile count.
 * "wall" is the time of one uncaptured call from Python, when many are made without waiting: where it is more than the
   time on the GPU, it is what launching costs.
-* Bandwidth counts *necessary bytes*: both inputs read once, the gradient written once. 100 percent is what a copy by
-  the driver reaches on this GPU, reading and writing counted.
+* Times are recorded, and what a copy reaches on this GPU. gpu_report.py makes percentages of them.
 * Errors are those of the value, relative, and of the gradient's first rows, in units of the largest entry, against
   float64. 16-bit libraries give 16-bit values.
 """
@@ -33,17 +32,17 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
-from gpu_bits import distributions
+from gpu_bits import OPERATIONS, distribution
 from gpu_device import SPACES, Gpu, numpy_dtype
 from gpu_lines import sentence
 
 import klcore
 
-OUTPUTS: dict[str, Any] = {"value": None, "value+dy": "y"}
-NECESSARY = {"value": 2, "value+dy": 3}  # arrays to move
+OUTPUTS: dict[str, Any] = {"value": None, "value+dy": "y", "value+dx": "x"}
 COMPARED = ("float32", "bfloat16")
 FIRST = ((8_192, 32_768), (4_096, 128_256))  # a gigabyte and more: what the targets are about
 NAMED = ((2_048, 131_072), (4_096, 151_936), (4_096, 50_257), (1_000_000, 100))
+FEW = ((2_000_000, 2), (1_000_000, 10), (500_000, 32))  # classes
 # where klcore changes its ways, and between: 128 | classes share a warp, 1024 | one chunk; then by shared memory
 SWEEP = (
     64, 127, 128, 129, 256, 512, 1_000, 1_024, 1_025, 1_536, 2_048, 2_049, 4_096, 8_192, 8_193, 16_384, 16_385, 32_768,
@@ -63,16 +62,18 @@ class Case:
     rows: int
     n: int
     dtype: str
-    space: str
+    space: str  # or two words, where x and y differ
     outputs: str
+    operation: str = "kl_div"
 
     @property
     def array_bytes(self) -> int:
         return self.rows * self.n * numpy_dtype(self.dtype).itemsize
 
     @property
-    def necessary_bytes(self) -> int:
-        return NECESSARY[self.outputs] * self.array_bytes
+    def spaces(self) -> tuple[str, str]:
+        x, _, y = self.space.partition(" ")
+        return x, y or x
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,8 @@ class Task:
     @property
     def name(self) -> str:
         c = self.case
-        return f"{self.part}: ({c.rows}, {c.n}) {c.dtype} {c.space} {c.outputs}"
+        operation = "" if c.operation == "kl_div" else f" {c.operation}"
+        return f"{self.part}:{operation} ({c.rows}, {c.n}) {c.dtype} {c.space} {c.outputs}"
 
 
 def tasks(stage: str, emulated: bool) -> list[Task]:
@@ -94,14 +96,15 @@ def tasks(stage: str, emulated: bool) -> list[Task]:
     ours, everyone = ("klcore",), tuple(CONTENDERS)
 
     def over(part: str, sizes: Any, spaces: Iterable[str], contenders: Sequence[str] = ours) -> Iterator[Task]:
-        for size, dtype, space, wanted in itertools.product(sizes, COMPARED, spaces, OUTPUTS):
+        for size, dtype, space, wanted in itertools.product(sizes, COMPARED, spaces, ("value", "value+dy")):
             yield Task(part, Case(*size, dtype, space, wanted), tuple(contenders))
 
     if emulated:
         shape = {"alone": (33, 3), "peers": (20, 3), "more": (9, 3)}[stage]
-        return [Task(stage, Case(*shape, "float32", s, o), ours) for s in SPACES[::2] for o in OUTPUTS]
+        return [Task(stage, Case(*shape, "float32", s, o), ours) for s in SPACES[::2] for o in ("value", "value+dy")]
     if stage == "alone":
-        return [*over(stage, FIRST, SPACES), *over(stage, NAMED, SPACES[::2]), *over(stage, NAMED, SPACES[1:2])]
+        found = [*over(stage, FIRST, SPACES), *over(stage, NAMED, SPACES[::2]), *over(stage, FEW, SPACES)]
+        return [*found, *operations(), *over(stage, NAMED, SPACES[1:2])]
     if stage == "peers":
         return list(over(stage, FIRST[:1], SPACES[::2], everyone))
     found = [*over("peers", FIRST[1:], SPACES[::2], everyone), *over("peers", FIRST, SPACES[1:2], everyone)]
@@ -110,18 +113,28 @@ def tasks(stage: str, emulated: bool) -> list[Task]:
     return found
 
 
+def operations() -> Iterator[Task]:
+    """Every operation and pair of spaces that are not measured elsewhere, at one shape."""
+    for dtype, sx, sy, operation in itertools.product(COMPARED, SPACES, SPACES, OPERATIONS):
+        single, space = operation == "entropy", sx if sx == sy else f"{sx} {sy}"
+        elsewhere = sx == sy and operation == "kl_div"
+        if not elsewhere and not (single and sx != sy):
+            for wanted in ("value", "value+dx" if single else "value+dy"):
+                yield Task("operations", Case(*FIRST[0], dtype, space, wanted, operation), ("klcore",))
+
+
 # ---- data ------------------------------------------------------------------------------------------------------------
 
 
 class Data:
-    """The sets of arrays of one shape, dtype and space, and what float64 says about the first of them."""
+    """The sets of arrays of one shape, dtype and spaces, and what float64 says about the first of them."""
 
     def __init__(self, gpu: Gpu, case: Case) -> None:
         self.gpu, self.case = gpu, case
         enough = max(256 << 20, 4 * gpu.cache_bytes()) if not gpu.emulated else 1
         count = -(-enough // (2 * case.array_bytes))
         self.sets = [
-            tuple(gpu.fill(case.rows, case.n, case.dtype, case.space, seed, side) for side in (0, 1))
+            tuple(gpu.fill(case.rows, case.n, case.dtype, s, seed, side) for side, s in enumerate(case.spaces))
             for seed in range(count)
         ]
         gpu.synchronize()
@@ -133,30 +146,46 @@ class Data:
         return a.astype(np.float64)
 
     @functools.cached_property
-    def values(self) -> tuple[float, float]:
-        """The sums of the first set, by the formulas, in float64, some rows at a time: with -x + y, and without."""
+    def sums(self) -> tuple[float, float, float]:
+        """Of p log p, p log q and q - p over the first set, in float64, some rows at a time."""
         x, y = self.sets[0]
-        divergence, mass, at_once = 0.0, 0.0, max(1, (1 << 26) // self.case.n)
+        found, at_once = np.zeros(3), max(1, (1 << 26) // self.case.n)
         for start in range(0, self.case.rows, at_once):
             a, b = (self._widened(v[start : start + at_once]) for v in (x, y))
-            p, q, log_ratio = distributions(a, b, self.case.space)
-            divergence += float((p * log_ratio).sum())
-            mass += float((q - p).sum())
-        return divergence + mass, divergence
+            (p, log_p), (q, log_q) = map(distribution, (a, b), self.case.spaces)
+            found += [float(v.sum()) for v in (p * log_p, p * log_q, q - p)]
+        return tuple(found.tolist())
 
-    @functools.cached_property
-    def gradients(self) -> list[np.ndarray]:
-        """Of the first rows, in float64: those of kl_div and of the sum without -x + y. Libraries choose either."""
+    def values(self, operation: str) -> list[float]:
+        """The right ones. Libraries' divergences are with -x + y or without."""
+        entropy, cross, mass = self.sums
+        divergence = entropy - cross
+        return {
+            "kl_div": [divergence + mass, divergence],
+            "rel_entr": [divergence],
+            "cross_entropy": [-cross],
+            "entropy": [-entropy],
+        }[operation]
+
+    def gradients(self, operation: str) -> list[np.ndarray]:
+        """Those of the first rows, in float64, likewise."""
         a, b = (self.gpu.get(v[:SAMPLE]).astype(np.float64) for v in self.sets[0])
-        p, q, _ = distributions(a, b, self.case.space)
-        found = [1 - p / q, -p / q] if self.case.space == "probs" else [q - p, -p]
-        return found[:1] if self.case.space == "logits" else found
+        (p, log_p), (q, _) = map(distribution, (a, b), self.case.spaces)
+        if operation == "entropy":
+            of_log, at, space = [-p * (log_p + 1)], p, self.case.spaces[0]
+        else:
+            of_log, at, space = [q - p, -p][operation != "kl_div" :], q, self.case.spaces[1]
+        if space == "probs":
+            return [g / at for g in of_log]
+        return [g - at * g.sum(-1, keepdims=True) for g in of_log] if space == "logits" else of_log
 
     def error(self, value: float, gradients: Sequence[np.ndarray]) -> dict[str, float]:
-        found = {"value": min(abs(value - right) / abs(right) for right in self.values)}
+        operation = self.case.operation
+        found = {"value": min(abs(value - right) / abs(right) for right in self.values(operation))}
         for g in gradients:
             g = g.astype(np.float64)
-            found["dy"] = min(float(abs(g - right).max() / abs(right).max()) for right in self.gradients)
+            errors = [float(abs(g - right).max() / abs(right).max()) for right in self.gradients(operation)]
+            found[self.case.outputs.partition("+")[2]] = min(errors)
         return found
 
 
@@ -205,7 +234,7 @@ class Contender:
 
 
 class Klcore(Contender):
-    """klcore.kl_div into arrays of the caller's."""
+    """klcore's functions, into arrays of the caller's."""
 
     def __init__(self, data: Data) -> None:
         super().__init__(data)
@@ -215,14 +244,14 @@ class Klcore(Contender):
             value = empty((), np.float32)
             self._outs.append((value, self.gpu.cupy.empty_like(x)) if self.with_gradient else value)
         self._keywords = {
-            "space": self.case.space,
+            "space": self.case.spaces[0] if self.case.operation == "entropy" else self.case.spaces,
             "reduction": "sum",
             "return_grad": OUTPUTS[self.case.outputs],
         }
 
     def call(self, k: int) -> Any:
-        x, y = self.data.sets[k]
-        return klcore.kl_div(x, y, out=self._outs[k], **self._keywords)
+        arrays = self.data.sets[k][: 1 if self.case.operation == "entropy" else 2]
+        return getattr(klcore, self.case.operation)(*arrays, out=self._outs[k], **self._keywords)
 
 
 class Torch(Contender):
@@ -428,16 +457,14 @@ class Runner:
     def time(self) -> None:
         self.times.append(self.replay() / len(self.calls))
 
-    def record(self, copy: float) -> dict[str, Any]:
-        case = self.data.case
+    def record(self) -> dict[str, Any]:
         low, median, high = (float(v) for v in np.quantile(self.times, (0.2, 0.5, 0.8)))
-        limit = WRONG[case.dtype]
+        limit = WRONG[self.data.case.dtype]
         return {
             "name": self.name,
             "ms": median,
             "ms 20%": low,
             "ms 80%": high,
-            "percent of copy": 100 * case.necessary_bytes / (1e-3 * median) / copy,
             "wall us": self.wall_us,
             "errors": self.errors,
             "wrong": any(not e <= limit for e in self.errors.values()),
@@ -446,8 +473,8 @@ class Runner:
         }
 
 
-def measure(task: Task, data: Data, copy: float) -> dict[str, Any]:
-    """The record of one case; `copy` is the bandwidth that counts as 100 percent."""
+def measure(task: Task, data: Data) -> dict[str, Any]:
+    """The record of one case."""
     runners, absent = [], []
     for name in task.contenders:
         try:
@@ -463,20 +490,20 @@ def measure(task: Task, data: Data, copy: float) -> dict[str, Any]:
     for _ in range(3 if data.gpu.emulated else ROUNDS):
         for runner in runners:
             runner.time()
-    figures = [runner.record(copy) for runner in runners] + absent
+    figures = [runner.record() for runner in runners] + absent
     return asdict(task.case) | {"part": task.part, "sets": len(data.sets), "contenders": figures}
 
 
 class Bench:
     """Measures tasks by name; data is kept for as long as the next task needs the same."""
 
-    def __init__(self, gpu: Gpu, stage: str, copy: float) -> None:
-        self.gpu, self.copy = gpu, copy
+    def __init__(self, gpu: Gpu, stage: str) -> None:
+        self.gpu = gpu
         self.tasks = {task.name: task for task in tasks(stage, gpu.emulated)}
         self._data: Data | None = None
 
     def __call__(self, name: str) -> dict[str, Any]:
-        return {"figures": measure(self.tasks[name], self.data(self.tasks[name].case), self.copy)}
+        return {"figures": measure(self.tasks[name], self.data(self.tasks[name].case))}
 
     def data(self, case: Case) -> Data:
         def lies_in(c: Case) -> tuple[Any, ...]:

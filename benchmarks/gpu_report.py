@@ -2,18 +2,20 @@
 
     python benchmarks/gpu_report.py [FOLDER ...] [--to DIR]
 
-makes of gpu_run.py's folders, those of one run, the record docs/benchmarks/GPU-DATE.json, and of that a page (.md) and,
-if matplotlib is there, a plot (.svg) beside it; then it puts the newest records, of the CPU and of a GPU, into the
-marked sections of docs/performance.md. It measures nothing and needs no GPU. gpu_run.py asks it how stages ended, and
-for the table that it prints last.
+makes of gpu_run.py's folders, those of one run, the record docs/benchmarks/GPU-DATE-COMMIT.json, and of that a page
+(.md) and, if matplotlib is there, a plot (.svg) beside it; then it puts the newest records, of the CPU and of a GPU,
+into the marked sections of docs/performance.md, and beside the GPU's times those of earlier records of such a GPU. It
+measures nothing and needs no GPU. gpu_run.py asks it how stages ended, and for the table that it prints last.
 """
 
 import argparse
+import functools
 import importlib.util
 import json
+import operator
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -25,16 +27,19 @@ RECORDS = ROOT / "docs" / "benchmarks"
 PAGE = ROOT / "docs" / "performance.md"
 OURS = "klcore"
 SHOWN = 12  # entries of a list; the record has them all
+SIZES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}  # bytes
+PERCENT = "percent of copy"
 LARGE = 1e9  # bytes of both inputs: what the targets of bandwidth are about
 # percent of the copy that value, and value and gradient, are to reach
-PERCENT = {"H100": {"float32": 90, "bfloat16": 85}, "H200": {"float32": 85, "bfloat16": 75}}
+TARGETS = {"H100": {"float32": 90, "bfloat16": 85}, "H200": {"float32": 85, "bfloat16": 75}}
 CALL_US = 20.0  # a call from Python, warm
+MARKERS = "osD^v<>ph*"  # of a plot
 AHEAD = {"torch.compile": 1.0, "Liger-Kernel": 1.0, "torch eager": 4.0}
 
 
-def markdown(header: list[str], rows: Iterable[list[str]]) -> str:
-    """A table; the first column is text, the others are numbers."""
-    lines = [header, ["---"] + ["--:"] * (len(header) - 1), *rows]
+def markdown(header: list[str], rows: Iterable[list[str]], text: Sequence[int] = (0,)) -> str:
+    """A table; those columns are text, the others are numbers."""
+    lines = [header, ["---" if k in text else "--:" for k in range(len(header))], *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
@@ -78,7 +83,9 @@ def cpu_section(path: Path) -> str:
 
 # ---- how stages ended ------------------------------------------------------------------------------------------------
 
-BENCHMARKS = ("alone", "peers", "more")  # stages
+STAGES = ("environment", "first-light", "ceilings", "alone", "profile", "bits", "sanitizer", "peers", "tests", "large",
+          "more")  # fmt: skip
+BENCHMARKS = ("alone", "peers", "more")  # of them
 
 
 @dataclass
@@ -149,23 +156,75 @@ def notes(stage: str, verdict: Verdict, lines: list[dict[str, Any]]) -> str:
     return "; ".join(dict.fromkeys(words))  # a second call says the same
 
 
-def stages_of(lines: list[dict[str, Any]]) -> list[str]:
-    return list(dict.fromkeys(name for line in lines if line["stage"] == "run" for name in line["stages"]))
+def ceiling(copies: dict[str, float]) -> str:
+    """Which is 100 percent: the fastest that reads and writes. The driver's copy may be far from what memory can do."""
+    return max((name for name in copies if name != "read"), key=lambda name: copies[name], default="")
 
 
-def record_of(lines: list[dict[str, Any]]) -> dict[str, Any]:
-    """All that one run found, in one or two calls, as docs/benchmarks keeps it."""
+def necessary_bytes(case: dict[str, Any]) -> int:
+    """Each input read once, a gradient written once."""
+    arrays = (1 if case.get("operation") == "entropy" else 2) + case["outputs"].count("+")
+    return int(arrays * case["rows"] * case["n"] * SIZES[case["dtype"]])
+
+
+def of_item(name: str, lines: list[dict[str, Any]]) -> dict[str, Any]:
+    """The last figures of an item; none if it has none."""
+    return next((line["figures"] for line in reversed(lines) if line["item"] == name and "figures" in line), {})
+
+
+def measured(lines: list[dict[str, Any]], most: float | None) -> dict[str, Any]:
+    """Cases by item, with percent of `most`, bytes a second, if that is known."""
+    found = {}
+    for line in lines:
+        if "contenders" in line.get("figures", ()):
+            case = line["figures"]
+            share = 100 * necessary_bytes(case) / (1e-3 * most) if most else None
+            contenders = [c | {PERCENT: share / c["ms"]} if share and "ms" in c else c for c in case["contenders"]]
+            found[line["item"]] = case | {"contenders": contenders}
+    return found
+
+
+# a metric's name in ncu's text -> in the record
+METRICS = {
+    "Duration": "ms", "DRAM Throughput": "DRAM %", "Compute (SM) Throughput": "SM %",
+    "Achieved Active Warps Per SM": "warps an SM", "Registers Per Thread": "registers", "Cluster Size": "cluster",
+    "Max Active Clusters": "most clusters", "Dynamic Shared Memory Per Block": "KB a block", "Block Size": "threads",
+    "Warp Cycles Per Issued Instruction": "cycles between a warp's instructions", "Issue Slots Busy": "issue slots %",
+}  # fmt: skip
+MILLI = {"ns": 1e-6, "us": 1e-3, "ms": 1.0, "s": 1e3, "second": 1e3}
+
+
+def profile_of(text: str) -> list[dict[str, Any]]:
+    """Of each kernel that ncu ran: in which call, and what tells what keeps it from being faster."""
+    calls, title, found = [], "", list[dict[str, Any]]()
+    for line in text.splitlines():
+        kernel = re.match(r"  (kl_\w+) \(\d+, \d+, \d+\)x", line)
+        metric = re.match(r"    (\S.*?)\s{2,}(?:(\S+)\s+)?([\d,.]+)$", line)
+        if line.startswith("==PROF== Profiling"):
+            calls.append(title)
+        elif not line.startswith(("==", " ", "$", "[")):
+            title = line
+        elif kernel:
+            found.append({"call": calls[len(found)] if len(found) < len(calls) else "", "kernel": kernel[1]})
+        elif found and metric and metric[1] in METRICS:
+            value = float(metric[3].replace(",", "")) * (MILLI.get(metric[2], 1) if metric[1] == "Duration" else 1)
+            found[-1].setdefault(METRICS[metric[1]], value)
+    return found
+
+
+def record_of(lines: list[dict[str, Any]], profile: str = "") -> dict[str, Any]:
+    """All that one run found, in one or two calls, as docs/benchmarks keeps it; `profile` is what ncu wrote."""
     runs = [line for line in lines if line["stage"] == "run"]
     if len({(line["sources"], line["emulated"]) for line in runs}) != 1:
         raise ValueError("these are not the results of one run: there must be one state of the sources")
     environments = [line["found"] for line in lines if line["stage"] == "environment" and "found" in line]
-    measured = [line for line in lines if "item" in line and line["stage"] in (*BENCHMARKS, "ceilings")]
-    figures = {line["item"]: line["figures"] for line in measured if "figures" in line}
-    failed = {line["item"]: line[key] for line in measured for key in ("failed", "died") if key in line}
+    benchmark = [line for line in lines if "item" in line and line["stage"] in (*BENCHMARKS, "ceilings")]
+    copies, calls = (of_item(name, benchmark) for name in ("copies", "calls"))
+    figures = measured(benchmark, copies.get(ceiling(copies)))
+    failed = {line["item"]: line[key] for line in benchmark for key in ("failed", "died") if key in line}
     planned = [name for line in lines if line["stage"] in BENCHMARKS for name in line.get("planned", ())]
-    copies, calls = figures.pop("copies", {}), figures.pop("calls", {})
     stages = {}
-    for name in stages_of(lines):
+    for name in STAGES:
         verdict = judge(name, lines)
         stages[name] = asdict(verdict) | {"notes": notes(name, verdict, lines)}
     return {
@@ -180,8 +239,10 @@ def record_of(lines: list[dict[str, Any]]) -> dict[str, Any]:
             for line in lines
             if "launched" in line and line["stage"] in ("first-light", "bits")
         },
+        "profile": profile_of(profile),
         "benchmark": {
             "ceilings": copies,
+            "100 percent": ceiling(copies),
             "overhead, microseconds": calls,
             "cases": list(figures.values()),
             "failed": {name: why for name, why in failed.items() if name not in figures},
@@ -210,6 +271,10 @@ def of(case: dict[str, Any], name: str) -> dict[str, Any]:
     return next((c for c in case["contenders"] if c["name"] == name), {})
 
 
+def percent(figures: dict[str, Any]) -> str:
+    return f"{figures[PERCENT]:.0f}" if PERCENT in figures else ""
+
+
 def title(case: dict[str, Any]) -> str:
     return f"({case['rows']}, {case['n']}) {case['dtype']} {case['space']} {case['outputs']}"
 
@@ -233,20 +298,38 @@ def peers_table(cases: list[dict[str, Any]]) -> str:
         for name in names:
             c = of(case, name)
             cells.append(f"{c['ms'] / ours['ms']:.2f}{' (wrong)' if c['wrong'] else ''}" if "ms" in c else "")
-        rows.append([title(case), f"{ours['ms']:.3f}", f"**{ours['percent of copy']:.0f}**", *cells])
+        rows.append([title(case), f"{ours['ms']:.3f}", f"**{percent(ours)}**", *cells])
     return markdown(["", "klcore ms", "% of copy", *(f"{name}, times klcore" for name in names)], rows)
 
 
-def ours_table(cases: list[dict[str, Any]]) -> str:
-    """Percent of the copy: shapes by what is computed."""
-    columns = list(dict.fromkeys((c["dtype"], c["space"], c["outputs"]) for c in cases))
-    shapes = list(dict.fromkeys((c["rows"], c["n"]) for c in cases))
-    at = {(c["rows"], c["n"], c["dtype"], c["space"], c["outputs"]): of(c, OURS).get("percent of copy") for c in cases}
-    rows = []
-    for shape in shapes:
-        found = [at.get((*shape, *column)) for column in columns]
-        rows.append([f"{shape}", *("" if v is None else f"{v:.0f}" for v in found)])
-    return markdown(["% of copy", *(" ".join(column) for column in columns)], rows)
+def ours_table(cases: list[dict[str, Any]], row: Sequence[str], column: Sequence[str]) -> str:
+    """klcore's percent of the copy: what is computed, by the names of a case that say it, and in columns the others."""
+
+    def words(case: dict[str, Any], names: Sequence[str]) -> str:
+        found = [case.get(name, "kl_div") for name in names]
+        return f"({found[0]}, {found[1]})" if names[0] == "rows" else " ".join(found)
+
+    at = {(words(c, row), words(c, column)): percent(of(c, OURS)) for c in cases}
+    columns = list(dict.fromkeys(c for _, c in at))
+    rows = [[r, *(at.get((r, c), "") for c in columns)] for r in dict.fromkeys(r for r, _ in at)]
+    return markdown(["% of copy", *columns], rows)
+
+
+def profile_table(kernels: list[dict[str, Any]]) -> str:
+    """What ncu found."""
+    names = ("ms", "DRAM %", "SM %", "warps an SM", "registers", "cluster")
+    rows = [[f"{k['call']}: {k['kernel']}", *(f"{k[n]:.3g}" if k.get(n) else "" for n in names)] for k in kernels]
+    return markdown(["call: kernel", *names], rows)
+
+
+def development(record: dict[str, Any], earlier: list[dict[str, Any]]) -> str:
+    """klcore's milliseconds at the first shape, beside those of earlier records; newest first."""
+    cases = [c for c in benchmark_of(record)["cases"] if c["part"] == "alone" and "ms" in of(c, OURS)]
+    cases = [c for c in cases if (c["rows"], c["n"]) == (cases[0]["rows"], cases[0]["n"])]
+    records = [record, *earlier]
+    times = [{title(c): of(c, OURS).get("ms") for c in benchmark_of(r)["cases"]} for r in records]
+    rows = [[title(c), *(f"{t[title(c)]:.3f}" if t.get(title(c)) else "" for t in times)] for c in cases]
+    return markdown(["ms", *(f"{r['commit']}, {r['date'][:10]}" for r in records)], rows) if cases else ""
 
 
 def absent(cases: list[dict[str, Any]]) -> list[str]:
@@ -260,41 +343,39 @@ def some(entries: list[str], shown: int = SHOWN) -> str:
     return "; ".join(entries[:shown]) + rest
 
 
-def targets(record: dict[str, Any]) -> list[str]:
-    """Whether each target was met, as a list; where not, by which cases."""
+def targets(record: dict[str, Any]) -> str:
+    """Whether each target was met: a table. What is farthest from it comes first."""
     found = benchmark_of(record)
-    ours = [(case, of(case, OURS)) for case in found.get("cases", []) if "ms" in of(case, OURS)]
-    if not ours:
-        return []
+    ours = [(case, of(case, OURS)) for case in found.get("cases", []) if case["part"] in ("alone", "peers")]
+    rows = []
 
-    def line(words: str, asked: list[str], missed: list[str]) -> str:
-        if not asked:
-            return f"* {words}: not measured."
-        met = f"{len(asked) - len(missed)} of {len(asked)} cases"
-        return f"* {words}: {f'missed, {met}; not {some(missed)}' if missed else f'met, {met}'}."
+    def add(words: str, reached: dict[str, float], met: Callable[[float], bool], form: str) -> None:
+        missed = sorted((name for name in reached if not met(reached[name])), key=lambda name: reached[name])
+        if form.endswith("us"):
+            missed.reverse()
+        count = f"{len(reached) - len(missed)} of {len(reached)}" if reached else ""
+        result = "not measured" if not reached else "**missed**" if missed else "met"
+        rows.append([words, result, count, some([f"{m} {form.format(reached[m])}" for m in missed], 3)])
 
-    lines = []
-    names = [name for name in PERCENT if name in record["environment"].get("gpu", "")]
-    for dtype, percent in (PERCENT[names[0]] if names else {}).items():
-        size = 8 if dtype == "float32" else 4  # bytes of both inputs
-        large = [
-            (f"{title(case)} ({c['percent of copy']:.0f})", c["percent of copy"])
-            for case, c in ours
-            if case["part"] != "sweep" and case["dtype"] == dtype and case["rows"] * case["n"] * size >= LARGE
-        ]
-        missed = [words for words, reached in large if reached < percent]
-        lines.append(
-            line(f"{dtype}, inputs of 1 GB and more, {percent} percent of the copy", [w for w, _ in large], missed)
-        )
+    names = [name for name in TARGETS if name in record["environment"].get("gpu", "")]
+    for dtype, least in (TARGETS[names[0]] if names else {}).items():
+        for space in ("probs", "log_probs", "logits"):
+            large = {
+                f"({case['rows']}, {case['n']}) {case['outputs']}": c[PERCENT]
+                for case, c in ours
+                if PERCENT in c
+                and (case["dtype"], case["space"]) == (dtype, space)
+                and 2 * case["rows"] * case["n"] * SIZES[dtype] >= LARGE
+            }
+            words = f"{dtype} {space}, inputs of 1 GB and more: {least} % of a copy"
+            add(words, large, functools.partial(operator.le, least), "{:.0f}")
     for name, times in AHEAD.items():
         ratios = {title(case): of(case, name)["ms"] / c["ms"] for case, c in ours if "ms" in of(case, name)}
-        behind = [f"{t} ({r:.2f})" for t, r in ratios.items() if r <= times]
         words = f"ahead of {name}" if times == 1 else f"{times:.0f} times as fast as {name}"
-        lines.append(line(words, list(ratios), behind))
+        add(words, ratios, functools.partial(operator.lt, times), "{:.2f}")
     calls = {name: us for name, us in found["overhead, microseconds"].items() if name.startswith(OURS)}
-    slow = [f"{name} ({us:.1f})" for name, us in calls.items() if us > CALL_US]
-    lines.append(line(f"a call from Python in {CALL_US:.0f} microseconds", list(calls), slow))
-    return lines
+    add(f"a call from Python in {CALL_US:.0f} us", calls, functools.partial(operator.ge, CALL_US), "{:.1f} us")
+    return markdown(["target", "", "cases that met it", "farthest from it"], rows, text=(0, 1, 3))
 
 
 def checks_table(record: dict[str, Any]) -> str:
@@ -302,9 +383,10 @@ def checks_table(record: dict[str, Any]) -> str:
     for name, stage in record["stages"].items():
         what = stage["notes"]
         if stage["failures"]:
-            what = f"{len(stage['failures'])} failures, the first: {stage['failures'][0]}; {what}"
+            count = len(stage["failures"])
+            what = f"{f'{count} failures, the first' if count > 1 else 'a failure'}: {stage['failures'][0]}; {what}"
         rows.append([name, stage["status"], f"{stage['seconds']:.0f}", what.replace("|", "/")[:400]])
-    return markdown(["stage", "result", "seconds", ""], rows)
+    return markdown(["stage", "result", "seconds", ""], rows, text=(0, 1, 3))
 
 
 PICTURE = """<picture>
@@ -313,7 +395,7 @@ PICTURE = """<picture>
 </picture>"""
 
 
-def gpu_section(record: dict[str, Any], name: str, folder: str) -> str:
+def gpu_section(record: dict[str, Any], name: str, folder: str, earlier: Sequence[dict[str, Any]] = ()) -> str:
     """A whole record as Markdown; `folder` leads to it, and `name` is what it is called there."""
     about, found = record["environment"], benchmark_of(record)
     versions = ", ".join(f"{k} {v}" for k, v in about.get("versions", {}).items() if v != "not installed")
@@ -323,27 +405,45 @@ def gpu_section(record: dict[str, Any], name: str, folder: str) -> str:
         f"NVRTC {about.get('NVRTC', 'unknown')}; {record['date'][:10]}; klcore {record['commit']} (sources "
         f"{record['sources']}); {versions}."
     ]
-    if folder:
-        parts.append(PICTURE)
+    cases = found["cases"]
+    if cases:
+        parts += ["Targets:", targets(record)]
+    unknown = [name for name, stage in record["stages"].items() if stage["status"] == "not run"]
+    parts += [f"**Not run, so nothing is known of it: {', '.join(unknown)}.**"] if unknown else []
     if found["ceilings"]:
+        speeds = sorted(found["ceilings"].items(), key=lambda entry: -entry[1])
         parts.append(
-            "Memory: " + ", ".join(f"{k} {v / 1e9:.0f} GB/s" for k, v in found["ceilings"].items()) + ". "
-            "Percentages below are of the copy, on necessary bytes."
+            "Memory, GB/s: " + "; ".join(f"{k} {v / 1e9:.0f}" for k, v in speeds) + ". 100 percent is the fastest that "
+            f'reads and writes, here "{found["100 percent"]}"; a value alone only reads, and may have more. Bytes are '
+            "the necessary ones: each input read once, a gradient written once."
         )
     calls = found["overhead, microseconds"]
     if calls:
         parts.append(
             "A call on (10, 10), in microseconds: " + ", ".join(f"{n} {t:.1f}" for n, t in calls.items()) + "."
         )
-    cases = found["cases"]
-    for part, words in (("alone", "klcore over shapes:"), ("sweep", "klcore over row lengths, 2^28 elements:")):
+    if folder and cases:
+        parts.append(PICTURE)
+    what, shape = ("dtype", "space", "outputs"), ("rows", "n")
+    for part, words, row, column in (
+        ("alone", "klcore over shapes:", what, shape),
+        ("operations", "Other operations and pairs of spaces:", ("operation", "space"), ("dtype", "outputs")),
+        ("sweep", "Over row lengths, 2^28 elements:", shape, what),
+    ):
         chosen = [c for c in cases if c["part"] == part]
-        parts += [words, ours_table(chosen)] if chosen else []
+        parts += [words, ours_table(chosen, row, column)] if chosen else []
     compared = [c for c in cases if len(c["contenders"]) > 1]
     parts += ["Beside other libraries:", peers_table(compared), *absent(compared)] if compared else []
-    parts += ["\n".join(targets(record))] if cases else []
+    if earlier and cases:
+        parts += ["This and earlier states of klcore on such a GPU:", development(record, list(earlier))]
+    if record["profile"]:
+        parts += [
+            "Under ncu, which slows a launch somewhat; SM is the busiest part of the multiprocessors, mostly their "
+            "issue of instructions:",
+            profile_table(record["profile"]),
+        ]
     parts += ["Stages of the run:", checks_table(record)]
-    parts += [f"Not run: {some(found['not run'])}."] if found["not run"] else []
+    parts += [f"Cases not run: {some(found['not run'])}."] if found["not run"] else []
     failed = [f"{key} ({why})" for key, why in found["failed"].items()]
     parts += [f"Not measured: {some(failed)}."] if failed else []
     parts += [f"From [{name}.json]({folder}{name}.json)."] if name else []
@@ -351,7 +451,8 @@ def gpu_section(record: dict[str, Any], name: str, folder: str) -> str:
 
 
 def plot(record: dict[str, Any], path: Path) -> bool:
-    """Percent of copy bandwidth: every contender by case, and klcore by row length. Needs matplotlib."""
+    """Percent of the copy: klcore by what is computed and shape, every contender by case, klcore by row length. Needs
+    matplotlib."""
     if importlib.util.find_spec("matplotlib") is None:
         return False
     import matplotlib
@@ -359,44 +460,61 @@ def plot(record: dict[str, Any], path: Path) -> bool:
     matplotlib.use("svg")
     from matplotlib import pyplot
 
-    cases = benchmark_of(record).get("cases", [])
-    compared = [c for c in cases if len(c["contenders"]) > 1] or cases[:40]
-    swept = [c for c in cases if c["part"] == "sweep"]
-    if not compared:
+    def what(case: dict[str, Any]) -> str:
+        return f"{case['dtype']} {case['space']} {case['outputs']}"
+
+    def dots(panel: Any, rows: list[str], points: dict[str, list[tuple[float, int]]]) -> None:
+        for (name, found), marker in zip(points.items(), MARKERS * len(points), strict=False):
+            if found:
+                panel.plot(*zip(*found, strict=True), marker, ms=6 if name == OURS else 5, label=name)
+        panel.set_yticks(range(len(rows)), rows)
+        panel.set_ylim(len(rows) - 0.5, -0.5)
+        panel.set_xlim(left=0)
+        panel.set_xlabel("percent of a copy, on necessary bytes")
+        panel.grid(alpha=0.3)
+        panel.legend(loc="lower center", bbox_to_anchor=(0.4, 1.0), ncols=min(6, len(points)))
+
+    def shapes(panel: Any, cases: list[dict[str, Any]]) -> None:
+        rows = list(dict.fromkeys(map(what, cases)))
+        points: dict[str, list[tuple[float, int]]] = {f"({c['rows']}, {c['n']})": [] for c in cases}
+        for c in cases:
+            points[f"({c['rows']}, {c['n']})"].append((of(c, OURS)[PERCENT], rows.index(what(c))))
+        dots(panel, rows, points)
+
+    def contenders(panel: Any, cases: list[dict[str, Any]]) -> None:
+        names = list(dict.fromkeys(c["name"] for case in cases for c in case["contenders"]))
+        dots(panel, list(map(title, cases)), {
+            name: [(of(c, name)[PERCENT], k) for k, c in enumerate(cases) if PERCENT in of(c, name)] for name in names
+        })  # fmt: skip
+
+    def lengths(panel: Any, cases: list[dict[str, Any]]) -> None:
+        for kind in dict.fromkeys(map(what, cases)):
+            line = [(c["n"], of(c, OURS)[PERCENT]) for c in cases if what(c) == kind]
+            panel.plot(*zip(*line, strict=True), ".-", label=kind)
+        panel.set_xscale("log", base=2)
+        panel.set_ylim(bottom=0)
+        panel.set_xlabel("classes a row")
+        panel.set_ylabel("percent of a copy")
+        panel.grid(alpha=0.3)
+        panel.legend()
+
+    cases = [c for c in benchmark_of(record).get("cases", []) if PERCENT in of(c, OURS)]
+    chosen = (
+        (shapes, [c for c in cases if c["part"] == "alone"]),
+        (contenders, [c for c in cases if len(c["contenders"]) > 1]),
+        (lengths, [c for c in cases if c["part"] == "sweep"]),
+    )
+    panels = [(draw, found) for draw, found in chosen if found]
+    if not panels:
         return False
     # the same file for the same record
-    with matplotlib.rc_context({"svg.hashsalt": "klcore", "svg.fonttype": "none", "font.size": 8}):
-        heights = [max(2.0, 0.2 * len(compared)), 3.5 if swept else 0.1]
-        figure, (above, below) = pyplot.subplots(
-            2, 1, figsize=(9, sum(heights)), height_ratios=heights, layout="constrained"
+    with matplotlib.rc_context({"svg.hashsalt": "klcore", "svg.fonttype": "none", "font.size": 9}):
+        heights = [3.5 if draw is not contenders else 1 + 0.25 * len(found) for draw, found in panels]
+        figure, axes = pyplot.subplots(
+            len(panels), 1, figsize=(9, sum(heights)), height_ratios=heights, layout="constrained", squeeze=False
         )
-        names = list(dict.fromkeys(c["name"] for case in compared for c in case["contenders"]))
-        for name, marker in zip(names, "osD^v<>ph*", strict=False):
-            points = [(of(c, name)["percent of copy"], k) for k, c in enumerate(compared) if "ms" in of(c, name)]
-            if points:
-                above.plot(*zip(*points, strict=True), marker, ms=5 if name == OURS else 4, label=name)
-        above.set_yticks(range(len(compared)), [title(c) for c in compared])
-        above.invert_yaxis()
-        above.set_xlim(left=0)
-        above.set_xlabel("percent of copy bandwidth, on necessary bytes")
-        above.grid(axis="x", alpha=0.3)
-        above.legend(loc="lower center", bbox_to_anchor=(0.4, 1.0), ncols=len(names))
-        if swept:
-            for kind in dict.fromkeys((c["dtype"], c["space"], c["outputs"]) for c in swept):
-                line = [
-                    (c["n"], of(c, OURS)["percent of copy"])
-                    for c in swept
-                    if (c["dtype"], c["space"], c["outputs"]) == kind and "ms" in of(c, OURS)
-                ]
-                below.plot(*zip(*line, strict=True), ".-", label=" ".join(kind))
-            below.set_xscale("log", base=2)
-            below.set_ylim(bottom=0)
-            below.set_xlabel("classes a row")
-            below.set_ylabel("percent of copy")
-            below.grid(alpha=0.3)
-            below.legend()
-        else:
-            below.axis("off")
+        for (draw, found), panel in zip(panels, axes[:, 0], strict=True):
+            draw(panel, found)
         figure.savefig(path, format="svg", metadata={"Date": None})
         pyplot.close(figure)
     return True
@@ -405,7 +523,7 @@ def plot(record: dict[str, Any], path: Path) -> bool:
 def write(record: dict[str, Any], folder: Path) -> list[Path]:
     """The record, its page and its plot."""
     gpu = record["environment"].get("gpu", "unknown GPU")
-    name = f"{re.sub('[^a-z0-9]+', '-', gpu.lower()).strip('-')}-{record['date'][:10]}"
+    name = "-".join((re.sub("[^a-z0-9]+", "-", gpu.lower()).strip("-"), record["date"][:10], record["commit"]))
     path = folder / f"{name}.json"
     page, picture = path.with_suffix(".md"), path.with_suffix(".svg")
     folder.mkdir(parents=True, exist_ok=True)
@@ -429,13 +547,30 @@ def newest_cpu(folder: Path) -> Path | None:
     return max(records)[1] if records else None
 
 
-def newest_gpu(folder: Path) -> Path | None:
+def gpus(folder: Path) -> list[Path]:
+    """Records of real GPUs with figures, the newest first."""
     found = []
     for path in folder.glob("*.json"):
         record = json.loads(path.read_text())
         if benchmark_of(record).get("cases") and not record["emulated"]:
             found.append((record["date"], path))
-    return max(found)[1] if found else None
+    return [path for _, path in sorted(found, reverse=True)]
+
+
+def newest_gpu(folder: Path) -> Path | None:
+    return next(iter(gpus(folder)), None)
+
+
+def newest_gpu_section(folder: Path) -> str:
+    """The newest record, and what others of the same GPU say."""
+    paths = gpus(folder)
+    if not paths:
+        return NO_GPU
+    newest, *others = [json.loads(path.read_text()) for path in paths]
+    earlier = [r for r in others if r["environment"].get("gpu") == newest["environment"].get("gpu")]
+    section = gpu_section(newest, paths[0].stem, "benchmarks/", earlier)
+    links = [f"[{path.stem}](benchmarks/{path.name})" for path in paths[1:]]
+    return section + (f"\n\nEarlier records: {', '.join(links)}." if links else "")
 
 
 def marked(text: str, name: str, section: str, script: str) -> str:
@@ -450,10 +585,10 @@ def marked(text: str, name: str, section: str, script: str) -> str:
 
 def page(text: str, folder: Path = RECORDS) -> str:
     """docs/performance.md with its marked sections made anew from the records in `folder`."""
-    cpu, gpu = newest_cpu(folder), newest_gpu(folder)
+    cpu = newest_cpu(folder)
     sections = {
         "cpu": cpu_section(cpu) if cpu else "There is no record of a CPU: `make bench` makes one.",
-        "gpu": gpu_section(json.loads(gpu.read_text()), gpu.stem, "benchmarks/") if gpu else NO_GPU,
+        "gpu": newest_gpu_section(folder),
     }
     for name, section in sections.items():
         text = marked(text, name, section, "gpu_report.py")
@@ -473,7 +608,12 @@ def main() -> None:
         missing = [str(folder / gpu_lines.NAME) for folder in args.folders if not (folder / gpu_lines.NAME).exists()]
         if missing:
             sys.exit(f"there is no {missing[0]}: name the folders that gpu_run.py wrote")
-        record = record_of([line for folder in args.folders for line in gpu_lines.read(folder / gpu_lines.NAME)])
+        lines = [line for folder in args.folders for line in gpu_lines.read(folder / gpu_lines.NAME)]
+        profiles = [folder / "ncu.txt" for folder in args.folders if (folder / "ncu.txt").exists()]
+        try:
+            record = record_of(lines, "".join(path.read_text(errors="replace") for path in profiles[-1:]))
+        except ValueError as error:
+            sys.exit(f"{error}; one command a run")
         if record["emulated"] and args.to == RECORDS:
             sys.exit("these figures are emulated: they are no record of a GPU; --to DIR writes them elsewhere")
         for written in write(record, args.to):

@@ -3,21 +3,21 @@
     python benchmarks/gpu_run.py OUT [--seconds N] [--second] [--only STAGE]... [--carry DIR] [--emulated]
 
 For a GPU that can be had for a quarter of an hour: `--seconds 520` ends in time whatever happens, and `--second
---seconds 170`, at once behind it on the same machine, looks into the kernels with a profiler and then does what failed
-or was not reached. `make gpu-carry` prepares what travels there. `make gpu-check` is the same for those who own a GPU:
-the stages that matter to them, without a limit.
+--seconds 170`, at once behind it on the same machine, does what failed or was not reached. `make gpu-carry` prepares
+what travels there. `make gpu-check` is the same for those who own a GPU: the stages that matter to them, without a
+limit.
 
 environment    GPU, driver, clocks, versions; what was carried is unpacked; klcore is built meanwhile, if need be
 first-light    every family of kernels against float64, in clusters of every size. If that fails, the rest is not run
 ceilings       what memory allows, and what a small call costs
-alone          speed of klcore, beside those ceilings
+alone          speed of klcore, beside those ceilings: shapes, operations, pairs of spaces
+profile        launches under ncu: what keeps a kernel from being faster
 bits           every operation, pair of spaces and dtype against the CPU
 sanitizer      compute-sanitizer's four tools at once, on every kernel in every role
 peers          speed beside other libraries, in the same rounds
 tests          the tests of the CUDA kernels
 large          arrays of more than 2^31 elements
 more           more cases beside other libraries, and klcore over row lengths
-profile        six launches under ncu, in the second call only
 
 Each stage has processes of its own, which are ended with it: a kernel that kills its process ends nothing else. What is
 found is a line of OUT/results.jsonl at once; processes write to OUT/log.txt, the tools to a file each; OUT/table.txt is
@@ -65,7 +65,10 @@ NEEDED_BY_TESTS = ("pytest", "hypothesis", "mpmath", "ml_dtypes")
 TESTS = ("tests/test_cuda.py", "tests/test_torch_cuda.py", "tests/test_losses.py", "tests/test_dispatch.py")
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 TOOL_FOUND = 77  # compute-sanitizer's exit status for errors of kernels
-SECTIONS = ("SpeedOfLight", "MemoryWorkloadAnalysis", "Occupancy", "WarpStateStats", "LaunchStats")
+SECTIONS = (
+    "SpeedOfLight", "ComputeWorkloadAnalysis", "MemoryWorkloadAnalysis", "MemoryWorkloadAnalysis_Tables",
+    "SchedulerStats", "WarpStateStats", "Occupancy", "LaunchStats",
+)  # fmt: skip
 RESTARTS = 6  # of a process that died
 LAST = 8.0  # seconds kept for the table
 
@@ -369,8 +372,8 @@ def large(run: Run) -> list[str]:
 
 
 def profile(run: Run) -> list[str]:
-    words = [tool("ncu"), "--clock-control", "none", *(w for s in SECTIONS for w in ("--section", s))]
-    words += ["--kernel-name", "regex:^kl_"]
+    words = [tool("ncu"), "--clock-control", "none", "--print-details", "all", "--kernel-name", "regex:^kl_"]
+    words += [word for section in SECTIONS for word in ("--section", section)]
     status = run.wait(run.start([*words, *run.words("profile")], to="ncu.txt"))
     return [f"ncu: exit status {status}; why stands in ncu.txt"] if status else []
 
@@ -380,20 +383,20 @@ class Stage:
     name: str
     limit: float  # seconds, where the call has a limit
     run: Callable[[Run], list[str]]
-    always: bool = False  # in the second call as well, although the first had it
 
 
+# On an H200, with carried kernels: 4 s, 2, 7, 20 for 72 of the cases of `alone`, 10 for six launches, 28, tests 90.
 STAGES = (
-    Stage("environment", 40, environment, always=True),
-    Stage("profile", 75, profile, always=True),
+    Stage("environment", 40, environment),
     Stage("first-light", 60, first_light),
     Stage("ceilings", 25, bench("ceilings")),
-    Stage("alone", 95, bench("alone")),
-    Stage("bits", 75, bits),
-    Stage("sanitizer", 70, sanitizer),
-    Stage("peers", 75, bench("peers")),
-    Stage("tests", 100, tests),
-    Stage("large", 35, large),
+    Stage("alone", 90, bench("alone")),
+    Stage("profile", 45, profile),
+    Stage("bits", 70, bits),
+    Stage("sanitizer", 80, sanitizer),
+    Stage("peers", 100, bench("peers")),
+    Stage("tests", 120, tests),
+    Stage("large", 40, large),
     Stage("more", math.inf, bench("more")),
 )
 NAMES = [stage.name for stage in STAGES]
@@ -449,11 +452,10 @@ def work(name: str, argument: str, emulated: bool) -> int:
         each(name, measures, lambda item: {"figures": measures[item]()}, **go)
         say(stage=name, clocks=clocks())
     elif name == "warm":
-        warmer = gpu_bench.Bench(gpu, "peers", 1.0)
+        warmer = gpu_bench.Bench(gpu, "peers")
         each(f"warming {k}", list(warmer.tasks)[shard[0] :: shard[1]], warmer.warm, deadline, gpu.synchronize)
     else:
-        found = [line["figures"]["copy"] for line in known() if line.get("item") == "copies" and "figures" in line]
-        measure = gpu_bench.Bench(gpu, name, found[-1] if found else gpu.copies()["copy"])
+        measure = gpu_bench.Bench(gpu, name)
         several = any(len(task.contenders) > 1 for task in measure.tasks.values())
         times = {"needs": 8.0, "patience": 90.0} if several else {}
         each(name, measure.tasks, measure, **times, **go)
@@ -520,10 +522,10 @@ def chosen(second: bool, only: list[str]) -> list[Stage]:
     for stage in STAGES:
         if only:
             wanted = stage.name in only or stage.name == "environment"
-        elif not second:
-            wanted = stage.name != "profile"
+        elif not second or stage.name == "environment":
+            wanted = True
         else:
-            wanted = stage.always or gpu_report.judge(stage.name, known()).status not in ("ok", "skipped")
+            wanted = gpu_report.judge(stage.name, known()).status not in ("ok", "skipped")
         if wanted:
             found.append(stage)
     return found
@@ -560,7 +562,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("out", type=Path, help="the folder for what is found")
     parser.add_argument("--seconds", type=float, default=math.inf, help="for everything; without, no stage has a limit")
-    parser.add_argument("--second", action="store_true", help="the profiler, then what a first call left to do")
+    parser.add_argument("--second", action="store_true", help="what a first call left to do")
     parser.add_argument(
         "--only", action="append", choices=NAMES, metavar="STAGE", help=f"of {', '.join(NAMES)}; repeat"
     )

@@ -17,7 +17,7 @@ from typing import Any
 
 import matplotlib
 import numpy as np
-from gpu_report import OURS, RECORDS, benchmark_of, markdown, marked, newest_cpu, newest_gpu
+from gpu_report import OURS, PERCENT, RECORDS, benchmark_of, markdown, marked, newest_cpu, newest_gpu
 from matplotlib import pyplot
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -201,6 +201,9 @@ def ratios(times: dict[str, dict[str, float]], device: str, floor: str, theme: T
     panel.set_xscale("log")
     panel.set_xlim(0.8, None)
     panel.xaxis.set_major_formatter("{x:g}")
+    if panel.get_xlim()[1] < 10:  # of the powers of ten it would show one
+        panel.set_xticks([t for t in (1, 1.5, 2, 3, 4, 6, 8) if t < panel.get_xlim()[1]])
+        panel.minorticks_off()
     panel.set_yticks(range(len(times)), list(times))
     panel.set_ylim(len(times) - 0.5, -0.5)
     panel.set_xlabel(f"time, multiples of {floor}")
@@ -232,9 +235,9 @@ def gpu(record: dict[str, Any], theme: Theme) -> Figure:
     for case in compared:
         if (case["rows"], case["n"]) in shape and case["outputs"] in ("value", "value+dy"):
             what = "value" if case["outputs"] == "value" else "value and gradient"
-            found = [c for c in case["contenders"] if "percent of copy" in c and not c["wrong"]]
+            found = [c for c in case["contenders"] if PERCENT in c and not c["wrong"]]
             label = f"{WORDS[case['space']]}\n{what}, {case['dtype']}"
-            times[label] = {c["name"]: 100 / c["percent of copy"] for c in found}
+            times[label] = {c["name"]: 100 / c[PERCENT] for c in found}
     return ratios(times, "GPU", "a copy", theme)
 
 

@@ -37,7 +37,7 @@ inline void watch_forks() {
 #endif
 }
 
-// While one lives, its thread computes as numerics v1 says: rounding to nearest, subnormal numbers kept. A program may have
+// While one lives, its thread computes as numerics v2 says: rounding to nearest, subnormal numbers kept. A program may have
 // chosen otherwise (torch.set_flush_denormal, a library linked with -ffast-math), and threads inherit that.
 struct Arithmetic {
   Arithmetic(const Arithmetic&) = delete;
@@ -66,6 +66,7 @@ struct Arithmetic {
 
 constexpr int LINE = 16;              // neighbouring rows taken together at least where classes lie far apart: a cache line's
 constexpr int GROUP = 256;            // and at most
+constexpr i64 FEW = 4;                // rows below which it does not pay to take several at once
 constexpr i64 TILE = 128 * CHUNK;      // numbers of an array that such rows bring together at once; the second level holds it
 constexpr i64 SERIAL = 32768;         // classes below which a second thread costs more than it brings
 constexpr i64 STREAM = 64 << 20;      // bytes of output from which on it is streamed past the caches
@@ -85,33 +86,9 @@ struct Scratch {                      // 64-byte aligned memory
   char* raw;
 };
 
-inline Row locate(const Plan& p, i64 r) {
-  Row row = {p.x.data, p.y.data, p.factors.data, p.value.data, p.dx.data, p.dy.data, 1.0, nullptr, nullptr, nullptr};
-  const char* weight = p.weights.data;
-  for (int d = p.ndim - 1; d >= 0; d--) {
-    i64 i = d > 0 ? r % p.shape[d] : r;
-    r = d > 0 ? r / p.shape[d] : 0;
-    row.x += i * p.x.batch[d];
-    row.y += i * p.y.batch[d];
-    row.factors += i * p.factors.batch[d];
-    row.value += i * p.value.batch[d];
-    row.dx += i * p.dx.batch[d];
-    row.dy += i * p.dy.batch[d];
-    weight += i * p.weights.batch[d];
-  }
-  if (p.weights.data && p.weights.dtype == FLOAT32) {
-    float f;
-    std::memcpy(&f, weight, sizeof f);
-    row.weight = f;
-  } else if (p.weights.data) {
-    std::memcpy(&row.weight, weight, sizeof row.weight);
-  }
-  return row;
-}
-
 inline void write_zeros(const Array& a, char* row, i64 n) {
   if (!a.data) return;
-  i64 size = a.dtype == FLOAT64 ? 8 : a.dtype == FLOAT32 ? 4 : 2;
+  i64 size = size_of(a.dtype);
   for (i64 i = 0; i < n; i++) std::memset(row + i * a.stride, 0, (size_t)size);
 }
 
@@ -136,7 +113,7 @@ inline void collapse(Plan& p) {
   }
 }
 
-inline int width(const Array& a) { return a.dtype == FLOAT64 ? 8 : a.dtype == FLOAT32 ? 4 : 2; }
+inline int width(const Array& a) { return size_of(a.dtype); }
 inline bool scattered(const Array& a) { return a.data && std::abs(a.stride) > 64; }
 
 // n classes of m rows that are neighbours in memory, from columns to rows `pitch` bytes apart, or back. Eight classes at a
@@ -168,12 +145,12 @@ struct Batch {
   i64 panel, panels;                  // chunks whose states are held at once; how often that is
   i64 per_row;                        // doubles that a row's states take: those of a panel, then one a panel
   bool ahead;                         // read the next row while this one is written
-  bool flat;                          // rows short and dense enough for kernel.flat
+  Few few_rows;                       // for rows so short that several are taken at once; or nullptr
   size_t bytes;                       // of scratch a thread
   size_t kept = 0;                    // where in the scratch; 0: nothing is kept
   // Where classes lie far apart, a chunk of all rows of a group is brought into rows before it is computed, and results
   // from rows into columns afterwards: `near` is the plan of that.
-  static constexpr int SIDES = 5;
+  static constexpr int OUTPUTS = 2, SIDES = 5;   // the first that is written; how many there are
   static constexpr Array Plan::*sides[SIDES] = {&Plan::x, &Plan::y, &Plan::value, &Plan::dx, &Plan::dy};
   size_t tile[SIDES] = {0};           // where in the scratch; 0: the array is used as it lies
   Plan near;
@@ -182,21 +159,21 @@ struct Batch {
     chunks = (p.n + CHUNK - 1) / CHUNK;
     bool far = scattered(p.x) || scattered(p.y) || scattered(p.dx) || scattered(p.dy);
     group = far ? group_size() : 1;
-    flat = kernel.flat && p.n > 0 && p.n <= COLUMNS && p.ndim <= 1 && !p.weights.data && !p.factors.data &&
-           p.output != TERMS && dense(p.x) && dense(p.y) && dense(p.dx) && dense(p.dy);
-    if (flat) group = CHUNK / p.n;
+    few_rows = isa.few(p);
+    if (p.n < 1 || p.n > COLUMNS || p.rows < FEW) few_rows = nullptr;
+    if (few_rows) group = isa.lanes(p.n, p.wide);
     i64 size = p.x.dtype == FLOAT64 ? 8 : 4;
     ahead = group == 1 && kernel.sweeps > 1 && chunks > 1 && 2 * p.n * size <= AHEAD && p.x.stride == size &&
             p.y.stride == size;
     panel = std::min<i64>(CHUNK, (std::max<i64>(chunks, 1) + 7) & ~(i64)7);
     panels = (chunks + CHUNK - 1) / CHUNK;
     per_row = (panel + panels) * *std::max_element(kernel.states, kernel.states + 3);
-    bytes = (SCRATCH + sizeof(double) * (size_t)(per_row * group) + 63) & ~(size_t)63;
+    bytes = (SCRATCH + sizeof(double) * (size_t)(per_row * (few_rows ? 1 : group)) + 63) & ~(size_t)63;
     if (group == 1 && kernel.kept > 0 && (i64)kernel.kept * chunks <= KEPT) {
       kept = bytes;
       bytes += kernel.kept * (size_t)chunks;
     }
-    for (int k = 0; k < SIDES && group > 1 && !flat; k++) {
+    for (int k = 0; k < SIDES && group > 1 && !few_rows; k++) {
       Array& a = near.*sides[k];
       if (!scattered(a) || (&a == &near.value && p.output != TERMS)) continue;
       near.stream = 0;
@@ -213,10 +190,6 @@ struct Batch {
     return std::min(std::max<i64>(rows, LINE), std::max<i64>(last, 1));
   }
 
-  bool dense(const Array& a) const {
-    return !a.data || (a.stride == width(a) && (p.ndim == 0 || a.batch[0] == p.n * width(a)));
-  }
-
   // Rows of the tile begin at different offsets within a page: the first-level cache keeps few lines of one offset.
   i64 pitch(int k) const { return ((std::min<i64>(CHUNK, p.n) * width(p.*sides[k]) + 63) & ~(i64)63) + 64; }
   static char*& place(Row& row, int k) {
@@ -224,9 +197,11 @@ struct Batch {
     return *places[k];
   }
 
-  // The classes from `start` on of these rows, between arrays in which they lie far apart and the tile.
-  template <bool BACK> void turn_chunk(Row* row, int count, i64 start, int n, char* scratch) const {
-    for (int k = BACK ? 2 : 0; k < (BACK ? SIDES : 2); k++) {
+  // The classes from `start` on of these rows, of sides [first, last), between arrays in which they lie far apart and the
+  // tile.
+  template <bool BACK>
+  void turn_chunk(int first, int last, Row* row, int count, i64 start, int n, char* scratch) const {
+    for (int k = first; k < last; k++) {
       if (!tile[k]) continue;
       const Array& a = p.*sides[k];
       for (int i = 0, m; i < count; i += m) {
@@ -275,12 +250,14 @@ struct Batch {
     for (int s = first; s < last; s++) {
       for (i64 k = 0; k < panels; k++) {
         for (i64 c = k * CHUNK; c < std::min(chunks, (k + 1) * CHUNK); c++) {
-          turn_chunk<false>(row, count, c * CHUNK, size(c), scratch);
+          turn_chunk<false>(0, OUTPUTS, row, count, c * CHUNK, size(c), scratch);
           for (int i = 0; i < count; i++)
             if (row[i].weight != 0)
               kernel.chunk(near, in_tile(row[i], i, c * CHUNK, scratch), s, c * CHUNK, size(c), stats[i],
                            states + i * per_row + c % CHUNK, panel, scratch);
-          if (s == kernel.sweeps - 1) turn_chunk<true>(row, count, c * CHUNK, size(c), scratch);
+          // each result in the sweep that writes it: the next chunk takes its place in the tile
+          if (s == kernel.terms_sweep()) turn_chunk<true>(OUTPUTS, OUTPUTS + 1, row, count, c * CHUNK, size(c), scratch);
+          if (s == kernel.sweeps - 1) turn_chunk<true>(OUTPUTS + 1, SIDES, row, count, c * CHUNK, size(c), scratch);
         }
         for (int i = 0; i < count; i++)
           if (row[i].weight != 0) fold_panel(s, states + i * per_row, k);
@@ -377,19 +354,24 @@ inline void run_here(Plan& p, const Isa& isa) {
       auto group = [&](i64 g) {
         i64 r = start + g * b.group;
         int count = (int)std::min<i64>(b.group, end - r);
-        if (b.flat) {
-          double values[CHUNK];
-          Row row = locate(p, r);
-          b.kernel.flat(p, row, count, values, scratch.data() + (size_t)Batch::thread() * b.bytes);
+        char* mine = scratch.data() + (size_t)Batch::thread() * b.bytes;
+        Row row[GROUP];
+        double stats[GROUP][MAX_STATS];
+        if (b.few_rows) {
+          double values[GROUP];
+          char alone[GROUP] = {0};
+          if (count < FEW) std::memset(alone, 1, sizeof alone);
+          else b.few_rows(p, r, count, values, alone, mine);
           for (int i = 0; i < count; i++) {
+            if (alone[i]) {
+              b.rows(r + i, 1, 0, b.kernel.sweeps, row, stats, mine);
+              values[i] = b.finish(row[0], stats[0]);
+            }
             if (totals) held[(size_t)(r + i - start)] = values[i];
-            else write_value(p.value, row.value + i * p.value.batch[0], values[i]);
           }
           return;
         }
-        Row row[GROUP];
-        double stats[GROUP][MAX_STATS];
-        b.rows(r, count, 0, b.kernel.sweeps, row, stats, scratch.data() + (size_t)Batch::thread() * b.bytes);
+        b.rows(r, count, 0, b.kernel.sweeps, row, stats, mine);
         for (int i = 0; i < count; i++) {
           double v = b.finish(row[i], stats[i]);
           if (totals) held[(size_t)(r + i - start)] = v;

@@ -51,7 +51,7 @@ struct Plan {
   i64 inner;                  // kl_summed: rows that share one gradient row
   i64 any_weights;            // weights may be any numbers; else bad ones spoil their rows
   double inverse_temperature, gradient_scale, scale, epsilon;
-  const double* denominator;  // of a mean weighted by row: known to the device only; or nullptr
+  const double* denominator;  // of a weighted mean, and what multiplies its weights: known to the device only; or nullptr
   const double* cotangent;    // multiplies all gradients; likewise
   double *states, *stats, *sums;   // working memory: see the kernels
   Array x, y, weights, factors, value, dx, dy;   // factors: one a class, float64 or float32
@@ -104,6 +104,8 @@ KL_DEVICE int lane_of() { return (int)(threadIdx.x % WARP); }
 KL_DEVICE int warp_of() { return (int)(threadIdx.x / WARP); }
 KL_DEVICE float larger(float a, float b) { return fmaxf(a, b); }   // the number, if one is NaN
 KL_DEVICE double larger(double a, double b) { return fmax(a, b); }
+KL_DEVICE float smaller(float a, float b) { return fminf(a, b); }
+KL_DEVICE double smaller(double a, double b) { return fmin(a, b); }
 KL_DEVICE i64 again(i64 v) {   // v, of which the compiler does not know that: what follows from it is computed again,
 #if !defined(KL_EMULATOR)      // not kept in registers meanwhile
   asm volatile("" : "+l"(v));
@@ -154,6 +156,17 @@ KL_DEVICE int states_of(int sweep) {
   return 1;
 }
 
+// The branch stands around the loop, not in it: doubles are rare, and slow.
+template <int E> KL_DEVICE void multiply(const T* v, const Scale<T>& scale, T (&products)[E]) {
+  if (scale.far) {
+#pragma unroll
+    for (int e = 0; e < E; e++) products[e] = (T)((double)v[e] * scale.exact);
+  } else {
+#pragma unroll
+    for (int e = 0; e < E; e++) products[e] = v[e] * scale.near;
+  }
+}
+
 // ---- where the lanes of a warp stand ----------------------------------------------------------------------------------------
 //
 // Wide: the warp treats one chunk of a row, 256 classes a step, eight of them in each lane.
@@ -175,17 +188,19 @@ struct Wide {
       for (int k = 0; k < 4; k++) v[4 * half + k] = Stored<D>::template widen<T>(f.v[k]);
     }
   }
-  template <int D> KL_DEVICE void write(typename Stored<D>::Type* slot, int step, const T* v, T scale) const {
+  template <int D> KL_DEVICE void write(typename Stored<D>::Type* slot, int step, const T* v, const Scale<T>& scale) const {
     struct __align__(sizeof(typename Stored<D>::Type) == 2 ? 8 : 16) Four { typename Stored<D>::Type v[4]; };
+    T products[E];
+    multiply(v, scale, products);
 #pragma unroll
     for (int half = 0; half < 2; half++) {
       Four f;
 #pragma unroll
-      for (int k = 0; k < 4; k++) f.v[k] = Stored<D>::template narrow<T>(v[4 * half + k] * scale);
+      for (int k = 0; k < 4; k++) f.v[k] = Stored<D>::template narrow<T>(products[4 * half + k]);
       *(Four*)(slot + index(step, 4 * half)) = f;
     }
   }
-  KL_DEVICE T max(T m) const {
+  template <typename U> KL_DEVICE U max(U m) const {
 #pragma unroll
     for (int o = 16; o; o /= 2) {
       m = larger(__shfl_xor_sync(ALL_LANES, m, o), m);
@@ -195,21 +210,26 @@ struct Wide {
   KL_DEVICE bool any(bool b) const { return __any_sync(ALL_LANES, b); }
   KL_DEVICE bool every(bool b) const { return __all_sync(ALL_LANES, b); }
 
-  // The order of kl_tree.h: a column's elements in T, the columns in double.
-  template <int Q> struct Sums {
-    T first[Q][4], now[Q][4];
+  // The order of kl_tree.h: a column's elements in U, the columns in double.
+  template <int Q, typename U = T> struct Sums {
+    U now[Q][4];
     KL_DEVICE Sums() {
 #pragma unroll
       for (int q = 0; q < Q; q++)
 #pragma unroll
-        for (int k = 0; k < 4; k++) first[q][k] = now[q][k] = T(0);
+        for (int k = 0; k < 4; k++) now[q][k] = U(0);
     }
-    KL_DEVICE void add(int step, int q, const T* v) {
+    KL_DEVICE void add(int, int q, const U* v) {
 #pragma unroll
-      for (int k = 0; k < 4; k++) {
-        if (step == 2) first[q][k] = now[q][k];
-        now[q][k] = (step == 2 ? T(0) : now[q][k]) + (v[k] + v[k + 4]);
-      }
+      for (int k = 0; k < 4; k++) now[q][k] = (now[q][k] + v[k]) + v[k + 4];
+    }
+    KL_DEVICE void add_products(int, int q, const U* w, const U* v) {
+#pragma unroll
+      for (int k = 0; k < 4; k++) now[q][k] = fma(w[k + 4], v[k + 4], fma(w[k], v[k], now[q][k]));
+    }
+    KL_DEVICE void add_four(int q, const U* v) {   // half a step
+#pragma unroll
+      for (int k = 0; k < 4; k++) now[q][k] += v[k];
     }
   };
   // (the sum over lanes with bit = 0 of a, over the others of b), each where it belongs
@@ -217,10 +237,10 @@ struct Wide {
     bool upper = lane & bit;
     return (upper ? b : a) + __shfl_xor_sync(ALL_LANES, upper ? a : b, bit);
   }
-  template <int Q> KL_DEVICE double total(const Sums<Q>& s, int q) const {
+  template <int Q, typename U> KL_DEVICE double total(const Sums<Q, U>& s, int q) const {
     double v[4];
 #pragma unroll
-    for (int k = 0; k < 4; k++) v[k] = (double)(s.first[q][k] + s.now[q][k]);
+    for (int k = 0; k < 4; k++) v[k] = (double)s.now[q][k];
     double a = exchange(v[0], v[2], 16), b = exchange(v[1], v[3], 16);   // + 64; bit 16 now tells columns 2 apart,
     a = exchange(a, b, 8);                                               // + 32; and bit 8 columns 1 apart
 #pragma unroll
@@ -246,12 +266,14 @@ struct Narrow {
 #pragma unroll
     for (int e = 0; e < E; e++) v[e] = Stored<D>::template widen<T>(slot[index(0, e) < n ? index(0, e) : lane]);
   }
-  template <int D> KL_DEVICE void write(typename Stored<D>::Type* slot, int, const T* v, T scale) const {
+  template <int D> KL_DEVICE void write(typename Stored<D>::Type* slot, int, const T* v, const Scale<T>& scale) const {
+    T products[E];
+    multiply(v, scale, products);
 #pragma unroll
     for (int e = 0; e < E; e++)
-      if (index(0, e) < n) slot[index(0, e)] = Stored<D>::template narrow<T>(v[e] * scale);
+      if (index(0, e) < n) slot[index(0, e)] = Stored<D>::template narrow<T>(products[e]);
   }
-  KL_DEVICE T max(T m) const {
+  template <typename U> KL_DEVICE U max(U m) const {
     for (int o = lanes / 2; o; o /= 2) {
       m = larger(__shfl_xor_sync(ALL_LANES, m, o), m);
     }
@@ -263,24 +285,29 @@ struct Narrow {
     return __ballot_sync(ALL_LANES, b) & (mine << (lane_of() - lane));
   }
   KL_DEVICE bool every(bool b) const { return !any(!b); }
-  template <int Q> struct Sums {
-    T v[Q][4];
-    KL_DEVICE void add(int, int q, const T* t) {
+  template <int Q, typename U = T> struct Sums {
+    U v[Q][4];
+    KL_DEVICE void add(int, int q, const U* t) {
 #pragma unroll
       for (int k = 0; k < 4; k++) v[q][k] = t[k];
     }
+    KL_DEVICE void add_products(int, int q, const U* w, const U* t) {
+#pragma unroll
+      for (int k = 0; k < 4; k++) v[q][k] = w[k] * t[k];
+    }
+    KL_DEVICE void add_four(int q, const U* t) { add(0, q, t); }
   };
-  template <int Q> KL_DEVICE double total(const Sums<Q>& s, int q) const {
+  template <int Q, typename U> KL_DEVICE double total(const Sums<Q, U>& s, int q) const {
     double a = ((double)s.v[q][0] + (double)s.v[q][2]) + ((double)s.v[q][1] + (double)s.v[q][3]);
     for (int o = lanes / 2; o; o /= 2) a += __shfl_xor_sync(ALL_LANES, a, o);
     return a + 0.0;
   }
 };
 
-template <class L> KL_DEVICE void mask(const L& at, int step, T* v) {   // what is no class counts nothing
+template <class L, typename U> KL_DEVICE void mask(const L& at, int step, U* v) {   // what is no class counts nothing
   if (!at.partial(step)) return;
 #pragma unroll
-  for (int e = 0; e < L::E; e++) v[e] = at.index(step, e) < at.n ? v[e] : T(0);
+  for (int e = 0; e < L::E; e++) v[e] = at.index(step, e) < at.n ? v[e] : U(0);
 }
 
 // ---- one chunk -------------------------------------------------------------------------------------------------------------
@@ -294,16 +321,16 @@ struct Slot {                 // a chunk in shared memory
 
 struct Want {                 // what a sweep is to write, and times what
   bool term, dx, dy;
-  T of_term, of_gradient;
+  Scale<T> of_term, of_gradient;
 };
 
 // Gradients take the place of their inputs;
 struct InPlace {
   Slot s;
-  template <class L> KL_DEVICE void dx(const L& at, int step, const T* v, T scale) const {
+  template <class L> KL_DEVICE void dx(const L& at, int step, const T* v, const Scale<T>& scale) const {
     at.template write<DX>(s.x, step, v, scale);
   }
-  template <class L> KL_DEVICE void dy(const L& at, int step, const T* v, T scale) const {
+  template <class L> KL_DEVICE void dy(const L& at, int step, const T* v, const Scale<T>& scale) const {
     at.template write<DY>(s.y, step, v, scale);
   }
   KL_DEVICE void dx(int i, T v) const { s.x[i] = Stored<DX>::narrow(v); }
@@ -312,12 +339,16 @@ struct InPlace {
 // or are added to those of other rows.
 struct Added {
   double* sums;
-  template <class L> KL_DEVICE void dx(const L& at, int step, const T* v, T scale) const {
+  template <class L> KL_DEVICE void dx(const L& at, int step, const T* v, const Scale<T>& scale) const {
+    T products[L::E];
+    multiply(v, scale, products);
 #pragma unroll
     for (int e = 0; e < L::E; e++)
-      if (at.index(step, e) < at.n) sums[at.index(step, e)] += (double)(v[e] * scale);
+      if (at.index(step, e) < at.n) sums[at.index(step, e)] += (double)products[e];
   }
-  template <class L> KL_DEVICE void dy(const L& at, int step, const T* v, T scale) const { dx(at, step, v, scale); }
+  template <class L> KL_DEVICE void dy(const L& at, int step, const T* v, const Scale<T>& scale) const {
+    dx(at, step, v, scale);
+  }
   KL_DEVICE void dx(int i, T v) const { sums[i] += (double)v; }
   KL_DEVICE void dy(int i, T v) const { sums[i] += (double)v; }
 };
@@ -380,84 +411,92 @@ KL_DEVICE double terms_chunk(const Plan& p, const L& at, const Slot& s, const Wa
   return at.total(sums, 0);
 }
 
-// Two rows of logits, with classes excluded or far apart. Two sums at a time, which wait in the state's place, in loops
-// that are not unrolled: this is the rare case, and must not cost the other one its registers. `mine`: whether this lane
-// is to write the state.
-template <class L>
-KL_DEVICE void far_chunk(const L& at, const Slot& s, T m, double inverse_temperature, bool mine, double* state) {
+// Two rows of logits, with classes excluded or far apart, in double. Two sums at a time, which wait in the state's place, in
+// loops that are not unrolled: this is the rare case, and must not cost the other one its registers. `mine`: whether this
+// lane is to write the state.
+template <class L> KL_DEVICE void far_chunk(const L& at, const Slot& s, double it, bool mine, double* state) {
   enum { Q, NEAR, NEAR_X, MASS, WEIGHTS, X_TIMES_Z, ALL };
-  T it = (T)inverse_temperature, zero = excluded(m) ? T(0) : m, max_b = -infinity<T>(), mean = T(0);
+  double max_a = -infinity<double>(), max_b = max_a, top_a = 0, top_b = 0;
   bool impossible = false;
+  Anchor<double> from = {};
 #pragma unroll 1
-  for (int pass = 0; pass < 2; pass++) {
-    typename L::template Sums<2> sums;
+  for (int pass = 0; pass < 6; pass++) {
+    typename L::template Sums<2, double> sums;
 #pragma unroll 1
-    for (int step = 0; step < at.steps(); step++) {
-      T a[L::E], b[L::E], u[L::E];
-      at.template read<DX>(s.x, step, a);
-      at.template read<DY>(s.y, step, b);
+    for (int part = 0; part < at.steps() * (L::E / 4); part++) {   // four classes at a time
+      double u[4], v[4];
 #pragma unroll
-      for (int k = 0; k < L::E; k++) {
-        Shared<T> r = shared(a[k], b[k], zero, it);
-        max_b = larger(b[k], max_b);
-        impossible |= r.impossible;
-        u[k] = r.weight;
-        a[k] = pass == 0 ? r.e : r.c;
+      for (int k = 0; k < 4; k++) {
+        int i = at.index(part * 4 / L::E, part * 4 % L::E + k);
+        bool real = i < at.n;
+        double a = real ? (double)Stored<DX>::template widen<T>(s.x[i]) : -infinity<double>();
+        double b = real ? (double)Stored<DY>::template widen<T>(s.y[i]) : -infinity<double>();
+        u[k] = v[k] = 0.0;
+        if (pass == 0) {
+          max_a = larger(a, max_a);
+          max_b = larger(b, max_b);
+        } else if (pass < 3) {
+          Shared r = shared(a, b, top_a, top_b, it);
+          impossible |= real & r.impossible;
+          if (real) u[k] = r.weight;
+          if (real) v[k] = pass == 1 ? r.e : r.c;
+        } else {
+          double of_y = softmax_weight((b - top_b) * it);
+          Apart r = apart(a, b, softmax_weight((a - top_a) * it), of_y, from, it);
+          if (real) u[k] = pass == 3 ? of_y : pass == 4 ? r.near_x : r.weight;
+          if (real) v[k] = pass == 3 ? r.near : pass == 4 ? r.mass : r.x;
+        }
       }
-      mask(at, step, u);
-      mask(at, step, a);
-      sums.add(step, 0, a);
-      sums.add(step, 1, u);
+      sums.add_four(0, u);
+      sums.add_four(1, v);
     }
-    double sum = at.total(sums, 0), weights = at.total(sums, 1);
-    if (pass == 0 && mine) state[ALL] = sum;
-    if (pass == 1) mean = far_mean<T>(weights, sum);
-  }
-  max_b = at.max(max_b);
-  impossible = at.any(impossible);
-  T from = excluded(max_b) ? T(0) : max_b;
-#pragma unroll 1
-  for (int pass = 0; pass < 3; pass++) {
-    typename L::template Sums<2> sums;
-#pragma unroll 1
-    for (int step = 0; step < at.steps(); step++) {
-      T a[L::E], b[L::E];
-      at.template read<DX>(s.x, step, a);
-      at.template read<DY>(s.y, step, b);
-#pragma unroll
-      for (int k = 0; k < L::E; k++) {
-        T of_y = softmax_weight((b[k] - from) * it);
-        Apart<T> r = apart(a[k], b[k], softmax_weight((a[k] - zero) * it), of_y, mean, it);
-        a[k] = pass == 0 ? of_y : pass == 1 ? r.near_x : r.weight;
-        b[k] = pass == 0 ? r.near : pass == 1 ? r.mass : r.x;
-      }
-      mask(at, step, a);
-      mask(at, step, b);
-      sums.add(step, 0, a);
-      sums.add(step, 1, b);
+    if (pass == 0) {
+      max_a = at.max(max_a);
+      max_b = at.max(max_b);
+      top_a = top_of(max_a);
+      top_b = top_of(max_b);
+      continue;
     }
     double one = at.total(sums, 0), other = at.total(sums, 1);
-    if (mine) {
-      state[2 * pass] = one;
-      state[2 * pass + 1] = other;
+    if (pass == 1 && mine) state[ALL] = other;
+    if (pass == 2) from = far_anchor(top_a, top_b, one, other);
+    if (pass > 2 && mine) {
+      state[2 * (pass - 3)] = one;
+      state[2 * (pass - 3) + 1] = other;
     }
   }
+  impossible = at.any(impossible);
   if (mine)
-    *(Spread*)state = far_state(m, max_b, mean, inverse_temperature, state[ALL], state[Q], state[NEAR], state[NEAR_X],
-                                state[MASS], state[WEIGHTS], state[X_TIMES_Z], impossible);
+    *(Spread*)state = far_state(max_a, max_b, from, it, state[ALL], state[Q], state[NEAR], state[NEAR_X], state[MASS],
+                                state[WEIGHTS], state[X_TIMES_Z], impossible);
 }
 
-template <class L>
-KL_DEVICE void spread_chunk(const L& at, const Slot& s, double inverse_temperature, double* state) {
-  T it = (T)inverse_temperature, m = -infinity<T>();
+// What the writing sweep needs most may stay in the slot: weights in x's place, e^z - 1 (for dx: z) in y's. Not where the
+// inputs are narrower, nor where both gradients are wanted: then it is computed again.
+constexpr bool KEEPS = OF_LOGITS && OUT_DX != OUT_DY && !OUT_TERMS && sizeof(X) == sizeof(T) && sizeof(Y) == sizeof(T);
+#if defined(KL_TEMPERATURE)
+constexpr bool TEMPERED = true;
+#else
+constexpr bool TEMPERED = false;
+#endif
+
+// A chunk's anchor and its weights, which stay in `extra` if there is room
+template <class L> KL_DEVICE Anchor<T> weigh(const L& at, const Slot& s, const Inverse<T>& it, bool room, double& weights,
+                                             bool& far) {
+  T max_a = -infinity<T>(), max_b = max_a;
 #pragma unroll 1
   for (int step = 0; step < at.steps(); step++) {
-    T a[L::E];
+    T a[L::E], b[L::E];
     at.template read<DX>(s.x, step, a);
+    at.template read<DY>(s.y, step, b);
 #pragma unroll
-    for (int e = 0; e < L::E; e++) m = larger(a[e], m);
+    for (int e = 0; e < L::E; e++) {
+      max_a = larger(a[e], max_a);
+      max_b = larger(b[e], max_b);
+    }
   }
-  m = at.max(m);
+  max_a = at.max(max_a);
+  max_b = at.max(max_b);
   typename L::template Sums<2> means;
 #pragma unroll 1
   for (int step = 0; step < at.steps(); step++) {
@@ -465,18 +504,32 @@ KL_DEVICE void spread_chunk(const L& at, const Slot& s, double inverse_temperatu
     at.template read<DX>(s.x, step, a);
     at.template read<DY>(s.y, step, b);
 #pragma unroll
-    for (int e = 0; e < L::E; e++) w[e] = weight(a[e], m, it);
+    for (int e = 0; e < L::E; e++) {
+      w[e] = weight<TEMPERED>(a[e], max_a, it);
+      b[e] = below_tops(a[e], b[e], max_a, max_b);
+    }
     mask(at, step, w);
-    at.template write<code_of<T>()>(s.extra, step, w, T(1));
+    if (room) at.template write<code_of<T>()>(s.extra, step, w, T(1));
     means.add(step, 0, w);
-#pragma unroll
-    for (int e = 0; e < L::E; e++) w[e] = w[e] * (b[e] - a[e]);
-    means.add(step, 1, w);
+    means.add_products(step, 1, w, b);
   }
-  double weights = at.total(means, 0), mean = at.total(means, 1) / weights;
-  T anchor = (T)mean;
+  weights = at.total(means, 0);
+  double mean = at.total(means, 1) / weights;
+  Anchor<T> from = anchor(max_a, max_b, mean);
+  far = !usable((double)from.mean);
+  return from;
+}
+
+// `again` brings the chunk into the slot once more, where something was kept in its place that turns out to be of no use.
+template <class L, class Again>
+KL_DEVICE void spread_chunk(const L& at, const Slot& s, double inverse_temperature, bool keep, const Again& again,
+                            double* state) {
+  Inverse<T> it = inverse<T>(inverse_temperature);
+  bool far;
+  double weights;
+  Anchor<T> from = weigh(at, s, it, true, weights, far);
   typename L::template Sums<2> sums;
-  bool good = usable(mean);
+  T largest = T(0), smallest = T(0);
 #pragma unroll 1
   for (int step = 0; step < at.steps(); step++) {
     T a[L::E], b[L::E], w[L::E], z[L::E], g[L::E];
@@ -484,76 +537,158 @@ KL_DEVICE void spread_chunk(const L& at, const Slot& s, double inverse_temperatu
     at.template read<DY>(s.y, step, b);
     at.template read<code_of<T>()>(s.extra, step, w);
     mask(at, step, w);
-    bool ordinary = true;
 #pragma unroll
     for (int e = 0; e < L::E; e++) {
-      z[e] = centred(a[e], b[e], anchor, it);
-      ordinary &= absolute(z[e]) < Real<T>::far;
+      Pair<T> any = centred<TEMPERED>(a[e], b[e], from, it), r = counted(any, w[e]);
+      largest = larger(any.value, largest);
+      smallest = smaller(r.value, smallest);
+      z[e] = r.value;
+      g[e] = spread_of<TEMPERED>(r);
     }
-    if (at.every(ordinary)) {
+    sums.add_products(step, 0, w, z);
+    sums.add_products(step, 1, w, g);
+    bool in_place = KEEPS && keep;
+    if constexpr (L::E == Narrow::E)   // here all is seen: a far row stays as it is
+      in_place = in_place && !at.any(far | !in_range(largest, smallest));
+    if (in_place) {
 #pragma unroll
-      for (int e = 0; e < L::E; e++) g[e] = w[e] * expm1_minus<false>(z[e]);
-    } else {
-#pragma unroll
-      for (int e = 0; e < L::E; e++) {
-        good &= in_range(z[e]);
-        g[e] = w[e] * expm1_minus(z[e]);
-      }
+      for (int e = 0; e < L::E; e++) g[e] = g[e] + z[e];
+      at.template write<code_of<T>()>((T*)s.x, step, w, T(1));
+      at.template write<code_of<T>()>((T*)s.y, step, OUT_DY ? g : z, T(1));
     }
-    sums.add(step, 1, g);
-#pragma unroll
-    for (int e = 0; e < L::E; e++) z[e] = w[e] * z[e];
-    sums.add(step, 0, z);
   }
   double x = at.total(sums, 0), g = at.total(sums, 1);
-  bool far = at.any(!good && at.n > 0);
-  if (at.leads()) *(Spread*)state = near_state(m, anchor, weights, x, g);
+  far = at.any((far | !in_range(largest, smallest)) && at.n > 0);
+  if (at.leads()) *(Spread*)state = near_state(from, weights, x, g);
   if (!__any_sync(ALL_LANES, far)) return;
-  far_chunk(at, s, m, inverse_temperature, far && at.leads(), state);
+  if (KEEPS && keep) again();
+  far_chunk(at, s, inverse_temperature, far && at.leads(), state);
 }
 
+// In float32 and double the anchor is of two numbers, which the state does not tell apart. All lanes take part in this.
+template <class L> KL_DEVICE Anchor<T> anchor_again(const L& at, const Slot& s, const Inverse<T>& it) {
+  double weights;
+  bool far;
+  return weigh(at, s, it, false, weights, far);
+}
+template <class L> KL_DEVICE Anchor<T> anchor_where_not_kept(const L& at, const Slot& s, const Inverse<T>& it) {
+  return anchor_again(at, s, it);
+}
+
+// What a chunk's outputs follow from: the row's stats, and where the chunk's own state lies. PACKED: its slopes stand there
+// already, in the place of what nobody needs any more.
+struct Local {
+  const double *stats, *state;
+  int pitch;
+  bool packed;
+  KL_DEVICE double get(int k) const { return state[(i64)k * pitch]; }
+};
+enum { AT_MAX_A, AT_S, AT_M, AT_M_LOW, AT_X, AT_G, AT_MAX_B, AT_Q, AT_KIND };
+constexpr int PACKED[4] = {AT_S, AT_X, AT_G, EXACT<T> ? AT_M : AT_M_LOW};
+KL_DEVICE Slopes<T> slopes_of(const Local& l, double it) {
+  if (!l.packed) return slopes<T>(l.get(AT_MAX_A), l.get(AT_MAX_B), {l.get(AT_M), l.get(AT_M_LOW)}, l.stats, it);
+  Slopes<T> s = {};
+  if constexpr (OUT_TERMS) s.p = (T)l.get(PACKED[0]), s.t = (T)l.get(PACKED[1]), s.t_low = (T)l.get(PACKED[2]);
+  if constexpr (OUT_DY) s.a = (T)l.get(PACKED[0]), s.b = (T)l.get(PACKED[1]);
+  if constexpr (OUT_DX) s.c = (T)l.get(PACKED[2]), s.d = (T)l.get(PACKED[3]);
+  return s;
+}
+constexpr bool PACKS = OF_LOGITS && (OUT_TERMS ? !OUT_DX && !OUT_DY : OUT_DX || OUT_DY);
+KL_DEVICE void pack(const double* stats, double* state, int pitch, double it) {   // by one lane
+  Local l = {stats, state, pitch, false};
+  if (is_far(l.get(AT_KIND))) return;
+  Slopes<T> s = slopes_of(l, it);
+  if constexpr (OUT_TERMS) {
+    state[PACKED[0] * pitch] = s.p;
+    state[PACKED[1] * pitch] = s.t;
+    state[PACKED[2] * pitch] = s.t_low;
+  }
+  if constexpr (OUT_DY) {
+    state[PACKED[0] * pitch] = s.a;
+    state[PACKED[1] * pitch] = s.b;
+  }
+  if constexpr (OUT_DX) {
+    state[PACKED[2] * pitch] = s.c;
+    state[PACKED[3] * pitch] = s.d;
+  }
+}
+// what far_class makes of one class
 template <class L, class Sink>
-KL_DEVICE void spread_outputs(const L& at, const Slot& s, const double* stats, double it, const Want& want,
-                              const Sink& sink) {
-  Known<T> known(it, stats);
-  bool far = stats[ROW_FAR] != 0;
+KL_DEVICE void far_output(const L& at, const Slot& s, int i, const FarRow& row, const Want& want, const Sink& sink) {
+  constexpr int TERM = OP == REL_ENTR ? LITERAL : DEVIANCE;
+  Outputs o = far_class<TERM>((double)Stored<DX>::template widen<T>(s.x[i]), (double)Stored<DY>::template widen<T>(s.y[i]), row);
+  if (want.term) s.extra[i] = (T)o.term * want.of_term;
+  if (OUT_DX) sink.dx(i, (T)o.dx * want.of_gradient);
+  if (OUT_DY) sink.dy(i, (T)o.dy * want.of_gradient);
+}
+
+// `kept`: the slot holds what spread_chunk left there
+template <class L, class Sink>
+KL_DEVICE void spread_outputs(const L& at, const Slot& s, const Local& local, double inverse_temperature, bool kept,
+                              const Want& want, const Sink& sink) {
+  Inverse<T> it = inverse<T>(inverse_temperature);
+  Anchor<T> from = {(T)local.get(AT_MAX_A), (T)local.get(AT_MAX_B), T(0), T(0), (T)local.get(AT_M)};
+  if constexpr (EXACT<T> && !KEEPS) from = anchor_again(at, s, it);
+  else if (EXACT<T> && !kept) from = anchor_where_not_kept(at, s, it);
+  if (at.n > 0 && is_far(local.get(AT_KIND))) {
+    FarRow row = far_row(local.stats, inverse_temperature);
+#pragma unroll 1
+    for (int step = 0; step < at.steps(); step++)
+#pragma unroll 1
+      for (int e = 0; e < L::E; e++)
+        if (at.index(step, e) < at.n) far_output(at, s, at.index(step, e), row, want, sink);
+    return;
+  }
+  Slopes<T> k = slopes_of(local, inverse_temperature);
   constexpr int TERM = OP == REL_ENTR ? LITERAL : DEVIANCE;
 #pragma unroll 1
   for (int step = 0; step < at.steps(); step++) {
-    T a[L::E], b[L::E];
-    Outputs<T> r[L::E];
+    T a[L::E], b[L::E], w[L::E], v[L::E];
     at.template read<DX>(s.x, step, a);
     at.template read<DY>(s.y, step, b);
-    if (far) {
-#pragma unroll 1
-      for (int e = 0; e < L::E; e++) {
-        int i = at.index(step, e);
-        if (i >= at.n) continue;
-        Outputs<T> o = far_outputs(Stored<DX>::template widen<T>(s.x[i]), Stored<DY>::template widen<T>(s.y[i]), known, TERM);
-        if (want.term) s.extra[i] = o.term * want.of_term;
-        if (want.dx) sink.dx(i, o.dx * want.of_gradient);
-        if (want.dy) sink.dy(i, o.dy * want.of_gradient);
-      }
+    if (KEEPS && kept) {
+#pragma unroll
+      for (int e = 0; e < L::E; e++) v[e] = OUT_DY ? a[e] * fma(b[e], k.a, k.b) : a[e] * fma(b[e], k.c, k.d);
+      if (OUT_DY) sink.dy(at, step, v, want.of_gradient);
+      else sink.dx(at, step, v, want.of_gradient);
       continue;
     }
-    T v[L::E];
-    const int term = want.term ? TERM : NO_TERM;
 #pragma unroll
-    for (int e = 0; e < L::E; e++) r[e] = near_outputs(a[e], b[e], known, term, want.dx, want.dy);
+    for (int e = 0; e < L::E; e++) w[e] = weight<TEMPERED>(a[e], from.max_a, it);
     if (want.term) {
+      bool others = false;
 #pragma unroll
-      for (int e = 0; e < L::E; e++) v[e] = r[e].term;
+      for (int e = 0; e < L::E; e++) {
+        bool good;
+        v[e] = near_term<TERM, TEMPERED>(a[e], b[e], w[e], from, k, it, good);
+        others |= !good;
+      }
       at.template write<code_of<T>()>(s.extra, step, v, want.of_term);
+      if (others) {
+        FarRow row = far_row(local.stats, inverse_temperature);
+#pragma unroll 1
+        for (int e = 0; e < L::E; e++) {
+          int i = at.index(step, e);
+          if (i >= at.n) continue;
+          T x = Stored<DX>::template widen<T>(s.x[i]), y = Stored<DY>::template widen<T>(s.y[i]);
+          bool good;
+          near_term<TERM, TEMPERED>(x, y, weight<TEMPERED>(x, from.max_a, it), from, k, it, good);
+          if (!good) s.extra[i] = (T)far_class<TERM>((double)x, (double)y, row).term * want.of_term;
+        }
+      }
     }
-    if (want.dx) {
+    if constexpr (OUT_DX || OUT_DY) {
+      T z[L::E];
 #pragma unroll
-      for (int e = 0; e < L::E; e++) v[e] = r[e].dx;
-      sink.dx(at, step, v, want.of_gradient);
-    }
-    if (want.dy) {
+      for (int e = 0; e < L::E; e++) {
+        Pair<T> r = counted(centred<TEMPERED>(a[e], b[e], from, it), w[e]);
+        z[e] = r.value;
+        if (OUT_DY) v[e] = w[e] * fma(spread_of<TEMPERED>(r) + r.value, k.a, k.b);
+      }
+      if (OUT_DY) sink.dy(at, step, v, want.of_gradient);
 #pragma unroll
-      for (int e = 0; e < L::E; e++) v[e] = r[e].dy;
-      sink.dy(at, step, v, want.of_gradient);
+      for (int e = 0; e < L::E; e++) v[e] = w[e] * fma(z[e], k.c, k.d);
+      if (OUT_DX) sink.dx(at, step, v, want.of_gradient);
     }
   }
 }
@@ -569,7 +704,7 @@ template <int D, class L> KL_DEVICE Norm norm_chunk(const L& at, const typename 
     for (int e = 0; e < L::E; e++) m = larger(x[e], m);
   }
   m = at.max(m);
-  double zero = zero_for(m);
+  double zero = top_of(m);
   typename L::template Sums<2> sums;
 #pragma unroll 1
   for (int step = 0; step < at.steps(); step++) {
@@ -637,14 +772,19 @@ KL_DEVICE void normalised_chunk(const Plan& p, const L& at, const Slot& s, int s
   }
 }
 
-// One chunk of one row. The sweep leaves its state in shared memory, its outputs in the slot.
-template <class L, class Sink>
-KL_DEVICE void chunk(const Plan& p, const L& at, const Slot& s, int sweep, const double* stats, const Want& want,
-                     const Sink& sink, double* state) {
+struct Staged {   // is not to be brought again
+  KL_DEVICE void operator()() const {}
+};
+
+// One chunk of one row. The sweep leaves its state in shared memory, its outputs in the slot. `keep`: both sweeps of two rows
+// of logits find the same slot.
+template <class L, class Sink, class Again>
+KL_DEVICE void chunk(const Plan& p, const L& at, const Slot& s, int sweep, const Local& local, const Want& want,
+                     const Sink& sink, double* state, bool keep, const Again& again) {
   double it = inverse_temperature(p);
   if constexpr (OF_LOGITS) {
-    if (sweep == 0) spread_chunk(at, s, it, state);
-    else spread_outputs(at, s, stats, it, want, sink);
+    if (sweep == 0) spread_chunk(at, s, it, keep, again, state);
+    else if constexpr (KL_OUTPUTS != 0) spread_outputs(at, s, local, it, keep, want, sink);
   } else if constexpr (NORMALISED) {
     if (sweep == 0) {
       Norm of_x = {}, of_y = {};
@@ -655,7 +795,7 @@ KL_DEVICE void chunk(const Plan& p, const L& at, const Slot& s, int sweep, const
         *(Norm*)(state + NORM_STATES) = of_y;
       }
     } else {
-      normalised_chunk(p, at, s, sweep, stats, want, sink, state);
+      normalised_chunk(p, at, s, sweep, local.stats, want, sink, state);
     }
   } else {
     double sum = terms_chunk(p, at, s, want, sink);
@@ -669,38 +809,27 @@ constexpr int TERM_SWEEP = OF_LOGITS || NORMALISED ? 1 : 0, GRADIENT_SWEEP = OF_
 
 // the sums of f(i, v), 0 <= i < count <= CHUNK, in the order of kl_tree.h; all in double; lane l owns columns l + 32 k
 template <int Q, class F> KL_DEVICE void sum_states(int count, F f, double* total) {
-  double both[Q];
 #pragma unroll
   for (int q = 0; q < Q; q++) total[q] = 0.0;
 #pragma unroll 1
   for (int odd = 0; odd < 2; odd++) {          // (column 0 + column 2) + (column 1 + column 3): + 64, + 32
+    double both[Q];
 #pragma unroll
     for (int q = 0; q < Q; q++) both[q] = 0.0;
 #pragma unroll 1
     for (int k = odd; k < 4; k += 2) {
-      double first[Q], now[Q];
+      double column[Q];
 #pragma unroll
-      for (int q = 0; q < Q; q++) first[q] = now[q] = 0.0;
+      for (int q = 0; q < Q; q++) column[q] = 0.0;
 #pragma unroll 1
-      for (int j = 0; 256 * j + 32 * k < count; j++) {
-        double pair[Q];
+      for (int i = 32 * k + lane_of(); i < count; i += COLUMNS) {
+        double v[Q];
+        f(i, v);
 #pragma unroll
-        for (int q = 0; q < Q; q++) pair[q] = 0.0;
-#pragma unroll 1
-        for (int i = 256 * j + 32 * k + lane_of(); i < count && i < 256 * (j + 1); i += COLUMNS) {
-          double v[Q];
-          f(i, v);
-#pragma unroll
-          for (int q = 0; q < Q; q++) pair[q] += v[q];
-        }
-#pragma unroll
-        for (int q = 0; q < Q; q++) {
-          if (j == 2) first[q] = now[q];
-          now[q] = (j == 2 ? 0.0 : now[q]) + pair[q];
-        }
+        for (int q = 0; q < Q; q++) column[q] += v[q];
       }
 #pragma unroll
-      for (int q = 0; q < Q; q++) both[q] += first[q] + now[q];
+      for (int q = 0; q < Q; q++) both[q] += column[q];
     }
 #pragma unroll
     for (int q = 0; q < Q; q++) total[q] += both[q];
@@ -734,39 +863,33 @@ struct States {               // of `count` chunks: the k-th number of the i-th 
 
 KL_DEVICE Spread fold_spreads(const States& s, double it) {
   if (s.count == 1) return s.spread(0);
-  Spread all = {-infinity<double>(), 0, 0, 0, 0, -infinity<double>(), 0, 0, 0};
+  double max_a = -infinity<double>(), max_b = max_a, sum[3];
   bool far = false, impossible = false;
 #pragma unroll 1
   for (int i = lane_of(); i < s.count; i += WARP) {
-    Spread k = s.spread(i);
-    all.max_a = k.max_a > all.max_a ? k.max_a : all.max_a;
-    all.max_b = k.max_b > all.max_b ? k.max_b : all.max_b;
-    far |= k.far != 0;
-    impossible |= k.impossible != 0;
+    max_a = larger(s.get(i, AT_MAX_A), max_a);
+    max_b = larger(s.get(i, AT_MAX_B), max_b);
+    far |= is_far(s.get(i, AT_KIND));
+    impossible |= is_impossible(s.get(i, AT_KIND));
   }
-  all.max_a = lanes_max(all.max_a);
-  all.max_b = lanes_max(all.max_b);
-  all.impossible = __any_sync(ALL_LANES, impossible) ? 1 : 0;
-  double zero = zero_for(all.max_a), zero_b = zero_for(all.max_b), sum[3];
+  max_a = lanes_max(max_a);
+  max_b = lanes_max(max_b);
+  Tops top = tops(max_a, max_b);
   sum_states<3>(s.count, [&](int i, double* v) {
     Spread k = s.spread(i);
-    v[0] = merge_weight(k.max_a, zero, it) * k.s;
-    v[1] = v[0] * k.m;
-    v[2] = k.q * merge_weight(k.max_b, zero_b, it);
+    v[0] = merge_weight(k.max_a, top.a, it) * k.s;
+    v[1] = v[0] * merge_mean(k, top);
+    v[2] = merge_mass(k, top, it);
   }, sum);
-  all.s = sum[0];
-  all.q = sum[2];
-  all.m = merge_anchor<T>(sum[1], sum[0]);
+  double weights = sum[0], mass = sum[2];
+  Pair<double> m = merge_anchor(top, sum[1], weights);
   sum_states<2>(s.count, [&](int i, double* v) {
-    Moved k = moved(s.spread(i), zero, all.m, it);
+    Moved k = moved(s.spread(i), top, m, it);
     v[0] = k.x;
     v[1] = k.g;
     far |= k.far;
   }, sum);
-  all.x = sum[0];
-  all.g = sum[1];
-  all.far = __any_sync(ALL_LANES, far) ? 1 : 0;
-  return all;
+  return merged(max_a, max_b, weights, top, m, sum[0], sum[1], mass, __any_sync(ALL_LANES, far), __any_sync(ALL_LANES, impossible));
 }
 
 KL_DEVICE Norm fold_norms(const States& s, int base, double it) {
@@ -774,7 +897,7 @@ KL_DEVICE Norm fold_norms(const States& s, int base, double it) {
 #pragma unroll 1
   for (int i = lane_of(); i < s.count; i += WARP) top = s.get(i, base) > top ? s.get(i, base) : top;
   top = lanes_max(top);
-  double zero = zero_for(top);
+  double zero = top_of(top);
   sum_states<2>(s.count, [&](int i, double* v) {
     Norm k = s.norm(i, base);
     v[0] = k.max == top ? k.count : 0.0;
@@ -805,7 +928,7 @@ KL_DEVICE void finish(const Plan& p, int sweep, const double* from, double* stat
   for (int k = 0; k < MAX_STATES; k++)
     if (k < states_of(sweep)) state[k] = from[k];
   if constexpr (OF_LOGITS) {
-    logits_finish<T>(*(const Spread*)state, inverse_temperature(p), stats);
+    logits_finish(*(const Spread*)state, inverse_temperature(p), stats);
   } else if (NORMALISED && sweep == 0) {
     if constexpr (NORM_OF_X) {
       stats[NORM_X] = state[0];
@@ -853,6 +976,13 @@ KL_DEVICE Row locate(const Plan& p, i64 r) {
 }
 KL_DEVICE double weight_of(const Plan& p, i64 r) { return p.weights.data ? locate(p, r).weight : 1.0; }
 
+// Of a mean, whose weights may lie at an end of the range: WEIGHT_FACTORS. It remains a weight, and its row counts.
+KL_DEVICE double scaled(const Plan& p, double weight) {
+  if (!p.denominator) return weight;
+  double w = weight * p.denominator[1];
+  return (w == 0) & (weight != 0) ? 0x1p-1074 : w;
+}
+
 KL_DEVICE double gradient_scale(const Plan& p) {
   double scale = !p.denominator ? p.gradient_scale : *p.denominator != 0 ? 1.0 / *p.denominator : nan<double>();
   return p.cotangent ? scale * *p.cotangent : scale;
@@ -867,10 +997,11 @@ KL_DEVICE void write_number(i64 dtype, char* at, double v) {
 
 KL_DEVICE Want wanted(const Plan& p, int sweep, double weight) {
   return {OUT_TERMS && sweep == TERM_SWEEP, OUT_DX && sweep == GRADIENT_SWEEP, OUT_DY && sweep == GRADIENT_SWEEP,
-          (T)weight, (T)(weight * gradient_scale(p))};
+          weight, scaled(p, weight) * gradient_scale(p)};
 }
 
 KL_DEVICE void write_value(const Plan& p, char* at, double weight, double value) {
+  weight = scaled(p, weight);
   double v = weight == 0 ? 0.0 : weight == 1 ? value : value * weight;
   write_number(p.value.dtype, at, v);
 }
@@ -984,6 +1115,11 @@ KL_DEVICE void store_outputs(const Plan& p, const Row& row, i64 start, int n, co
   __syncwarp();
 }
 
+struct Unit {   // a chunk of a row
+  i64 row;
+  int chunk;
+};
+
 KL_DEVICE int classes(const Plan& p, i64 c) {
   i64 left = p.n - c * CHUNK;
   return left < CHUNK ? (int)left : CHUNK;
@@ -992,6 +1128,16 @@ KL_DEVICE int classes(const Plan& p, i64 c) {
 KL_DEVICE void stage_chunk(const Plan& p, const Row& row, i64 c, const Slot& s) {
   stage(s.x, row.x + c * CHUNK * p.x.stride, p.x.stride, classes(p, c));
   if constexpr (HAS_Y) stage(s.y, row.y + c * CHUNK * p.y.stride, p.y.stride, classes(p, c));
+}
+
+// the same, where it was staged before
+KL_DEVICE void stage_again(const Plan& p, const Unit& unit, const Slot& s) {
+  __syncwarp();
+  stage_chunk(p, locate(p, unit.row), unit.chunk, s);
+  arrived();
+  __syncwarp();
+  pad(s, classes(p, unit.chunk));
+  __syncwarp();
 }
 
 KL_DEVICE Slot with_factors(const Plan& p, Slot s, i64 r, i64 c) {
@@ -1010,10 +1156,6 @@ using namespace kl;
 // Each warp treats one chunk of one row at a time. Where neighbouring rows lie side by side, the block's warps take
 // neighbouring rows and read them together.
 #if defined(KL_UNITS)
-struct Unit {
-  i64 row;
-  int chunk;
-};
 KL_DEVICE Unit unit_of(const Plan& p, i64 tile) {
   if (p.columns) return {tile / p.chunks * warps_of() + warp_of(), (int)(tile % p.chunks)};
   i64 unit = tile * warps_of() + warp_of();
@@ -1058,13 +1200,19 @@ extern "C" __global__ void __launch_bounds__(256, BLOCKS) kl_units(const Plan p)
 
 #pragma unroll 1
     for (int sweep = (int)p.first; live && sweep < (int)p.last; sweep++) {
-      chunk(p, Wide(n), with_factors(p, s, unit.row, unit.chunk), sweep, stats,
-            wanted(p, sweep, weight_of(p, unit_of(p, again(tile)).row)), InPlace{s}, stats);
+      Unit here = unit_of(p, again(tile));
+      Local local = {stats, stats + 1, 1, false};
+      if (OF_LOGITS && sweep > 0 && p.chunks > 1) {
+        local.state = p.states + here.row * LOGITS_STATES * p.chunks + here.chunk;
+        local.pitch = (int)p.chunks;
+      }
+      bool keep = p.chunks == 1 && p.last > 1 && !p.columns;
+      chunk(p, Wide(n), with_factors(p, s, here.row, here.chunk), sweep, local, wanted(p, sweep, weight_of(p, here.row)),
+            InPlace{s}, stats, keep, [&] { stage_again(p, unit_of(p, again(tile)), s); });
       __syncwarp();
       int count = states_of(sweep);
       if (count > 0 && p.chunks == 1 && lane_of() == 0) finish(p, sweep, stats, stats);
       if (lane_of() < count && p.chunks > 1) {
-        Unit here = unit_of(p, again(tile));
         p.states[(here.row * count + lane_of()) * p.chunks + here.chunk] = stats[lane_of()];
       }
       __syncwarp();
@@ -1174,12 +1322,17 @@ extern "C" __global__ void __launch_bounds__(256, BLOCKS) kl_narrow(const Plan p
           here.n = 0;
         }
         double* mine = known + (live ? r : 0) * MAX_STATS;
-        chunk(p, here, row, sweep, mine, want, InPlace{row}, mine);
+        Local local = {mine, mine + 1, 1, PACKS && p.last > 1 && !p.stats};
+        chunk(p, here, row, sweep, local, want, InPlace{row}, mine, p.last > 1, Staged{});
       }
       __syncwarp();
       if (states_of(sweep) == 0) continue;
 #pragma unroll 1
-      for (int r = lane_of(); r < rows; r += WARP) finish(p, sweep, known + r * MAX_STATS, known + r * MAX_STATS);
+      for (int r = lane_of(); r < rows; r += WARP) {
+        double* row = known + r * MAX_STATS;
+        finish(p, sweep, row, row);
+        if (PACKS && p.last > 1 && !p.stats) pack(row, row + 1, 1, inverse_temperature(p));
+      }
       __syncwarp();
     }
 #pragma unroll 1
@@ -1256,7 +1409,9 @@ extern "C" __global__ void __launch_bounds__(256, BLOCKS) kl_rows(const Plan p) 
         }
         if (live) {
           double* state = stats_of(p, shared);
-          chunk(p, Wide(n), with_factors(p, s, r, c), sweep, stats, want, InPlace{s}, state);
+          Local local = {stats, states + c, chunks, PACKS};
+          chunk(p, Wide(n), with_factors(p, s, r, c), sweep, local, want, InPlace{s}, state, resident && p.last > 1,
+                [&] { stage_again(p, {again(r), c}, s); });
           __syncwarp();
           if (lane_of() < states_of(sweep)) states[lane_of() * chunks + c] = state[lane_of()];
           __syncwarp();
@@ -1285,6 +1440,14 @@ extern "C" __global__ void __launch_bounds__(256, BLOCKS) kl_rows(const Plan p) 
           finish(p, sweep, state, stats);
           if (p.stats && rank == 0 && sweep + 1 == (int)p.last)
             for (int k = 0; k < MAX_STATS; k++) p.stats[r * MAX_STATS + k] = stats[k];
+        }
+        if (PACKS && p.last > 1) {   // of the chunks that this block's warps have
+          __syncwarp();
+#pragma unroll 1
+          for (int i = lane_of(); i / W * step < chunks; i += WARP) {
+            int c = i / W * step + rank * W + i % W;
+            if (c < chunks) pack(stats, states + c, chunks, inverse_temperature(p));
+          }
         }
       }
       __syncthreads();
@@ -1322,22 +1485,44 @@ extern "C" __global__ void __launch_bounds__(256, 1) kl_fold(const Plan p) {
 }
 #endif
 
-// The sum of `count` doubles in `states`, or of the weights: every 1024 into one, left in `sums`; the last one, divided,
-// is the value.
+// The sum of `count` doubles in `states`: every 1024 into one, left in `sums`; the last one, divided, is the value.
 #if defined(KL_SUM)
 extern "C" __global__ void __launch_bounds__(256) kl_sum(const Plan p) {
   for (i64 g = (i64)blockIdx.x * warps_of() + warp_of(); g < p.groups; g += (i64)gridDim.x * warps_of()) {
     i64 left = p.count - g * CHUNK;
     double total;
-    sum_states<1>(left < CHUNK ? (int)left : CHUNK, [&](int i, double* v) {
-      v[0] = p.weights.data ? locate(p, g * CHUNK + i).weight : p.states[g * CHUNK + i];
-    }, &total);
+    sum_states<1>(left < CHUNK ? (int)left : CHUNK, [&](int i, double* v) { v[0] = p.states[g * CHUNK + i]; }, &total);
     if (lane_of() != 0) continue;
     if (!p.value.data) {
       p.sums[g] = total;
     } else {
       double d = p.denominator ? *p.denominator : p.scale;
-      write_value(p, p.value.data, 1.0, d != 0 ? total / d : nan<double>());
+      write_number(p.value.dtype, p.value.data, d != 0 ? total / d : nan<double>());
+    }
+  }
+}
+// The same of the weights, times each of WEIGHT_FACTORS: lines of `groups` sums. The last ones: which of them is in the
+// middle of the range; then sums[0] is what a mean of so many weights is divided by, sums[1] the factor.
+extern "C" __global__ void __launch_bounds__(256) kl_weights(const Plan p) {
+  const double factors[] = {1, 0x1p-600, 0x1p600};   // WEIGHT_FACTORS in klcore/backends/rows.py
+  for (i64 g = (i64)blockIdx.x * warps_of() + warp_of(); g < p.groups; g += (i64)gridDim.x * warps_of()) {
+    i64 left = p.count - g * CHUNK;
+    double total[3];
+    sum_states<3>(left < CHUNK ? (int)left : CHUNK, [&](int i, double* v) {
+      double w = p.weights.data ? locate(p, g * CHUNK + i).weight : 0.0;
+#pragma unroll
+      for (int k = 0; k < 3; k++) v[k] = p.weights.data ? w * factors[k] : p.states[k * p.count + g * CHUNK + i];
+    }, total);
+    if (lane_of() != 0) continue;
+    if (p.groups > 1) {
+#pragma unroll
+      for (int k = 0; k < 3; k++) p.sums[k * p.groups + g] = total[k];
+    } else {
+      double sum = total[0], factor = factors[0];
+      if (total[0] > 0x1p500) sum = total[1], factor = factors[1];
+      if (total[0] > 0 && total[0] < 0x1p-500) sum = total[2], factor = factors[2];
+      p.sums[0] = p.scale != 0 ? p.scale * factor : sum;
+      p.sums[1] = factor;
     }
   }
 }
@@ -1372,7 +1557,11 @@ extern "C" __global__ void __launch_bounds__(256, BLOCKS) kl_summed(const Plan p
       __syncwarp();
       Want want = wanted(p, sweep, row.weight);
       want.term = false;
-      chunk(p, Wide(n), with_factors(p, s, r, c), sweep, p.stats + r * MAX_STATS, want, Added{sums}, (double*)s.extra);
+      double* state = (double*)s.extra;   // which chunk's it was is not known any more: it is found again
+      if constexpr (OF_LOGITS) spread_chunk(Wide(n), s, inverse_temperature(p), false, Staged{}, state);
+      __syncwarp();
+      chunk(p, Wide(n), with_factors(p, s, r, c), sweep, Local{p.stats + r * MAX_STATS, state, 1, false}, want, Added{sums},
+            state, false, Staged{});
     }
     __syncwarp();
 #pragma unroll 1

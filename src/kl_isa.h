@@ -44,6 +44,7 @@ inline void stream_line(char* to, const char* from) {
 #endif
 }
 #include "kl_rows.h"
+#include "kl_few.h"
 }  // namespace generic
 
 #ifdef KL_X86
@@ -60,6 +61,7 @@ inline void stream_line(char* to, const char* from) {
     _mm256_stream_si256((__m256i*)(to + i), _mm256_loadu_si256((const __m256i*)(from + i)));
 }
 #include "kl_rows.h"
+#include "kl_few.h"
 }  // namespace avx2
 #if defined(__clang__)
 #pragma clang attribute pop
@@ -73,6 +75,7 @@ inline void stream_line(char* to, const char* from) {
 namespace avx512 {
 inline void stream_line(char* to, const char* from) { _mm512_stream_si512((__m512i*)to, _mm512_loadu_si512(from)); }
 #include "kl_rows.h"
+#include "kl_few.h"
 }  // namespace avx512
 #if defined(__clang__)
 #pragma clang attribute pop
@@ -87,12 +90,14 @@ struct Isa {
   const char* name;
   bool supported;                    // by this processor
   Kernel (*kernel)(const Plan&);
+  Few (*few)(const Plan&);           // for rows of few classes; nullptr: none
+  int (*lanes)(i64 n, bool wide);    // and how many rows it takes
   double (*sum_levels)(double*, i64);
   void (*elementary_float)(int, const float*, float*, i64);
   void (*elementary_double)(int, const double*, double*, i64);
 };
 
-#define KL_ROWS(ns) ns::kernel, ns::sum_levels, ns::elementary<float>, ns::elementary<double>
+#define KL_ROWS(ns) ns::kernel, ns::few, ns::lanes, ns::sum_levels, ns::elementary<float>, ns::elementary<double>
 
 inline const Isa* isa_table() {   // best last
 #ifdef KL_X86
@@ -103,9 +108,9 @@ inline const Isa* isa_table() {   // best last
       {"avx512", __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
                      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
                      __builtin_cpu_supports("fma"), KL_ROWS(avx512)},
-      {nullptr, false, nullptr, nullptr, nullptr, nullptr}};
+      {nullptr, false, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr}};
 #else
-  static const Isa table[] = {{"generic", true, KL_ROWS(generic)}, {nullptr, false, nullptr, nullptr, nullptr, nullptr}};
+  static const Isa table[] = {{"generic", true, KL_ROWS(generic)}, {nullptr, false, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr}};
 #endif
   return table;
 }

@@ -26,8 +26,9 @@ KL_FN bool is_far(double kind) { return kind == FAR || kind == FAR + IMPOSSIBLE;
 KL_FN bool is_impossible(double kind) { return kind >= IMPOSSIBLE; }
 KL_FN double kind_of(bool far, bool impossible) { return (far ? FAR : 0) + (impossible ? IMPOSSIBLE : 0); }
 
-// A row's stats: the value, then what the writing sweep needs; M and shift less max b - max a
-enum { VALUE, ROW_MAX_A, ROW_S, ROW_M, ROW_M_LOW, ROW_MEAN_Z, ROW_SHIFT, ROW_SHIFT_LOW, ROW_MAX_B, ROW_Q, ROW_KIND };
+// A row's stats: the value, then what the writing sweep needs, in the order of a state where they are a state's numbers. M and
+// shift are less max b - max a.
+enum { VALUE, ROW_MAX_A, ROW_S, ROW_M, ROW_M_LOW, ROW_MEAN_Z, ROW_SHIFT, ROW_MAX_B, ROW_Q, ROW_KIND, ROW_SHIFT_LOW };
 constexpr int MAX_STATS = 12;
 
 // TEMPERED = false, here and below: T is 1, and dividing by it is left out, which changes no bit.
@@ -64,6 +65,7 @@ template <typename T> struct Anchor { T max_a, max_b, m, low, mean; };
 template <typename T> KL_FN T below_tops(T a, T b, T max_a, T max_b) { return (b - max_b) - (a - max_a); }
 KL_FN bool usable(double mean) { return absolute(mean) < 1e300; }
 template <typename T> KL_FN Anchor<T> anchor(T max_a, T max_b, double mean) {
+  if constexpr (!EXACT<T>) return {max_a, max_b, T(0), T(0), (T)mean};
   T low, c = difference(max_b, max_a, low), rest = (T)(mean + (double)low), m_low, m = difference(c, -rest, m_low);
   T step = T(3) * Real<T>::eps * real(bits(m) & Real<T>::octaves);
   m_low = (m_low + step) - step;
@@ -94,27 +96,24 @@ KL_FN Pair<double> from_tops(double a, double b, double top_a, double top_b) {
 KL_FN double less(const Pair<double>& c, const Pair<double>& m) { return (c.value - m.value) + (c.low - m.low); }
 // By a chunk's largest z, and its smallest of a class that has a weight: whether float32 (double) carries its exponentials and
 // their sums. Below -64 the others' z, which those classes make small, would be known to 64 eps only.
-template <typename T> KL_FN bool in_range(T largest, T smallest) { return (largest < Real<T>::far) & (smallest > T(-64)); }
+template <typename T> KL_FN bool above_range(T z) { return z >= Real<T>::far; }
+template <typename T> KL_FN bool below_range(T z) { return z <= T(-64); }
+template <typename T> KL_FN bool in_range(T largest, T smallest) { return !(above_range(largest) | below_range(smallest)); }
 
-// e^z - 1 - z
-template <bool TEMPERED, bool ALL = true, typename T> KL_FN T spread_of(const Pair<T>& z) {
-  if constexpr (TEMPERED && PAIRED<T>) return expm1_minus<ALL>(z.value, z.low);
-  return expm1_minus<ALL>(z.value);
+// e^z - 1 - z, of z in range
+template <bool TEMPERED, typename T> KL_FN T spread_of(const Pair<T>& z) {
+  if constexpr (TEMPERED && PAIRED<T>) return expm1_minus<false>(z.value, z.low);
+  return expm1_minus<false>(z.value);
 }
 
-template <typename T> KL_FN Pair<double> pair_of(const Anchor<T>& at) {   // M
-  if constexpr (EXACT<T>) return {(double)at.m, (double)at.low};
-  double low, m = difference((double)at.max_b, (double)at.max_a, low);
-  return {m, low + (double)at.mean};
-}
-KL_FN Pair<double> less_tops(const Pair<double>& m, double max_a, double max_b) {
-  double c_low, c = difference(max_b, max_a, c_low), low, from = difference(m.value, c, low);
-  double rest, sum = difference(from, -(low + (m.low - c_low)), rest);
+template <typename T> KL_FN Pair<double> mean_of(const Anchor<T>& at) {   // M less max b - max a
+  if constexpr (!EXACT<T>) return {(double)at.mean, 0.0};
+  double c_low, c = difference((double)at.max_b, (double)at.max_a, c_low), low, mean = difference((double)at.m, c, low);
+  double rest, sum = difference(mean, -(low + ((double)at.low - c_low)), rest);
   return {sum, rest};
 }
 template <typename T> KL_FN Spread near_state(const Anchor<T>& at, double weights, double x, double g) {
-  Pair<double> m = pair_of(at);
-  m = less_tops(m, (double)at.max_a, (double)at.max_b);
+  Pair<double> m = mean_of(at);
   return {(double)at.max_a, weights, m.value, m.low, x, g, (double)at.max_b, 0.0, 0.0};
 }
 
@@ -154,6 +153,10 @@ KL_FN Tops tops(double max_a, double max_b) { return {top_of(max_a), top_of(max_
 KL_FN Pair<double> tops_of(const Spread& k, const Tops& top) {   // the state's own, measured from these
   return from_tops(top_of(k.max_a), top_of(k.max_b), top.a, top.b);
 }
+KL_FN double shifted(const Pair<double>& tops, const Pair<double>& m, const Pair<double>& to) {   // (tops + m) - to
+  double low, by = difference(m.value, to.value, low);
+  return (tops.value + by) + (tops.low + (low + (m.low - to.low)));
+}
 KL_FN double merge_weight(double max, double top, double it) { return exp_flushed((max - top) * it); }
 KL_FN double merge_mean(const Spread& k, const Tops& top) { return tops_of(k, top).value + k.m; }
 KL_FN double merge_mass(const Spread& k, const Tops& top, double it) {   // y's, measured from its top
@@ -163,11 +166,9 @@ KL_FN double merge_mass(const Spread& k, const Tops& top, double it) {   // y's,
 KL_FN Pair<double> merge_anchor(const Tops&, double c, double s) { return {s > 0 ? c / s : 0.0, 0.0}; }
 struct Moved { double x, g; bool far; };
 KL_FN Moved moved(const Spread& k, const Tops& top, const Pair<double>& m, double it) {   // to the common anchor
-  double low, by = difference(k.m, m.value, low);
-  Pair<double> from = tops_of(k, top);
-  double w = merge_weight(k.max_a, top.a, it), d = ((from.value + by) + (from.low + (low + (k.m_low - m.low)))) * it;
-  double e = d < Real<double>::far ? d : 0.0, gap = expm1_minus(e), shifted = k.x + d * k.s;
-  double near = w * ((exp(e) * k.g + gap * k.s) + expm1_of(e, gap) * k.x), x = w * shifted;
+  double w = merge_weight(k.max_a, top.a, it), d = shifted(tops_of(k, top), {k.m, k.m_low}, m) * it;
+  double e = d < Real<double>::far ? d : 0.0, gap = expm1_minus(e), x = w * (k.x + d * k.s);
+  double near = w * ((exp(e) * k.g + gap * k.s) + expm1_of(e, gap) * k.x);
   if ((absolute(d) < Real<double>::far) & (k.g < infinity<double>()) & (w > 0)) return {x, near, false};
   double mass = merge_mass(k, top, it);
   mass = mass > 0 ? mass * exp(-(m.value + m.low) * it) : mass;
@@ -210,10 +211,12 @@ KL_FN void logits_finish(const Spread& s, double it, double* stats) {
 // Of a chunk that is not far, with its weights w, its z and E = e^z - 1: dx = w (z c + d) and dy = w (E a + b). Its
 // probabilities are w p, and log q - log p = z + t + t_low.
 template <typename T> struct Slopes { T a, b, c, d, p, t, t_low; };
-template <typename T> KL_FN Slopes<T> slopes(double max_a, const Pair<double>& m, const double* stats, double it) {
+template <typename T>
+KL_FN Slopes<T> slopes(double max_a, double max_b, const Pair<double>& m, const double* stats, double it) {   // m: as mean_of
   double away = (max_a - stats[ROW_MAX_A]) * it, p = exp_flushed(away) / stats[ROW_S], share = p * it;
-  Pair<double> from = less_tops(m, stats[ROW_MAX_A], stats[ROW_MAX_B]);
-  double d = less(from, {stats[ROW_M], stats[ROW_M_LOW]}) * it, t = less(from, {stats[ROW_SHIFT], stats[ROW_SHIFT_LOW]}) * it;
+  Pair<double> from = from_tops(max_a, max_b, stats[ROW_MAX_A], stats[ROW_MAX_B]);
+  double d = shifted(from, m, {stats[ROW_M], stats[ROW_M_LOW]}) * it;
+  double t = shifted(from, m, {stats[ROW_SHIFT], stats[ROW_SHIFT_LOW]}) * it;
   double up = exp(away + t) / stats[ROW_S] * it, b = absolute(t) < 1 ? share * expm1(t) : up - share;
   T high = (T)t;
   return {(T)up, (T)b, (T)-share, (T)(-share * (d - stats[ROW_MEAN_Z])), (T)p, high, (T)(t - (double)high)};

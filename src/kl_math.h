@@ -34,6 +34,7 @@ template <> struct Real<float> {
   static constexpr float huge = 0x1p60f;                                     // quotients of what lies between are normal
   static constexpr float scale_octaves = 64.f;
   static constexpr float exp_max = 89.f, exp_min = -104.f;                   // beyond: infinity, zero
+  static constexpr float exp_far = 200.f;                                    // beyond: also times any other number
   static constexpr float exp_ordinary = 88.f;
   static constexpr float flush = -86.5f;                                     // exp_flushed: zero below
   static constexpr float expm1_overflow = 0x1.62e42ep+6f;                    // largest x with finite expm1
@@ -59,6 +60,7 @@ template <> struct Real<double> {
   static constexpr double huge = 0x1p508;
   static constexpr double scale_octaves = 512.;
   static constexpr double exp_max = 710., exp_min = -746.;
+  static constexpr double exp_far = 1460.;
   static constexpr double exp_ordinary = 709.;
   static constexpr double flush = -707.;
   static constexpr double expm1_overflow = 0x1.62e42fefa39efp+9;
@@ -182,6 +184,20 @@ template <bool ALL = true, typename T> KL_FN T exp(T x) {
   return (y * power_of_two(half)) * power_of_two(rest);
 }
 
+// m e^x and e^x/m, rounded once more: they may be in range where e^x is subnormal, infinite or zero
+template <bool OVER, typename T> KL_FN T with_exp(T m, T x) {
+  typedef Real<T> R;
+  T c = x > R::exp_far ? R::exp_far : x;
+  c = c < -R::exp_far ? -R::exp_far : c;
+  Octave<T> o = octave(c);
+  T y = fma(o.r * o.r, exp_tail(o.r), o.r) + T(1);
+  T third = fma(o.n, T(1) / T(3), R::round), n = third - R::round, p = power_of_two(third);
+  T v = y * p;
+  v = ((OVER ? v / m : v * m) * p) * power_of_two(((o.n - n) - n) + R::round);
+  return x < -R::exp_far ? T(0) : v;
+}
+template <typename T> KL_FN T times_exp(T m, T x) { return with_exp<false>(m, x); }
+
 // e^x for x <= 0, zero below 2^-124 (2^-1020): the weights of a softmax, whose largest is 1. Not for NaN.
 template <typename T> KL_FN T exp_flushed(T x) {
   T y = exp<false>(x);
@@ -228,7 +244,7 @@ template <bool ALL = true, typename T> KL_FN T expm1_minus(T t) {
   T g = expm1_minus_of(octave(t));
   return ALL & (t < T(-60)) ? T(-1) - t : g;
 }
-template <bool ALL = true, typename T> KL_FN T expm1_minus(T t, T low) {   // of t + low
+template <bool ALL, typename T> KL_FN T expm1_minus(T t, T low) {   // of t + low
   Octave<T> o = octave(t);
   o.r = o.r + low;
   T g = expm1_minus_of(o);
@@ -242,12 +258,13 @@ template <typename T> KL_FN T expm1_of(T t, T g) {
 
 // ---- logarithms -------------------------------------------------------------------------------------------------------
 // y/x = 2^k (1+s)/(1-s) with |s| <= 0.2. `from` is x and `to` is y, brought to one octave; their difference is exact.
-// Ordinary: neither is below tiny nor huge.
+// Ordinary: both lie between tiny and huge.
 template <typename T> struct Ratio { T from, to, k; };
 template <bool ALL = true, typename T> KL_FN Ratio<T> ratio(T x, T y) {
   typedef Real<T> R;
-  bool sx = ALL & (x < R::tiny), sy = ALL & (y < R::tiny);
+  bool sx = ALL & (x < R::tiny), sy = ALL & (y < R::tiny), hx = ALL & (x >= R::huge);
   T xn = sx ? x * R::up : x, yn = sy ? y * R::up : y;
+  xn = hx ? x * R::down : xn;                // from + to is finite
   xn = ALL & (x == T(0)) ? T(1) : xn;        // the caller knows what zero makes; its bits would be taken for a subnormal,
   yn = ALL & (y == T(0)) ? T(1) : yn;        // and processors are slow with these
   typename R::Bits o = bits(yn) - bits(xn) + (R::half_octave + R::sign);
@@ -255,6 +272,7 @@ template <bool ALL = true, typename T> KL_FN Ratio<T> ratio(T x, T y) {
   T to = real(bits(yn) + R::sign - (o & R::octaves));
   k = sx ? k + R::scale_octaves : k;
   k = sy ? k - R::scale_octaves : k;
+  k = hx ? k - R::scale_octaves : k;
   return {xn, to, k};
 }
 
@@ -267,9 +285,10 @@ template <bool ALL = true, typename T> KL_FN LogRatio<T> log_ratio(T x, T y) {
   T value = fma(q.k, R::ln2, fma(s, t, s + s));
   T near = s * fma(-q.from, t, d);          // same octave: Loader's form, no cancellation
   near = ALL & (x < R::tiny) ? near * R::down : near;
-  T apart = fma(-x, value, y - x);
-  value = ALL & (y == infinity<T>()) ? y - x : value;
-  return {value, q.k == T(0) ? near : apart};
+  near = ALL & (x >= R::huge) ? near * R::up : near;
+  T deviance = q.k == T(0) ? near : fma(-x, value, y - x);
+  bool infinite = ALL & (y == infinity<T>());
+  return {infinite ? y - x : value, infinite ? y - x : deviance};
 }
 
 // log(1 + f) + k ln 2 for f = to - 1, with `low` the part of f that `to` could not hold
@@ -361,6 +380,7 @@ template <> struct Term<KL_DIV, PROBS, PROBS> {
   template <bool ALL = true, typename T> static KL_FN T dy(T x, T y) {   // 1 - x/y
     T d = quotient<ALL>(y - x, y);
     if constexpr (!ALL) return d;
+    d = (y == infinity<T>()) & (x < y) ? T(1) : d;
     d = x == T(0) ? T(1) : d;
     return on_probs(x, y, d);
   }
@@ -413,15 +433,15 @@ template <> struct Term<KL_DIV, LOG_PROBS, LOG_PROBS> {
   template <bool ALL = true, typename T> static KL_FN T value(T x, T y) {   // p (e^t - 1 - t)
     T t = y - x;
     if constexpr (!ALL) return exp<false>(x) * expm1_minus<false>(t);
-    T e = exp(t > Real<T>::far ? y : x), g = expm1_minus(t), v = e * g;
-    v = t > Real<T>::far ? e : v;
+    T g = expm1_minus(t), v = times_exp(t > Real<T>::far ? T(1) : g, t > Real<T>::far ? y : x);
     v = excluded(y) ? infinity<T>() : v;
     v = excluded(x) ? exp(y) : v;
     return unless_nan(x, y, v);
   }
   template <bool ALL = true, typename T> static KL_FN T dx(T x, T y) {      // -p t
-    T t = y - x, d = T(0) - exp<ALL>(x) * t;
-    if constexpr (!ALL) return d;
+    T t = y - x;
+    if constexpr (!ALL) return T(0) - exp<false>(x) * t;
+    T d = T(0) - times_exp(t, x);
     d = excluded(y) ? infinity<T>() : d;
     d = excluded(x) ? T(0) : d;
     return unless_nan(x, y, d);
@@ -429,8 +449,7 @@ template <> struct Term<KL_DIV, LOG_PROBS, LOG_PROBS> {
   template <bool ALL = true, typename T> static KL_FN T dy(T x, T y) {      // q - p
     T t = y - x;
     if constexpr (!ALL) return exp<false>(x) * expm1_of(t, expm1_minus<false>(t));
-    T e = exp(t > Real<T>::far ? y : x), d = e * expm1_of(t, expm1_minus(t));
-    d = t > Real<T>::far ? e : d;
+    T e = expm1_of(t, expm1_minus(t)), d = times_exp(t > Real<T>::far ? T(1) : e, t > Real<T>::far ? y : x);
     d = excluded(x) ? exp(y) : d;
     return unless_nan(x, y, d);
   }
@@ -439,7 +458,7 @@ template <> struct Term<KL_DIV, LOG_PROBS, LOG_PROBS> {
 template <> struct Term<REL_ENTR, LOG_PROBS, LOG_PROBS> : Plain {
   template <typename T> static KL_FN T value(T x, T y) { return Term<KL_DIV, LOG_PROBS, LOG_PROBS>::dx(x, y); }
   template <typename T> static KL_FN T dx(T x, T y) {      // p (1 - t)
-    T d = exp(x) * (T(1) - (y - x));
+    T d = times_exp(T(1) - (y - x), x);
     d = excluded(y) ? infinity<T>() : d;
     d = excluded(x) ? T(0) : d;
     return unless_nan(x, y, d);
@@ -449,7 +468,7 @@ template <> struct Term<REL_ENTR, LOG_PROBS, LOG_PROBS> : Plain {
 
 template <> struct Term<CROSS_ENTROPY, LOG_PROBS, LOG_PROBS> : Plain {
   template <typename T> static KL_FN T value(T x, T y) {   // -p log q
-    T v = T(0) - exp(x) * y;
+    T v = T(0) - times_exp(y, x);
     v = excluded(y) ? infinity<T>() : v;
     v = excluded(x) ? T(0) : v;
     return unless_nan(x, y, v);
@@ -460,11 +479,11 @@ template <> struct Term<CROSS_ENTROPY, LOG_PROBS, LOG_PROBS> : Plain {
 
 template <> struct Term<ENTROPY, LOG_PROBS, LOG_PROBS> : Plain {
   template <typename T> static KL_FN T value(T x, T) {     // -p log p
-    T v = T(0) - exp(x) * x;
+    T v = T(0) - times_exp(x, x);
     return excluded(x) ? T(0) : v;
   }
   template <typename T> static KL_FN T dx(T x, T) {        // -p (1 + log p)
-    T d = T(0) - exp(x) * (T(1) + x);
+    T d = T(0) - times_exp(T(1) + x, x);
     return excluded(x) ? T(0) : d;
   }
   template <typename T> static KL_FN T dy(T, T) { return T(0); }
@@ -476,6 +495,10 @@ template <int S, typename T> KL_FN T prob(T x) {
   if constexpr (S == PROBS) return x;
   else return exp(x);
 }
+template <int S, typename T> KL_FN T times_prob(T m, T x) {
+  if constexpr (S == PROBS) return m * x;
+  else return times_exp(m, x);
+}
 template <int S, typename T> KL_FN T log_prob(T x) {
   if constexpr (S == PROBS) return log(x);
   else return x;
@@ -484,7 +507,7 @@ template <int S, typename T> KL_FN T log_prob(T x) {
 template <int SX, int SY> struct Term<KL_DIV, SX, SY> : Plain {
   template <typename T> static KL_FN T value(T x, T y) {
     T lx = log_prob<SX>(x), ly = log_prob<SY>(y), t = ly - lx, q = prob<SY>(y);
-    T v = prob<SX>(x) * expm1_minus(t);
+    T v = times_prob<SX>(expm1_minus(t), x);
     v = t > Real<T>::far ? q : v;
     v = excluded(ly) ? infinity<T>() : v;
     v = excluded(lx) ? q : v;
@@ -492,7 +515,7 @@ template <int SX, int SY> struct Term<KL_DIV, SX, SY> : Plain {
   }
   template <typename T> static KL_FN T dx(T x, T y) {      // -t, times p where x is a logarithm
     T lx = log_prob<SX>(x), ly = log_prob<SY>(y), t = ly - lx;
-    T d = T(0) - (SX == PROBS ? t : prob<SX>(x) * t);
+    T d = T(0) - (SX == PROBS ? t : times_prob<SX>(t, x));
     if constexpr (SX == PROBS) {
       d = excluded(ly) ? infinity<T>() : d;
     } else {
@@ -508,7 +531,7 @@ template <int SX, int SY> struct Term<KL_DIV, SX, SY> : Plain {
       d = excluded(lx) ? T(1) : d;
     } else {
       T q = prob<SY>(y);
-      d = prob<SX>(x) * expm1_of(t, expm1_minus(t));
+      d = times_prob<SX>(expm1_of(t, expm1_minus(t)), x);
       d = t > Real<T>::far ? q : d;
       d = excluded(lx) ? q : d;
     }
@@ -518,7 +541,7 @@ template <int SX, int SY> struct Term<KL_DIV, SX, SY> : Plain {
 
 template <int SX, int SY> struct Term<REL_ENTR, SX, SY> : Plain {
   template <typename T> static KL_FN T value(T x, T y) {
-    T lx = log_prob<SX>(x), ly = log_prob<SY>(y), v = T(0) - prob<SX>(x) * (ly - lx);
+    T lx = log_prob<SX>(x), ly = log_prob<SY>(y), v = T(0) - times_prob<SX>(ly - lx, x);
     v = excluded(ly) ? infinity<T>() : v;
     v = excluded(lx) ? T(0) : v;
     return unless_nan(lx, ly, v);
@@ -528,18 +551,20 @@ template <int SX, int SY> struct Term<REL_ENTR, SX, SY> : Plain {
     if constexpr (SX == PROBS) {
       d = excluded(ly) ? infinity<T>() : d;
     } else {
-      d = prob<SX>(x) * d;
+      d = times_prob<SX>(d, x);
       d = excluded(ly) ? infinity<T>() : d;
       d = excluded(lx) ? T(0) : d;
     }
     return unless_nan(lx, ly, d);
   }
   template <typename T> static KL_FN T dy(T x, T y) {
-    T lx = log_prob<SX>(x), ly = log_prob<SY>(y), p = prob<SX>(x), d = T(0) - p;
+    T lx = log_prob<SX>(x), ly = log_prob<SY>(y), d;
     if constexpr (SY == PROBS) {
-      d = zero_over(p, y);
+      d = T(0) - with_exp<true>(y, x);
       d = excluded(ly) ? -infinity<T>() : d;   // however small p is
       d = excluded(lx) ? T(0) : d;
+    } else {
+      d = T(0) - x;
     }
     return unless_nan(lx, ly, d);
   }
@@ -547,7 +572,7 @@ template <int SX, int SY> struct Term<REL_ENTR, SX, SY> : Plain {
 
 template <int SX, int SY> struct Term<CROSS_ENTROPY, SX, SY> : Plain {
   template <typename T> static KL_FN T value(T x, T y) {
-    T lx = log_prob<SX>(x), ly = log_prob<SY>(y), v = T(0) - prob<SX>(x) * ly;
+    T lx = log_prob<SX>(x), ly = log_prob<SY>(y), v = T(0) - times_prob<SX>(ly, x);
     v = excluded(ly) ? infinity<T>() : v;
     v = excluded(lx) ? T(0) : v;
     return unless_nan(lx, ly, v);

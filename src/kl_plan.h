@@ -2,6 +2,7 @@
 #pragma once
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
 
 namespace kl {
 
@@ -41,9 +42,34 @@ struct Row {                  // one row of the plan: where it lies, what it wei
   char* kept;                    // room for what a sweep leaves for a later one, 64-byte aligned; or nullptr
 };
 
+inline Row locate(const Plan& p, i64 r) {
+  Row row = {p.x.data, p.y.data, p.factors.data, p.value.data, p.dx.data, p.dy.data, 1.0, nullptr, nullptr, nullptr};
+  const char* weight = p.weights.data;
+  for (int d = p.ndim - 1; d >= 0; d--) {
+    i64 i = d > 0 ? r % p.shape[d] : r;
+    r = d > 0 ? r / p.shape[d] : 0;
+    row.x += i * p.x.batch[d];
+    row.y += i * p.y.batch[d];
+    row.factors += i * p.factors.batch[d];
+    row.value += i * p.value.batch[d];
+    row.dx += i * p.dx.batch[d];
+    row.dy += i * p.dy.batch[d];
+    weight += i * p.weights.batch[d];
+  }
+  if (p.weights.data && p.weights.dtype == FLOAT32) {
+    float f;
+    std::memcpy(&f, weight, sizeof f);
+    row.weight = f;
+  } else if (p.weights.data) {
+    std::memcpy(&row.weight, weight, sizeof row.weight);
+  }
+  return row;
+}
+
 // How one kind of row is computed: in `sweeps` passes over its chunks. A sweep turns each chunk into `states[s]` doubles
 // (state[k * pitch], k = 0, 1, ...; none if it only writes); `fold` makes one such state of up to CHUNK of them, level by
 // level, and `finish` turns the last one (pitch 1; nullptr for a row without classes) into the row's stats, the value first.
+// Gradients are written in the last sweep, terms in the second one, which may come before it, or in the only one.
 constexpr int MAX_STATES = 9;
 struct Kernel {
   int sweeps;
@@ -52,10 +78,13 @@ struct Kernel {
                 void* scratch);
   void (*fold)(const Plan&, int sweep, const double* from, int count, i64 from_pitch, double* to, i64 to_pitch);
   void (*finish)(const Plan&, int sweep, const double* state, double* stats);
-  // the totals of several rows of at most COLUMNS classes that lie one behind the other; or nullptr
-  void (*flat)(const Plan&, const Row& first, int rows, double* totals, void* scratch);
   size_t kept;                    // bytes a chunk that the first sweep may leave for the last one in row.kept; or 0
+  int terms_sweep() const { return sweeps > 1 ? 1 : 0; }
 };
+
+// Rows [r, r + count) of at most COLUMNS classes, everything at once. Leaves what they add to a total in `values`, and in
+// `alone` which rows it is not for: they have to be computed by themselves.
+typedef void (*Few)(const Plan&, i64 r, int count, double* values, char* alone, void* scratch);
 
 constexpr int SCRATCH = 56 * 1024;   // bytes that a chunk may use, 64-byte aligned
 

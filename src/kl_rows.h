@@ -11,73 +11,52 @@
 #define KL_LAMBDA
 #endif
 
-// Columns are treated so many at a time that their sums stay in registers.
-template <typename T> constexpr int BLOCK_OF = 64 / sizeof(T);
+// Rows of columns that are added up in one go, so that the sums stay in registers meanwhile.
+constexpr int DEPTH = 4, PIECE = DEPTH * COLUMNS;
 
-// Q sums of a chunk at once: f(i, sums...) adds element i to each. PADDED: f may be called for more elements, up to the next
-// multiple of 16, which are not counted. `next`: memory that will be wanted soon, asked for on the way, since the hardware's
-// own prefetch stops at every page.
-template <int Q, typename T, bool PADDED = true> struct Sums {
-  alignas(64) T columns[Q][COLUMNS];
-  int n;
-
-  template <class F> KL_FN Sums(int count, F f, const char* next = nullptr) : n(count) {
-    constexpr int B = BLOCK_OF<T>, LINES = CHUNK / COLUMNS;
-    int depth = n / COLUMNS, rest = n % COLUMNS;
-    for (int k = 0; k < (depth > 0 ? COLUMNS : rest); k += B) {
-      for (int l = 0; next && l < LINES; l++) prefetch(next + (k / B * LINES + l) * 64);
-      T s[Q][B];
-      for (int q = 0; q < Q; q++)
-        for (int j = 0; j < B; j++) s[q][j] = T(0);
-      for (int i = k; i < depth * COLUMNS; i += COLUMNS)
-        for (int j = 0; j < B; j++) add(f, i + j, s, j);
-      for (int q = 0; q < Q; q++)
-        for (int j = 0; j < B; j++) columns[q][k + j] = s[q][j];
-    }
-    for (int k = 0; k < rest; k += B) {
-      T s[Q][B];
-      for (int q = 0; q < Q; q++)
-        for (int j = 0; j < B; j++) s[q][j] = columns[q][k + j];
-      if (PADDED || k + B <= rest)
-        for (int j = 0; j < B; j++) add(f, depth * COLUMNS + k + j, s, j);
-      else
-        for (int j = 0; k + j < rest; j++) add(f, depth * COLUMNS + k + j, s, j);
-      for (int q = 0; q < Q; q++)
-        for (int j = 0; j < B && k + j < rest; j++) columns[q][k + j] = s[q][j];
-    }
+template <int D, class F> KL_FN void at_depth(int j, F f) {
+  f(j, D * COLUMNS + j);
+  if constexpr (D + 1 < DEPTH) at_depth<D + 1>(j, f);
+}
+// f(j, i) for the elements i of a piece of m and their columns j, so that each column meets its elements in order.
+template <class F> KL_FN void down(int m, F f) {
+  if (m == PIECE) {
+    for (int j = 0; j < COLUMNS; j++) at_depth<0>(j, f);
+    return;
   }
-  template <class F, int B> static KL_FN void add(F f, int i, T (&s)[Q][B], int j) {
-    if constexpr (Q == 1) f(i, s[0][j]);
-    else if constexpr (Q == 2) f(i, s[0][j], s[1][j]);
-    else f(i, s[0][j], s[1][j], s[2][j], s[3][j]);
+  for (int k = 0; k < m; k += COLUMNS) {
+    int end = m - k < COLUMNS ? m - k : COLUMNS;
+    for (int j = 0; j < end; j++) f(j, k + j);
   }
+}
 
-  double total(int q) const {
-    alignas(64) double d[COLUMNS];
-    int width = 1, used = n < COLUMNS ? n : COLUMNS;
-    while (width < used) width *= 2;
-    for (int j = 0; j < used; j++) d[j] = (double)columns[q][j];
-    for (int j = used; j < width; j++) d[j] = 0.0;
-    for (int half = width / 2; half >= 1; half /= 2)
-      for (int j = 0; j < half; j++) d[j] += d[j + half];
+// The sums of a chunk's columns, and the fold. Plain arrays and loops of one constant length, which compilers vectorise
+// whatever they unroll.
+template <typename T> struct Columns {
+  alignas(64) T at[COLUMNS];
+  Columns() {
+    for (int j = 0; j < COLUMNS; j++) at[j] = T(0);
+  }
+  double total() const {
+    alignas(64) double d[COLUMNS / 2];
+    for (int j = 0; j < COLUMNS / 2; j++) d[j] = (double)at[j] + (double)at[j + COLUMNS / 2];
+    fold<COLUMNS / 4>(d);
     return d[0] + 0.0;   // -0 becomes +0, as if every missing +0 had been added
   }
-  // where f takes the larger, or the smaller, of what it finds
-  T largest(int q) const {
-    T m = T(0);
-    for (int j = 0; j < (n < COLUMNS ? n : COLUMNS); j++) m = columns[q][j] > m ? columns[q][j] : m;
-    return m;
-  }
-  T smallest(int q) const {
-    T m = T(0);
-    for (int j = 0; j < (n < COLUMNS ? n : COLUMNS); j++) m = columns[q][j] < m ? columns[q][j] : m;
-    return m;
+  template <int HALF> static KL_FN void fold(double* d) {
+    for (int j = 0; j < HALF; j++) d[j] += d[j + HALF];
+    if constexpr (HALF > 1) fold<HALF / 2>(d);
   }
 };
 
+template <typename T> void add_columns(const T* __restrict t, int m, T* __restrict s) {
+  down(m, [=](int j, int i) KL_LAMBDA { s[j] += t[i]; });
+}
 // the sum of t[0..n), 0 < n <= CHUNK
 template <typename T> double sum(const T* t, int n) {
-  return Sums<1, T, false>(n, [&](int i, T& s) KL_LAMBDA { s += t[i]; }).total(0);
+  Columns<T> s;
+  for (int i = 0; i < n; i += PIECE) add_columns(t + i, n - i < PIECE ? n - i : PIECE, s.at);
+  return s.total();
 }
 
 // the sum of any number of doubles, level by level; overwrites t
@@ -128,17 +107,21 @@ template <int D, typename T> void widen_into(const char* p, i64 stride, int n, T
   }
 }
 
+template <typename T> void widen(int dtype, const char* p, i64 stride, int n, T* out) {
+  switch (dtype) {
+    case FLOAT64: widen_into<FLOAT64>(p, stride, n, out); break;
+    case FLOAT32: widen_into<FLOAT32>(p, stride, n, out); break;
+    case FLOAT16: widen_into<FLOAT16>(p, stride, n, out); break;
+    default: widen_into<BFLOAT16>(p, stride, n, out);
+  }
+}
+
 // Elements [start, start+n) of a row as T, readable up to the next multiple of 16: in place where possible, else in buffer.
 template <typename T> const T* load(const Array& a, const char* row, i64 start, int n, T* buffer) {
   const char* p = row + start * a.stride;
   if (a.dtype == code_of<T>() && a.stride == (i64)sizeof(T) && n % 16 == 0 && (std::uintptr_t)p % sizeof(T) == 0)
     return (const T*)p;
-  switch (a.dtype) {
-    case FLOAT64: widen_into<FLOAT64>(p, a.stride, n, buffer); break;
-    case FLOAT32: widen_into<FLOAT32>(p, a.stride, n, buffer); break;
-    case FLOAT16: widen_into<FLOAT16>(p, a.stride, n, buffer); break;
-    default: widen_into<BFLOAT16>(p, a.stride, n, buffer);
-  }
+  widen(a.dtype, p, a.stride, n, buffer);
   for (int i = n; i % 16; i++) buffer[i] = buffer[0];
   return buffer;
 }
@@ -165,14 +148,20 @@ template <typename T> void narrow_to(int dtype, const T* v, T scale, i64 n, char
   }
 }
 
-// v * scale to elements [start, start+n) of a row. Large outputs are streamed: nobody will find them in a cache later,
-// and a store that misses the caches reads the line first.
-template <typename T> void store(const Array& a, char* row, i64 start, int n, const T* v, double scale, bool stream) {
-  char* p = row + start * a.stride;
-  i64 size = a.dtype == FLOAT64 ? 8 : a.dtype == FLOAT32 ? 4 : 2;
-  if (!stream || a.stride != size) return narrow_to(a.dtype, v, (T)scale, n, p, a.stride);
+// v * scale to n elements, at most CHUNK * 8 bytes, `stride` apart. Large outputs are streamed: nobody will find them in a
+// cache later, and a store that misses the caches reads the line first.
+template <typename T> void store_to(int dtype, char* p, i64 stride, int n, const T* v, double scale, bool stream) {
+  i64 size = size_of(dtype);
+  const Scale<T> by(scale);
+  T near = by.near, products[CHUNK * 8 / sizeof(T)];
+  if (by.far) {
+    for (int i = 0; i < n; i++) products[i] = v[i] * by;
+    v = products;
+    near = T(1);
+  }
+  if (!stream || stride != size) return narrow_to(dtype, v, near, n, p, stride);
   alignas(64) char line[CHUNK * 8];
-  narrow_to(a.dtype, v, (T)scale, n, line, size);
+  narrow_to(dtype, v, near, n, line, size);
   i64 bytes = n * size, head = (i64)(-(std::uintptr_t)p & 63);
   head = head < bytes ? head : bytes;
   std::memcpy(p, line, (size_t)head);
@@ -181,12 +170,23 @@ template <typename T> void store(const Array& a, char* row, i64 start, int n, co
   std::memcpy(p + at, line + at, (size_t)(bytes - at));
 }
 
+// v * scale to elements [start, start+n) of a row
+template <typename T> void store(const Array& a, char* row, i64 start, int n, const T* v, double scale, bool stream) {
+  store_to(a.dtype, row + start * a.stride, a.stride, n, v, scale, stream);
+}
+
+// Asks for the memory of elements [i, i + m) at `next`.
+template <typename T> KL_FN void ask_for(const char* next, int i, int m) {
+  if (next)
+    for (i64 at = i * (i64)sizeof(T); at < (i + m) * (i64)sizeof(T); at += 64) prefetch(next + at);
+}
+
 // Runs f(i, m) over a chunk piece by piece, and with each piece asks for as much of the memory at px and py, so that it
 // arrives while this chunk is computed: the hardware's own prefetch stops at every page.
 template <typename T, class F> void pieces(const void* px, const void* py, int n, F f) {
-  constexpr int PIECE = 128, LINE = 64;
-  for (int i = 0; i < n; i += PIECE) {
-    int m = n - i < PIECE ? n - i : PIECE;
+  constexpr int STEP = 128, LINE = 64;
+  for (int i = 0; i < n; i += STEP) {
+    int m = n - i < STEP ? n - i : STEP;
     for (i64 k = i * (i64)sizeof(T); k < (i + m) * (i64)sizeof(T); k += LINE) {
       if (px) prefetch((const char*)px + k);
       if (py) prefetch((const char*)py + k);
@@ -299,20 +299,6 @@ void terms_chunk(const Plan& p, const Row& row, int, i64 start, int n, const dou
     state[0] = sum(s.a, n);
 }
 
-// Several short rows that lie one behind the other: their terms in one go, then a sum for each.
-template <typename T> void terms_flat(const Plan& p, const Row& first, int rows, double* totals, void* scratch) {
-  Buffers<T>& s = *(Buffers<T>*)scratch;
-  int n = (int)p.n, all = n * rows;
-  const T* x = load(p.x, first.x, 0, all, s.x);
-  const T* y = p.operation == ENTROPY ? x : load(p.y, first.y, 0, all, s.y);
-  auto map = terms_of<T>(p);
-  pieces<T>(x + CHUNK, y == x ? nullptr : y + CHUNK, (all + 15) & ~15,
-            [&](int i, int m) { map(x + i, y + i, (T)p.epsilon, m, s.a + i, s.dx + i, s.dy + i); });
-  if (p.dx.data) store(p.dx, first.dx, 0, all, s.dx, p.gradient_scale, p.stream);
-  if (p.dy.data) store(p.dy, first.dy, 0, all, s.dy, p.gradient_scale, p.stream);
-  for (int r = 0; r < rows; r++) totals[r] = sum(s.a + r * n, n);
-}
-
 inline void terms_fold(const Plan&, int, const double* from, int count, i64, double* to, i64) {
   to[0] = sum(from, count);
 }
@@ -338,43 +324,77 @@ template <typename T> struct alignas(64) Kept {
   T growth[CHUNK + 192 / sizeof(T)];               // e^z - 1, if dy is wanted
 };
 
-// The chunk's anchor, its weights and their sum
+// Where each element takes a long chain of instructions, a processor finds few independent ones among those it sees ahead.
+// So the functions below take a piece of a chunk in several short loops, and leave in memory what the next one needs.
+
+// The weights of n elements, up to m, the next multiple of 16, zeros; and what they add to the columns of the mean
 template <typename T, bool TEMPERED>
-double weigh(const T* __restrict a, const T* __restrict b, int n, const Inverse<T>& it, const char* next, Kept<T>& k) {
+void weigh_piece(const T* __restrict a, const T* __restrict b, int n, int m, T max_a, T max_b, Inverse<T> it, T* __restrict w,
+                 T* __restrict s, T* __restrict c) {
+  for (int i = 0; i < m; i++) w[i] = weight<TEMPERED>(a[i], max_a, it);
+  for (int i = n; i < m; i++) w[i] = T(0);
+  down(m, [=](int j, int i) KL_LAMBDA {
+    s[j] += w[i];
+    c[j] = fma(w[i], below_tops(a[i], b[i], max_a, max_b), c[j]);
+  });
+}
+
+// The chunk's anchor, its weights and their sum. `next`: memory that will be wanted soon, asked for on the way.
+template <typename T, bool TEMPERED>
+double weigh(const T* a, const T* b, int n, const Inverse<T>& it, const char* next, Kept<T>& k) {
   int n16 = (n + 15) & ~15;
   T max_a = maximum(a, n16), max_b = maximum(b, n16);
-  T* __restrict w = k.weight;
-  Sums<2, T> sums(n, [=](int i, T& s, T& c) KL_LAMBDA {
-    T v = weight<TEMPERED>(a[i], max_a, it);
-    w[i] = v;
-    s = s + v;
-    c = fma(v, below_tops(a[i], b[i], max_a, max_b), c);
-  }, next);
-  double weights = sums.total(0), mean = sums.total(1) / weights;
+  Columns<T> s, c;
+  for (int i = 0; i < n; i += PIECE) {
+    int m = n16 - i < PIECE ? n16 - i : PIECE;
+    ask_for<T>(next, i, m);
+    weigh_piece<T, TEMPERED>(a + i, b + i, n - i, m, max_a, max_b, it, k.weight + i, s.at, c.at);
+  }
+  double weights = s.total(), mean = c.total() / weights;
   k.at = anchor(max_a, max_b, mean);
   k.far = !usable((double)k.at.mean);
   return weights;
 }
 
+template <typename T, bool TEMPERED, bool KEEP>
+bool spread_piece(const T* __restrict a, const T* __restrict b, const T* __restrict w, int m, Anchor<T> at, Inverse<T> it,
+                  T* __restrict growth, T* __restrict sx, T* __restrict sg) {
+  alignas(64) T e[PIECE], low[TEMPERED ? PIECE : 1];
+  T* __restrict z = growth;
+  typename Real<T>::Bits others = 0;
+  for (int i = 0; i < m; i++) {
+    Pair<T> any = centred<TEMPERED>(a[i], b[i], at, it), mine = counted(any, w[i]);
+    others |= above_range(any.value) ? 1 : 0;
+    z[i] = mine.value;
+    if constexpr (TEMPERED) low[i] = mine.low;
+  }
+  for (int i = 0; i < m; i++) {
+    others |= below_range(z[i]) ? 1 : 0;
+    e[i] = spread_of<TEMPERED>(Pair<T>{z[i], TEMPERED ? low[i] : T(0)});
+  }
+  const T* __restrict excess = e;
+  down(m, [=](int j, int i) KL_LAMBDA {
+    sx[j] = fma(w[i], z[i], sx[j]);
+    sg[j] = fma(w[i], excess[i], sg[j]);
+    if (KEEP) growth[i] = excess[i] + z[i];
+  });
+  return others;
+}
+
 // and the sums of w z and w (e^z - 1 - z)
 template <typename T, bool TEMPERED, bool KEEP>
-void spread(const T* __restrict a, const T* __restrict b, int n, const Inverse<T>& it, const char* next, Kept<T>& k,
-            double& x, double& g) {
-  const Anchor<T> at = k.at;
-  const T* __restrict w = k.weight;
-  T* __restrict growth = k.growth;
-  Sums<4, T> sums(n, [=](int i, T& sx, T& sg, T& largest, T& smallest) KL_LAMBDA {
-    Pair<T> any = centred<TEMPERED>(a[i], b[i], at, it), z = counted(any, w[i]);
-    T e = spread_of<TEMPERED>(z);
-    largest = any.value > largest ? any.value : largest;
-    smallest = z.value < smallest ? z.value : smallest;
-    sx = fma(w[i], z.value, sx);
-    sg = fma(w[i], e, sg);
-    if (KEEP) growth[i] = e + z.value;
-  }, next);
-  k.far = !in_range(sums.largest(2), sums.smallest(3));
-  x = sums.total(0);
-  g = sums.total(1);
+void spread(const T* a, const T* b, int n, const Inverse<T>& it, const char* next, Kept<T>& k, double& x, double& g) {
+  int n16 = (n + 15) & ~15;
+  Columns<T> sx, sg;
+  bool far = false;
+  for (int i = 0; i < n; i += PIECE) {
+    int m = n16 - i < PIECE ? n16 - i : PIECE;
+    ask_for<T>(next, i, m);
+    far |= spread_piece<T, TEMPERED, KEEP>(a + i, b + i, k.weight + i, m, k.at, it, k.growth + i, sx.at, sg.at);
+  }
+  k.far = far;
+  x = sx.total();
+  g = sg.total();
 }
 
 // A chunk with classes excluded or far apart, in double
@@ -460,7 +480,6 @@ void logits_chunk(const Plan& p, const Row& row, int sweep, i64 start, int n, co
     put(state, pitch, k.far ? far_chunk(a, b, n, temperature) : near_state(k.at, weights, x, g));
     return;
   }
-  FarRow far = far_row(stats, temperature);
   i64 at = start * (i64)sizeof(T);   // this sweep reads from the caches: the memory may bring the next row meanwhile
   pieces<T>(row.next_x ? row.next_x + at : nullptr, row.next_y ? row.next_y + at : nullptr, n, [](int, int) {});
   bool literal = p.operation == REL_ENTR;
@@ -468,7 +487,8 @@ void logits_chunk(const Plan& p, const Row& row, int sweep, i64 start, int n, co
     weigh<T, TEMPERED>(a, b, n, it, nullptr, k);
     if (!k.far) spread<T, TEMPERED, true>(a, b, n, it, nullptr, k, x, g);
   }
-  Slopes<T> along = slopes<T>((double)k.at.max_a, pair_of(k.at), stats, temperature);
+  Slopes<T> along = slopes<T>((double)k.at.max_a, (double)k.at.max_b, mean_of(k.at), stats, temperature);
+  FarRow far = k.far || p.output == TERMS ? far_row(stats, temperature) : FarRow{};
   if (k.far && (dx || dy)) {
     write_far(a, b, n, far, dx ? s.dx : nullptr, dy ? s.dy : nullptr);
   } else {
@@ -646,13 +666,13 @@ inline Kernel kernel(const Plan& p) {
     bool tempered = p.inverse_temperature != 1;
     auto chunk = p.wide ? (tempered ? logits_chunk<double, true> : logits_chunk<double, false>)
                         : (tempered ? logits_chunk<float, true> : logits_chunk<float, false>);
-    return {sweeps, {LOGITS_STATES, 0, 0}, chunk, logits_fold, logits_done, nullptr,
+    return {sweeps, {LOGITS_STATES, 0, 0}, chunk, logits_fold, logits_done,
             gradient && p.output != TERMS ? (p.wide ? sizeof(Kept<double>) : sizeof(Kept<float>)) : 0};
   }
   if (p.space_x == LOGITS || p.space_y == LOGITS)
-    return {gradient ? 3 : 2, {2 * NORM_STATES, SUM_STATES, 0}, mixed_chunk, mixed_fold, mixed_finish, nullptr};
-  if (p.wide) return {1, {1, 0, 0}, terms_chunk<double>, terms_fold, terms_finish, terms_flat<double>};
-  return {1, {1, 0, 0}, terms_chunk<float>, terms_fold, terms_finish, terms_flat<float>};
+    return {gradient ? 3 : 2, {2 * NORM_STATES, SUM_STATES, 0}, mixed_chunk, mixed_fold, mixed_finish, 0};
+  if (p.wide) return {1, {1, 0, 0}, terms_chunk<double>, terms_fold, terms_finish, 0};
+  return {1, {1, 0, 0}, terms_chunk<float>, terms_fold, terms_finish, 0};
 }
 
 // klcore's own elementary functions over arrays, for the tests

@@ -66,6 +66,18 @@ template <> struct Stored<FLOAT16> {
 #endif
 };
 
+// What results are multiplied by on their way out. A float would be infinite, subnormal or 0 where a product with it need
+// not be: far from 1, the product is one of doubles, rounded once.
+template <typename T> struct Scale {
+  T near;
+  double exact;
+  bool far;
+  KL_FN Scale(double s = 1)
+      : near((T)s), exact(s), far((sizeof(T) < sizeof(double)) & ((absolute(s) > 0x1p100) | (absolute(s) < 0x1p-100))) {}
+};
+template <typename T> KL_FN T operator*(T v, const Scale<T>& s) { return s.far ? (T)((double)v * s.exact) : v * s.near; }
+
+constexpr int size_of(int dtype) { return dtype == FLOAT64 ? 8 : dtype == FLOAT32 ? 4 : 2; }
 template <typename T> constexpr int code_of() { return sizeof(T) == 8 ? FLOAT64 : FLOAT32; }
 
 }  // namespace kl

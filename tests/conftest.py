@@ -124,20 +124,32 @@ def dtype(request):
     return DTYPES[request.param]
 
 
+def as_here(**environment):
+    """Keywords of `subprocess` for a Python that is to find what this process finds: klcore need not be installed.
+
+    Without PYTHONPATH the child knows only what is; and Python looks first where it is started, so not beside the
+    sources, which may be without what is built of them.
+    """
+    paths = os.pathsep.join(map(os.path.abspath, sys.path))
+    given = {name: str(value) for name, value in environment.items()}
+    return {"cwd": os.path.dirname(__file__), "env": {**os.environ, "PYTHONPATH": paths, **given}}
+
+
 @pytest.fixture(scope="session")
 def python():
     """Run code in a fresh interpreter, for what only a process of its own can show. Returns what it printed."""
 
     def run(code, *arguments, timeout=120, warnings="error", fails=False, **environment):
-        env = {k: v for k, v in os.environ.items() if not k.startswith(("KLCORE_NUM", "KLCORE_ISA", "OMP_"))}
-        env.update({k: str(v) for k, v in environment.items()})
+        keywords = as_here(**environment)
+        ours = ("KLCORE_NUM", "KLCORE_ISA", "OMP_")
+        keywords["env"] = {k: v for k, v in keywords["env"].items() if k in environment or not k.startswith(ours)}
         filters = warnings if isinstance(warnings, tuple) else (warnings,)
         done = subprocess.run(
             [sys.executable, *(f"-W{w}" for w in filters), "-c", code, *map(str, arguments)],
-            env=env,
             capture_output=True,
             text=True,
             timeout=timeout,
+            **keywords,
         )
         assert (done.returncode != 0) == fails, done.stdout + done.stderr
         return done.stderr if fails else done.stdout

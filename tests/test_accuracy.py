@@ -352,6 +352,69 @@ def test_sums_of_long_rows(n, order):
     assert abs(got - true) <= 2 * np.spacing(np.float32(true))
 
 
+# ---- the whole range -------------------------------------------------------------------------------------------------
+
+
+def magnitudes(rng, shape, dtype, signs=(1,)):
+    """Numbers of a dtype, log-uniform from its smallest subnormal to its largest."""
+    about = np.finfo(dtype)
+    low, high = np.log2(about.smallest_subnormal), np.log2(about.max)
+    with np.errstate(under="ignore"):
+        m = np.exp2(rng.uniform(low, np.nextafter(high, 0), shape)).astype(dtype)
+    return (m * rng.choice(signs, shape)).astype(dtype)
+
+
+def anywhere(space, dtype, rows, n):
+    """Pairs of rows from the whole range. Where both are of one space, half of their classes are close together."""
+    rng = np.random.default_rng(n)
+    most = float(np.finfo(dtype).max)
+
+    def side(space):
+        m = magnitudes(rng, (rows, n), dtype)
+        if space == "probs":
+            return m
+        # where exponentials are neither 0 nor infinite, or nearly so; and others, of any size that is felt beside 1
+        near = rng.uniform(-1.3 * np.log(most), 1.1 * np.log(most), (rows, n))
+        return np.where(rng.random((rows, n)) < 0.7, near, -m.clip(1e-40)).astype(dtype)
+
+    x, y = map(side, space)
+    if space[0] == space[1]:
+        apart = magnitudes(rng, (rows, n), "float32", (-1, 1)).astype(dtype)
+        with np.errstate(over="ignore"):
+            close = x * (1 + apart.clip(-0.5, 1)) if space[0] == "probs" else x + apart.clip(-30, 30)
+        y = np.where(rng.random((rows, n)) < 0.5, close.clip(-most, most), y)
+    return x, y
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize(
+    ("operation", "space"),
+    [(op, pair) for op, pair in [*MIXED, *(("kl_div", (s, s)) for s in oracle.SPACES)] if "logits" not in pair],
+)
+def test_the_whole_range(operation, space, dtype):
+    """The bounds hold for all numbers that a dtype has; for subnormal results, to a few units there. Term by term, with
+    gradients; and sums of a few, wherever they and their terms are in range."""
+    about = np.finfo(dtype)
+    for rows, n in ((300, 1), (30, 7)):
+        x, y = anywhere(space, dtype, rows, n)
+        true = oracle.exact(operation, x, y, space, digits=150)  # e^x - e^y, both next to 1
+        value, *gradients = call(operation, x, y, space, return_grad="x" if operation == "entropy" else ("x", "y"))
+        found = {"value": value, "dx": gradients[0], "dy": gradients[-1], "terms": None}
+        found["terms"] = call(operation, x, y, space, reduction="none")
+        in_range = (np.abs(true.terms) <= about.max).all(axis=-1) & (np.abs(true.value) <= about.max)
+        for name in ("value",) if n > 1 else ("value", "terms", "dx", "dy")[: 4 - (operation == "entropy")]:
+            bounds = oracle.tolerance(operation, space, dtype, "gradient" if name[0] == "d" else "value")[0], 0.0
+            expected, size, got = getattr(true, name), getattr(true, f"{name}_size"), found[name]
+            with np.errstate(over="ignore"):
+                expected = np.where(np.abs(expected) > about.max, np.copysign(np.inf, expected), expected)
+            kept = in_range if n > 1 else slice(None)
+            own = np.where(np.isfinite(expected), np.abs(expected), 0.0).reshape(rows, -1).sum(axis=-1)
+            # of a size that has left the range of doubles there remains the answer's, and logarithms of up to 1500
+            size = np.where(size > 0, size, 2048 * own.clip(max=2.0**1000))
+            size = size + 4 * n * float(about.smallest_subnormal) / bounds[0]
+            oracle.assert_close(got[kept], expected[kept], size[kept], bounds, f"{name} of {operation} in {space}")
+
+
 # ---- the oracle itself -----------------------------------------------------------------------------------------------
 
 

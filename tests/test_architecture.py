@@ -155,6 +155,14 @@ print(json.dumps([sorted(after_import), sorted(set(sys.modules) - before)]))
     assert after_call <= {"numpy"}
 
 
+def test_other_processes_find_what_this_one_finds(python, tmp_path, monkeypatch):
+    """Where tests are started there may be sources of klcore without what is built of them."""
+    (tmp_path / "klcore.py").write_text("raise ImportError('another klcore')")
+    monkeypatch.chdir(tmp_path)
+    found = python("import klcore, klcore._cpu; print(klcore.__file__, klcore._cpu.__file__)").split()
+    assert found == [klcore.__file__, _cpu.__file__]
+
+
 def test_import_leaves_subnormal_numbers_alone(python):
     """A library linked with fast-math turns them off for the whole process."""
     code = "import numpy as np, klcore; klcore.kl_div([1.0], [1.0]); print(np.float32(1e-45) * np.float32(1) > 0)"

@@ -148,6 +148,36 @@ def test_weights(device, operation, shape, weights_shape):
             close(device.get(gradient), derivative * weight[..., None] * factor)
 
 
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize(
+    ("space", "dtype"),
+    [("probs", "float32"), ("probs", "float64"), ("logits", "float32"), (("probs", "logits"), "float32")],
+)
+def test_weights_of_any_size(device, space, dtype, reduction):
+    """A common factor of the weights multiplies value and gradients, or, in a mean weighted by row, nothing; also where
+    float32 cannot hold the weights, or float64 their sum. What is 0 stays 0."""
+    x, y = numbers((4, 8), 1, dtype), numbers((4, 8), 2, dtype)
+    y[:, :2] *= 2.0**-20
+    x[1] = y[1]
+    x, y = device.put(x), device.put(y)
+    w = np.array([5.0, 2, 0, 9])  # so that their sum, as all denominators, is a power of two
+    value = device.get(klcore.kl_div(x, y, space=space, reduction=reduction, weights=device.put(w)))
+    units = [device.get(g) for g in klcore.kl_div(x, y, space=space, return_grad=PAIR)[1:]]
+    denominator = {"rowmean": 16, "batchmean": 4, "mean": 32}.get(reduction, 1)
+    for exponent in (-1074, -1030, -700, -400, -141, 0, 40, 131, 160, 450, 700, 1020):
+        weights = np.ldexp(w, exponent)
+        found = klcore.kl_div(x, y, space=space, reduction=reduction, weights=device.put(weights), return_grad=PAIR)
+        factor = 1.0 if reduction == "rowmean" else np.ldexp(1.0, exponent)
+        with np.errstate(over="ignore", under="ignore"):
+            scale = (w / denominator * factor)[:, None]
+            expected = [a.astype(dtype) for a in (value * np.float64(factor), *(u * scale for u in units))]
+        for a, like in zip(found, expected, strict=True):
+            about = np.finfo(dtype)
+            np.testing.assert_allclose(
+                device.get(a), like, rtol=2 * about.eps, atol=8 * about.smallest_subnormal, err_msg=f"2^{exponent}"
+            )
+
+
 @pytest.mark.parametrize("operation", OPERATIONS)
 @pytest.mark.parametrize("space", ["probs", "log_probs", "logits"])
 @pytest.mark.parametrize("reduction", REDUCTIONS)

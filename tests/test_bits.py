@@ -9,6 +9,7 @@ import hashlib
 import itertools
 import json
 import pathlib
+import random
 import zlib
 
 import ml_dtypes
@@ -91,20 +92,22 @@ def fortran(a):
 
 
 def sliced(a):
-    wide = np.full((a.shape[0] * 2 + 1, a.shape[1] * 3 + 2), 9, a.dtype)
-    view = wide[1::2, 2::3][:, : a.shape[1]]
+    steps = (*[2] * (a.ndim - 1), 3)
+    wide = np.full([size * step + 1 for size, step in zip(a.shape, steps, strict=True)], 9, a.dtype)
+    view = wide[tuple(slice(1, None, step) for step in steps)]
     view[...] = a
     return view
 
 
 def padded(a):
-    wide = np.full((a.shape[0], a.shape[1] + 7), 9, a.dtype)
-    wide[:, 5:-2] = a
-    return wide[:, 5:-2]
+    wide = np.full((*a.shape[:-1], a.shape[-1] + 7), 9, a.dtype)
+    wide[..., 5:-2] = a
+    return wide[..., 5:-2]
 
 
 def negative(a):
-    return a[::-1, ::-1].copy()[::-1, ::-1]
+    turned = (slice(None, None, -1),) * a.ndim
+    return a[turned].copy()[turned]
 
 
 def unaligned(a):
@@ -119,7 +122,7 @@ def byte_swapped(a):
 
 
 def mixed_layout(a):
-    return fortran(a) if a[0, 0] > a[-1, -1] else negative(a)
+    return fortran(a) if a.flat[0] > a.flat[-1] else negative(a)
 
 
 LAYOUTS = {f.__name__: f for f in (fortran, sliced, padded, negative, unaligned, byte_swapped, mixed_layout)}
@@ -333,6 +336,86 @@ def test_sum_over_many_rows(space, dtype):
         with klcore.threads(threads):
             found.add(digest(call("kl_div", (view(x), view(y)), space, reduction="sum")))
     assert len(found) == 1
+
+
+# ---- what is asked for, beside how it is given -----------------------------------------------------------------------
+
+REDUCTIONS = ("row", "sum", "rowmean", "none", "batchmean", "mean")
+AXES = {"first": 0, "middle": 1, "last": -1}
+# all combinations of these,
+ASKED = {"reduction": REDUCTIONS, "gradient": ((), ("x",), ("y",), ("x", "y")), "axis": tuple(AXES)}
+# with these dealt out as cards are, so that each comes up equally often; `out`: how given results are laid out
+GIVEN = {
+    "size": tuple(itertools.product((1, 15, 16, 17, 300), (1, 2, 7, 128, 129, 1024, 1025, 1500, 2500))),
+    "layout": (None, *LAYOUTS),
+    "out": (None, None, "fortran", "sliced", "padded", "negative", "unaligned"),
+    "weights": (None, "float32", "float64"),
+    "dtype": tuple(DTYPES),
+    "threads": THREADS,
+}
+BATCH = {1: (1, 1), 15: (3, 5), 16: (1, 16), 17: (17, 1), 300: (2, 150)}  # rows as two axes
+
+
+def dealt(rng, values):
+    while True:
+        yield from rng.sample(values, len(values))
+
+
+def cases(operation, seed, deals, asked=ASKED, given=GIVEN):
+    """All that can be asked of an operation, and how each is given; `deals` times where terms are asked for."""
+    rng = random.Random(seed)
+    decks = {name: dealt(rng, values) for name, values in given.items()}
+    for choice in itertools.product(*asked.values()):
+        case = dict(zip(asked, choice, strict=True))
+        if operation == "entropy" and "y" in case["gradient"]:
+            continue
+        if (case["reduction"], case["axis"]) == ("batchmean", "first"):
+            continue  # it divides by the number of classes there, and by that of rows elsewhere
+        for _ in range(deals if case["reduction"] == "none" else 1):
+            yield case | {name: next(deck) for name, deck in decks.items()}
+
+
+def rows_of(operation, space, case):
+    """Arrays with the classes last, of rows whose divergence is finite, and weights, of which some are 0."""
+    rows, n = case["size"]
+    arrays = finite(both(operation, 40, n, space, case["dtype"]))
+    order = np.resize(np.arange(len(arrays[0])), rows)
+    weights = case["weights"] and (np.arange(rows) % 5 / 2).astype(case["weights"]).reshape(BATCH[rows])
+    return [a[order].reshape(*BATCH[rows], n) for a in arrays], weights
+
+
+def laid_out(a, layout):
+    return LAYOUTS[layout](a) if layout and a.ndim else a.copy()
+
+
+def assert_plain(operation, space, case, place=laid_out, get=np.asarray):
+    """What a case gives has the bits of plain calls: contiguous, the classes last, no out=; the value without
+    gradients, and each gradient beside the other."""
+    arrays, weights = rows_of(operation, space, case)
+    words = {"reduction": case["reduction"], "weights": weights}
+    (value,) = call(operation, arrays, space, gradient=(), **words)
+    gradients = dict(zip("xy", call(operation, arrays, space, **words)[1:], strict=False))
+    expected = [value, *(gradients[name] for name in case["gradient"])]
+
+    axis = AXES[case["axis"]]
+    of_classes = [a.ndim == 3 for a in expected]
+    turned = [np.moveaxis(a, -1, axis) if t else a for a, t in zip(expected, of_classes, strict=True)]
+    if weights is not None:
+        words["weights"] = place(weights, case["layout"])
+    if case["out"]:
+        words["out"] = tuple(place(np.full_like(np.asarray(a), 7), case["out"]) for a in turned)
+    arrays = [place(np.moveaxis(a, -1, axis), case["layout"]) for a in arrays]
+    found = call(operation, arrays, space, gradient=case["gradient"], axis=axis, **words)
+    for k, (f, e, t) in enumerate(zip(found, expected, of_classes, strict=True)):
+        f = np.moveaxis(get(f), axis, -1) if t else get(f)
+        assert digest([f]) == digest([e]), f"result {k} of {operation} {space} {case}"
+
+
+@pytest.mark.parametrize(("operation", "space"), [(op, space) for op in OPERATIONS for space in pairs(op)])
+def test_all_that_can_be_asked(operation, space):
+    for case in cases(operation, f"{operation} {space}", deals=4):
+        with klcore.threads(case["threads"]):
+            assert_plain(operation, space, case)
 
 
 # ---- instruction sets, each in a process of its own ------------------------------------------------------------------

@@ -317,6 +317,18 @@ def test_totals(reduction, chunks, weights):
             assert_close(got, expected)
 
 
+@pytest.mark.parametrize("reduction", ["rowmean", "mean"])
+@pytest.mark.parametrize("chunks", [(2, 40), (3, 15)])
+@pytest.mark.parametrize("exponent", [-1074, 1020])
+def test_weights_at_an_end_of_the_range(reduction, chunks, exponent):
+    weights = np.ldexp([5.0, 2, 0, 9, 1, 7], exponent)
+    arrays = arguments("kl_div", ("probs", "probs"), (6, 40), "float64")
+    lazy = call("kl_div", chunked(arrays, chunks), "probs", reduction=reduction, weights=da.from_array(weights, 4))
+    whole = call("kl_div", arrays, "probs", reduction=reduction, weights=weights)
+    check(lazy, whole, assert_close)
+    assert np.isfinite(whole[0])
+
+
 @pytest.mark.parametrize("classes", [30, 12])
 @pytest.mark.parametrize("space", [("probs", "probs"), ("logits", "logits"), ("probs", "logits")])
 def test_totals_over_multiples_of_1024_rows_have_the_bits_of_the_whole(space, classes):

@@ -7,6 +7,7 @@ import sys
 
 import numpy as np
 import pytest
+from conftest import as_here
 from emulator import device
 from emulator.device import EmulatorError, cupy, settings, using
 
@@ -425,9 +426,9 @@ print(len(device.compile("namespace kl { struct Plan { int n; }; }", (), 90)))
 """
     (tmp_path / "g++").write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/log\nexec {shutil.which("g++")} "$@"\n')
     (tmp_path / "g++").chmod(0o755)
-    env = {**os.environ, "KLCORE_EMULATOR_CACHE": str(tmp_path / "cache"), "CXX": str(tmp_path / "g++")}
+    keywords = as_here(KLCORE_EMULATOR_CACHE=tmp_path / "cache", CXX=tmp_path / "g++")
     words = [sys.executable, "-c", code, os.path.dirname(__file__)]
-    running = [subprocess.Popen(words, env=env, stdout=subprocess.PIPE, text=True) for _ in range(3)]
+    running = [subprocess.Popen(words, stdout=subprocess.PIPE, text=True, **keywords) for _ in range(3)]
     sizes = {process.communicate(timeout=120)[0] for process in running}
     assert len(sizes) == 1
     assert not any(process.returncode for process in running)
@@ -466,10 +467,10 @@ launch(sys.argv[3], 1, 256, np.arange(256), shared=1024, wrong=1)
 def test_sanitizers_find_what_lies_outside(kernel, tmp_path):
     done = subprocess.run(
         [sys.executable, "-c", SANITIZED, os.path.dirname(__file__), str(tmp_path), kernel],
-        env={**os.environ, **device.sanitizer_environment()},
         capture_output=True,
         text=True,
         timeout=120,
+        **as_here(**device.sanitizer_environment()),
     )
     assert done.stdout == "the right ones ran\n", done.stderr
     assert "ERROR: AddressSanitizer" in done.stderr

@@ -280,8 +280,9 @@ def test_what_kernels_may_use(modules, cupy, monkeypatch):
         x = cupy.empty(shape, "float32")
         klcore.kl_div(x, x, space="logits", reduction="sum", return_grad="y")
     klcore.kl_div(x, x[:1], space="logits", return_grad="y")
+    klcore.kl_div(x, x, reduction="rowmean", weights=cupy.empty(2))
     staging = {"kl_narrow", "kl_units", "kl_rows", "kl_summed"}
-    assert set(made) == staging | {"kl_fold", "kl_sum", "kl_summed_fold"}
+    assert set(made) == staging | {"kl_fold", "kl_sum", "kl_weights", "kl_summed_fold"}
     for name, k in made.items():
         assert k.preferred_shared_memory_carveout == (100 if name in staging else -1)
         assert k.max_dynamic_shared_size_bytes == ((227 if name in staging else 48) << 10)

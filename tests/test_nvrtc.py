@@ -12,6 +12,7 @@ import warnings
 from pathlib import Path
 
 import pytest
+from conftest import as_here
 
 import klcore
 
@@ -227,7 +228,7 @@ while not pathlib.Path(sys.argv[1], "go").exists():
 print(nvrtc._digest(nvrtc.build({OPTIONS!r}, 90).read_bytes()))
 """
     workers = [
-        subprocess.Popen([sys.executable, "-c", code, tmp_path, str(n)], stdout=subprocess.PIPE, text=True)
+        subprocess.Popen([sys.executable, "-c", code, tmp_path, str(n)], stdout=subprocess.PIPE, text=True, **as_here())
         for n in range(8)
     ]
     end = time.monotonic() + 100

@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
+from conftest import as_here
 
 import klcore
 from klcore import _cpu
@@ -315,7 +316,8 @@ except KeyboardInterrupt:
 def test_keyboard_interrupt():
     """A call is not cut short, but the interruption gets through, and the next call is right."""
     command = [sys.executable, "-Werror", "-c", COMMON + INTERRUPTED]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    keywords = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, **as_here()}
+    with subprocess.Popen(command, **keywords) as process:
         try:
             assert process.stdout.readline() == "ready\n"
             time.sleep(0.2)  # so that it comes in the middle of a call
@@ -324,7 +326,7 @@ def test_keyboard_interrupt():
         finally:
             process.kill()
     assert process.returncode == 0, err
-    quiet = subprocess.run([*command[:3], COMMON + "print(digest(1))"], capture_output=True, text=True, timeout=LIMIT)
+    quiet = subprocess.run([*command[:3], COMMON + "print(digest(1))"], timeout=LIMIT, **keywords)
     assert out == quiet.stdout != ""
 
 

@@ -10,7 +10,7 @@ import sys
 import numpy as np
 import oracle
 import pytest
-from conftest import DEVICES, computing_on
+from conftest import DEVICES, as_here, computing_on
 
 import klcore
 from klcore import __main__, _cpu, exact, selftest
@@ -20,7 +20,8 @@ SCRIPT = pathlib.Path(__file__).parents[1] / "docs" / "exact_answers.py"
 
 
 def command(*arguments):
-    return subprocess.run([sys.executable, "-m", "klcore", *arguments], capture_output=True, text=True, timeout=120)
+    words = [sys.executable, "-m", "klcore", *arguments]
+    return subprocess.run(words, capture_output=True, text=True, timeout=120, **as_here())
 
 
 # ---- what a user types -----------------------------------------------------------------------------------------------
@@ -48,7 +49,7 @@ def test_selftest_on_the_cpu():
     isa, threads = (re.search(f"{name}: (.*)", done.stdout)[1] for name in ("instruction set in use", "threads"))
     assert f"cpu ({isa}, {threads} threads):" in done.stdout
     for name, usable in _cpu.instruction_sets().items():
-        assert (f"bits with {name} instructions: those of numerics v1" in done.stdout) == usable
+        assert (f"bits with {name} instructions: those of numerics v2" in done.stdout) == usable
     missing = klcore.show_config("dicts")["cuda"]["available"].removeprefix("no: ")
     assert missing == "yes" or f"cuda: not checked: {missing}\n" in done.stdout
 
@@ -74,7 +75,7 @@ def test_selftest_on_a_gpu(capsys, monkeypatch):
     assert "cuda:0 (emulated, compute capability 9.0, 8 GiB):\n  ok      values: " in text
     assert text.endswith("klcore keeps its promises on cpu, cuda:0.\n")
     assert not good
-    assert sentence.startswith("bits: not those of numerics v1: kernels (")
+    assert sentence.startswith("bits: not those of numerics v2: kernels (")
 
 
 # ---- faults ----------------------------------------------------------------------------------------------------------

@@ -59,6 +59,9 @@ TABLE = [
     (NAN, NAN, NAN, NAN, NAN),
     (-INF, 0.5, NAN, NAN, NAN),
     (0.5, -INF, NAN, NAN, NAN),
+    (0.0, INF, INF, 0.0, 0.0),
+    (0.5, INF, INF, -INF, -INF),
+    ("huge", INF, INF, -INF, -INF),
 ]
 
 

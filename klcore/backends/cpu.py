@@ -102,9 +102,7 @@ def _chosen(found: tuple[Any, Any, Any], wanted: int) -> Any:
 
 def _compute(task: rows.Task) -> Any:
     threads = get_num_threads()
-    denominator = task.denominator
-    if denominator is None:
-        denominator = _sum(task.weights)
+    denominator = _weigh(task) if task.by_weights else task.denominator
     scale = 1.0 / denominator if denominator else np.nan
     if task.cotangent is not None:
         scale *= float(task.cotangent)
@@ -128,6 +126,18 @@ def _compute(task: rows.Task) -> Any:
     else:
         value = task.value if task.value.ndim or task.given else task.value[()]
     return rows.result(task, value)
+
+
+def _weigh(task: rows.Task) -> float:
+    """What a mean with weights is divided by. Weights at an end of the range are moved to its middle."""
+    factor = 1.0
+    if task.denominator is None or not 2.0**-400 < task.weights.max(initial=0.0) < 2.0**400:  # then their sum is fine
+        total = _sum(task.weights)
+        factor = rows.weight_factor(total)
+        if factor != 1:
+            task.weights = rows.scaled_weights(task.weights, factor)
+            total = _sum(task.weights)
+    return total if task.denominator is None else task.denominator * factor
 
 
 def _sum(weights: Any) -> float:

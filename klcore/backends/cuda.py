@@ -219,7 +219,7 @@ class Build(NamedTuple):
 
 _ENTRIES = {
     "kl_units": "KL_UNITS", "kl_narrow": "KL_NARROW", "kl_rows": "KL_ROWS", "kl_fold": "KL_FOLD", "kl_sum": "KL_SUM",
-    "kl_summed": "KL_SUMMED", "kl_summed_fold": "KL_SUMMED",
+    "kl_weights": "KL_SUM", "kl_summed": "KL_SUMMED", "kl_summed_fold": "KL_SUMMED",
 }  # fmt: skip
 
 
@@ -282,7 +282,7 @@ def every_build() -> Iterator[Build]:
                 yield Build(f"{label} value", build(0, sweeping), sweeping, hot)
                 yield Build(f"{label} dy", build(2, sweeping), sweeping, hot)
                 yield Build(f"{label} terms dx dy, factors", build(7, sweeping, factors=True), sweeping, ())
-    yield Build("sum", _sum_options(), ("kl_sum",), ())
+    yield Build("sum", _sum_options(), ("kl_sum", "kl_weights"), ())
 
 
 def _sum_options() -> tuple[str, ...]:
@@ -547,7 +547,8 @@ def _sweep(call: _Call, plan: _Plan, layout: _Layout, last: int, scratch: _Scrat
     for sweep in range(last):
         states, count = call.states(sweep), chunks
         level = scratch.doubles(batch * states * count)
-        plan = plan.with_fields(states=level)
+        if states:  # else the sweep looks at those that an earlier one left
+            plan = plan.with_fields(states=level)
         launches.append(units(sweep, sweep + 1))
         while states:
             groups = -(-count // CHUNK)
@@ -574,7 +575,7 @@ def _residence(
     most = 8 if call.wide else 16  # warps on a multiprocessor that have the registers they want: BLOCKS in kl_cuda.cu
     found = []
     for cluster in properties.clusters:
-        for warps in (8, 4, 2, 1):
+        for warps in range(8, 0, -1):
             slots = -(-chunks // (cluster * warps))
             block = warps * (slots * slot + extra) + fixed
             if block <= properties.shared:
@@ -588,18 +589,20 @@ def _residence(
     return cluster, slots, -minus_warps
 
 
-def _total(call: _Call, values: _Place | None, count: int, plan: _Plan, scratch: _Scratch) -> list[_Planned]:
-    """The sum of `count` doubles, divided, into the plan's value; or of the plan's weights into its `sums`."""
+def _added_up(
+    call: _Call, name: str, sums: int, values: _Place | None, count: int, plan: _Plan, scratch: _Scratch
+) -> list[_Planned]:
+    """The sum of `count` doubles, divided, into the plan's value; or so many sums of the plan's weights into `sums`."""
     launches = []
-    function = _kernel(call.device, _sum_options(), "kl_sum")
+    function = _kernel(call.device, _sum_options(), name)
     while True:
         groups = max(1, -(-count // CHUNK))
         p = plan.with_fields(states=values, count=count, groups=groups)
         up = None
         if groups > 1:
-            up = scratch.doubles(groups)
+            up = scratch.doubles(sums * groups)
             p = p.with_fields(sums=up, value=None)
-        launches.append((_Launch("kl_sum", 1, function, (max(1, min(-(-groups // 8), 1 << 16)),), (256,), 0), p))
+        launches.append((_Launch(name, 1, function, (max(1, min(-(-groups // 8), 1 << 16)),), (256,), 0), p))
         if up is None:
             return launches
         plan = plan.with_fields(weights=None)  # from now on the sums of the level below
@@ -785,7 +788,7 @@ def _compute(cupy: Any, device: int, task: rows.Task) -> tuple[Any, _Prepared | 
         return value, None, []
 
     cotangent = task.cotangent
-    if cotangent is not None and (task.denominator is None or _is_here(cotangent, cupy)):
+    if cotangent is not None and (task.by_weights or _is_here(cotangent, cupy)):
         cotangent = task.cotangent = cupy.asarray(cotangent, np.float64)  # multiplied where the denominator is known
     arrays = [task.x, task.y, task.weights, task.factors, cotangent if _is_here(cotangent, cupy) else None]
     results = [value, *(g.array for g in task.gradients)]
@@ -824,11 +827,12 @@ def _prepare(device: int, task: rows.Task, arrays: list[Any], results: list[Any]
     )  # fmt: skip
 
     launches: list[_Planned] = []
-    divisor, denominator = task.denominator, None
-    if divisor is None:  # the sum of the weights, known to the device only
-        divisor, denominator = 0.0, scratch.doubles(1)
+    divisor, denominator = task.denominator or 0.0, None
+    if task.by_weights:  # whose sum is known to the device only
+        denominator = scratch.doubles(2)
         over = _layout(task.x.shape[:-1], 1, {"weights": views["weights"]})
-        launches += _total(call, None, task.rows, _plan(over, 1, sums=denominator), scratch)
+        plan = _plan(over, 1, sums=denominator, scale=divisor)
+        launches += _added_up(call, "kl_weights", len(rows.WEIGHT_FACTORS), None, task.rows, plan, scratch)
     gradient_scale = 1.0 / divisor if divisor else math.nan
     if task.cotangent is not None and not cotangent:
         gradient_scale *= float(task.cotangent)
@@ -850,7 +854,7 @@ def _prepare(device: int, task: rows.Task, arrays: list[Any], results: list[Any]
             launches += _summed(call, task, g, gradients[g.of], views, fields, scratch)
     if totals is not None:
         plan = _plan(_Layout((), {"value": _view(results[0], places["value"], False)}, False, False), 1, **fields)
-        launches += _total(call, totals, task.rows, plan, scratch)
+        launches += _added_up(call, "kl_sum", 1, totals, task.rows, plan, scratch)
     kernels, plans = zip(*launches, strict=True)
     places_of_all = ((k * _WORDS + at, place) for k, plan in enumerate(plans) for at, place in plan.places.items())
     like = (None, *(_READ.index(g.of) for g in task.gradients))

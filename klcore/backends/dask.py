@@ -173,6 +173,10 @@ def _outputs(x: Any, y: Any, weights: Any, stats: Any, denominator: Any, **argum
         return cpu.outputs(x=x, y=y, weights=weights, stats=stats, denominator=float(denominator), **arguments)
 
 
+def _factor(total: Any) -> Any:
+    return np.float64(rows.weight_factor(float(total)))
+
+
 def _pick(packed: Any, k: int) -> Any:
     """Result k of a block; along axes that the result does not have there is one block."""
     while isinstance(packed, list):
@@ -271,6 +275,15 @@ class _Graph:
         sums = self.sums(_sums, (w, self.batch))
         return self.layer(_total, (), sums, (1.0, None), (wide, None), ("numpy", None), dtype=wide)
 
+    def move_weights(self) -> Any:
+        """Bring weights at an end of the range into its middle; the factor, an array of no dimensions."""
+        w, axes = self.arrays["weights"], self.axes["weights"]
+        factor = self.layer(_factor, (), (self.sum_of_weights(), ()), dtype=np.float64)
+        self.arrays["weights"] = da.blockwise(
+            rows.scaled_weights, axes, w, axes, factor, (), dtype=w.dtype, meta=w._meta
+        )
+        return factor
+
     def gradient(self, packed: Any, k: int, g: rows.Gradient) -> Any:
         """Result k of packed blocks: a gradient, or parts of one that is a sum over blocks."""
         operand = self.arrays[g.of]
@@ -326,8 +339,11 @@ def _run(
     if scalar:  # one class
         x, y = (a if a is None else a.reshape(1) for a in (x, y))
     graph = _Graph(operation, task, x, y, w, operator.index(axis))
-    denominator = graph.sum_of_weights() if task.denominator is None else task.denominator
-    scale = (denominator, () if task.denominator is None else None)
+    denominator = task.denominator
+    if task.by_weights:
+        factor = graph.move_weights() if task.weights.dtype.itemsize == 8 else 1.0
+        denominator = graph.sum_of_weights() if denominator is None else denominator * factor
+    scale = (denominator, () if task.by_weights else None)
     by = _by_rows if len(graph.chunks[graph.classes]) == 1 else _by_parts
     value, gradients = by(graph, space, reduction, temperature, scale)
     if task.output == rows.TOTAL:  # so far its sums

@@ -75,6 +75,14 @@ class Task:
     cotangent: Any = None  # a scalar that multiplies the gradients
     value_wanted: bool = True  # else the gradients only
 
+    @property
+    def by_weights(self) -> bool:
+        """Whether the sum of the weights must be known: a mean divides by it, or may be in range where it is not."""
+        if self.denominator is None:
+            return True
+        mean = self.output == TOTAL and self.denominator != 1 and not self.signed
+        return mean and self.weights is not None and self.weights.dtype.itemsize == 8
+
 
 def arrange(
     xp: Any,
@@ -491,6 +499,22 @@ def _denominator(reduction: str, shape: tuple[int, ...], rows: int, n: int, weig
     if reduction == "batchmean":
         return float(shape[0]) if shape else 1.0
     return float(rows * n) if reduction == "mean" else 1.0
+
+
+# A mean does not depend on a common factor of weight and denominator: far from the ends of the range nothing overflows,
+# and nothing is rounded.
+WEIGHT_FACTORS = (1.0, 2.0**-600, 2.0**600)
+
+
+def weight_factor(total: float) -> float:
+    """Of weights with this sum."""
+    return WEIGHT_FACTORS[1 if total > 2.0**500 else 2 if 0 < total < 2.0**-500 else 0]
+
+
+def scaled_weights(weights: Any, factor: float) -> Any:
+    """Times a power of two; a row that counts goes on to do so, however small its weight is."""
+    scaled = weights * factor
+    return np.where((scaled == 0) & (weights != 0), 2.0**-1074, scaled)
 
 
 def results_in(out: Any, wanted: tuple[str, ...]) -> tuple[Any, ...]:

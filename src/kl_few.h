@@ -1,0 +1,361 @@
+// Rows of few classes on the CPU, at most COLUMNS: a block of rows at a time, a row a lane, class by class in loops over the
+// lanes. kl_isa.h includes this file behind kl_rows.h, once for every instruction set; kl_batch.h calls what kernel().few is.
+// No formula lives here, and no bit differs from what kl_rows.h makes of the same row: only the order of the loops does. Rows
+// that the short forms are not for are marked, and kl_batch.h has them computed by themselves.
+
+// Lanes of a block: as many as keep the block's arrays in the first-level cache, a multiple of a vector.
+template <typename T> constexpr int LEAST_LANES = 64 / sizeof(T);
+constexpr int MOST_LANES = 16 * LEAST_LANES<float>;
+inline int lanes(i64 n, bool wide) {
+  i64 least = wide ? LEAST_LANES<double> : LEAST_LANES<float>, some = 64 * least / n / least * least;
+  return (int)(some < least ? least : some > 16 * least ? 16 * least : some);
+}
+
+// A block's numbers: that of class i and lane r at i * pitch + r. Of different offsets within a page, as in Buffers.
+template <typename T> struct Block {
+  static constexpr int SIZE = (COLUMNS * 64 + 576) / (int)sizeof(T);
+  T x[SIZE], y[SIZE], a[SIZE], dx[SIZE], dy[SIZE];
+  double room[COLUMNS / 2 * LEAST_LANES<float>];
+};
+static_assert(sizeof(Block<float>) <= SCRATCH && sizeof(Block<double>) <= SCRATCH);
+template <typename T> using Lane = T[MOST_LANES];   // one number a row
+
+// ---- from rows to lanes and back --------------------------------------------------------------------------------------------
+
+// f(first row, lane, count) for the rows [r, r + count) by runs over which every array moves in even steps
+template <class F> void runs(const Plan& p, i64 r, int count, F f) {
+  i64 last = p.ndim ? p.shape[p.ndim - 1] : 1;
+  for (int k = 0, m; k < count; k += m) {
+    i64 left = last - (r + k) % last;
+    m = left < count - k ? (int)left : count - k;
+    f(locate(p, r + k), k, m);
+  }
+}
+inline i64 step_of(const Plan& p, const Array& a) { return p.ndim ? a.batch[p.ndim - 1] : 0; }
+
+template <int N, typename T> void turn_rows(const T* __restrict rows, i64 step, int n, int m, T* __restrict lanes, int pitch) {
+  for (int i = 0; i < (N ? N : n); i++)
+    for (int r = 0; r < m; r++) lanes[i * pitch + r] = rows[r * (N ? N : step) + i];
+}
+template <int N, typename T> void turn_lanes(const T* __restrict lanes, int pitch, int n, int m, T* __restrict rows) {
+  for (int r = 0; r < m; r++)
+    for (int i = 0; i < (N ? N : n); i++) rows[r * (N ? N : n) + i] = lanes[i * pitch + r];
+}
+
+// The rows from `at` on, `step` bytes apart, to lanes. `room` is for as many numbers.
+template <typename T>
+void take(const Array& a, const char* at, i64 step, int n, int m, T* lanes, int pitch, T* room) {
+  i64 size = size_of(a.dtype);
+  if (a.stride != size || step == size) {
+    for (int i = 0; i < n; i++) {
+      const char* from = at + i * a.stride;
+      if (step == size)   // no hardware foresees where the next block is
+        for (i64 k = 0; k < m * size; k += 64) prefetch(from + m * size + k);
+      widen(a.dtype, from, step, m, lanes + i * pitch);
+    }
+    return;
+  }
+  const T* rows = room;
+  i64 apart = n;
+  if (a.dtype == code_of<T>() && (std::uintptr_t)at % sizeof(T) == 0 && step % (i64)sizeof(T) == 0) {
+    rows = (const T*)at;
+    apart = step / (i64)sizeof(T);
+  } else if (step == n * size) {
+    widen(a.dtype, at, size, n * m, room);
+  } else {
+    for (int r = 0; r < m; r++) widen(a.dtype, at + r * step, size, n, room + r * n);
+  }
+  auto turn = apart != n ? turn_rows<0, T> : n == 2 ? turn_rows<2, T> : n == 3 ? turn_rows<3, T> : n == 4 ? turn_rows<4, T> : turn_rows<0, T>;
+  turn(rows, apart, n, m, lanes, pitch);
+}
+
+template <typename T>
+void give(const Array& a, char* at, i64 step, int n, int m, const T* lanes, int pitch, double scale, bool stream, T* room) {
+  i64 size = size_of(a.dtype);
+  if (a.stride != size || step == size) {
+    for (int i = 0; i < n; i++) store_to(a.dtype, at + i * a.stride, step, m, lanes + i * pitch, scale, stream);
+    return;
+  }
+  (n == 2 ? turn_lanes<2, T> : n == 3 ? turn_lanes<3, T> : n == 4 ? turn_lanes<4, T> : turn_lanes<0, T>)(lanes, pitch, n, m, room);
+  if (step == n * size) return store_to(a.dtype, at, size, n * m, room, scale, stream);
+  for (int r = 0; r < m; r++) store_to(a.dtype, at + r * step, size, n, room + r * n, scale, stream);
+}
+
+// Several rows of a plan, and what they weigh.
+template <typename T> struct Rows {
+  const Plan& p;
+  i64 first;
+  int n, count, pitch;
+  alignas(64) Lane<double> weight;
+
+  Rows(const Plan& plan, i64 r, int rows) : p(plan), first(r), n((int)plan.n), count(rows) {
+    pitch = (rows + LEAST_LANES<T> - 1) / LEAST_LANES<T> * LEAST_LANES<T>;
+    if (!p.weights.data) return;
+    for (int k = 0; k < pitch; k++) weight[k] = 1;
+    for (int k = 0; k < count; k++) weight[k] = locate(p, first + k).weight;
+  }
+  int size() const { return n * pitch; }
+
+  // Lanes beyond the last row repeat the first one.
+  void read(const Array& a, const char* Row::*at, T* lanes, T* room) const {
+    runs(p, first, count, [&](const Row& row, int k, int m) { take(a, row.*at, step_of(p, a), n, m, lanes + k, pitch, room); });
+    for (int i = 0; i < n; i++)
+      for (int k = count; k < pitch; k++) lanes[i * pitch + k] = lanes[i * pitch];
+  }
+  // times the rows' weights; overwrites both
+  void write(const Array& a, char* Row::*at, T* lanes, double scale, T* room) const {
+    if (p.weights.data) {
+      alignas(64) Lane<T> by;
+      bool far = false;
+      for (int r = 0; r < pitch; r++) {
+        const Scale<T> s(weight[r] * scale);
+        by[r] = s.near;
+        far |= s.far;
+      }
+      for (int i = 0; i < n; i++)
+        for (int r = 0; r < pitch; r++) {
+          T v = far ? lanes[i * pitch + r] * Scale<T>(weight[r] * scale) : lanes[i * pitch + r] * by[r];
+          lanes[i * pitch + r] = weight[r] == 0 ? T(0) : v;
+        }
+      scale = 1;
+    }
+    runs(p, first, count, [&](const Row& row, int k, int m) {
+      give(a, row.*at, step_of(p, a), n, m, lanes + k, pitch, scale, p.stream, room);
+    });
+  }
+  void write_values(double* values) const {
+    for (int r = 0; r < count && p.weights.data; r++) values[r] = weight[r] == 0 ? 0.0 : weight[r] == 1 ? values[r] : values[r] * weight[r];
+    if (p.output == PER_ROW)
+      runs(p, first, count, [&](const Row& row, int k, int m) {
+        narrow_to(p.value.dtype, values + k, 1.0, m, row.value, step_of(p, p.value));
+      });
+  }
+};
+
+// ---- sums and maxima --------------------------------------------------------------------------------------------------------
+
+// The sum of f(j) over each lane's classes: column i takes i + 64, + 32, ... , + 1 (kl_tree.h)
+template <class F> void add_lanes(int n, int pitch, double* __restrict room, double* __restrict sums, F f) {
+  int half = 1;
+  while (2 * half < n) half *= 2;
+  int both = (n - half) * pitch, all = half * pitch;
+  if (n == 1) both = 0;
+  for (int j = 0; j < both; j++) room[j] = (double)f(j) + (double)f(j + all);
+  for (int j = both; j < all; j++) room[j] = (double)f(j);
+  for (int h = all / 2; h >= pitch; h /= 2)
+    for (int j = 0; j < h; j++) room[j] += room[j + h];
+  for (int r = 0; r < pitch; r++) sums[r] = room[r] + 0.0;
+}
+
+// Each lane's maximum. Of equal zeros the one that `maximum` finds: classes are visited in the order of its preference.
+template <typename T> void maxima(const T* __restrict t, int n, int pitch, T* __restrict m) {
+  int n16 = (n + 15) & ~15, slots = n16 < 64 ? 16 : 64;
+  for (int r = 0; r < pitch; r++) m[r] = -infinity<T>();
+  for (int k = 0; k < slots; k++) {
+    int slot = 0;
+    for (int bit = 1; bit < slots; bit *= 2) slot = 2 * slot + (k & bit ? 1 : 0);
+    for (int i = slot; i < n; i += n16 < 64 ? 16 : n16 == 128 || i >= 64 ? (n16 == 128 ? 64 : 16) : slot < 16 ? 64 : n)
+      for (int r = 0; r < pitch; r++) {
+        T a = t[i * pitch + r], b = m[r];
+        m[r] = a > b ? a : b;
+      }
+  }
+}
+
+// ---- the kinds of rows ------------------------------------------------------------------------------------------------------
+
+template <typename T> void few_terms(const Plan& p, i64 r, int count, double* values, char*, void* scratch) {
+  Block<T>& s = *(Block<T>*)scratch;
+  Rows<T> rows(p, r, count);
+  rows.read(p.x, &Row::x, s.x, s.a);
+  T* y = p.operation == ENTROPY ? s.x : s.y;
+  if (p.operation != ENTROPY) rows.read(p.y, &Row::y, s.y, s.a);
+  terms_of<T>(p)(s.x, y, (T)p.epsilon, rows.size(), s.a, s.dx, s.dy);
+  if (p.dx.data) rows.write(p.dx, &Row::dx, s.dx, p.gradient_scale, s.x);
+  if (p.dy.data) rows.write(p.dy, &Row::dy, s.dy, p.gradient_scale, s.x);
+  if (p.output == TERMS) return rows.write(p.value, &Row::value, s.a, 1, s.x);
+  const T* a = s.a;
+  add_lanes(rows.n, rows.pitch, s.room, values, [=](int j) KL_LAMBDA { return a[j]; });
+  rows.write_values(values);
+}
+
+// The divergence of two rows of logits, by the steps of logits_chunk and logits_finish
+template <typename T> struct LogitsLanes {
+  typedef typename Real<T>::Bits Bits;
+  alignas(64) Lane<T> max_a, max_b, m, low, mean;
+  alignas(64) Lane<T> a, b, c, d, p, t, t_low;   // Slopes
+  alignas(64) Lane<double> weights, x, g;
+  alignas(64) Lane<Bits> odd;
+};
+
+template <typename T, bool TEMPERED>
+void few_weights(const T* __restrict a, const T* __restrict b, int n, int pitch, const T* __restrict max_a,
+                 const T* __restrict max_b, Inverse<T> it, T* __restrict w, T* __restrict c) {
+  for (int i = 0; i < n * pitch; i += pitch) {
+    for (int r = 0; r < pitch; r++) w[i + r] = weight<TEMPERED>(a[i + r], max_a[r], it);
+    for (int r = 0; r < pitch; r++) c[i + r] = fma(w[i + r], below_tops(a[i + r], b[i + r], max_a[r], max_b[r]), T(0));
+  }
+}
+
+// means: the sums of c, become anchors
+template <typename T> void few_anchors(const double* __restrict c, int pitch, LogitsLanes<T>& k) {
+  for (int r = 0; r < pitch; r++) {
+    double mean = c[r] / k.weights[r];
+    Anchor<T> at = anchor(k.max_a[r], k.max_b[r], mean);
+    k.m[r] = at.m;
+    k.low[r] = at.low;
+    k.mean[r] = at.mean;
+    k.odd[r] = usable((double)at.mean) ? 0 : 1;
+  }
+}
+
+template <typename T, bool TEMPERED>
+void few_spread(const T* __restrict a, const T* __restrict b, const T* __restrict w, int n, int pitch, LogitsLanes<T>& k,
+                Inverse<T> it, T* __restrict z, T* __restrict low, T* __restrict e) {
+  typename Real<T>::Bits* __restrict odd = k.odd;
+  for (int i = 0; i < n * pitch; i += pitch) {
+    for (int r = 0; r < pitch; r++) {
+      Anchor<T> at = {k.max_a[r], k.max_b[r], k.m[r], k.low[r], k.mean[r]};
+      Pair<T> any = centred<TEMPERED>(a[i + r], b[i + r], at, it), mine = counted(any, w[i + r]);
+      z[i + r] = mine.value;
+      if constexpr (TEMPERED) low[i + r] = mine.low;
+      odd[r] |= above_range(any.value) ? 1 : 0;
+    }
+    for (int r = 0; r < pitch; r++) odd[r] |= below_range(z[i + r]) ? 1 : 0;
+  }
+  for (int j = 0; j < n * pitch; j++) e[j] = spread_of<TEMPERED>(Pair<T>{z[j], TEMPERED ? low[j] : T(0)});
+}
+
+template <typename T, bool SLOPES> void few_finish(int pitch, double it, LogitsLanes<T>& k, double* __restrict values) {
+  for (int r = 0; r < pitch; r++) {
+    Anchor<T> at = {k.max_a[r], k.max_b[r], k.m[r], k.low[r], k.mean[r]};
+    double stats[MAX_STATS];
+    logits_finish(near_state(at, k.weights[r], k.x[r], k.g[r]), it, stats);
+    values[r] = stats[VALUE];
+    if constexpr (SLOPES) {
+      Slopes<T> s = slopes<T>((double)at.max_a, (double)at.max_b, mean_of(at), stats, it);
+      k.a[r] = s.a;
+      k.b[r] = s.b;
+      k.c[r] = s.c;
+      k.d[r] = s.d;
+      k.p[r] = s.p;
+      k.t[r] = s.t;
+      k.t_low[r] = s.t_low;
+    }
+  }
+}
+
+template <typename T, int TERM, bool TEMPERED>
+void few_logits_terms(const T* __restrict a, const T* __restrict b, const T* __restrict w, int n, int pitch,
+                      LogitsLanes<T>& k, Inverse<T> it, T* __restrict term) {
+  typename Real<T>::Bits* __restrict odd = k.odd;
+  for (int i = 0; i < n * pitch; i += pitch)
+    for (int r = 0; r < pitch; r++) {
+      Anchor<T> at = {k.max_a[r], k.max_b[r], k.m[r], k.low[r], k.mean[r]};
+      Slopes<T> s = {k.a[r], k.b[r], k.c[r], k.d[r], k.p[r], k.t[r], k.t_low[r]};
+      bool good;
+      term[i + r] = near_term<TERM, TEMPERED>(a[i + r], b[i + r], w[i + r], at, s, it, good);
+      odd[r] |= good ? 0 : 1;
+    }
+}
+
+template <typename T>
+void few_slopes(const T* __restrict w, const T* __restrict z, int n, int pitch, const LogitsLanes<T>& k, T* __restrict e_dx,
+                T* __restrict dy) {
+  for (int i = 0; i < n * pitch; i += pitch)
+    for (int r = 0; r < pitch; r++) {
+      T growth = e_dx[i + r] + z[i + r];
+      dy[i + r] = w[i + r] * fma(growth, k.a[r], k.b[r]);
+      e_dx[i + r] = w[i + r] * fma(z[i + r], k.c[r], k.d[r]);
+    }
+}
+
+template <typename T, bool TEMPERED>
+void few_logits(const Plan& p, i64 r, int count, double* values, char* alone, void* scratch) {
+  Block<T>& s = *(Block<T>*)scratch;
+  Rows<T> rows(p, r, count);
+  LogitsLanes<T> k;
+  int n = rows.n, pitch = rows.pitch;
+  double temperature = p.inverse_temperature;
+  Inverse<T> it = inverse<T>(temperature);
+  rows.read(p.x, &Row::x, s.x, s.a);
+  rows.read(p.y, &Row::y, s.y, s.a);
+  T *w = s.a, *e = s.dx, *z = s.dy, *room = (T*)s.room;
+  maxima(s.x, n, pitch, k.max_a);
+  maxima(s.y, n, pitch, k.max_b);
+  few_weights<T, TEMPERED>(s.x, s.y, n, pitch, k.max_a, k.max_b, it, w, e);
+  add_lanes(n, pitch, s.room, k.weights, [=](int j) KL_LAMBDA { return w[j]; });
+  add_lanes(n, pitch, s.room, k.x, [=](int j) KL_LAMBDA { return e[j]; });
+  few_anchors(k.x, pitch, k);
+  few_spread<T, TEMPERED>(s.x, s.y, w, n, pitch, k, it, z, room, e);
+  add_lanes(n, pitch, s.room, k.x, [=](int j) KL_LAMBDA { return fma(w[j], z[j], T(0)); });
+  add_lanes(n, pitch, s.room, k.g, [=](int j) KL_LAMBDA { return fma(w[j], e[j], T(0)); });
+  bool gradient = p.dx.data || p.dy.data;
+  (gradient || p.output == TERMS ? few_finish<T, true> : few_finish<T, false>)(pitch, temperature, k, values);
+  if (p.output == TERMS)
+    (p.operation == REL_ENTR ? few_logits_terms<T, LITERAL, TEMPERED> : few_logits_terms<T, DEVIANCE, TEMPERED>)(
+        s.x, s.y, w, n, pitch, k, it, room);
+  if (gradient) {
+    few_slopes(w, z, n, pitch, k, e, s.y);
+    if (p.dx.data) rows.write(p.dx, &Row::dx, e, p.gradient_scale, s.x);
+    if (p.dy.data) rows.write(p.dy, &Row::dy, s.y, p.gradient_scale, s.x);
+  }
+  for (int i = 0; i < count; i++) alone[i] = k.odd[i] != 0;
+  if (p.output == TERMS) return rows.write(p.value, &Row::value, room, 1, s.x);
+  rows.write_values(values);
+}
+
+// everything else with logits, by the steps of mixed_chunk
+struct NormLanes {
+  alignas(64) Lane<double> max, zero, ties, rest, log;
+};
+inline void few_log_probs(double* __restrict x, int n, int pitch, double it, double* __restrict a, double* room) {
+  NormLanes k;
+  maxima(x, n, pitch, k.max);
+  for (int r = 0; r < pitch; r++) k.zero[r] = top_of(k.max[r]);
+  for (int i = 0; i < n * pitch; i += pitch)
+    for (int r = 0; r < pitch; r++) a[i + r] = x[i + r] == k.max[r] ? 1.0 : 0.0;
+  add_lanes(n, pitch, room, k.ties, [=](int j) KL_LAMBDA { return a[j]; });
+  for (int i = 0; i < n * pitch; i += pitch)
+    for (int r = 0; r < pitch; r++) a[i + r] = norm_rest(x[i + r], k.max[r], k.zero[r], it);
+  add_lanes(n, pitch, room, k.rest, [=](int j) KL_LAMBDA { return a[j]; });
+  for (int r = 0; r < pitch; r++) k.log[r] = log_norm({k.max[r], excluded(k.max[r]) ? 0.0 : k.ties[r], k.rest[r]});
+  for (int i = 0; i < n * pitch; i += pitch)
+    for (int r = 0; r < pitch; r++) x[i + r] = log_prob_of(x[i + r], k.max[r], k.log[r], it);
+}
+inline void few_through_softmax(double* __restrict d, const double* __restrict log_p, int n, int pitch, double it, double* room) {
+  alignas(64) Lane<double> sums;
+  add_lanes(n, pitch, room, sums, [=](int j) KL_LAMBDA { return d[j]; });
+  for (int i = 0; i < n * pitch; i += pitch)
+    for (int r = 0; r < pitch; r++) d[i + r] = through_softmax(d[i + r], log_p[i + r], sums[r], it);
+}
+inline void few_mixed(const Plan& p, i64 r, int count, double* values, char*, void* scratch) {
+  Block<double>& s = *(Block<double>*)scratch;
+  Rows<double> rows(p, r, count);
+  int n = rows.n, pitch = rows.pitch;
+  double it = p.inverse_temperature;
+  bool has_y = p.operation != ENTROPY;
+  rows.read(p.x, &Row::x, s.x, s.a);
+  if (p.space_x == LOGITS) few_log_probs(s.x, n, pitch, it, s.a, s.room);
+  if (has_y) rows.read(p.y, &Row::y, s.y, s.a);
+  if (has_y && p.space_y == LOGITS) few_log_probs(s.y, n, pitch, it, s.a, s.room);
+  const double *x = s.x, *y = has_y ? s.y : s.x, *a = s.a;
+  terms_of<double>(p)(x, y, p.epsilon, rows.size(), s.a, s.dx, s.dy);
+  if (p.dx.data && p.space_x == LOGITS) few_through_softmax(s.dx, x, n, pitch, it, s.room);
+  if (p.dy.data && p.space_y == LOGITS && !is_final(p.operation)) few_through_softmax(s.dy, y, n, pitch, it, s.room);
+  if (p.dx.data) rows.write(p.dx, &Row::dx, s.dx, p.gradient_scale, s.x);
+  if (p.dy.data) rows.write(p.dy, &Row::dy, s.dy, p.gradient_scale, s.x);
+  if (p.output == TERMS) return rows.write(p.value, &Row::value, s.a, 1, s.x);
+  add_lanes(n, pitch, s.room, values, [=](int j) KL_LAMBDA { return a[j]; });
+  rows.write_values(values);
+}
+
+inline Few few(const Plan& p) {
+  bool tempered = p.inverse_temperature != 1;
+  if (p.factors.data) return nullptr;
+  if (of_logits(p))
+    return p.wide ? (tempered ? few_logits<double, true> : few_logits<double, false>)
+                  : (tempered ? few_logits<float, true> : few_logits<float, false>);
+  if (p.space_x == LOGITS || p.space_y == LOGITS) return few_mixed;
+  return p.wide ? few_terms<double> : few_terms<float>;
+}
