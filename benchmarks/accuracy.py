@@ -1,8 +1,10 @@
 """How exact klcore is on the CPU, beside the libraries one would use instead: ``make accuracy``, three minutes.
 
     python benchmarks/accuracy.py [--quick] [--json FILE]
+    python benchmarks/accuracy.py --spaces
 
-writes docs/benchmarks/accuracy-DATE.json, which benchmarks/plots.py draws. Two questions:
+The second prints the worst errors of every pair of spaces beside their bounds, for docs/accuracy.md, in a minute. The
+first writes docs/benchmarks/accuracy-DATE.json, which benchmarks/plots.py draws. Two questions:
 
 * By how many units in the last place do log, exp, log1p and expm1 err? Random arguments, octave by octave, where
   argument and result are normal numbers (tests/test_accuracy.py tries all others). Exact are the results of mpmath, and
@@ -35,11 +37,13 @@ import side_by_side
 import torch
 from tqdm import tqdm
 
+import klcore
 from klcore import _cpu
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
 import oracle  # noqa: E402
+import ranges  # noqa: E402
 from oracle import Doubles, Pair  # noqa: E402
 
 OURS = "klcore"
@@ -235,6 +239,55 @@ def divergences(space: str, dtype: str, fewer: int) -> dict[str, Any]:
     return figures
 
 
+# ---- every pair of spaces --------------------------------------------------------------------------------------------
+
+ROWS = {2: 20_000, 3: 16_000, 10: 10_000, 100: 2_000, 1_500: 150}  # classes -> rows of a pair of spaces, in BATCHES
+BATCHES = 10
+
+
+def in_space(a: np.ndarray, space: str, dtype: str, temperature: float) -> np.ndarray:
+    if space == "logits":
+        return a
+    log = scipy.special.log_softmax(a.astype(np.float64) / temperature, axis=-1)
+    return (np.exp(log) if space == "probs" else log).astype(dtype)
+
+
+def worst_errors(pair: tuple[str, str], dtype: str) -> tuple[float, dict[str, float]]:
+    """Of kl_div: of the value, relative to it; and of value and gradient, in shares of the bound."""
+    rng = np.random.default_rng(0)
+    worst, shares = 0.0, dict.fromkeys(("value", "dx", "dy"), 0.0)
+    for n, count in [(n, count // BATCHES) for n, count in ROWS.items() for _ in range(BATCHES)]:
+        temperature = ranges.log_uniform(rng, 0.01, 100) if "logits" in pair else 1.0
+        a, b = ranges.rows(rng, dtype, n, count, temperature)
+        kept = ~(ranges.beyond(a) | ranges.beyond(b)) & np.isfinite(a).all(axis=-1) & np.isfinite(b).all(axis=-1)
+        x, y = (in_space(v[kept], space, dtype, temperature) for v, space in zip((a, b), pair, strict=True))
+        options = {"space": pair} | ({"temperature": temperature} if "logits" in pair else {})
+        true = oracle.fast("kl_div", x, y, pair, temperature)
+        promised = ranges.promised(a[kept], b[kept], temperature, true.value)
+        results = dict(zip(shares, klcore.kl_div(x, y, return_grad=("x", "y"), **options), strict=True))
+        for name, got in results.items():
+            size, error = getattr(true, f"{name}_size"), np.abs(got - getattr(true, name))
+            if name == "value":
+                worst = max(worst, np.max(error[promised] / true.value[promised], initial=0))
+            else:
+                error = error.sum(axis=-1)
+            of = "value" if name == "value" else "gradient"
+            relative, _ = oracle.tolerance("kl_div", pair, got.dtype, of)
+            some = promised & np.isfinite(error) & (size > 1e-30) & (size < 1e30)  # far from the ends of float32
+            shares[name] = max(shares[name], np.max(error[some] / (relative * size[some]), initial=0))
+    return worst, shares
+
+
+def spaces() -> None:
+    np.seterr(all="ignore")
+    print("| x, y | dtype | worst error of the value | in shares of its bound | d/dx, likewise | d/dy |")
+    print("|---|---|" + "--:|" * 4)
+    for pair, dtype in tqdm([(pair, dtype) for pair in oracle.PAIRS for dtype in DTYPES], disable=None):
+        worst, shares = worst_errors(pair, dtype)
+        figures = f"{worst:.0e}", *(f"{share:.2g}" for share in shares.values())
+        tqdm.write(" | ".join([f"| {', '.join(pair)}", dtype, *figures]) + " |")
+
+
 # ---- the record ------------------------------------------------------------------------------------------------------
 
 
@@ -268,7 +321,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--quick", action="store_true", help=f"{QUICK} times fewer of all: for a first look")
     parser.add_argument("--json", type=Path, metavar="FILE", help="the record's place, if not docs/benchmarks")
+    parser.add_argument("--spaces", action="store_true", help="print the worst errors of every pair of spaces")
     args = parser.parse_args()
+    if args.spaces:
+        return spaces()
     machine = side_by_side.describe(LIBRARIES)
     path = args.json or ROOT / "docs" / "benchmarks" / f"accuracy-{machine['date'][:10]}.json"
     text = json.dumps({"machine": machine} | measure(QUICK if args.quick else 1), indent=1)

@@ -276,7 +276,7 @@ KL_FN double log_norm(const Norm& n) {
   return !defined ? nan<double>() : n.count == 1.0 ? log1p(n.rest) : log(n.count + n.rest);
 }
 KL_FN double log_prob_of(double x, double max, double log_s, double it) {
-  double l = (x - max) * it - log_s, lowest = -0x1.fffffffffffffp1023;
+  double l = (x - max) * it - log_s, lowest = -real(bits(infinity<double>()) - 1);
   return !excluded(x) & (l < lowest) ? lowest : l;   // what overflows is not excluded
 }
 KL_FN double through_softmax(double d, double log_p, double sum, double it) {

@@ -41,10 +41,10 @@ TOLERANCES = {
     ("gradient", "float32"): 2e-5,
     ("gradient", "float64"): 1e-11,
     # a term errs by up to 2 eps (an elementary function to 1 ulp, its argument and a product to half an eps each), and
-    # each of at most seven additions in the input's precision, before the sum goes on in double, adds half an eps of what
-    # the column holds by then: of half its sum, where terms are alike
+    # each of at most seven additions in the input's precision, before the sum goes on in double, adds half an eps of
+    # what the column holds by then: of half its sum, where terms are alike
     ("sum", "float32"): 4 * EPS32,
-    # there the whole sum is in double; fourteen additions of half an eps, which add up like the square root of their number
+    # there the whole sum is in double; fourteen additions of half an eps, which add up like the root of their number
     ("sum", "float64"): 4 * EPS64,
     # two 16-bit inputs on a GPU: a hardware exponential errs by 2 units and by 1.5 more for every unit of its argument,
     # of which, weighted with the exponential, a few count; a hardware reciprocal by 1; a product each
@@ -380,7 +380,7 @@ def _sizes(
             magnitudes = np.where(np.isfinite(values), values, 0.0)[..., None]
             # where p is nearly 1, -p (log q - log p + KL) cancels down to what the other classes add up to
             x_size = x_size + 2.0**-20 * p * (np.abs(part) + np.abs(magnitudes)) / temperature
-            # so does q - p where a mask makes KL large beside it: log q - log p is known to a few eps of double times KL
+            # so does q - p where a mask makes KL large beside it: log q - log p is known to a few eps of double of KL
             y_size = y_size + 2.0**-13 * p * np.where(np.isfinite(values), values, 1.0)[..., None] / temperature
         if operation in ("rel_entr", "entropy") and sx != "logits":  # by_p is 1 beside a logarithm: they may cancel
             x_size = (1 + np.abs(part)) * (p if sx == "log_probs" else 1.0)

@@ -1,4 +1,4 @@
-"""Rows of logits from the whole of the ranges that docs/accuracy.md promises something for, not their comfortable middle.
+"""Rows of logits from all of the ranges that docs/accuracy.md promises something for, not their comfortable middle.
 
 Used by test_accuracy.py and by benchmarks/accuracy.py; imports nothing of klcore.
 """

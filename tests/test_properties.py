@@ -38,7 +38,7 @@ any_temperature = st.one_of(st.just(1.0), st.floats(-2, 2).map(lambda e: 10.0**e
 
 @st.composite
 def any_logits(draw, most=40):
-    """Two rows of logits, a dtype and a temperature, from the whole range: offsets, magnitudes, masks of either side."""
+    """Two rows of logits, a dtype and a temperature, from the whole range of offsets, magnitudes and masks."""
     dtype, temperature, z = draw(any_dtype), draw(any_temperature), draw(rows(most=most, excluded=False))
     lowest = float(np.finfo(dtype).min)
     magnitude = draw(st.floats(-7, 3).map(lambda e: 10.0**e)) * draw(st.sampled_from([1.0, temperature]))
