@@ -559,6 +559,7 @@ KL_DEVICE void spread_chunk(const L& at, const Slot& s, double inverse_temperatu
   }
   double x = at.total(sums, 0), g = at.total(sums, 1);
   far = at.any((far | !in_range(largest, smallest)) && at.n > 0);
+  __syncwarp();   // the state may lie where the weights were
   if (at.leads()) *(Spread*)state = near_state(from, weights, x, g);
   if (!__any_sync(ALL_LANES, far)) return;
   if (KEEPS && keep) again();

@@ -1,6 +1,6 @@
 // Rows of few classes on the CPU, at most COLUMNS: a block of rows at a time, a row a lane, class by class in loops over the
 // lanes. kl_isa.h includes this file behind kl_rows.h, once for every instruction set; kl_batch.h calls what kernel().few is.
-// No formula lives here, and no bit differs from what kl_rows.h makes of the same row: only the order of the loops does. Rows
+// Indices are 64 bits wide: CPython's -fwrapv makes sums of 32-bit ones opaque to gcc's vectoriser. No formula lives here, and no bit differs from what kl_rows.h makes of the same row: only the order of the loops does. Rows
 // that the short forms are not for are marked, and kl_batch.h has them computed by themselves.
 
 // Lanes of a block: as many as keep the block's arrays in the first-level cache, a multiple of a vector.
@@ -31,27 +31,35 @@ template <class F> void runs(const Plan& p, i64 r, int count, F f) {
     f(locate(p, r + k), k, m);
   }
 }
+inline const char* at_row(const Plan& p, const Array& a, i64 r) {
+  const char* at = a.data;
+  for (i64 d = p.ndim - 1; d >= 0; d--) {
+    at += (d > 0 ? r % p.shape[d] : r) * a.batch[d];
+    r /= p.shape[d];
+  }
+  return at;
+}
 inline i64 step_of(const Plan& p, const Array& a) { return p.ndim ? a.batch[p.ndim - 1] : 0; }
 
-template <int N, typename T> void turn_rows(const T* __restrict rows, i64 step, int n, int m, T* __restrict lanes, int pitch) {
-  for (int i = 0; i < (N ? N : n); i++)
-    for (int r = 0; r < m; r++) lanes[i * pitch + r] = rows[r * (N ? N : step) + i];
+template <int N, typename T> void turn_rows(const T* __restrict rows, i64 step, i64 n, i64 m, T* __restrict lanes, i64 pitch) {
+  for (i64 i = 0; i < (N ? N : n); i++)
+    for (i64 r = 0; r < m; r++) lanes[i * pitch + r] = rows[r * (N ? N : step) + i];
 }
-template <int N, typename T> void turn_lanes(const T* __restrict lanes, int pitch, int n, int m, T* __restrict rows) {
-  for (int r = 0; r < m; r++)
-    for (int i = 0; i < (N ? N : n); i++) rows[r * (N ? N : n) + i] = lanes[i * pitch + r];
+template <int N, typename T> void turn_lanes(const T* __restrict lanes, i64 pitch, i64 n, i64 m, T* __restrict rows) {
+  for (i64 r = 0; r < m; r++)
+    for (i64 i = 0; i < (N ? N : n); i++) rows[r * (N ? N : n) + i] = lanes[i * pitch + r];
 }
 
 // The rows from `at` on, `step` bytes apart, to lanes. `room` is for as many numbers.
 template <typename T>
-void take(const Array& a, const char* at, i64 step, int n, int m, T* lanes, int pitch, T* room) {
+void take(const Array& a, const char* at, i64 step, i64 n, i64 m, T* lanes, i64 pitch, T* room) {
   i64 size = size_of(a.dtype);
   if (a.stride != size || step == size) {
-    for (int i = 0; i < n; i++) {
+    for (i64 i = 0; i < n; i++) {
       const char* from = at + i * a.stride;
       if (step == size)   // no hardware foresees where the next block is
         for (i64 k = 0; k < m * size; k += 64) prefetch(from + m * size + k);
-      widen(a.dtype, from, step, m, lanes + i * pitch);
+      widen(a.dtype, from, step, (int)m, lanes + i * pitch);
     }
     return;
   }
@@ -61,72 +69,74 @@ void take(const Array& a, const char* at, i64 step, int n, int m, T* lanes, int 
     rows = (const T*)at;
     apart = step / (i64)sizeof(T);
   } else if (step == n * size) {
-    widen(a.dtype, at, size, n * m, room);
+    widen(a.dtype, at, size, (int)(n * m), room);
   } else {
-    for (int r = 0; r < m; r++) widen(a.dtype, at + r * step, size, n, room + r * n);
+    for (i64 r = 0; r < m; r++) widen(a.dtype, at + r * step, size, (int)n, room + r * n);
   }
   auto turn = apart != n ? turn_rows<0, T> : n == 2 ? turn_rows<2, T> : n == 3 ? turn_rows<3, T> : n == 4 ? turn_rows<4, T> : turn_rows<0, T>;
   turn(rows, apart, n, m, lanes, pitch);
 }
 
 template <typename T>
-void give(const Array& a, char* at, i64 step, int n, int m, const T* lanes, int pitch, double scale, bool stream, T* room) {
+void give(const Array& a, char* at, i64 step, i64 n, i64 m, const T* lanes, i64 pitch, double scale, bool stream, T* room) {
   i64 size = size_of(a.dtype);
   if (a.stride != size || step == size) {
-    for (int i = 0; i < n; i++) store_to(a.dtype, at + i * a.stride, step, m, lanes + i * pitch, scale, stream);
+    for (i64 i = 0; i < n; i++) store_to(a.dtype, at + i * a.stride, step, (int)m, lanes + i * pitch, scale, stream);
     return;
   }
   (n == 2 ? turn_lanes<2, T> : n == 3 ? turn_lanes<3, T> : n == 4 ? turn_lanes<4, T> : turn_lanes<0, T>)(lanes, pitch, n, m, room);
-  if (step == n * size) return store_to(a.dtype, at, size, n * m, room, scale, stream);
-  for (int r = 0; r < m; r++) store_to(a.dtype, at + r * step, size, n, room + r * n, scale, stream);
+  if (step == n * size) return store_to(a.dtype, at, size, (int)(n * m), room, scale, stream);
+  for (i64 r = 0; r < m; r++) store_to(a.dtype, at + r * step, size, (int)n, room + r * n, scale, stream);
 }
 
 // Several rows of a plan, and what they weigh.
 template <typename T> struct Rows {
   const Plan& p;
   i64 first;
-  int n, count, pitch;
+  i64 n, count, pitch;
   alignas(64) Lane<double> weight;
 
-  Rows(const Plan& plan, i64 r, int rows) : p(plan), first(r), n((int)plan.n), count(rows) {
+  Rows(const Plan& plan, i64 r, int rows) : p(plan), first(r), n(plan.n), count(rows) {
     pitch = (rows + LEAST_LANES<T> - 1) / LEAST_LANES<T> * LEAST_LANES<T>;
     if (!p.weights.data) return;
-    for (int k = 0; k < pitch; k++) weight[k] = 1;
-    for (int k = 0; k < count; k++) weight[k] = locate(p, first + k).weight;
+    for (i64 k = 0; k < pitch; k++) weight[k] = 1;
+    runs(p, first, (int)count, [&](const Row&, int k, int m) {
+      widen(p.weights.dtype, at_row(p, p.weights, first + k), step_of(p, p.weights), m, weight + k);
+    });
   }
-  int size() const { return n * pitch; }
+  int size() const { return (int)(n * pitch); }
 
   // Lanes beyond the last row repeat the first one.
   void read(const Array& a, const char* Row::*at, T* lanes, T* room) const {
-    runs(p, first, count, [&](const Row& row, int k, int m) { take(a, row.*at, step_of(p, a), n, m, lanes + k, pitch, room); });
-    for (int i = 0; i < n; i++)
-      for (int k = count; k < pitch; k++) lanes[i * pitch + k] = lanes[i * pitch];
+    runs(p, first, (int)count, [&](const Row& row, int k, int m) { take(a, row.*at, step_of(p, a), n, m, lanes + k, pitch, room); });
+    for (i64 i = 0; i < n; i++)
+      for (i64 k = count; k < pitch; k++) lanes[i * pitch + k] = lanes[i * pitch];
   }
   // times the rows' weights; overwrites both
   void write(const Array& a, char* Row::*at, T* lanes, double scale, T* room) const {
     if (p.weights.data) {
       alignas(64) Lane<T> by;
       bool far = false;
-      for (int r = 0; r < pitch; r++) {
+      for (i64 r = 0; r < pitch; r++) {
         const Scale<T> s(weight[r] * scale);
         by[r] = s.near;
         far |= s.far;
       }
-      for (int i = 0; i < n; i++)
-        for (int r = 0; r < pitch; r++) {
+      for (i64 i = 0; i < n; i++)
+        for (i64 r = 0; r < pitch; r++) {
           T v = far ? lanes[i * pitch + r] * Scale<T>(weight[r] * scale) : lanes[i * pitch + r] * by[r];
           lanes[i * pitch + r] = weight[r] == 0 ? T(0) : v;
         }
       scale = 1;
     }
-    runs(p, first, count, [&](const Row& row, int k, int m) {
+    runs(p, first, (int)count, [&](const Row& row, int k, int m) {
       give(a, row.*at, step_of(p, a), n, m, lanes + k, pitch, scale, p.stream, room);
     });
   }
   void write_values(double* values) const {
-    for (int r = 0; r < count && p.weights.data; r++) values[r] = weight[r] == 0 ? 0.0 : weight[r] == 1 ? values[r] : values[r] * weight[r];
+    for (i64 r = 0; r < count && p.weights.data; r++) values[r] = weight[r] == 0 ? 0.0 : weight[r] == 1 ? values[r] : values[r] * weight[r];
     if (p.output == PER_ROW)
-      runs(p, first, count, [&](const Row& row, int k, int m) {
+      runs(p, first, (int)count, [&](const Row& row, int k, int m) {
         narrow_to(p.value.dtype, values + k, 1.0, m, row.value, step_of(p, p.value));
       });
   }
@@ -135,27 +145,27 @@ template <typename T> struct Rows {
 // ---- sums and maxima --------------------------------------------------------------------------------------------------------
 
 // The sum of f(j) over each lane's classes: column i takes i + 64, + 32, ... , + 1 (kl_tree.h)
-template <class F> void add_lanes(int n, int pitch, double* __restrict room, double* __restrict sums, F f) {
-  int half = 1;
+template <class F> void add_lanes(i64 n, i64 pitch, double* __restrict room, double* __restrict sums, F f) {
+  i64 half = 1;
   while (2 * half < n) half *= 2;
-  int both = (n - half) * pitch, all = half * pitch;
+  i64 both = (n - half) * pitch, all = half * pitch;
   if (n == 1) both = 0;
-  for (int j = 0; j < both; j++) room[j] = (double)f(j) + (double)f(j + all);
-  for (int j = both; j < all; j++) room[j] = (double)f(j);
-  for (int h = all / 2; h >= pitch; h /= 2)
-    for (int j = 0; j < h; j++) room[j] += room[j + h];
-  for (int r = 0; r < pitch; r++) sums[r] = room[r] + 0.0;
+  for (i64 j = 0; j < both; j++) room[j] = (double)f(j) + (double)f(j + all);
+  for (i64 j = both; j < all; j++) room[j] = (double)f(j);
+  for (i64 h = all / 2; h >= pitch; h /= 2)
+    for (i64 j = 0; j < h; j++) room[j] += room[j + h];
+  for (i64 r = 0; r < pitch; r++) sums[r] = room[r] + 0.0;
 }
 
 // Each lane's maximum. Of equal zeros the one that `maximum` finds: classes are visited in the order of its preference.
-template <typename T> void maxima(const T* __restrict t, int n, int pitch, T* __restrict m) {
-  int n16 = (n + 15) & ~15, slots = n16 < 64 ? 16 : 64;
-  for (int r = 0; r < pitch; r++) m[r] = -infinity<T>();
-  for (int k = 0; k < slots; k++) {
-    int slot = 0;
-    for (int bit = 1; bit < slots; bit *= 2) slot = 2 * slot + (k & bit ? 1 : 0);
-    for (int i = slot; i < n; i += n16 < 64 ? 16 : n16 == 128 || i >= 64 ? (n16 == 128 ? 64 : 16) : slot < 16 ? 64 : n)
-      for (int r = 0; r < pitch; r++) {
+template <typename T> KL_APART void maxima(const T* __restrict t, i64 n, i64 pitch, T* __restrict m) {
+  i64 n16 = (n + 15) & ~(i64)15, slots = n16 < 64 ? 16 : 64;
+  for (i64 r = 0; r < pitch; r++) m[r] = -infinity<T>();
+  for (i64 k = 0; k < slots; k++) {
+    i64 slot = 0;
+    for (i64 bit = 1; bit < slots; bit *= 2) slot = 2 * slot + (k & bit ? 1 : 0);
+    for (i64 i = slot; i < n; i += n16 < 64 ? 16 : n16 == 128 || i >= 64 ? (n16 == 128 ? 64 : 16) : slot < 16 ? 64 : n)
+      for (i64 r = 0; r < pitch; r++) {
         T a = t[i * pitch + r], b = m[r];
         m[r] = a > b ? a : b;
       }
@@ -175,7 +185,7 @@ template <typename T> void few_terms(const Plan& p, i64 r, int count, double* va
   if (p.dy.data) rows.write(p.dy, &Row::dy, s.dy, p.gradient_scale, s.x);
   if (p.output == TERMS) return rows.write(p.value, &Row::value, s.a, 1, s.x);
   const T* a = s.a;
-  add_lanes(rows.n, rows.pitch, s.room, values, [=](int j) KL_LAMBDA { return a[j]; });
+  add_lanes(rows.n, rows.pitch, s.room, values, [=](i64 j) KL_LAMBDA { return a[j]; });
   rows.write_values(values);
 }
 
@@ -189,17 +199,17 @@ template <typename T> struct LogitsLanes {
 };
 
 template <typename T, bool TEMPERED>
-void few_weights(const T* __restrict a, const T* __restrict b, int n, int pitch, const T* __restrict max_a,
+KL_APART void few_weights(const T* __restrict a, const T* __restrict b, i64 n, i64 pitch, const T* __restrict max_a,
                  const T* __restrict max_b, Inverse<T> it, T* __restrict w, T* __restrict c) {
-  for (int i = 0; i < n * pitch; i += pitch) {
-    for (int r = 0; r < pitch; r++) w[i + r] = weight<TEMPERED>(a[i + r], max_a[r], it);
-    for (int r = 0; r < pitch; r++) c[i + r] = fma(w[i + r], below_tops(a[i + r], b[i + r], max_a[r], max_b[r]), T(0));
+  for (i64 i = 0; i < n * pitch; i += pitch) {
+    for (i64 r = 0; r < pitch; r++) w[i + r] = weight<TEMPERED>(a[i + r], max_a[r], it);
+    for (i64 r = 0; r < pitch; r++) c[i + r] = fma(w[i + r], below_tops(a[i + r], b[i + r], max_a[r], max_b[r]), T(0));
   }
 }
 
 // means: the sums of c, become anchors
-template <typename T> void few_anchors(const double* __restrict c, int pitch, LogitsLanes<T>& k) {
-  for (int r = 0; r < pitch; r++) {
+template <typename T> KL_APART void few_anchors(const double* __restrict c, i64 pitch, LogitsLanes<T>& k) {
+  for (i64 r = 0; r < pitch; r++) {
     double mean = c[r] / k.weights[r];
     Anchor<T> at = anchor(k.max_a[r], k.max_b[r], mean);
     k.m[r] = at.m;
@@ -210,24 +220,24 @@ template <typename T> void few_anchors(const double* __restrict c, int pitch, Lo
 }
 
 template <typename T, bool TEMPERED>
-void few_spread(const T* __restrict a, const T* __restrict b, const T* __restrict w, int n, int pitch, LogitsLanes<T>& k,
+KL_APART void few_spread(const T* __restrict a, const T* __restrict b, const T* __restrict w, i64 n, i64 pitch, LogitsLanes<T>& k,
                 Inverse<T> it, T* __restrict z, T* __restrict low, T* __restrict e) {
   typename Real<T>::Bits* __restrict odd = k.odd;
-  for (int i = 0; i < n * pitch; i += pitch) {
-    for (int r = 0; r < pitch; r++) {
+  for (i64 i = 0; i < n * pitch; i += pitch) {
+    for (i64 r = 0; r < pitch; r++) {
       Anchor<T> at = {k.max_a[r], k.max_b[r], k.m[r], k.low[r], k.mean[r]};
       Pair<T> any = centred<TEMPERED>(a[i + r], b[i + r], at, it), mine = counted(any, w[i + r]);
       z[i + r] = mine.value;
       if constexpr (TEMPERED) low[i + r] = mine.low;
       odd[r] |= above_range(any.value) ? 1 : 0;
     }
-    for (int r = 0; r < pitch; r++) odd[r] |= below_range(z[i + r]) ? 1 : 0;
+    for (i64 r = 0; r < pitch; r++) odd[r] |= below_range(z[i + r]) ? 1 : 0;
   }
-  for (int j = 0; j < n * pitch; j++) e[j] = spread_of<TEMPERED>(Pair<T>{z[j], TEMPERED ? low[j] : T(0)});
+  for (i64 j = 0; j < n * pitch; j++) e[j] = spread_of<TEMPERED>(Pair<T>{z[j], TEMPERED ? low[j] : T(0)});
 }
 
-template <typename T, bool SLOPES> void few_finish(int pitch, double it, LogitsLanes<T>& k, double* __restrict values) {
-  for (int r = 0; r < pitch; r++) {
+template <typename T, bool SLOPES> KL_APART void few_finish(i64 pitch, double it, LogitsLanes<T>& k, double* __restrict values) {
+  for (i64 r = 0; r < pitch; r++) {
     Anchor<T> at = {k.max_a[r], k.max_b[r], k.m[r], k.low[r], k.mean[r]};
     double stats[MAX_STATS];
     logits_finish(near_state(at, k.weights[r], k.x[r], k.g[r]), it, stats);
@@ -246,11 +256,11 @@ template <typename T, bool SLOPES> void few_finish(int pitch, double it, LogitsL
 }
 
 template <typename T, int TERM, bool TEMPERED>
-void few_logits_terms(const T* __restrict a, const T* __restrict b, const T* __restrict w, int n, int pitch,
+KL_APART void few_logits_terms(const T* __restrict a, const T* __restrict b, const T* __restrict w, i64 n, i64 pitch,
                       LogitsLanes<T>& k, Inverse<T> it, T* __restrict term) {
   typename Real<T>::Bits* __restrict odd = k.odd;
-  for (int i = 0; i < n * pitch; i += pitch)
-    for (int r = 0; r < pitch; r++) {
+  for (i64 i = 0; i < n * pitch; i += pitch)
+    for (i64 r = 0; r < pitch; r++) {
       Anchor<T> at = {k.max_a[r], k.max_b[r], k.m[r], k.low[r], k.mean[r]};
       Slopes<T> s = {k.a[r], k.b[r], k.c[r], k.d[r], k.p[r], k.t[r], k.t_low[r]};
       bool good;
@@ -260,10 +270,10 @@ void few_logits_terms(const T* __restrict a, const T* __restrict b, const T* __r
 }
 
 template <typename T>
-void few_slopes(const T* __restrict w, const T* __restrict z, int n, int pitch, const LogitsLanes<T>& k, T* __restrict e_dx,
+KL_APART void few_slopes(const T* __restrict w, const T* __restrict z, i64 n, i64 pitch, const LogitsLanes<T>& k, T* __restrict e_dx,
                 T* __restrict dy) {
-  for (int i = 0; i < n * pitch; i += pitch)
-    for (int r = 0; r < pitch; r++) {
+  for (i64 i = 0; i < n * pitch; i += pitch)
+    for (i64 r = 0; r < pitch; r++) {
       T growth = e_dx[i + r] + z[i + r];
       dy[i + r] = w[i + r] * fma(growth, k.a[r], k.b[r]);
       e_dx[i + r] = w[i + r] * fma(z[i + r], k.c[r], k.d[r]);
@@ -275,7 +285,7 @@ void few_logits(const Plan& p, i64 r, int count, double* values, char* alone, vo
   Block<T>& s = *(Block<T>*)scratch;
   Rows<T> rows(p, r, count);
   LogitsLanes<T> k;
-  int n = rows.n, pitch = rows.pitch;
+  i64 n = rows.n, pitch = rows.pitch;
   double temperature = p.inverse_temperature;
   Inverse<T> it = inverse<T>(temperature);
   rows.read(p.x, &Row::x, s.x, s.a);
@@ -284,12 +294,12 @@ void few_logits(const Plan& p, i64 r, int count, double* values, char* alone, vo
   maxima(s.x, n, pitch, k.max_a);
   maxima(s.y, n, pitch, k.max_b);
   few_weights<T, TEMPERED>(s.x, s.y, n, pitch, k.max_a, k.max_b, it, w, e);
-  add_lanes(n, pitch, s.room, k.weights, [=](int j) KL_LAMBDA { return w[j]; });
-  add_lanes(n, pitch, s.room, k.x, [=](int j) KL_LAMBDA { return e[j]; });
+  add_lanes(n, pitch, s.room, k.weights, [=](i64 j) KL_LAMBDA { return w[j]; });
+  add_lanes(n, pitch, s.room, k.x, [=](i64 j) KL_LAMBDA { return e[j]; });
   few_anchors(k.x, pitch, k);
   few_spread<T, TEMPERED>(s.x, s.y, w, n, pitch, k, it, z, room, e);
-  add_lanes(n, pitch, s.room, k.x, [=](int j) KL_LAMBDA { return fma(w[j], z[j], T(0)); });
-  add_lanes(n, pitch, s.room, k.g, [=](int j) KL_LAMBDA { return fma(w[j], e[j], T(0)); });
+  add_lanes(n, pitch, s.room, k.x, [=](i64 j) KL_LAMBDA { return fma(w[j], z[j], T(0)); });
+  add_lanes(n, pitch, s.room, k.g, [=](i64 j) KL_LAMBDA { return fma(w[j], e[j], T(0)); });
   bool gradient = p.dx.data || p.dy.data;
   (gradient || p.output == TERMS ? few_finish<T, true> : few_finish<T, false>)(pitch, temperature, k, values);
   if (p.output == TERMS)
@@ -300,39 +310,43 @@ void few_logits(const Plan& p, i64 r, int count, double* values, char* alone, vo
     if (p.dx.data) rows.write(p.dx, &Row::dx, e, p.gradient_scale, s.x);
     if (p.dy.data) rows.write(p.dy, &Row::dy, s.y, p.gradient_scale, s.x);
   }
-  for (int i = 0; i < count; i++) alone[i] = k.odd[i] != 0;
+  for (i64 i = 0; i < count; i++) alone[i] = k.odd[i] != 0;
   if (p.output == TERMS) return rows.write(p.value, &Row::value, room, 1, s.x);
   rows.write_values(values);
 }
 
 // everything else with logits, by the steps of mixed_chunk
 struct NormLanes {
-  alignas(64) Lane<double> max, zero, ties, rest, log;
+  alignas(64) Lane<double> max, zero, ties, rest, alone, tied, log;
 };
-inline void few_log_probs(double* __restrict x, int n, int pitch, double it, double* __restrict a, double* room) {
+KL_APART inline void few_log_probs(double* __restrict x, i64 n, i64 pitch, double it, double* __restrict a, double* room) {
   NormLanes k;
   maxima(x, n, pitch, k.max);
-  for (int r = 0; r < pitch; r++) k.zero[r] = top_of(k.max[r]);
-  for (int i = 0; i < n * pitch; i += pitch)
-    for (int r = 0; r < pitch; r++) a[i + r] = x[i + r] == k.max[r] ? 1.0 : 0.0;
-  add_lanes(n, pitch, room, k.ties, [=](int j) KL_LAMBDA { return a[j]; });
-  for (int i = 0; i < n * pitch; i += pitch)
-    for (int r = 0; r < pitch; r++) a[i + r] = norm_rest(x[i + r], k.max[r], k.zero[r], it);
-  add_lanes(n, pitch, room, k.rest, [=](int j) KL_LAMBDA { return a[j]; });
-  for (int r = 0; r < pitch; r++) k.log[r] = log_norm({k.max[r], excluded(k.max[r]) ? 0.0 : k.ties[r], k.rest[r]});
-  for (int i = 0; i < n * pitch; i += pitch)
-    for (int r = 0; r < pitch; r++) x[i + r] = log_prob_of(x[i + r], k.max[r], k.log[r], it);
+  for (i64 r = 0; r < pitch; r++) k.zero[r] = top_of(k.max[r]);
+  for (i64 i = 0; i < n * pitch; i += pitch)
+    for (i64 r = 0; r < pitch; r++) a[i + r] = x[i + r] == k.max[r] ? 1.0 : 0.0;
+  add_lanes(n, pitch, room, k.ties, [=](i64 j) KL_LAMBDA { return a[j]; });
+  for (i64 i = 0; i < n * pitch; i += pitch)
+    for (i64 r = 0; r < pitch; r++) a[i + r] = norm_rest(x[i + r], k.max[r], k.zero[r], it);
+  add_lanes(n, pitch, room, k.rest, [=](i64 j) KL_LAMBDA { return a[j]; });
+  for (i64 r = 0; r < pitch; r++) k.ties[r] = excluded(k.max[r]) ? 0.0 : k.ties[r];
+  // a loop each: in one, gcc would take branches
+  for (i64 r = 0; r < pitch; r++) k.alone[r] = log_alone({k.max[r], k.ties[r], k.rest[r]});
+  for (i64 r = 0; r < pitch; r++) k.tied[r] = log_tied({k.max[r], k.ties[r], k.rest[r]});
+  for (i64 r = 0; r < pitch; r++) k.log[r] = log_norm({k.max[r], k.ties[r], k.rest[r]}, k.alone[r], k.tied[r]);
+  for (i64 i = 0; i < n * pitch; i += pitch)
+    for (i64 r = 0; r < pitch; r++) x[i + r] = log_prob_of(x[i + r], k.max[r], k.log[r], it);
 }
-inline void few_through_softmax(double* __restrict d, const double* __restrict log_p, int n, int pitch, double it, double* room) {
+KL_APART inline void few_through_softmax(double* __restrict d, const double* __restrict log_p, i64 n, i64 pitch, double it, double* room) {
   alignas(64) Lane<double> sums;
-  add_lanes(n, pitch, room, sums, [=](int j) KL_LAMBDA { return d[j]; });
-  for (int i = 0; i < n * pitch; i += pitch)
-    for (int r = 0; r < pitch; r++) d[i + r] = through_softmax(d[i + r], log_p[i + r], sums[r], it);
+  add_lanes(n, pitch, room, sums, [=](i64 j) KL_LAMBDA { return d[j]; });
+  for (i64 i = 0; i < n * pitch; i += pitch)
+    for (i64 r = 0; r < pitch; r++) d[i + r] = through_softmax(d[i + r], log_p[i + r], sums[r], it);
 }
 inline void few_mixed(const Plan& p, i64 r, int count, double* values, char*, void* scratch) {
   Block<double>& s = *(Block<double>*)scratch;
   Rows<double> rows(p, r, count);
-  int n = rows.n, pitch = rows.pitch;
+  i64 n = rows.n, pitch = rows.pitch;
   double it = p.inverse_temperature;
   bool has_y = p.operation != ENTROPY;
   rows.read(p.x, &Row::x, s.x, s.a);
@@ -346,7 +360,7 @@ inline void few_mixed(const Plan& p, i64 r, int count, double* values, char*, vo
   if (p.dx.data) rows.write(p.dx, &Row::dx, s.dx, p.gradient_scale, s.x);
   if (p.dy.data) rows.write(p.dy, &Row::dy, s.dy, p.gradient_scale, s.x);
   if (p.output == TERMS) return rows.write(p.value, &Row::value, s.a, 1, s.x);
-  add_lanes(n, pitch, s.room, values, [=](int j) KL_LAMBDA { return a[j]; });
+  add_lanes(n, pitch, s.room, values, [=](i64 j) KL_LAMBDA { return a[j]; });
   rows.write_values(values);
 }
 

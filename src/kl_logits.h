@@ -271,10 +271,13 @@ KL_FN double merge_rest(const Norm& k, double top, double zero, double it) {
   double below = exp_flushed((k.max - zero) * it) * (k.count + k.rest);
   return k.max == top ? k.rest : below;
 }
-KL_FN double log_norm(const Norm& n) {
+KL_FN double log_alone(const Norm& n) { return log1p(n.rest); }          // where one class attains the maximum
+KL_FN double log_tied(const Norm& n) { return log(n.count + n.rest); }   // where several do
+KL_FN double log_norm(const Norm& n, double alone, double tied) {
   bool defined = n.count > 0 && n.max < infinity<double>();
-  return !defined ? nan<double>() : n.count == 1.0 ? log1p(n.rest) : log(n.count + n.rest);
+  return !defined ? nan<double>() : n.count == 1.0 ? alone : tied;
 }
+KL_FN double log_norm(const Norm& n) { return log_norm(n, log_alone(n), log_tied(n)); }
 KL_FN double log_prob_of(double x, double max, double log_s, double it) {
   double l = (x - max) * it - log_s, lowest = -real(bits(infinity<double>()) - 1);
   return !excluded(x) & (l < lowest) ? lowest : l;   // what overflows is not excluded

@@ -10,6 +10,12 @@
 #else
 #define KL_LAMBDA
 #endif
+// A function of its own, whose arguments stay __restrict: inlined, some compilers forget that and do not vectorise its loops.
+#if defined(_MSC_VER)
+#define KL_APART __declspec(noinline)
+#else
+#define KL_APART __attribute__((noinline))
+#endif
 
 // Rows of columns that are added up in one go, so that the sums stay in registers meanwhile.
 constexpr int DEPTH = 4, PIECE = DEPTH * COLUMNS;
@@ -329,7 +335,7 @@ template <typename T> struct alignas(64) Kept {
 
 // The weights of n elements, up to m, the next multiple of 16, zeros; and what they add to the columns of the mean
 template <typename T, bool TEMPERED>
-void weigh_piece(const T* __restrict a, const T* __restrict b, int n, int m, T max_a, T max_b, Inverse<T> it, T* __restrict w,
+KL_APART void weigh_piece(const T* __restrict a, const T* __restrict b, int n, int m, T max_a, T max_b, Inverse<T> it, T* __restrict w,
                  T* __restrict s, T* __restrict c) {
   for (int i = 0; i < m; i++) w[i] = weight<TEMPERED>(a[i], max_a, it);
   for (int i = n; i < m; i++) w[i] = T(0);
@@ -357,7 +363,7 @@ double weigh(const T* a, const T* b, int n, const Inverse<T>& it, const char* ne
 }
 
 template <typename T, bool TEMPERED, bool KEEP>
-bool spread_piece(const T* __restrict a, const T* __restrict b, const T* __restrict w, int m, Anchor<T> at, Inverse<T> it,
+KL_APART bool spread_piece(const T* __restrict a, const T* __restrict b, const T* __restrict w, int m, Anchor<T> at, Inverse<T> it,
                   T* __restrict growth, T* __restrict sx, T* __restrict sg) {
   alignas(64) T e[PIECE], low[TEMPERED ? PIECE : 1];
   T* __restrict z = growth;

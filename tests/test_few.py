@@ -1,0 +1,136 @@
+"""Rows of few classes on the CPU, of which src/kl_few.h takes a block at once: the bits of rows computed by themselves.
+
+Fewer than four rows are computed one by one, whatever their layout, so batches are compared with their rows in threes.
+"""
+
+import itertools
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+import klcore
+from klcore import _cpu
+
+DTYPES = {name: np.dtype(name) for name in ("float64", "float32", "float16")}
+DTYPES["bfloat16"] = np.dtype(ml_dtypes.bfloat16)
+SPACES = ("probs", "log_probs", "logits")
+OPERATIONS = ("kl_div", "rel_entr", "cross_entropy", "entropy")
+LENGTHS = (*range(1, 34), 64, 65, 80, 127, 128)
+ROWS = 70
+KINDS = 16
+
+
+def numbers(n, space, dtype, side):
+    """Rows of all kinds in turn: ordinary ones, and those for which a block's short forms are not."""
+    rng = np.random.default_rng((n, side))
+    a = rng.normal(size=(ROWS, n)) + np.random.default_rng(n).normal(size=(ROWS, n))
+    kind = np.arange(ROWS) % KINDS
+    some = rng.random((ROWS, n)) < 0.3
+    a[kind == 1] *= 200
+    a[kind == 2] += 3e4
+    a[(kind == 3) & (side == 0)] = 0.0
+    a[kind == 4] = np.where(rng.random((ROWS, n)) < 0.5, 0.0, -0.0)[kind == 4]
+    if space == "probs":
+        a = np.exp(a - a.max(axis=1, keepdims=True)) / n
+        a[(kind == 5)[:, None] & some] = 0
+        a[(kind == 7) & (side == 0), 0] = -1
+    else:
+        a = a - np.log(n) - 2 if space == "log_probs" else a
+        a[((kind == 5) | ((kind == 6) & (side == 1)))[:, None] & some] = -np.inf
+        a[kind == 7] = -np.inf
+        a[(kind == 8) & (side == 0), 0] = -1e9
+    a[(kind == 9) & (side == 0), -1] = np.nan
+    a[(kind == 10) & (side == 1), 0] = np.nan
+    a[(kind == 11) & (side == 0), -1] = np.inf
+    with np.errstate(over="ignore"):
+        return a.astype(dtype)
+
+
+def spaces_of(operation):
+    return SPACES if operation == "entropy" else tuple(itertools.product(SPACES, SPACES))
+
+
+def last(a):
+    return a, -1
+
+
+def first(a):
+    return np.ascontiguousarray(a.T), 0
+
+
+def middle(a):
+    return np.ascontiguousarray(np.moveaxis(a.reshape(2, len(a) // 2, -1), 2, 1)), 1
+
+
+def padded(a):
+    wide = np.full((len(a), a.shape[1] + 3), 9, a.dtype)
+    wide[:, 1:-2] = a
+    return wide[:, 1:-2], -1
+
+
+def strided(a):
+    wide = np.full((3 * len(a), 2 * a.shape[1]), 9, a.dtype)
+    wide[::-3, ::-2] = a
+    return wide[::-3, ::-2], -1
+
+
+LAYOUTS = (last, first, middle, padded, strided)
+
+
+def compute(operation, arrays, space, axis, **arguments):
+    wanted = "x" if operation == "entropy" else ("x", "y")
+    f = getattr(klcore, operation)
+    with_gradients = f(*arrays, space=space, axis=axis, return_grad=wanted, reduction="row", **arguments)
+    terms = f(*arrays, space=space, axis=axis, reduction="none", **arguments)
+    return (*with_gradients, terms)
+
+
+def in_rows(results, axis):
+    """Values of shape (rows,), the others of shape (rows, n)."""
+    value, *others = results
+    n = others[0].shape[axis]
+    return [value.reshape(-1), *(np.moveaxis(a, axis, -1).reshape(-1, n) for a in others)]
+
+
+def as_bits(a):
+    """One NaN for all: of two that meet, processors keep the first, and compilers choose which that is."""
+    a = np.where(np.isnan(a), np.nan, a).astype(a.dtype)
+    return np.ascontiguousarray(a).view(f"u{a.dtype.itemsize}")
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda f: f.__name__)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_block_has_the_bits_of_its_rows(operation, layout, dtype):
+    for k, (n, space) in enumerate(itertools.product(LENGTHS, spaces_of(operation))):
+        if (k + LAYOUTS.index(layout)) % 5 and (n, layout) != (10, last):
+            continue  # each layout has its share
+        rows = ROWS if k % 3 else 4 + 2 * (7 * k % 31)
+        sides = 1 if operation == "entropy" else 2
+        pair = (space,) if operation == "entropy" else space
+        arrays = [numbers(n, s, DTYPES[dtype], side)[:rows] for side, s in zip(range(sides), pair, strict=True)]
+        weights = None if k % 4 else np.array([1, 0, 0.5, 3])[np.arange(rows) % 4]
+        temperature = 1.0 if "logits" not in pair or n % 2 else 0.7
+        laid_out, axes = zip(*(layout(a) for a in arrays), strict=True)
+        batch = weights if weights is None or layout is not middle else weights.reshape(2, -1)
+        found = in_rows(compute(operation, laid_out, space, axes[0], temperature=temperature, weights=batch), axes[0])
+        for i in range(0, rows, 3):
+            few = [a[i : i + 3] for a in arrays]
+            w = None if weights is None else weights[i : i + 3]
+            expected = compute(operation, few, space, -1, temperature=temperature, weights=w)
+            for name, a, b in zip(("value", "dx", "dy", "terms") if sides == 2 else ("value", "dx", "terms"), found, expected, strict=True):
+                np.testing.assert_array_equal(as_bits(a[i : i + 3]), as_bits(b), f"{name} {space} {n=} rows {i}.. of {rows}")
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+@pytest.mark.parametrize("rows", [*range(1, 71, 3), 300, 1000])
+def test_the_total_of_any_number_of_rows(operation, rows):
+    """It is the sum of the rows' values, whichever of them the last block holds."""
+    for n, space in itertools.product((2, 10, 33), SPACES):
+        sides = 1 if operation == "entropy" else 2
+        arrays = [np.resize(numbers(n, space, np.float64, side)[[0, 12, 13, 14]], (rows, n)) for side in range(sides)]
+        f = getattr(klcore, operation)
+        each = f(*arrays, space=space)
+        assert np.isfinite(each).all()
+        np.testing.assert_array_equal(f(*arrays, space=space, reduction="sum"), _cpu.add_up(each.copy()))
