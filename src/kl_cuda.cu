@@ -1216,6 +1216,7 @@ extern "C" __global__ void __launch_bounds__(256, BLOCKS) kl_units(const Plan p)
       int count = states_of(sweep);
       if (count > 0 && p.chunks == 1 && lane_of() == 0) finish(p, sweep, stats, stats);
       if (lane_of() < count && p.chunks > 1) {
+        Unit here = unit_of(p, again(tile));
         p.states[(here.row * count + lane_of()) * p.chunks + here.chunk] = stats[lane_of()];
       }
       __syncwarp();
