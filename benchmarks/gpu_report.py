@@ -327,7 +327,9 @@ def development(record: dict[str, Any], earlier: list[dict[str, Any]]) -> str:
     cases = [c for c in benchmark_of(record)["cases"] if c["part"] == "alone" and "ms" in of(c, OURS)]
     cases = [c for c in cases if (c["rows"], c["n"]) == (cases[0]["rows"], cases[0]["n"])]
     records = [record, *earlier]
-    times = [{title(c): of(c, OURS).get("ms") for c in benchmark_of(r)["cases"]} for r in records]
+    times = [
+        {title(c): of(c, OURS).get("ms") for c in benchmark_of(r)["cases"] if c["part"] == "alone"} for r in records
+    ]
     rows = [[title(c), *(f"{t[title(c)]:.3f}" if t.get(title(c)) else "" for t in times)] for c in cases]
     return markdown(["ms", *(f"{r['commit']}, {r['date'][:10]}" for r in records)], rows) if cases else ""
 
