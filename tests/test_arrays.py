@@ -483,7 +483,9 @@ print(native, tracemalloc.get_traced_memory()[1])
 )
 def test_extra_memory(python, rows, n, space, reduction, gradients, weighted):
     native, of_numpy = map(int, python(MEMORY, repr((rows, n, space, reduction, gradients, weighted, 2))).split())
-    assert native < 2**20
+    # what the writing sweep takes from the reading one: two rows a thread, and some padding, of rows that fit a cache
+    kept = 2 * 2 * n * 4 * 1.1 if gradients and space == "logits" and n < 400_000 else 0
+    assert native < 2**20 + kept
     assert of_numpy < 2**20
 
 
