@@ -126,5 +126,5 @@ def test_real_kernels_are_counted_whole(logits):
     for part, least in {"staging": 1, "reading sweep": 20, "per chunk": 3}.items():
         assert value.parts[part] > least
         assert gradient.parts[part] >= 0.9 * value.parts[part]
-    assert gradient.parts["writing sweep"] > 5
+    assert gradient.parts["writing sweep"] > 3.5  # of what was kept: a fma, two products, three accesses for every four
     assert gradient.a_class - value.a_class > gradient.parts["writing sweep"]

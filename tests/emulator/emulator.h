@@ -89,7 +89,7 @@ constexpr std::size_t GUARD = 1024;   // bytes around a block's shared memory th
 #if defined(__SANITIZE_ADDRESS__)
 constexpr std::size_t STACK = 256 << 10;
 #else
-constexpr std::size_t STACK = 64 << 10;
+constexpr std::size_t STACK = 128 << 10;
 #endif
 
 // ---- fibers ---------------------------------------------------------------------------------------------------------
