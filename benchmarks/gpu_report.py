@@ -529,7 +529,7 @@ def write(record: dict[str, Any], folder: Path) -> list[Path]:
     path = folder / f"{name}.json"
     page, picture = path.with_suffix(".md"), path.with_suffix(".svg")
     folder.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(record, indent=1) + "\n")
+    path.write_text(json.dumps(record) + "\n")
     drawn = [picture] if plot(record, picture) else []
     text = f"# klcore on {gpu}, {record['date'][:10]}\n\n{gpu_section(record, name, '')}\n"
     page.write_text(text + f"\n![Percent of copy bandwidth]({picture.name})\n" * len(drawn))

@@ -83,7 +83,7 @@ def show_config(mode: str = "stdout") -> dict[str, Any] | None:
     importlib.import_module("klcore.backends.cpu")  # chooses the instruction set
     built = cpu.instruction_sets()
     config: dict[str, Any] = {
-        "klcore": {"version": __version__, "numerics": "v1"},
+        "klcore": {"version": __version__, "numerics": "v2"},
         "python": {"version": " ".join(sys.version.split()), "platform": platform.platform()},
         "libraries": _libraries(),
         "cpu": {

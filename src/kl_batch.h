@@ -1,5 +1,5 @@
-// All rows of a plan over OpenMP threads. Called by kl_cpu.pyx without the GIL; calls one row's sweeps through
-// kl_isa.h. Holds no arithmetic but the adding up of rows, which follows kl_tree.h: which thread computes what, and
+// All rows of a plan over OpenMP threads. Called by kl_cpu.pyx without the GIL; calls one row's sweeps, or a
+// block of short rows, through kl_isa.h. Holds no arithmetic but the adding up of rows, which follows kl_tree.h: which thread computes what, and
 // how many there are, never changes a bit.
 #pragma once
 #include <algorithm>
@@ -113,7 +113,6 @@ inline void collapse(Plan& p) {
   }
 }
 
-inline int width(const Array& a) { return size_of(a.dtype); }
 inline bool scattered(const Array& a) { return a.data && std::abs(a.stride) > 64; }
 
 // n classes of m rows that are neighbours in memory, from columns to rows `pitch` bytes apart, or back. Eight classes at a
@@ -177,7 +176,7 @@ struct Batch {
       Array& a = near.*sides[k];
       if (!scattered(a) || (&a == &near.value && p.output != TERMS)) continue;
       near.stream = 0;
-      a.stride = width(a);
+      a.stride = size_of(a.dtype);
       tile[k] = bytes;
       bytes += (size_t)(pitch(k) * group);
     }
@@ -191,7 +190,7 @@ struct Batch {
   }
 
   // Rows of the tile begin at different offsets within a page: the first-level cache keeps few lines of one offset.
-  i64 pitch(int k) const { return ((std::min<i64>(CHUNK, p.n) * width(p.*sides[k]) + 63) & ~(i64)63) + 64; }
+  i64 pitch(int k) const { return ((std::min<i64>(CHUNK, p.n) * size_of((p.*sides[k]).dtype) + 63) & ~(i64)63) + 64; }
   static char*& place(Row& row, int k) {
     char** places[SIDES] = {(char**)&row.x, (char**)&row.y, &row.value, &row.dx, &row.dy};
     return *places[k];
@@ -206,8 +205,8 @@ struct Batch {
       const Array& a = p.*sides[k];
       for (int i = 0, m; i < count; i += m) {
         char* at = place(row[i], k);
-        for (m = 1; i + m < count && place(row[i + m], k) == at + m * width(a);) m++;
-        turn<BACK>(width(a), at + start * a.stride, a.stride, m, n, scratch + tile[k] + i * pitch(k), pitch(k));
+        for (m = 1; i + m < count && place(row[i + m], k) == at + m * size_of(a.dtype);) m++;
+        turn<BACK>(size_of(a.dtype), at + start * a.stride, a.stride, m, n, scratch + tile[k] + i * pitch(k), pitch(k));
       }
     }
   }
@@ -216,7 +215,7 @@ struct Batch {
   Row in_tile(const Row& row, int i, i64 start, char* scratch) const {
     Row moved = row;
     for (int k = 0; k < SIDES; k++)
-      if (tile[k]) place(moved, k) = scratch + tile[k] + i * pitch(k) - start * width(p.*sides[k]);
+      if (tile[k]) place(moved, k) = scratch + tile[k] + i * pitch(k) - start * size_of((p.*sides[k]).dtype);
     return moved;
   }
 

@@ -4,7 +4,8 @@
 // pair of spaces and pair of dtypes, given as macros:
 //   KL_OPERATION, KL_SPACE_X, KL_SPACE_Y, KL_X, KL_Y (dtypes), KL_OUTPUTS (1: dx, 2: dy, 4: terms), KL_WIDE (compute in
 //   double), KL_CLUSTER (blocks a row), KL_TEMPERATURE (if it is not 1), KL_FACTORS (if there are any), KL_FAST16 (both
-//   inputs have 16 bits: hardware exponentials).
+//   inputs have 16 bits: hardware exponentials and reciprocals, numbers in one part); and which kernels: KL_UNITS, KL_NARROW,
+//   KL_ROWS, KL_FOLD, KL_SUM, KL_SUMMED.
 //
 // A warp treats one chunk of 1024 classes at a time: it brings the chunk into shared memory by asynchronous 16-byte
 // copies, computes from there, leaves gradients in their inputs' place, and copies them out. Lane l owns columns
@@ -104,8 +105,6 @@ KL_DEVICE int lane_of() { return (int)(threadIdx.x % WARP); }
 KL_DEVICE int warp_of() { return (int)(threadIdx.x / WARP); }
 KL_DEVICE float larger(float a, float b) { return fmaxf(a, b); }   // the number, if one is NaN
 KL_DEVICE double larger(double a, double b) { return fmax(a, b); }
-KL_DEVICE float smaller(float a, float b) { return fminf(a, b); }
-KL_DEVICE double smaller(double a, double b) { return fmin(a, b); }
 KL_DEVICE i64 again(i64 v) {   // v, of which the compiler does not know that: what follows from it is computed again,
 #if !defined(KL_EMULATOR)      // not kept in registers meanwhile
   asm volatile("" : "+l"(v));
@@ -219,11 +218,11 @@ struct Wide {
 #pragma unroll
         for (int k = 0; k < 4; k++) now[q][k] = U(0);
     }
-    KL_DEVICE void add(int, int q, const U* v) {
+    KL_DEVICE void add(int q, const U* v) {
 #pragma unroll
       for (int k = 0; k < 4; k++) now[q][k] = (now[q][k] + v[k]) + v[k + 4];
     }
-    KL_DEVICE void add_products(int, int q, const U* w, const U* v) {
+    KL_DEVICE void add_products(int q, const U* w, const U* v) {
 #pragma unroll
       for (int k = 0; k < 4; k++) now[q][k] = fma(w[k + 4], v[k + 4], fma(w[k], v[k], now[q][k]));
     }
@@ -287,15 +286,15 @@ struct Narrow {
   KL_DEVICE bool every(bool b) const { return !any(!b); }
   template <int Q, typename U = T> struct Sums {
     U v[Q][4];
-    KL_DEVICE void add(int, int q, const U* t) {
+    KL_DEVICE void add(int q, const U* t) {
 #pragma unroll
       for (int k = 0; k < 4; k++) v[q][k] = t[k];
     }
-    KL_DEVICE void add_products(int, int q, const U* w, const U* t) {
+    KL_DEVICE void add_products(int q, const U* w, const U* t) {
 #pragma unroll
       for (int k = 0; k < 4; k++) v[q][k] = w[k] * t[k];
     }
-    KL_DEVICE void add_four(int q, const U* t) { add(0, q, t); }
+    KL_DEVICE void add_four(int q, const U* t) { add(q, t); }
   };
   template <int Q, typename U> KL_DEVICE double total(const Sums<Q, U>& s, int q) const {
     double a = ((double)s.v[q][0] + (double)s.v[q][2]) + ((double)s.v[q][1] + (double)s.v[q][3]);
@@ -406,7 +405,7 @@ KL_DEVICE double terms_chunk(const Plan& p, const L& at, const Slot& s, const Wa
     else terms<true>(p, at, step, x, y, s, want, sink, v);
     if (want.term) at.template write<code_of<T>()>(s.extra, step, v, want.of_term);
     mask(at, step, v);
-    sums.add(step, 0, v);
+    sums.add(0, v);
   }
   return at.total(sums, 0);
 }
@@ -510,8 +509,8 @@ template <class L> KL_DEVICE Anchor<T> weigh(const L& at, const Slot& s, const I
     }
     mask(at, step, w);
     if (room) at.template write<code_of<T>()>(s.extra, step, w, T(1));
-    means.add(step, 0, w);
-    means.add_products(step, 1, w, b);
+    means.add(0, w);
+    means.add_products(1, w, b);
   }
   weights = at.total(means, 0);
   double mean = at.total(means, 1) / weights;
@@ -520,16 +519,15 @@ template <class L> KL_DEVICE Anchor<T> weigh(const L& at, const Slot& s, const I
   return from;
 }
 
-// `again` brings the chunk into the slot once more, where something was kept in its place that turns out to be of no use.
-template <class L, class Again>
-KL_DEVICE void spread_chunk(const L& at, const Slot& s, double inverse_temperature, bool keep, const Again& again,
+// `restage` brings the chunk into the slot once more, where something was kept in its place that turns out to be of no use.
+template <class L, class Restage>
+KL_DEVICE void spread_chunk(const L& at, const Slot& s, double inverse_temperature, bool keep, const Restage& restage,
                             double* state) {
   Inverse<T> it = inverse<T>(inverse_temperature);
   bool far;
   double weights;
   Anchor<T> from = weigh(at, s, it, true, weights, far);
   typename L::template Sums<2> sums;
-  T largest = T(0), smallest = T(0);
 #pragma unroll 1
   for (int step = 0; step < at.steps(); step++) {
     T a[L::E], b[L::E], w[L::E], z[L::E], g[L::E];
@@ -540,16 +538,15 @@ KL_DEVICE void spread_chunk(const L& at, const Slot& s, double inverse_temperatu
 #pragma unroll
     for (int e = 0; e < L::E; e++) {
       Pair<T> any = centred<TEMPERED>(a[e], b[e], from, it), r = counted(any, w[e]);
-      largest = larger(any.value, largest);
-      smallest = smaller(r.value, smallest);
+      far |= above_range(any.value) | below_range(r.value);
       z[e] = r.value;
       g[e] = spread_of<TEMPERED>(r);
     }
-    sums.add_products(step, 0, w, z);
-    sums.add_products(step, 1, w, g);
+    sums.add_products(0, w, z);
+    sums.add_products(1, w, g);
     bool in_place = KEEPS && keep;
     if constexpr (L::E == Narrow::E)   // here all is seen: a far row stays as it is
-      in_place = in_place && !at.any(far | !in_range(largest, smallest));
+      in_place = in_place && !at.any(far);
     if (in_place) {
 #pragma unroll
       for (int e = 0; e < L::E; e++) g[e] = g[e] + z[e];
@@ -558,11 +555,11 @@ KL_DEVICE void spread_chunk(const L& at, const Slot& s, double inverse_temperatu
     }
   }
   double x = at.total(sums, 0), g = at.total(sums, 1);
-  far = at.any((far | !in_range(largest, smallest)) && at.n > 0);
+  far = at.any(far && at.n > 0);
   __syncwarp();   // the state may lie where the weights were
   if (at.leads()) *(Spread*)state = near_state(from, weights, x, g);
   if (!__any_sync(ALL_LANES, far)) return;
-  if (KEEPS && keep) again();
+  if (KEEPS && keep) restage();
   far_chunk(at, s, inverse_temperature, far && at.leads(), state);
 }
 
@@ -572,6 +569,7 @@ template <class L> KL_DEVICE Anchor<T> anchor_again(const L& at, const Slot& s, 
   bool far;
   return weigh(at, s, it, false, weights, far);
 }
+// under a name that `make cuda-check` passes over: a kept chunk does not come here
 template <class L> KL_DEVICE Anchor<T> anchor_where_not_kept(const L& at, const Slot& s, const Inverse<T>& it) {
   return anchor_again(at, s, it);
 }
@@ -585,6 +583,7 @@ struct Local {
   KL_DEVICE double get(int k) const { return state[(i64)k * pitch]; }
 };
 enum { AT_MAX_A, AT_S, AT_M, AT_M_LOW, AT_X, AT_G, AT_MAX_B, AT_Q, AT_KIND };
+// x, g, s and one number of M: the outputs of a near chunk need them no more. AT_M stays where the anchor follows from it.
 constexpr int PACKED[4] = {AT_S, AT_X, AT_G, EXACT<T> ? AT_M : AT_M_LOW};
 KL_DEVICE Slopes<T> slopes_of(const Local& l, double it) {
   if (!l.packed) return slopes<T>(l.get(AT_MAX_A), l.get(AT_MAX_B), {l.get(AT_M), l.get(AT_M_LOW)}, l.stats, it);
@@ -718,8 +717,8 @@ template <int D, class L> KL_DEVICE Norm norm_chunk(const L& at, const typename 
     }
     mask(at, step, ties);
     mask(at, step, rest);
-    sums.add(step, 0, ties);
-    sums.add(step, 1, rest);
+    sums.add(0, ties);
+    sums.add(1, rest);
   }
   double count = at.total(sums, 0), rest = at.total(sums, 1);
   return {(double)m, excluded((double)m) ? 0.0 : count, rest};
@@ -752,9 +751,9 @@ KL_DEVICE void normalised_chunk(const Plan& p, const L& at, const Slot& s, int s
       mask(at, step, v);
       mask(at, step, dx);
       mask(at, step, dy);
-      sums.add(step, SUM_VALUE, v);
-      sums.add(step, SUM_DX, dx);
-      sums.add(step, SUM_DY, dy);
+      sums.add(SUM_VALUE, v);
+      sums.add(SUM_DX, dx);
+      sums.add(SUM_DY, dy);
     } else {
 #pragma unroll
       for (int e = 0; e < L::E; e++) {
@@ -773,18 +772,18 @@ KL_DEVICE void normalised_chunk(const Plan& p, const L& at, const Slot& s, int s
   }
 }
 
-struct Staged {   // is not to be brought again
+struct NeverAgain {   // nothing was kept in its place
   KL_DEVICE void operator()() const {}
 };
 
 // One chunk of one row. The sweep leaves its state in shared memory, its outputs in the slot. `keep`: both sweeps of two rows
 // of logits find the same slot.
-template <class L, class Sink, class Again>
+template <class L, class Sink, class Restage>
 KL_DEVICE void chunk(const Plan& p, const L& at, const Slot& s, int sweep, const Local& local, const Want& want,
-                     const Sink& sink, double* state, bool keep, const Again& again) {
+                     const Sink& sink, double* state, bool keep, const Restage& restage) {
   double it = inverse_temperature(p);
   if constexpr (OF_LOGITS) {
-    if (sweep == 0) spread_chunk(at, s, it, keep, again, state);
+    if (sweep == 0) spread_chunk(at, s, it, keep, restage, state);
     else if constexpr (KL_OUTPUTS != 0) spread_outputs(at, s, local, it, keep, want, sink);
   } else if constexpr (NORMALISED) {
     if (sweep == 0) {
@@ -883,14 +882,14 @@ KL_DEVICE Spread fold_spreads(const States& s, double it) {
     v[2] = merge_mass(k, top, it);
   }, sum);
   double weights = sum[0], mass = sum[2];
-  Pair<double> m = merge_anchor(top, sum[1], weights);
+  Pair<double> m = merge_anchor(sum[1], weights);
   sum_states<2>(s.count, [&](int i, double* v) {
     Moved k = moved(s.spread(i), top, m, it);
     v[0] = k.x;
     v[1] = k.g;
     far |= k.far;
   }, sum);
-  return merged(max_a, max_b, weights, top, m, sum[0], sum[1], mass, __any_sync(ALL_LANES, far), __any_sync(ALL_LANES, impossible));
+  return merged(max_a, max_b, weights, m, sum[0], sum[1], mass, __any_sync(ALL_LANES, far), __any_sync(ALL_LANES, impossible));
 }
 
 KL_DEVICE Norm fold_norms(const States& s, int base, double it) {
@@ -1327,7 +1326,7 @@ extern "C" __global__ void __launch_bounds__(256, BLOCKS) kl_narrow(const Plan p
         }
         double* mine = known + (live ? r : 0) * MAX_STATS;
         Local local = {mine, mine + 1, 1, PACKS && p.last > 1 && !p.stats};
-        chunk(p, here, row, sweep, local, want, InPlace{row}, mine, p.last > 1, Staged{});
+        chunk(p, here, row, sweep, local, want, InPlace{row}, mine, p.last > 1, NeverAgain{});
       }
       __syncwarp();
       if (states_of(sweep) == 0) continue;
@@ -1562,10 +1561,10 @@ extern "C" __global__ void __launch_bounds__(256, BLOCKS) kl_summed(const Plan p
       Want want = wanted(p, sweep, row.weight);
       want.term = false;
       double* state = (double*)s.extra;   // which chunk's it was is not known any more: it is found again
-      if constexpr (OF_LOGITS) spread_chunk(Wide(n), s, inverse_temperature(p), false, Staged{}, state);
+      if constexpr (OF_LOGITS) spread_chunk(Wide(n), s, inverse_temperature(p), false, NeverAgain{}, state);
       __syncwarp();
       chunk(p, Wide(n), with_factors(p, s, r, c), sweep, Local{p.stats + r * MAX_STATS, state, 1, false}, want, Added{sums},
-            state, false, Staged{});
+            state, false, NeverAgain{});
     }
     __syncwarp();
 #pragma unroll 1

@@ -1,7 +1,8 @@
 // Rows of few classes on the CPU, at most COLUMNS: a block of rows at a time, a row a lane, class by class in loops over the
-// lanes. kl_isa.h includes this file behind kl_rows.h, once for every instruction set; kl_batch.h calls what kernel().few is.
-// Indices are 64 bits wide: CPython's -fwrapv makes sums of 32-bit ones opaque to gcc's vectoriser. No formula lives here, and no bit differs from what kl_rows.h makes of the same row: only the order of the loops does. Rows
-// that the short forms are not for are marked, and kl_batch.h has them computed by themselves.
+// lanes. kl_isa.h includes this file behind kl_rows.h, once for every instruction set; kl_batch.h calls what `few` returns.
+// No formula lives here, and no bit differs from what kl_rows.h makes of the same row: only the order of the loops does.
+// Rows that the short forms are not for are marked, and kl_batch.h has them computed by themselves. Indices have 64 bits:
+// CPython's -fwrapv makes sums of 32-bit ones opaque to gcc's vectoriser.
 
 // Lanes of a block: as many as keep the block's arrays in the first-level cache, a multiple of a vector.
 template <typename T> constexpr int LEAST_LANES = 64 / sizeof(T);
@@ -207,7 +208,7 @@ KL_APART void few_weights(const T* __restrict a, const T* __restrict b, i64 n, i
   }
 }
 
-// means: the sums of c, become anchors
+// c: the sums of weights times below_tops; of them the anchors
 template <typename T> KL_APART void few_anchors(const double* __restrict c, i64 pitch, LogitsLanes<T>& k) {
   for (i64 r = 0; r < pitch; r++) {
     double mean = c[r] / k.weights[r];

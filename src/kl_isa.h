@@ -1,4 +1,5 @@
-// kl_rows.h, compiled once for each instruction set into a namespace of that name; `choose_isa` picks one at run time.
+// kl_rows.h and kl_few.h, compiled once for each instruction set into a namespace of that name; `choose_isa` picks one at
+// run time.
 // All of them compute the same bits: only the width of the vectors differs.
 #pragma once
 #include <algorithm>

@@ -29,9 +29,8 @@ KL_FN double kind_of(bool far, bool impossible) { return (far ? FAR : 0) + (impo
 // A row's stats: the value, then what the writing sweep needs, in the order of a state where they are a state's numbers. M and
 // shift are less max b - max a.
 enum { VALUE, ROW_MAX_A, ROW_S, ROW_M, ROW_M_LOW, ROW_MEAN_Z, ROW_SHIFT, ROW_MAX_B, ROW_Q, ROW_KIND, ROW_SHIFT_LOW };
-constexpr int MAX_STATS = 12;
+constexpr int MAX_STATS = 12;   // and one that is never used: what lies behind them stays 16-byte aligned
 
-// TEMPERED = false, here and below: T is 1, and dividing by it is left out, which changes no bit.
 #if defined(KL_FAST16)
 template <typename T> constexpr bool EXACT = sizeof(T) == sizeof(double);   // else the low parts of numbers are left out
 #else
@@ -41,7 +40,8 @@ template <typename T> constexpr bool PAIRED = EXACT<T> && sizeof(T) == sizeof(fl
 template <typename T> struct Inverse { T it, low; };   // 1/T = it + low
 template <typename T> KL_FN Inverse<T> inverse(double it) { return {(T)it, (T)(it - (double)(T)it)}; }
 template <typename T> struct Pair { T value, low; };
-template <bool TEMPERED, typename T> KL_FN Pair<T> cooled(T u, T low, const Inverse<T>& k) {   // (u + low)/T
+// (u + low)/T. TEMPERED = false, here and below: T is 1, and dividing by it is left out, which changes no bit.
+template <bool TEMPERED, typename T> KL_FN Pair<T> cooled(T u, T low, const Inverse<T>& k) {
   if constexpr (!TEMPERED) return {u, low};
   T v = u * k.it;
   if constexpr (PAIRED<T>) return {v, fma(u, k.it, -v) + fma(u, k.low, low * k.it)};
@@ -89,20 +89,20 @@ KL_FN double limited(double z) {
   return z < -1e300 ? -1e300 : z;
 }
 KL_FN Pair<double> from_tops(double a, double b, double top_a, double top_b) {
-  double low_a, u = difference(a, top_a, low_a), low_b, v = difference(b, top_b, low_b), low, c = difference(v, u, low);
+  double low_a, u = limited(difference(a, top_a, low_a)), low_b, v = limited(difference(b, top_b, low_b));
+  double low, c = difference(v, u, low);
   low += low_b - low_a;
   return {limited(c), absolute(low) < infinity<double>() ? low : 0.0};
 }
-KL_FN double less(const Pair<double>& c, const Pair<double>& m) { return (c.value - m.value) + (c.low - m.low); }
-// By a chunk's largest z, and its smallest of a class that has a weight: whether float32 (double) carries its exponentials and
-// their sums. Below -64 the others' z, which those classes make small, would be known to 64 eps only.
-template <typename T> KL_FN bool above_range(T z) { return z >= Real<T>::far; }
+KL_FN double minus(const Pair<double>& c, const Pair<double>& m) { return (c.value - m.value) + (c.low - m.low); }
+// A chunk is far if its type does not carry the exponentials of some class's z: it is too large, or overflowed;
+template <typename T> KL_FN bool above_range(T z) { return !(z < Real<T>::far); }
+// or if that of a class that has a weight is so small that the others' z, which it makes small, are known to 64 eps only.
 template <typename T> KL_FN bool below_range(T z) { return z <= T(-64); }
-template <typename T> KL_FN bool in_range(T largest, T smallest) { return !(above_range(largest) | below_range(smallest)); }
 
 // e^z - 1 - z, of z in range
 template <bool TEMPERED, typename T> KL_FN T spread_of(const Pair<T>& z) {
-  if constexpr (TEMPERED && PAIRED<T>) return expm1_minus<false>(z.value, z.low);
+  if constexpr (TEMPERED && PAIRED<T>) return expm1_minus(z.value, z.low);
   return expm1_minus<false>(z.value);
 }
 
@@ -133,7 +133,7 @@ KL_FN Anchor<double> far_anchor(double top_a, double top_b, double weights, doub
 // then near classes by the series; of the others y's mass, x's, and x's times z.
 struct Apart { double near, near_x, mass, weight, x; };
 KL_FN Apart apart(double a, double b, double e, double q, const Anchor<double>& at, double it) {
-  double z = limited(less(from_tops(a, b, at.max_a, at.max_b), {at.mean, 0.0}) * it);
+  double z = limited(minus(from_tops(a, b, at.max_a, at.max_b), {at.mean, 0.0}) * it);
   bool near = (z < Real<double>::far) & !excluded(b);
   double near_e = near ? e : 0.0, near_z = near & (e > 0) ? z : 0.0, far_e = z < Real<double>::far ? 0.0 : e;
   double mass = z < Real<double>::far ? 0.0 : q;
@@ -161,9 +161,9 @@ KL_FN double merge_weight(double max, double top, double it) { return exp_flushe
 KL_FN double merge_mean(const Spread& k, const Tops& top) { return tops_of(k, top).value + k.m; }
 KL_FN double merge_mass(const Spread& k, const Tops& top, double it) {   // y's, measured from its top
   if (is_far(k.kind)) return k.q * merge_weight(k.max_b, top.b, it);
-  return ((k.s + k.x) + k.g) * exp(((k.max_b - top.b) + k.m) * it);
+  return ((k.s + k.x) + k.g) * exp_flushed(((k.max_b - top.b) + k.m) * it);   // flushed as weights are: equal rows stay equal
 }
-KL_FN Pair<double> merge_anchor(const Tops&, double c, double s) { return {s > 0 ? c / s : 0.0, 0.0}; }
+KL_FN Pair<double> merge_anchor(double c, double s) { return {s > 0 ? c / s : 0.0, 0.0}; }
 struct Moved { double x, g; bool far; };
 KL_FN Moved moved(const Spread& k, const Tops& top, const Pair<double>& m, double it) {   // to the common anchor
   double w = merge_weight(k.max_a, top.a, it), d = shifted(tops_of(k, top), {k.m, k.m_low}, m) * it;
@@ -175,7 +175,7 @@ KL_FN Moved moved(const Spread& k, const Tops& top, const Pair<double>& m, doubl
   return {w > 0 ? x : 0.0, mass - (w > 0 ? w * k.s + x : 0.0), true};
 }
 
-KL_FN Spread merged(double max_a, double max_b, double s, const Tops&, const Pair<double>& m, double x, double g,
+KL_FN Spread merged(double max_a, double max_b, double s, const Pair<double>& m, double x, double g,
                     double mass, bool far, bool impossible) {
   return {max_a, s, m.value, m.low, x, g, max_b, far ? mass : 0.0, kind_of(far, impossible)};
 }
@@ -187,7 +187,7 @@ KL_FN void logits_finish(const Spread& s, double it, double* stats) {
   if (far & (impossible | !(y < 1))) {   // not small: from the two masses
     shift = log(s.q / s.s) / it;
     shift_low = 0;
-    lse = less({shift, shift_low}, {s.m, s.m_low}) * it;
+    lse = minus({shift, shift_low}, {s.m, s.m_low}) * it;
   }
   double value = lse - mean_z;
   value = value < 0 ? 0.0 : value;                     // rounding of an exact zero
@@ -217,7 +217,9 @@ KL_FN Slopes<T> slopes(double max_a, double max_b, const Pair<double>& m, const 
   Pair<double> from = from_tops(max_a, max_b, stats[ROW_MAX_A], stats[ROW_MAX_B]);
   double d = shifted(from, m, {stats[ROW_M], stats[ROW_M_LOW]}) * it;
   double t = shifted(from, m, {stats[ROW_SHIFT], stats[ROW_SHIFT_LOW]}) * it;
-  double up = exp(away + t) / stats[ROW_S] * it, b = absolute(t) < 1 ? share * expm1(t) : up - share;
+  // e^(away + t), in which nothing is large that cancels
+  double of_y = (max_b - stats[ROW_MAX_B]) + minus(m, {stats[ROW_SHIFT], stats[ROW_SHIFT_LOW]});
+  double up = exp_flushed(of_y * it) / stats[ROW_S] * it, b = absolute(t) < 1 ? share * expm1(t) : up - share;
   T high = (T)t;
   return {(T)up, (T)b, (T)-share, (T)(-share * (d - stats[ROW_MEAN_Z])), (T)p, high, (T)(t - (double)high)};
 }
@@ -246,7 +248,7 @@ template <int TERM> KL_FN Outputs far_class(double a, double b, const FarRow& k)
   w = excluded(a) ? 0.0 : w;
   q = excluded(b) ? 0.0 : q;
   Pair<double> c = from_tops(a, b, top_of(k.max_a), top_of(k.max_b));
-  double t = limited(less(c, k.shift) * k.it), z = limited(less(c, k.m) * k.it);
+  double t = limited(minus(c, k.shift) * k.it), z = limited(minus(c, k.m) * k.it);
   double wt = w > 0 ? w * t : 0.0, near = t < Real<double>::far ? t : 0.0, g = expm1_minus(near);
   double v = t < Real<double>::far ? w * g : (q - w) - wt, d = t < Real<double>::far ? w * expm1_of(near, g) : q - w;
   v = w > 0 ? v : q + nothing;

@@ -40,8 +40,8 @@ template <> struct Real<float> {
   static constexpr float expm1_overflow = 0x1.62e42ep+6f;                    // largest x with finite expm1
   static constexpr float expm1_is_minus_one = -18.f;                         // to within half an ulp, below
   static constexpr float eps = 0x1p-23f;
-  static constexpr float far = 32.f;   // e^-far (1 + far) is below the rounding of either type's result, and e^far times
-                                       // the rounding of far is not
+  static constexpr float far = 32.f;   // e^-far (1 + far) is below the rounding of either type's result; beyond, the
+                                       // rounding of t itself would show in e^t
 };
 
 template <> struct Real<double> {
@@ -244,11 +244,10 @@ template <bool ALL = true, typename T> KL_FN T expm1_minus(T t) {
   T g = expm1_minus_of(octave(t));
   return ALL & (t < T(-60)) ? T(-1) - t : g;
 }
-template <bool ALL, typename T> KL_FN T expm1_minus(T t, T low) {   // of t + low
+template <typename T> KL_FN T expm1_minus(T t, T low) {   // of t + low, ordinary
   Octave<T> o = octave(t);
   o.r = o.r + low;
-  T g = expm1_minus_of(o);
-  return ALL & (t < T(-60)) ? T(-1) - t : g;
+  return expm1_minus_of(o);
 }
 // e^t - 1 where g = e^t - 1 - t is at hand already, with an error of a few eps
 template <typename T> KL_FN T expm1_of(T t, T g) {

@@ -1,4 +1,5 @@
-// What one call asks of the CPU: filled in by kl_cpu.pyx, read by kl_rows.h (one row) and kl_batch.h (all rows).
+// What one call asks of the CPU, where its rows lie, and how a kind of row is computed: filled in by kl_cpu.pyx, read by
+// kl_rows.h (one row), kl_few.h (short rows) and kl_batch.h (all rows).
 #pragma once
 #include <cstddef>
 #include <cstdint>

@@ -190,13 +190,11 @@ template <typename T> KL_FN void ask_for(const char* next, int i, int m) {
 // Runs f(i, m) over a chunk piece by piece, and with each piece asks for as much of the memory at px and py, so that it
 // arrives while this chunk is computed: the hardware's own prefetch stops at every page.
 template <typename T, class F> void pieces(const void* px, const void* py, int n, F f) {
-  constexpr int STEP = 128, LINE = 64;
+  constexpr int STEP = 128;
   for (int i = 0; i < n; i += STEP) {
     int m = n - i < STEP ? n - i : STEP;
-    for (i64 k = i * (i64)sizeof(T); k < (i + m) * (i64)sizeof(T); k += LINE) {
-      if (px) prefetch((const char*)px + k);
-      if (py) prefetch((const char*)py + k);
-    }
+    ask_for<T>((const char*)px, i, m);
+    ask_for<T>((const char*)py, i, m);
     f(i, m);
   }
 }
@@ -366,7 +364,7 @@ template <typename T, bool TEMPERED, bool KEEP>
 KL_APART bool spread_piece(const T* __restrict a, const T* __restrict b, const T* __restrict w, int m, Anchor<T> at, Inverse<T> it,
                   T* __restrict growth, T* __restrict sx, T* __restrict sg) {
   alignas(64) T e[PIECE], low[TEMPERED ? PIECE : 1];
-  T* __restrict z = growth;
+  T* z = growth;   // until e^z - 1 takes its place
   typename Real<T>::Bits others = 0;
   for (int i = 0; i < m; i++) {
     Pair<T> any = centred<TEMPERED>(a[i], b[i], at, it), mine = counted(any, w[i]);
@@ -487,7 +485,8 @@ void logits_chunk(const Plan& p, const Row& row, int sweep, i64 start, int n, co
     return;
   }
   i64 at = start * (i64)sizeof(T);   // this sweep reads from the caches: the memory may bring the next row meanwhile
-  pieces<T>(row.next_x ? row.next_x + at : nullptr, row.next_y ? row.next_y + at : nullptr, n, [](int, int) {});
+  if (row.next_x) ask_for<T>(row.next_x + at, 0, n);
+  if (row.next_y) ask_for<T>(row.next_y + at, 0, n);
   bool literal = p.operation == REL_ENTR;
   if (!kept) {
     weigh<T, TEMPERED>(a, b, n, it, nullptr, k);
@@ -538,14 +537,14 @@ inline void logits_fold(const Plan& p, int sweep, const double* from, int count,
     mass[k] = merge_mass(s, top, it);
   }
   double weights = sum(u, count);
-  Pair<double> m = merge_anchor(top, sum(v, count), weights);
+  Pair<double> m = merge_anchor(sum(v, count), weights);
   for (int k = 0; k < count; k++) {
     Moved to_anchor = moved(spread_at(from + k, pitch), top, m, it);
     u[k] = to_anchor.x;
     v[k] = to_anchor.g;
     far |= to_anchor.far;
   }
-  put(to, to_pitch, merged(max_a, max_b, weights, top, m, sum(u, count), sum(v, count), sum(mass, count), far, impossible));
+  put(to, to_pitch, merged(max_a, max_b, weights, m, sum(u, count), sum(v, count), sum(mass, count), far, impossible));
 }
 
 inline void logits_done(const Plan& p, int sweep, const double* s, double* stats) {

@@ -277,6 +277,7 @@ class Answer:
     terms_size: np.ndarray  # of a row's terms together, whose errors do not cancel
     dx_size: np.ndarray
     dy_size: np.ndarray
+    dy_floor: np.ndarray  # absolute, for every dtype; beside the bound by size
 
 
 def _side(ar: Any, a: np.ndarray, space: str, temperature: float) -> Side:
@@ -360,7 +361,7 @@ def _sizes(
     ar: Any, operation: str, sx: str, sy: str, temperature: float, a: Side, b: Side, part: Any, values: Any, terms: Any,
     dx: Any, dy: Any,
 ) -> list[np.ndarray]:  # fmt: skip
-    """Of value, terms, dx and dy, by row; see TOLERANCES. Infinite and NaN terms count for nothing."""
+    """Of value, terms, dx and dy, by row, and dy's floor; see TOLERANCES. Infinite and NaN terms count for nothing."""
     p, q, lp, lq, part = (ar.double(v) for v in (a.p, b.p, a.log, b.log, part))
     logs = np.minimum(1 + np.abs(lp) + np.abs(lq), 1e150)  # squares of it stay finite
     finite = np.where(np.isfinite(terms), terms, 0.0)
@@ -380,14 +381,17 @@ def _sizes(
             magnitudes = np.where(np.isfinite(values), values, 0.0)[..., None]
             # where p is nearly 1, -p (log q - log p + KL) cancels down to what the other classes add up to
             x_size = x_size + 2.0**-20 * p * (np.abs(part) + np.abs(magnitudes)) / temperature
-            # so does q - p where a mask makes KL large beside it: log q - log p is known to a few eps of double of KL
-            y_size = y_size + 2.0**-13 * p * np.where(np.isfinite(values), values, 1.0)[..., None] / temperature
         if operation in ("rel_entr", "entropy") and sx != "logits":  # by_p is 1 beside a logarithm: they may cancel
             x_size = (1 + np.abs(part)) * (p if sx == "log_probs" else 1.0)
+    # two rows of logits: q - p cancels too where a mask makes KL large beside it; such chunks are computed in double, and
+    # log q - log p is known to five eps of double times KL
+    y_floor = np.zeros_like(p)
+    if (sx, sy) == ("logits", "logits") and operation in ("kl_div", "rel_entr"):
+        y_floor = 5 * EPS64 * p * np.where(np.isfinite(values), values, 1.0)[..., None] / temperature
     terms_size = np.abs(finite) + magnitudes
     if "logits" in (sx, sy):  # log q - log p carries the error of two normalisations
         terms_size = terms_size + (np.abs(q - p) if operation == "kl_div" else p) * logs
-    return [np.where(np.isfinite(v), v, 0.0).sum(axis=-1) for v in (magnitudes, terms_size, x_size, y_size)]
+    return [np.where(np.isfinite(v), v, 0.0).sum(axis=-1) for v in (magnitudes, terms_size, x_size, y_size, y_floor)]
 
 
 _digits = cache(Digits)
@@ -413,8 +417,10 @@ def at(answer: Answer, rows: Any) -> Answer:
 # ---- comparisons -----------------------------------------------------------------------------------------------------
 
 
-def assert_close(got: Any, expected: Any, size: Any, bounds: tuple[float, float], what: str = "") -> None:
-    """Each value, or if there is an axis more than in `size` each row's L1 distance, within relative*size + absolute*n.
+def assert_close(
+    got: Any, expected: Any, size: Any, bounds: tuple[float, float], what: str = "", floor: Any = 0.0
+) -> None:
+    """Each value, or with an axis more than in `size` each row's L1 distance, within relative*size + absolute*n + floor.
 
     Infinite and NaN exactly where the expected array is.
     """
@@ -427,7 +433,7 @@ def assert_close(got: Any, expected: Any, size: Any, bounds: tuple[float, float]
     n = 1
     if error.ndim > size.ndim:
         n, error = error.shape[-1], error.sum(axis=-1)
-    limit = bounds[0] * size + bounds[1] * n
+    limit = bounds[0] * size + bounds[1] * n + floor
     worst = np.max(error / np.maximum(limit, 2.0**-1074), initial=0.0)
     assert worst <= 1, f"{what}: error {worst:.3g} times the bound\n{got}\ninstead of\n{expected}"
 
@@ -440,4 +446,5 @@ def assert_answer(results: dict[str, Any], answer: Answer, operation: str, space
         of = "value" if name == "value" or (name == "terms" and "logits" not in space) else "gradient"
         bounds = tolerance(operation, space, got.dtype, of)
         size = getattr(answer, f"{name}_size")
-        assert_close(got, getattr(answer, name), size, bounds, f"{name} of {operation} in {space}, {got.dtype}")
+        floor = answer.dy_floor if name == "dy" else 0.0
+        assert_close(got, getattr(answer, name), size, bounds, f"{name} of {operation} in {space}, {got.dtype}", floor)

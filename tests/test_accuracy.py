@@ -249,7 +249,7 @@ def test_what_overflows_is_not_excluded(operation, pair):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
-@pytest.mark.parametrize("spread", [3.0, 30.0])
+@pytest.mark.parametrize("spread", [3.0, 30.0, 100.0])
 @pytest.mark.parametrize(("n", "possible"), [(10, 10), (1026, 4), (2060, 20), (5000, 5000)])
 @pytest.mark.parametrize(
     ("operation", "space"),
@@ -433,3 +433,64 @@ def test_pairs_of_doubles_agree_with_fifty_digits(operation, space, shape, targe
             continue
         d, f = getattr(digits, name), getattr(doubles, name)
         np.testing.assert_allclose(f, d, rtol=bound, atol=bound * np.abs(d).max() * (name != "value"))
+
+
+LOWEST = {dtype: float(np.finfo(dtype).min) for dtype in ("float32", "float64")}
+FLAT, NOISE = np.zeros(2048), np.random.default_rng(0).normal(size=2048)
+
+
+def masked_from(start, value, a=FLAT):
+    return np.where(np.arange(a.size) < start, a, value)
+
+
+APART = {  # rows of which a whole chunk lies far below the rest, on one side or both
+    "x masked, y flat": (masked_from(1024, -1e9), FLAT),
+    "x masked, y noise": (masked_from(1024, -1e9, NOISE), NOISE[::-1]),
+    "y masked": (NOISE, masked_from(1024, -1e4)),
+    "both masked": (masked_from(1024, -1e12, NOISE), masked_from(1024, -1e12, NOISE[::-1])),
+    "a chunk of each": (masked_from(1024, -1e5, NOISE), np.where(np.arange(2048) < 1024, -1e5, NOISE)),
+    "x one-hot": (np.where(np.arange(2048) == 0, 1e20, 0.0), NOISE),
+}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("case", APART)
+def test_chunks_far_apart(case, dtype):
+    x, y = (v[None].astype(dtype) for v in APART[case])
+    true = oracle.exact("kl_div", x, y, "logits")
+    value, dx, dy = klcore.kl_div(x, y, space="logits", return_grad=("x", "y"))
+    oracle.assert_answer({"value": value, "dx": dx, "dy": dy}, true, "kl_div", ("logits", "logits"))
+    for low in (LOWEST[dtype], LOWEST[dtype] / 2):  # as good as any other mask
+        masked = np.where(x < -1e8, low, x).astype(dtype)
+        if case.startswith("x masked"):
+            found = klcore.kl_div(masked, y, space="logits", return_grad="y")[1]
+            np.testing.assert_allclose(found, dy, rtol=0, atol=4 * np.finfo(dtype).eps * np.abs(dy).max())
+
+
+@pytest.mark.parametrize("n", [2, 8, 202, 1025])
+@pytest.mark.parametrize(
+    ("top", "temperature", "dtype"),
+    [(3.4e38, 10.0, "float32"), (3e31, 1.0, "float32"), (1e299, 1.0, "float64")],
+)
+def test_differences_that_overflow(n, top, temperature, dtype):
+    """x excludes by the lowest number the class that y has by far the most of: KL is about its distance from the others."""
+    x, y = np.zeros((5, n), dtype), np.zeros((5, n), dtype)
+    x[:, 0], y[:, 0] = LOWEST[dtype], top
+    value, dy = klcore.kl_div(x, y, space="logits", temperature=temperature, return_grad="y")
+    np.testing.assert_allclose(value, top / temperature, rtol=1e-6)
+    np.testing.assert_allclose(dy[:, 0], 1 / temperature, rtol=1e-6)
+    np.testing.assert_allclose(dy[:, 1:], -1 / (temperature * (n - 1)), rtol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("n", [3, 1025, 5000])
+@pytest.mark.parametrize(("high", "low"), [(707.5, 0.0), (740.0, 0.0), (88.0, 0.0), (1.0, 0.9), (1.0, -1e-8)])
+def test_equal_rows_with_far_chunks(high, low, n, dtype):
+    """Whatever the distance of the first class from the others: 740, or from the largest number to nine tenths below 0."""
+    limit = -LOWEST[dtype] if high == 1.0 else 1.0
+    x = np.full(n, -low * limit, dtype)
+    x[0] = high * limit
+    value, dx, dy = klcore.kl_div(x, x, space="logits", return_grad=("x", "y"))
+    assert value == 0
+    assert not dx.any()
+    assert not dy.any()

@@ -455,7 +455,7 @@ for _ in range(2):
 def test_show_config(capsys):
     config = klcore.show_config("dicts")
     assert capsys.readouterr().out == ""
-    assert config["klcore"] == {"version": klcore.__version__, "numerics": "v1"}
+    assert config["klcore"] == {"version": klcore.__version__, "numerics": "v2"}
     assert config["libraries"]["numpy"] == np.__version__
     assert config["cpu"]["threads"] == klcore.get_num_threads()
     assert config["cpu"]["instruction set in use"] == _cpu.instruction_set()
