@@ -383,8 +383,8 @@ def _sizes(
             x_size = x_size + 2.0**-20 * p * (np.abs(part) + np.abs(magnitudes)) / temperature
         if operation in ("rel_entr", "entropy") and sx != "logits":  # by_p is 1 beside a logarithm: they may cancel
             x_size = (1 + np.abs(part)) * (p if sx == "log_probs" else 1.0)
-    # two rows of logits: q - p cancels too where a mask makes KL large beside it; such chunks are computed in double, and
-    # log q - log p is known to five eps of double times KL
+    # two rows of logits: q - p cancels too where a mask makes KL large beside it; such chunks are computed in double,
+    # and log q - log p is known to five eps of double times KL
     y_floor = np.zeros_like(p)
     if (sx, sy) == ("logits", "logits") and operation in ("kl_div", "rel_entr"):
         y_floor = 5 * EPS64 * p * np.where(np.isfinite(values), values, 1.0)[..., None] / temperature
@@ -420,7 +420,7 @@ def at(answer: Answer, rows: Any) -> Answer:
 def assert_close(
     got: Any, expected: Any, size: Any, bounds: tuple[float, float], what: str = "", floor: Any = 0.0
 ) -> None:
-    """Each value, or with an axis more than in `size` each row's L1 distance, within relative*size + absolute*n + floor.
+    """Each value, or with one axis more than `size` each row's L1 distance, within relative*size + absolute*n + floor.
 
     Infinite and NaN exactly where the expected array is.
     """
