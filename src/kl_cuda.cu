@@ -129,7 +129,9 @@ constexpr bool FACTORS = false;
 #endif
 // the cancellation-free form is for the divergence of two rows of logits; other logits are normalised first
 constexpr bool OF_LOGITS = SX == LOGITS && SY == LOGITS && (OP == KL_DIV || OP == REL_ENTR) && !FACTORS;
-constexpr bool NORM_OF_X = !OF_LOGITS && SX == LOGITS, NORM_OF_Y = !OF_LOGITS && HAS_Y && SY == LOGITS;
+constexpr bool OF_CROSS = (SX == LOGITS || SY == LOGITS) && (OP == CROSS_ENTROPY || OP == ENTROPY) && !FACTORS;
+constexpr bool NORM_OF_X = !OF_LOGITS && !OF_CROSS && SX == LOGITS;
+constexpr bool NORM_OF_Y = !OF_LOGITS && !OF_CROSS && HAS_Y && SY == LOGITS;
 constexpr bool NORMALISED = NORM_OF_X || NORM_OF_Y;
 constexpr int LOG_X = SX == LOGITS ? LOG_PROBS : SX, LOG_Y = SY == LOGITS ? LOG_PROBS : SY;
 typedef Term<OP, LOG_X, OP == ENTROPY ? LOG_X : LOG_Y> TheTerm;
@@ -138,7 +140,7 @@ enum { SUM_VALUE, SUM_DX, SUM_DY, SUM_STATES };   // of normalised rows' second 
 enum { NORM_X = 3, NORM_Y = 5 };                  // in stats: maximum and log S of x and of y, behind the three sums
 constexpr int MAX_STATES = LOGITS_STATES;
 // blocks of 256 threads on a multiprocessor: what registers, and shared memory, should suffice for
-constexpr int BLOCKS = KL_WIDE ? 1 : OF_LOGITS || OUT_DX || OUT_DY ? 2 : 3;
+constexpr int BLOCKS = KL_WIDE ? 1 : OF_LOGITS || OF_CROSS || OUT_DX || OUT_DY ? 2 : 3;
 constexpr int VALUE_SWEEP = NORMALISED ? 1 : 0;
 
 KL_DEVICE double inverse_temperature(const Plan& p) {   // multiplying by 1 changes nothing: the compiler leaves it out
@@ -151,6 +153,7 @@ KL_DEVICE double inverse_temperature(const Plan& p) {   // multiplying by 1 chan
 
 KL_DEVICE int states_of(int sweep) {
   if (OF_LOGITS) return sweep == 0 ? LOGITS_STATES : 0;
+  if (OF_CROSS) return sweep == 0 ? CROSS_STATES : 0;
   if (NORMALISED) return sweep == 0 ? 2 * NORM_STATES : sweep == 1 ? (int)SUM_STATES : 0;
   return 1;
 }
@@ -230,6 +233,10 @@ struct Wide {
 #pragma unroll
       for (int k = 0; k < 4; k++) now[q][k] += v[k];
     }
+    KL_DEVICE void add_four_products(int q, const U* w, const U* v) {
+#pragma unroll
+      for (int k = 0; k < 4; k++) now[q][k] = fma(w[k], v[k], now[q][k]);
+    }
   };
   // (the sum over lanes with bit = 0 of a, over the others of b), each where it belongs
   KL_DEVICE double exchange(double a, double b, int bit) const {
@@ -295,6 +302,7 @@ struct Narrow {
       for (int k = 0; k < 4; k++) v[q][k] = w[k] * t[k];
     }
     KL_DEVICE void add_four(int q, const U* t) { add(q, t); }
+    KL_DEVICE void add_four_products(int q, const U* w, const U* t) { add_products(q, w, t); }
   };
   template <int Q, typename U> KL_DEVICE double total(const Sums<Q, U>& s, int q) const {
     double a = ((double)s.v[q][0] + (double)s.v[q][2]) + ((double)s.v[q][1] + (double)s.v[q][3]);
@@ -317,6 +325,13 @@ struct Slot {                 // a chunk in shared memory
   T* extra;                   // the weights of a softmax, or terms to be written
   const char* factors;        // still in global memory
 };
+
+KL_DEVICE T x_of(const Slot& s, int i) { return Stored<DX>::template widen<T>(s.x[i]); }
+KL_DEVICE T y_of(const Slot& s, int i) {   // the entropy is x's cross-entropy with itself
+  if constexpr (HAS_Y) return Stored<DY>::template widen<T>(s.y[i]);
+  else return x_of(s, i);
+}
+constexpr int CROSS_Y = HAS_Y ? SY : SX;
 
 struct Want {                 // what a sweep is to write, and times what
   bool term, dx, dy;
@@ -428,8 +443,8 @@ template <class L> KL_DEVICE void far_chunk(const L& at, const Slot& s, double i
       for (int k = 0; k < 4; k++) {
         int i = at.index(part * 4 / L::E, part * 4 % L::E + k);
         bool real = i < at.n;
-        double a = real ? (double)Stored<DX>::template widen<T>(s.x[i]) : -infinity<double>();
-        double b = real ? (double)Stored<DY>::template widen<T>(s.y[i]) : -infinity<double>();
+        double a = real ? (double)x_of(s, i) : -infinity<double>();
+        double b = real ? (double)y_of(s, i) : -infinity<double>();
         u[k] = v[k] = 0.0;
         if (pass == 0) {
           max_a = larger(a, max_a);
@@ -616,7 +631,7 @@ KL_DEVICE void pack(const double* stats, double* state, int pitch, double it) { 
 template <class L, class Sink>
 KL_DEVICE void far_output(const L& at, const Slot& s, int i, const FarRow& row, const Want& want, const Sink& sink) {
   constexpr int TERM = OP == REL_ENTR ? LITERAL : DEVIANCE;
-  Outputs o = far_class<TERM>((double)Stored<DX>::template widen<T>(s.x[i]), (double)Stored<DY>::template widen<T>(s.y[i]), row);
+  Outputs o = far_class<TERM>((double)x_of(s, i), (double)y_of(s, i), row);
   if (want.term) s.extra[i] = (T)o.term * want.of_term;
   if (OUT_DX) sink.dx(i, (T)o.dx * want.of_gradient);
   if (OUT_DY) sink.dy(i, (T)o.dy * want.of_gradient);
@@ -670,7 +685,7 @@ KL_DEVICE void spread_outputs(const L& at, const Slot& s, const Local& local, do
         for (int e = 0; e < L::E; e++) {
           int i = at.index(step, e);
           if (i >= at.n) continue;
-          T x = Stored<DX>::template widen<T>(s.x[i]), y = Stored<DY>::template widen<T>(s.y[i]);
+          T x = x_of(s, i), y = y_of(s, i);
           bool good;
           near_term<TERM, TEMPERED>(x, y, weight<TEMPERED>(x, from.max_a, it), from, k, it, good);
           if (!good) s.extra[i] = (T)far_class<TERM>((double)x, (double)y, row).term * want.of_term;
@@ -689,6 +704,177 @@ KL_DEVICE void spread_outputs(const L& at, const Slot& s, const Local& local, do
 #pragma unroll
       for (int e = 0; e < L::E; e++) v[e] = w[e] * fma(z[e], k.c, k.d);
       if (OUT_DX) sink.dx(at, step, v, want.of_gradient);
+    }
+  }
+}
+
+// cross-entropy and entropy with logits: sweep 0 the state, sweep 1 the outputs
+template <class L> KL_DEVICE bool cross_sums(const L& at, const Slot& s, T zero_a, T max_b, T zero_b, const Inverse<T>& it,
+                                             Cross& k) {
+  typename L::template Sums<4> sums;
+  bool large = false;
+#pragma unroll 1
+  for (int step = 0; step < at.steps(); step++) {
+    T x[L::E], y[L::E], w[L::E], c[L::E];
+    at.template read<DX>(s.x, step, x);
+    if constexpr (HAS_Y) at.template read<DY>(s.y, step, y);
+#pragma unroll
+    for (int e = 0; e < L::E; e++) {
+      if constexpr (!HAS_Y) y[e] = x[e];
+      w[e] = cross_weight<SX, TEMPERED>(x[e], zero_a, it);
+    }
+    mask(at, step, w);
+#pragma unroll
+    for (int e = 0; e < L::E; e++) {
+      T any = cost_of<CROSS_Y>(y[e], zero_b, it.value);
+      large |= large_cost(any);
+      c[e] = counted_cost(w[e], any);
+    }
+    sums.add(0, w);
+    sums.add_products(1, w, c);
+    if constexpr (CROSS_Y == LOGITS) {
+#pragma unroll
+      for (int e = 0; e < L::E; e++) {
+        T v = HAS_Y ? cross_weight<CROSS_Y, TEMPERED>(y[e], zero_b, it) : w[e];
+        w[e] = y[e] == max_b ? T(0) : v;
+        c[e] = y[e] == max_b ? T(1) : T(0);
+      }
+      mask(at, step, w);
+      mask(at, step, c);
+      sums.add(2, w);
+      sums.add(3, c);
+    }
+  }
+  k.s = at.total(sums, 0);
+  k.cost = at.total(sums, 1);
+  if (CROSS_Y == LOGITS) k.rest = at.total(sums, 2);
+  if (CROSS_Y == LOGITS) k.count = at.total(sums, 3);
+  return large;
+}
+// The same in double, for rare chunks, four classes at a time and two sums: it must not cost the others their registers.
+template <class L> KL_DEVICE void cross_sums_in_double(const L& at, const Slot& s, double zero_a, double max_b, double zero_b,
+                                                       double temperature, Cross& k) {
+  const Inverse<double> it = inverse<double>(temperature);
+#pragma unroll 1
+  for (int pass = 0; pass < (CROSS_Y == LOGITS ? 2 : 1); pass++) {
+    typename L::template Sums<2, double> sums;
+#pragma unroll 1
+    for (int part = 0; part < at.steps() * (L::E / 4); part++) {
+      double w[4], c[4];
+#pragma unroll
+      for (int e = 0; e < 4; e++) {
+        int i = at.index(part * 4 / L::E, part * 4 % L::E + e);
+        w[e] = c[e] = 0.0;
+        if (i >= at.n) continue;
+        double y = (double)y_of(s, i);
+        if (pass == 0) {
+          w[e] = cross_weight<SX, true>((double)x_of(s, i), zero_a, it);
+          c[e] = counted_cost(w[e], cost_of<CROSS_Y>(y, zero_b, it.value));
+        } else {
+          w[e] = y == max_b ? 0.0 : cross_weight<LOGITS, true>(y, zero_b, it);
+        }
+      }
+      sums.add_four(0, w);
+      sums.add_four_products(1, w, c);
+    }
+    double one = at.total(sums, 0), other = at.total(sums, 1);
+    if (pass == 0) k.s = one, k.cost = other;
+    else k.rest = one;
+  }
+}
+template <class L> KL_DEVICE void cross_state(const L& at, const Slot& s, double temperature, double* state) {
+  T max_a = SX == LOGITS ? -infinity<T>() : T(0), max_b = CROSS_Y == LOGITS ? -infinity<T>() : T(0);
+  if constexpr (SX == LOGITS || CROSS_Y == LOGITS) {
+#pragma unroll 1
+    for (int step = 0; step < at.steps(); step++) {
+      T v[L::E];
+      if constexpr (SX == LOGITS) {
+        at.template read<DX>(s.x, step, v);
+#pragma unroll
+        for (int e = 0; e < L::E; e++) max_a = larger(v[e], max_a);
+      }
+      if constexpr (HAS_Y && SY == LOGITS) {
+        at.template read<DY>(s.y, step, v);
+#pragma unroll
+        for (int e = 0; e < L::E; e++) max_b = larger(v[e], max_b);
+      }
+    }
+  }
+  if (SX == LOGITS) max_a = at.max(max_a);
+  if (CROSS_Y == LOGITS) max_b = HAS_Y ? at.max(max_b) : max_a;
+  const Inverse<T> it = inverse<T>(temperature);
+  T zero_a = (T)top_of(max_a), zero_b = (T)top_of(max_b);
+  Cross k = {(double)max_a, 0, (double)max_b, 0, 0, 0, 0};
+  bool large = cross_sums(at, s, zero_a, max_b, zero_b, it, k);
+  if (__any_sync(ALL_LANES, large)) {
+    bool impossible = false, in_double = false;
+#pragma unroll 1
+    for (int step = 0; step < at.steps(); step++)
+#pragma unroll 1
+      for (int e = 0; e < L::E; e++) {
+        int i = at.index(step, e);
+        if (i >= at.n) continue;
+        impossible |= cannot_be<SX, CROSS_Y>(x_of(s, i), y_of(s, i));
+        in_double |= costs_double<SX, CROSS_Y>(x_of(s, i), y_of(s, i), zero_a, zero_b, it.value);
+      }
+    k.kind = kind_of(false, at.any(impossible));
+    in_double = at.any(in_double);
+    if (sizeof(T) == sizeof(float) && __any_sync(ALL_LANES, in_double)) {
+      Cross exact = k;
+      cross_sums_in_double(at, s, (double)zero_a, (double)max_b, (double)zero_b, temperature, exact);
+      if (in_double) k = exact;
+    }
+  }
+  if (excluded(max_b)) k.count = 0;
+  if (at.leads()) *(Cross*)state = k;
+}
+template <class L, class Sink>
+KL_DEVICE void cross_outputs(const L& at, const Slot& s, const double* stats, double temperature, const Want& want,
+                             const Sink& sink) {
+  CrossRow<T> k = cross_row<T>(stats, temperature);
+#pragma unroll 1
+  for (int step = 0; step < at.steps(); step++) {
+    T x[L::E], y[L::E], v[L::E];
+    at.template read<DX>(s.x, step, x);
+    if constexpr (HAS_Y) at.template read<DY>(s.y, step, y);
+    bool large = large_cost(k.mean);
+#pragma unroll
+    for (int e = 0; e < L::E; e++) {
+      if constexpr (!HAS_Y) y[e] = x[e];
+      large |= large_cost(cost_of<CROSS_Y>(y[e], k.zero_b, k.it.value));
+    }
+    if (sizeof(T) == sizeof(float) && large) {   // class by class
+#pragma unroll 1
+      for (int e = 0; e < L::E; e++) {
+        int i = at.index(step, e);
+        if (i >= at.n) continue;
+        T one = x_of(s, i), other = y_of(s, i);
+        CrossOutputs<T> o = cross_class<SX, CROSS_Y, TEMPERED>(one, other, k);
+        if (large_cost(k.mean) || costs_double<SX, CROSS_Y>(one, other, k.zero_a, k.zero_b, k.it.value)) {
+          CrossOutputs<double> d =
+              cross_class<SX, CROSS_Y, true>((double)one, (double)other, cross_row<double>(stats, temperature));
+          o = {(T)d.term, (T)d.dx, (T)d.dy};
+        }
+        if (want.term) s.extra[i] = o.term * want.of_term;
+        if (OUT_DX) sink.dx(i, o.dx * want.of_gradient);
+        if (OUT_DY) sink.dy(i, o.dy * want.of_gradient);
+      }
+      continue;
+    }
+    if (want.term) {
+#pragma unroll
+      for (int e = 0; e < L::E; e++) v[e] = cross_class<SX, CROSS_Y, TEMPERED>(x[e], y[e], k).term;
+      at.template write<code_of<T>()>(s.extra, step, v, want.of_term);
+    }
+    if (OUT_DX) {
+#pragma unroll
+      for (int e = 0; e < L::E; e++) v[e] = cross_class<SX, CROSS_Y, TEMPERED>(x[e], y[e], k).dx;
+      sink.dx(at, step, v, want.of_gradient);
+    }
+    if (OUT_DY) {
+#pragma unroll
+      for (int e = 0; e < L::E; e++) v[e] = cross_class<SX, CROSS_Y, TEMPERED>(x[e], y[e], k).dy;
+      sink.dy(at, step, v, want.of_gradient);
     }
   }
 }
@@ -785,6 +971,9 @@ KL_DEVICE void chunk(const Plan& p, const L& at, const Slot& s, int sweep, const
   if constexpr (OF_LOGITS) {
     if (sweep == 0) spread_chunk(at, s, it, keep, restage, state);
     else if constexpr (KL_OUTPUTS != 0) spread_outputs(at, s, local, it, keep, want, sink);
+  } else if constexpr (OF_CROSS) {
+    if (sweep == 0) cross_state(at, s, it, state);
+    else if constexpr (KL_OUTPUTS != 0) cross_outputs(at, s, local.stats, it, want, sink);
   } else if constexpr (NORMALISED) {
     if (sweep == 0) {
       Norm of_x = {}, of_y = {};
@@ -803,7 +992,8 @@ KL_DEVICE void chunk(const Plan& p, const L& at, const Slot& s, int sweep, const
   }
 }
 
-constexpr int TERM_SWEEP = OF_LOGITS || NORMALISED ? 1 : 0, GRADIENT_SWEEP = OF_LOGITS ? 1 : NORMALISED ? 2 : 0;
+constexpr int TERM_SWEEP = OF_LOGITS || OF_CROSS || NORMALISED ? 1 : 0;
+constexpr int GRADIENT_SWEEP = OF_LOGITS || OF_CROSS ? 1 : NORMALISED ? 2 : 0;
 
 // ---- states into one, for one warp -----------------------------------------------------------------------------------------
 
@@ -858,6 +1048,7 @@ struct States {               // of `count` chunks: the k-th number of the i-th 
   KL_DEVICE Spread spread(int i) const {
     return {get(i, 0), get(i, 1), get(i, 2), get(i, 3), get(i, 4), get(i, 5), get(i, 6), get(i, 7), get(i, 8)};
   }
+  KL_DEVICE Cross cross(int i) const { return cross_at(from + i, pitch); }
   KL_DEVICE Norm norm(int i, int base) const { return {get(i, base), get(i, base + 1), get(i, base + 2)}; }
 };
 
@@ -892,6 +1083,28 @@ KL_DEVICE Spread fold_spreads(const States& s, double it) {
   return merged(max_a, max_b, weights, m, sum[0], sum[1], mass, __any_sync(ALL_LANES, far), __any_sync(ALL_LANES, impossible));
 }
 
+KL_DEVICE Cross fold_crosses(const States& s, double it) {
+  double max_a = -infinity<double>(), max_b = max_a, sum[4];
+  bool impossible = false;
+#pragma unroll 1
+  for (int i = lane_of(); i < s.count; i += WARP) {
+    Cross k = s.cross(i);
+    max_a = larger(k.max_a, max_a);
+    max_b = larger(k.max_b, max_b);
+    impossible |= is_impossible(k.kind);
+  }
+  max_a = lanes_max(max_a);
+  max_b = lanes_max(max_b);
+  sum_states<4>(s.count, [&](int i, double* v) {
+    Paid k = paid(s.cross(i), max_a, max_b, it);
+    v[0] = k.s;
+    v[1] = k.cost;
+    v[2] = k.count;
+    v[3] = k.rest;
+  }, sum);
+  return {max_a, sum[0], max_b, sum[2], sum[3], sum[1], kind_of(false, __any_sync(ALL_LANES, impossible))};
+}
+
 KL_DEVICE Norm fold_norms(const States& s, int base, double it) {
   double top = -infinity<double>(), sum[2];
 #pragma unroll 1
@@ -909,6 +1122,8 @@ KL_DEVICE Norm fold_norms(const States& s, int base, double it) {
 KL_DEVICE void fold(const Plan& p, int sweep, const States& s, double* to) {
   if constexpr (OF_LOGITS) {
     *(Spread*)to = fold_spreads(s, inverse_temperature(p));
+  } else if constexpr (OF_CROSS) {
+    *(Cross*)to = fold_crosses(s, inverse_temperature(p));
   } else if (NORMALISED && sweep == 0) {
     if constexpr (NORM_OF_X) *(Norm*)to = fold_norms(s, 0, inverse_temperature(p));
     if constexpr (NORM_OF_Y) *(Norm*)(to + NORM_STATES) = fold_norms(s, NORM_STATES, inverse_temperature(p));
@@ -931,6 +1146,9 @@ KL_DEVICE void finish(const Plan& p, int sweep, const double* from, double* stat
     for (int k = 0; k < MAX_STATS; k++) stats[k] = 0.0;   // all of them are read, the unused ones too
   if constexpr (OF_LOGITS) {
     logits_finish(*(const Spread*)state, inverse_temperature(p), stats);
+  } else if constexpr (OF_CROSS) {
+    const Cross& k = *(const Cross*)state;
+    cross_finish<SX, CROSS_Y>(k, CROSS_Y == LOGITS ? log_norm({k.max_b, k.count, k.rest}) : 0.0, stats);
   } else if (NORMALISED && sweep == 0) {
     if constexpr (NORM_OF_X) {
       stats[NORM_X] = state[0];

@@ -316,6 +316,122 @@ void few_logits(const Plan& p, i64 r, int count, double* values, char* alone, vo
   rows.write_values(values);
 }
 
+// cross-entropy and entropy with logits, by the steps of cross_chunk and cross_finish
+template <typename T> struct CrossLanes {
+  alignas(64) Lane<T> max_a, max_b, zero_a, zero_b, inv_s, log_s, q, mean;
+  alignas(64) Lane<double> s, cost, count, rest, alone, tied;
+  alignas(64) Lane<typename Real<T>::Bits> odd;
+};
+
+template <typename T, int SX, int SY, bool ALONE, bool TEMPERED>
+KL_APART bool few_pay(const T* __restrict x, const T* __restrict y, i64 n, i64 pitch, const CrossLanes<T>& k, Inverse<T> it,
+                      T* __restrict w, T* __restrict c, T* __restrict e) {
+  typename Real<T>::Bits large = 0;
+  for (i64 i = 0; i < n * pitch; i += pitch) {
+    for (i64 r = 0; r < pitch; r++) w[i + r] = cross_weight<SX, TEMPERED>(x[i + r], k.zero_a[r], it);
+    for (i64 r = 0; r < pitch; r++) {
+      T any = cost_of<SY>(y[i + r], k.zero_b[r], it.value);
+      large |= large_cost(any) ? 1 : 0;
+      c[i + r] = counted_cost(w[i + r], any);
+    }
+    if constexpr (SY == LOGITS)
+      for (i64 r = 0; r < pitch; r++) {
+        T v = ALONE ? w[i + r] : cross_weight<SY, TEMPERED>(y[i + r], k.zero_b[r], it);
+        e[i + r] = y[i + r] == k.max_b[r] ? T(0) : v;
+      }
+  }
+  return large;
+}
+
+// Which of the outputs is wanted: the value of `OUT` is that of SUM_VALUE, SUM_DX or SUM_DY.
+template <typename T, int SX, int SY, bool TEMPERED, int OUT>
+KL_APART void few_cross_output(const T* __restrict x, const T* __restrict y, i64 n, i64 pitch, const CrossLanes<T>& k, Inverse<T> it,
+                               T* __restrict out) {
+  for (i64 i = 0; i < n * pitch; i += pitch)
+    for (i64 r = 0; r < pitch; r++) {
+      CrossRow<T> row = {k.zero_a[r], k.inv_s[r], k.zero_b[r], k.log_s[r], k.q[r], k.mean[r], it};
+      CrossOutputs<T> o = cross_class<SX, SY, TEMPERED>(x[i + r], y[i + r], row);
+      out[i + r] = OUT == SUM_VALUE ? o.term : OUT == SUM_DX ? o.dx : o.dy;
+    }
+}
+
+template <typename T, int SX, int SY, bool ALONE, bool TEMPERED>
+void few_cross(const Plan& p, i64 r, int count, double* values, char* alone, void* scratch) {
+  Block<T>& s = *(Block<T>*)scratch;
+  Rows<T> rows(p, r, count);
+  CrossLanes<T> k;
+  i64 n = rows.n, pitch = rows.pitch;
+  Inverse<T> it = inverse<T>(p.inverse_temperature);
+  rows.read(p.x, &Row::x, s.x, s.a);
+  if (!ALONE) rows.read(p.y, &Row::y, s.y, s.a);
+  const T *x = s.x, *y = ALONE ? s.x : s.y;
+  std::fill(k.max_a, k.max_a + pitch, T(0));
+  std::fill(k.max_b, k.max_b + pitch, T(0));
+  if (SX == LOGITS) maxima(x, n, pitch, k.max_a);
+  if (SY == LOGITS) maxima(y, n, pitch, k.max_b);
+  for (i64 i = 0; i < pitch; i++) {
+    k.zero_a[i] = excluded(k.max_a[i]) ? T(0) : k.max_a[i];
+    k.zero_b[i] = excluded(k.max_b[i]) ? T(0) : k.max_b[i];
+    k.odd[i] = 0;
+  }
+  T *w = s.a, *c = s.dx, *e = s.dy;
+  bool large = few_pay<T, SX, SY, ALONE, TEMPERED>(x, y, n, pitch, k, it, w, c, e);
+  for (i64 i = 0; large && i < n * pitch; i += pitch)
+    for (i64 r = 0; r < pitch; r++) {
+      bool odd = cannot_be<SX, SY>(x[i + r], y[i + r]) |
+                 costs_double<SX, SY>(x[i + r], y[i + r], k.zero_a[r], k.zero_b[r], it.value);
+      k.odd[r] |= odd ? 1 : 0;
+    }
+  add_lanes(n, pitch, s.room, k.s, [=](i64 j) KL_LAMBDA { return w[j]; });
+  add_lanes(n, pitch, s.room, k.cost, [=](i64 j) KL_LAMBDA { return fma(w[j], c[j], T(0)); });
+  if constexpr (SY == LOGITS) {
+    add_lanes(n, pitch, s.room, k.rest, [=](i64 j) KL_LAMBDA { return e[j]; });
+    for (i64 i = 0; i < n * pitch; i += pitch)
+      for (i64 r = 0; r < pitch; r++) c[i + r] = y[i + r] == k.max_b[r] ? T(1) : T(0);
+    add_lanes(n, pitch, s.room, k.count, [=](i64 j) KL_LAMBDA { return c[j]; });
+    for (i64 i = 0; i < pitch; i++) k.count[i] = excluded(k.max_b[i]) ? 0.0 : k.count[i];
+    // a loop each: in one, gcc would take branches
+    for (i64 i = 0; i < pitch; i++) k.alone[i] = log_alone({k.max_b[i], k.count[i], k.rest[i]});
+    for (i64 i = 0; i < pitch; i++) k.tied[i] = log_tied({k.max_b[i], k.count[i], k.rest[i]});
+  }
+  for (i64 i = 0; i < pitch; i++) {
+    double log_s = SY == LOGITS ? log_norm({k.max_b[i], k.count[i], k.rest[i]}, k.alone[i], k.tied[i]) : 0.0;
+    double stats[MAX_STATS];
+    cross_finish<SX, SY>({k.max_a[i], k.s[i], k.max_b[i], k.count[i], k.rest[i], k.cost[i], 0.0}, log_s, stats);
+    CrossRow<T> row = cross_row<T>(stats, p.inverse_temperature);
+    values[i] = stats[VALUE];
+    k.inv_s[i] = row.inv_s;
+    k.log_s[i] = row.log_s;
+    k.q[i] = row.q;
+    k.mean[i] = row.mean;
+    k.odd[i] |= large_cost(row.mean) ? 1 : 0;
+  }
+  for (i64 i = 0; i < count; i++) alone[i] = k.odd[i] != 0;
+  if (p.dx.data) {
+    few_cross_output<T, SX, SY, TEMPERED, SUM_DX>(x, y, n, pitch, k, it, s.dx);
+    rows.write(p.dx, &Row::dx, s.dx, p.gradient_scale, s.a);
+  }
+  if (p.dy.data) {
+    few_cross_output<T, SX, SY, TEMPERED, SUM_DY>(x, y, n, pitch, k, it, s.dy);
+    rows.write(p.dy, &Row::dy, s.dy, p.gradient_scale, s.a);
+  }
+  if (p.output != TERMS) return rows.write_values(values);
+  few_cross_output<T, SX, SY, TEMPERED, SUM_VALUE>(x, y, n, pitch, k, it, s.dx);
+  rows.write(p.value, &Row::value, s.dx, 1, s.a);
+}
+template <typename T, int SX, int SY, bool ALONE = false> Few few_cross_for(const Plan& p) {
+  constexpr bool ALWAYS = sizeof(T) == sizeof(double);   // a temperature of 1 changes no bit
+  return p.inverse_temperature != 1 ? few_cross<T, SX, SY, ALONE, true> : few_cross<T, SX, SY, ALONE, ALWAYS>;
+}
+template <typename T> Few few_cross_of(const Plan& p) {
+  if (p.operation == ENTROPY) return few_cross_for<T, LOGITS, LOGITS, true>(p);
+  if (p.space_x == PROBS) return few_cross_for<T, PROBS, LOGITS>(p);
+  if (p.space_x == LOG_PROBS) return few_cross_for<T, LOG_PROBS, LOGITS>(p);
+  return p.space_y == PROBS       ? few_cross_for<T, LOGITS, PROBS>(p)
+         : p.space_y == LOG_PROBS ? few_cross_for<T, LOGITS, LOG_PROBS>(p)
+                                  : few_cross_for<T, LOGITS, LOGITS>(p);
+}
+
 // everything else with logits, by the steps of mixed_chunk
 struct NormLanes {
   alignas(64) Lane<double> max, zero, ties, rest, alone, tied, log;
@@ -371,6 +487,7 @@ inline Few few(const Plan& p) {
   if (of_logits(p))
     return p.wide ? (tempered ? few_logits<double, true> : few_logits<double, false>)
                   : (tempered ? few_logits<float, true> : few_logits<float, false>);
+  if (of_cross(p)) return p.wide ? few_cross_of<double>(p) : few_cross_of<float>(p);
   if (p.space_x == LOGITS || p.space_y == LOGITS) return few_mixed;
   return p.wide ? few_terms<double> : few_terms<float>;
 }

@@ -37,14 +37,14 @@ template <typename T> constexpr bool EXACT = sizeof(T) == sizeof(double);   // e
 template <typename T> constexpr bool EXACT = true;
 #endif
 template <typename T> constexpr bool PAIRED = EXACT<T> && sizeof(T) == sizeof(float);   // u/T is; double has bits to spare
-template <typename T> struct Inverse { T it, low; };   // 1/T = it + low
+template <typename T> struct Inverse { T value, low; };   // 1/T = value + low
 template <typename T> KL_FN Inverse<T> inverse(double it) { return {(T)it, (T)(it - (double)(T)it)}; }
 template <typename T> struct Pair { T value, low; };
 // (u + low)/T. TEMPERED = false, here and below: T is 1, and dividing by it is left out, which changes no bit.
 template <bool TEMPERED, typename T> KL_FN Pair<T> cooled(T u, T low, const Inverse<T>& k) {
   if constexpr (!TEMPERED) return {u, low};
-  T v = u * k.it;
-  if constexpr (PAIRED<T>) return {v, fma(u, k.it, -v) + fma(u, k.low, low * k.it)};
+  T v = u * k.value;
+  if constexpr (PAIRED<T>) return {v, fma(u, k.value, -v) + fma(u, k.low, low * k.value)};
   return {v, T(0)};
 }
 
@@ -286,6 +286,104 @@ KL_FN double log_prob_of(double x, double max, double log_s, double it) {
 }
 KL_FN double through_softmax(double d, double log_p, double sum, double it) {
   return ((d - exp(log_p) * sum) + 0 * sum) * it;   // none has a derivative where the sum is infinite
+}
+
+// ---- cross-entropy and entropy with logits -----------------------------------------------------------------------------------
+//
+// -log q of a class is its cost plus log S. Of logits the cost is (max b - b)/T and S the sum of e^-cost; of other spaces
+// the cost is -log q itself, and log S is 0. Costs of logits are not negative: nothing cancels, and one sweep finds a value.
+// The entropy is the cross-entropy of x with itself.
+struct Cross {
+  double max_a, s;             // of logits the largest and the sum of weights; else 0 and the sum of probabilities
+  double max_b, count, rest;   // of y's logits, as in Norm
+  double cost;                 // sum of weights * costs
+  double kind;                 // IMPOSSIBLE, or 0
+};
+constexpr int CROSS_STATES = sizeof(Cross) / sizeof(double);
+enum { CROSS_MAX_A = VALUE + 1, CROSS_S, CROSS_MAX_B, CROSS_LOG_S, CROSS_Q, CROSS_MEAN };   // stats
+
+// Of one class of x or y, in the space S. `zero`: where its logits are measured from.
+template <int S, typename T> KL_FN bool impossible_in(T x) { return S == PROBS ? x == T(0) : excluded(x); }
+template <int S, bool TEMPERED, typename T> KL_FN T cross_weight(T x, T zero, const Inverse<T>& it) {
+  if constexpr (S == PROBS) return x >= T(0) ? x : nan<T>();
+  if constexpr (S == LOG_PROBS) return x == x ? exp(x) : x;
+  T w = weight<TEMPERED>(x, zero, it);
+  return x < infinity<T>() ? w : nan<T>();
+}
+KL_FN double in_range(double cost) {   // what overflows is not excluded
+  double largest = real(bits(infinity<double>()) - 1);
+  return cost > largest ? largest : cost;
+}
+template <int S, typename T> KL_FN T cost_of(T y, T zero, T it) {
+  if constexpr (S != LOGITS) return T(0) - log_prob<S>(y);
+  else if constexpr (sizeof(T) == sizeof(float)) return (zero - y) * it;
+  else return excluded(y) ? infinity<T>() : in_range((zero - y) * it);
+}
+// the cost of a class that has a weight, or NaN; else 0, since it may be infinite
+template <typename T> KL_FN T counted_cost(T w, T cost) { return (w > T(0)) | (cost != cost) ? cost : T(0); }
+
+// In float32 a class of y with so large a cost wants a look: it is excluded, or else what a weight, however small, makes of
+// it is found in double. Nothing below e^-800 counts in either.
+template <typename T> KL_FN bool large_cost(T cost) { return cost > Real<float>::up; }
+template <int SX, int SY, typename T> KL_FN bool costs_double(T x, T y, T zero_a, T zero_b, T it) {
+  bool counts = SX == LOGITS ? (x - zero_a) * it > T(-800) : !impossible_in<SX>(x);
+  return sizeof(T) == sizeof(float) && counts & !impossible_in<SY>(y) & large_cost(cost_of<SY>(y, zero_b, it));
+}
+template <int SX, int SY, typename T> KL_FN bool cannot_be(T x, T y) { return impossible_in<SY>(y) & !impossible_in<SX>(x); }
+
+KL_FN Cross cross_at(const double* from, long long pitch) {
+  return {from[0], from[pitch], from[2 * pitch], from[3 * pitch], from[4 * pitch], from[5 * pitch], from[6 * pitch]};
+}
+
+// Several states into one
+struct Paid { double s, cost, count, rest; };
+KL_FN Paid paid(const Cross& k, double max_a, double max_b, double it) {
+  double zero_a = top_of(max_a), zero_b = top_of(max_b), u = merge_weight(k.max_a, zero_a, it);
+  double shift = excluded(k.max_b) ? 0.0 : in_range((zero_b - k.max_b) * it), s = u * k.s;
+  double cost = u * k.cost + (shift > 0 ? shift * s : 0.0);
+  cost = u > 0 ? cost : 0.0;
+  return {s, k.cost == k.cost ? cost : k.cost, k.max_b == max_b ? k.count : 0.0,
+          merge_rest({k.max_b, k.count, k.rest}, max_b, zero_b, it)};
+}
+template <int SX, int SY> KL_FN void cross_finish(const Cross& k, double log_s, double* stats) {
+  constexpr bool of_x = SX == LOGITS, of_y = SY == LOGITS;
+  bool impossible = is_impossible(k.kind), x_is_fine = of_x ? k.s > 0 && k.s < infinity<double>() : k.s == k.s;
+  bool y_is_fine = !of_y || log_s == log_s;
+  double mean = of_x ? k.cost / k.s : k.cost, value = (of_x ? log_s : of_y ? log_s * k.s : 0.0) + mean;
+  value = impossible ? infinity<double>() : value;
+  stats[VALUE] = x_is_fine && y_is_fine && k.cost == k.cost ? value : nan<double>();
+  stats[CROSS_MAX_A] = k.max_a;
+  stats[CROSS_S] = !of_x ? 1.0 : x_is_fine ? k.s : nan<double>();   // NaN spoils the whole row
+  stats[CROSS_MAX_B] = k.max_b;
+  stats[CROSS_LOG_S] = log_s;
+  stats[CROSS_Q] = !of_y ? 0.0 : y_is_fine ? (of_x ? 1.0 : k.s) / (k.count + k.rest) : nan<double>();
+  stats[CROSS_MEAN] = impossible ? nan<double>() : mean;   // no derivative where the value is infinite
+}
+
+// What a class contributes, once these are known
+template <typename T> struct CrossRow {
+  T zero_a, inv_s, zero_b, log_s, q, mean;
+  Inverse<T> it;
+};
+template <typename T> KL_FN CrossRow<T> cross_row(const double* stats, double it) {
+  return {(T)top_of(stats[CROSS_MAX_A]), (T)(1 / stats[CROSS_S]), (T)top_of(stats[CROSS_MAX_B]), (T)stats[CROSS_LOG_S],
+          (T)stats[CROSS_Q], (T)stats[CROSS_MEAN], inverse<T>(it)};
+}
+template <typename T> struct CrossOutputs { T term, dx, dy; };
+template <int SX, int SY, bool TEMPERED, typename T> KL_FN CrossOutputs<T> cross_class(T x, T y, const CrossRow<T>& k) {
+  T w = cross_weight<SX, TEMPERED>(x, k.zero_a, k.it) * k.inv_s, cost = cost_of<SY>(y, k.zero_b, k.it.value);
+  T c = counted_cost(w, cost), term = w * (c + k.log_s), dx = term, dy = T(0) - w;
+  term = cannot_be<SX, SY>(x, y) ? infinity<T>() + T(0) * (k.inv_s + k.log_s) : term;
+  if constexpr (SX == LOGITS) dx = (w * (c - k.mean)) * k.it.value;
+  else dx = SX == LOG_PROBS ? term : x >= T(0) ? cost + k.log_s : nan<T>();
+  if constexpr (SY == LOGITS) {
+    dy = (cross_weight<SY, TEMPERED>(y, k.zero_b, k.it) * k.q - w) * k.it.value;
+  } else if constexpr (SY == PROBS) {
+    dy = T(0) - w / y;
+    dy = y == T(0) ? (impossible_in<SX>(x) ? T(0) : -infinity<T>()) + T(0) * w : dy;
+    dy = y >= T(0) ? dy : nan<T>();
+  }
+  return {term, dx, dy};
 }
 
 }  // namespace kl

@@ -553,6 +553,153 @@ inline void logits_done(const Plan& p, int sweep, const double* s, double* stats
   else std::fill(stats, stats + MAX_STATS, 0.0);
 }
 
+// ---- cross-entropy and entropy with logits -------------------------------------------------------------------------------------
+
+// The weights of n elements up to m, the next multiple of 16, zeros; what they pay; and of y's logits the rest of S.
+// Returns whether some cost is so large that it wants a look. ALONE: y is x.
+template <typename T, int SX, int SY, bool ALONE, bool TEMPERED>
+KL_APART bool pay_piece(const T* __restrict x, const T* __restrict y, int n, int m, T zero_a, T max_b, T zero_b, Inverse<T> it,
+                        T* __restrict s, T* __restrict cost, T* __restrict rest) {
+  alignas(64) T w[PIECE], c[PIECE], e[PIECE];
+  typename Real<T>::Bits large = 0;
+  for (int i = 0; i < m; i++) w[i] = cross_weight<SX, TEMPERED>(x[i], zero_a, it);
+  for (int i = n; i < m; i++) w[i] = T(0);
+  for (int i = 0; i < m; i++) {
+    T any = cost_of<SY>(y[i], zero_b, it.value);
+    large |= large_cost(any) ? 1 : 0;
+    c[i] = counted_cost(w[i], any);
+  }
+  if constexpr (SY == LOGITS) {
+    for (int i = 0; i < m; i++) {
+      T v = ALONE ? w[i] : cross_weight<SY, TEMPERED>(y[i], zero_b, it);
+      e[i] = y[i] == max_b ? T(0) : v;
+    }
+    for (int i = n; i < m; i++) e[i] = T(0);
+  }
+  down(m, [=, &w, &c, &e](int j, int i) KL_LAMBDA {
+    s[j] += w[i];
+    cost[j] = fma(w[i], c[i], cost[j]);
+    if constexpr (SY == LOGITS) rest[j] += e[i];
+  });
+  return large;
+}
+
+// The state of a chunk; whether it has to be computed in double. `next`: memory that will be wanted soon.
+template <typename T, int SX, int SY, bool ALONE, bool TEMPERED>
+Cross pay(const T* x, const T* y, int n, double temperature, const char* next_x, const char* next_y, bool& in_double) {
+  Inverse<T> it = inverse<T>(temperature);
+  int n16 = (n + 15) & ~15;
+  T max_a = SX == LOGITS ? maximum(x, n16) : T(0), max_b = ALONE ? max_a : SY == LOGITS ? maximum(y, n16) : T(0);
+  T zero_a = (T)top_of(max_a), zero_b = (T)top_of(max_b);
+  Columns<T> s, cost, rest;
+  bool large = false, impossible = false;
+  for (int i = 0; i < n; i += PIECE) {
+    int m = n16 - i < PIECE ? n16 - i : PIECE;
+    ask_for<T>(next_x, i, m);
+    if (!ALONE) ask_for<T>(next_y, i, m);
+    large |= pay_piece<T, SX, SY, ALONE, TEMPERED>(x + i, y + i, n - i, m, zero_a, max_b, zero_b, it, s.at, cost.at, rest.at);
+  }
+  for (int i = 0; large && i < n; i++) {
+    impossible |= cannot_be<SX, SY>(x[i], y[i]);
+    in_double |= costs_double<SX, SY>(x[i], y[i], zero_a, zero_b, it.value);
+  }
+  int count = 0;
+  if (SY == LOGITS && !excluded(max_b))
+    for (int i = 0; i < n; i++) count += y[i] == max_b ? 1 : 0;
+  return {(double)max_a, s.total(), (double)max_b, (double)count, rest.total(), cost.total(), kind_of(false, impossible)};
+}
+
+template <typename T, int SX, int SY, bool TEMPERED>
+KL_APART bool cross_outputs(const T* __restrict x, const T* __restrict y, int n, CrossRow<T> k, T* __restrict term, T* __restrict dx,
+                            T* __restrict dy) {
+  typename Real<T>::Bits large = 0;
+  for (int i = 0; i < n; i++) large |= large_cost(cost_of<SY>(y[i], k.zero_b, k.it.value)) ? 1 : 0;
+  if (term)
+    for (int i = 0; i < n; i++) term[i] = cross_class<SX, SY, TEMPERED>(x[i], y[i], k).term;
+  if (dx)
+    for (int i = 0; i < n; i++) dx[i] = cross_class<SX, SY, TEMPERED>(x[i], y[i], k).dx;
+  if (dy)
+    for (int i = 0; i < n; i++) dy[i] = cross_class<SX, SY, TEMPERED>(x[i], y[i], k).dy;
+  return large;
+}
+
+template <typename T, int SX, int SY, bool ALONE, bool TEMPERED>
+void cross_chunk(const Plan& p, const Row& row, int sweep, i64 start, int n, const double* stats, double* state, i64 pitch,
+                 void* scratch) {
+  Buffers<T>& s = *(Buffers<T>*)scratch;
+  const T* x = load(p.x, row.x, start, n, s.x);
+  const T* y = ALONE ? x : load(p.y, row.y, start, n, s.y);
+  double it = p.inverse_temperature;
+  if (sweep == 0) {
+    bool in_double = false;
+    Cross k = pay<T, SX, SY, ALONE, TEMPERED>(x, y, n, it, (const char*)(x + CHUNK), (const char*)(y + CHUNK), in_double);
+    if (in_double) {
+      alignas(64) double a[CHUNK], b[CHUNK];
+      for (int i = 0; i < ((n + 15) & ~15); i++) a[i] = x[i], b[i] = y[i];
+      k = pay<double, SX, SY, ALONE, TEMPERED>(a, b, n, it, nullptr, nullptr, in_double);
+    }
+    for (int i = 0; i < CROSS_STATES; i++) state[i * pitch] = ((const double*)&k)[i];
+    return;
+  }
+  T *term = p.output == TERMS ? s.a : nullptr, *dx = p.dx.data ? s.dx : nullptr, *dy = p.dy.data ? s.dy : nullptr;
+  CrossRow<T> k = cross_row<T>(stats, it);
+  bool all = large_cost(k.mean), large = cross_outputs<T, SX, SY, TEMPERED>(x, y, n, k, term, dx, dy);
+  for (int i = 0; sizeof(T) == sizeof(float) && (all || large) && i < n; i++) {
+    if (!all && !costs_double<SX, SY>(x[i], y[i], k.zero_a, k.zero_b, k.it.value)) continue;
+    CrossOutputs<double> r = cross_class<SX, SY, TEMPERED>((double)x[i], (double)y[i], cross_row<double>(stats, it));
+    if (term) term[i] = (T)r.term;
+    if (dx) dx[i] = (T)r.dx;
+    if (dy) dy[i] = (T)r.dy;
+  }
+  if (dx) store(p.dx, row.dx, start, n, dx, row.weight * p.gradient_scale, p.stream);
+  if (dy) store(p.dy, row.dy, start, n, dy, row.weight * p.gradient_scale, p.stream);
+  if (term) store(p.value, row.value, start, n, term, row.weight, p.stream);
+}
+
+inline void cross_fold(const Plan& p, int sweep, const double* from, int count, i64 pitch, double* to, i64 to_pitch) {
+  if (sweep > 0) return;
+  alignas(64) double s[CHUNK], cost[CHUNK], ties[CHUNK], rest[CHUNK];
+  double max_a = -infinity<double>(), max_b = max_a;
+  bool impossible = false;
+  for (int k = 0; k < count; k++) {
+    Cross c = cross_at(from + k, pitch);
+    max_a = c.max_a > max_a ? c.max_a : max_a;
+    max_b = c.max_b > max_b ? c.max_b : max_b;
+    impossible |= is_impossible(c.kind);
+  }
+  for (int k = 0; k < count; k++) {
+    Paid c = paid(cross_at(from + k, pitch), max_a, max_b, p.inverse_temperature);
+    s[k] = c.s;
+    cost[k] = c.cost;
+    ties[k] = c.count;
+    rest[k] = c.rest;
+  }
+  Cross all = {max_a, sum(s, count), max_b, sum(ties, count), sum(rest, count), sum(cost, count), kind_of(false, impossible)};
+  for (int i = 0; i < CROSS_STATES; i++) to[i * to_pitch] = ((const double*)&all)[i];
+}
+
+template <int SX, int SY> void cross_done(const Plan&, int sweep, const double* s, double* stats) {
+  if (sweep > 0) return;
+  if (!s) return (void)std::fill(stats, stats + MAX_STATS, 0.0);
+  Cross k = cross_at(s, 1);
+  cross_finish<SX, SY>(k, SY == LOGITS ? log_norm({k.max_b, k.count, k.rest}) : 0.0, stats);
+}
+
+template <typename T, int SX, int SY, bool ALONE = false> Kernel cross_kernel(const Plan& p) {
+  bool outputs = p.dx.data || p.dy.data || p.output == TERMS, tempered = sizeof(T) == sizeof(double) || p.inverse_temperature != 1;   // 1 changes no bit
+  return {outputs ? 2 : 1, {CROSS_STATES, 0, 0},
+          tempered ? cross_chunk<T, SX, SY, ALONE, true> : cross_chunk<T, SX, SY, ALONE, sizeof(T) == sizeof(double)>,
+          cross_fold, cross_done<SX, SY>, 0};
+}
+template <typename T> Kernel cross_kernel_of(const Plan& p) {
+  if (p.operation == ENTROPY) return cross_kernel<T, LOGITS, LOGITS, true>(p);
+  if (p.space_x == PROBS) return cross_kernel<T, PROBS, LOGITS>(p);
+  if (p.space_x == LOG_PROBS) return cross_kernel<T, LOG_PROBS, LOGITS>(p);
+  return p.space_y == PROBS       ? cross_kernel<T, LOGITS, PROBS>(p)
+         : p.space_y == LOG_PROBS ? cross_kernel<T, LOGITS, LOG_PROBS>(p)
+                                  : cross_kernel<T, LOGITS, LOGITS>(p);
+}
+
 // ---- everything else with logits: normalise, then treat as log-probabilities; always wide ------------------------------------
 
 enum { SUM_VALUE, SUM_DX, SUM_DY, SUM_STATES };
@@ -664,6 +811,11 @@ inline bool of_logits(const Plan& p) {   // the cancellation-free form is for th
          !p.factors.data;
 }
 
+inline bool of_cross(const Plan& p) {
+  return (p.space_x == LOGITS || p.space_y == LOGITS) && (p.operation == CROSS_ENTROPY || p.operation == ENTROPY) &&
+         !p.factors.data;
+}
+
 inline Kernel kernel(const Plan& p) {
   bool gradient = p.dx.data || p.dy.data;
   if (of_logits(p)) {
@@ -674,6 +826,7 @@ inline Kernel kernel(const Plan& p) {
     return {sweeps, {LOGITS_STATES, 0, 0}, chunk, logits_fold, logits_done,
             gradient && p.output != TERMS ? (p.wide ? sizeof(Kept<double>) : sizeof(Kept<float>)) : 0};
   }
+  if (of_cross(p)) return p.wide ? cross_kernel_of<double>(p) : cross_kernel_of<float>(p);
   if (p.space_x == LOGITS || p.space_y == LOGITS)
     return {gradient ? 3 : 2, {2 * NORM_STATES, SUM_STATES, 0}, mixed_chunk, mixed_fold, mixed_finish, 0};
   if (p.wide) return {1, {1, 0, 0}, terms_chunk<double>, terms_fold, terms_finish, 0};

@@ -83,9 +83,8 @@ def _run(
         and return_grad in _WANTED
     ):
         code, wanted = rows.SPACES[space], _WANTED[return_grad]
-        wide = operation == rows.CROSS_ENTROPY and space == "logits"
         found = _cpu.plain(
-            operation, code, code, wide, x, y, _QUICK[reduction], 1.0, 0.0, wanted, 1.0, get_num_threads(), np.empty,
+            operation, code, code, False, x, y, _QUICK[reduction], 1.0, 0.0, wanted, 1.0, get_num_threads(), np.empty,
             _PLAIN,
         )  # fmt: skip
         if found is not None:

@@ -22,7 +22,7 @@ from klcore.backends import BackendUnavailableError, nvrtc, rows
 
 _SIZES = (8, 4, 2, 2)
 CHUNK, NARROW = 1024, 128  # kl_tree.h; rows of up to NARROW classes share a warp
-MAX_STATS, LOGITS_STATES, NORM_STATES, SUM_STATES = 12, 9, 3, 3
+MAX_STATS, LOGITS_STATES, CROSS_STATES, NORM_STATES, SUM_STATES = 12, 9, 7, 3, 3
 MAX_DIMS = 32
 _RESERVED = 1024  # bytes of shared memory that CUDA takes for itself in every block
 
@@ -465,6 +465,8 @@ class _Call(NamedTuple):
         """Doubles that a chunk leaves behind."""
         if self.of_logits:
             return LOGITS_STATES if sweep == 0 else 0
+        if self.of_cross:
+            return CROSS_STATES if sweep == 0 else 0
         if 2 in self.spaces:
             return (2 * NORM_STATES, SUM_STATES, 0)[sweep]
         return 1
@@ -472,7 +474,7 @@ class _Call(NamedTuple):
     @property
     def sweeps(self) -> int:
         """Over the rows, for these outputs."""
-        if self.of_logits:
+        if self.of_logits or self.of_cross:
             return 2 if self.outputs else 1
         if 2 in self.spaces:
             return 3 if self.outputs & ~_TERMS else 2
@@ -481,6 +483,10 @@ class _Call(NamedTuple):
     @property
     def of_logits(self) -> bool:
         return self.spaces == (2, 2) and self.operation <= rows.REL_ENTR and not self.factors
+
+    @property
+    def of_cross(self) -> bool:
+        return 2 in self.spaces and self.operation in (rows.CROSS_ENTROPY, rows.ENTROPY) and not self.factors
 
     def bytes_a_class(self) -> int:
         return _SIZES[self.dtypes[0]] + (0 if self.operation == rows.ENTROPY else _SIZES[self.dtypes[1]])

@@ -343,7 +343,7 @@ def is_wide(operation: int, spaces: tuple[int, int]) -> bool:
     (docs/maths.md). The terms of other systems are no more precise than those compute them, but for logits."""
     if operation > ENTROPY:
         return 2 in spaces
-    return spaces[0] != spaces[1] or (2 in spaces and operation > REL_ENTR)
+    return spaces[0] != spaces[1] and (operation <= REL_ENTR or 2 not in spaces)
 
 
 def result(task: Task, value: Any) -> Any:
