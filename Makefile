@@ -73,5 +73,8 @@ clean:
 
 .venv/bin/python:
 	$(PYTHON) -m venv .venv && $(BIN)/pip install -q --upgrade pip
-.venv/%: .venv/bin/python $(SOURCES)
-	$(BIN)/pip install -q -e ".[$*]" && touch $@
+.venv/core: .venv/bin/python $(SOURCES)
+	$(BIN)/pip install -q -e . && touch $@
+# klcore itself is compiled once: pip finds it installed, and brings what else a target needs.
+.venv/%: .venv/core
+	$(BIN)/pip install -q "klcore[$*]" && touch $@

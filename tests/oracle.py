@@ -28,10 +28,11 @@ PAIRS = tuple((sx, sy) for sx in SPACES for sy in SPACES)
 #
 # Bounds are relative to a size that `exact` gives with every answer, `value_size`, `dx_size` or `dy_size`:
 #   plain   kl_div of two arguments of one space: the answer itself (its gradient: the row's L1 norm). The other
-#           operations on probabilities or on log-probabilities: the sum of the magnitudes of what is added.
-#   wide    what klcore computes in double whatever the input: pairs of different spaces, and entropy and cross-entropy
-#           of logits. A logarithm l = log p carries an error of eps*|l|, which shifts a term by its derivative times
-#           that, so the size is the sum of magnitudes times 1 + |log p| + |log q|; the bound is in eps of double.
+#           operations: the sum of the magnitudes of what is added.
+#   wide    what klcore computes in double whatever the input: pairs of different spaces, but for entropy and
+#           cross-entropy of logits. A logarithm l = log p carries an error of eps*|l|, which shifts a term by its
+#           derivative times that, so the size is the sum of magnitudes times 1 + |log p| + |log q|; the bound is in eps
+#           of double.
 # Where the result is narrower than the arithmetic, rounding it adds half an eps of the result's dtype (`rounding`).
 EPS32, EPS64 = 2.0**-23, 2.0**-52
 TOLERANCES = {
@@ -78,7 +79,11 @@ TOLERANCES = {
 
 def is_wide(operation: str, space: Any) -> bool:
     sx, sy = (space, space) if isinstance(space, str) else space
-    return (sx != sy and operation != "entropy") or ("logits" in (sx, sy) and operation in ("cross_entropy", "entropy"))
+    return sx != sy and not is_cross(operation, space)
+
+
+def is_cross(operation: str, space: Any) -> bool:
+    return operation in ("cross_entropy", "entropy") and "logits" in ((space, space) if isinstance(space, str) else space)
 
 
 def tolerance(operation: str, space: Any, dtype: Any, of: str = "value") -> tuple[float, float]:
@@ -92,7 +97,7 @@ def tolerance(operation: str, space: Any, dtype: Any, of: str = "value") -> tupl
         relative = TOLERANCES["wide", "float64"]
     elif of == "gradient":
         relative = TOLERANCES["gradient", base]
-    elif operation == "kl_div" or space in ("logits", ("logits", "logits")):
+    elif operation == "kl_div" or space in ("logits", ("logits", "logits")) or is_cross(operation, space):
         relative = TOLERANCES["kl", base]
     else:
         relative = TOLERANCES["sum", base]
@@ -377,7 +382,11 @@ def _sizes(
             y_size = (y_size + q * y_size.sum(axis=-1, keepdims=True)) / temperature
     else:
         magnitudes, x_size, y_size = np.abs(finite), np.abs(dx), np.abs(dy)
-        if sx == "logits":  # rel_entr is kl_div there, to the relative precision of kl_div
+        if is_cross(operation, (sx, sy)):  # -p (log q + H) and q - p cancel where q is flat, and where q is next to p
+            of_row = np.where(np.isfinite(values), values, 0.0)[..., None]
+            x_size = p * (np.abs(part) + of_row) / temperature if sx == "logits" else x_size
+            y_size = (p + q * p.sum(axis=-1, keepdims=True)) / temperature if sy == "logits" else y_size
+        elif sx == "logits":  # rel_entr is kl_div there, to the relative precision of kl_div
             magnitudes = np.where(np.isfinite(values), values, 0.0)[..., None]
             # where p is nearly 1, -p (log q - log p + KL) cancels down to what the other classes add up to
             x_size = x_size + 2.0**-20 * p * (np.abs(part) + np.abs(magnitudes)) / temperature
