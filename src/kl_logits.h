@@ -348,16 +348,16 @@ KL_FN Paid paid(const Cross& k, double max_a, double max_b, double it) {
 template <int SX, int SY> KL_FN void cross_finish(const Cross& k, double log_s, double* stats) {
   constexpr bool of_x = SX == LOGITS, of_y = SY == LOGITS;
   bool impossible = is_impossible(k.kind), x_is_fine = of_x ? k.s > 0 && k.s < infinity<double>() : k.s == k.s;
-  bool y_is_fine = !of_y || log_s == log_s;
+  bool y_is_fine = !of_y || log_s == log_s, fine = x_is_fine & y_is_fine & (k.cost == k.cost);
   double mean = of_x ? k.cost / k.s : k.cost, value = (of_x ? log_s : of_y ? log_s * k.s : 0.0) + mean;
   value = impossible ? infinity<double>() : value;
-  stats[VALUE] = x_is_fine && y_is_fine && k.cost == k.cost ? value : nan<double>();
+  stats[VALUE] = fine ? value : nan<double>();
   stats[CROSS_MAX_A] = k.max_a;
   stats[CROSS_S] = !of_x ? 1.0 : x_is_fine ? k.s : nan<double>();   // NaN spoils the whole row
   stats[CROSS_MAX_B] = k.max_b;
   stats[CROSS_LOG_S] = log_s;
   stats[CROSS_Q] = !of_y ? 0.0 : y_is_fine ? (of_x ? 1.0 : k.s) / (k.count + k.rest) : nan<double>();
-  stats[CROSS_MEAN] = impossible ? nan<double>() : mean;   // no derivative where the value is infinite
+  stats[CROSS_MEAN] = !fine | impossible ? nan<double>() : mean;   // no derivative where the value is infinite
 }
 
 // What a class contributes, once these are known

@@ -83,7 +83,9 @@ def is_wide(operation: str, space: Any) -> bool:
 
 
 def is_cross(operation: str, space: Any) -> bool:
-    return operation in ("cross_entropy", "entropy") and "logits" in ((space, space) if isinstance(space, str) else space)
+    return operation in ("cross_entropy", "entropy") and "logits" in (
+        (space, space) if isinstance(space, str) else space
+    )
 
 
 def tolerance(operation: str, space: Any, dtype: Any, of: str = "value") -> tuple[float, float]:

@@ -206,6 +206,34 @@ def test_offsets_temperatures_and_masks(operation, n, count, temperature, dtype)
     oracle.assert_answer(results, oracle.at(true, kept), operation, ("logits", "logits"))
 
 
+CROSS = [("cross_entropy", pair) for pair in oracle.PAIRS if "logits" in pair] + [("entropy", ("logits", "logits"))]
+
+
+@pytest.mark.parametrize("dtype", ranges.DTYPES)
+@pytest.mark.parametrize("temperature", [0.01, 1.0, 100.0])
+@pytest.mark.parametrize(("n", "count"), [(2, 200), (3, 100), (10, 100), (1500, 4), (5000, 1)])
+@pytest.mark.parametrize(("operation", "space"), CROSS)
+def test_cross_entropy_of_such_rows(operation, space, n, count, temperature, dtype):
+    rng = np.random.default_rng([n, int(temperature * 100)])
+    a, b = ranges.rows(rng, dtype, n, count, temperature)
+    within = ~(ranges.beyond(a) | ranges.beyond(b))
+    a, b = a[within], b[within]
+    with np.errstate(over="ignore", divide="ignore"):
+        x, y = (into(v.astype(np.float64) / (temperature if s != "logits" else 1), s, v.dtype)
+                for v, s in zip((a, b), space, strict=True))  # fmt: skip
+    options = {"temperature": temperature}
+    gradients = "x" if operation == "entropy" else ("x", "y")
+    value, *grads = call(operation, x, y, space, return_grad=gradients, **options)
+    terms = call(operation, x, y, space, reduction="none", **options)
+    with np.errstate(over="ignore", invalid="ignore"):
+        true = oracle.fast(operation, x, y, space, temperature)
+    # not gradients that leave float32, nor those of probabilities below the range of pairs of doubles
+    kept = ranges.promised(a, b, temperature, true.value)
+    kept &= (np.abs(np.stack([true.dx, true.dy])) < 1e30).all(axis=(0, -1))
+    results = dict(zip(("value", "terms", "dx", "dy"), (value, terms, *grads), strict=False))
+    oracle.assert_answer({k: v[kept] for k, v in results.items()}, oracle.at(true, kept), operation, space)
+
+
 LOWEST = -3.4028234663852886e38
 # (x, y, temperature, dtype) that once were wrong: offsets so far apart that no two numbers hold their difference
 HARD = {
