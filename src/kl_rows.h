@@ -269,9 +269,7 @@ template <typename T> typename Terms<T>::Map terms_of(const Plan& p) {
   }
   if (sx == sy)
     return sx == PROBS ? terms_in<PROBS, PROBS, T>(p.operation, dx, dy) : terms_in<LOG_PROBS, LOG_PROBS, T>(p.operation, dx, dy);
-  if constexpr (sizeof(T) == 8)   // the plan is wide wherever the spaces differ
-    return sx == PROBS ? terms_in<PROBS, LOG_PROBS, T>(p.operation, dx, dy) : terms_in<LOG_PROBS, PROBS, T>(p.operation, dx, dy);
-  return nullptr;
+  return sx == PROBS ? terms_in<PROBS, LOG_PROBS, T>(p.operation, dx, dy) : terms_in<LOG_PROBS, PROBS, T>(p.operation, dx, dy);
 }
 
 // Term and gradients times the factors; `room` is for a chunk of them.
