@@ -243,7 +243,7 @@ template <bool ALL = true, typename T> KL_FN T expm1_minus(T t) {
   }
 #endif
   T g = expm1_minus_of(octave(t));
-  return ALL & (t < T(-60)) ? T(-1) - t : g;
+  return ALL & (t < T(-64)) ? T(-1) - t : g;   // below every ordinary t
 }
 template <typename T> KL_FN T expm1_minus(T t, T low) {   // of t + low, ordinary
   Octave<T> o = octave(t);
