@@ -374,9 +374,9 @@ enum Operation { KL_DIV = 0, REL_ENTR = 1, CROSS_ENTROPY = 2, ENTROPY = 3,
 template <int OP, int SX, int SY> struct Term;
 
 // What there is to say of a term: whether it has a shorter form for ordinary arguments, and which these are; whether its
-// functions take an epsilon beside x and y. What most terms say:
+// functions take an epsilon beside x and y; whether they take t, log q - log p, which `gap` computes. What most terms say:
 struct Plain {
-  static constexpr bool has_ordinary = false, takes_epsilon = false;
+  static constexpr bool has_ordinary = false, takes_epsilon = false, has_gap = false;
   template <typename T> static KL_FN bool ordinary(T, T) { return false; }
 };
 // Whether a term's dy is final even where y are logits: else it is a derivative with respect to log y, and has yet to go
@@ -400,7 +400,7 @@ template <typename T> KL_FN T zero_over(T x, T y) {   // -x/y with 0/0 = 0
 }
 
 template <> struct Term<KL_DIV, PROBS, PROBS> {
-  static constexpr bool has_ordinary = true, takes_epsilon = false;
+  static constexpr bool has_ordinary = true, takes_epsilon = false, has_gap = false;
   template <typename T> static KL_FN bool ordinary(T x, T y) {
     return (x >= Real<T>::tiny) & (y >= Real<T>::tiny) & (x < Real<T>::huge) & (y < Real<T>::huge);
   }
@@ -467,7 +467,7 @@ template <> struct Term<ENTROPY, PROBS, PROBS> : Plain {
 template <typename T> KL_FN bool excluded(T l) { return l == -infinity<T>(); }
 
 template <> struct Term<KL_DIV, LOG_PROBS, LOG_PROBS> {
-  static constexpr bool has_ordinary = true, takes_epsilon = false;
+  static constexpr bool has_ordinary = true, takes_epsilon = false, has_gap = false;
   template <typename T> static KL_FN bool ordinary(T x, T y) {
     return (absolute(y - x) < Real<T>::far) & (x > Real<T>::flush) & (x < Real<T>::exp_ordinary);
   }
@@ -559,14 +559,18 @@ template <int SX, int SY, bool ALL = true, typename T> KL_FN T log_gap(T x, T y)
 }
 
 template <int SX, int SY> struct Term<KL_DIV, SX, SY> {
-  static constexpr bool has_ordinary = true, takes_epsilon = false;
+  static constexpr bool has_ordinary = true, takes_epsilon = false, has_gap = true;
   template <typename T> static KL_FN bool ordinary(T x, T y) {   // |t| < far: within half an octave, log p is cheap
     typedef Real<T> R;
     T p = SX == PROBS ? x : y, l = SX == PROBS ? y : x, t = fma(ratio<false>(T(1), p).k, -R::ln2, l);
     return (p >= R::tiny) & (p < R::huge) & (absolute(t) < R::far - T(1));
   }
-  template <bool ALL = true, typename T> static KL_FN T value(T x, T y) {   // p (e^t - 1 - t)
-    T t = log_gap<SX, SY, ALL>(x, y), v = times_prob<SX, ALL>(expm1_minus<ALL>(t), x);
+  template <bool ALL = true, typename T> static KL_FN T gap(T x, T y) { return log_gap<SX, SY, ALL>(x, y); }
+  template <bool ALL = true, typename T> static KL_FN T value(T x, T y) { return value<ALL>(x, y, gap<ALL>(x, y)); }
+  template <bool ALL = true, typename T> static KL_FN T dx(T x, T y) { return dx<ALL>(x, y, gap<ALL>(x, y)); }
+  template <bool ALL = true, typename T> static KL_FN T dy(T x, T y) { return dy<ALL>(x, y, gap<ALL>(x, y)); }
+  template <bool ALL, typename T> static KL_FN T value(T x, T y, T t) {   // p (e^t - 1 - t)
+    T v = times_prob<SX, ALL>(expm1_minus<ALL>(t), x);
     if constexpr (!ALL) return v;
     T q = prob<SY>(y);
     v = t > Real<T>::far ? q : v;
@@ -574,15 +578,15 @@ template <int SX, int SY> struct Term<KL_DIV, SX, SY> {
     v = excluded<SX>(x) ? q : v;
     return unless_undefined<SX, SY>(x, y, v);
   }
-  template <bool ALL = true, typename T> static KL_FN T dx(T x, T y) {      // -t, times p where x is a logarithm
-    T t = log_gap<SX, SY, ALL>(x, y), d = T(0) - (SX == PROBS ? t : times_prob<SX, ALL>(t, x));
+  template <bool ALL, typename T> static KL_FN T dx(T x, T y, T t) {      // -t, times p where x is a logarithm
+    T d = T(0) - (SX == PROBS ? t : times_prob<SX, ALL>(t, x));
     if constexpr (!ALL) return d;
     d = excluded<SY>(y) ? infinity<T>() : d;
     if constexpr (SX != PROBS) d = excluded<SX>(x) ? T(0) : d;
     return unless_undefined<SX, SY>(x, y, d);
   }
-  template <bool ALL = true, typename T> static KL_FN T dy(T x, T y) {      // 1 - p/q, times q where y is a logarithm
-    T t = log_gap<SX, SY, ALL>(x, y), d;
+  template <bool ALL, typename T> static KL_FN T dy(T x, T y, T t) {      // 1 - p/q, times q where y is a logarithm
+    T d;
     if constexpr (SY == PROBS) d = T(0) - expm1(-t);
     else d = times_prob<SX, ALL>(expm1_of(t, expm1_minus<ALL>(t)), x);
     if constexpr (!ALL) return d;
