@@ -29,12 +29,12 @@ PAIRS = tuple((sx, sy) for sx in SPACES for sy in SPACES)
 # Bounds are relative to a size that `exact` gives with every answer, `value_size`, `dx_size` or `dy_size`:
 #   plain   kl_div of two arguments of one space: the answer itself (its gradient: the row's L1 norm). The other
 #           operations on probabilities or on log-probabilities: the sum of the magnitudes of what is added.
-#   wide    what klcore computes in double whatever the input, logits beside another space, and entropy and cross-entropy
+#   wide    what klcore computes in double whatever the input: logits beside another space, entropy and cross-entropy
 #           of logits; and a probability beside a logarithm, where an input is float64. A logarithm l = log p carries an
 #           error of eps*|l|, which shifts a term by its derivative times that, so the size is the sum of magnitudes
 #           times 1 + |log p| + |log q|; the bound is in eps of double.
-#   mixed   a probability beside a logarithm, narrower than float64: plain, and what a logarithm in two floats is off by,
-#           times the term's derivative.
+#   mixed   a probability beside a logarithm, narrower than float64: plain, and what a logarithm in two floats is
+#           off by, times the term's derivative.
 # Where the result is narrower than the arithmetic, rounding it adds half an eps of the result's dtype (`rounding`).
 EPS32, EPS64 = 2.0**-23, 2.0**-52
 TOLERANCES = {
@@ -54,8 +54,8 @@ TOLERANCES = {
     ("fast16", "float32"): 32 * EPS32,
     # logarithm, normalisation, exponential and product, each half an eps to one eps of its part of the size
     ("wide", "float64"): 4 * EPS64,
-    # log p as two floats, absolute, relative to 1 + |log p|: five numbers below 2^-17 that round by half an eps each, and
-    # the constants; found are 2.2e-12 for p > 2^-6, and less of the size elsewhere
+    # log p as two floats, absolute, relative to 1 + |log p|: a few numbers below 2^-17 that round by half an eps each,
+    # and the constants; found are 2.2e-12 for p > 2^-6, and less of the size elsewhere
     ("logarithm", "float32"): 2.0**-39,
     # rounding a result to its dtype, relative; float16 is subnormal below 2^-14: half of 2^-24 absolute, a class
     ("rounding", "float64"): 0.0,
@@ -399,7 +399,9 @@ def _sizes(
             x_size = (1 + np.abs(part)) * (p if sx == "log_probs" else 1.0)
         if is_mixed(operation, (sx, sy)) and operation != "cross_entropy":
             off = TOLERANCES["logarithm", "float32"] * logs
-            by_value, by_gradient = (off / tolerance(operation, (sx, sy), "float32", of)[0] for of in ("value", "gradient"))
+            by_value, by_gradient = (
+                off / tolerance(operation, (sx, sy), "float32", of)[0] for of in ("value", "gradient")
+            )
             magnitudes = magnitudes + by_value * p * (np.abs(part) + off if operation == "kl_div" else 1.0)
             x_size = x_size + by_gradient * (p if sx == "log_probs" else 1.0)
             if operation == "kl_div":

@@ -339,8 +339,8 @@ def refuse(a: Any, name: str) -> None:
 
 
 def is_wide(operation: int, spaces: tuple[int, int]) -> bool:
-    """Whether float32 is computed in float64: logits have to be normalised (docs/maths.md), but for kl_div and rel_entr of
-    two rows of them. The terms of other systems are no more precise than those compute them, but for logits."""
+    """Whether float32 is computed in float64: logits have to be normalised (docs/maths.md), but for kl_div and rel_entr
+    of two rows of them. The terms of other systems are no more precise than those compute them, but for logits."""
     if operation > ENTROPY:
         return 2 in spaces
     return 2 in spaces and (spaces[0] != spaces[1] or operation > REL_ENTR)
