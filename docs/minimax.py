@@ -21,6 +21,11 @@ def atanh_tail(w):
     return mp.mpf(2) / 3 if w < mp.mpf(10) ** -25 else (2 * mp.atanh(s) / s - 2) / w
 
 
+def atanh_rest(w):
+    """(2 atanh(s)/s - 2 - 2/3 w) / w^2."""
+    return mp.mpf(2) / 5 if w < mp.mpf(10) ** -15 else (atanh_tail(w) - mp.mpf(2) / 3) / w
+
+
 def show(name, f, interval, terms, dtype):
     """Print one polynomial, lowest power first, and its largest relative error after rounding."""
     coefficients = [dtype(float(c)) for c in mp.chebyfit(f, interval, terms)[::-1]]
@@ -37,3 +42,4 @@ if __name__ == "__main__":
     for dtype, of_exp, of_atanh in ((np.float32, 6, 4), (np.float64, 11, 8)):
         show("exp_tail", exp_tail, [-half, half], of_exp, dtype)
         show("atanh_tail", atanh_tail, [mp.mpf(0), mp.mpf("0.0402")], of_atanh, dtype)
+    show("atanh_rest", atanh_rest, [mp.mpf(0), mp.mpf("0.0108")], 3, np.float32)

@@ -303,7 +303,6 @@ constexpr int CROSS_STATES = sizeof(Cross) / sizeof(double);
 enum { CROSS_MAX_A = VALUE + 1, CROSS_S, CROSS_MAX_B, CROSS_LOG_S, CROSS_Q, CROSS_MEAN };   // stats
 
 // Of one class of x or y, in the space S. `zero`: where its logits are measured from.
-template <int S, typename T> KL_FN bool impossible_in(T x) { return S == PROBS ? x == T(0) : excluded(x); }
 template <int S, bool TEMPERED, typename T> KL_FN T cross_weight(T x, T zero, const Inverse<T>& it) {
   if constexpr (S == PROBS) return x >= T(0) ? x : nan<T>();
   if constexpr (S == LOG_PROBS) return x == x ? exp(x) : x;
@@ -326,10 +325,10 @@ template <typename T> KL_FN T counted_cost(T w, T cost) { return (w > T(0)) | (c
 // it is found in double. Nothing below e^-800 counts in either.
 template <typename T> KL_FN bool large_cost(T cost) { return cost > Real<float>::up; }
 template <int SX, int SY, typename T> KL_FN bool costs_double(T x, T y, T zero_a, T zero_b, T it) {
-  bool counts = SX == LOGITS ? (x - zero_a) * it > T(-800) : !impossible_in<SX>(x);
-  return sizeof(T) == sizeof(float) && counts & !impossible_in<SY>(y) & large_cost(cost_of<SY>(y, zero_b, it));
+  bool counts = SX == LOGITS ? (x - zero_a) * it > T(-800) : !excluded<SX>(x);
+  return sizeof(T) == sizeof(float) && counts & !excluded<SY>(y) & large_cost(cost_of<SY>(y, zero_b, it));
 }
-template <int SX, int SY, typename T> KL_FN bool cannot_be(T x, T y) { return impossible_in<SY>(y) & !impossible_in<SX>(x); }
+template <int SX, int SY, typename T> KL_FN bool cannot_be(T x, T y) { return excluded<SY>(y) & !excluded<SX>(x); }
 
 KL_FN Cross cross_at(const double* from, long long pitch) {
   return {from[0], from[pitch], from[2 * pitch], from[3 * pitch], from[4 * pitch], from[5 * pitch], from[6 * pitch]};
@@ -380,7 +379,7 @@ template <int SX, int SY, bool TEMPERED, typename T> KL_FN CrossOutputs<T> cross
     dy = (cross_weight<SY, TEMPERED>(y, k.zero_b, k.it) * k.q - w) * k.it.value;
   } else if constexpr (SY == PROBS) {
     dy = T(0) - w / y;
-    dy = y == T(0) ? (impossible_in<SX>(x) ? T(0) : -infinity<T>()) + T(0) * w : dy;
+    dy = y == T(0) ? (excluded<SX>(x) ? T(0) : -infinity<T>()) + T(0) * w : dy;
     dy = y >= T(0) ? dy : nan<T>();
   }
   return {term, dx, dy};

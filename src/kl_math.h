@@ -145,6 +145,8 @@ KL_FN double atanh_tail(double w) {
   return w * horner(w, 0x1.5555555555555p-1, 0x1.9999999999f4ap-2, 0x1.24924923d8d53p-2, 0x1.c71c72e6a0bf3p-3,
                     0x1.745caa083f891p-3, 0x1.3b2a29705fb2cp-3, 0x1.0e857c4765545p-3, 0x1.16d0d0a09926bp-3);
 }
+// (2 atanh(s)/s - 2 - 2/3 w) / w^2 with w = s^2 <= 0.0108, relative error 2^-25.4
+KL_FN float atanh_rest(float w) { return horner(w, 0x1.99999ap-2f, 0x1.248f1ep-2f, 0x1.cd34bep-3f); }
 
 // ---- exponentials -----------------------------------------------------------------------------------------------------
 // x = n ln 2 + r, |r| <= ln(2)/2; the low bits of `k` hold n
@@ -184,8 +186,8 @@ template <bool ALL = true, typename T> KL_FN T exp(T x) {
   return (y * power_of_two(half)) * power_of_two(rest);
 }
 
-// m e^x and e^x/m, rounded once more: they may be in range where e^x is subnormal, infinite or zero
-template <bool OVER, typename T> KL_FN T with_exp(T m, T x) {
+// m e^x, rounded once more: it may be in range where e^x is subnormal, infinite or zero
+template <typename T> KL_FN T times_exp(T m, T x) {
   typedef Real<T> R;
   T c = x > R::exp_far ? R::exp_far : x;
   c = c < -R::exp_far ? -R::exp_far : c;
@@ -193,10 +195,9 @@ template <bool OVER, typename T> KL_FN T with_exp(T m, T x) {
   T y = fma(o.r * o.r, exp_tail(o.r), o.r) + T(1);
   T third = fma(o.n, T(1) / T(3), R::round), n = third - R::round, p = power_of_two(third);
   T v = y * p;
-  v = ((OVER ? v / m : v * m) * p) * power_of_two(((o.n - n) - n) + R::round);
+  v = ((v * m) * p) * power_of_two(((o.n - n) - n) + R::round);
   return x < -R::exp_far ? T(0) : v;
 }
-template <typename T> KL_FN T times_exp(T m, T x) { return with_exp<false>(m, x); }
 
 // e^x for x <= 0, zero below 2^-124 (2^-1020): the weights of a softmax, whose largest is 1. Not for NaN.
 template <typename T> KL_FN T exp_flushed(T x) {
@@ -242,7 +243,7 @@ template <bool ALL = true, typename T> KL_FN T expm1_minus(T t) {
   }
 #endif
   T g = expm1_minus_of(octave(t));
-  return ALL & (t < T(-60)) ? T(-1) - t : g;
+  return ALL & (t < T(-64)) ? T(-1) - t : g;   // below every ordinary t
 }
 template <typename T> KL_FN T expm1_minus(T t, T low) {   // of t + low, ordinary
   Octave<T> o = octave(t);
@@ -290,6 +291,22 @@ template <bool ALL = true, typename T> KL_FN LogRatio<T> log_ratio(T x, T y) {
   return {infinite ? y - x : value, infinite ? y - x : deviance};
 }
 
+// e^x/m for m > 0, wherever that is in range
+template <typename T> KL_FN T exp_over(T x, T m) {
+  typedef Real<T> R;
+  T c = x > R::exp_far ? R::exp_far : x;
+  c = c < -R::exp_far ? -R::exp_far : c;
+  Octave<T> o = octave(c);
+  Ratio<T> q = ratio(T(1), m);
+  T v = (fma(o.r * o.r, exp_tail(o.r), o.r) + T(1)) / q.to, n = o.n - q.k;   // e^x/m = 2^n v
+  n = n > R::exp_far ? R::exp_far : n;
+  n = n < -R::exp_far ? -R::exp_far : n;
+  T third = fma(n, T(1) / T(3), R::round), t = third - R::round, p = power_of_two(third);
+  v = ((v * p) * p) * power_of_two(((n - t) - t) + R::round);
+  v = m == infinity<T>() ? T(0) : v;
+  return x < -R::exp_far ? T(0) : v;
+}
+
 // log(1 + f) + k ln 2 for f = to - 1, with `low` the part of f that `to` could not hold
 template <typename T> KL_FN T log_of(T to, T low, T k) {
   typedef Real<T> R;
@@ -306,6 +323,31 @@ template <typename T> KL_FN T log(T x) {
   y = x == T(0) ? -infinity<T>() : y;
   return x >= T(0) ? y : nan<T>();
 }
+
+// y - log x for x > 0. In float to 2 eps of the result, and where it is small to 2^-38: a float that held log x would leave
+// little of it. So log x is taken off in parts, the largest first, and where they all but cancel every difference is exact
+// (Sterbenz): k log 2 + log(4/3), if x is scaled by 3/4 as well; 2 atanh(s) = 2 s + 2/3 s^3 + ...; what these were rounded by.
+template <bool ALL = true> KL_FN float minus_log(float y, float x) {
+  typedef Real<float> R;
+  constexpr float two_thirds = 0x1.555556p-1f, two_thirds_lo = -0x1.555556p-26f;
+  Ratio<float> q = ratio<ALL>(1.125f, x);                     // `to` in [13/16, 13/8)
+  bool high = q.to >= 1.2f;
+  float f = fma(high ? 0.75f : 1.f, q.to, -1.f);              // in [-3/16, 7/32), exact
+  float top = fma(q.k, R::ln2_hi, high ? 0x1.2696p-2f : 0.f);   // exact
+  float low = fma(q.k, R::ln2_lo, high ? 0x1.089a6ep-21f : 0.f);
+  float r = quotient<false>(1.f, 2.f + f), s = f * r, s2 = s + s;
+  float e = fma(-s, f, f - s2) * (r + r);                     // 2 f/(2 + f) - 2 s
+  float w = s * s, c = w * s, v = c * two_thirds;
+  float w_low = fma(s, s, -w), c_low = fma(w_low, s, fma(w, s, -c));
+  float tail = fma(c, fma(w, atanh_rest(w), two_thirds_lo), fma(c_low, two_thirds, fma(c, two_thirds, -v)));
+  float h = s2 + v, h_low = v - (h - s2);
+  low = (low + h_low) + (tail + fma(e, fma(w, w, w), e));     // d 2 atanh(s) = 2 ds/(1 - w)
+  float d = ((y - top) - h) - low;
+  if constexpr (!ALL) return d;
+  d = x == infinity<float>() ? y - x : d;
+  return x == 0.f ? y + infinity<float>() : d;
+}
+template <bool ALL = true> KL_FN double minus_log(double y, double x) { return y - log(x); }
 
 template <typename T> KL_FN T log1p(T x) {
   typedef Real<T> R;
@@ -332,9 +374,9 @@ enum Operation { KL_DIV = 0, REL_ENTR = 1, CROSS_ENTROPY = 2, ENTROPY = 3,
 template <int OP, int SX, int SY> struct Term;
 
 // What there is to say of a term: whether it has a shorter form for ordinary arguments, and which these are; whether its
-// functions take an epsilon beside x and y. What most terms say:
+// functions take an epsilon beside x and y; whether they take t, log q - log p, which `gap` computes. What most terms say:
 struct Plain {
-  static constexpr bool has_ordinary = false, takes_epsilon = false;
+  static constexpr bool has_ordinary = false, takes_epsilon = false, has_gap = false;
   template <typename T> static KL_FN bool ordinary(T, T) { return false; }
 };
 // Whether a term's dy is final even where y are logits: else it is a derivative with respect to log y, and has yet to go
@@ -358,7 +400,7 @@ template <typename T> KL_FN T zero_over(T x, T y) {   // -x/y with 0/0 = 0
 }
 
 template <> struct Term<KL_DIV, PROBS, PROBS> {
-  static constexpr bool has_ordinary = true, takes_epsilon = false;
+  static constexpr bool has_ordinary = true, takes_epsilon = false, has_gap = false;
   template <typename T> static KL_FN bool ordinary(T x, T y) {
     return (x >= Real<T>::tiny) & (y >= Real<T>::tiny) & (x < Real<T>::huge) & (y < Real<T>::huge);
   }
@@ -425,7 +467,7 @@ template <> struct Term<ENTROPY, PROBS, PROBS> : Plain {
 template <typename T> KL_FN bool excluded(T l) { return l == -infinity<T>(); }
 
 template <> struct Term<KL_DIV, LOG_PROBS, LOG_PROBS> {
-  static constexpr bool has_ordinary = true, takes_epsilon = false;
+  static constexpr bool has_ordinary = true, takes_epsilon = false, has_gap = false;
   template <typename T> static KL_FN bool ordinary(T x, T y) {
     return (absolute(y - x) < Real<T>::far) & (x > Real<T>::flush) & (x < Real<T>::exp_ordinary);
   }
@@ -488,93 +530,108 @@ template <> struct Term<ENTROPY, LOG_PROBS, LOG_PROBS> : Plain {
   template <typename T> static KL_FN T dy(T, T) { return T(0); }
 };
 
-// one of each: the probability and its logarithm are both needed. Precise only in double, which kl_rows.h uses here:
-// log p rounds to eps * |log p|, and the divergence of close distributions is the square of a difference of logs.
+// one of each: the probability and its logarithm are both needed
 template <int S, typename T> KL_FN T prob(T x) {
   if constexpr (S == PROBS) return x;
   else return exp(x);
 }
-template <int S, typename T> KL_FN T times_prob(T m, T x) {
+template <int S, bool ALL = true, typename T> KL_FN T times_prob(T m, T x) {
   if constexpr (S == PROBS) return m * x;
-  else return times_exp(m, x);
+  else if constexpr (ALL) return times_exp(m, x);
+  else return m * exp<false>(x);
 }
 template <int S, typename T> KL_FN T log_prob(T x) {
   if constexpr (S == PROBS) return log(x);
   else return x;
 }
+template <int S, typename T> KL_FN bool excluded(T x) { return x == (S == PROBS ? T(0) : -infinity<T>()); }
+template <int S, typename T> KL_FN T unless_undefined(T x, T v) {
+  if constexpr (S == PROBS) return x >= T(0) ? v : nan<T>();
+  else return x == x ? v : x;
+}
+template <int SX, int SY, typename T> KL_FN T unless_undefined(T x, T y, T v) {
+  return unless_undefined<SY>(y, unless_undefined<SX>(x, v));
+}
+// t = log q - log p
+template <int SX, int SY, bool ALL = true, typename T> KL_FN T log_gap(T x, T y) {
+  if constexpr (SX == PROBS) return minus_log<ALL>(y, x);
+  else return -minus_log<ALL>(x, y);
+}
 
-template <int SX, int SY> struct Term<KL_DIV, SX, SY> : Plain {
-  template <typename T> static KL_FN T value(T x, T y) {
-    T lx = log_prob<SX>(x), ly = log_prob<SY>(y), t = ly - lx, q = prob<SY>(y);
-    T v = times_prob<SX>(expm1_minus(t), x);
+template <int SX, int SY> struct Term<KL_DIV, SX, SY> {
+  static constexpr bool has_ordinary = true, takes_epsilon = false, has_gap = true;
+  template <typename T> static KL_FN bool ordinary(T x, T y) {   // |t| < far: within half an octave, log p is cheap
+    typedef Real<T> R;
+    T p = SX == PROBS ? x : y, l = SX == PROBS ? y : x, t = fma(ratio<false>(T(1), p).k, -R::ln2, l);
+    return (p >= R::tiny) & (p < R::huge) & (absolute(t) < R::far - T(1));
+  }
+  template <bool ALL = true, typename T> static KL_FN T gap(T x, T y) { return log_gap<SX, SY, ALL>(x, y); }
+  template <bool ALL = true, typename T> static KL_FN T value(T x, T y) { return value<ALL>(x, y, gap<ALL>(x, y)); }
+  template <bool ALL = true, typename T> static KL_FN T dx(T x, T y) { return dx<ALL>(x, y, gap<ALL>(x, y)); }
+  template <bool ALL = true, typename T> static KL_FN T dy(T x, T y) { return dy<ALL>(x, y, gap<ALL>(x, y)); }
+  template <bool ALL, typename T> static KL_FN T value(T x, T y, T t) {   // p (e^t - 1 - t)
+    T v = times_prob<SX, ALL>(expm1_minus<ALL>(t), x);
+    if constexpr (!ALL) return v;
+    T q = prob<SY>(y);
     v = t > Real<T>::far ? q : v;
-    v = excluded(ly) ? infinity<T>() : v;
-    v = excluded(lx) ? q : v;
-    return unless_nan(lx, ly, v);
+    v = excluded<SY>(y) ? infinity<T>() : v;
+    v = excluded<SX>(x) ? q : v;
+    return unless_undefined<SX, SY>(x, y, v);
   }
-  template <typename T> static KL_FN T dx(T x, T y) {      // -t, times p where x is a logarithm
-    T lx = log_prob<SX>(x), ly = log_prob<SY>(y), t = ly - lx;
-    T d = T(0) - (SX == PROBS ? t : times_prob<SX>(t, x));
-    if constexpr (SX == PROBS) {
-      d = excluded(ly) ? infinity<T>() : d;
-    } else {
-      d = excluded(ly) ? infinity<T>() : d;
-      d = excluded(lx) ? T(0) : d;
-    }
-    return unless_nan(lx, ly, d);
+  template <bool ALL, typename T> static KL_FN T dx(T x, T y, T t) {      // -t, times p where x is a logarithm
+    T d = T(0) - (SX == PROBS ? t : times_prob<SX, ALL>(t, x));
+    if constexpr (!ALL) return d;
+    d = excluded<SY>(y) ? infinity<T>() : d;
+    if constexpr (SX != PROBS) d = excluded<SX>(x) ? T(0) : d;
+    return unless_undefined<SX, SY>(x, y, d);
   }
-  template <typename T> static KL_FN T dy(T x, T y) {      // 1 - x/y, times q where y is a logarithm
-    T lx = log_prob<SX>(x), ly = log_prob<SY>(y), t = ly - lx, d;
+  template <bool ALL, typename T> static KL_FN T dy(T x, T y, T t) {      // 1 - p/q, times q where y is a logarithm
+    T d;
+    if constexpr (SY == PROBS) d = T(0) - expm1(-t);
+    else d = times_prob<SX, ALL>(expm1_of(t, expm1_minus<ALL>(t)), x);
+    if constexpr (!ALL) return d;
     if constexpr (SY == PROBS) {
-      d = T(0) - expm1(-t);
-      d = excluded(lx) ? T(1) : d;
+      d = excluded<SX>(x) ? T(1) : d;
     } else {
       T q = prob<SY>(y);
-      d = times_prob<SX>(expm1_of(t, expm1_minus(t)), x);
       d = t > Real<T>::far ? q : d;
-      d = excluded(lx) ? q : d;
+      d = excluded<SX>(x) ? q : d;
     }
-    return unless_nan(lx, ly, d);
+    return unless_undefined<SX, SY>(x, y, d);
   }
 };
 
 template <int SX, int SY> struct Term<REL_ENTR, SX, SY> : Plain {
-  template <typename T> static KL_FN T value(T x, T y) {
-    T lx = log_prob<SX>(x), ly = log_prob<SY>(y), v = T(0) - times_prob<SX>(ly - lx, x);
-    v = excluded(ly) ? infinity<T>() : v;
-    v = excluded(lx) ? T(0) : v;
-    return unless_nan(lx, ly, v);
+  template <typename T> static KL_FN T value(T x, T y) {   // -p t
+    T v = T(0) - times_prob<SX>(log_gap<SX, SY>(x, y), x);
+    v = excluded<SY>(y) ? infinity<T>() : v;
+    v = excluded<SX>(x) ? T(0) : v;
+    return unless_undefined<SX, SY>(x, y, v);
   }
-  template <typename T> static KL_FN T dx(T x, T y) {
-    T lx = log_prob<SX>(x), ly = log_prob<SY>(y), d = T(1) - (ly - lx);
-    if constexpr (SX == PROBS) {
-      d = excluded(ly) ? infinity<T>() : d;
-    } else {
-      d = times_prob<SX>(d, x);
-      d = excluded(ly) ? infinity<T>() : d;
-      d = excluded(lx) ? T(0) : d;
-    }
-    return unless_nan(lx, ly, d);
+  template <typename T> static KL_FN T dx(T x, T y) {      // 1 - t, times p where x is a logarithm
+    T d = T(1) - log_gap<SX, SY>(x, y);
+    if constexpr (SX != PROBS) d = times_prob<SX>(d, x);
+    d = excluded<SY>(y) ? infinity<T>() : d;
+    if constexpr (SX != PROBS) d = excluded<SX>(x) ? T(0) : d;
+    return unless_undefined<SX, SY>(x, y, d);
   }
-  template <typename T> static KL_FN T dy(T x, T y) {
-    T lx = log_prob<SX>(x), ly = log_prob<SY>(y), d;
+  template <typename T> static KL_FN T dy(T x, T y) {      // -p/q, times q where y is a logarithm
+    T d = T(0) - x;
     if constexpr (SY == PROBS) {
-      d = T(0) - with_exp<true>(y, x);
-      d = excluded(ly) ? -infinity<T>() : d;   // however small p is
-      d = excluded(lx) ? T(0) : d;
-    } else {
-      d = T(0) - x;
+      d = T(0) - exp_over(x, y);
+      d = excluded<SY>(y) ? -infinity<T>() : d;   // however small p is
+      d = excluded<SX>(x) ? T(0) : d;
     }
-    return unless_nan(lx, ly, d);
+    return unless_undefined<SX, SY>(x, y, d);
   }
 };
 
 template <int SX, int SY> struct Term<CROSS_ENTROPY, SX, SY> : Plain {
-  template <typename T> static KL_FN T value(T x, T y) {
-    T lx = log_prob<SX>(x), ly = log_prob<SY>(y), v = T(0) - times_prob<SX>(ly, x);
-    v = excluded(ly) ? infinity<T>() : v;
-    v = excluded(lx) ? T(0) : v;
-    return unless_nan(lx, ly, v);
+  template <typename T> static KL_FN T value(T x, T y) {   // -p log q
+    T v = T(0) - times_prob<SX>(log_prob<SY>(y), x);
+    v = excluded<SY>(y) ? infinity<T>() : v;
+    v = excluded<SX>(x) ? T(0) : v;
+    return unless_undefined<SX, SY>(x, y, v);
   }
   template <typename T> static KL_FN T dx(T x, T y) {
     if constexpr (SX != PROBS) return value(x, y);

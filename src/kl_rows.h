@@ -212,6 +212,27 @@ template <typename T> struct Terms {   // value, and the derivatives asked for, 
   typedef void (*Map)(const T* x, const T* y, T epsilon, int n, T* value, T* dx, T* dy);
 };
 
+// A logarithm and an exponential in one loop are too long a chain for a processor to see the next one (see weigh_piece).
+template <class F, typename T, bool ALL, bool DX, bool DY>
+KL_FN void each_term(const T* __restrict x, const T* __restrict y, T e, int n, T* __restrict value, T* __restrict dx,
+                     T* __restrict dy) {
+  if constexpr (F::has_gap) {
+    for (int i = 0; i < n; i++) value[i] = F::template gap<ALL>(x[i], y[i]);
+    for (int i = 0; i < n; i++) {
+      T t = value[i];
+      value[i] = F::template value<ALL>(x[i], y[i], t);
+      if (DX) dx[i] = F::template dx<ALL>(x[i], y[i], t);
+      if (DY) dy[i] = F::template dy<ALL>(x[i], y[i], t);
+    }
+    return;
+  }
+  for (int i = 0; i < n; i++) {
+    value[i] = value_of<F, ALL>(x[i], y[i], e);
+    if (DX) dx[i] = dx_of<F, ALL>(x[i], y[i], e);
+    if (DY) dy[i] = dy_of<F, ALL>(x[i], y[i], e);
+  }
+}
+
 // Ordinary arguments take the shorter form; the bits are those of the long one. Looked at beforehand, because what the
 // shorter form makes of a zero are subnormals, with which processors are slow.
 template <class F, typename T, bool DX, bool DY>
@@ -220,20 +241,9 @@ void terms(const T* __restrict x, const T* __restrict y, T e, int n, T* __restri
   if constexpr (F::has_ordinary) {
     typename Real<T>::Bits others = 0;
     for (int i = 0; i < n; i++) others |= F::ordinary(x[i], y[i]) ? 0 : 1;
-    if (!others) {
-      for (int i = 0; i < n; i++) {
-        value[i] = value_of<F, false>(x[i], y[i], e);
-        if (DX) dx[i] = dx_of<F, false>(x[i], y[i], e);
-        if (DY) dy[i] = dy_of<F, false>(x[i], y[i], e);
-      }
-      return;
-    }
+    if (!others) return each_term<F, T, false, DX, DY>(x, y, e, n, value, dx, dy);
   }
-  for (int i = 0; i < n; i++) {
-    value[i] = value_of<F, true>(x[i], y[i], e);
-    if (DX) dx[i] = dx_of<F, true>(x[i], y[i], e);
-    if (DY) dy[i] = dy_of<F, true>(x[i], y[i], e);
-  }
+  each_term<F, T, true, DX, DY>(x, y, e, n, value, dx, dy);
 }
 
 template <class F, typename T> typename Terms<T>::Map terms_for(bool dx, bool dy) {
@@ -269,9 +279,7 @@ template <typename T> typename Terms<T>::Map terms_of(const Plan& p) {
   }
   if (sx == sy)
     return sx == PROBS ? terms_in<PROBS, PROBS, T>(p.operation, dx, dy) : terms_in<LOG_PROBS, LOG_PROBS, T>(p.operation, dx, dy);
-  if constexpr (sizeof(T) == 8)   // the plan is wide wherever the spaces differ
-    return sx == PROBS ? terms_in<PROBS, LOG_PROBS, T>(p.operation, dx, dy) : terms_in<LOG_PROBS, PROBS, T>(p.operation, dx, dy);
-  return nullptr;
+  return sx == PROBS ? terms_in<PROBS, LOG_PROBS, T>(p.operation, dx, dy) : terms_in<LOG_PROBS, PROBS, T>(p.operation, dx, dy);
 }
 
 // Term and gradients times the factors; `room` is for a chunk of them.

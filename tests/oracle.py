@@ -29,10 +29,12 @@ PAIRS = tuple((sx, sy) for sx in SPACES for sy in SPACES)
 # Bounds are relative to a size that `exact` gives with every answer, `value_size`, `dx_size` or `dy_size`:
 #   plain   kl_div of two arguments of one space: the answer itself (its gradient: the row's L1 norm). The other
 #           operations: the sum of the magnitudes of what is added.
-#   wide    what klcore computes in double whatever the input: pairs of different spaces, but for entropy and
-#           cross-entropy of logits. A logarithm l = log p carries an error of eps*|l|, which shifts a term by its
-#           derivative times that, so the size is the sum of magnitudes times 1 + |log p| + |log q|; the bound is in eps
-#           of double.
+#   wide    what klcore computes in double whatever the input: kl_div and rel_entr of logits beside another space; and of
+#           a probability beside a logarithm, where an input is float64. A logarithm l = log p carries an error of
+#           eps*|l|, which shifts a term by its derivative times that, so the size is the sum of magnitudes times
+#           1 + |log p| + |log q|; the bound is in eps of double.
+#   mixed   a probability beside a logarithm, narrower than float64: plain, and what a logarithm in two floats is
+#           off by, times the term's derivative.
 # Where the result is narrower than the arithmetic, rounding it adds half an eps of the result's dtype (`rounding`).
 EPS32, EPS64 = 2.0**-23, 2.0**-52
 TOLERANCES = {
@@ -52,6 +54,9 @@ TOLERANCES = {
     ("fast16", "float32"): 32 * EPS32,
     # logarithm, normalisation, exponential and product, each half an eps to one eps of its part of the size
     ("wide", "float64"): 4 * EPS64,
+    # log p as two floats, absolute, relative to 1 + |log p|: a few numbers below 2^-17 that round by half an eps each,
+    # and the constants; found are 2.2e-12 for p > 2^-6, and less of the size elsewhere
+    ("logarithm", "float32"): 2.0**-39,
     # rounding a result to its dtype, relative; float16 is subnormal below 2^-14: half of 2^-24 absolute, a class
     ("rounding", "float64"): 0.0,
     ("rounding", "float32"): 0.5 * EPS32,
@@ -77,9 +82,16 @@ TOLERANCES = {
 }
 
 
-def is_wide(operation: str, space: Any) -> bool:
+def is_mixed(operation: str, space: Any) -> bool:
+    return operation != "entropy" and tuple(space) in (("probs", "log_probs"), ("log_probs", "probs"))
+
+
+def is_wide(operation: str, space: Any, double: bool = False) -> bool:
+    """`double`: whether an input, or the result, is float64."""
     sx, sy = (space, space) if isinstance(space, str) else space
-    return sx != sy and not is_cross(operation, space)
+    if is_mixed(operation, space):
+        return double
+    return "logits" in (sx, sy) and sx != sy and not is_cross(operation, space)
 
 
 def is_cross(operation: str, space: Any) -> bool:
@@ -95,7 +107,7 @@ def tolerance(operation: str, space: Any, dtype: Any, of: str = "value") -> tupl
     """
     dtype = np.dtype(dtype).name
     base = "float64" if dtype == "float64" else "float32"
-    if is_wide(operation, space):
+    if is_wide(operation, space, dtype == "float64"):
         relative = TOLERANCES["wide", "float64"]
     elif of == "gradient":
         relative = TOLERANCES["gradient", base]
@@ -313,6 +325,7 @@ def _side(ar: Any, a: np.ndarray, space: str, temperature: float) -> Side:
 def _answer(ar: Any, operation: str, x: Any, y: Any, space: Any, temperature: float) -> Answer:
     sx, sy = (space, space) if isinstance(space, str) else space
     single = operation == "entropy"
+    double = any(np.asarray(v).dtype.itemsize == 8 for v in (x, x if single else y))
     x, y = np.broadcast_arrays(*(np.atleast_2d(np.asarray(v).astype(np.float64)) for v in (x, x if single else y)))
     a = _side(ar, x, sx, temperature)
     b = a if single else _side(ar, y, sy, temperature)
@@ -360,19 +373,19 @@ def _answer(ar: Any, operation: str, x: Any, y: Any, space: Any, temperature: fl
 
     # sizes: ordinary doubles will do
     with np.errstate(over="ignore", invalid="ignore"):
-        sizes = _sizes(ar, operation, sx, sy, temperature, a, b, part, values, terms, dx, dy)
+        sizes = _sizes(ar, operation, sx, sy, temperature, a, b, part, values, terms, dx, dy, double)
     return Answer(values, terms, dx, dy, *sizes)
 
 
 def _sizes(
     ar: Any, operation: str, sx: str, sy: str, temperature: float, a: Side, b: Side, part: Any, values: Any, terms: Any,
-    dx: Any, dy: Any,
+    dx: Any, dy: Any, double: bool,
 ) -> list[np.ndarray]:  # fmt: skip
     """Of value, terms, dx and dy, by row, and dy's floor; see TOLERANCES. Infinite and NaN terms count for nothing."""
     p, q, lp, lq, part = (ar.double(v) for v in (a.p, b.p, a.log, b.log, part))
     logs = np.minimum(1 + np.abs(lp) + np.abs(lq), 1e150)  # squares of it stay finite
     finite = np.where(np.isfinite(terms), terms, 0.0)
-    if is_wide(operation, (sx, sy)):
+    if is_wide(operation, (sx, sy), double):
         magnitudes = (finite + np.abs(q - p) if operation == "kl_div" else p * np.abs(part) + p * (sx != sy)) * logs
         if operation == "kl_div":  # of next to equal rows, the square of the error of log q - log p
             magnitudes = magnitudes + EPS64 * p * logs * logs
@@ -394,6 +407,15 @@ def _sizes(
             x_size = x_size + 2.0**-20 * p * (np.abs(part) + np.abs(magnitudes)) / temperature
         if operation in ("rel_entr", "entropy") and sx != "logits":  # by_p is 1 beside a logarithm: they may cancel
             x_size = (1 + np.abs(part)) * (p if sx == "log_probs" else 1.0)
+        if is_mixed(operation, (sx, sy)) and operation != "cross_entropy":
+            off = TOLERANCES["logarithm", "float32"] * logs
+            by_value, by_gradient = (
+                off / tolerance(operation, (sx, sy), "float32", of)[0] for of in ("value", "gradient")
+            )
+            magnitudes = magnitudes + by_value * p * (np.abs(part) + off if operation == "kl_div" else 1.0)
+            x_size = x_size + by_gradient * (p if sx == "log_probs" else 1.0)
+            if operation == "kl_div":
+                y_size = y_size + by_gradient * p / (np.where(q > 0, q, 1.0) if sy == "probs" else 1.0)
     # two rows of logits: q - p cancels too where a mask makes KL large beside it; such chunks are computed in double,
     # and log q - log p is known to five eps of double times KL
     y_floor = np.zeros_like(p)

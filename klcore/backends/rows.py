@@ -339,11 +339,10 @@ def refuse(a: Any, name: str) -> None:
 
 
 def is_wide(operation: int, spaces: tuple[int, int]) -> bool:
-    """Whether float32 is computed in float64: a logarithm beside a probability needs more than its own precision
-    (docs/maths.md). The terms of other systems are no more precise than those compute them, but for logits."""
-    if operation > ENTROPY:
-        return 2 in spaces
-    return spaces[0] != spaces[1] and (operation <= REL_ENTR or 2 not in spaces)
+    """Whether float32 is computed in float64: the divergence of a row of logits from numbers of another space, since
+    what normalises the one row has to be known to far more than float32 holds (docs/maths.md). The terms of other
+    systems are no more precise than those compute them, but for logits."""
+    return 2 in spaces and (operation > ENTROPY or (operation <= REL_ENTR and spaces[0] != spaces[1]))
 
 
 def result(task: Task, value: Any) -> Any:
