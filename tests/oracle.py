@@ -29,8 +29,8 @@ PAIRS = tuple((sx, sy) for sx in SPACES for sy in SPACES)
 # Bounds are relative to a size that `exact` gives with every answer, `value_size`, `dx_size` or `dy_size`:
 #   plain   kl_div of two arguments of one space: the answer itself (its gradient: the row's L1 norm). The other
 #           operations: the sum of the magnitudes of what is added.
-#   wide    what klcore computes in double whatever the input: kl_div and rel_entr of logits beside another space; and of
-#           a probability beside a logarithm, where an input is float64. A logarithm l = log p carries an error of
+#   wide    what klcore computes in double whatever the input: kl_div and rel_entr of logits beside another space; and
+#           of a probability beside a logarithm, where an input is float64. A logarithm l = log p carries an error of
 #           eps*|l|, which shifts a term by its derivative times that, so the size is the sum of magnitudes times
 #           1 + |log p| + |log q|; the bound is in eps of double.
 #   mixed   a probability beside a logarithm, narrower than float64: plain, and what a logarithm in two floats is
