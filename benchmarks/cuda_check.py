@@ -74,9 +74,11 @@ SWEEPS = {
     "terms_chunk": ("reading sweep", ""),
     "spread_chunk": ("reading sweep", r"spread_outputs|store_outputs"),
     "spread_outputs": ("writing sweep", r"spread_chunk|stage_chunk|finish"),
+    "cross_state": ("reading sweep", r"cross_outputs|store_outputs"),
+    "cross_outputs": ("writing sweep", r"cross_state|stage_chunk|finish"),
 }
 # what ordinary rows without weights do not meet; and what no way may leave out, though flags guard it
-RARE = r"far_chunk: |stage_again: |far_output: |far_row: |anchor_where_not_kept: |p\.weights\.data \?"
+RARE = r"far_chunk: |look_closer: |stage_again: |far_output: |far_row: |anchor_where_not_kept: |p\.weights\.data \?"
 WANTED = r"near_term: "
 # places of a loop's `for` -> which part the loop is, and how often it goes round
 LOOPS = (

@@ -782,6 +782,26 @@ template <class L> KL_DEVICE void cross_sums_in_double(const L& at, const Slot& 
     else k.rest = one;
   }
 }
+// What large costs mean: classes that cannot be, or a chunk for double
+template <class L> KL_DEVICE void look_closer(const L& at, const Slot& s, T zero_a, T max_b, T zero_b, const Inverse<T>& it,
+                                              double temperature, Cross& k) {
+  bool impossible = false, in_double = false;
+#pragma unroll 1
+  for (int step = 0; step < at.steps(); step++)
+#pragma unroll 1
+    for (int e = 0; e < L::E; e++) {
+      int i = at.index(step, e);
+      if (i >= at.n) continue;
+      impossible |= cannot_be<SX, CROSS_Y>(x_of(s, i), y_of(s, i));
+      in_double |= costs_double<SX, CROSS_Y>(x_of(s, i), y_of(s, i), zero_a, zero_b, it.value);
+    }
+  k.kind = kind_of(false, at.any(impossible));
+  in_double = at.any(in_double);
+  if (sizeof(T) == sizeof(double) || !__any_sync(ALL_LANES, in_double)) return;
+  Cross exact = k;
+  cross_sums_in_double(at, s, (double)zero_a, (double)max_b, (double)zero_b, temperature, exact);
+  if (in_double) k = exact;
+}
 template <class L> KL_DEVICE void cross_state(const L& at, const Slot& s, double temperature, double* state) {
   T max_a = SX == LOGITS ? -infinity<T>() : T(0), max_b = CROSS_Y == LOGITS ? -infinity<T>() : T(0);
   if constexpr (SX == LOGITS || CROSS_Y == LOGITS) {
@@ -806,25 +826,7 @@ template <class L> KL_DEVICE void cross_state(const L& at, const Slot& s, double
   T zero_a = (T)top_of(max_a), zero_b = (T)top_of(max_b);
   Cross k = {(double)max_a, 0, (double)max_b, 0, 0, 0, 0};
   bool large = cross_sums(at, s, zero_a, max_b, zero_b, it, k);
-  if (__any_sync(ALL_LANES, large)) {
-    bool impossible = false, in_double = false;
-#pragma unroll 1
-    for (int step = 0; step < at.steps(); step++)
-#pragma unroll 1
-      for (int e = 0; e < L::E; e++) {
-        int i = at.index(step, e);
-        if (i >= at.n) continue;
-        impossible |= cannot_be<SX, CROSS_Y>(x_of(s, i), y_of(s, i));
-        in_double |= costs_double<SX, CROSS_Y>(x_of(s, i), y_of(s, i), zero_a, zero_b, it.value);
-      }
-    k.kind = kind_of(false, at.any(impossible));
-    in_double = at.any(in_double);
-    if (sizeof(T) == sizeof(float) && __any_sync(ALL_LANES, in_double)) {
-      Cross exact = k;
-      cross_sums_in_double(at, s, (double)zero_a, (double)max_b, (double)zero_b, temperature, exact);
-      if (in_double) k = exact;
-    }
-  }
+  if (__any_sync(ALL_LANES, large)) look_closer(at, s, zero_a, max_b, zero_b, it, temperature, k);
   if (excluded(max_b)) k.count = 0;
   if (at.leads()) *(Cross*)state = k;
 }
