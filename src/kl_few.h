@@ -108,13 +108,13 @@ template <typename T> struct Rows {
   int size() const { return (int)(n * pitch); }
 
   // Lanes beyond the last row repeat the first one.
-  void read(const Array& a, const char* Row::*at, T* lanes, T* room) const {
+  KL_APART void read(const Array& a, const char* Row::*at, T* lanes, T* room) const {
     runs(p, first, (int)count, [&](const Row& row, int k, int m) { take(a, row.*at, step_of(p, a), n, m, lanes + k, pitch, room); });
     for (i64 i = 0; i < n; i++)
       for (i64 k = count; k < pitch; k++) lanes[i * pitch + k] = lanes[i * pitch];
   }
   // times the rows' weights; overwrites both
-  void write(const Array& a, char* Row::*at, T* lanes, double scale, T* room) const {
+  KL_APART void write(const Array& a, char* Row::*at, T* lanes, double scale, T* room) const {
     if (p.weights.data) {
       alignas(64) Lane<T> by;
       bool far = false;
@@ -134,7 +134,7 @@ template <typename T> struct Rows {
       give(a, row.*at, step_of(p, a), n, m, lanes + k, pitch, scale, p.stream, room);
     });
   }
-  void write_values(double* values) const {
+  KL_APART void write_values(double* values) const {
     for (i64 r = 0; r < count && p.weights.data; r++) values[r] = weight[r] == 0 ? 0.0 : weight[r] == 1 ? values[r] : values[r] * weight[r];
     if (p.output == PER_ROW)
       runs(p, first, (int)count, [&](const Row& row, int k, int m) {
