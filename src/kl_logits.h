@@ -63,7 +63,8 @@ template <bool TEMPERED, typename T> KL_FN T weight(T a, T m, const Inverse<T>& 
 // numbers do not hold an M whose parts are too far apart (max a 1, max b 1e5 in float32): such a chunk is far.
 template <typename T> struct Anchor { T max_a, max_b, m, low, mean; };
 template <typename T> KL_FN T below_tops(T a, T b, T max_a, T max_b) { return (b - max_b) - (a - max_a); }
-KL_FN bool usable(double mean) { return absolute(mean) < 1e300; }
+constexpr double VAST = 1e300;   // a difference beyond may have overflowed, and sums of a few below do not
+KL_FN bool usable(double mean) { return absolute(mean) < VAST; }
 template <typename T> KL_FN Anchor<T> anchor(T max_a, T max_b, double mean) {
   if constexpr (!EXACT<T>) return {max_a, max_b, T(0), T(0), (T)mean};
   T low, c = difference(max_b, max_a, low), rest = (T)(mean + (double)low), m_low, m = difference(c, -rest, m_low);
@@ -85,8 +86,8 @@ template <bool TEMPERED, typename T> KL_FN Pair<T> centred(T a, T b, const Ancho
 template <typename T> KL_FN Pair<T> counted(const Pair<T>& z, T w) { return {w > T(0) ? z.value : T(0), w > T(0) ? z.low : T(0)}; }
 // (b - top_b) - (a - top_a), nothing rounded away that counts; what overflowed counts as very large
 KL_FN double limited(double z) {
-  z = z > 1e300 ? 1e300 : z;
-  return z < -1e300 ? -1e300 : z;
+  z = z > VAST ? VAST : z;
+  return z < -VAST ? -VAST : z;
 }
 KL_FN Pair<double> from_tops(double a, double b, double top_a, double top_b) {
   double low_a, u = limited(difference(a, top_a, low_a)), low_b, v = limited(difference(b, top_b, low_b));

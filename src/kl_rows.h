@@ -319,6 +319,7 @@ inline void terms_finish(const Plan&, int, const double* state, double* stats) {
 
 // ---- the divergence of two rows of logits ----------------------------------------------------------------------------------
 
+static_assert(LOGITS_STATES <= MAX_STATES);
 inline void put(double* state, i64 pitch, const Spread& s) {
   for (int k = 0; k < LOGITS_STATES; k++) state[k * pitch] = ((const double*)&s)[k];
 }

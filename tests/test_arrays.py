@@ -474,14 +474,17 @@ print(native, tracemalloc.get_traced_memory()[1])
 '''
 
 
+SIZES = ((1_000_000, 10), (1, 16 * 2**20), (40, 200_000))
+ASKED = (("row", (), False), ("sum", PAIR, False), ("rowmean", ("y",), True), ("none", (), False))
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="the resource module is missing on Windows")
-@pytest.mark.parametrize(("rows", "n"), [(1_000_000, 10), (1, 16 * 2**20), (40, 200_000)])
-@pytest.mark.parametrize("space", ["probs", "logits", ("probs", "logits")])
-@pytest.mark.parametrize(
-    ("reduction", "gradients", "weighted"),
-    [("row", (), False), ("sum", PAIR, False), ("rowmean", ("y",), True), ("none", (), False)],
-)
-def test_extra_memory(python, rows, n, space, reduction, gradients, weighted):
+@pytest.mark.parametrize("asked", range(len(ASKED)))
+@pytest.mark.parametrize("size", range(len(SIZES)))
+def test_extra_memory(python, size, asked):
+    """Every two of a size, a space and what is asked for."""
+    (rows, n), (reduction, gradients, weighted) = SIZES[size], ASKED[asked]
+    space = ("probs", "logits", ("probs", "logits"))[(size + asked) % 3]
     native, of_numpy = map(int, python(MEMORY, repr((rows, n, space, reduction, gradients, weighted, 2))).split())
     # what the writing sweep takes from the reading one: two rows a thread, and some padding, of rows that fit a cache
     kept = 2 * 2 * n * 4 * 1.1 if gradients and space == "logits" and n < 400_000 else 0

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 
 import klcore
+import klcore.backends.cpu  # chooses the instruction set of klcore._cpu
 from klcore import _cpu
 
 DTYPES = {name: np.dtype(name) for name in ("float64", "float32", "float16")}
@@ -423,19 +424,19 @@ def test_all_that_can_be_asked(operation, space):
 OTHER = "import json, sys; sys.path.insert(0, sys.argv[1]); import test_bits; print(json.dumps(test_bits.%s))"
 
 
-def everything(operation, slow):
-    """All digests of one operation with this process's instruction set, by (kind, threads or arrangement)."""
+def everything(operation, few):
+    """All digests of one operation with this process's instruction set, by (kind, threads or arrangement), or a few."""
     found = {}
-    arrangements = ("fortran", "one_at_a_time") if slow else ARRANGEMENTS
+    arrangements = ("fortran", "one_at_a_time") if few else ARRANGEMENTS
     for dtype, arrangement in itertools.product(DTYPES, (None, *arrangements)):
         found[f"small {dtype} {arrangement}"] = small(operation, arrangement, dtype)
     for dtype, layout in itertools.product(DTYPES, (None, "negative")):
         found[f"terms {dtype} {layout}"] = terms(operation, layout, dtype)
-    for threads in (2,) if slow else THREADS:
-        dtypes = ("float32", "float16") if slow else ("float32", "float64", "bfloat16")
+    for threads in (2,) if few else THREADS:
+        dtypes = ("float32", "float16") if few else ("float32", "float64", "bfloat16")
         found[f"shared {threads}"] = shared(operation, threads, dtypes)
         found[f"long {threads}"] = long_rows(
-            operation, threads, (1024 * 1024 + 1,), ("float32",), LONG[: 2 if slow else 4]
+            operation, threads, (1024 * 1024 + 1,), ("float32",), LONG[: 2 if few else 4]
         )
     return found
 
@@ -459,8 +460,9 @@ def expected_everything(operation, found):
 @pytest.mark.parametrize("operation", OPERATIONS)
 @pytest.mark.parametrize("isa", INSTRUCTION_SETS)
 def test_instruction_set(python, operation, isa):
+    """Of the one that this process computes with, the tests above have asked everything."""
     path = pathlib.Path(__file__).parent
-    code = OTHER % f"everything({operation!r}, {isa == SLOW})"
+    code = OTHER % f"everything({operation!r}, {isa in (SLOW, _cpu.instruction_set())})"
     found = json.loads(python(code, path, KLCORE_ISA=isa, timeout=280))
     expected = expected_everything(operation, found)
     assert {name: d for name in found if (d := differences(found[name], expected[name]))} == {}

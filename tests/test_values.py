@@ -1,5 +1,7 @@
 """What each operation gives where it is a limit, infinite, or undefined: the domain table, class by class."""
 
+import functools
+
 import numpy as np
 import oracle
 import pytest
@@ -109,10 +111,10 @@ def as_space(p, space, dtype, shift=0.0):
         return (np.log(p) + (shift if space == "logits" else 0.0)).astype(dtype)
 
 
-def assert_rows(operation, x, y, space, temperature=1.0, digits=50):
+def assert_rows(operation, x, y, space, temperature=1.0, rows=oracle.exact):
     """Value, terms and gradients of rows against the oracle."""
     x, y = np.atleast_2d(x, y)
-    true = oracle.exact(operation, x, y, space, temperature, digits)
+    true = rows(operation, x, y, space, temperature)
     options = {"space": space[0] if operation == "entropy" else space, "temperature": temperature}
     results = dict(zip(("value", "dx", "dy"), with_gradients(operation, x, y, **options), strict=True))
     results["terms"] = call(operation, x, y, reduction="none", **options)
@@ -209,7 +211,8 @@ def test_excluded_blocks(operation, space, blocks, temperature, dtype):
         temperature = 1.0
     a, b = logits(3000, "float64")
     a[blocks["both"]] = b[blocks["both"]] = a[blocks["x"]] = -INF
-    assert_rows(operation, *(into(v, s, dtype) for v, s in zip((a, b), space, strict=True)), space, temperature)
+    x, y = (into(v, s, dtype) for v, s in zip((a, b), space, strict=True))
+    assert_rows(operation, x, y, space, temperature, oracle.fast)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -227,11 +230,11 @@ def test_excluded_blocks(operation, space, blocks, temperature, dtype):
 def test_finite_masks(operation, space, masked, mask, count, dtype):
     """Large negative logits for "excluded", as many programs write it, act as -inf does."""
     a, b = (into(v, s) for v, s in zip(logits(1500 if count == 1024 else 7, dtype), space, strict=True))
-    mask = np.finfo(dtype).min if mask == "lowest" else mask
+    mask = float(np.finfo(dtype).min) if mask == "lowest" else mask
     a[1 : 1 + count] = {"probs": 0.0, "log_probs": -INF, "logits": mask}[space[0]]
     if masked == "xy":
         b[1 : 1 + count] = mask
-    assert_rows(operation, a, b, space)
+    assert_rows(operation, a, b, space, rows=oracle.fast if count == 1024 and mask > -1e200 else oracle.exact)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -282,7 +285,8 @@ def test_subnormal_probabilities(operation, exponent, dtype):
 @pytest.mark.parametrize(("operation", "space"), WITH_LOGITS)
 def test_extreme_temperatures(operation, space, temperature, dtype):
     a, b = logits(40, dtype)
-    assert_rows(operation, into(a, space[0]), into(b, space[1]), space, temperature, digits=800)
+    rows = functools.partial(oracle.exact, digits=800)
+    assert_rows(operation, into(a, space[0]), into(b, space[1]), space, temperature, rows)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -12,6 +12,7 @@ import functools
 import hashlib
 import importlib
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -57,33 +58,58 @@ def _build(options, arch):
 
 
 def _compiled(source, options, arch):
-    """The path of the library; compiled once on this machine, however many processes ask for it at once."""
+    """The path of the library."""
+    flags = [*_flags(settings.sanitize), f"-O{settings.optimize}", f"-DKL_EMULATOR_ARCH={arch}"]
+    macros = [o for o in options if o.startswith("-D")]
+    launch = (HERE / "launch.h").read_text()
+
+    def make(work):
+        (work / "source.cu").write_text(source)
+        (work / "unit.cpp").write_text('#include "emulator.h"\n#include "source.cu"\n#include "launch.h"\n')
+        folders = [f"-I{folder}" for folder in (_header(flags), HERE, work)]
+        return _run([*flags, *macros, "-shared", *folders, str(work / "unit.cpp")], work / "part.so")
+
+    return _once(f"{_key(source, flags, macros, launch)}.so", make)
+
+
+def _header(flags):
+    """A folder with emulator.h and, beside it, what g++ has read there, a third of the time that a kernel takes."""
+
+    def make(work):
+        folder = work / "header"
+        folder.mkdir()
+        shutil.copy(HERE / "emulator.h", folder)
+        if "clang" not in _compiler()[1]:
+            _run([*flags, "-x", "c++-header", str(folder / "emulator.h")], folder / "emulator.h.gch")
+        return folder
+
+    return _once(f"{_key(flags)}.header", make)
+
+
+def _run(words, made):
+    done = subprocess.run([_compiler()[0], *words, "-o", str(made)], capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"the CUDA source does not compile for the emulator:\n{done.stderr}")
+    return made
+
+
+def _key(*what):
+    header = (HERE / "emulator.h").read_text()
+    return hashlib.sha256(repr((what, header, _compiler())).encode()).hexdigest()[:32]
+
+
+def _once(name, make):
+    """Its path; made once on this machine, however many processes ask for it at once."""
     import fcntl  # not on Windows, where there is no emulator
 
-    flags = [
-        *_flags(settings.sanitize),
-        f"-O{settings.optimize}",
-        f"-DKL_EMULATOR_ARCH={arch}",
-        *(o for o in options if o.startswith("-D")),
-    ]
-    headers = [(HERE / name).read_text() for name in ("emulator.h", "launch.h")]
-    key = hashlib.sha256(repr((source, flags, headers, _compiler())).encode()).hexdigest()[:32]
-    folder = _cache()
-    path = folder / f"{key}.so"
+    path = _cache() / name
     if path.exists():
         return path
-    with open(folder / f"{key}.lock", "w") as lock:
+    with open(path.with_suffix(".lock"), "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not path.exists():
-            with tempfile.TemporaryDirectory(dir=folder) as work:
-                unit, part = Path(work, "unit.cpp"), Path(work, "part.so")
-                Path(work, "source.cu").write_text(source)
-                unit.write_text('#include "emulator.h"\n#include "source.cu"\n#include "launch.h"\n')
-                words = [_compiler()[0], *flags, f"-I{HERE}", f"-I{work}", str(unit), "-o", str(part)]
-                done = subprocess.run(words, capture_output=True, text=True)
-                if done.returncode:
-                    raise RuntimeError(f"the CUDA source does not compile for the emulator:\n{done.stderr}")
-                part.replace(path)
+            with tempfile.TemporaryDirectory(dir=path.parent) as work:
+                make(Path(work)).replace(path)
     return path
 
 
@@ -101,7 +127,7 @@ def _compiler():
 
 @functools.cache
 def _flags(sanitize):
-    flags = ["-std=c++17", "-fPIC", "-shared", "-pthread", "-ffp-contract=off", "-fno-math-errno"]
+    flags = ["-std=c++17", "-fPIC", "-pthread", "-ffp-contract=off", "-fno-math-errno"]
     if "clang" not in _compiler()[1]:
         flags.append("-fno-gnu-unique")  # else libraries with other macros would share their variables
     cpu = Path("/proc/cpuinfo")
