@@ -486,6 +486,12 @@ template <class Work> int guarded(Plan& p, Work work) noexcept {
   return failed;
 }
 
+// How many rows are computed at once because they are of few classes; 0: none.
+inline int few_at_once(const Plan& p, const Isa& isa) {
+  Batch b(p, isa);
+  return b.few_rows ? (int)b.group : 0;
+}
+
 // Runs a plan. inner_axes < 0: an ordinary run; else run_summed.
 inline int run(Plan& p, const Isa& isa, int inner_axes) noexcept {
   return guarded(p, [&] {

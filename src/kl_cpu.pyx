@@ -35,6 +35,7 @@ cdef extern from "kl_batch.h" namespace "kl" nogil:
     const Isa* isa_table()
     void watch_forks()
     int run_plan "kl::run"(Plan&, const Isa&, int) noexcept
+    int few_rows "kl::few_at_once"(const Plan&, const Isa&)
 
 cdef extern from *:
     """
@@ -300,6 +301,16 @@ def elementary(str function, x, out):
             _isa.load().elementary_double(f, <const double*>vx.buf, <double*>vo.buf, n)
     else:
         raise TypeError("float32 or float64 only")
+
+
+def few_at_once(int operation, int space_x, int space_y, bint wide, i64 rows, i64 n):
+    """How many rows of few classes are computed at once in such a call; 0 if each is by itself. For the tests."""
+    cdef Plan p
+    memset(&p, 0, sizeof(Plan))
+    p.operation, p.space_x, p.space_y, p.wide = operation, space_x, space_y, wide
+    p.rows, p.n, p.ndim, p.threads, p.inverse_temperature = rows, n, 1, 1, 1
+    p.shape[0] = rows
+    return few_rows(p, _isa.load()[0])
 
 
 # ---- rows in parts: kl_partial.h -------------------------------------------------------------------------------------

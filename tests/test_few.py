@@ -100,6 +100,17 @@ def as_bits(a):
 
 
 @pytest.mark.parametrize("operation", OPERATIONS)
+def test_which_rows_are_in_blocks(operation):
+    """From four rows on, and up to 128 classes; so the tests below do compare two ways."""
+    code = OPERATIONS.index(operation)
+    for space, wide in itertools.product(spaces_of(operation), (False, True)):
+        pair = (space, space) if operation == "entropy" else space
+        codes = [SPACES.index(s) for s in pair]
+        at_once = {(rows, n): _cpu.few_at_once(code, *codes, wide, rows, n) for rows in (3, 4) for n in (1, 128, 129)}
+        assert [k for k, count in at_once.items() if count] == [(4, 1), (4, 128)]
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda f: f.__name__)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_block_has_the_bits_of_its_rows(operation, layout, dtype):
