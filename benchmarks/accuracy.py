@@ -252,19 +252,24 @@ def in_space(a: np.ndarray, space: str, dtype: str, temperature: float) -> np.nd
     return (np.exp(log) if space == "probs" else log).astype(dtype)
 
 
-def worst_errors(pair: tuple[str, str], dtype: str) -> tuple[float, dict[str, float]]:
-    """Of kl_div: of the value, relative to it; and of value and gradient, in shares of the bound."""
+def worst_errors(operation: str, pair: tuple[str, str], dtype: str) -> tuple[float, dict[str, float]]:
+    """Of the value, relative to it; and of value and gradient, in shares of the bound."""
+    single = operation == "entropy"
     rng = np.random.default_rng(0)
-    worst, shares = 0.0, dict.fromkeys(("value", "dx", "dy"), 0.0)
+    worst, shares = 0.0, dict.fromkeys(("value", "dx") if single else ("value", "dx", "dy"), 0.0)
     for n, count in [(n, count // BATCHES) for n, count in ROWS.items() for _ in range(BATCHES)]:
         temperature = ranges.log_uniform(rng, 0.01, 100) if "logits" in pair else 1.0
         a, b = ranges.rows(rng, dtype, n, count, temperature)
         kept = ~(ranges.beyond(a) | ranges.beyond(b)) & np.isfinite(a).all(axis=-1) & np.isfinite(b).all(axis=-1)
         x, y = (in_space(v[kept], space, dtype, temperature) for v, space in zip((a, b), pair, strict=True))
-        options = {"space": pair} | ({"temperature": temperature} if "logits" in pair else {})
-        true = oracle.fast("kl_div", x, y, pair, temperature)
+        options = {"temperature": temperature} if "logits" in pair else {}
+        true = oracle.fast(operation, x, y, pair, temperature)
         promised = ranges.promised(a[kept], b[kept], temperature, true.value)
-        results = dict(zip(shares, klcore.kl_div(x, y, return_grad=("x", "y"), **options), strict=True))
+        if single:
+            found = klcore.entropy(x, space=pair[0], return_grad="x", **options)
+        else:
+            found = getattr(klcore, operation)(x, y, space=pair, return_grad=("x", "y"), **options)
+        results = dict(zip(shares, found, strict=True))
         for name, got in results.items():
             size, error = getattr(true, f"{name}_size"), np.abs(got - getattr(true, name))
             if name == "value":
@@ -272,20 +277,25 @@ def worst_errors(pair: tuple[str, str], dtype: str) -> tuple[float, dict[str, fl
             else:
                 error = error.sum(axis=-1)
             of = "value" if name == "value" else "gradient"
-            relative, _ = oracle.tolerance("kl_div", pair, got.dtype, of)
+            relative, _ = oracle.tolerance(operation, pair, got.dtype, of)
             some = promised & np.isfinite(error) & (size > 1e-30) & (size < 1e30)  # far from the ends of float32
-            shares[name] = max(shares[name], np.max(error[some] / (relative * size[some]), initial=0))
+            if name == "dy" and pair[1] == "probs":  # -p/q of a p that counts as zero
+                some &= ((y == 0) | (y > 2e6 * np.finfo(dtype).tiny)).all(axis=-1)
+            limit = relative * size + (true.dy_floor if name == "dy" else 0)
+            shares[name] = max(shares[name], np.max(error[some] / limit[some], initial=0))
     return worst, shares
 
 
 def spaces() -> None:
     np.seterr(all="ignore")
-    print("| x, y | dtype | worst error of the value | in shares of its bound | d/dx, likewise | d/dy |")
-    print("|---|---|" + "--:|" * 4)
-    for pair, dtype in tqdm([(pair, dtype) for pair in oracle.PAIRS for dtype in DTYPES], disable=None):
-        worst, shares = worst_errors(pair, dtype)
+    lines = [("kl_div", pair) for pair in oracle.PAIRS]
+    lines += [("cross_entropy", pair) for pair in oracle.PAIRS if "logits" in pair] + [("entropy", ("logits",) * 2)]
+    print("| | x, y | dtype | worst error of the value | in shares of its bound | d/dx, likewise | d/dy |")
+    print("|---|---|---|" + "--:|" * 4)
+    for (operation, pair), dtype in tqdm([(line, dtype) for line in lines for dtype in DTYPES], disable=None):
+        worst, shares = worst_errors(operation, pair, dtype)
         figures = f"{worst:.0e}", *(f"{share:.2g}" for share in shares.values())
-        tqdm.write(" | ".join([f"| {', '.join(pair)}", dtype, *figures]) + " |")
+        tqdm.write(" | ".join([f"| {operation}", ", ".join(pair), dtype, *figures]) + " |")
 
 
 # ---- the record ------------------------------------------------------------------------------------------------------
