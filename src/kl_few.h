@@ -432,7 +432,7 @@ template <typename T> Few few_cross_of(const Plan& p) {
                                   : few_cross_for<T, LOGITS, LOGITS>(p);
 }
 
-// everything else with logits, by the steps of mixed_chunk
+// the divergence of logits from another space, by the steps of mixed_chunk
 struct NormLanes {
   alignas(64) Lane<double> max, zero, ties, rest, alone, tied, log;
 };
@@ -465,12 +465,11 @@ inline void few_mixed(const Plan& p, i64 r, int count, double* values, char*, vo
   Rows<double> rows(p, r, count);
   i64 n = rows.n, pitch = rows.pitch;
   double it = p.inverse_temperature;
-  bool has_y = p.operation != ENTROPY;
   rows.read(p.x, &Row::x, s.x, s.a);
   if (p.space_x == LOGITS) few_log_probs(s.x, n, pitch, it, s.a, s.room);
-  if (has_y) rows.read(p.y, &Row::y, s.y, s.a);
-  if (has_y && p.space_y == LOGITS) few_log_probs(s.y, n, pitch, it, s.a, s.room);
-  const double *x = s.x, *y = has_y ? s.y : s.x, *a = s.a;
+  rows.read(p.y, &Row::y, s.y, s.a);
+  if (p.space_y == LOGITS) few_log_probs(s.y, n, pitch, it, s.a, s.room);
+  const double *x = s.x, *y = s.y, *a = s.a;
   terms_of<double>(p)(x, y, p.epsilon, rows.size(), s.a, s.dx, s.dy);
   if (p.dx.data && p.space_x == LOGITS) few_through_softmax(s.dx, x, n, pitch, it, s.room);
   if (p.dy.data && p.space_y == LOGITS && !is_final(p.operation)) few_through_softmax(s.dy, y, n, pitch, it, s.room);

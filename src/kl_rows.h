@@ -709,7 +709,7 @@ template <typename T> Kernel cross_kernel_of(const Plan& p) {
                                   : cross_kernel<T, LOGITS, LOGITS>(p);
 }
 
-// ---- everything else with logits: normalise, then treat as log-probabilities; always wide ------------------------------------
+// ---- all else with logits: normalise, then treat as log-probabilities; always wide -------------------------------------------
 
 enum { SUM_VALUE, SUM_DX, SUM_DY, SUM_STATES };
 enum { NORM_X = 3, NORM_Y = 5 };   // stats: [0..2] the sums; then maximum and log S of x and of y
