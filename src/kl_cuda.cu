@@ -727,7 +727,7 @@ template <class L> KL_DEVICE bool cross_sums(const L& at, const Slot& s, T zero_
 #pragma unroll
     for (int e = 0; e < L::E; e++) {
       T any = cost_of<CROSS_Y>(y[e], zero_b, it.value);
-      large |= large_cost(any);
+      large |= wants_look<SX>(x[e], any);
       c[e] = counted_cost(w[e], any);
     }
     sums.add(0, w);
@@ -793,7 +793,7 @@ template <class L> KL_DEVICE void look_closer(const L& at, const Slot& s, T zero
       int i = at.index(step, e);
       if (i >= at.n) continue;
       impossible |= cannot_be<SX, CROSS_Y>(x_of(s, i), y_of(s, i));
-      in_double |= costs_double<SX, CROSS_Y>(x_of(s, i), y_of(s, i), zero_a, zero_b, it.value);
+      in_double |= costs_double<SX, CROSS_Y>(x_of(s, i), y_of(s, i), zero_a, zero_b, it.value, false);
     }
   k.kind = kind_of(false, at.any(impossible));
   in_double = at.any(in_double);
@@ -839,11 +839,11 @@ KL_DEVICE void cross_outputs(const L& at, const Slot& s, const double* stats, do
     T x[L::E], y[L::E], v[L::E];
     at.template read<DX>(s.x, step, x);
     if constexpr (HAS_Y) at.template read<DY>(s.y, step, y);
-    bool large = large_cost(k.mean);
+    bool large = costs_double(k);
 #pragma unroll
     for (int e = 0; e < L::E; e++) {
       if constexpr (!HAS_Y) y[e] = x[e];
-      large |= large_cost(cost_of<CROSS_Y>(y[e], k.zero_b, k.it.value));
+      large |= wants_look<SX>(x[e], cost_of<CROSS_Y>(y[e], k.zero_b, k.it.value));
     }
     if (sizeof(T) == sizeof(float) && large) {   // class by class
 #pragma unroll 1
@@ -852,7 +852,7 @@ KL_DEVICE void cross_outputs(const L& at, const Slot& s, const double* stats, do
         if (i >= at.n) continue;
         T one = x_of(s, i), other = y_of(s, i);
         CrossOutputs<T> o = cross_class<SX, CROSS_Y, TEMPERED>(one, other, k);
-        if (large_cost(k.mean) || costs_double<SX, CROSS_Y>(one, other, k.zero_a, k.zero_b, k.it.value)) {
+        if (costs_double(k) || costs_double<SX, CROSS_Y>(one, other, k.zero_a, k.zero_b, k.it.value, OUT_DX)) {
           CrossOutputs<double> d =
               cross_class<SX, CROSS_Y, true>((double)one, (double)other, cross_row<double>(stats, temperature));
           o = {(T)d.term, (T)d.dx, (T)d.dy};

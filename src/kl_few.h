@@ -331,7 +331,7 @@ KL_APART bool few_pay(const T* __restrict x, const T* __restrict y, i64 n, i64 p
     for (i64 r = 0; r < pitch; r++) w[i + r] = cross_weight<SX, TEMPERED>(x[i + r], k.zero_a[r], it);
     for (i64 r = 0; r < pitch; r++) {
       T any = cost_of<SY>(y[i + r], k.zero_b[r], it.value);
-      large |= large_cost(any) ? 1 : 0;
+      large |= wants_look<SX>(x[i + r], any) ? 1 : 0;
       c[i + r] = counted_cost(w[i + r], any);
     }
     if constexpr (SY == LOGITS)
@@ -379,7 +379,7 @@ void few_cross(const Plan& p, i64 r, int count, double* values, char* alone, voi
   for (i64 i = 0; large && i < n * pitch; i += pitch)
     for (i64 r = 0; r < pitch; r++) {
       bool odd = cannot_be<SX, SY>(x[i + r], y[i + r]) |
-                 costs_double<SX, SY>(x[i + r], y[i + r], k.zero_a[r], k.zero_b[r], it.value);
+                 costs_double<SX, SY>(x[i + r], y[i + r], k.zero_a[r], k.zero_b[r], it.value, p.dx.data);
       k.odd[r] |= odd ? 1 : 0;
     }
   add_lanes(n, pitch, s.room, k.s, [=](i64 j) KL_LAMBDA { return w[j]; });
@@ -404,7 +404,7 @@ void few_cross(const Plan& p, i64 r, int count, double* values, char* alone, voi
     k.log_s[i] = row.log_s;
     k.q[i] = row.q;
     k.mean[i] = row.mean;
-    k.odd[i] |= large_cost(row.mean) ? 1 : 0;
+    k.odd[i] |= costs_double(row) ? 1 : 0;
   }
   for (i64 i = 0; i < count; i++) alone[i] = k.odd[i] != 0;
   if (p.dx.data) {

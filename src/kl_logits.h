@@ -304,15 +304,16 @@ constexpr int CROSS_STATES = sizeof(Cross) / sizeof(double);
 enum { CROSS_MAX_A = VALUE + 1, CROSS_S, CROSS_MAX_B, CROSS_LOG_S, CROSS_Q, CROSS_MEAN };   // stats
 
 // Of one class of x or y, in the space S. `zero`: where its logits are measured from.
+KL_FN double in_range(double v) {   // a cost that overflows does not exclude its class, nor is 0 times e^x NaN
+  double largest = real(bits(infinity<double>()) - 1);
+  return v > largest ? largest : v;
+}
 template <int S, bool TEMPERED, typename T> KL_FN T cross_weight(T x, T zero, const Inverse<T>& it) {
   if constexpr (S == PROBS) return x >= T(0) ? x : nan<T>();
-  if constexpr (S == LOG_PROBS) return x == x ? exp(x) : x;
+  if constexpr (S == LOG_PROBS && sizeof(T) == sizeof(double)) return x < infinity<T>() ? in_range(exp(x)) : x;
+  else if constexpr (S == LOG_PROBS) return x == x ? exp(x) : x;
   T w = weight<TEMPERED>(x, zero, it);
   return x < infinity<T>() ? w : nan<T>();
-}
-KL_FN double in_range(double cost) {   // what overflows is not excluded
-  double largest = real(bits(infinity<double>()) - 1);
-  return cost > largest ? largest : cost;
 }
 template <int S, typename T> KL_FN T cost_of(T y, T zero, T it) {
   if constexpr (S != LOGITS) return T(0) - log_prob<S>(y);
@@ -322,12 +323,17 @@ template <int S, typename T> KL_FN T cost_of(T y, T zero, T it) {
 // the cost of a class that has a weight, or NaN; else 0, since it may be infinite
 template <typename T> KL_FN T counted_cost(T w, T cost) { return (w > T(0)) | (cost != cost) ? cost : T(0); }
 
-// In float32 a class of y with so large a cost wants a look: it is excluded, or else what a weight, however small, makes of
-// it is found in double. Nothing below e^-800 counts in either.
+// In float32 a class with so large a cost, or e^x, wants a closer look: y excludes it, or else what a weight, however small,
+// makes of it is found in double. Nothing below e^-800 counts in either.
 template <typename T> KL_FN bool large_cost(T cost) { return cost > Real<float>::up; }
-template <int SX, int SY, typename T> KL_FN bool costs_double(T x, T y, T zero_a, T zero_b, T it) {
-  bool counts = SX == LOGITS ? (x - zero_a) * it > T(-800) : !excluded<SX>(x);
-  return sizeof(T) == sizeof(float) && counts & !excluded<SY>(y) & large_cost(cost_of<SY>(y, zero_b, it));
+template <int SX, typename T> KL_FN bool wants_look(T x, T cost) {
+  return large_cost(cost) | (SX == LOG_PROBS && x > Real<float>::exp_ordinary);
+}
+// Whether the class is one for double; `dx`: that of a probability is its cost, whatever the probability.
+template <int SX, int SY, typename T> KL_FN bool costs_double(T x, T y, T zero_a, T zero_b, T it, bool dx) {
+  if constexpr (sizeof(T) == sizeof(double)) return false;
+  bool counts = SX == LOGITS ? (x - zero_a) * it > T(-800) : (SX == PROBS && dx) || !excluded<SX>(x);
+  return counts & !excluded<SY>(y) & wants_look<SX>(x, cost_of<SY>(y, zero_b, it));
 }
 template <int SX, int SY, typename T> KL_FN bool cannot_be(T x, T y) { return excluded<SY>(y) & !excluded<SX>(x); }
 
@@ -369,11 +375,15 @@ template <typename T> KL_FN CrossRow<T> cross_row(const double* stats, double it
   return {(T)top_of(stats[CROSS_MAX_A]), (T)(1 / stats[CROSS_S]), (T)top_of(stats[CROSS_MAX_B]), (T)stats[CROSS_LOG_S],
           (T)stats[CROSS_Q], (T)stats[CROSS_MEAN], inverse<T>(it)};
 }
+// whether float32 has no room for what all classes take
+template <typename T> KL_FN bool costs_double(const CrossRow<T>& k) {
+  return sizeof(T) == sizeof(float) && (large_cost(k.mean) | large_cost(k.q));
+}
 template <typename T> struct CrossOutputs { T term, dx, dy; };
 template <int SX, int SY, bool TEMPERED, typename T> KL_FN CrossOutputs<T> cross_class(T x, T y, const CrossRow<T>& k) {
   T w = cross_weight<SX, TEMPERED>(x, k.zero_a, k.it) * k.inv_s, cost = cost_of<SY>(y, k.zero_b, k.it.value);
-  T c = counted_cost(w, cost), term = w * (c + k.log_s), dx = term, dy = T(0) - w;
-  term = cannot_be<SX, SY>(x, y) ? infinity<T>() + T(0) * (k.inv_s + k.log_s) : term;
+  T c = counted_cost(w, cost), term = w * (c + k.log_s), dx = term, dy = y == y ? T(0) - w : y;
+  term = cannot_be<SX, SY>(x, y) & (w == w) ? infinity<T>() + T(0) * k.log_s : term;
   if constexpr (SX == LOGITS) dx = (w * (c - k.mean)) * k.it.value;
   else dx = SX == LOG_PROBS ? term : x >= T(0) ? cost + k.log_s : nan<T>();
   if constexpr (SY == LOGITS) {

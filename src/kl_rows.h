@@ -575,7 +575,7 @@ KL_APART bool pay_piece(const T* __restrict x, const T* __restrict y, int n, int
   for (int i = n; i < m; i++) w[i] = T(0);
   for (int i = 0; i < m; i++) {
     T any = cost_of<SY>(y[i], zero_b, it.value);
-    large |= large_cost(any) ? 1 : 0;
+    large |= wants_look<SX>(x[i], any) ? 1 : 0;
     c[i] = counted_cost(w[i], any);
   }
   if constexpr (SY == LOGITS) {
@@ -610,7 +610,7 @@ Cross pay(const T* x, const T* y, int n, double temperature, const char* next_x,
   }
   for (int i = 0; large && i < n; i++) {
     impossible |= cannot_be<SX, SY>(x[i], y[i]);
-    in_double |= costs_double<SX, SY>(x[i], y[i], zero_a, zero_b, it.value);
+    in_double |= costs_double<SX, SY>(x[i], y[i], zero_a, zero_b, it.value, false);
   }
   int count = 0;
   if (SY == LOGITS && !excluded(max_b))
@@ -622,7 +622,7 @@ template <typename T, int SX, int SY, bool TEMPERED>
 KL_APART bool cross_outputs(const T* __restrict x, const T* __restrict y, int n, CrossRow<T> k, T* __restrict term, T* __restrict dx,
                             T* __restrict dy) {
   typename Real<T>::Bits large = 0;
-  for (int i = 0; i < n; i++) large |= large_cost(cost_of<SY>(y[i], k.zero_b, k.it.value)) ? 1 : 0;
+  for (int i = 0; i < n; i++) large |= wants_look<SX>(x[i], cost_of<SY>(y[i], k.zero_b, k.it.value)) ? 1 : 0;
   if (term)
     for (int i = 0; i < n; i++) term[i] = cross_class<SX, SY, TEMPERED>(x[i], y[i], k).term;
   if (dx)
@@ -652,9 +652,9 @@ void cross_chunk(const Plan& p, const Row& row, int sweep, i64 start, int n, con
   }
   T *term = p.output == TERMS ? s.a : nullptr, *dx = p.dx.data ? s.dx : nullptr, *dy = p.dy.data ? s.dy : nullptr;
   CrossRow<T> k = cross_row<T>(stats, it);
-  bool all = large_cost(k.mean), large = cross_outputs<T, SX, SY, TEMPERED>(x, y, n, k, term, dx, dy);
-  for (int i = 0; sizeof(T) == sizeof(float) && (all || large) && i < n; i++) {
-    if (!all && !costs_double<SX, SY>(x[i], y[i], k.zero_a, k.zero_b, k.it.value)) continue;
+  bool all = costs_double(k), large = cross_outputs<T, SX, SY, TEMPERED>(x, y, n, k, term, dx, dy);
+  for (int i = 0; (all || large) && i < n; i++) {
+    if (!all && !costs_double<SX, SY>(x[i], y[i], k.zero_a, k.zero_b, k.it.value, dx)) continue;
     CrossOutputs<double> r = cross_class<SX, SY, TEMPERED>((double)x[i], (double)y[i], cross_row<double>(stats, it));
     if (term) term[i] = (T)r.term;
     if (dx) dx[i] = (T)r.dx;

@@ -6,6 +6,15 @@ namespace kl {
 enum Dtype { FLOAT64 = 0, FLOAT32 = 1, FLOAT16 = 2, BFLOAT16 = 3 };
 enum Output { PER_ROW = 0, TERMS = 1, TOTAL = 2 };   // one value a row; one a class; one in all
 
+// On the way to 16 bits: a double as the float that rounds as it would, its last bit set where some of it is left behind.
+KL_FN float on_the_way(float v) { return v; }
+KL_FN float on_the_way(double v) {
+  float f = (float)v;
+  unsigned b = bits(f);
+  b = absolute((double)f) > absolute(v) ? b - 1 : b;
+  return real((double)f == v ? b : b | 1);
+}
+
 template <int D> struct Stored;   // T is float or double
 template <> struct Stored<FLOAT64> {
   typedef double Type;
@@ -23,10 +32,10 @@ template <> struct Stored<BFLOAT16> {
   template <typename T> static KL_FN unsigned short narrow(T v) {   // to nearest, ties to even
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900   // the same by one instruction
     unsigned short h;
-    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(h) : "f"((float)v));
+    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(h) : "f"(on_the_way(v)));
     return h;
 #else
-    unsigned b = bits((float)v);
+    unsigned b = bits(on_the_way(v));
     unsigned r = (b + 0x7fffu + ((b >> 16) & 1u)) >> 16;
     return (unsigned short)((b & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : r);
 #endif
@@ -42,7 +51,7 @@ template <> struct Stored<FLOAT16> {
   }
   template <typename T> static KL_FN unsigned short narrow(T v) {
     unsigned short r;
-    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(r) : "f"((float)v));
+    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(r) : "f"(on_the_way(v)));
     return r;
   }
 #else
@@ -55,7 +64,7 @@ template <> struct Stored<FLOAT16> {
     return (T)real((m >= 0x7c00u ? 0x7f800000u | (m << 13) : finite) | sign);
   }
   template <typename T> static KL_FN unsigned short narrow(T v) {   // to nearest, ties to even
-    unsigned b = bits((float)v), m = b & 0x7fffffffu, sign = (b >> 16) & 0x8000u;
+    unsigned b = bits(on_the_way(v)), m = b & 0x7fffffffu, sign = (b >> 16) & 0x8000u;
     unsigned normal = (m + 0xfffu + ((m >> 13) & 1u) - (112u << 23)) >> 13;
     unsigned subnormal = bits(real(m) + 0.5f) - 0x3f000000u;       // adding 1/2 leaves multiples of 2^-24
     unsigned r = m < 0x38800000u ? subnormal : normal;

@@ -406,7 +406,7 @@ def _sizes(
         magnitudes, x_size, y_size = np.abs(finite), np.abs(dx), np.abs(dy)
         if is_cross(operation, (sx, sy)):  # -p (log q + H) and q - p cancel where q is flat, and where q is next to p
             of_row = np.where(np.isfinite(values), values, 0.0)[..., None]
-            x_size = p * (np.abs(part) + of_row) / temperature if sx == "logits" else x_size
+            x_size = p * (np.abs(part) + np.abs(of_row)) / temperature if sx == "logits" else x_size
             y_size = (p + q * p.sum(axis=-1, keepdims=True)) / temperature if sy == "logits" else y_size
         elif sx == "logits":  # rel_entr is kl_div there, to the relative precision of kl_div
             magnitudes = np.where(np.isfinite(values), values, 0.0)[..., None]

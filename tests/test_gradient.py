@@ -235,3 +235,18 @@ def test_weight_zero(operation, space, reduction, dtype):
         assert not value[1].any()
     for g in gradients:
         assert g is None or (np.isfinite(g.astype(np.float64)).all() and not g[1].astype(np.float64).any())
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_of_16_bits_beside_float64_is_rounded_once(device, dtype):
+    """By way of float32 what lies next to the middle of two numbers would become the middle, and go the wrong way."""
+    eps = 2.0 ** {"float16": -10, "bfloat16": -7}[dtype]
+    y = -np.array([1 + eps / 2 + 2.0**-40, 1 + 3 * eps / 2 - 2.0**-40, 1 + eps / 2, 1.0, 1e-300, 1e300, np.nan])
+    y = np.append(y, np.random.default_rng(0).normal(size=1000) - 4)
+    x = np.ones_like(y).astype(dtype_of(dtype))
+    _, dx = klcore.cross_entropy(device.put(x), device.put(y), space=("probs", "log_probs"), return_grad="x")
+    dx = device.get(dx).astype(np.float64)
+    np.testing.assert_array_equal(dx[:7], [1 + eps, 1 + eps, 1, 1, 0, np.inf, np.nan])
+    if dtype == "float16":
+        with np.errstate(over="ignore"):
+            np.testing.assert_array_equal(dx, (-y).astype(dtype))

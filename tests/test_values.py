@@ -326,3 +326,41 @@ def test_no_rows(operation, space, shape, dtype):
         assert np.isnan(call(operation, a, a, reduction="batchmean", **options))
     for gradient in with_gradients(operation, a, a, **options)[1:]:
         assert gradient is None or gradient.shape == shape
+
+
+# ---- cross-entropy with logits, at the ends of the range ------------------------------------------------------------
+
+# x, y, their spaces, temperature; what is found for value, terms, dx and dy; None: not looked at
+ENDS = {
+    "NaN under y": ([0, 0], [NAN, -1], ("logits", "log_probs"), 1, NAN, [NAN, 0.5], None, [NAN, -0.5]),
+    "negative probability of an excluded class": (
+        [-1, 0.5], [-INF, 0], ("probs", "logits"), 1, NAN, [NAN, 0], [NAN, 0], None),
+    "NaN of an excluded class": ([NAN, -0.5], [-INF, 0], ("log_probs", "logits"), 1, NAN, [NAN, 0], [NAN, 0], None),
+    "a cost that overflows beside x = 0": (
+        [1, 0], [3e38, -3e38], ("probs", "logits"), 100, 0, [0, 0], [0, 6e36], [0, 0]),
+    "e^x that overflows": (
+        [89, 0], [0, -1], ("log_probs", "logits"), 1, 1.4064237e+38, [1.4064237e+38, 1.3132617],
+        [1.4064237e+38, 1.3132617], [-1.2074429e+38, 1.2074429e+38]),
+    "probabilities whose sum overflows": (
+        [2e38, 2e38], [0, -INF], ("probs", "logits"), 1, INF, [0, INF], [0, INF], [2e38, -2e38]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("rows", [1, 4])  # by itself, and in a block
+@pytest.mark.parametrize("n", [2, 1030])
+@pytest.mark.parametrize("name", ENDS)
+def test_cross_entropy_at_the_ends(device, name, rows, n):
+    x, y, space, temperature, *expected = ENDS[name]
+    never = {"probs": 0, "log_probs": -INF, "logits": -INF}
+    x, y = (
+        np.array([*a[:1], *[never[s]] * (n - 2), *a[1:]], np.float32)[None].repeat(rows, axis=0)
+        for a, s in zip((x, y), space, strict=True)
+    )
+    put = device.put(x), device.put(y)
+    options = {"space": space, "temperature": temperature}
+    found = [device.get(a) for a in klcore.cross_entropy(*put, return_grad=("x", "y"), **options)]
+    found.insert(1, device.get(klcore.cross_entropy(*put, reduction="none", **options)))
+    for got, wanted in zip(found, expected, strict=True):
+        if wanted is not None:
+            got = got if got.ndim == 1 else got[:, [0, -1]]
+            np.testing.assert_allclose(got, np.broadcast_to(wanted, got.shape), rtol=1e-6)
