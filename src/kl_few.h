@@ -419,17 +419,12 @@ void few_cross(const Plan& p, i64 r, int count, double* values, char* alone, voi
   few_cross_output<T, SX, SY, TEMPERED, SUM_VALUE>(x, y, n, pitch, k, it, s.dx);
   rows.write(p.value, &Row::value, s.dx, 1, s.a);
 }
-template <typename T, int SX, int SY, bool ALONE = false> Few few_cross_for(const Plan& p) {
+template <typename T, int SX, int SY, bool ALONE> Few few_cross_for(const Plan& p) {
   constexpr bool ALWAYS = sizeof(T) == sizeof(double);   // a temperature of 1 changes no bit
   return p.inverse_temperature != 1 ? few_cross<T, SX, SY, ALONE, true> : few_cross<T, SX, SY, ALONE, ALWAYS>;
 }
 template <typename T> Few few_cross_of(const Plan& p) {
-  if (p.operation == ENTROPY) return few_cross_for<T, LOGITS, LOGITS, true>(p);
-  if (p.space_x == PROBS) return few_cross_for<T, PROBS, LOGITS>(p);
-  if (p.space_x == LOG_PROBS) return few_cross_for<T, LOG_PROBS, LOGITS>(p);
-  return p.space_y == PROBS       ? few_cross_for<T, LOGITS, PROBS>(p)
-         : p.space_y == LOG_PROBS ? few_cross_for<T, LOGITS, LOG_PROBS>(p)
-                                  : few_cross_for<T, LOGITS, LOGITS>(p);
+  return cross_pair(p, [&](auto s) { return few_cross_for<T, decltype(s)::x, decltype(s)::y, decltype(s)::alone>(p); });
 }
 
 // the divergence of logits from another space, by the steps of mixed_chunk

@@ -694,19 +694,24 @@ template <int SX, int SY> void cross_done(const Plan&, int sweep, const double* 
   cross_finish<SX, SY>(k, SY == LOGITS ? log_norm({k.max_b, k.count, k.rest}) : 0.0, stats);
 }
 
-template <typename T, int SX, int SY, bool ALONE = false> Kernel cross_kernel(const Plan& p) {
+template <typename T, int SX, int SY, bool ALONE> Kernel cross_kernel(const Plan& p) {
   bool outputs = p.dx.data || p.dy.data || p.output == TERMS, tempered = sizeof(T) == sizeof(double) || p.inverse_temperature != 1;   // 1 changes no bit
   return {outputs ? 2 : 1, {CROSS_STATES, 0, 0},
           tempered ? cross_chunk<T, SX, SY, ALONE, true> : cross_chunk<T, SX, SY, ALONE, sizeof(T) == sizeof(double)>,
           cross_fold, cross_done<SX, SY>, 0};
 }
+// f(CrossPair) of the spaces and operation of a plan, for kl_few.h as well
+template <int SX, int SY, bool SAME = false> struct CrossPair { static constexpr int x = SX, y = SY; static constexpr bool alone = SAME; };
+template <class F> auto cross_pair(const Plan& p, F f) {
+  if (p.operation == ENTROPY) return f(CrossPair<LOGITS, LOGITS, true>());
+  if (p.space_x == PROBS) return f(CrossPair<PROBS, LOGITS>());
+  if (p.space_x == LOG_PROBS) return f(CrossPair<LOG_PROBS, LOGITS>());
+  return p.space_y == PROBS       ? f(CrossPair<LOGITS, PROBS>())
+         : p.space_y == LOG_PROBS ? f(CrossPair<LOGITS, LOG_PROBS>())
+                                  : f(CrossPair<LOGITS, LOGITS>());
+}
 template <typename T> Kernel cross_kernel_of(const Plan& p) {
-  if (p.operation == ENTROPY) return cross_kernel<T, LOGITS, LOGITS, true>(p);
-  if (p.space_x == PROBS) return cross_kernel<T, PROBS, LOGITS>(p);
-  if (p.space_x == LOG_PROBS) return cross_kernel<T, LOG_PROBS, LOGITS>(p);
-  return p.space_y == PROBS       ? cross_kernel<T, LOGITS, PROBS>(p)
-         : p.space_y == LOG_PROBS ? cross_kernel<T, LOGITS, LOG_PROBS>(p)
-                                  : cross_kernel<T, LOGITS, LOGITS>(p);
+  return cross_pair(p, [&](auto s) { return cross_kernel<T, decltype(s)::x, decltype(s)::y, decltype(s)::alone>(p); });
 }
 
 // ---- all else with logits: normalise, then treat as log-probabilities; always wide -------------------------------------------
