@@ -452,7 +452,7 @@ def cluster():
             threads_per_worker=1,
             processes=True,
             memory_limit=LIMIT,
-            dashboard_address=None,
+            dashboard_address="127.0.0.1:0",  # any free port: each of pytest's processes may have a cluster
             local_directory=None,
         ) as cluster,
         distributed.Client(cluster) as client,
