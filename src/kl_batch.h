@@ -240,7 +240,7 @@ struct Batch {
   void rows(i64 r, int count, int first, int last, Row* row, double (*stats)[MAX_STATS], char* scratch) const {
     double* states = (double*)(scratch + SCRATCH);
     for (int i = 0; i < count; i++) row[i] = locate(p, r + i);
-    if (kept && last == kernel.sweeps) row[0].kept = scratch + kept;
+    if (kept && first == 0 && last == kernel.sweeps) row[0].kept = scratch + kept;
     if (ahead && r + count < p.rows) {
       Row next = locate(p, r + count);
       row[0].next_x = next.x;

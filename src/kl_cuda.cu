@@ -133,14 +133,15 @@ constexpr bool OF_CROSS = (SX == LOGITS || SY == LOGITS) && (OP == CROSS_ENTROPY
 constexpr bool NORM_OF_X = !OF_LOGITS && !OF_CROSS && SX == LOGITS;
 constexpr bool NORM_OF_Y = !OF_LOGITS && !OF_CROSS && HAS_Y && SY == LOGITS;
 constexpr bool NORMALISED = NORM_OF_X || NORM_OF_Y;
-constexpr int LOG_X = SX == LOGITS ? LOG_PROBS : SX, LOG_Y = SY == LOGITS ? LOG_PROBS : SY;
+constexpr bool BESIDE = NORMALISED && !KL_WIDE;   // float32 logits beside another space: log-probabilities in two numbers
+constexpr int LOG_X = SX == LOGITS && !BESIDE ? LOG_PROBS : SX, LOG_Y = SY == LOGITS && !BESIDE ? LOG_PROBS : SY;
 typedef Term<OP, LOG_X, OP == ENTROPY ? LOG_X : LOG_Y> TheTerm;
 
 enum { SUM_VALUE, SUM_DX, SUM_DY, SUM_STATES };   // of normalised rows' second sweep
 enum { NORM_X = 3, NORM_Y = 5 };                  // in stats: maximum and log S of x and of y, behind the three sums
 constexpr int MAX_STATES = LOGITS_STATES;
 // blocks of 256 threads on a multiprocessor: what registers, and shared memory, should suffice for
-constexpr int BLOCKS = KL_WIDE ? 1 : OF_LOGITS || OF_CROSS || OUT_DX || OUT_DY ? 2 : 3;
+constexpr int BLOCKS = KL_WIDE || BESIDE ? 1 : OF_LOGITS || OF_CROSS || OUT_DX || OUT_DY ? 2 : 3;
 constexpr int VALUE_SWEEP = NORMALISED ? 1 : 0;
 
 KL_DEVICE double inverse_temperature(const Plan& p) {   // multiplying by 1 changes nothing: the compiler leaves it out
@@ -881,7 +882,7 @@ KL_DEVICE void cross_outputs(const L& at, const Slot& s, const double* stats, do
   }
 }
 
-// logits to be normalised: sweep 0 their norms, sweep 1 the sums, sweep 2 the gradients; T is double
+// logits to be normalised: sweep 0 their norms, in double, sweep 1 the sums, sweep 2 the gradients
 template <int D, class L> KL_DEVICE Norm norm_chunk(const L& at, const typename Stored<D>::Type* slot, double it) {
   T m = -infinity<T>();
 #pragma unroll 1
@@ -892,16 +893,17 @@ template <int D, class L> KL_DEVICE Norm norm_chunk(const L& at, const typename 
     for (int e = 0; e < L::E; e++) m = larger(x[e], m);
   }
   m = at.max(m);
-  double zero = top_of(m);
-  typename L::template Sums<2> sums;
+  double zero = top_of((double)m);
+  typename L::template Sums<2, double> sums;
 #pragma unroll 1
   for (int step = 0; step < at.steps(); step++) {
-    T x[L::E], ties[L::E], rest[L::E];
+    T x[L::E];
+    double ties[L::E], rest[L::E];
     at.template read<D>(slot, step, x);
 #pragma unroll
     for (int e = 0; e < L::E; e++) {
-      ties[e] = x[e] == m ? T(1) : T(0);
-      rest[e] = (T)norm_rest(x[e], m, zero, it);
+      ties[e] = x[e] == m ? 1.0 : 0.0;
+      rest[e] = x[e] == x[e] ? norm_rest((double)x[e], (double)m, zero, it) : nan<double>();
     }
     mask(at, step, ties);
     mask(at, step, rest);
@@ -912,24 +914,61 @@ template <int D, class L> KL_DEVICE Norm norm_chunk(const L& at, const typename 
   return {(double)m, excluded((double)m) ? 0.0 : count, rest};
 }
 
+// A class's number as the term takes it. In `at`: the row's norm, if these are logits.
+template <int S> KL_DEVICE auto normalised(T x, const double* at, const LogNorm<T>& norm, double it) {
+  if constexpr (S == LOGITS && BESIDE) return log_prob_of(x, norm);
+  else if constexpr (S == LOGITS) return log_prob_of(x, at[0], at[1], it);
+  else return x;
+}
+template <typename P> KL_DEVICE T softmax_of(const P& l) {   // e^l
+  if constexpr (BESIDE) return exp_flushed(l);
+  else return exp(l);
+}
+
+template <bool ALL, class L, class P, class Q>
+KL_DEVICE void normalised_terms(const P (&x)[L::E], const Q (&y)[L::E], T epsilon, T* v, T* dx, T* dy) {
+#pragma unroll
+  for (int e = 0; e < L::E; e++) {
+    v[e] = value_of<TheTerm, ALL>(x[e], y[e], epsilon);
+    dx[e] = OUT_DX ? dx_of<TheTerm, ALL>(x[e], y[e], epsilon) : T(0);
+    dy[e] = OUT_DY ? dy_of<TheTerm, ALL>(x[e], y[e], epsilon) : T(0);
+  }
+}
+
 template <class L, class Sink>
 KL_DEVICE void normalised_chunk(const Plan& p, const L& at, const Slot& s, int sweep, const double* stats,
                                 const Want& want, const Sink& sink, double* state) {
   double it = inverse_temperature(p);
+  LogNorm<T> norm = {};
+  if constexpr (BESIDE) norm = log_norm_of<T>(stats + (NORM_OF_X ? NORM_X : NORM_Y), it);
+  typedef decltype(normalised<SX>(T(0), stats, norm, it)) P;
+  typedef decltype(normalised<HAS_Y ? SY : SX>(T(0), stats, norm, it)) Q;
   typename L::template Sums<SUM_STATES> sums;
 #pragma unroll 1
   for (int step = 0; step < at.steps(); step++) {
-    T x[L::E], y[L::E], v[L::E], dx[L::E], dy[L::E];
-    at.template read<DX>(s.x, step, x);
-    if constexpr (HAS_Y) at.template read<DY>(s.y, step, y);
+    T raw[L::E], v[L::E], dx[L::E], dy[L::E];
+    P x[L::E];
+    Q y[L::E];
+    bool ordinary = BESIDE && TheTerm::has_ordinary, overflowed = false;
+    at.template read<DX>(s.x, step, raw);
+#pragma unroll
+    for (int e = 0; e < L::E; e++) x[e] = normalised<SX>(raw[e], stats + NORM_X, norm, it);
+    if constexpr (HAS_Y) at.template read<DY>(s.y, step, raw);
 #pragma unroll
     for (int e = 0; e < L::E; e++) {
-      if constexpr (NORM_OF_X) x[e] = (T)log_prob_of(x[e], stats[NORM_X], stats[NORM_X + 1], it);
-      if constexpr (NORM_OF_Y) y[e] = (T)log_prob_of(y[e], stats[NORM_Y], stats[NORM_Y + 1], it);
-      if constexpr (!HAS_Y) y[e] = x[e];
-      v[e] = value_of<TheTerm, true>(x[e], y[e], (T)p.epsilon);
-      dx[e] = OUT_DX ? dx_of<TheTerm, true>(x[e], y[e], (T)p.epsilon) : T(0);
-      dy[e] = OUT_DY ? dy_of<TheTerm, true>(x[e], y[e], (T)p.epsilon) : T(0);
+      if constexpr (HAS_Y) y[e] = normalised<SY>(raw[e], stats + NORM_Y, norm, it);
+      else y[e] = x[e];
+      if constexpr (BESIDE && TheTerm::has_ordinary) ordinary &= TheTerm::ordinary(number_of(x[e]), number_of(y[e]));
+      if constexpr (BESIDE && NORM_OF_Y) overflowed |= overflows(y[e]);
+    }
+    if (BESIDE && TheTerm::has_ordinary && at.every(ordinary)) normalised_terms<false, L>(x, y, (T)p.epsilon, v, dx, dy);
+    else normalised_terms<true, L>(x, y, (T)p.epsilon, v, dx, dy);
+    if (BESIDE && NORM_OF_Y && at.any(overflowed)) {
+#pragma unroll
+      for (int e = 0; e < L::E; e++) {
+        v[e] *= stretch(raw[e], norm);
+        dx[e] *= stretch(raw[e], norm);
+      }
     }
     multiply(p, at, step, s, v);
     if (OUT_DX) multiply(p, at, step, s, dx);
@@ -945,8 +984,8 @@ KL_DEVICE void normalised_chunk(const Plan& p, const L& at, const Slot& s, int s
     } else {
 #pragma unroll
       for (int e = 0; e < L::E; e++) {
-        if constexpr (NORM_OF_X) dx[e] = (T)through_softmax(dx[e], x[e], stats[SUM_DX], it);
-        if constexpr (NORM_OF_Y && !is_final(OP)) dy[e] = (T)through_softmax(dy[e], y[e], stats[SUM_DY], it);
+        if constexpr (NORM_OF_X) dx[e] = through_softmax(dx[e], softmax_of(x[e]), (T)stats[SUM_DX], (T)it);
+        if constexpr (NORM_OF_Y && !is_final(OP)) dy[e] = through_softmax(dy[e], softmax_of(y[e]), (T)stats[SUM_DY], (T)it);
       }
       if (want.dx) sink.dx(at, step, dx, want.of_gradient);
       if (want.dy) sink.dy(at, step, dy, want.of_gradient);

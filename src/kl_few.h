@@ -181,7 +181,7 @@ template <typename T> void few_terms(const Plan& p, i64 r, int count, double* va
   rows.read(p.x, &Row::x, s.x, s.a);
   T* y = p.operation == ENTROPY ? s.x : s.y;
   if (p.operation != ENTROPY) rows.read(p.y, &Row::y, s.y, s.a);
-  terms_of<T>(p)(s.x, y, (T)p.epsilon, rows.size(), s.a, s.dx, s.dy);
+  terms_of<T>(p)(s.x, y, nullptr, (T)p.epsilon, rows.size(), s.a, s.dx, s.dy);
   if (p.dx.data) rows.write(p.dx, &Row::dx, s.dx, p.gradient_scale, s.x);
   if (p.dy.data) rows.write(p.dy, &Row::dy, s.dy, p.gradient_scale, s.x);
   if (p.output == TERMS) return rows.write(p.value, &Row::value, s.a, 1, s.x);
@@ -428,46 +428,88 @@ template <typename T> Few few_cross_of(const Plan& p) {
 }
 
 // the divergence of logits from another space, by the steps of mixed_chunk
-struct NormLanes {
+template <typename T> struct NormLanes {
   alignas(64) Lane<double> max, zero, ties, rest, alone, tied, log;
+  alignas(64) Lane<T> top, count, undefined, log_s, log_s_low;
+  alignas(64) Lane<typename Real<T>::Bits> odd;
 };
-KL_APART inline void few_log_probs(double* __restrict x, i64 n, i64 pitch, double it, double* __restrict a, double* room) {
-  NormLanes k;
-  maxima(x, n, pitch, k.max);
-  for (i64 r = 0; r < pitch; r++) k.zero[r] = top_of(k.max[r]);
+// Logits to log-probabilities, in their place and in `low`; `e` is for a double each.
+template <typename T>
+KL_APART void few_log_probs(T* __restrict x, i64 n, i64 pitch, double it, double* __restrict e, T* __restrict low, double* room,
+                            NormLanes<T>& k) {
+  maxima(x, n, pitch, k.top);
+  for (i64 r = 0; r < pitch; r++) {
+    k.max[r] = (double)k.top[r];
+    k.zero[r] = top_of(k.max[r]);
+    k.odd[r] = 0;
+    k.count[r] = k.undefined[r] = T(0);
+  }
+  T* __restrict count = k.count;
+  T* __restrict undefined = k.undefined;   // 0, or NaN
   for (i64 i = 0; i < n * pitch; i += pitch)
-    for (i64 r = 0; r < pitch; r++) a[i + r] = x[i + r] == k.max[r] ? 1.0 : 0.0;
-  add_lanes(n, pitch, room, k.ties, [=](i64 j) KL_LAMBDA { return a[j]; });
+    for (i64 r = 0; r < pitch; r++) {
+      count[r] += x[i + r] == k.top[r] ? T(1) : T(0);
+      undefined[r] = x[i + r] == x[i + r] ? undefined[r] : x[i + r];
+    }
   for (i64 i = 0; i < n * pitch; i += pitch)
-    for (i64 r = 0; r < pitch; r++) a[i + r] = norm_rest(x[i + r], k.max[r], k.zero[r], it);
-  add_lanes(n, pitch, room, k.rest, [=](i64 j) KL_LAMBDA { return a[j]; });
-  for (i64 r = 0; r < pitch; r++) k.ties[r] = excluded(k.max[r]) ? 0.0 : k.ties[r];
+    for (i64 r = 0; r < pitch; r++) e[i + r] = norm_rest((double)x[i + r], k.max[r], k.zero[r], it);
+  add_lanes(n, pitch, room, k.rest, [=](i64 j) KL_LAMBDA { return e[j]; });
+  for (i64 r = 0; r < pitch; r++) {
+    k.ties[r] = excluded(k.max[r]) ? 0.0 : (double)count[r];
+    k.rest[r] = undefined[r] == T(0) ? k.rest[r] : nan<double>();
+  }
   // a loop each: in one, gcc would take branches
   for (i64 r = 0; r < pitch; r++) k.alone[r] = log_alone({k.max[r], k.ties[r], k.rest[r]});
   for (i64 r = 0; r < pitch; r++) k.tied[r] = log_tied({k.max[r], k.ties[r], k.rest[r]});
   for (i64 r = 0; r < pitch; r++) k.log[r] = log_norm({k.max[r], k.ties[r], k.rest[r]}, k.alone[r], k.tied[r]);
-  for (i64 i = 0; i < n * pitch; i += pitch)
-    for (i64 r = 0; r < pitch; r++) x[i + r] = log_prob_of(x[i + r], k.max[r], k.log[r], it);
+  if constexpr (sizeof(T) == sizeof(double)) {
+    for (i64 i = 0; i < n * pitch; i += pitch)
+      for (i64 r = 0; r < pitch; r++) x[i + r] = log_prob_of(x[i + r], k.max[r], k.log[r], it);
+  } else {
+    for (i64 r = 0; r < pitch; r++) {
+      double known[] = {k.max[r], k.log[r]};
+      LogNorm<T> norm = log_norm_of<T>(known, it);
+      k.log_s[r] = norm.log_s;
+      k.log_s_low[r] = norm.log_s_low;
+    }
+    Inverse<T> inverse_temperature = inverse<T>(it);
+    for (i64 i = 0; i < n * pitch; i += pitch)
+      for (i64 r = 0; r < pitch; r++) {
+        Pair<T> l = log_prob_of(x[i + r], LogNorm<T>{k.top[r], k.log_s[r], k.log_s_low[r], inverse_temperature});
+        k.odd[r] |= overflows(l) ? 1 : 0;
+        x[i + r] = l.value;
+        low[i + r] = l.low;
+      }
+  }
 }
-KL_APART inline void few_through_softmax(double* __restrict d, const double* __restrict log_p, i64 n, i64 pitch, double it, double* room) {
+template <typename T>
+KL_APART void few_through_softmax(T* __restrict d, const T* __restrict l, const T* __restrict low, i64 n, i64 pitch, double it, double* room) {
   alignas(64) Lane<double> sums;
   add_lanes(n, pitch, room, sums, [=](i64 j) KL_LAMBDA { return d[j]; });
   for (i64 i = 0; i < n * pitch; i += pitch)
-    for (i64 r = 0; r < pitch; r++) d[i + r] = through_softmax(d[i + r], log_p[i + r], sums[r], it);
+    for (i64 r = 0; r < pitch; r++) {
+      if constexpr (sizeof(T) == sizeof(double)) d[i + r] = through_softmax(d[i + r], exp(l[i + r]), sums[r], it);
+      else d[i + r] = through_softmax(d[i + r], exp_flushed(Pair<T>{l[i + r], low[i + r]}), (T)sums[r], (T)it);
+    }
 }
-inline void few_mixed(const Plan& p, i64 r, int count, double* values, char*, void* scratch) {
-  Block<double>& s = *(Block<double>*)scratch;
-  Rows<double> rows(p, r, count);
+template <typename T> void few_mixed(const Plan& p, i64 r, int count, double* values, char* alone, void* scratch) {
+  Block<T>& s = *(Block<T>*)scratch;
+  Rows<T> rows(p, r, count);
+  NormLanes<T> k;
   i64 n = rows.n, pitch = rows.pitch;
-  double it = p.inverse_temperature;
+  double it = p.inverse_temperature, *doubles = (double*)s.a;   // and in float, over dx too
+  static_assert(offsetof(Block<T>, dx) - offsetof(Block<T>, a) == sizeof s.a);
+  alignas(64) T low[sizeof(T) == sizeof(float) ? Block<T>::SIZE : 1];
   rows.read(p.x, &Row::x, s.x, s.a);
-  if (p.space_x == LOGITS) few_log_probs(s.x, n, pitch, it, s.a, s.room);
+  if (p.space_x == LOGITS) few_log_probs(s.x, n, pitch, it, doubles, low, s.room, k);
   rows.read(p.y, &Row::y, s.y, s.a);
-  if (p.space_y == LOGITS) few_log_probs(s.y, n, pitch, it, s.a, s.room);
-  const double *x = s.x, *y = s.y, *a = s.a;
-  terms_of<double>(p)(x, y, p.epsilon, rows.size(), s.a, s.dx, s.dy);
-  if (p.dx.data && p.space_x == LOGITS) few_through_softmax(s.dx, x, n, pitch, it, s.room);
-  if (p.dy.data && p.space_y == LOGITS && !is_final(p.operation)) few_through_softmax(s.dy, y, n, pitch, it, s.room);
+  if (p.space_y == LOGITS) few_log_probs(s.y, n, pitch, it, doubles, low, s.room, k);
+  const T *x = s.x, *y = s.y, *a = s.a;
+  terms_of<T>(p)(x, y, low, (T)p.epsilon, rows.size(), s.a, s.dx, s.dy);
+  if (sizeof(T) == sizeof(float) && p.space_y == LOGITS)
+    for (i64 i = 0; i < count; i++) alone[i] = k.odd[i] != 0;
+  if (p.dx.data && p.space_x == LOGITS) few_through_softmax(s.dx, x, low, n, pitch, it, s.room);
+  if (p.dy.data && p.space_y == LOGITS && !is_final(p.operation)) few_through_softmax(s.dy, y, low, n, pitch, it, s.room);
   if (p.dx.data) rows.write(p.dx, &Row::dx, s.dx, p.gradient_scale, s.x);
   if (p.dy.data) rows.write(p.dy, &Row::dy, s.dy, p.gradient_scale, s.x);
   if (p.output == TERMS) return rows.write(p.value, &Row::value, s.a, 1, s.x);
@@ -482,6 +524,6 @@ inline Few few(const Plan& p) {
     return p.wide ? (tempered ? few_logits<double, true> : few_logits<double, false>)
                   : (tempered ? few_logits<float, true> : few_logits<float, false>);
   if (of_cross(p)) return p.wide ? few_cross_of<double>(p) : few_cross_of<float>(p);
-  if (p.space_x == LOGITS || p.space_y == LOGITS) return few_mixed;
+  if (p.space_x == LOGITS || p.space_y == LOGITS) return p.wide ? few_mixed<double> : few_mixed<float>;
   return p.wide ? few_terms<double> : few_terms<float>;
 }

@@ -39,7 +39,6 @@ template <typename T> constexpr bool EXACT = true;
 template <typename T> constexpr bool PAIRED = EXACT<T> && sizeof(T) == sizeof(float);   // u/T is; double has bits to spare
 template <typename T> struct Inverse { T value, low; };   // 1/T = value + low
 template <typename T> KL_FN Inverse<T> inverse(double it) { return {(T)it, (T)(it - (double)(T)it)}; }
-template <typename T> struct Pair { T value, low; };
 // (u + low)/T. TEMPERED = false, here and below: T is 1, and dividing by it is left out, which changes no bit.
 template <bool TEMPERED, typename T> KL_FN Pair<T> cooled(T u, T low, const Inverse<T>& k) {
   if constexpr (!TEMPERED) return {u, low};
@@ -55,7 +54,7 @@ template <bool TEMPERED, typename T> KL_FN T weight(T a, T m, const Inverse<T>& 
   if constexpr (!(TEMPERED && PAIRED<T>)) return exp_flushed(cooled<TEMPERED>(a - m, T(0), k).value);
   T low, u = difference(a, m, low);
   Pair<T> v = cooled<TEMPERED>(u, low, k);
-  return exp_flushed(v.value, v.low);
+  return exp_flushed(v);
 }
 
 // A chunk's M = max b - max a + mean, from the weighted mean of (b - max b) - (a - max a), which no offset makes large. Its
@@ -103,7 +102,7 @@ template <typename T> KL_FN bool below_range(T z) { return z <= T(-64); }
 
 // e^z - 1 - z, of z in range
 template <bool TEMPERED, typename T> KL_FN T spread_of(const Pair<T>& z) {
-  if constexpr (TEMPERED && PAIRED<T>) return expm1_minus(z.value, z.low);
+  if constexpr (TEMPERED && PAIRED<T>) return expm1_minus(z);
   return expm1_minus<false>(z.value);
 }
 
@@ -267,8 +266,10 @@ template <int TERM> KL_FN Outputs far_class(double a, double b, const FarRow& k)
 struct Norm { double max, count, rest; };
 constexpr int NORM_STATES = sizeof(Norm) / sizeof(double);
 
-KL_FN double norm_rest(double x, double max, double zero, double it) {
-  return x == max ? 0.0 : softmax_weight((x - zero) * it);
+template <typename T> KL_FN T lowest() { return -real(bits(infinity<T>()) - 1); }
+KL_FN double norm_rest(double x, double max, double zero, double it) {   // not for NaN
+  double w = exp_flushed((x - zero) * it);
+  return x == max ? 0.0 : w;
 }
 KL_FN double merge_rest(const Norm& k, double top, double zero, double it) {
   double below = exp_flushed((k.max - zero) * it) * (k.count + k.rest);
@@ -282,11 +283,30 @@ KL_FN double log_norm(const Norm& n, double alone, double tied) {
 }
 KL_FN double log_norm(const Norm& n) { return log_norm(n, log_alone(n), log_tied(n)); }
 KL_FN double log_prob_of(double x, double max, double log_s, double it) {
-  double l = (x - max) * it - log_s, lowest = -real(bits(infinity<double>()) - 1);
-  return !excluded(x) & (l < lowest) ? lowest : l;   // what overflows is not excluded
+  double l = (x - max) * it - log_s;
+  return excluded(l) & !excluded(x) ? lowest<double>() : l;   // what overflows is not excluded
 }
-KL_FN double through_softmax(double d, double log_p, double sum, double it) {
-  return ((d - exp(log_p) * sum) + 0 * sum) * it;   // none has a derivative where the sum is infinite
+template <typename T> KL_FN T through_softmax(T d, T p, T sum, T it) {
+  return ((d - p * sum) + T(0) * sum) * it;   // none has a derivative where the sum is infinite
+}
+
+// In float, beside another space: log-probabilities in two numbers. What overflows is the lowest number, and not excluded.
+template <typename T> struct LogNorm { T max, log_s, log_s_low; Inverse<T> it; };
+template <typename T> KL_FN LogNorm<T> log_norm_of(const double* max_and_log, double it) {
+  T log_s = (T)max_and_log[1];
+  return {(T)max_and_log[0], log_s, (T)(max_and_log[1] - (double)log_s), inverse<T>(it)};
+}
+template <typename T> KL_FN Pair<T> log_prob_of(T x, const LogNorm<T>& k) {
+  T low, u = difference(x, k.max, low), rest;
+  Pair<T> v = cooled<true>(u, low, k.it);
+  T l = difference(v.value, k.log_s, rest), all = (v.low + rest) - k.log_s_low;
+  return {excluded(l) & !excluded(x) ? lowest<T>() : l, absolute(all) < infinity<T>() ? all : T(0)};
+}
+template <typename T> KL_FN bool overflows(const Pair<T>& l) { return l.value == lowest<T>(); }
+// How many times the lowest number such a log q is: what a term, or dx, that is proportional to it lacks
+template <typename T> KL_FN T stretch(T y, const LogNorm<T>& k) {
+  T times = ((y * T(0.5) - k.max * T(0.5)) / lowest<T>()) * (k.it.value * T(2));
+  return (times > T(1)) & !excluded(y) ? times : T(1);
 }
 
 // ---- cross-entropy and entropy with logits -----------------------------------------------------------------------------------
@@ -305,8 +325,7 @@ enum { CROSS_MAX_A = VALUE + 1, CROSS_S, CROSS_MAX_B, CROSS_LOG_S, CROSS_Q, CROS
 
 // Of one class of x or y, in the space S. `zero`: where its logits are measured from.
 KL_FN double in_range(double v) {   // a cost that overflows does not exclude its class, nor is 0 times e^x NaN
-  double largest = real(bits(infinity<double>()) - 1);
-  return v > largest ? largest : v;
+  return v > -lowest<double>() ? -lowest<double>() : v;
 }
 template <int S, bool TEMPERED, typename T> KL_FN T cross_weight(T x, T zero, const Inverse<T>& it) {
   if constexpr (S == PROBS) return x >= T(0) ? x : nan<T>();

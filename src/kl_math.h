@@ -162,6 +162,14 @@ template <typename T> KL_FN T power_of_two(T k) { return real((bits(k) << Real<T
 // Where a function takes ALL = false, the caller has made sure that its arguments are ordinary: the steps for the rest of
 // the domain are left out, and the bits are the same.
 
+// An unevaluated sum of two numbers, of which `low` is next to nothing beside `value`
+template <typename T> struct Pair { T value, low; };
+template <typename T> KL_FN Octave<T> octave(const Pair<T>& x) {
+  Octave<T> o = octave(x.value);
+  o.r = o.r + x.low;
+  return o;
+}
+
 // e^(r + n ln 2) of an ordinary octave
 template <typename T> KL_FN T exp_of(const Octave<T>& o) {
   T y = fma(o.r * o.r, exp_tail(o.r), o.r) + T(1);
@@ -187,16 +195,21 @@ template <bool ALL = true, typename T> KL_FN T exp(T x) {
 }
 
 // m e^x, rounded once more: it may be in range where e^x is subnormal, infinite or zero
-template <typename T> KL_FN T times_exp(T m, T x) {
+template <typename T> KL_FN T times_exp(T m, const Octave<T>& o, T x) {   // o: that of x, where x is not too far
   typedef Real<T> R;
-  T c = x > R::exp_far ? R::exp_far : x;
-  c = c < -R::exp_far ? -R::exp_far : c;
-  Octave<T> o = octave(c);
   T y = fma(o.r * o.r, exp_tail(o.r), o.r) + T(1);
   T third = fma(o.n, T(1) / T(3), R::round), n = third - R::round, p = power_of_two(third);
   T v = y * p;
   v = ((v * m) * p) * power_of_two(((o.n - n) - n) + R::round);
   return x < -R::exp_far ? T(0) : v;
+}
+template <typename T> KL_FN T not_too_far(T x) {
+  T c = x > Real<T>::exp_far ? Real<T>::exp_far : x;
+  return c < -Real<T>::exp_far ? -Real<T>::exp_far : c;
+}
+template <typename T> KL_FN T times_exp(T m, T x) { return times_exp(m, octave(not_too_far(x)), x); }
+template <typename T> KL_FN T times_exp(T m, const Pair<T>& x) {
+  return times_exp(m, octave(Pair<T>{not_too_far(x.value), x.low}), x.value);
 }
 
 // e^x for x <= 0, zero below 2^-124 (2^-1020): the weights of a softmax, whose largest is 1. Not for NaN.
@@ -204,11 +217,9 @@ template <typename T> KL_FN T exp_flushed(T x) {
   T y = exp<false>(x);
   return x < Real<T>::flush ? T(0) : y;
 }
-template <typename T> KL_FN T exp_flushed(T x, T low) {   // of x + low
-  Octave<T> o = octave(x);
-  o.r = o.r + low;
-  T y = exp_of(o);
-  return x < Real<T>::flush ? T(0) : y;
+template <typename T> KL_FN T exp_flushed(const Pair<T>& x) {
+  T y = exp_of(octave(x));
+  return x.value < Real<T>::flush ? T(0) : y;
 }
 
 // e^x - 1 = 2 (2^(n-1) y + 2^(n-1) - 1/2) with y = e^r - 1; 2^n itself may be infinite where the result is not
@@ -245,11 +256,7 @@ template <bool ALL = true, typename T> KL_FN T expm1_minus(T t) {
   T g = expm1_minus_of(octave(t));
   return ALL & (t < T(-64)) ? T(-1) - t : g;   // below every ordinary t
 }
-template <typename T> KL_FN T expm1_minus(T t, T low) {   // of t + low, ordinary
-  Octave<T> o = octave(t);
-  o.r = o.r + low;
-  return expm1_minus_of(o);
-}
+template <typename T> KL_FN T expm1_minus(const Pair<T>& t) { return expm1_minus_of(octave(t)); }   // ordinary
 // e^t - 1 where g = e^t - 1 - t is at hand already, with an error of a few eps
 template <typename T> KL_FN T expm1_of(T t, T g) {
   T e = g + t;
@@ -292,11 +299,8 @@ template <bool ALL = true, typename T> KL_FN LogRatio<T> log_ratio(T x, T y) {
 }
 
 // e^x/m for m > 0, wherever that is in range
-template <typename T> KL_FN T exp_over(T x, T m) {
+template <typename T> KL_FN T exp_over(const Octave<T>& o, T x, T m) {   // o: that of x, where x is not too far
   typedef Real<T> R;
-  T c = x > R::exp_far ? R::exp_far : x;
-  c = c < -R::exp_far ? -R::exp_far : c;
-  Octave<T> o = octave(c);
   Ratio<T> q = ratio(T(1), m);
   T v = (fma(o.r * o.r, exp_tail(o.r), o.r) + T(1)) / q.to, n = o.n - q.k;   // e^x/m = 2^n v
   n = n > R::exp_far ? R::exp_far : n;
@@ -305,6 +309,10 @@ template <typename T> KL_FN T exp_over(T x, T m) {
   v = ((v * p) * p) * power_of_two(((n - t) - t) + R::round);
   v = m == infinity<T>() ? T(0) : v;
   return x < -R::exp_far ? T(0) : v;
+}
+template <typename T> KL_FN T exp_over(T x, T m) { return exp_over(octave(not_too_far(x)), x, m); }
+template <typename T> KL_FN T exp_over(const Pair<T>& x, T m) {
+  return exp_over(octave(Pair<T>{not_too_far(x.value), x.low}), x.value, m);
 }
 
 // log(1 + f) + k ln 2 for f = to - 1, with `low` the part of f that `to` could not hold
@@ -327,7 +335,7 @@ template <typename T> KL_FN T log(T x) {
 // y - log x for x > 0. In float to 2 eps of the result, and where it is small to 2^-38: a float that held log x would leave
 // little of it. So log x is taken off in parts, the largest first, and where they all but cancel every difference is exact
 // (Sterbenz): k log 2 + log(4/3), if x is scaled by 3/4 as well; 2 atanh(s) = 2 s + 2/3 s^3 + ...; what these were rounded by.
-template <bool ALL = true> KL_FN float minus_log(float y, float x) {
+template <bool ALL = true> KL_FN float minus_log(const Pair<float>& y, float x) {
   typedef Real<float> R;
   constexpr float two_thirds = 0x1.555556p-1f, two_thirds_lo = -0x1.555556p-26f;
   Ratio<float> q = ratio<ALL>(1.125f, x);                     // `to` in [13/16, 13/8)
@@ -342,11 +350,12 @@ template <bool ALL = true> KL_FN float minus_log(float y, float x) {
   float tail = fma(c, fma(w, atanh_rest(w), two_thirds_lo), fma(c_low, two_thirds, fma(c, two_thirds, -v)));
   float h = s2 + v, h_low = v - (h - s2);
   low = (low + h_low) + (tail + fma(e, fma(w, w, w), e));     // d 2 atanh(s) = 2 ds/(1 - w)
-  float d = ((y - top) - h) - low;
+  float d = ((y.value - top) - h) - (low - y.low);
   if constexpr (!ALL) return d;
-  d = x == infinity<float>() ? y - x : d;
-  return x == 0.f ? y + infinity<float>() : d;
+  d = x == infinity<float>() ? y.value - x : d;
+  return x == 0.f ? y.value + infinity<float>() : d;
 }
+template <bool ALL = true> KL_FN float minus_log(float y, float x) { return minus_log<ALL>(Pair<float>{y, 0.f}, x); }
 template <bool ALL = true> KL_FN double minus_log(double y, double x) { return y - log(x); }
 
 template <typename T> KL_FN T log1p(T x) {
@@ -365,7 +374,7 @@ template <typename T> KL_FN T log1p(T x) {
 }
 
 // ---- the terms ----------------------------------------------------------------------------------------------------------
-// What the numbers of an argument are. Logits never reach a term: kl_rows.h and kl_cuda.cu turn them into log-probabilities.
+// What the numbers of an argument are. Logits reach no term: kl_rows.h and kl_cuda.cu turn them into log-probabilities.
 enum Space { PROBS = 0, LOG_PROBS = 1, LOGITS = 2 };
 enum Operation { KL_DIV = 0, REL_ENTR = 1, CROSS_ENTROPY = 2, ENTROPY = 3,
                  PYTORCH = 4, KERAS = 5, MXNET = 6, PUZZLELIB = 7 };   // the terms of other systems, behind the others
@@ -374,9 +383,10 @@ enum Operation { KL_DIV = 0, REL_ENTR = 1, CROSS_ENTROPY = 2, ENTROPY = 3,
 template <int OP, int SX, int SY> struct Term;
 
 // What there is to say of a term: whether it has a shorter form for ordinary arguments, and which these are; whether its
-// functions take an epsilon beside x and y; whether they take t, log q - log p, which `gap` computes. What most terms say:
+// functions take an epsilon beside x and y; whether they take t, log q - log p, which `gap` computes; whether an argument is
+// an unevaluated pair. What most terms say:
 struct Plain {
-  static constexpr bool has_ordinary = false, takes_epsilon = false, has_gap = false;
+  static constexpr bool has_ordinary = false, takes_epsilon = false, has_gap = false, x_is_pair = false, y_is_pair = false;
   template <typename T> static KL_FN bool ordinary(T, T) { return false; }
 };
 // Whether a term's dy is final even where y are logits: else it is a derivative with respect to log y, and has yet to go
@@ -399,8 +409,8 @@ template <typename T> KL_FN T zero_over(T x, T y) {   // -x/y with 0/0 = 0
   return x == T(0) ? T(0) : d;
 }
 
-template <> struct Term<KL_DIV, PROBS, PROBS> {
-  static constexpr bool has_ordinary = true, takes_epsilon = false, has_gap = false;
+template <> struct Term<KL_DIV, PROBS, PROBS> : Plain {
+  static constexpr bool has_ordinary = true;
   template <typename T> static KL_FN bool ordinary(T x, T y) {
     return (x >= Real<T>::tiny) & (y >= Real<T>::tiny) & (x < Real<T>::huge) & (y < Real<T>::huge);
   }
@@ -466,11 +476,13 @@ template <> struct Term<ENTROPY, PROBS, PROBS> : Plain {
 // q alone counts.
 template <typename T> KL_FN bool excluded(T l) { return l == -infinity<T>(); }
 
-template <> struct Term<KL_DIV, LOG_PROBS, LOG_PROBS> {
-  static constexpr bool has_ordinary = true, takes_epsilon = false, has_gap = false;
-  template <typename T> static KL_FN bool ordinary(T x, T y) {
-    return (absolute(y - x) < Real<T>::far) & (x > Real<T>::flush) & (x < Real<T>::exp_ordinary);
-  }
+template <typename T> KL_FN bool ordinary_logs(T x, T y) {
+  return (absolute(y - x) < Real<T>::far) & (x > Real<T>::flush) & (x < Real<T>::exp_ordinary);
+}
+
+template <> struct Term<KL_DIV, LOG_PROBS, LOG_PROBS> : Plain {
+  static constexpr bool has_ordinary = true;
+  template <typename T> static KL_FN bool ordinary(T x, T y) { return ordinary_logs(x, y); }
   template <bool ALL = true, typename T> static KL_FN T value(T x, T y) {   // p (e^t - 1 - t)
     T t = y - x;
     if constexpr (!ALL) return exp<false>(x) * expm1_minus<false>(t);
@@ -530,46 +542,70 @@ template <> struct Term<ENTROPY, LOG_PROBS, LOG_PROBS> : Plain {
   template <typename T> static KL_FN T dy(T, T) { return T(0); }
 };
 
-// one of each: the probability and its logarithm are both needed
+// One of each: the probability and its logarithm are both needed. The space LOGITS means log-probabilities that were made of
+// logits: in float Pair<float>, since what normalises a row has to be known to far more than float holds.
+template <typename T> KL_FN T number_of(T x) { return x; }
+template <typename T> KL_FN T number_of(const Pair<T>& x) { return x.value; }
 template <int S, typename T> KL_FN T prob(T x) {
   if constexpr (S == PROBS) return x;
   else return exp(x);
 }
+template <int S, typename T> KL_FN T prob(const Pair<T>& x) { return times_exp(T(1), x); }
 template <int S, bool ALL = true, typename T> KL_FN T times_prob(T m, T x) {
   if constexpr (S == PROBS) return m * x;
   else if constexpr (ALL) return times_exp(m, x);
   else return m * exp<false>(x);
 }
+template <int S, bool ALL = true, typename T> KL_FN T times_prob(T m, const Pair<T>& x) {
+  if constexpr (ALL) return times_exp(m, x);
+  else return m * exp_of(octave(x));
+}
 template <int S, typename T> KL_FN T log_prob(T x) {
   if constexpr (S == PROBS) return log(x);
   else return x;
 }
-template <int S, typename T> KL_FN bool excluded(T x) { return x == (S == PROBS ? T(0) : -infinity<T>()); }
-template <int S, typename T> KL_FN T unless_undefined(T x, T v) {
+template <int S, typename X> KL_FN bool excluded(X x) { return number_of(x) == (S == PROBS ? 0.f : -infinity<float>()); }
+template <int S, typename X, typename T> KL_FN T unless_undefined(X x, T v) {
   if constexpr (S == PROBS) return x >= T(0) ? v : nan<T>();
-  else return x == x ? v : x;
+  else return number_of(x) == number_of(x) ? v : number_of(x);
 }
-template <int SX, int SY, typename T> KL_FN T unless_undefined(T x, T y, T v) {
+template <int SX, int SY, typename X, typename Y, typename T> KL_FN T unless_undefined(X x, Y y, T v) {
   return unless_undefined<SY>(y, unless_undefined<SX>(x, v));
 }
 // t = log q - log p
-template <int SX, int SY, bool ALL = true, typename T> KL_FN T log_gap(T x, T y) {
+template <typename T> KL_FN T minus(T y, const Pair<T>& x) { return (y - x.value) - x.low; }
+template <typename T> KL_FN T minus(const Pair<T>& y, T x) { return (y.value - x) + y.low; }
+template <int SX, int SY, bool ALL = true, typename X, typename Y> KL_FN auto log_gap(X x, Y y) {
   if constexpr (SX == PROBS) return minus_log<ALL>(y, x);
-  else return -minus_log<ALL>(x, y);
+  else if constexpr (SY == PROBS) return -minus_log<ALL>(x, y);
+  else return minus(y, x);
 }
 
-template <int SX, int SY> struct Term<KL_DIV, SX, SY> {
-  static constexpr bool has_ordinary = true, takes_epsilon = false, has_gap = true;
-  template <typename T> static KL_FN bool ordinary(T x, T y) {   // |t| < far: within half an octave, log p is cheap
+// Where |t| < far, and e^x and e^y are ordinary if they are needed
+template <int SX, int SY> struct WithGap {
+  static constexpr bool has_ordinary = true, takes_epsilon = false, has_gap = true, x_is_pair = SX == LOGITS, y_is_pair = SY == LOGITS;
+  template <typename X, typename Y> static KL_FN bool ordinary(X x, Y y) {
+    if constexpr (SX != PROBS && SY != PROBS) {
+      return ordinary_logs(number_of(x), number_of(y));
+    } else if constexpr (SX == PROBS) {
+      return ordinary_gap(x, number_of(y));
+    } else {
+      return ordinary_gap(y, number_of(x));
+    }
+  }
+  template <typename T> static KL_FN bool ordinary_gap(T p, T l) {   // within half an octave, log p is cheap
     typedef Real<T> R;
-    T p = SX == PROBS ? x : y, l = SX == PROBS ? y : x, t = fma(ratio<false>(T(1), p).k, -R::ln2, l);
+    T t = fma(ratio<false>(T(1), p).k, -R::ln2, l);
     return (p >= R::tiny) & (p < R::huge) & (absolute(t) < R::far - T(1));
   }
-  template <bool ALL = true, typename T> static KL_FN T gap(T x, T y) { return log_gap<SX, SY, ALL>(x, y); }
-  template <bool ALL = true, typename T> static KL_FN T value(T x, T y) { return value<ALL>(x, y, gap<ALL>(x, y)); }
-  template <bool ALL = true, typename T> static KL_FN T dx(T x, T y) { return dx<ALL>(x, y, gap<ALL>(x, y)); }
-  template <bool ALL = true, typename T> static KL_FN T dy(T x, T y) { return dy<ALL>(x, y, gap<ALL>(x, y)); }
-  template <bool ALL, typename T> static KL_FN T value(T x, T y, T t) {   // p (e^t - 1 - t)
+  template <bool ALL = true, typename X, typename Y> static KL_FN auto gap(X x, Y y) { return log_gap<SX, SY, ALL>(x, y); }
+};
+
+template <int SX, int SY> struct Term<KL_DIV, SX, SY> : WithGap<SX, SY> {
+  template <bool ALL = true, typename X, typename Y> static KL_FN auto value(X x, Y y) { return value<ALL>(x, y, log_gap<SX, SY, ALL>(x, y)); }
+  template <bool ALL = true, typename X, typename Y> static KL_FN auto dx(X x, Y y) { return dx<ALL>(x, y, log_gap<SX, SY, ALL>(x, y)); }
+  template <bool ALL = true, typename X, typename Y> static KL_FN auto dy(X x, Y y) { return dy<ALL>(x, y, log_gap<SX, SY, ALL>(x, y)); }
+  template <bool ALL, typename X, typename Y, typename T> static KL_FN T value(X x, Y y, T t) {   // p (e^t - 1 - t)
     T v = times_prob<SX, ALL>(expm1_minus<ALL>(t), x);
     if constexpr (!ALL) return v;
     T q = prob<SY>(y);
@@ -578,14 +614,15 @@ template <int SX, int SY> struct Term<KL_DIV, SX, SY> {
     v = excluded<SX>(x) ? q : v;
     return unless_undefined<SX, SY>(x, y, v);
   }
-  template <bool ALL, typename T> static KL_FN T dx(T x, T y, T t) {      // -t, times p where x is a logarithm
-    T d = T(0) - (SX == PROBS ? t : times_prob<SX, ALL>(t, x));
+  template <bool ALL, typename X, typename Y, typename T> static KL_FN T dx(X x, Y y, T t) {      // -t, times p where x is a logarithm
+    T d = T(0) - t;
+    if constexpr (SX != PROBS) d = T(0) - times_prob<SX, ALL>(t, x);
     if constexpr (!ALL) return d;
     d = excluded<SY>(y) ? infinity<T>() : d;
     if constexpr (SX != PROBS) d = excluded<SX>(x) ? T(0) : d;
     return unless_undefined<SX, SY>(x, y, d);
   }
-  template <bool ALL, typename T> static KL_FN T dy(T x, T y, T t) {      // 1 - p/q, times q where y is a logarithm
+  template <bool ALL, typename X, typename Y, typename T> static KL_FN T dy(X x, Y y, T t) {      // 1 - p/q, times q where y is a logarithm
     T d;
     if constexpr (SY == PROBS) d = T(0) - expm1(-t);
     else d = times_prob<SX, ALL>(expm1_of(t, expm1_minus<ALL>(t)), x);
@@ -601,26 +638,37 @@ template <int SX, int SY> struct Term<KL_DIV, SX, SY> {
   }
 };
 
-template <int SX, int SY> struct Term<REL_ENTR, SX, SY> : Plain {
-  template <typename T> static KL_FN T value(T x, T y) {   // -p t
-    T v = T(0) - times_prob<SX>(log_gap<SX, SY>(x, y), x);
+// With respect to logits it has the derivatives of kl_div: sums of p and q, by which they differ, do not depend on these.
+template <int SX, int SY> struct Term<REL_ENTR, SX, SY> : WithGap<SX, SY> {
+  typedef Term<KL_DIV, SX, SY> Divergence;
+  template <bool ALL = true, typename X, typename Y> static KL_FN auto value(X x, Y y) { return value<ALL>(x, y, log_gap<SX, SY, ALL>(x, y)); }
+  template <bool ALL = true, typename X, typename Y> static KL_FN auto dx(X x, Y y) { return dx<ALL>(x, y, log_gap<SX, SY, ALL>(x, y)); }
+  template <bool ALL = true, typename X, typename Y> static KL_FN auto dy(X x, Y y) { return dy<ALL>(x, y, log_gap<SX, SY, ALL>(x, y)); }
+  template <bool ALL, typename X, typename Y, typename T> static KL_FN T value(X x, Y y, T t) {   // -p t
+    T v = T(0) - times_prob<SX, ALL>(t, x);
+    if constexpr (!ALL) return v;
     v = excluded<SY>(y) ? infinity<T>() : v;
     v = excluded<SX>(x) ? T(0) : v;
     return unless_undefined<SX, SY>(x, y, v);
   }
-  template <typename T> static KL_FN T dx(T x, T y) {      // 1 - t, times p where x is a logarithm
-    T d = T(1) - log_gap<SX, SY>(x, y);
-    if constexpr (SX != PROBS) d = times_prob<SX>(d, x);
+  template <bool ALL, typename X, typename Y, typename T> static KL_FN T dx(X x, Y y, T t) {      // 1 - t, times p where x is a logarithm
+    if constexpr (SX == LOGITS) return Divergence::template dx<ALL>(x, y, t);
+    T d = T(1) - t;
+    if constexpr (SX != PROBS) d = times_prob<SX, ALL>(d, x);
+    if constexpr (!ALL) return d;
     d = excluded<SY>(y) ? infinity<T>() : d;
     if constexpr (SX != PROBS) d = excluded<SX>(x) ? T(0) : d;
     return unless_undefined<SX, SY>(x, y, d);
   }
-  template <typename T> static KL_FN T dy(T x, T y) {      // -p/q, times q where y is a logarithm
-    T d = T(0) - x;
+  template <bool ALL, typename X, typename Y, typename T> static KL_FN T dy(X x, Y y, T t) {      // -p/q, times q where y is a logarithm
+    if constexpr (SY == LOGITS) return Divergence::template dy<ALL>(x, y, t);
+    T d;
     if constexpr (SY == PROBS) {
       d = T(0) - exp_over(x, y);
       d = excluded<SY>(y) ? -infinity<T>() : d;   // however small p is
       d = excluded<SX>(x) ? T(0) : d;
+    } else {
+      d = T(0) - prob<SX>(x);
     }
     return unless_undefined<SX, SY>(x, y, d);
   }
@@ -709,17 +757,17 @@ template <int SX> struct Term<PUZZLELIB, SX, LOG_PROBS> : Plain {
 };
 
 // One way to call them all.
-template <class F, bool ALL, typename T> KL_FN T value_of(T x, T y, T e) {
+template <class F, bool ALL, typename X, typename Y, typename T> KL_FN T value_of(X x, Y y, T e) {
   if constexpr (F::takes_epsilon) return F::value(x, y, e);
   else if constexpr (F::has_ordinary) return F::template value<ALL>(x, y);
   else return F::value(x, y);
 }
-template <class F, bool ALL, typename T> KL_FN T dx_of(T x, T y, T e) {
+template <class F, bool ALL, typename X, typename Y, typename T> KL_FN T dx_of(X x, Y y, T e) {
   if constexpr (F::takes_epsilon) return F::dx(x, y, e);
   else if constexpr (F::has_ordinary) return F::template dx<ALL>(x, y);
   else return F::dx(x, y);
 }
-template <class F, bool ALL, typename T> KL_FN T dy_of(T x, T y, T e) {
+template <class F, bool ALL, typename X, typename Y, typename T> KL_FN T dy_of(X x, Y y, T e) {
   if constexpr (F::takes_epsilon) return F::dy(x, y, e);
   else if constexpr (F::has_ordinary) return F::template dy<ALL>(x, y);
   else return F::dy(x, y);

@@ -79,7 +79,7 @@ struct Kernel {
                 void* scratch);
   void (*fold)(const Plan&, int sweep, const double* from, int count, i64 from_pitch, double* to, i64 to_pitch);
   void (*finish)(const Plan&, int sweep, const double* state, double* stats);
-  size_t kept;                    // bytes a chunk that the first sweep may leave for the last one in row.kept; or 0
+  size_t kept;                    // bytes a chunk that a sweep may leave for the last one in row.kept; or 0
   int terms_sweep() const { return sweeps > 1 ? 1 : 0; }
 };
 

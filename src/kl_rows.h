@@ -208,42 +208,48 @@ template <typename T> struct Buffers {
 
 // ---- terms ---------------------------------------------------------------------------------------------------------------
 
-template <typename T> struct Terms {   // value, and the derivatives asked for, of n pairs
-  typedef void (*Map)(const T* x, const T* y, T epsilon, int n, T* value, T* dx, T* dy);
+template <typename T> struct Terms {   // value, and the derivatives asked for, of n pairs; `low`: of numbers in two parts
+  typedef void (*Map)(const T* x, const T* y, const T* low, T epsilon, int n, T* value, T* dx, T* dy);
 };
+template <bool PAIR, typename T> KL_FN auto number(const T* v, const T* low, int i) {
+  if constexpr (PAIR) return Pair<T>{v[i], low[i]};
+  else return v[i];
+}
 
 // A logarithm and an exponential in one loop are too long a chain for a processor to see the next one (see weigh_piece).
 template <class F, typename T, bool ALL, bool DX, bool DY>
-KL_FN void each_term(const T* __restrict x, const T* __restrict y, T e, int n, T* __restrict value, T* __restrict dx,
-                     T* __restrict dy) {
+KL_FN void each_term(const T* __restrict x, const T* __restrict y, const T* __restrict low, T e, int n, T* __restrict value,
+                     T* __restrict dx, T* __restrict dy) {
   if constexpr (F::has_gap) {
-    for (int i = 0; i < n; i++) value[i] = F::template gap<ALL>(x[i], y[i]);
+    for (int i = 0; i < n; i++) value[i] = F::template gap<ALL>(number<F::x_is_pair>(x, low, i), number<F::y_is_pair>(y, low, i));
     for (int i = 0; i < n; i++) {
       T t = value[i];
-      value[i] = F::template value<ALL>(x[i], y[i], t);
-      if (DX) dx[i] = F::template dx<ALL>(x[i], y[i], t);
-      if (DY) dy[i] = F::template dy<ALL>(x[i], y[i], t);
+      auto a = number<F::x_is_pair>(x, low, i);
+      auto b = number<F::y_is_pair>(y, low, i);
+      value[i] = F::template value<ALL>(a, b, t);
+      if (DX) dx[i] = F::template dx<ALL>(a, b, t);
+      if (DY) dy[i] = F::template dy<ALL>(a, b, t);
     }
-    return;
-  }
-  for (int i = 0; i < n; i++) {
-    value[i] = value_of<F, ALL>(x[i], y[i], e);
-    if (DX) dx[i] = dx_of<F, ALL>(x[i], y[i], e);
-    if (DY) dy[i] = dy_of<F, ALL>(x[i], y[i], e);
+  } else {
+    for (int i = 0; i < n; i++) {
+      value[i] = value_of<F, ALL>(x[i], y[i], e);
+      if (DX) dx[i] = dx_of<F, ALL>(x[i], y[i], e);
+      if (DY) dy[i] = dy_of<F, ALL>(x[i], y[i], e);
+    }
   }
 }
 
 // Ordinary arguments take the shorter form; the bits are those of the long one. Looked at beforehand, because what the
 // shorter form makes of a zero are subnormals, with which processors are slow.
 template <class F, typename T, bool DX, bool DY>
-void terms(const T* __restrict x, const T* __restrict y, T e, int n, T* __restrict value, T* __restrict dx,
-           T* __restrict dy) {
+void terms(const T* __restrict x, const T* __restrict y, const T* __restrict low, T e, int n, T* __restrict value,
+           T* __restrict dx, T* __restrict dy) {
   if constexpr (F::has_ordinary) {
     typename Real<T>::Bits others = 0;
     for (int i = 0; i < n; i++) others |= F::ordinary(x[i], y[i]) ? 0 : 1;
-    if (!others) return each_term<F, T, false, DX, DY>(x, y, e, n, value, dx, dy);
+    if (!others) return each_term<F, T, false, DX, DY>(x, y, low, e, n, value, dx, dy);
   }
-  each_term<F, T, true, DX, DY>(x, y, e, n, value, dx, dy);
+  each_term<F, T, true, DX, DY>(x, y, low, e, n, value, dx, dy);
 }
 
 template <class F, typename T> typename Terms<T>::Map terms_for(bool dx, bool dy) {
@@ -262,7 +268,21 @@ template <int SX, int SY, typename T> typename Terms<T>::Map terms_in(int operat
 
 inline int term_space(int space) { return space == LOGITS ? LOG_PROBS : space; }
 
+// f(Spaces) of the two spaces of a plan, of which one is logits
+template <int SX, int SY, bool SAME = false> struct Spaces { static constexpr int x = SX, y = SY; static constexpr bool alone = SAME; };
+template <class F> auto beside_logits(const Plan& p, F f) {
+  if (p.space_x == LOGITS) return p.space_y == PROBS ? f(Spaces<LOGITS, PROBS>()) : f(Spaces<LOGITS, LOG_PROBS>());
+  return p.space_x == PROBS ? f(Spaces<PROBS, LOGITS>()) : f(Spaces<LOG_PROBS, LOGITS>());
+}
+
 template <typename T> typename Terms<T>::Map terms_of(const Plan& p) {
+  if constexpr (sizeof(T) == sizeof(float))
+    if (p.space_x == LOGITS || p.space_y == LOGITS)
+      return beside_logits(p, [&](auto s) {
+        constexpr int SX = decltype(s)::x, SY = decltype(s)::y;
+        return p.operation == REL_ENTR ? terms_for<Term<REL_ENTR, SX, SY>, T>(p.dx.data, p.dy.data)
+                                       : terms_for<Term<KL_DIV, SX, SY>, T>(p.dx.data, p.dy.data);
+      });
   int sx = term_space(p.space_x), sy = term_space(p.space_y);
   bool dx = p.dx.data, dy = p.dy.data;
   switch (p.operation) {   // each with the spaces that it is for
@@ -301,7 +321,7 @@ void terms_chunk(const Plan& p, const Row& row, int, i64 start, int n, const dou
   const T* y = p.operation == ENTROPY ? x : load(p.y, row.y, start, n, s.y);
   auto map = terms_of<T>(p);
   pieces<T>(x + CHUNK, y == x ? nullptr : y + CHUNK, (n + 15) & ~15,
-            [&](int i, int m) { map(x + i, y + i, (T)p.epsilon, m, s.a + i, s.dx + i, s.dy + i); });
+            [&](int i, int m) { map(x + i, y + i, nullptr, (T)p.epsilon, m, s.a + i, s.dx + i, s.dy + i); });
   multiply(p, row, start, n, s, s.b);
   if (p.dx.data) store(p.dx, row.dx, start, n, s.dx, row.weight * p.gradient_scale, p.stream);
   if (p.dy.data) store(p.dy, row.dy, start, n, s.dy, row.weight * p.gradient_scale, p.stream);
@@ -701,35 +721,46 @@ template <typename T, int SX, int SY, bool ALONE> Kernel cross_kernel(const Plan
           cross_fold, cross_done<SX, SY>, 0};
 }
 // f(CrossPair) of the spaces and operation of a plan, for kl_few.h as well
-template <int SX, int SY, bool SAME = false> struct CrossPair { static constexpr int x = SX, y = SY; static constexpr bool alone = SAME; };
 template <class F> auto cross_pair(const Plan& p, F f) {
-  if (p.operation == ENTROPY) return f(CrossPair<LOGITS, LOGITS, true>());
-  if (p.space_x == PROBS) return f(CrossPair<PROBS, LOGITS>());
-  if (p.space_x == LOG_PROBS) return f(CrossPair<LOG_PROBS, LOGITS>());
-  return p.space_y == PROBS       ? f(CrossPair<LOGITS, PROBS>())
-         : p.space_y == LOG_PROBS ? f(CrossPair<LOGITS, LOG_PROBS>())
-                                  : f(CrossPair<LOGITS, LOGITS>());
+  if (p.operation == ENTROPY) return f(Spaces<LOGITS, LOGITS, true>());
+  return p.space_x == LOGITS && p.space_y == LOGITS ? f(Spaces<LOGITS, LOGITS>()) : beside_logits(p, f);
 }
 template <typename T> Kernel cross_kernel_of(const Plan& p) {
   return cross_pair(p, [&](auto s) { return cross_kernel<T, decltype(s)::x, decltype(s)::y, decltype(s)::alone>(p); });
 }
 
-// ---- all else with logits: normalise, then treat as log-probabilities; always wide -------------------------------------------
+// ---- all else with logits: normalise, then treat as log-probabilities ----------------------------------------------------------
+//
+// What normalises a row is always found in double. float32 beside another space goes on in float, with log-probabilities in
+// two numbers; all else is wide.
 
 enum { SUM_VALUE, SUM_DX, SUM_DY, SUM_STATES };
 enum { NORM_X = 3, NORM_Y = 5 };   // stats: [0..2] the sums; then maximum and log S of x and of y
 
-inline void norm_chunk(const Array& a, const char* row, i64 start, int n, double it, double* state, i64 pitch,
-                       Buffers<double>& s) {
-  const double* x = load(a, row, start, n, s.x);
-  double m = maximum(x, (n + 15) & ~15), zero = top_of(m);
+template <typename T>
+KL_APART void norm_piece(const T* __restrict x, int n, int m, double max, double zero, double it, double* __restrict rest) {
+  alignas(64) double e[PIECE];
+  for (int i = 0; i < m; i++) e[i] = norm_rest((double)x[i], max, zero, it);
+  for (int i = n; i < m; i++) e[i] = 0.0;
+  down(m, [=, &e](int j, int i) KL_LAMBDA { rest[j] += e[i]; });
+}
+template <typename T>
+void norm_chunk(const Array& a, const char* row, i64 start, int n, double it, double* state, i64 pitch, Buffers<T>& s) {
+  const T* x = load(a, row, start, n, s.x);
+  int n16 = (n + 15) & ~15, count = 0, undefined = 0;
+  T m = maximum(x, n16);
+  Columns<double> rest;
+  for (int i = 0; i < n; i += PIECE) {
+    ask_for<T>((const char*)(x + CHUNK), i, PIECE);
+    norm_piece(x + i, n - i, n16 - i < PIECE ? n16 - i : PIECE, (double)m, top_of((double)m), it, rest.at);
+  }
   for (int i = 0; i < n; i++) {
-    s.b[i] = x[i] == m ? 1.0 : 0.0;
-    s.a[i] = norm_rest(x[i], m, zero, it);
+    count += x[i] == m ? 1 : 0;
+    undefined |= x[i] == x[i] ? 0 : 1;
   }
   state[0] = m;
-  state[pitch] = excluded(m) ? 0.0 : sum(s.b, n);
-  state[2 * pitch] = sum(s.a, n);
+  state[pitch] = excluded(m) ? 0.0 : count;
+  state[2 * pitch] = undefined ? nan<double>() : rest.total();
 }
 
 inline void norm_fold(double it, const double* from, int count, i64 pitch, double* to, i64 to_pitch) {
@@ -752,49 +783,90 @@ inline void norm_finish(const double* state, double* max_and_log) {
   max_and_log[1] = log_norm({state[0], state[1], state[2]});
 }
 
-inline const double* log_probs(const Array& a, const char* row, int space, i64 start, int n, double it,
-                               const double* max_and_log, double* buffer) {
-  const double* x = load(a, row, start, n, buffer);
+// What the second sweep leaves for the third of a chunk: derivatives that have yet to go through the softmax
+template <typename T> struct alignas(64) MixedKept {
+  T dx[CHUNK + 192 / sizeof(T)], dy[CHUNK + 192 / sizeof(T)];
+};
+
+// The chunk's numbers: those of logits normalised, into the buffer and, in float, into `low`. `overflowed`: whether some did.
+template <typename T>
+const T* log_probs(const Array& a, const char* row, int space, i64 start, int n, double it, const double* max_and_log, T* buffer,
+                   T* low, bool& overflowed) {
+  const T* x = load(a, row, start, n, buffer);
   if (space != LOGITS) return x;
   int n16 = (n + 15) & ~15;
-  double m = max_and_log[0], l = max_and_log[1];
-  for (int i = 0; i < n16; i++) buffer[i] = log_prob_of(x[i], m, l, it);
+  if constexpr (sizeof(T) == sizeof(double)) {
+    double m = max_and_log[0], l = max_and_log[1];
+    for (int i = 0; i < n16; i++) buffer[i] = log_prob_of(x[i], m, l, it);
+  } else {
+    LogNorm<T> k = log_norm_of<T>(max_and_log, it);
+    typename Real<T>::Bits others = 0;
+    for (int i = 0; i < n16; i++) {
+      Pair<T> l = log_prob_of(x[i], k);
+      others |= overflows(l) ? 1 : 0;
+      buffer[i] = l.value;
+      low[i] = l.low;
+    }
+    overflowed |= others;
+  }
   return buffer;
 }
 
-inline void mixed_chunk(const Plan& p, const Row& row, int sweep, i64 start, int n, const double* stats, double* state,
-                        i64 pitch, void* scratch) {
-  Buffers<double>& s = *(Buffers<double>*)scratch;
+// a derivative of normalised logits, with respect to the logits
+template <typename T> KL_APART void write_through_softmax(const T* d, const T* l, const T* low, int n, T sum, T it, T* out) {
+  for (int i = 0; i < n; i++) {
+    if constexpr (sizeof(T) == sizeof(double)) out[i] = through_softmax(d[i], exp(l[i]), sum, it);
+    else out[i] = through_softmax(d[i], exp_flushed(Pair<T>{l[i], low[i]}), sum, it);
+  }
+}
+
+template <typename T>
+void mixed_chunk(const Plan& p, const Row& row, int sweep, i64 start, int n, const double* stats, double* state, i64 pitch,
+                 void* scratch) {
+  Buffers<T>& s = *(Buffers<T>*)scratch;
   double it = p.inverse_temperature;
-  bool has_y = p.operation != ENTROPY;
+  bool has_y = p.operation != ENTROPY, overflowed = false;
+  bool of_x = p.dx.data && p.space_x == LOGITS, of_y = p.dy.data && p.space_y == LOGITS && !is_final(p.operation);
   if (sweep == 0) {
     if (p.space_x == LOGITS) norm_chunk(p.x, row.x, start, n, it, state, pitch, s);
     if (has_y && p.space_y == LOGITS) norm_chunk(p.y, row.y, start, n, it, state + NORM_STATES * pitch, pitch, s);
     return;
   }
-  const double* x = log_probs(p.x, row.x, p.space_x, start, n, it, stats + NORM_X, s.x);
-  const double* y = has_y ? log_probs(p.y, row.y, p.space_y, start, n, it, stats + NORM_Y, s.y) : x;
+  const T* x = log_probs(p.x, row.x, p.space_x, start, n, it, stats + NORM_X, s.x, s.b, overflowed);
+  const T* y = has_y ? log_probs(p.y, row.y, p.space_y, start, n, it, stats + NORM_Y, s.y, s.b, overflowed) : x;
   int n16 = (n + 15) & ~15;
-  terms_of<double>(p)(x, y, p.epsilon, n16, s.a, s.dx, s.dy);
-  multiply(p, row, start, n, s, s.b);
+  MixedKept<T>* kept = row.kept ? (MixedKept<T>*)row.kept + start / CHUNK : nullptr;
+  T *dx = s.dx, *dy = s.dy;
+  if (kept && sweep == 2) {
+    dx = kept->dx;
+    dy = kept->dy;
+  } else {
+    auto map = terms_of<T>(p);
+    for (int i = 0; i < n16; i += COLUMNS)
+      map(x + i, y + i, s.b + i, (T)p.epsilon, n16 - i < COLUMNS ? n16 - i : COLUMNS, s.a + i, s.dx + i, s.dy + i);
+    if (overflowed && p.space_y == LOGITS) {
+      T logits[CHUNK];
+      widen(p.y.dtype, row.y + start * p.y.stride, p.y.stride, n, logits);
+      LogNorm<T> k = log_norm_of<T>(stats + NORM_Y, it);
+      for (int i = 0; i < n; i++) s.a[i] *= stretch(logits[i], k);
+      for (int i = 0; p.dx.data && i < n; i++) s.dx[i] *= stretch(logits[i], k);
+    }
+    multiply(p, row, start, n, s, s.b);
+  }
   if (sweep == 1) {
     if (p.output == TERMS) store(p.value, row.value, start, n, s.a, row.weight, p.stream);
     state[SUM_VALUE * pitch] = sum(s.a, n);
     state[SUM_DX * pitch] = p.dx.data ? sum(s.dx, n) : 0.0;
     state[SUM_DY * pitch] = p.dy.data ? sum(s.dy, n) : 0.0;
+    if (kept && p.dx.data) std::copy(dx, dx + n16, kept->dx);
+    if (kept && p.dy.data) std::copy(dy, dy + n16, kept->dy);
     return;
   }
   double scale = row.weight * p.gradient_scale;
-  if (p.dx.data) {
-    if (p.space_x == LOGITS)   // through the softmax
-      for (int i = 0; i < n16; i++) s.dx[i] = through_softmax(s.dx[i], x[i], stats[SUM_DX], it);
-    store(p.dx, row.dx, start, n, s.dx, scale, p.stream);
-  }
-  if (p.dy.data) {
-    if (p.space_y == LOGITS && !is_final(p.operation))
-      for (int i = 0; i < n16; i++) s.dy[i] = through_softmax(s.dy[i], y[i], stats[SUM_DY], it);
-    store(p.dy, row.dy, start, n, s.dy, scale, p.stream);
-  }
+  if (of_x) write_through_softmax(dx, x, s.b, n16, (T)stats[SUM_DX], (T)it, s.dx);
+  if (of_y) write_through_softmax(dy, y, s.b, n16, (T)stats[SUM_DY], (T)it, s.dy);
+  if (p.dx.data) store(p.dx, row.dx, start, n, of_x ? s.dx : dx, scale, p.stream);
+  if (p.dy.data) store(p.dy, row.dy, start, n, of_y ? s.dy : dy, scale, p.stream);
 }
 
 inline void mixed_fold(const Plan& p, int sweep, const double* from, int count, i64 pitch, double* to, i64 to_pitch) {
@@ -842,7 +914,8 @@ inline Kernel kernel(const Plan& p) {
   }
   if (of_cross(p)) return p.wide ? cross_kernel_of<double>(p) : cross_kernel_of<float>(p);
   if (p.space_x == LOGITS || p.space_y == LOGITS)
-    return {gradient ? 3 : 2, {2 * NORM_STATES, SUM_STATES, 0}, mixed_chunk, mixed_fold, mixed_finish, 0};
+    return {gradient ? 3 : 2, {2 * NORM_STATES, SUM_STATES, 0}, p.wide ? mixed_chunk<double> : mixed_chunk<float>, mixed_fold,
+            mixed_finish, !gradient ? 0 : p.wide ? sizeof(MixedKept<double>) : sizeof(MixedKept<float>)};
   if (p.wide) return {1, {1, 0, 0}, terms_chunk<double>, terms_fold, terms_finish, 0};
   return {1, {1, 0, 0}, terms_chunk<float>, terms_fold, terms_finish, 0};
 }

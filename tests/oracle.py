@@ -29,12 +29,11 @@ PAIRS = tuple((sx, sy) for sx in SPACES for sy in SPACES)
 # Bounds are relative to a size that `exact` gives with every answer, `value_size`, `dx_size` or `dy_size`:
 #   plain   kl_div of two arguments of one space: the answer itself (its gradient: the row's L1 norm). The other
 #           operations: the sum of the magnitudes of what is added.
-#   wide    what klcore computes in double whatever the input: kl_div and rel_entr of logits beside another space; and
-#           of a probability beside a logarithm, where an input is float64. A logarithm l = log p carries an error of
-#           eps*|l|, which shifts a term by its derivative times that, so the size is the sum of magnitudes times
+#   wide    arguments of two spaces, one of which is float64. A logarithm l = log p carries an error of eps*|l|, which
+#           shifts a term by its derivative times that, so the size is the sum of magnitudes times
 #           1 + |log p| + |log q|; the bound is in eps of double.
-#   mixed   a probability beside a logarithm, narrower than float64: plain, and what a logarithm in two floats is
-#           off by, times the term's derivative.
+#   mixed   arguments of two spaces, narrower than float64: plain, and what a logarithm in two floats is off by, times
+#           the term's derivative. A gradient that goes through a softmax takes the whole row's errors along.
 # Where the result is narrower than the arithmetic, rounding it adds half an eps of the result's dtype (`rounding`).
 EPS32, EPS64 = 2.0**-23, 2.0**-52
 TOLERANCES = {
@@ -83,15 +82,8 @@ TOLERANCES = {
 
 
 def is_mixed(operation: str, space: Any) -> bool:
-    return operation != "entropy" and tuple(space) in (("probs", "log_probs"), ("log_probs", "probs"))
-
-
-def is_wide(operation: str, space: Any, double: bool = False) -> bool:
-    """`double`: whether an input, or the result, is float64."""
     sx, sy = (space, space) if isinstance(space, str) else space
-    if is_mixed(operation, space):
-        return double
-    return "logits" in (sx, sy) and sx != sy and not is_cross(operation, space)
+    return sx != sy and not is_cross(operation, space)
 
 
 def is_cross(operation: str, space: Any) -> bool:
@@ -107,7 +99,7 @@ def tolerance(operation: str, space: Any, dtype: Any, of: str = "value") -> tupl
     """
     dtype = np.dtype(dtype).name
     base = "float64" if dtype == "float64" else "float32"
-    if is_wide(operation, space, dtype == "float64"):
+    if is_mixed(operation, space) and dtype == "float64":
         relative = TOLERANCES["wide", "float64"]
     elif of == "gradient":
         relative = TOLERANCES["gradient", base]
@@ -390,9 +382,11 @@ def _sizes(
 ) -> list[np.ndarray]:  # fmt: skip
     """Of value, terms, dx and dy, by row, and dy's floor; see TOLERANCES. Infinite and NaN terms count for nothing."""
     p, q, lp, lq, part = (ar.double(v) for v in (a.p, b.p, a.log, b.log, part))
+    log_ratio = lp - lq
     logs = np.minimum(1 + np.abs(lp) + np.abs(lq), 1e150)  # squares of it stay finite
     finite = np.where(np.isfinite(terms), terms, 0.0)
-    if is_wide(operation, (sx, sy), double):
+    mixed = is_mixed(operation, (sx, sy))
+    if mixed and double:
         magnitudes = (finite + np.abs(q - p) if operation == "kl_div" else p * np.abs(part) + p * (sx != sy)) * logs
         if operation == "kl_div":  # of next to equal rows, the square of the error of log q - log p
             magnitudes = magnitudes + EPS64 * p * logs * logs
@@ -408,20 +402,27 @@ def _sizes(
             of_row = np.where(np.isfinite(values), values, 0.0)[..., None]
             x_size = p * (np.abs(part) + np.abs(of_row)) / temperature if sx == "logits" else x_size
             y_size = (p + q * p.sum(axis=-1, keepdims=True)) / temperature if sy == "logits" else y_size
-        elif sx == "logits":  # rel_entr is kl_div there, to the relative precision of kl_div
+        elif (sx, sy) == ("logits", "logits"):  # rel_entr is kl_div there, to the relative precision of kl_div
             magnitudes = np.where(np.isfinite(values), values, 0.0)[..., None]
             # where p is nearly 1, -p (log q - log p + KL) cancels down to what the other classes add up to
             x_size = x_size + 2.0**-20 * p * (np.abs(part) + np.abs(magnitudes)) / temperature
         if operation in ("rel_entr", "entropy") and sx != "logits":  # by_p is 1 beside a logarithm: they may cancel
             x_size = (1 + np.abs(part)) * (p if sx == "log_probs" else 1.0)
-        if is_mixed(operation, (sx, sy)) and operation != "cross_entropy":
+        if mixed and operation != "cross_entropy":
             off = TOLERANCES["logarithm", "float32"] * logs
             by_value, by_gradient = (
                 off / tolerance(operation, (sx, sy), "float32", of)[0] for of in ("value", "gradient")
             )
             magnitudes = magnitudes + by_value * p * (np.abs(part) + off if operation == "kl_div" else 1.0)
-            x_size = x_size + by_gradient * (p if sx == "log_probs" else 1.0)
-            if operation == "kl_div":
+            if sx == "logits":
+                x_size = p * (np.where(np.isfinite(log_ratio), np.abs(log_ratio), 0.0) + by_gradient)
+                x_size = (x_size + p * x_size.sum(axis=-1, keepdims=True)) / temperature
+            else:
+                x_size = x_size + by_gradient * (p if sx == "log_probs" else 1.0)
+            if sy == "logits":
+                y_size = np.abs(q - p) + by_gradient * p
+                y_size = (y_size + q * y_size.sum(axis=-1, keepdims=True)) / temperature
+            elif operation == "kl_div" or sx == "logits":
                 y_size = y_size + by_gradient * p / (np.where(q > 0, q, 1.0) if sy == "probs" else 1.0)
     # two rows of logits: q - p cancels too where a mask makes KL large beside it; such chunks are computed in double,
     # and log q - log p is known to five eps of double times KL
@@ -429,7 +430,7 @@ def _sizes(
     if (sx, sy) == ("logits", "logits") and operation in ("kl_div", "rel_entr"):
         y_floor = 5 * EPS64 * p * np.where(np.isfinite(values), values, 1.0)[..., None] / temperature
     terms_size = np.abs(finite) + magnitudes
-    if "logits" in (sx, sy):  # log q - log p carries the error of two normalisations
+    if "logits" in (sx, sy) and (double or not mixed):  # log q - log p carries the error of two normalisations
         terms_size = terms_size + (np.abs(q - p) if operation == "kl_div" else p) * logs
     return [np.where(np.isfinite(v), v, 0.0).sum(axis=-1) for v in (magnitudes, terms_size, x_size, y_size, y_floor)]
 

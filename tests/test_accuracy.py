@@ -297,6 +297,48 @@ def test_what_overflows_is_not_excluded(operation, pair):
     assert not np.isnan(value)
 
 
+@pytest.mark.parametrize("n", [5, 200, 2000])
+@pytest.mark.parametrize("space_x", ["probs", "log_probs"])
+@pytest.mark.parametrize("operation", ["kl_div", "rel_entr"])
+def test_a_log_probability_that_overflows_float32(operation, space_x, n):
+    """At a temperature below 1 a mask of the lowest number does; a teacher that holds little of it makes it count."""
+    rng = np.random.default_rng(n)
+    a, b = rng.normal(size=(2, 6, n))
+    a[:, 1] = [-20, -40, -60, -80, -86, -np.inf]
+    b[:5, 1] = b[::2, n - 1] = np.finfo("float32").min
+    a[::2, n - 1] = -np.inf
+    b[3, 1] /= 2
+    space, options = (space_x, "logits"), {"temperature": 0.3}
+    x, y = into(a, space_x, "float32"), b.astype("float32")
+    true = oracle.exact(operation, x, y, space, digits=60, **options)
+    call = getattr(klcore, operation)
+    value, dx, dy = call(x, y, space=space, return_grad=("x", "y"), **options)
+    terms = call(x, y, space=space, reduction="none", **options)
+    results = {"value": value, "dx": dx, "dy": dy, "terms": terms}
+    if space_x == "probs":  # log p - log q, which no float32 holds
+        assert np.isinf(dx[:5, 1]).all()
+        del results["dx"]
+    assert (value[:3] > 1e5).all()
+    oracle.assert_answer(results, true, operation, space)
+
+
+@pytest.mark.parametrize("temperature", [1e-300, 1e-40, 1e-35, 1e35, 1e40, 1e300])
+@pytest.mark.parametrize(("operation", "pair"), [(op, pair) for op, pair in ALL if "logits" in pair])
+def test_temperatures_for_which_float32_has_no_room(operation, pair, temperature):
+    a, b = np.random.default_rng(3).normal(size=(2, 6, 9)).astype("float32")
+    a[0] = b[0] = 0
+    x, y = (into(v, s, "float32") for v, s in zip((a, b), pair, strict=True))
+    gradient = "x" if operation == "entropy" else ("x", "y")
+    found, expected = (
+        call(operation, x.astype(d), y.astype(d), pair, temperature=temperature, return_grad=gradient)
+        for d in ("float32", "float64")
+    )
+    assert not np.isnan(found[0]).any()
+    for f, e in zip(found, expected, strict=True):
+        with np.errstate(over="ignore"):
+            np.testing.assert_array_equal(f, e.astype("float32"))
+
+
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("spread", [3.0, 30.0, 100.0])
 @pytest.mark.parametrize(("n", "possible"), [(10, 10), (1026, 4), (2060, 20), (5000, 5000)])

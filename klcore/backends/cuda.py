@@ -223,6 +223,11 @@ _ENTRIES = {
 }  # fmt: skip
 
 
+def _beside(operation: int, spaces: tuple[int, int]) -> bool:
+    """Whether it is the divergence of logits beside another space, whose norms are found in double."""
+    return 2 in spaces and spaces[0] != spaces[1] and operation <= rows.REL_ENTR
+
+
 def options(
     operation: int, spaces: tuple[int, int], dtypes: tuple[int, int], wide: bool, outputs: int,
     entries: tuple[str, ...], cluster: int = 1, unit: bool = True, factors: bool = False,
@@ -238,7 +243,7 @@ def options(
         values["TEMPERATURE"] = 1
     if factors:
         values["FACTORS"] = 1
-    if not wide and max(_SIZES[d] for d in dtypes) == 2:
+    if not wide and not _beside(operation, spaces) and max(_SIZES[d] for d in dtypes) == 2:
         values["FAST16"] = 1
     return (
         *(f"-DKL_{name}={value}" for name, value in values.items()),
@@ -259,7 +264,7 @@ def every_build() -> Iterator[Build]:
         for sx, sy in ((sx, sy) for sx in range(3) for sy in range(3) if not single or sx == sy):
             for code, dtype in enumerate(rows.FLOATS):
                 wide = code == 0 or rows.is_wide(operation, (sx, sy))
-                hot = () if wide else sweeping
+                hot = () if wide or _beside(operation, (sx, sy)) else sweeping
                 build = partial(options, operation, (sx, sy), (code, code), wide)
                 label = f"{name} {words[sx]}" + (f"/{words[sy]}" if sy != sx else "") + f" {dtype}"
                 yield Build(f"{label} value", build(0, sweeping), sweeping, hot)
@@ -276,7 +281,7 @@ def every_build() -> Iterator[Build]:
         for sx, sy in pairs:
             for code, dtype in enumerate(rows.FLOATS):
                 wide = code == 0 or rows.is_wide(operation, (sx, sy))
-                hot = () if wide else sweeping
+                hot = () if wide or _beside(operation, (sx, sy)) else sweeping
                 build = partial(options, operation, (sx, sy), (code, code), wide)
                 label = f"{term} {words[sx]}/{words[sy]} {dtype}"
                 yield Build(f"{label} value", build(0, sweeping), sweeping, hot)
@@ -578,7 +583,8 @@ def _residence(
     fixed = 8 * (LOGITS_STATES * chunks + MAX_STATS)
     if sweeps == 1:
         return 1, 1, _warps(properties, slot + extra, fixed)
-    most = 8 if call.wide else 16  # warps on a multiprocessor that have the registers they want: BLOCKS in kl_cuda.cu
+    # warps on a multiprocessor that have the registers they want: BLOCKS in kl_cuda.cu
+    most = 8 if call.wide or _beside(call.operation, call.spaces) else 16
     found = []
     for cluster in properties.clusters:
         for warps in range(8, 0, -1):

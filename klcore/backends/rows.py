@@ -162,7 +162,7 @@ def arrange(
         signed=signed,
         given=out is not None,
         scalar_dtype=dtype,
-        wide=double or is_wide(operation, spaces) or (factors is not None and 2 in spaces),
+        wide=double or is_wide(operation, spaces, temperature) or (factors is not None and 2 in spaces),
         temperature=temperature,
         rows=rows,
         n=n,
@@ -338,11 +338,10 @@ def refuse(a: Any, name: str) -> None:
         )
 
 
-def is_wide(operation: int, spaces: tuple[int, int]) -> bool:
-    """Whether float32 is computed in float64: the divergence of a row of logits from numbers of another space, since
-    what normalises the one row has to be known to far more than float32 holds (docs/maths.md). The terms of other
-    systems are no more precise than those compute them, but for logits."""
-    return 2 in spaces and (operation > ENTROPY or (operation <= REL_ENTR and spaces[0] != spaces[1]))
+def is_wide(operation: int, spaces: tuple[int, int], temperature: float = 1.0) -> bool:
+    """Whether float32 is computed in float64: the terms of other systems from logits, in the order of their operations;
+    and a temperature that float32 has no room for, or for its inverse."""
+    return 2 in spaces and (operation > ENTROPY or not 2.0**-100 <= temperature <= 2.0**100)
 
 
 def result(task: Task, value: Any) -> Any:
