@@ -51,21 +51,21 @@ DOMAIN = (  # space, x, y, KL(x || y)
 )
 # Numerics v2: the first 64 bits of the SHA-256 of all results of a group of calls. Only another version changes them.
 DIGESTS = {
-    "kernels": "73a79442ba85239e",
+    "kernels": "ee6c028047469bf0",
     "kl_div float64": "87a1b958b344259d",
     "rel_entr float64": "908ab85fa951f6e0",
     "cross_entropy float64": "982d50015e5cab6f",
     "entropy float64": "7ed58e587cc23c8a",
-    "kl_div float32": "551600e51495a45c",
-    "rel_entr float32": "bd9df703e7b8a24e",
+    "kl_div float32": "68438fd155246588",
+    "rel_entr float32": "317f88d61e10861f",
     "cross_entropy float32": "f785f936b42eeb66",
     "entropy float32": "a498ef4313be9202",
-    "kl_div float16": "978e0ba02c6fa4a1",
-    "rel_entr float16": "b5194344abc50e98",
+    "kl_div float16": "4d7931512ee5a90e",
+    "rel_entr float16": "76b4f37ff5b5f252",
     "cross_entropy float16": "8bd2041802b3263c",
     "entropy float16": "74783acd09f1f7fd",
-    "kl_div bfloat16": "2b88e110ae2757b4",
-    "rel_entr bfloat16": "e62ae835acbafc3f",
+    "kl_div bfloat16": "742b221201827992",
+    "rel_entr bfloat16": "2273f55218d20234",
     "cross_entropy bfloat16": "be16c8dd56890157",
     "entropy bfloat16": "8884072ecd2ec9fb",
 }
