@@ -483,7 +483,8 @@ KL_APART void few_log_probs(T* __restrict x, i64 n, i64 pitch, double it, double
   }
 }
 template <typename T>
-KL_APART void few_through_softmax(T* __restrict d, const T* __restrict l, const T* __restrict low, i64 n, i64 pitch, double it, double* room) {
+KL_APART void few_through_softmax(T* __restrict d, const T* __restrict l, const T* __restrict low, i64 n, i64 pitch, double it,
+                                  double* room) {
   alignas(64) Lane<double> sums;
   add_lanes(n, pitch, room, sums, [=](i64 j) KL_LAMBDA { return d[j]; });
   for (i64 i = 0; i < n * pitch; i += pitch)

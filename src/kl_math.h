@@ -581,31 +581,33 @@ template <int SX, int SY, bool ALL = true, typename X, typename Y> KL_FN auto lo
   else return minus(y, x);
 }
 
-// Where |t| < far, and e^x and e^y are ordinary if they are needed
-template <int SX, int SY> struct WithGap {
-  static constexpr bool has_ordinary = true, takes_epsilon = false, has_gap = true, x_is_pair = SX == LOGITS, y_is_pair = SY == LOGITS;
-  template <typename X, typename Y> static KL_FN bool ordinary(X x, Y y) {
-    if constexpr (SX != PROBS && SY != PROBS) {
-      return ordinary_logs(number_of(x), number_of(y));
-    } else if constexpr (SX == PROBS) {
-      return ordinary_gap(x, number_of(y));
-    } else {
-      return ordinary_gap(y, number_of(x));
-    }
-  }
-  template <typename T> static KL_FN bool ordinary_gap(T p, T l) {   // within half an octave, log p is cheap
-    typedef Real<T> R;
-    T t = fma(ratio<false>(T(1), p).k, -R::ln2, l);
+// A term F that is computed from t, which is found first, and from the arguments
+template <class F, int SX, int SY> struct WithGap {
+  static constexpr bool has_ordinary = true, takes_epsilon = false, has_gap = true;
+  static constexpr bool x_is_pair = SX == LOGITS, y_is_pair = SY == LOGITS;
+  template <typename T> static KL_FN bool ordinary(T x, T y) {
+    if constexpr (SX != PROBS && SY != PROBS) return ordinary_logs(x, y);
+    typedef Real<T> R;   // |t| < far: within half an octave, log p is cheap
+    T p = SX == PROBS ? x : y, l = SX == PROBS ? y : x, t = fma(ratio<false>(T(1), p).k, -R::ln2, l);
     return (p >= R::tiny) & (p < R::huge) & (absolute(t) < R::far - T(1));
   }
-  template <bool ALL = true, typename X, typename Y> static KL_FN auto gap(X x, Y y) { return log_gap<SX, SY, ALL>(x, y); }
+  template <bool ALL, typename X, typename Y> static KL_FN auto gap(X x, Y y) { return log_gap<SX, SY, ALL>(x, y); }
+  template <bool ALL = true, typename X, typename Y> static KL_FN auto value(X x, Y y) {
+    return F::template value<ALL>(x, y, gap<ALL>(x, y));
+  }
+  template <bool ALL = true, typename X, typename Y> static KL_FN auto dx(X x, Y y) {
+    return F::template dx<ALL>(x, y, gap<ALL>(x, y));
+  }
+  template <bool ALL = true, typename X, typename Y> static KL_FN auto dy(X x, Y y) {
+    return F::template dy<ALL>(x, y, gap<ALL>(x, y));
+  }
 };
 
-template <int SX, int SY> struct Term<KL_DIV, SX, SY> : WithGap<SX, SY> {
-  template <bool ALL = true, typename X, typename Y> static KL_FN auto value(X x, Y y) { return value<ALL>(x, y, log_gap<SX, SY, ALL>(x, y)); }
-  template <bool ALL = true, typename X, typename Y> static KL_FN auto dx(X x, Y y) { return dx<ALL>(x, y, log_gap<SX, SY, ALL>(x, y)); }
-  template <bool ALL = true, typename X, typename Y> static KL_FN auto dy(X x, Y y) { return dy<ALL>(x, y, log_gap<SX, SY, ALL>(x, y)); }
-  template <bool ALL, typename X, typename Y, typename T> static KL_FN T value(X x, Y y, T t) {   // p (e^t - 1 - t)
+template <int SX, int SY> struct Term<KL_DIV, SX, SY> : WithGap<Term<KL_DIV, SX, SY>, SX, SY> {
+  using Base = WithGap<Term, SX, SY>;
+  using Base::value, Base::dx, Base::dy;
+  // p (e^t - 1 - t)
+  template <bool ALL, typename X, typename Y, typename T> static KL_FN T value(X x, Y y, T t) {
     T v = times_prob<SX, ALL>(expm1_minus<ALL>(t), x);
     if constexpr (!ALL) return v;
     T q = prob<SY>(y);
@@ -614,7 +616,8 @@ template <int SX, int SY> struct Term<KL_DIV, SX, SY> : WithGap<SX, SY> {
     v = excluded<SX>(x) ? q : v;
     return unless_undefined<SX, SY>(x, y, v);
   }
-  template <bool ALL, typename X, typename Y, typename T> static KL_FN T dx(X x, Y y, T t) {      // -t, times p where x is a logarithm
+  // -t, times p where x is a logarithm
+  template <bool ALL, typename X, typename Y, typename T> static KL_FN T dx(X x, Y y, T t) {
     T d = T(0) - t;
     if constexpr (SX != PROBS) d = T(0) - times_prob<SX, ALL>(t, x);
     if constexpr (!ALL) return d;
@@ -622,7 +625,8 @@ template <int SX, int SY> struct Term<KL_DIV, SX, SY> : WithGap<SX, SY> {
     if constexpr (SX != PROBS) d = excluded<SX>(x) ? T(0) : d;
     return unless_undefined<SX, SY>(x, y, d);
   }
-  template <bool ALL, typename X, typename Y, typename T> static KL_FN T dy(X x, Y y, T t) {      // 1 - p/q, times q where y is a logarithm
+  // 1 - p/q, times q where y is a logarithm
+  template <bool ALL, typename X, typename Y, typename T> static KL_FN T dy(X x, Y y, T t) {
     T d;
     if constexpr (SY == PROBS) d = T(0) - expm1(-t);
     else d = times_prob<SX, ALL>(expm1_of(t, expm1_minus<ALL>(t)), x);
@@ -639,19 +643,20 @@ template <int SX, int SY> struct Term<KL_DIV, SX, SY> : WithGap<SX, SY> {
 };
 
 // With respect to logits it has the derivatives of kl_div: sums of p and q, by which they differ, do not depend on these.
-template <int SX, int SY> struct Term<REL_ENTR, SX, SY> : WithGap<SX, SY> {
+template <int SX, int SY> struct Term<REL_ENTR, SX, SY> : WithGap<Term<REL_ENTR, SX, SY>, SX, SY> {
+  using Base = WithGap<Term, SX, SY>;
+  using Base::value, Base::dx, Base::dy;
   typedef Term<KL_DIV, SX, SY> Divergence;
-  template <bool ALL = true, typename X, typename Y> static KL_FN auto value(X x, Y y) { return value<ALL>(x, y, log_gap<SX, SY, ALL>(x, y)); }
-  template <bool ALL = true, typename X, typename Y> static KL_FN auto dx(X x, Y y) { return dx<ALL>(x, y, log_gap<SX, SY, ALL>(x, y)); }
-  template <bool ALL = true, typename X, typename Y> static KL_FN auto dy(X x, Y y) { return dy<ALL>(x, y, log_gap<SX, SY, ALL>(x, y)); }
-  template <bool ALL, typename X, typename Y, typename T> static KL_FN T value(X x, Y y, T t) {   // -p t
+  // -p t
+  template <bool ALL, typename X, typename Y, typename T> static KL_FN T value(X x, Y y, T t) {
     T v = T(0) - times_prob<SX, ALL>(t, x);
     if constexpr (!ALL) return v;
     v = excluded<SY>(y) ? infinity<T>() : v;
     v = excluded<SX>(x) ? T(0) : v;
     return unless_undefined<SX, SY>(x, y, v);
   }
-  template <bool ALL, typename X, typename Y, typename T> static KL_FN T dx(X x, Y y, T t) {      // 1 - t, times p where x is a logarithm
+  // 1 - t, times p where x is a logarithm
+  template <bool ALL, typename X, typename Y, typename T> static KL_FN T dx(X x, Y y, T t) {
     if constexpr (SX == LOGITS) return Divergence::template dx<ALL>(x, y, t);
     T d = T(1) - t;
     if constexpr (SX != PROBS) d = times_prob<SX, ALL>(d, x);
@@ -660,7 +665,8 @@ template <int SX, int SY> struct Term<REL_ENTR, SX, SY> : WithGap<SX, SY> {
     if constexpr (SX != PROBS) d = excluded<SX>(x) ? T(0) : d;
     return unless_undefined<SX, SY>(x, y, d);
   }
-  template <bool ALL, typename X, typename Y, typename T> static KL_FN T dy(X x, Y y, T t) {      // -p/q, times q where y is a logarithm
+  // -p/q, times q where y is a logarithm
+  template <bool ALL, typename X, typename Y, typename T> static KL_FN T dy(X x, Y y, T t) {
     if constexpr (SY == LOGITS) return Divergence::template dy<ALL>(x, y, t);
     T d;
     if constexpr (SY == PROBS) {

@@ -268,8 +268,11 @@ template <int SX, int SY, typename T> typename Terms<T>::Map terms_in(int operat
 
 inline int term_space(int space) { return space == LOGITS ? LOG_PROBS : space; }
 
-// f(Spaces) of the two spaces of a plan, of which one is logits
-template <int SX, int SY, bool SAME = false> struct Spaces { static constexpr int x = SX, y = SY; static constexpr bool alone = SAME; };
+// f(Spaces) of the two spaces of a plan, of which one is logits; `alone`: there is only x
+template <int SX, int SY, bool SAME = false> struct Spaces {
+  static constexpr int x = SX, y = SY;
+  static constexpr bool alone = SAME;
+};
 template <class F> auto beside_logits(const Plan& p, F f) {
   if (p.space_x == LOGITS) return p.space_y == PROBS ? f(Spaces<LOGITS, PROBS>()) : f(Spaces<LOGITS, LOG_PROBS>());
   return p.space_x == PROBS ? f(Spaces<PROBS, LOGITS>()) : f(Spaces<LOG_PROBS, LOGITS>());
