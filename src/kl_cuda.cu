@@ -77,6 +77,10 @@ template <int BYTES> KL_DEVICE void copy_async(void* to, const void* from) {
 }
 KL_DEVICE void wait_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 #endif
+KL_DEVICE void warps_barrier(int warps) {   // of a block's first so many warps; the others go on
+  __syncwarp();
+  asm volatile("bar.sync 1, %0;" ::"r"(32 * warps) : "memory");
+}
 #if KL_ARCH >= 900
 KL_DEVICE unsigned cluster_rank() {
   unsigned rank;
@@ -1036,9 +1040,28 @@ KL_DEVICE void chunk(const Plan& p, const L& at, const Slot& s, int sweep, const
 constexpr int TERM_SWEEP = OF_LOGITS || OF_CROSS || NORMALISED ? 1 : 0;
 constexpr int GRADIENT_SWEEP = OF_LOGITS || OF_CROSS ? 1 : NORMALISED ? 2 : 0;
 
-// ---- states into one, for one warp -----------------------------------------------------------------------------------------
-
-// the sums of f(i, v), 0 <= i < count <= CHUNK, in the order of kl_tree.h; all in double; lane l owns columns l + 32 k
+// ---- states into one -------------------------------------------------------------------------------------------------------
+//
+// The sums of f(i, v), 0 <= i < count <= CHUNK, in the order of kl_tree.h; all in double. Lane l owns columns l + 32 k.
+template <int Q, class F> KL_DEVICE void sum_column(int count, int k, F f, double* column) {
+#pragma unroll
+  for (int q = 0; q < Q; q++) column[q] = 0.0;
+#pragma unroll 1
+  for (int i = 32 * k + lane_of(); i < count; i += COLUMNS) {
+    double v[Q];
+    f(i, v);
+#pragma unroll
+    for (int q = 0; q < Q; q++) column[q] += v[q];
+  }
+}
+template <int Q> KL_DEVICE void sum_lanes(double* total) {
+#pragma unroll
+  for (int q = 0; q < Q; q++) {
+#pragma unroll
+    for (int o = 16; o; o /= 2) total[q] += __shfl_xor_sync(ALL_LANES, total[q], o);
+    total[q] += 0.0;
+  }
+}
 template <int Q, class F> KL_DEVICE void sum_states(int count, F f, double* total) {
 #pragma unroll
   for (int q = 0; q < Q; q++) total[q] = 0.0;
@@ -1050,26 +1073,51 @@ template <int Q, class F> KL_DEVICE void sum_states(int count, F f, double* tota
 #pragma unroll 1
     for (int k = odd; k < 4; k += 2) {
       double column[Q];
-#pragma unroll
-      for (int q = 0; q < Q; q++) column[q] = 0.0;
-#pragma unroll 1
-      for (int i = 32 * k + lane_of(); i < count; i += COLUMNS) {
-        double v[Q];
-        f(i, v);
-#pragma unroll
-        for (int q = 0; q < Q; q++) column[q] += v[q];
-      }
+      sum_column<Q>(count, k, f, column);
 #pragma unroll
       for (int q = 0; q < Q; q++) both[q] += column[q];
     }
 #pragma unroll
     for (int q = 0; q < Q; q++) total[q] += both[q];
   }
+  sum_lanes<Q>(total);
+}
+
+// Who adds up: a warp alone,
+struct Alone {
+  static constexpr int warps = 1;
+  template <int Q, class F> KL_DEVICE void sum(int count, F f, double* total) const { sum_states<Q>(count, f, total); }
+};
+// or a block's first warps, of which each takes some of the k. They meet in shared memory, and all learn the totals.
+struct Together {
+  int warps;
+  double* columns;                             // [4][Q][WARP]
+  template <int Q, class F> KL_DEVICE void sum(int count, F f, double* total) const {
+    double* mine = columns + lane_of();
+#pragma unroll 1
+    for (int k = warp_of(); k < 4; k += warps) {
+      double column[Q];
+      sum_column<Q>(count, k, f, column);
 #pragma unroll
-  for (int q = 0; q < Q; q++) {
+      for (int q = 0; q < Q; q++) mine[(k * Q + q) * WARP] = column[q];
+    }
+    warps_barrier(warps);
 #pragma unroll
-    for (int o = 16; o; o /= 2) total[q] += __shfl_xor_sync(ALL_LANES, total[q], o);
-    total[q] += 0.0;
+    for (int q = 0; q < Q; q++)
+      total[q] = (mine[q * WARP] + mine[(2 * Q + q) * WARP]) + (mine[(Q + q) * WARP] + mine[(3 * Q + q) * WARP]);
+    sum_lanes<Q>(total);
+    warps_barrier(warps);                      // before the next columns take their place
+  }
+};
+// Two rows of logits have the most to do for each state; and their `extra` holds nothing between sweeps. As many warps as
+// there are k with any states.
+KL_DEVICE auto folders(int warps, int count, T* extra) {
+  if constexpr (OF_LOGITS) {
+    static_assert(4 * 3 * WARP * sizeof(double) <= CHUNK * sizeof(T), "the columns of three sums");
+    int busy = (count + WARP - 1) / WARP, most = warps < 4 ? warps : 4;
+    return Together{busy < most ? busy : most, (double*)extra};
+  } else {
+    return Alone{};
   }
 }
 
@@ -1093,7 +1141,7 @@ struct States {               // of `count` chunks: the k-th number of the i-th 
   KL_DEVICE Norm norm(int i, int base) const { return {get(i, base), get(i, base + 1), get(i, base + 2)}; }
 };
 
-KL_DEVICE Spread fold_spreads(const States& s, double it) {
+template <class Who> KL_DEVICE Spread fold_spreads(const Who& who, const States& s, double it) {
   if (s.count == 1) return s.spread(0);
   double max_a = -infinity<double>(), max_b = max_a, sum[3];
   bool far = false, impossible = false;
@@ -1107,7 +1155,7 @@ KL_DEVICE Spread fold_spreads(const States& s, double it) {
   max_a = lanes_max(max_a);
   max_b = lanes_max(max_b);
   Tops top = tops(max_a, max_b);
-  sum_states<3>(s.count, [&](int i, double* v) {
+  who.template sum<3>(s.count, [&](int i, double* v) {
     Spread k = s.spread(i);
     v[0] = merge_weight(k.max_a, top.a, it) * k.s;
     v[1] = v[0] * merge_mean(k, top);
@@ -1115,16 +1163,17 @@ KL_DEVICE Spread fold_spreads(const States& s, double it) {
   }, sum);
   double weights = sum[0], mass = sum[2];
   Pair<double> m = merge_anchor(sum[1], weights);
-  sum_states<2>(s.count, [&](int i, double* v) {
+  far = __any_sync(ALL_LANES, far);
+  who.template sum<3>(s.count, [&](int i, double* v) {
     Moved k = moved(s.spread(i), top, m, it);
     v[0] = k.x;
     v[1] = k.g;
-    far |= k.far;
+    v[2] = k.far ? 1.0 : 0.0;
   }, sum);
-  return merged(max_a, max_b, weights, m, sum[0], sum[1], mass, __any_sync(ALL_LANES, far), __any_sync(ALL_LANES, impossible));
+  return merged(max_a, max_b, weights, m, sum[0], sum[1], mass, far || sum[2] > 0, __any_sync(ALL_LANES, impossible));
 }
 
-KL_DEVICE Cross fold_crosses(const States& s, double it) {
+template <class Who> KL_DEVICE Cross fold_crosses(const Who& who, const States& s, double it) {
   double max_a = -infinity<double>(), max_b = max_a, sum[4];
   bool impossible = false;
 #pragma unroll 1
@@ -1136,7 +1185,7 @@ KL_DEVICE Cross fold_crosses(const States& s, double it) {
   }
   max_a = lanes_max(max_a);
   max_b = lanes_max(max_b);
-  sum_states<4>(s.count, [&](int i, double* v) {
+  who.template sum<4>(s.count, [&](int i, double* v) {
     Paid k = paid(s.cross(i), max_a, max_b, it);
     v[0] = k.s;
     v[1] = k.cost;
@@ -1160,11 +1209,11 @@ KL_DEVICE Norm fold_norms(const States& s, int base, double it) {
   return {top, sum[0], sum[1]};
 }
 
-KL_DEVICE void fold(const Plan& p, int sweep, const States& s, double* to) {
+template <class Who> KL_DEVICE void fold(const Plan& p, int sweep, const Who& who, const States& s, double* to) {
   if constexpr (OF_LOGITS) {
-    *(Spread*)to = fold_spreads(s, inverse_temperature(p));
+    *(Spread*)to = fold_spreads(who, s, inverse_temperature(p));
   } else if constexpr (OF_CROSS) {
-    *(Cross*)to = fold_crosses(s, inverse_temperature(p));
+    *(Cross*)to = fold_crosses(who, s, inverse_temperature(p));
   } else if (NORMALISED && sweep == 0) {
     if constexpr (NORM_OF_X) *(Norm*)to = fold_norms(s, 0, inverse_temperature(p));
     if constexpr (NORM_OF_Y) *(Norm*)(to + NORM_STATES) = fold_norms(s, NORM_STATES, inverse_temperature(p));
@@ -1644,6 +1693,7 @@ extern "C" __global__ void __launch_bounds__(256, BLOCKS) kl_rows(const Plan p) 
   const int rank = KL_CLUSTER > 1 ? (int)cluster_rank() : 0, step = W * KL_CLUSTER, mine = rank * W + warp_of();
   double* states = (double*)(shared + W * warp_bytes(p));   // [k * chunks + chunk]
   double* stats = states + MAX_STATES * chunks;
+  const auto who = folders(W, chunks, (T*)(shared + slots * SLOT_BYTES));   // the first warp's `extra`
   for (i64 r = blockIdx.x / KL_CLUSTER; r < p.rows; r += gridDim.x / KL_CLUSTER) {
     bool live = weight_of(p, r) != 0, resident = slots * step >= chunks;
     if (live && resident) {
@@ -1695,15 +1745,15 @@ extern "C" __global__ void __launch_bounds__(256, BLOCKS) kl_rows(const Plan p) 
       } else {
         __syncthreads();
       }
-      if (warp_of() == 0 && live) {
+      if (warp_of() < who.warps && live) {
         double state[MAX_STATES];
-        fold(p, sweep, States{states, chunks, chunks}, state);
-        if (lane_of() == 0) {
+        fold(p, sweep, who, States{states, chunks, chunks}, state);
+        if (threadIdx.x == 0) {
           finish(p, sweep, state, stats);
           if (p.stats && rank == 0 && sweep + 1 == (int)p.last)
             for (int k = 0; k < MAX_STATS; k++) p.stats[r * MAX_STATS + k] = stats[k];
         }
-        if (PACKS && p.last > 1) {   // of the chunks that this block's warps have
+        if (PACKS && p.last > 1 && warp_of() == 0) {   // of the chunks that this block's warps have
           __syncwarp();
 #pragma unroll 1
           for (int i = lane_of(); i / W * step < chunks; i += WARP) {
@@ -1731,7 +1781,7 @@ extern "C" __global__ void __launch_bounds__(256, 1) kl_fold(const Plan p) {
     Row row = locate(p, r);
     double state[MAX_STATES];
     if (row.weight != 0)
-      fold(p, sweep, States{p.states + r * K * p.count + g * CHUNK, p.count, left < CHUNK ? (int)left : CHUNK}, state);
+      fold(p, sweep, Alone{}, States{p.states + r * K * p.count + g * CHUNK, p.count, left < CHUNK ? (int)left : CHUNK}, state);
     if (lane_of() != 0) continue;
     if (p.groups > 1) {
       if (row.weight != 0)

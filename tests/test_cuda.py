@@ -495,6 +495,21 @@ def near_the_cpu(gpu, arrays, **keywords):
     return found
 
 
+@pytest.mark.parametrize("warps", [1, 2, 3, 5])
+@pytest.mark.parametrize("n", [32 * 1024 + 1, 70_000, 131_000])
+def test_warps_that_fold_together(gpu, compared, monkeypatch, warps, n):
+    """Two, three and four of them have states to add up, if there are so many. In float64 the order of addition shows."""
+    monkeypatch.setattr(backend(), "_kept", {})
+    monkeypatch.setattr(backend(), "_residence", lambda *_: (1, 1, warps))
+    used = launches(monkeypatch, lambda launch: (launch.name, launch.block))
+    x, y = logits(backend()._properties(0).multiprocessors, n, "float64")
+    y[1, n - 1] += 200
+    x[2, n // 2] = -np.inf
+    with settings(gpu, seed=warps - 1):
+        both(gpu, compared, "kl_div", (x, y), space="logits", return_grad="y")
+    assert used == [("kl_rows", (32 * warps,))]
+
+
 def test_most_warps_rather_than_few_blocks(gpu, monkeypatch):
     """Four warps a multiprocessor would wait for memory most of the time: this is the vocabulary of Qwen."""
     cuda, kept = backend(), {}

@@ -67,6 +67,21 @@ extern "C" __global__ void divergent(const kl::Plan p) {
   else if (p.wrong) __shfl_sync(threadIdx.x < 64 ? 0xfu : FULL, 1.f, 0);
 }
 
+// The first p.n warps pass numbers on, as often as they are warps; the others leave.
+extern "C" __global__ void some_warps(const kl::Plan p) {
+  float* mine = KL_SHARED(float);
+  if ((int)threadIdx.x >= 32 * p.n) return;
+  float v = (float)threadIdx.x;
+  for (int k = 0; k < p.n; k++) {
+    mine[threadIdx.x] = v;
+    kl::warps_barrier(p.wrong == 1 && k == 1 ? p.n + 1 : p.n);
+    v = mine[(threadIdx.x + 32) % (32 * p.n)];
+    if (p.wrong != 2) kl::warps_barrier(p.n);
+    if (p.wrong == 3 && threadIdx.x == 5) return;
+  }
+  p.out[threadIdx.x] = v;
+}
+
 extern "C" __global__ void early(const kl::Plan p) {
   if (threadIdx.x % 32 == 7) return;
   p.out[threadIdx.x] = warp_sum(1.f);
@@ -213,6 +228,18 @@ def test_barriers_that_not_all_threads_reach(launch):
     )
     for seed in SEEDS:
         found(launch, "^divergent: block .*, thread .*", "divergent", 2, 96, wrong=1, seed=seed)
+
+
+def test_some_warps_of_a_block_meet(launch):
+    for seed in SEEDS:
+        out = launch("some_warps", 1, 160, size=96, n=3, shared=4 * 96, seed=seed)
+        assert (out == np.arange(96)).all()
+    wrong = [launch("some_warps", 1, 160, size=96, n=3, shared=4 * 96, seed=seed, wrong=2) for seed in SEEDS]
+    assert any((w != np.arange(96)).any() for w in wrong)
+    missed = "^some_warps: block 0, thread .*: is at warps_barrier and would wait for ever: thread .* has returned$"
+    found(launch, missed, "some_warps", 1, 160, size=96, n=3, shared=4 * 96, wrong=1)
+    found(launch, missed, "some_warps", 1, 160, size=96, n=3, shared=4 * 96, wrong=3)
+    found(launch, "a barrier of 6 warps, .* of which there are fewer", "some_warps", 1, 160, n=6, shared=768)
 
 
 def test_warps_of_which_lanes_are_missing(launch):

@@ -205,12 +205,12 @@ inline Pool*& pool() {
 
 // ---- threads, warps, blocks -----------------------------------------------------------------------------------------
 enum Place : unsigned char {
-  RUNNING, RETURNED, SYNCTHREADS, CLUSTER_BARRIER, SYNCWARP, SHFL, SHFL_XOR, SHFL_DOWN, ALL, ANY, BALLOT,
+  RUNNING, RETURNED, SYNCTHREADS, WARPS_BARRIER, CLUSTER_BARRIER, SYNCWARP, SHFL, SHFL_XOR, SHFL_DOWN, ALL, ANY, BALLOT,
 };
 inline const char* name_of(Place p) {
   static const char* const names[] = {
-    "is running", "has returned", "is at __syncthreads", "is at cluster_barrier", "is at __syncwarp",
-    "is at __shfl_sync", "is at __shfl_xor_sync", "is at __shfl_down_sync", "is at __all_sync", "is at __any_sync",
+    "is running", "has returned", "is at __syncthreads", "is at warps_barrier", "is at cluster_barrier",
+    "is at __syncwarp", "is at __shfl_sync", "is at __shfl_xor_sync", "is at __shfl_down_sync", "is at __all_sync", "is at __any_sync",
     "is at __ballot_sync",
   };
   return names[p];
@@ -241,7 +241,7 @@ struct Block {
   Fiber* fibers;
   Warp* warps;
   char* shared;
-  unsigned arrived, alive;            // threads at __syncthreads; threads that have not returned
+  unsigned arrived, together, alive;  // threads at __syncthreads, at warps_barrier; that have not returned
 };
 
 [[noreturn]] __attribute__((format(printf, 1, 2))) void fail(const char* format, ...);
@@ -437,6 +437,7 @@ inline std::string Scheduler::deadlock() const {
     bool everywhere = f.place == CLUSTER_BARRIER, in_warp = f.place > CLUSTER_BARRIER;
     const Fiber* first = everywhere ? fibers.data() : in_warp ? &f - f.lane : f.block->fibers;
     const Fiber* end = everywhere ? first + fibers.size() : in_warp ? first + WARP : first + launch.block;
+    if (f.place == WARPS_BARRIER) end = first + f.mask;
     end = std::min(end, everywhere ? end : (const Fiber*)f.block->fibers + launch.block);
     for (const Fiber* g = first; g != end; g++) {
       if (in_warp && !(f.mask >> g->lane & 1)) continue;
@@ -462,7 +463,7 @@ inline void Scheduler::begin(unsigned first_block) {
   std::memset(arenas, 0xff, arena * launch.cluster);
   for (Block& b : blocks) {
     b.index = {first_block + b.rank, 0, 0};
-    b.arrived = 0;
+    b.arrived = b.together = 0;
     b.alive = launch.block;
     ASAN_POISON_MEMORY_REGION(b.shared - GUARD, GUARD);
     ASAN_POISON_MEMORY_REGION(b.shared + launch.shared_bytes, arena - GUARD - launch.shared_bytes);
@@ -652,6 +653,21 @@ inline void cluster_barrier() {
     for (emulator::Block& b : s.blocks) {
       for (unsigned t = 0; t < s.launch.block; t++) s.wake(b.fibers[t]);
     }
+  }
+  s.give_way();
+}
+
+// of the first so many warps of the block
+inline void warps_barrier(int warps) {
+  emulator::Scheduler& s = *emulator::scheduler();
+  emulator::Fiber& me = *s.current;
+  unsigned threads = (unsigned)warps * emulator::WARP;
+  if (me.thread.x >= threads || threads > s.launch.block)
+    emulator::fail("is at a barrier of %d warps, of which it is none, or of which there are fewer", warps);
+  me.place = emulator::WARPS_BARRIER, me.mask = threads;
+  if (++me.block->together == threads) {
+    me.block->together = 0;
+    for (unsigned t = 0; t < threads; t++) s.wake(me.block->fibers[t]);
   }
   s.give_way();
 }
