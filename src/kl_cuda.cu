@@ -8,10 +8,10 @@
 //   KL_ROWS, KL_FOLD, KL_SUM, KL_SUMMED.
 //
 // A warp treats one chunk of 1024 classes at a time: it brings the chunk into shared memory by asynchronous 16-byte
-// copies, computes from there, leaves gradients in their inputs' place, and copies them out. Lane l owns columns
-// 4l .. 4l+3, so that a column's eight elements meet in a register and the 128 columns in a few shuffles. How many
-// warps, blocks and multiprocessors there are decides who does what, never in which order numbers are added. There are
-// no atomics.
+// copies, computes from there, leaves gradients in their inputs' place, and copies them out; or, where one sweep is all and
+// the row is aligned, computes straight from global memory. Lane l owns columns 4l .. 4l+3, so that a column's eight
+// elements meet in a register and the 128 columns in a few shuffles. How many warps, blocks and multiprocessors there are
+// decides who does what, never in which order numbers are added. There are no atomics.
 #pragma once
 
 #if !defined(KL_CLUSTER)
@@ -137,13 +137,14 @@ constexpr bool OF_CROSS = (SX == LOGITS || SY == LOGITS) && (OP == CROSS_ENTROPY
 constexpr bool NORM_OF_X = !OF_LOGITS && !OF_CROSS && SX == LOGITS;
 constexpr bool NORM_OF_Y = !OF_LOGITS && !OF_CROSS && HAS_Y && SY == LOGITS;
 constexpr bool NORMALISED = NORM_OF_X || NORM_OF_Y;
+constexpr bool ONE_SWEEP = !OF_LOGITS && !OF_CROSS && !NORMALISED;
 constexpr bool BESIDE = NORMALISED && !KL_WIDE;   // float32 logits beside another space: log-probabilities in two numbers
 constexpr int LOG_X = SX == LOGITS && !BESIDE ? LOG_PROBS : SX, LOG_Y = SY == LOGITS && !BESIDE ? LOG_PROBS : SY;
 typedef Term<OP, LOG_X, OP == ENTROPY ? LOG_X : LOG_Y> TheTerm;
 
 enum { SUM_VALUE, SUM_DX, SUM_DY, SUM_STATES };   // of normalised rows' second sweep
 enum { NORM_X = 3, NORM_Y = 5 };                  // in stats: maximum and log S of x and of y, behind the three sums
-constexpr int MAX_STATES = LOGITS_STATES;
+constexpr int MAX_STATES = OF_LOGITS ? LOGITS_STATES : OF_CROSS ? CROSS_STATES : NORMALISED ? 2 * NORM_STATES : 1;
 // blocks of 256 threads on a multiprocessor: what registers, and shared memory, should suffice for
 constexpr int BLOCKS = KL_WIDE || BESIDE ? 1 : OF_LOGITS || OF_CROSS || OUT_DX || OUT_DY ? 2 : 3;
 constexpr int VALUE_SWEEP = NORMALISED ? 1 : 0;
@@ -186,25 +187,28 @@ struct Wide {
   KL_DEVICE int index(int step, int e) const { return 256 * step + (e & 4) * 32 + 4 * lane + (e & 3); }
   KL_DEVICE bool partial(int step) const { return 256 * step + 256 > n; }   // some index is no class: a copy of class 0
 
+  // a lane's numbers of a step, as they lie in memory
+  template <int D> struct __align__(sizeof(typename Stored<D>::Type) == 2 ? 8 : 16) Four { typename Stored<D>::Type v[4]; };
+  template <int D> struct Eight { Four<D> half[2]; };
+  template <int D> KL_DEVICE Eight<D> load(const typename Stored<D>::Type* slot, int step) const {
+    return {*(const Four<D>*)(slot + index(step, 0)), *(const Four<D>*)(slot + index(step, 4))};
+  }
+  template <int D> KL_DEVICE void widen(const Eight<D>& from, T* v) const {
+#pragma unroll
+    for (int e = 0; e < E; e++) v[e] = Stored<D>::template widen<T>(from.half[e / 4].v[e % 4]);
+  }
   template <int D> KL_DEVICE void read(const typename Stored<D>::Type* slot, int step, T* v) const {
-    struct __align__(sizeof(typename Stored<D>::Type) == 2 ? 8 : 16) Four { typename Stored<D>::Type v[4]; };
-#pragma unroll
-    for (int half = 0; half < 2; half++) {
-      Four f = *(const Four*)(slot + index(step, 4 * half));
-#pragma unroll
-      for (int k = 0; k < 4; k++) v[4 * half + k] = Stored<D>::template widen<T>(f.v[k]);
-    }
+    widen<D>(load<D>(slot, step), v);
   }
   template <int D> KL_DEVICE void write(typename Stored<D>::Type* slot, int step, const T* v, const Scale<T>& scale) const {
-    struct __align__(sizeof(typename Stored<D>::Type) == 2 ? 8 : 16) Four { typename Stored<D>::Type v[4]; };
     T products[E];
     multiply(v, scale, products);
 #pragma unroll
     for (int half = 0; half < 2; half++) {
-      Four f;
+      Four<D> f;
 #pragma unroll
       for (int k = 0; k < 4; k++) f.v[k] = Stored<D>::template narrow<T>(products[4 * half + k]);
-      *(Four*)(slot + index(step, 4 * half)) = f;
+      *(Four<D>*)(slot + index(step, 4 * half)) = f;
     }
   }
   template <typename U> KL_DEVICE U max(U m) const {
@@ -260,6 +264,12 @@ struct Wide {
     a += __shfl_xor_sync(ALL_LANES, a, 8);
     return a + 0.0;
   }
+};
+
+// Full: the same of a chunk that has all its classes, which saves asking.
+struct Full : Wide {
+  KL_DEVICE Full() : Wide(CHUNK) {}
+  KL_DEVICE bool partial(int) const { return false; }
 };
 
 // Narrow: rows of at most 128 classes, several at a time. `lanes` of them (a power of two) share a row of columns
@@ -343,7 +353,7 @@ struct Want {                 // what a sweep is to write, and times what
   Scale<T> of_term, of_gradient;
 };
 
-// Gradients take the place of their inputs;
+// Gradients take the place of their inputs, or their own at once;
 struct InPlace {
   Slot s;
   template <class L> KL_DEVICE void dx(const L& at, int step, const T* v, const Scale<T>& scale) const {
@@ -406,27 +416,58 @@ KL_DEVICE void terms(const Plan& p, const L& at, int step, const T* x, const T* 
   }
 }
 
-// probabilities and log-probabilities: everything in one sweep; returns the sum
+// probabilities and log-probabilities: everything in one sweep
+template <class L, class Sums, class Sink>
+KL_DEVICE void terms_step(const Plan& p, const L& at, int step, const T* x, const T* y, const Slot& s, const Want& want,
+                          const Sink& sink, Sums& sums) {
+  T v[L::E];
+  bool ordinary = TheTerm::has_ordinary;
+#pragma unroll
+  for (int e = 0; e < L::E; e++)
+    if constexpr (TheTerm::has_ordinary) ordinary &= TheTerm::ordinary(x[e], y[e]);
+  if (TheTerm::has_ordinary && at.every(ordinary)) terms<false>(p, at, step, x, y, s, want, sink, v);
+  else terms<true>(p, at, step, x, y, s, want, sink, v);
+  if (want.term) at.template write<code_of<T>()>(s.extra, step, v, want.of_term);
+  mask(at, step, v);
+  sums.add(0, v);
+}
+// returns the sum
 template <class L, class Sink>
 KL_DEVICE double terms_chunk(const Plan& p, const L& at, const Slot& s, const Want& want, const Sink& sink) {
   typename L::template Sums<1> sums;
 #pragma unroll 1
   for (int step = 0; step < at.steps(); step++) {
-    T x[L::E], y[L::E], v[L::E];
+    T x[L::E], y[L::E];
     at.template read<DX>(s.x, step, x);
     if constexpr (HAS_Y) at.template read<DY>(s.y, step, y);
-    bool ordinary = TheTerm::has_ordinary;
-#pragma unroll
-    for (int e = 0; e < L::E; e++) {
-      if constexpr (!HAS_Y) y[e] = x[e];
-      if constexpr (TheTerm::has_ordinary) ordinary &= TheTerm::ordinary(x[e], y[e]);
-    }
-    if (TheTerm::has_ordinary && at.every(ordinary)) terms<false>(p, at, step, x, y, s, want, sink, v);
-    else terms<true>(p, at, step, x, y, s, want, sink, v);
-    if (want.term) at.template write<code_of<T>()>(s.extra, step, v, want.of_term);
-    mask(at, step, v);
-    sums.add(0, v);
+    terms_step(p, at, step, x, HAS_Y ? y : x, s, want, sink, sums);
   }
+  return at.total(sums, 0);
+}
+// The same of a full chunk straight from global memory; where there are registers for it, with the next step's numbers on
+// their way meanwhile. (Three blocks have too few, and doubles need two for each number.)
+constexpr bool AHEAD = BLOCKS == 2;
+template <class Sink> KL_DEVICE double terms_direct(const Plan& p, const Slot& s, const Want& want, const Sink& sink) {
+  Full at;
+  if constexpr (!AHEAD) return terms_chunk(p, at, s, want, sink);
+  constexpr int STEPS = CHUNK / 256;
+  Full::Sums<1> sums;
+  Full::Eight<DX> next_x = at.load<DX>(s.x, 0);
+  Full::Eight<DY> next_y = {};
+  if constexpr (HAS_Y) next_y = at.load<DY>(s.y, 0);
+#pragma unroll 1
+  for (int pair = 0; pair < STEPS; pair += 2)
+#pragma unroll
+    for (int step = pair; step < pair + 2; step++) {
+      T x[Full::E], y[Full::E];
+      at.widen<DX>(next_x, x);
+      if constexpr (HAS_Y) at.widen<DY>(next_y, y);
+      if (step + 1 < STEPS) {
+        next_x = at.load<DX>(s.x, step + 1);
+        if constexpr (HAS_Y) next_y = at.load<DY>(s.y, step + 1);
+      }
+      terms_step(p, at, step, x, HAS_Y ? y : x, s, want, sink, sums);
+    }
   return at.total(sums, 0);
 }
 
@@ -1425,6 +1466,21 @@ KL_DEVICE void store_outputs(const Plan& p, const Row& row, i64 start, int n, co
   __syncwarp();
 }
 
+// Whether full chunks of a row need no slot: they are swept once, and all that is read and written lies in whole vectors.
+constexpr bool DIRECT = ONE_SWEEP && !OUT_TERMS && !FACTORS;
+template <class U> KL_DEVICE bool in_vectors(const char* at, i64 stride) {
+  return (stride == (i64)sizeof(U)) & (alignment(at) % (sizeof(U) == 2 ? 8 : 16) == 0);
+}
+KL_DEVICE bool is_direct(const Plan& p, const Row& row) {
+  return DIRECT && in_vectors<X>(row.x, p.x.stride) && (!HAS_Y || in_vectors<Y>(row.y, p.y.stride)) &&
+         (!OUT_DX || in_vectors<X>(row.dx, p.dx.stride)) && (!OUT_DY || in_vectors<Y>(row.dy, p.dy.stride));
+}
+
+KL_DEVICE double chunk_direct(const Plan& p, const Row& row, i64 c, const Want& want) {
+  Slot from = {(X*)row.x + c * CHUNK, (Y*)row.y + c * CHUNK, nullptr, nullptr};
+  return terms_direct(p, from, want, InPlace{{(X*)row.dx + c * CHUNK, (Y*)row.dy + c * CHUNK, nullptr, nullptr}});
+}
+
 struct Unit {   // a chunk of a row
   i64 row;
   int chunk;
@@ -1483,6 +1539,20 @@ extern "C" __global__ void __launch_bounds__(256, BLOCKS) kl_units(const Plan p)
     Unit unit = unit_of(p, tile);
     bool active = unit.row < p.rows, live = active && weight_of(p, unit.row) != 0;
     int n = classes(p, unit.chunk);
+    if constexpr (DIRECT)
+      if (live && n == CHUNK && !p.columns) {
+        Row row = locate(p, unit.row);
+        if (is_direct(p, row)) {
+          double sum = chunk_direct(p, row, unit.chunk, wanted(p, 0, row.weight));
+          if (lane_of() == 0) {
+            unit = unit_of(p, again(tile));
+            row = locate(p, unit.row);
+            if (p.chunks > 1) p.states[unit.row * p.chunks + unit.chunk] = sum;
+            else if (p.value.data) write_value(p, row.value, row.weight, sum);
+          }
+          continue;
+        }
+      }
     if (p.columns) {   // thread t brings classes of row t mod W: neighbours read neighbours
       int of = (int)threadIdx.x % W;
       Slot theirs = slot_of(p, shared + (of - warp_of()) * warp_bytes(p), 0);
@@ -1695,7 +1765,9 @@ extern "C" __global__ void __launch_bounds__(256, BLOCKS) kl_rows(const Plan p) 
   double* stats = states + MAX_STATES * chunks;
   const auto who = folders(W, chunks, (T*)(shared + slots * SLOT_BYTES));   // the first warp's `extra`
   for (i64 r = blockIdx.x / KL_CLUSTER; r < p.rows; r += gridDim.x / KL_CLUSTER) {
-    bool live = weight_of(p, r) != 0, resident = slots * step >= chunks;
+    bool live = weight_of(p, r) != 0, resident = !ONE_SWEEP && slots * step >= chunks;
+    Row row = locate(p, r);
+    bool direct = live && is_direct(p, row);
     if (live && resident) {
 #pragma unroll 1
       for (int c = mine, j = 0; c < chunks; c += step, j++) stage_chunk(p, locate(p, r), c, slot_of(p, shared, j));
@@ -1707,11 +1779,17 @@ extern "C" __global__ void __launch_bounds__(256, BLOCKS) kl_rows(const Plan p) 
     }
 #pragma unroll 1
     for (int sweep = (int)p.first; sweep < (int)p.last; sweep++) {
-      Want want = wanted(p, sweep, weight_of(p, r));
+      Want want = wanted(p, ONE_SWEEP ? 0 : sweep, weight_of(p, r));
 #pragma unroll 1
       for (int c = mine, j = 0; c < chunks; c += step, j++) {
-        Slot s = slot_of(p, shared, resident ? j : 0);
         int n = classes(p, c);
+        if constexpr (DIRECT)
+          if (direct && n == CHUNK) {
+            double sum = chunk_direct(p, row, c, want);
+            if (lane_of() == 0) states[c] = sum;
+            continue;
+          }
+        Slot s = slot_of(p, shared, resident ? j : 0);
         if (live && !resident) {
           stage_chunk(p, locate(p, r), c, s);
           arrived();

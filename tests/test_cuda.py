@@ -498,7 +498,7 @@ def near_the_cpu(gpu, arrays, **keywords):
 @pytest.mark.parametrize("warps", [1, 2, 3, 5])
 @pytest.mark.parametrize("n", [32 * 1024 + 1, 70_000, 131_000])
 def test_warps_that_fold_together(gpu, compared, monkeypatch, warps, n):
-    """Two, three and four of them have states to add up, if there are so many. In float64 the order of addition shows."""
+    """Two, three and four of them have states to add up, if there are so many; in float64, which shows the order."""
     monkeypatch.setattr(backend(), "_kept", {})
     monkeypatch.setattr(backend(), "_residence", lambda *_: (1, 1, warps))
     used = launches(monkeypatch, lambda launch: (launch.name, launch.block))
@@ -551,6 +551,41 @@ def test_rows_that_nothing_can_hold(emulated, compared, monkeypatch, space, n):
             return_grad="y",
         )
         assert used == ["kl_rows"]
+
+
+def shifted(gpu, a, by, apart=0):
+    """A device array that equals `a`, whose rows begin `by` elements behind a multiple of 16 bytes, and leave gaps."""
+    n = a.shape[-1] + apart
+    flat = gpu.xp.empty(a.shape[0] * n + by, a.dtype)
+    view = flat[by:].reshape(a.shape[0], n)[:, : a.shape[-1]]
+    view[...] = gpu.put(a)
+    return view
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("n", [1020, 1024, 1028, 2048, 3076])
+@pytest.mark.parametrize(("space", "gradient"), [("probs", PAIR), ("log_probs", "y"), ("probs", None)], ids=str)
+def test_rows_that_need_no_staging(gpu, compared, dtype, n, space, gradient):
+    """Full chunks are read and written where they lie if all of a row is aligned. Nothing shows of that."""
+    arrays = [into(a, space).astype(DTYPES[dtype]) for a in logits(max(6, backend()._properties(0).multiprocessors), n)]
+    nothing = 0 if space == "probs" else -np.inf
+    arrays[0][1, 300] = arrays[0][2, ::2] = nothing  # one step, and all of a row, are not ordinary
+    arrays[1][3, n // 2] = np.nan
+    keywords = {"space": space, "return_grad": gradient}
+    staged = call("kl_div", [shifted(gpu, a, 1) for a in arrays], **keywords)
+    size = arrays[0].itemsize
+    if size > 2:  # else the GPU has exponentials of its own
+        assert_bits(gpu, compared, staged, call("kl_div", arrays, **keywords), "staged")
+    value, *gradients = map(gpu.get, staged)
+    whole = [*arrays, *gradients]
+    for k, by in itertools.product(range(len(whole) + 1), (1, 8 // size)):  # one of them begins elsewhere, or none does
+        x, y, *out = (shifted(gpu, a, by * (j == k), 16 // size) for j, a in enumerate(whole))
+        for a in out:
+            a[...] = 7
+        out = (gpu.put(np.zeros_like(value)), *out) if out else None
+        with settings(gpu, seed=k):
+            found = call("kl_div", (x, y), **keywords, out=out)
+        assert_bits(gpu, compared, found, (value, *gradients), f"{k} by {by}")
 
 
 @pytest.mark.parametrize(("operation", "space", "gradient", "sweeps", "folded"), [
@@ -1166,7 +1201,7 @@ print("clean")
     "which",
     [
         "logits:xy:last:5x1:5x7:70x33:3x128:5x131:4x1023:6x1027:1x2051 logits:y:last:1x16391",
-        "probs:y:one:9x5:1100x3:5x130 probs:xy:first:9x5:5x131:6x1027",
+        "probs:y:one:9x5:1100x3:5x130 probs:xy:first:9x5:5x131:6x1027 probs:xy:last:5x2052:1x3072",
     ],
 )
 def test_sanitizers_find_nothing(emulated, which):

@@ -130,6 +130,17 @@ def test_real_kernels_are_counted_whole(logits):
     assert gradient.a_class - value.a_class > gradient.parts["writing sweep"]
 
 
+@pytest.mark.parametrize("kernel", ["kl_rows", "kl_units"])
+@pytest.mark.parametrize("outputs", [0, 2])
+def test_rows_that_are_swept_once_are_not_staged(logits, tool, kernel, outputs):
+    cuda = importlib.import_module("klcore.backends.cuda")
+    options = cuda.options(0, (0, 0), (1, 1), False, outputs, (kernel,))
+    (found,), wrong = tool.check(tool.Job("probs", options, (kernel,), (kernel,), 90))
+    assert wrong == []
+    assert set(found.parts) == {"reading sweep", "per chunk"}
+    assert 30 < found.parts["reading sweep"] < 60  # with the stores of gradients, without the slow way for zeros
+
+
 def test_a_kernel_that_takes_more_than_it_may(tool, logits, monkeypatch):
     cuda = importlib.import_module("klcore.backends.cuda")
     options = cuda.options(0, (0, 0), (1, 1), False, 0, ("kl_rows",))

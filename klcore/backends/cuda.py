@@ -476,6 +476,10 @@ class _Call(NamedTuple):
             return (2 * NORM_STATES, SUM_STATES, 0)[sweep]
         return 1
 
+    def row_bytes(self, chunks: int) -> int:
+        """Of a row in kl_rows: what its chunks leave behind, and what is known of it."""
+        return 8 * (max(map(self.states, range(self.sweeps))) * chunks + MAX_STATS)
+
     @property
     def sweeps(self) -> int:
         """Over the rows, for these outputs."""
@@ -546,7 +550,7 @@ def _sweep(call: _Call, plan: _Plan, layout: _Layout, last: int, scratch: _Scrat
     if not layout.columns and chunks <= CHUNK:
         extra_bytes = CHUNK * extra + 8 * MAX_STATS
         cluster, slots, warps_a_row = _residence(call, properties, batch, chunks, last, slot, extra_bytes)
-        shared = warps_a_row * (slots * slot + extra_bytes) + 8 * (LOGITS_STATES * chunks + MAX_STATS)
+        shared = warps_a_row * (slots * slot + extra_bytes) + call.row_bytes(chunks)
         if batch * cluster >= properties.multiprocessors and shared <= properties.shared:
             p = plan.with_fields(first=0, last=last, slots=slots)
             return [_launch(call, "kl_rows", p, batch, warps_a_row, shared, cluster)]
@@ -580,7 +584,7 @@ def _residence(
     Of the ways to hold a row, the one with the most warps at work on a multiprocessor: it is they who hide how long
     memory takes. Then the smallest cluster, which waits the least for others.
     """
-    fixed = 8 * (LOGITS_STATES * chunks + MAX_STATS)
+    fixed = call.row_bytes(chunks)
     if sweeps == 1:
         return 1, 1, _warps(properties, slot + extra, fixed)
     # warps on a multiprocessor that have the registers they want: BLOCKS in kl_cuda.cu
