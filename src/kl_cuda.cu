@@ -145,8 +145,9 @@ typedef Term<OP, LOG_X, OP == ENTROPY ? LOG_X : LOG_Y> TheTerm;
 enum { SUM_VALUE, SUM_DX, SUM_DY, SUM_STATES };   // of normalised rows' second sweep
 enum { NORM_X = 3, NORM_Y = 5 };                  // in stats: maximum and log S of x and of y, behind the three sums
 constexpr int MAX_STATES = OF_LOGITS ? LOGITS_STATES : OF_CROSS ? CROSS_STATES : NORMALISED ? 2 * NORM_STATES : 1;
-// blocks of 256 threads on a multiprocessor: what registers, and shared memory, should suffice for
-constexpr int BLOCKS = KL_WIDE || BESIDE ? 1 : OF_LOGITS || OF_CROSS || OUT_DX || OUT_DY ? 2 : 3;
+// blocks of 256 threads on a multiprocessor: what registers, and shared memory, should suffice for. (For compute capability
+// 12.0 the compiler makes more of the same code, which would spill.)
+constexpr int BLOCKS = KL_WIDE || BESIDE || (OF_LOGITS && KL_ARCH >= 1200) ? 1 : OF_LOGITS || OF_CROSS || OUT_DX || OUT_DY ? 2 : 3;
 constexpr int VALUE_SWEEP = NORMALISED ? 1 : 0;
 
 KL_DEVICE double inverse_temperature(const Plan& p) {   // multiplying by 1 changes nothing: the compiler leaves it out

@@ -588,7 +588,8 @@ def _residence(
     if sweeps == 1:
         return 1, 1, _warps(properties, slot + extra, fixed)
     # warps on a multiprocessor that have the registers they want: BLOCKS in kl_cuda.cu
-    most = 8 if call.wide or _beside(call.operation, call.spaces) else 16
+    few = call.wide or _beside(call.operation, call.spaces) or (call.of_logits and properties.arch >= 120)
+    most = 8 if few else 16
     found = []
     for cluster in properties.clusters:
         for warps in range(8, 0, -1):
