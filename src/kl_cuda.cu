@@ -1030,8 +1030,9 @@ KL_DEVICE void normalised_chunk(const Plan& p, const L& at, const Slot& s, int s
     } else {
 #pragma unroll
       for (int e = 0; e < L::E; e++) {
-        if constexpr (NORM_OF_X) dx[e] = through_softmax(dx[e], softmax_of(x[e]), (T)stats[SUM_DX], (T)it);
-        if constexpr (NORM_OF_Y && !is_final(OP)) dy[e] = through_softmax(dy[e], softmax_of(y[e]), (T)stats[SUM_DY], (T)it);
+        if constexpr (NORM_OF_X) dx[e] = through_softmax(dx[e], softmax_of(x[e]), softmax_of_sum<T>(stats[SUM_DX], it));
+        if constexpr (NORM_OF_Y && !is_final(OP))
+          dy[e] = through_softmax(dy[e], softmax_of(y[e]), softmax_of_sum<T>(stats[SUM_DY], it));
       }
       if (want.dx) sink.dx(at, step, dx, want.of_gradient);
       if (want.dy) sink.dy(at, step, dy, want.of_gradient);

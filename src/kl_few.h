@@ -486,11 +486,19 @@ template <typename T>
 KL_APART void few_through_softmax(T* __restrict d, const T* __restrict l, const T* __restrict low, i64 n, i64 pitch, double it,
                                   double* room) {
   alignas(64) Lane<double> sums;
+  alignas(64) Lane<T> scale, sum, over;
   add_lanes(n, pitch, room, sums, [=](i64 j) KL_LAMBDA { return d[j]; });
+  for (i64 r = 0; r < pitch; r++) {
+    Softmax<T> k = softmax_of_sum<T>(sums[r], it);
+    scale[r] = k.scale;
+    sum[r] = k.sum;
+    over[r] = k.it;
+  }
   for (i64 i = 0; i < n * pitch; i += pitch)
     for (i64 r = 0; r < pitch; r++) {
-      if constexpr (sizeof(T) == sizeof(double)) d[i + r] = through_softmax(d[i + r], exp(l[i + r]), sums[r], it);
-      else d[i + r] = through_softmax(d[i + r], exp_flushed(Pair<T>{l[i + r], low[i + r]}), (T)sums[r], (T)it);
+      Softmax<T> k = {scale[r], sum[r], over[r]};
+      if constexpr (sizeof(T) == sizeof(double)) d[i + r] = through_softmax(d[i + r], exp(l[i + r]), k);
+      else d[i + r] = through_softmax(d[i + r], exp_flushed(Pair<T>{l[i + r], low[i + r]}), k);
     }
 }
 template <typename T> void few_mixed(const Plan& p, i64 r, int count, double* values, char* alone, void* scratch) {

@@ -286,8 +286,13 @@ KL_FN double log_prob_of(double x, double max, double log_s, double it) {
   double l = (x - max) * it - log_s;
   return excluded(l) & !excluded(x) ? lowest<double>() : l;   // what overflows is not excluded
 }
-template <typename T> KL_FN T through_softmax(T d, T p, T sum, T it) {
-  return ((d - p * sum) + T(0) * sum) * it;   // none has a derivative where the sum is infinite
+template <typename T> struct Softmax { T scale, sum, it; };   // scaled where a float does not hold the sum
+template <typename T> KL_FN Softmax<T> softmax_of_sum(double sum, double it) {
+  double scale = (sizeof(T) == sizeof(float)) & (absolute(sum) > 0x1p100) ? 0x1p-60 : 1.0;
+  return {(T)scale, (T)(sum * scale), (T)(it / scale)};
+}
+template <typename T> KL_FN T through_softmax(T d, T p, const Softmax<T>& k) {
+  return ((d * k.scale - p * k.sum) + T(0) * k.sum) * k.it;   // none has a derivative where the sum is infinite
 }
 
 // In float, beside another space: log-probabilities in two numbers. What overflows is the lowest number, and not excluded.
@@ -303,10 +308,11 @@ template <typename T> KL_FN Pair<T> log_prob_of(T x, const LogNorm<T>& k) {
   return {excluded(l) & !excluded(x) ? lowest<T>() : l, absolute(all) < infinity<T>() ? all : T(0)};
 }
 template <typename T> KL_FN bool overflows(const Pair<T>& l) { return l.value == lowest<T>(); }
-// How many times the lowest number such a log q is: what a term, or dx, that is proportional to it lacks
+// How many times the lowest number such a log q is, or what part of it: a term, or dx, that is proportional to it takes this
+// factor.
 template <typename T> KL_FN T stretch(T y, const LogNorm<T>& k) {
   T times = ((y * T(0.5) - k.max * T(0.5)) / lowest<T>()) * (k.it.value * T(2));
-  return (times > T(1)) & !excluded(y) ? times : T(1);
+  return overflows(log_prob_of(y, k)) ? times : T(1);
 }
 
 // ---- cross-entropy and entropy with logits -----------------------------------------------------------------------------------

@@ -194,14 +194,16 @@ template <bool ALL = true, typename T> KL_FN T exp(T x) {
   return (y * power_of_two(half)) * power_of_two(rest);
 }
 
-// m e^x, rounded once more: it may be in range where e^x is subnormal, infinite or zero
+// m e^x, rounded once more: it may be in range where e^x is subnormal, infinite or zero. Where it is none of these, one product.
 template <typename T> KL_FN T times_exp(T m, const Octave<T>& o, T x) {   // o: that of x, where x is not too far
   typedef Real<T> R;
   T y = fma(o.r * o.r, exp_tail(o.r), o.r) + T(1);
   T third = fma(o.n, T(1) / T(3), R::round), n = third - R::round, p = power_of_two(third);
   T v = y * p;
   v = ((v * m) * p) * power_of_two(((o.n - n) - n) + R::round);
-  return x < -R::exp_far ? T(0) : v;
+  v = x < -R::exp_far ? T(0) : v;
+  T e = exp_of(o);
+  return (x > R::flush) & (x < R::exp_ordinary) ? m * e : v;
 }
 template <typename T> KL_FN T not_too_far(T x) {
   T c = x > Real<T>::exp_far ? Real<T>::exp_far : x;
@@ -374,7 +376,7 @@ template <typename T> KL_FN T log1p(T x) {
 }
 
 // ---- the terms ----------------------------------------------------------------------------------------------------------
-// What the numbers of an argument are. Logits reach no term: kl_rows.h and kl_cuda.cu turn them into log-probabilities.
+// What the numbers of an argument are. Logits reach a term as log-probabilities, which kl_rows.h and kl_cuda.cu make of them.
 enum Space { PROBS = 0, LOG_PROBS = 1, LOGITS = 2 };
 enum Operation { KL_DIV = 0, REL_ENTR = 1, CROSS_ENTROPY = 2, ENTROPY = 3,
                  PYTORCH = 4, KERAS = 5, MXNET = 6, PUZZLELIB = 7 };   // the terms of other systems, behind the others
@@ -543,7 +545,8 @@ template <> struct Term<ENTROPY, LOG_PROBS, LOG_PROBS> : Plain {
 };
 
 // One of each: the probability and its logarithm are both needed. The space LOGITS means log-probabilities that were made of
-// logits: in float Pair<float>, since what normalises a row has to be known to far more than float holds.
+// logits in float, as Pair<float>, since what normalises a row has to be known to far more than float holds. Those of doubles
+// go as LOG_PROBS.
 template <typename T> KL_FN T number_of(T x) { return x; }
 template <typename T> KL_FN T number_of(const Pair<T>& x) { return x.value; }
 template <int S, typename T> KL_FN T prob(T x) {

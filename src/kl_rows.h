@@ -279,7 +279,7 @@ template <class F> auto beside_logits(const Plan& p, F f) {
 }
 
 template <typename T> typename Terms<T>::Map terms_of(const Plan& p) {
-  if constexpr (sizeof(T) == sizeof(float))
+  if constexpr (sizeof(T) == sizeof(float))   // kl_div or rel_entr: all else of logits is wide, or cross_chunk's
     if (p.space_x == LOGITS || p.space_y == LOGITS)
       return beside_logits(p, [&](auto s) {
         constexpr int SX = decltype(s)::x, SY = decltype(s)::y;
@@ -816,10 +816,10 @@ const T* log_probs(const Array& a, const char* row, int space, i64 start, int n,
 }
 
 // a derivative of normalised logits, with respect to the logits
-template <typename T> KL_APART void write_through_softmax(const T* d, const T* l, const T* low, int n, T sum, T it, T* out) {
+template <typename T> KL_APART void write_through_softmax(const T* d, const T* l, const T* low, int n, Softmax<T> k, T* out) {
   for (int i = 0; i < n; i++) {
-    if constexpr (sizeof(T) == sizeof(double)) out[i] = through_softmax(d[i], exp(l[i]), sum, it);
-    else out[i] = through_softmax(d[i], exp_flushed(Pair<T>{l[i], low[i]}), sum, it);
+    if constexpr (sizeof(T) == sizeof(double)) out[i] = through_softmax(d[i], exp(l[i]), k);
+    else out[i] = through_softmax(d[i], exp_flushed(Pair<T>{l[i], low[i]}), k);
   }
 }
 
@@ -854,7 +854,7 @@ void mixed_chunk(const Plan& p, const Row& row, int sweep, i64 start, int n, con
       for (int i = 0; i < n; i++) s.a[i] *= stretch(logits[i], k);
       for (int i = 0; p.dx.data && i < n; i++) s.dx[i] *= stretch(logits[i], k);
     }
-    multiply(p, row, start, n, s, s.b);
+    multiply(p, row, start, n, s, s.b);   // wide: there is nothing in `low`
   }
   if (sweep == 1) {
     if (p.output == TERMS) store(p.value, row.value, start, n, s.a, row.weight, p.stream);
@@ -866,8 +866,8 @@ void mixed_chunk(const Plan& p, const Row& row, int sweep, i64 start, int n, con
     return;
   }
   double scale = row.weight * p.gradient_scale;
-  if (of_x) write_through_softmax(dx, x, s.b, n16, (T)stats[SUM_DX], (T)it, s.dx);
-  if (of_y) write_through_softmax(dy, y, s.b, n16, (T)stats[SUM_DY], (T)it, s.dy);
+  if (of_x) write_through_softmax(dx, x, s.b, n16, softmax_of_sum<T>(stats[SUM_DX], it), s.dx);
+  if (of_y) write_through_softmax(dy, y, s.b, n16, softmax_of_sum<T>(stats[SUM_DY], it), s.dy);
   if (p.dx.data) store(p.dx, row.dx, start, n, of_x ? s.dx : dx, scale, p.stream);
   if (p.dy.data) store(p.dy, row.dy, start, n, of_y ? s.dy : dy, scale, p.stream);
 }

@@ -322,6 +322,50 @@ def test_a_log_probability_that_overflows_float32(operation, space_x, n):
     oracle.assert_answer(results, true, operation, space)
 
 
+LOGS = [p for p in oracle.PAIRS if "probs" not in p and p != ("logits", "logits")]
+
+
+@pytest.mark.parametrize("n", [2, 200])
+@pytest.mark.parametrize("temperature", [0.3, 1, 2, 100, 2.0**90])
+@pytest.mark.parametrize("top", [0.0, 1e30, 1e32, 3e38])
+@pytest.mark.parametrize("pair", [("probs", "logits"), *LOGS])
+@pytest.mark.parametrize("operation", ["kl_div", "rel_entr"])
+def test_a_class_at_the_end_of_float32(operation, pair, top, temperature, n):
+    """Less the largest logit it overflows; or its share of x does not make a term out of range."""
+    if "logits" not in pair:
+        temperature = 1.0
+    lowest = np.finfo("float32").min
+    a, b = np.zeros((2, 5, n), "float32")
+    a[:, 1] = [0.3, 1e-3, 1e-9, -1, -3]
+    a = np.log(np.exp(a) / np.exp(a).sum(-1, keepdims=True)).astype("float32")
+    b[:, 0] = lowest
+    b[:, 1] += np.float32(top) if pair[1] == "logits" else 0
+    x, y = (np.exp(a) if pair[0] == "probs" else a), b
+    options = {"temperature": temperature} if "logits" in pair else {}
+    true = oracle.exact(operation, x, y, pair, digits=60, **options)
+    run = getattr(klcore, operation)
+    results = {
+        "value": run(x, y, space=pair, **options),
+        "terms": run(x, y, space=pair, reduction="none", **options),
+        "dy": run(x, y, space=pair, return_grad="y", **options)[1],
+    }
+    if pair[0] != "probs" and np.abs(true.dx).max() < -lowest:
+        results["dx"] = run(x, y, space=pair, return_grad="x", **options)[1]
+    if np.abs(true.value).max() < -lowest:
+        oracle.assert_answer(results, true, operation, pair)
+    else:
+        assert not any(np.isnan(v).any() for v in results.values())
+
+
+def test_probabilities_whose_sum_float32_does_not_hold():
+    x = np.array([[3e38, 3e38, 1e38], [1, 1, 1], [3e38, 1e38, 3e38], [0, 0, 1]] * 2, "float32")
+    y = np.random.default_rng(2).normal(size=x.shape).astype("float32")
+    for rows in (slice(0, 2), slice(None)):
+        dy = klcore.kl_div(x[rows], y[rows], space=("probs", "logits"), return_grad="y")[1]
+        true = oracle.exact("kl_div", x[rows], y[rows], ("probs", "logits")).dy
+        np.testing.assert_allclose(dy, true, rtol=1e-5, atol=1e-6 * np.abs(true).max(axis=-1).min())
+
+
 @pytest.mark.parametrize("temperature", [1e-300, 1e-40, 1e-35, 1e35, 1e40, 1e300])
 @pytest.mark.parametrize(("operation", "pair"), [(op, pair) for op, pair in ALL if "logits" in pair])
 def test_temperatures_for_which_float32_has_no_room(operation, pair, temperature):

@@ -548,3 +548,22 @@ def test_a_neighbour_that_takes_the_long_form_changes_no_bit(space, dtype):
     x[:, 0] = 0 if space[0] == "probs" else -np.inf
     for a, b in zip(short, klcore.kl_div(x, y, **options), strict=True):
         np.testing.assert_array_equal(a[:, 1:], b[:, 1:])
+
+
+@pytest.mark.parametrize("n", [16, 128, 300])
+@pytest.mark.parametrize("pair", [p for p in itertools.product(SPACES, SPACES) if "log_probs" in p])
+@pytest.mark.parametrize("operation", ["kl_div", "rel_entr"])
+def test_neighbours_that_are_out_of_the_ordinary(operation, pair, n):
+    """A row beside such a one is computed by the longer form: also where results are subnormal."""
+    rng = np.random.default_rng(n)
+    a = np.full((8, n), -86.0, "float32")
+    a[:, 0] = 0
+    b = a + rng.uniform(0, 1, a.shape).astype("float32")
+    b[7, 3] = -500
+    x, y = (np.exp(v) if s == "probs" else v for v, s in zip((a, b), pair, strict=True))
+    run = functools.partial(getattr(klcore, operation), space=pair, return_grad=("x", "y"))
+    for reduction in ("row", "none"):
+        together = run(x, y, reduction=reduction)
+        for i in range(7):
+            for one, all_of_them in zip(run(x[i : i + 1], y[i : i + 1], reduction=reduction), together, strict=True):
+                assert one.tobytes() == np.ascontiguousarray(all_of_them[i : i + 1]).tobytes()

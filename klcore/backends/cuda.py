@@ -224,7 +224,10 @@ _ENTRIES = {
 
 
 def _beside(operation: int, spaces: tuple[int, int]) -> bool:
-    """Whether it is the divergence of logits beside another space, whose norms are found in double."""
+    """Whether it is the divergence of logits beside another space: norms in double, log-probabilities in two parts.
+
+    So it takes as many registers as what is wide, and no hardware exponentials.
+    """
     return 2 in spaces and spaces[0] != spaces[1] and operation <= rows.REL_ENTR
 
 

@@ -340,8 +340,8 @@ def refuse(a: Any, name: str) -> None:
 
 def is_wide(operation: int, spaces: tuple[int, int], temperature: float = 1.0) -> bool:
     """Whether float32 is computed in float64: the terms of other systems from logits, in the order of their operations;
-    and a temperature that float32 has no room for, or for its inverse."""
-    return 2 in spaces and (operation > ENTROPY or not 2.0**-100 <= temperature <= 2.0**100)
+    and temperatures at which float32 has no room for a logarithm, for the temperature or for its inverse."""
+    return 2 in spaces and (operation > ENTROPY or not 2.0**-20 <= temperature <= 2.0**100)
 
 
 def result(task: Task, value: Any) -> Any:
