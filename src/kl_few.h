@@ -316,6 +316,16 @@ void few_logits(const Plan& p, i64 r, int count, double* values, char* alone, vo
   rows.write_values(values);
 }
 
+// What log_norm chooses from, for every lane; where no lane has ties, only the one. A loop each: in one, gcc would take branches.
+KL_APART inline void both_logs(const double* __restrict count, const double* __restrict rest, i64 pitch, double* __restrict alone,
+                               double* __restrict tied) {
+  i64 ties = 0;
+  for (i64 r = 0; r < pitch; r++) ties |= count[r] == 1.0 ? 0 : 1;
+  for (i64 r = 0; r < pitch; r++) alone[r] = log_alone({0.0, count[r], rest[r]});
+  for (i64 r = 0; r < pitch; r++) tied[r] = 0.0;
+  for (i64 r = 0; ties && r < pitch; r++) tied[r] = log_tied({0.0, count[r], rest[r]});
+}
+
 // cross-entropy and entropy with logits, by the steps of cross_chunk and cross_finish
 template <typename T> struct CrossLanes {
   alignas(64) Lane<T> max_a, max_b, zero_a, zero_b, inv_s, log_s, q, mean;
@@ -390,9 +400,7 @@ void few_cross(const Plan& p, i64 r, int count, double* values, char* alone, voi
       for (i64 r = 0; r < pitch; r++) c[i + r] = y[i + r] == k.max_b[r] ? T(1) : T(0);
     add_lanes(n, pitch, s.room, k.count, [=](i64 j) KL_LAMBDA { return c[j]; });
     for (i64 i = 0; i < pitch; i++) k.count[i] = excluded(k.max_b[i]) ? 0.0 : k.count[i];
-    // a loop each: in one, gcc would take branches
-    for (i64 i = 0; i < pitch; i++) k.alone[i] = log_alone({k.max_b[i], k.count[i], k.rest[i]});
-    for (i64 i = 0; i < pitch; i++) k.tied[i] = log_tied({k.max_b[i], k.count[i], k.rest[i]});
+    both_logs(k.count, k.rest, pitch, k.alone, k.tied);
   }
   for (i64 i = 0; i < pitch; i++) {
     double log_s = SY == LOGITS ? log_norm({k.max_b[i], k.count[i], k.rest[i]}, k.alone[i], k.tied[i]) : 0.0;
@@ -458,9 +466,7 @@ KL_APART void few_log_probs(T* __restrict x, i64 n, i64 pitch, double it, double
     k.ties[r] = excluded(k.max[r]) ? 0.0 : (double)count[r];
     k.rest[r] = undefined[r] == T(0) ? k.rest[r] : nan<double>();
   }
-  // a loop each: in one, gcc would take branches
-  for (i64 r = 0; r < pitch; r++) k.alone[r] = log_alone({k.max[r], k.ties[r], k.rest[r]});
-  for (i64 r = 0; r < pitch; r++) k.tied[r] = log_tied({k.max[r], k.ties[r], k.rest[r]});
+  both_logs(k.ties, k.rest, pitch, k.alone, k.tied);
   for (i64 r = 0; r < pitch; r++) k.log[r] = log_norm({k.max[r], k.ties[r], k.rest[r]}, k.alone[r], k.tied[r]);
   if constexpr (sizeof(T) == sizeof(double)) {
     for (i64 i = 0; i < n * pitch; i += pitch)
