@@ -445,12 +445,9 @@ KL_DEVICE double terms_chunk(const Plan& p, const L& at, const Slot& s, const Wa
   }
   return at.total(sums, 0);
 }
-// The same of a full chunk straight from global memory; where there are registers for it, with the next step's numbers on
-// their way meanwhile. (Three blocks have too few, and doubles need two for each number.)
-constexpr bool AHEAD = BLOCKS == 2;
-template <class Sink> KL_DEVICE double terms_direct(const Plan& p, const Slot& s, const Want& want, const Sink& sink) {
+// The same of a full chunk straight from global memory, with the next step's numbers on their way meanwhile;
+template <class Sink> KL_DEVICE double terms_ahead(const Plan& p, const Slot& s, const Want& want, const Sink& sink) {
   Full at;
-  if constexpr (!AHEAD) return terms_chunk(p, at, s, want, sink);
   constexpr int STEPS = CHUNK / 256;
   Full::Sums<1> sums;
   Full::Eight<DX> next_x = at.load<DX>(s.x, 0);
@@ -470,6 +467,12 @@ template <class Sink> KL_DEVICE double terms_direct(const Plan& p, const Slot& s
       terms_step(p, at, step, x, HAS_Y ? y : x, s, want, sink, sums);
     }
   return at.total(sums, 0);
+}
+// where there are registers for that: three blocks have too few, and doubles need two for each number.
+template <class Sink> KL_DEVICE double terms_direct(const Plan& p, const Slot& s, const Want& want, const Sink& sink) {
+  if constexpr (!ONE_SWEEP) return 0.0;   // nobody asks
+  else if constexpr (BLOCKS == 2) return terms_ahead(p, s, want, sink);
+  else return terms_chunk(p, Full(), s, want, sink);
 }
 
 // Two rows of logits, with classes excluded or far apart, in double. Two sums at a time, which wait in the state's place, in
