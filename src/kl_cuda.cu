@@ -468,10 +468,11 @@ template <class Sink> KL_DEVICE double terms_ahead(const Plan& p, const Slot& s,
     }
   return at.total(sums, 0);
 }
-// where there are registers for that: three blocks have too few, and doubles need two for each number.
+// where there are registers for that: three blocks have too few, doubles need two for each number, and two 16-bit inputs, whose
+// rarer form has exponentials of another kind, spilled in one kernel.
 template <class Sink> KL_DEVICE double terms_direct(const Plan& p, const Slot& s, const Want& want, const Sink& sink) {
   if constexpr (!ONE_SWEEP) return 0.0;   // nobody asks
-  else if constexpr (BLOCKS == 2) return terms_ahead(p, s, want, sink);
+  else if constexpr (BLOCKS == 2 && EXACT<T>) return terms_ahead(p, s, want, sink);
   else return terms_chunk(p, Full(), s, want, sink);
 }
 
