@@ -65,9 +65,9 @@ BUDGETS = {
     r"kl_div (probs|log_probs) float32 value": Budget(45, 46),
     r"kl_div (probs|log_probs) float32 dy": Budget(55, 55),
     r"kl_div probs b?float16 value": Budget(40, 40),
-    r"kl_div probs b?float16 dy": Budget(48, 49),
+    r"kl_div probs b?float16 dy": Budget(48, 44),
     r"kl_div log_probs b?float16 value": Budget(40, 32),
-    r"kl_div log_probs b?float16 dy": Budget(48, 41),
+    r"kl_div log_probs b?float16 dy": Budget(48, 39),
     r"kl_div logits b?float16 value": Budget(40, 72),
     r"kl_div logits b?float16 dy": Budget(48, 112),
 }

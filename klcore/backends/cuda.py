@@ -284,7 +284,7 @@ def every_build() -> Iterator[Build]:
         for sx, sy in pairs:
             for code, dtype in enumerate(rows.FLOATS):
                 wide = code == 0 or rows.is_wide(operation, (sx, sy))
-                hot = () if wide or _beside(operation, (sx, sy)) else sweeping
+                hot = () if wide else sweeping
                 build = partial(options, operation, (sx, sy), (code, code), wide)
                 label = f"{term} {words[sx]}/{words[sy]} {dtype}"
                 yield Build(f"{label} value", build(0, sweeping), sweeping, hot)
