@@ -970,10 +970,6 @@ template <int S> KL_DEVICE auto normalised(T x, const double* at, const LogNorm<
   else if constexpr (S == LOGITS) return log_prob_of(x, at[0], at[1], it);
   else return x;
 }
-template <typename P> KL_DEVICE T softmax_of(const P& l) {   // e^l
-  if constexpr (BESIDE) return exp_flushed(l);
-  else return exp(l);
-}
 
 template <bool ALL, class L, class P, class Q>
 KL_DEVICE void normalised_terms(const P (&x)[L::E], const Q (&y)[L::E], T epsilon, T* v, T* dx, T* dy) {
@@ -1034,9 +1030,9 @@ KL_DEVICE void normalised_chunk(const Plan& p, const L& at, const Slot& s, int s
     } else {
 #pragma unroll
       for (int e = 0; e < L::E; e++) {
-        if constexpr (NORM_OF_X) dx[e] = through_softmax(dx[e], softmax_of(x[e]), softmax_of_sum<T>(stats[SUM_DX], it));
+        if constexpr (NORM_OF_X) dx[e] = through_softmax(dx[e], x[e], softmax_of_sum<T>(stats[SUM_DX], it));
         if constexpr (NORM_OF_Y && !is_final(OP))
-          dy[e] = through_softmax(dy[e], softmax_of(y[e]), softmax_of_sum<T>(stats[SUM_DY], it));
+          dy[e] = through_softmax(dy[e], y[e], softmax_of_sum<T>(stats[SUM_DY], it));
       }
       if (want.dx) sink.dx(at, step, dx, want.of_gradient);
       if (want.dy) sink.dy(at, step, dy, want.of_gradient);

@@ -503,8 +503,7 @@ KL_APART void few_through_softmax(T* __restrict d, const T* __restrict l, const 
   for (i64 i = 0; i < n * pitch; i += pitch)
     for (i64 r = 0; r < pitch; r++) {
       Softmax<T> k = {scale[r], sum[r], over[r]};
-      if constexpr (sizeof(T) == sizeof(double)) d[i + r] = through_softmax(d[i + r], exp(l[i + r]), k);
-      else d[i + r] = through_softmax(d[i + r], exp_flushed(Pair<T>{l[i + r], low[i + r]}), k);
+      d[i + r] = through_softmax(d[i + r], number<PAIRED<T>>(l, low, i + r), k);
     }
 }
 template <typename T> void few_mixed(const Plan& p, i64 r, int count, double* values, char* alone, void* scratch) {

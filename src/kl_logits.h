@@ -291,8 +291,10 @@ template <typename T> KL_FN Softmax<T> softmax_of_sum(double sum, double it) {
   double scale = (sizeof(T) == sizeof(float)) & (absolute(sum) > 0x1p100) ? 0x1p-60 : 1.0;
   return {(T)scale, (T)(sum * scale), (T)(it / scale)};
 }
-template <typename T> KL_FN T through_softmax(T d, T p, const Softmax<T>& k) {
-  return ((d * k.scale - p * k.sum) + T(0) * k.sum) * k.it;   // none has a derivative where the sum is infinite
+KL_FN double softmax_prob(double l) { return exp(l); }
+template <typename T> KL_FN T softmax_prob(const Pair<T>& l) { return exp_flushed(l); }
+template <typename T, typename L> KL_FN T through_softmax(T d, const L& l, const Softmax<T>& k) {   // l: the log-probability
+  return ((d * k.scale - softmax_prob(l) * k.sum) + T(0) * k.sum) * k.it;   // none has a derivative where the sum is infinite
 }
 
 // In float, beside another space: log-probabilities in two numbers. What overflows is the lowest number, and not excluded.

@@ -211,7 +211,7 @@ template <typename T> struct Buffers {
 template <typename T> struct Terms {   // value, and the derivatives asked for, of n pairs; `low`: of numbers in two parts
   typedef void (*Map)(const T* x, const T* y, const T* low, T epsilon, int n, T* value, T* dx, T* dy);
 };
-template <bool PAIR, typename T> KL_FN auto number(const T* v, const T* low, int i) {
+template <bool PAIR, typename T> KL_FN auto number(const T* v, const T* low, i64 i) {
   if constexpr (PAIR) return Pair<T>{v[i], low[i]};
   else return v[i];
 }
@@ -723,7 +723,7 @@ template <typename T, int SX, int SY, bool ALONE> Kernel cross_kernel(const Plan
           tempered ? cross_chunk<T, SX, SY, ALONE, true> : cross_chunk<T, SX, SY, ALONE, sizeof(T) == sizeof(double)>,
           cross_fold, cross_done<SX, SY>, 0};
 }
-// f(CrossPair) of the spaces and operation of a plan, for kl_few.h as well
+// f(Spaces) of the spaces and operation of a plan, for kl_few.h as well
 template <class F> auto cross_pair(const Plan& p, F f) {
   if (p.operation == ENTROPY) return f(Spaces<LOGITS, LOGITS, true>());
   return p.space_x == LOGITS && p.space_y == LOGITS ? f(Spaces<LOGITS, LOGITS>()) : beside_logits(p, f);
@@ -817,10 +817,7 @@ const T* log_probs(const Array& a, const char* row, int space, i64 start, int n,
 
 // a derivative of normalised logits, with respect to the logits
 template <typename T> KL_APART void write_through_softmax(const T* d, const T* l, const T* low, int n, Softmax<T> k, T* out) {
-  for (int i = 0; i < n; i++) {
-    if constexpr (sizeof(T) == sizeof(double)) out[i] = through_softmax(d[i], exp(l[i]), k);
-    else out[i] = through_softmax(d[i], exp_flushed(Pair<T>{l[i], low[i]}), k);
-  }
+  for (int i = 0; i < n; i++) out[i] = through_softmax(d[i], number<PAIRED<T>>(l, low, i), k);
 }
 
 template <typename T>
