@@ -87,9 +87,14 @@ KL_DEVICE unsigned cluster_rank() {
   asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
   return rank;
 }
-KL_DEVICE void cluster_barrier() {
+// A barrier of all threads of a cluster in two halves: what a thread did before the first is done for all behind the second.
+KL_DEVICE void cluster_arrive() {
   __syncwarp();   // .aligned asks all lanes to come together; that loops ended for them all does not promise it
-  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+}
+KL_DEVICE void cluster_wait() {
+  __syncwarp();
+  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
 template <typename T> KL_DEVICE T* cluster_peer(T* mine, unsigned rank) {
   T* peer;
@@ -98,7 +103,8 @@ template <typename T> KL_DEVICE T* cluster_peer(T* mine, unsigned rank) {
 }
 #else
 KL_DEVICE unsigned cluster_rank() { return 0; }
-KL_DEVICE void cluster_barrier() { __syncthreads(); }
+KL_DEVICE void cluster_arrive() {}
+KL_DEVICE void cluster_wait() {}
 template <typename T> KL_DEVICE T* cluster_peer(T* mine, unsigned) { return mine; }
 #endif
 #endif
@@ -1753,7 +1759,9 @@ extern "C" __global__ void __launch_bounds__(256, BLOCKS) kl_narrow(const Plan p
 #endif
 
 // Long rows: a block, or a cluster of KL_CLUSTER blocks, for each, with its chunks dealt out to the warps. The chunks'
-// states meet in shared memory. With as many slots as chunks a warp gets, the row is read once for all sweeps.
+// states meet in shared memory, in that of every block of the cluster: each warp sends its own to all of them. Before the first
+// one it waits until all blocks are done with the states of the row before; they say so while they read the next row. With as
+// many slots as chunks a warp gets, the row is read once for all sweeps.
 #if defined(KL_ROWS)
 #if KL_CLUSTER > 1
 extern "C" __global__ void __cluster_dims__(KL_CLUSTER, 1, 1) __launch_bounds__(256, BLOCKS) kl_rows(const Plan p) {
@@ -1773,6 +1781,9 @@ extern "C" __global__ void __launch_bounds__(256, BLOCKS) kl_rows(const Plan p) 
     if (live && resident) {
 #pragma unroll 1
       for (int c = mine, j = 0; c < chunks; c += step, j++) stage_chunk(p, locate(p, r), c, slot_of(p, shared, j));
+    }
+    if (KL_CLUSTER > 1) cluster_arrive();   // done with the states of the row before, whose gradients are on their way
+    if (live && resident) {
       arrived();
       __syncwarp();
 #pragma unroll 1
@@ -1782,6 +1793,9 @@ extern "C" __global__ void __launch_bounds__(256, BLOCKS) kl_rows(const Plan p) 
 #pragma unroll 1
     for (int sweep = (int)p.first; sweep < (int)p.last; sweep++) {
       Want want = wanted(p, ONE_SWEEP ? 0 : sweep, weight_of(p, r));
+      const int K = states_of(sweep);
+      bool free = KL_CLUSTER == 1;   // whether states may be sent
+      if (KL_CLUSTER > 1 && K > 0 && sweep > (int)p.first) cluster_arrive();
 #pragma unroll 1
       for (int c = mine, j = 0; c < chunks; c += step, j++) {
         int n = classes(p, c);
@@ -1805,7 +1819,12 @@ extern "C" __global__ void __launch_bounds__(256, BLOCKS) kl_rows(const Plan p) 
           chunk(p, Wide(n), with_factors(p, s, r, c), sweep, local, want, InPlace{s}, state, resident && p.last > 1,
                 [&] { stage_again(p, {again(r), c}, s); });
           __syncwarp();
-          if (lane_of() < states_of(sweep)) states[lane_of() * chunks + c] = state[lane_of()];
+          if (!free && K > 0) cluster_wait(), free = true;
+          if (KL_CLUSTER == 1 && lane_of() < K) states[lane_of() * chunks + c] = state[lane_of()];
+          if constexpr (KL_CLUSTER > 1)
+#pragma unroll 1
+            for (int i = lane_of(); i < K * KL_CLUSTER; i += WARP)
+              *cluster_peer(states + i / KL_CLUSTER * chunks + c, i % KL_CLUSTER) = state[i / KL_CLUSTER];
           __syncwarp();
         } else {
           put_zeros(s, want, n);
@@ -1813,15 +1832,11 @@ extern "C" __global__ void __launch_bounds__(256, BLOCKS) kl_rows(const Plan p) 
         if (want.term || want.dx || want.dy) store_outputs(p, locate(p, again(r)), (i64)c * CHUNK, n, s, want);
         __syncwarp();
       }
-      if (states_of(sweep) == 0) continue;
+      if (K == 0) continue;
       if constexpr (KL_CLUSTER > 1) {
-        cluster_barrier();
-#pragma unroll 1
-        for (int i = (int)threadIdx.x; live && i < states_of(sweep) * chunks; i += (int)blockDim.x) {
-          int owner = i % chunks / W % KL_CLUSTER;
-          if (owner != rank) states[i] = *cluster_peer(states + i, owner);
-        }
-        cluster_barrier();
+        if (!free) cluster_wait();   // this warp had nothing to send
+        cluster_arrive();
+        cluster_wait();
       } else {
         __syncthreads();
       }

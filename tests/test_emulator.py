@@ -124,16 +124,38 @@ extern "C" __global__ void copies(const kl::Plan p) {
 extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) exchange(const kl::Plan p) {
   float* mine = KL_SHARED(float);
   mine[threadIdx.x] = p.in[blockIdx.x * blockDim.x + threadIdx.x];
-  if (p.wrong != 1) kl::cluster_barrier();
+  if (p.wrong != 1) kl::cluster_arrive(), kl::cluster_wait();
+  if (p.wrong == 3) kl::cluster_wait();
+  if (p.wrong == 4) kl::cluster_arrive(), kl::cluster_arrive();
   float sum = 0;
   unsigned neighbour = (threadIdx.x + 1) % blockDim.x;
   for (unsigned r = 0; r < 4; r++) sum += *kl::cluster_peer(mine + neighbour, r);
-  if (p.wrong != 2) kl::cluster_barrier();
+  if (p.wrong != 2) kl::cluster_arrive(), kl::cluster_wait();
   p.out[blockIdx.x * blockDim.x + threadIdx.x] = sum + 100.f * (float)kl::cluster_rank();
 }
 
+// Rounds in which all blocks send to all. Nobody may send before all have read what came in the round before.
+extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) rounds(const kl::Plan p) {
+  float* states = KL_SHARED(float);
+  unsigned rank = kl::cluster_rank(), t = threadIdx.x;
+  float sum = 0;
+  kl::cluster_arrive();
+  for (int round = 0; round < p.n; round++) {
+    if (p.wrong != 1) kl::cluster_wait();
+    for (unsigned r = 0; r < CLUSTER; r++) kl::cluster_peer(states, r)[rank * blockDim.x + t] = (float)(round + rank + t);
+    if (p.wrong == 1) kl::cluster_wait();
+    kl::cluster_arrive();
+    kl::cluster_wait();
+    for (unsigned i = 0; i < CLUSTER * blockDim.x; i++) sum += states[i];
+    kl::cluster_arrive();
+  }
+  kl::cluster_wait();
+  p.out[blockIdx.x * blockDim.x + t] = sum;
+}
+
 extern "C" __global__ void __cluster_dims__(16, 1, 1) large_cluster(const kl::Plan p) {
-  kl::cluster_barrier();
+  kl::cluster_arrive();
+  kl::cluster_wait();
   p.out[blockIdx.x * blockDim.x + threadIdx.x] = (float)kl::cluster_rank();
 }
 
@@ -301,6 +323,22 @@ def test_a_missing_cluster_barrier_shows(launch):
     x = np.arange(8 * 32)
     assert np.isnan(launch("exchange", 8, 32, x, shared=128, wrong=1)).any()
     found(launch, "^exchange: block 1, .* of block 0, which has ended$", "exchange", 8, 32, x, shared=128, wrong=2)
+
+
+def test_sending_to_a_block_that_still_reads_shows(launch):
+    def sums(seed, wrong=0):
+        return launch("rounds", 8, 32, size=256, n=5, shared=4 * 128, seed=seed, wrong=wrong)
+
+    right = sum(float(round + rank + t) for round in range(5) for rank in range(4) for t in range(32))
+    for seed in SEEDS:
+        assert (sums(seed) == right).all(), seed
+    for seed in SEEDS[1::2]:  # a block is held back: what is sent to it too early is there too early
+        assert (sums(seed, wrong=1) != right).any(), seed
+
+
+def test_half_a_cluster_barrier(launch):
+    for wrong, error in (3, "waits at the cluster's barrier without"), (4, "arrives at the cluster's barrier again"):
+        found(launch, f"^exchange: .*{error}", "exchange", 8, 32, np.arange(8 * 32), shared=128, wrong=wrong)
 
 
 def test_a_grid_that_its_clusters_do_not_divide(launch, modules):

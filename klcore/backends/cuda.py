@@ -25,6 +25,7 @@ CHUNK, NARROW = 1024, 128  # kl_tree.h; rows of up to NARROW classes share a war
 MAX_STATS, LOGITS_STATES, CROSS_STATES, NORM_STATES, SUM_STATES = 12, 9, 7, 3, 3
 MAX_DIMS = 32
 _RESERVED = 1024  # bytes of shared memory that CUDA takes for itself in every block
+_MOST_BLOCKS = 32  # (or clusters) a multiprocessor; those share what there is to do
 
 # kl::Plan, in words of eight bytes
 _FIELDS = (
@@ -519,7 +520,7 @@ def _warps(properties: _Device, bytes_a_warp: int, fixed: int = 0) -> int:
 
 def _launch(call: _Call, name: str, plan: _Plan, items: int, warps: int, shared: int, cluster: int = 1) -> _Planned:
     """One launch; `items` blocks' (clusters') worth of work."""
-    most = 32 * _properties(call.device).multiprocessors
+    most = int(_MOST_BLOCKS * _properties(call.device).multiprocessors)
     grid = cluster * max(1, min(items, most))
     return _Launch(name, cluster, call.kernel(name, cluster), (grid,), (32 * warps,), shared), plan
 

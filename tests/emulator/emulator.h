@@ -4,7 +4,7 @@
 //
 // Every CUDA thread is a fiber with a stack of its own. Fibers change places only where CUDA threads wait for each
 // other, so a run depends on nothing but the seed of its schedule: 0 runs everything in order, others permute blocks
-// and threads and let some warps run far ahead. A correct kernel gives the same bits under every seed. What is
+// and threads and let some warps run far ahead; odd ones hold one block of a cluster back. A correct kernel gives the same bits under every seed. What is
 // undefined on a GPU and would go unnoticed on a CPU is an error here that names kernel, block and thread: threads that
 // wait for others that never come, lanes outside of their mask, misaligned vectors, shared memory overrun, or read
 // after its block has ended. Shared memory starts as NaNs, and asynchronous copies land as late as they may, so that
@@ -209,7 +209,7 @@ enum Place : unsigned char {
 };
 inline const char* name_of(Place p) {
   static const char* const names[] = {
-    "is running", "has returned", "is at __syncthreads", "is at warps_barrier", "is at cluster_barrier",
+    "is running", "has returned", "is at __syncthreads", "is at warps_barrier", "is at cluster_wait",
     "is at __syncwarp", "is at __shfl_sync", "is at __shfl_xor_sync", "is at __shfl_down_sync", "is at __all_sync", "is at __any_sync",
     "is at __ballot_sync",
   };
@@ -227,6 +227,8 @@ struct Fiber {
   Place place;
   // of a warp's operation: what this lane gave, and what it gets
   unsigned mask, source;
+  unsigned phase;                     // of the cluster's barrier, in which it arrived
+  bool waits;                         // has arrived there, and is yet to wait
   std::uint64_t value, result;
   std::vector<Copy> copies;           // that have not landed yet
 };
@@ -246,13 +248,26 @@ struct Block {
 
 [[noreturn]] __attribute__((format(printf, 1, 2))) void fail(const char* format, ...);
 
+// Fibers that can run; at most as many as there are.
+struct Ring {
+  std::vector<Fiber*> fibers;
+  unsigned head = 0, tail = 0;
+
+  bool empty() const { return head == tail; }
+  unsigned size() const { return tail - head; }
+  Fiber*& operator[](unsigned i) { return fibers[(head + i) & ((unsigned)fibers.size() - 1)]; }
+  void push(Fiber& f) { fibers[tail++ & (fibers.size() - 1)] = &f; }
+  Fiber* pop() { return fibers[head++ & (fibers.size() - 1)]; }
+};
+
 // Runs one cluster after the other on one thread of the operating system.
 struct Scheduler {
   const Launch& launch;
   Dim grid, block;                    // gridDim, blockDim
   Fiber* current = nullptr;
   std::vector<Block> blocks;          // of the cluster
-  unsigned arrived = 0, alive = 0;    // threads at cluster_barrier; threads that have not returned
+  unsigned arrived = 0, alive = 0;    // threads at the cluster's barrier; threads that have not returned
+  unsigned phase = 0;                 // how often all have arrived there
   std::string error;
 
   explicit Scheduler(const Launch& l)
@@ -260,7 +275,7 @@ struct Scheduler {
         warps(l.cluster * warps_per_block()) {
     unsigned capacity = 1;
     while (capacity < fibers.size()) capacity *= 2;
-    ready.resize(capacity);
+    ready.fibers.resize(capacity), behind.fibers.resize(capacity);
     arena = (l.shared_bytes + 2 * GUARD + 1023) / 1024 * 1024;
     arenas = (char*)std::aligned_alloc(1024, arena * l.cluster);
     if (!arenas) throw std::bad_alloc();
@@ -297,7 +312,7 @@ struct Scheduler {
   bool run(unsigned cluster);         // false: `error` says why
   void wake(Fiber& f) {
     f.place = RUNNING;
-    ready[tail++ & (ready.size() - 1)] = &f;
+    (f.block == held ? behind : ready).push(f);
   }
   void give_way();                    // to whatever can run; returns when this fiber is awake and it is its turn
   [[noreturn]] void leave();          // for good
@@ -314,8 +329,8 @@ struct Scheduler {
   Context main;
   std::vector<Fiber> fibers;
   std::vector<Warp> warps;
-  std::vector<Fiber*> ready;          // a ring of those that can run
-  unsigned head = 0, tail = 0;
+  Ring ready, behind;                 // behind: of the block that is held back
+  const Block* held = nullptr;        // runs only when no other block can
   char* arenas = nullptr;
   std::size_t arena = 0;
   Pool::Piece stacks{};
@@ -379,14 +394,13 @@ inline void enter() {
 }
 
 inline Fiber* Scheduler::pick() {
-  if (head == tail) return nullptr;
-  unsigned last = (unsigned)ready.size() - 1;
+  Ring& ring = ready.empty() ? behind : ready;
+  if (ring.empty()) return nullptr;
   if (launch.seed) {
-    unsigned count = tail - head;
-    unsigned chosen = tail - 1 - random(hurried && count > WARP ? WARP : count);
-    std::swap(ready[chosen & last], ready[head & last]);
+    unsigned count = ring.size();
+    std::swap(ring[count - 1 - random(hurried && count > WARP ? WARP : count)], ring[0]);
   }
-  return ready[head++ & last];
+  return ring.pop();
 }
 
 inline void Scheduler::give_way() {
@@ -457,7 +471,9 @@ inline void Scheduler::begin(unsigned first_block) {
   for (int k = 0; k < 4; k++) random(1);
   hurried = launch.seed && random(2);
   main.stack = nullptr;
-  head = tail = arrived = 0;
+  held = launch.seed % 2 && blocks.size() > 1 ? &blocks[random((unsigned)blocks.size())] : nullptr;
+  for (Ring* ring : {&ready, &behind}) ring->head = ring->tail = 0;
+  arrived = 0;
   alive = (unsigned)fibers.size();
   ASAN_UNPOISON_MEMORY_REGION(arenas, arena * launch.cluster);
   std::memset(arenas, 0xff, arena * launch.cluster);
@@ -474,6 +490,7 @@ inline void Scheduler::begin(unsigned first_block) {
     for (unsigned t = 0; t < launch.block; t++) {
       Fiber& f = b.fibers[t];
       f.copies.clear();
+      f.waits = false;
       // Stacks start at different cache lines of their pages: else all of them would want the same few sets of the
       // caches.
       std::size_t i = (std::size_t)(&f - fibers.data());
@@ -645,16 +662,27 @@ namespace kl {
 
 inline unsigned cluster_rank() { return emulator::scheduler()->current->block->rank; }
 
-inline void cluster_barrier() {
+inline void cluster_arrive() {
   emulator::Scheduler& s = *emulator::scheduler();
-  s.current->place = emulator::CLUSTER_BARRIER;
-  if (++s.arrived == s.blocks.size() * s.launch.block) {
-    s.arrived = 0;
-    for (emulator::Block& b : s.blocks) {
-      for (unsigned t = 0; t < s.launch.block; t++) s.wake(b.fibers[t]);
-    }
+  emulator::Fiber& me = *s.current;
+  if (me.waits) emulator::fail("arrives at the cluster's barrier again without having waited there");
+  me.waits = true, me.phase = s.phase;
+  if (++s.arrived < s.blocks.size() * s.launch.block) return;
+  s.arrived = 0, s.phase++;
+  for (emulator::Block& b : s.blocks) {
+    for (unsigned t = 0; t < s.launch.block; t++)
+      if (b.fibers[t].place == emulator::CLUSTER_BARRIER) s.wake(b.fibers[t]);
   }
-  s.give_way();
+}
+inline void cluster_wait() {
+  emulator::Scheduler& s = *emulator::scheduler();
+  emulator::Fiber& me = *s.current;
+  if (!me.waits) emulator::fail("waits at the cluster's barrier without having arrived there");
+  if (me.phase == s.phase) {
+    me.place = emulator::CLUSTER_BARRIER;
+    s.give_way();
+  }
+  me.waits = false;
 }
 
 // of the first so many warps of the block
