@@ -103,6 +103,7 @@ LOOPS = (
     (r".*for \(int pair = ", SWEEP, 2),  # of steps
     (r".*for \(int r = lane_of\(\) / lanes", SWEEP, 8),  # rows of 128 classes
     (r".*for \(int r = lane_of\(\);", PER_CHUNK, 1),  # a row in each lane
+    (r".*for \(int means = |spread_once: if \(more\)", SWEEP, 1),  # one, unless it cancels
     (r".*for \(int d = ", PER_CHUNK, 1),  # one batch axis
     (r".*for \(int o = lanes / 2;", PER_CHUNK, 5),
     (r".*for \(int ([eij]|pass|sweep) = ", PER_CHUNK, 0),  # element by element; rare; only flags

@@ -92,6 +92,10 @@ KL_DEVICE void cluster_arrive() {
   __syncwarp();   // .aligned asks all lanes to come together; that loops ended for them all does not promise it
   asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
 }
+KL_DEVICE void cluster_arrive_reader() {   // the same for a thread that has only read, which need not wait for memory
+  __syncwarp();
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
+}
 KL_DEVICE void cluster_wait() {
   __syncwarp();
   asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
@@ -104,6 +108,7 @@ template <typename T> KL_DEVICE T* cluster_peer(T* mine, unsigned rank) {
 #else
 KL_DEVICE unsigned cluster_rank() { return 0; }
 KL_DEVICE void cluster_arrive() {}
+KL_DEVICE void cluster_arrive_reader() {}
 KL_DEVICE void cluster_wait() {}
 template <typename T> KL_DEVICE T* cluster_peer(T* mine, unsigned) { return mine; }
 #endif
@@ -341,6 +346,41 @@ template <class L, typename U> KL_DEVICE void mask(const L& at, int step, U* v) 
 
 // ---- one chunk -------------------------------------------------------------------------------------------------------------
 
+// The largest of a lane's numbers of dtype D; of 16-bit ones two at a time, where the GPU can.
+template <int D> struct Largest {
+#if KL_ARCH >= 800 && !defined(KL_EMULATOR)
+  static constexpr bool BY_TWO = sizeof(typename Stored<D>::Type) == 2;
+#else
+  static constexpr bool BY_TWO = false;
+#endif
+  T m = -infinity<T>();
+  unsigned two = D == BFLOAT16 ? 0xff80ff80u : 0xfc00fc00u;   // -infinity
+  template <class L> KL_DEVICE void take(const L& at, const typename Stored<D>::Type* slot, int step) {
+    if constexpr (BY_TWO && L::E == Wide::E) {
+      struct __align__(8) Four { unsigned two[2]; };
+#pragma unroll
+      for (int e = 0; e < L::E; e += 4) {
+        Four f = *(const Four*)(slot + at.index(step, e));
+#pragma unroll
+        for (int k = 0; k < 2; k++) {
+          if constexpr (D == BFLOAT16) asm("max.bf16x2 %0, %0, %1;" : "+r"(two) : "r"(f.two[k]));
+          else asm("max.f16x2 %0, %0, %1;" : "+r"(two) : "r"(f.two[k]));
+        }
+      }
+    } else {
+      T v[L::E];
+      at.template read<D>(slot, step, v);
+#pragma unroll
+      for (int e = 0; e < L::E; e++) m = larger(v[e], m);
+    }
+  }
+  KL_DEVICE T found() const {
+    if constexpr (!BY_TWO) return m;
+    else return larger(larger(half_of(two), half_of(two >> 16)), m);
+  }
+  KL_DEVICE static T half_of(unsigned v) { return Stored<D>::template widen<T>((unsigned short)v); }
+};
+
 struct Slot {                 // a chunk in shared memory
   X* x;
   Y* y;
@@ -551,23 +591,23 @@ constexpr bool TEMPERED = true;
 constexpr bool TEMPERED = false;
 #endif
 
+template <class L> KL_DEVICE void maxima(const L& at, const Slot& s, T& max_a, T& max_b) {
+  Largest<DX> a;
+  Largest<DY> b;
+#pragma unroll 1
+  for (int step = 0; step < at.steps(); step++) {
+    a.take(at, s.x, step);
+    b.take(at, s.y, step);
+  }
+  max_a = at.max(a.found());
+  max_b = at.max(b.found());
+}
+
 // A chunk's anchor and its weights, which stay in `extra` if there is room
 template <class L> KL_DEVICE Anchor<T> weigh(const L& at, const Slot& s, const Inverse<T>& it, bool room, double& weights,
                                              bool& far) {
-  T max_a = -infinity<T>(), max_b = max_a;
-#pragma unroll 1
-  for (int step = 0; step < at.steps(); step++) {
-    T a[L::E], b[L::E];
-    at.template read<DX>(s.x, step, a);
-    at.template read<DY>(s.y, step, b);
-#pragma unroll
-    for (int e = 0; e < L::E; e++) {
-      max_a = larger(a[e], max_a);
-      max_b = larger(b[e], max_b);
-    }
-  }
-  max_a = at.max(max_a);
-  max_b = at.max(max_b);
+  T max_a, max_b;
+  maxima(at, s, max_a, max_b);
   typename L::template Sums<2> means;
 #pragma unroll 1
   for (int step = 0; step < at.steps(); step++) {
@@ -591,10 +631,52 @@ template <class L> KL_DEVICE Anchor<T> weigh(const L& at, const Slot& s, const I
   return from;
 }
 
+// Two 16-bit inputs, whose bits are no other backend's, are swept once more after their maxima, about M = max b - max a; and where
+// that is too far from the mean, again about the mean.
+template <class L> KL_DEVICE void spread_once(const L& at, const Slot& s, double inverse_temperature, double* state) {
+  Inverse<T> it = inverse<T>(inverse_temperature);
+  Anchor<T> from = {};
+  maxima(at, s, from.max_a, from.max_b);
+  double weights, x, g;
+  bool far;
+  constexpr T LIMIT = 64;   // beyond, the rounding of z would show in 16 bits' worth of e^z
+#pragma unroll 1
+  for (int means = 0; means < 2; means++) {   // 0 is the first one
+    typename L::template Sums<3> sums;
+    far = false;
+#pragma unroll 1
+    for (int step = 0; step < at.steps(); step++) {
+      T a[L::E], b[L::E], w[L::E], z[L::E], g[L::E];
+      at.template read<DX>(s.x, step, a);
+      at.template read<DY>(s.y, step, b);
+#pragma unroll
+      for (int e = 0; e < L::E; e++) {
+        w[e] = weight<TEMPERED>(a[e], from.max_a, it);
+        Pair<T> r = centred<TEMPERED>(a[e], b[e], from, it);
+        far |= !(r.value < LIMIT);
+        z[e] = r.value;
+        g[e] = spread_of<TEMPERED>(r);
+      }
+      mask(at, step, w);
+      sums.add(0, w);
+      sums.add_products(1, w, z);
+      sums.add_products(2, w, g);
+    }
+    weights = at.total(sums, 0), x = at.total(sums, 1), g = at.total(sums, 2);
+    far = at.any((far || !(absolute((T)x) < infinity<T>())) && at.n > 0);   // y may exclude a class, at -infinity
+    bool more = means == 0 && !far && at.n > 0 && cancels((T)weights, (T)x, (T)g);
+    if (!__any_sync(ALL_LANES, more)) break;
+    if (more) from.mean = (T)(x / (weights * inverse_temperature));
+  }
+  if (at.leads()) *(Spread*)state = near_state(from, weights, x, g);
+  if (__any_sync(ALL_LANES, far)) far_chunk(at, s, inverse_temperature, far && at.leads(), state);
+}
+
 // `restage` brings the chunk into the slot once more, where something was kept in its place that turns out to be of no use.
 template <class L, class Restage>
 KL_DEVICE void spread_chunk(const L& at, const Slot& s, double inverse_temperature, bool keep, const Restage& restage,
                             double* state) {
+  if constexpr (!EXACT<T>) return spread_once(at, s, inverse_temperature, state);
   Inverse<T> it = inverse<T>(inverse_temperature);
   bool far;
   double weights;
@@ -755,7 +837,7 @@ KL_DEVICE void spread_outputs(const L& at, const Slot& s, const Local& local, do
       for (int e = 0; e < L::E; e++) {
         Pair<T> r = counted(centred<TEMPERED>(a[e], b[e], from, it), w[e]);
         z[e] = r.value;
-        if (OUT_DY) v[e] = w[e] * fma(spread_of<TEMPERED>(r) + r.value, k.a, k.b);
+        if (OUT_DY) v[e] = w[e] * fma(expm1_of<TEMPERED>(r), k.a, k.b);
       }
       if (OUT_DY) sink.dy(at, step, v, want.of_gradient);
 #pragma unroll
@@ -1158,13 +1240,12 @@ struct Together {
     warps_barrier(warps);                      // before the next columns take their place
   }
 };
-// Two rows of logits have the most to do for each state; and their `extra` holds nothing between sweeps. As many warps as
-// there are k with any states.
-KL_DEVICE auto folders(int warps, int count, T* extra) {
+// Two rows of logits have the most to do for each state. As many warps as there are k with any states.
+KL_DEVICE auto folders(int warps, int count, char* columns) {
   if constexpr (OF_LOGITS) {
     static_assert(4 * 3 * WARP * sizeof(double) <= CHUNK * sizeof(T), "the columns of three sums");
     int busy = (count + WARP - 1) / WARP, most = warps < 4 ? warps : 4;
-    return Together{busy < most ? busy : most, (double*)extra};
+    return Together{busy < most ? busy : most, (double*)columns};
   } else {
     return Alone{};
   }
@@ -1452,7 +1533,7 @@ KL_DEVICE void pad(const Slot& s, int n) {
 // ---- shared memory ---------------------------------------------------------------------------------------------------------
 
 // Wide: for each warp `slots` chunks of x and y, one of extra if there is use for it, and a row's stats.
-constexpr bool HAS_EXTRA = OF_LOGITS || OUT_TERMS;
+constexpr bool HAS_EXTRA = (OF_LOGITS && EXACT<T>) || OUT_TERMS;
 constexpr int SLOT_BYTES = CHUNK * (int)(sizeof(X) + (HAS_Y ? sizeof(Y) : 0));
 KL_DEVICE int warp_bytes(const Plan& p) {
   return (int)p.slots * SLOT_BYTES + (HAS_EXTRA ? CHUNK * (int)sizeof(T) : 0) + MAX_STATS * 8;
@@ -1773,7 +1854,8 @@ extern "C" __global__ void __launch_bounds__(256, BLOCKS) kl_rows(const Plan p) 
   const int rank = KL_CLUSTER > 1 ? (int)cluster_rank() : 0, step = W * KL_CLUSTER, mine = rank * W + warp_of();
   double* states = (double*)(shared + W * warp_bytes(p));   // [k * chunks + chunk]
   double* stats = states + MAX_STATES * chunks;
-  const auto who = folders(W, chunks, (T*)(shared + slots * SLOT_BYTES));   // the first warp's `extra`
+  // where warps that fold together meet: the first one's `extra`, which holds nothing between sweeps
+  const auto who = folders(W, chunks, HAS_EXTRA ? shared + slots * SLOT_BYTES : (char*)(stats + MAX_STATS));
   for (i64 r = blockIdx.x / KL_CLUSTER; r < p.rows; r += gridDim.x / KL_CLUSTER) {
     bool live = weight_of(p, r) != 0, resident = !ONE_SWEEP && slots * step >= chunks;
     Row row = locate(p, r);
@@ -1782,7 +1864,7 @@ extern "C" __global__ void __launch_bounds__(256, BLOCKS) kl_rows(const Plan p) 
 #pragma unroll 1
       for (int c = mine, j = 0; c < chunks; c += step, j++) stage_chunk(p, locate(p, r), c, slot_of(p, shared, j));
     }
-    if (KL_CLUSTER > 1) cluster_arrive();   // done with the states of the row before, whose gradients are on their way
+    if (KL_CLUSTER > 1) cluster_arrive_reader();   // done with the states of the row before, whose gradients are on their way
     if (live && resident) {
       arrived();
       __syncwarp();
@@ -1795,7 +1877,7 @@ extern "C" __global__ void __launch_bounds__(256, BLOCKS) kl_rows(const Plan p) 
       Want want = wanted(p, ONE_SWEEP ? 0 : sweep, weight_of(p, r));
       const int K = states_of(sweep);
       bool free = KL_CLUSTER == 1;   // whether states may be sent
-      if (KL_CLUSTER > 1 && K > 0 && sweep > (int)p.first) cluster_arrive();
+      if (KL_CLUSTER > 1 && K > 0 && sweep > (int)p.first) cluster_arrive_reader();
 #pragma unroll 1
       for (int c = mine, j = 0; c < chunks; c += step, j++) {
         int n = classes(p, c);

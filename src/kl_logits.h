@@ -51,6 +51,7 @@ template <typename T> KL_FN T softmax_weight(T u) { return u == u ? exp_flushed(
 
 // e^((a-m)/T). At T = 1 the rounding of a - m alone is at most 1.9e-6 of any weight that counts (a - m > -64).
 template <bool TEMPERED, typename T> KL_FN T weight(T a, T m, const Inverse<T>& k) {
+  if constexpr (!EXACT<T>) return exp<false>(cooled<TEMPERED>(a - m, T(0), k).value);
   if constexpr (!(TEMPERED && PAIRED<T>)) return exp_flushed(cooled<TEMPERED>(a - m, T(0), k).value);
   T low, u = difference(a, m, low);
   Pair<T> v = cooled<TEMPERED>(u, low, k);
@@ -82,7 +83,10 @@ template <bool TEMPERED, typename T> KL_FN Pair<T> centred(T a, T b, const Ancho
   return cooled<TEMPERED>(((c - at.m) - at.low) + low, T(0), k);
 }
 // z of a class that has a weight; else 0, since it may have overflowed
-template <typename T> KL_FN Pair<T> counted(const Pair<T>& z, T w) { return {w > T(0) ? z.value : T(0), w > T(0) ? z.low : T(0)}; }
+template <typename T> KL_FN Pair<T> counted(const Pair<T>& z, T w) {
+  if constexpr (!EXACT<T>) return z;   // a chunk where that may be is far
+  return {w > T(0) ? z.value : T(0), w > T(0) ? z.low : T(0)};
+}
 // (b - top_b) - (a - top_a), nothing rounded away that counts; what overflowed counts as very large
 KL_FN double limited(double z) {
   z = z > VAST ? VAST : z;
@@ -100,10 +104,22 @@ template <typename T> KL_FN bool above_range(T z) { return !(z < Real<T>::far); 
 // or if that of a class that has a weight is so small that the others' z, which it makes small, are known to 64 eps only.
 template <typename T> KL_FN bool below_range(T z) { return z <= T(-64); }
 
+// Where only one sweep is made, about any M (EXACT is false): whether the sums are too much larger than the divergence that they
+// are to give, log1p(y) - x/s with y = (x + g)/s. Beyond a factor of eight M should be nearer to the mean.
+template <typename T> KL_FN bool cancels(T s, T x, T g) {
+  T inverse = T(1) / s, mean = x * inverse, gap = g * inverse, y = gap + mean;
+  return (T(8) * (T(1) + y)) * (gap - (y - log1p(y))) < gap + absolute(mean * y);
+}
+
 // e^z - 1 - z, of z in range
 template <bool TEMPERED, typename T> KL_FN T spread_of(const Pair<T>& z) {
   if constexpr (TEMPERED && PAIRED<T>) return expm1_minus(z);
   return expm1_minus<false>(z.value);
+}
+
+template <bool TEMPERED, typename T> KL_FN T expm1_of(const Pair<T>& z) {
+  if constexpr (!EXACT<T>) return expm1_ordinary(z.value);
+  return spread_of<TEMPERED>(z) + z.value;
 }
 
 template <typename T> KL_FN Pair<double> mean_of(const Anchor<T>& at) {   // M less max b - max a

@@ -247,11 +247,13 @@ template <typename T> KL_FN T expm1_minus_of(const Octave<T>& o) {
   return fma(s - T(1), T(1) + o.r, fma(s, h, o.n * -Real<T>::ln2));
 }
 // e^t - 1 - t >= 0 for t <= far, without cancellation near 0; ordinary: |t| < far
+#if defined(KL_FAST16)
+KL_FN float expm1_minus_near(float t) { return (t * t) * horner(t, 0.5f, 1.f / 6, 1.f / 24, 1.f / 120, 1.f / 720); }   // |t| < 1/4
+#endif
 template <bool ALL = true, typename T> KL_FN T expm1_minus(T t) {
 #if defined(KL_FAST16)
   if constexpr (sizeof(T) == sizeof(float)) {
-    T apart = (hardware_exp2(t * Real<T>::log2e) - T(1)) - t;
-    T near = (t * t) * horner(t, 0.5f, 1.f / 6, 1.f / 24, 1.f / 120, 1.f / 720);
+    T apart = (hardware_exp2(t * Real<T>::log2e) - T(1)) - t, near = expm1_minus_near(t);
     return absolute(t) < T(0.25) ? near : apart;
   }
 #endif
@@ -259,6 +261,16 @@ template <bool ALL = true, typename T> KL_FN T expm1_minus(T t) {
   return ALL & (t < T(-64)) ? T(-1) - t : g;   // below every ordinary t
 }
 template <typename T> KL_FN T expm1_minus(const Pair<T>& t) { return expm1_minus_of(octave(t)); }   // ordinary
+// e^t - 1, ordinary
+template <typename T> KL_FN T expm1_ordinary(T t) {
+#if defined(KL_FAST16)
+  if constexpr (sizeof(T) == sizeof(float)) {
+    T apart = hardware_exp2(t * Real<T>::log2e) - T(1), near = t + expm1_minus_near(t);
+    return absolute(t) < T(0.25) ? near : apart;
+  }
+#endif
+  return expm1_minus_of(octave(t)) + t;
+}
 // e^t - 1 where g = e^t - 1 - t is at hand already, with an error of a few eps
 template <typename T> KL_FN T expm1_of(T t, T g) {
   T e = g + t;

@@ -232,6 +232,11 @@ def _beside(operation: int, spaces: tuple[int, int]) -> bool:
     return 2 in spaces and spaces[0] != spaces[1] and operation <= rows.REL_ENTR
 
 
+def _is_fast(operation: int, spaces: tuple[int, int], dtypes: tuple[int, int], wide: bool) -> bool:
+    """Whether exponentials are the hardware's: 16-bit inputs come faster than others could be computed."""
+    return not wide and not _beside(operation, spaces) and max(_SIZES[d] for d in dtypes) == 2
+
+
 def options(
     operation: int, spaces: tuple[int, int], dtypes: tuple[int, int], wide: bool, outputs: int,
     entries: tuple[str, ...], cluster: int = 1, unit: bool = True, factors: bool = False,
@@ -247,7 +252,7 @@ def options(
         values["TEMPERATURE"] = 1
     if factors:
         values["FACTORS"] = 1
-    if not wide and not _beside(operation, spaces) and max(_SIZES[d] for d in dtypes) == 2:
+    if _is_fast(operation, spaces, dtypes, wide):
         values["FAST16"] = 1
     return (
         *(f"-DKL_{name}={value}" for name, value in values.items()),
@@ -482,7 +487,8 @@ class _Call(NamedTuple):
 
     def row_bytes(self, chunks: int) -> int:
         """Of a row in kl_rows: what its chunks leave behind, and what is known of it."""
-        return 8 * (max(map(self.states, range(self.sweeps))) * chunks + MAX_STATS)
+        fold = 0 if not self.of_logits or self.extra_bytes() else 4 * 3 * 32  # of warps that add up together
+        return 8 * (max(map(self.states, range(self.sweeps))) * chunks + MAX_STATS + fold)
 
     @property
     def sweeps(self) -> int:
@@ -507,6 +513,11 @@ class _Call(NamedTuple):
     def number(self) -> int:
         return 8 if self.wide else 4
 
+    def extra_bytes(self) -> int:
+        """A class beside its inputs: two rows of logits keep weights, terms are written from there."""
+        weights = self.of_logits and not _is_fast(self.operation, self.spaces, self.dtypes, self.wide)
+        return self.number() if weights or self.outputs & _TERMS else 0
+
 
 def _warps(properties: _Device, bytes_a_warp: int, fixed: int = 0) -> int:
     """Warps in a block: if possible so that three blocks share a multiprocessor, and one computes while others load."""
@@ -530,7 +541,7 @@ def _sweep(call: _Call, plan: _Plan, layout: _Layout, last: int, scratch: _Scrat
     properties = _properties(call.device)
     n, chunks = call.n, -(-call.n // CHUNK)
     batch = math.prod(layout.shape)
-    extra = call.number() if call.of_logits or call.outputs & _TERMS else 0
+    extra = call.extra_bytes()
 
     if n <= NARROW:
         at_once = min(CHUNK // n, 64)

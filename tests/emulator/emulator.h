@@ -674,6 +674,7 @@ inline void cluster_arrive() {
       if (b.fibers[t].place == emulator::CLUSTER_BARRIER) s.wake(b.fibers[t]);
   }
 }
+inline void cluster_arrive_reader() { cluster_arrive(); }
 inline void cluster_wait() {
   emulator::Scheduler& s = *emulator::scheduler();
   emulator::Fiber& me = *s.current;
