@@ -1,37 +1,36 @@
 """What gpu_run.py asks of the kernels on a GPU beside their time: first light, the bits, roles for compute-sanitizer,
 great arrays, launches for a profiler.
 
-What is wrong is said in sentences; none is what is wanted. Calls that are to be computed in clusters of blocks are
-given shapes for which they are, and it is wrong if they were not. gpu_carry.py makes the same calls without a GPU, to
-learn which kernels they need.
+What is wrong is said in sentences; none is what is wanted. gpu_carry.py makes the same calls without a GPU, to learn
+which kernels they need.
 """
 
-import functools
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
-from gpu_device import CLUSTERS, SPACES, Gpu, launched, numpy_dtype, shape_in_clusters
+from gpu_device import SPACES, Gpu, launched, numpy_dtype
 from gpu_lines import sentence
 
 import klcore
 
 OPERATIONS = ("kl_div", "rel_entr", "cross_entropy", "entropy")
-# (rows, n): every way of treating rows that cuda.py has but clusters. Rows of one class; rows that share a warp; a
-# chunk a row, just one class more, and odd numbers of classes, so that no two rows are aligned alike; enough rows that
-# each stays in one block; few rows of many chunks, spread over the device.
+# (rows, n): every way of treating rows that cuda.py has. Rows of one class; rows that share a warp; a chunk a row, just
+# one class more, and odd numbers of classes, so that no two rows are aligned alike; enough rows that each stays in one
+# block; few rows of many chunks, spread over the device. And (held_rows, HELD) where logits are swept more than once.
 SHAPES = ((70, 1), (33, 3), (5, 128), (9, 129), (6, 1024), (150, 2500), (3, 5003), (16, 40_001),
           (1, (1 << 20) + 1029))  # fmt: skip
 EMULATED_SHAPES = ((33, 3), (6, 1025))
+HELD = 1030  # classes: a block holds such rows if there are enough of them
 LAYOUT_SHAPE = (17, 300)
 # Both sides are rounded, each by half a unit: a unit relative, and where numbers are subnormal, absolute.
 UNITS = {"float16": (2.0**-10, 2.0**-24), "bfloat16": (2.0**-7, 2.0**-133)}
 
 
-def counts(found: Any) -> dict[str, int]:
-    """Launches by kernel, as a line of results says them."""
-    return {name + (f" x{cluster}" if cluster > 1 else ""): k for (name, cluster), k in sorted(found.items())}
+def held_rows(gpu: Gpu) -> int:
+    """So many that a block holds each, for all sweeps, instead of reading it again."""
+    return 8 * int(gpu.cupy.cuda.Device().attributes["MultiProcessorCount"]) + 1
 
 
 # ---- data ------------------------------------------------------------------------------------------------------------
@@ -122,10 +121,7 @@ def as_tuple(result: Any) -> tuple[Any, ...]:
 
 
 class Case:
-    """One call, on the CPU and on the GPU; `view` is applied to the arrays on either, for strides of its own.
-
-    With a `cluster`, wrong if it was not computed in clusters of so many blocks.
-    """
+    """One call, on the CPU and on the GPU; `view` is applied to the arrays on either, for strides of its own."""
 
     def __init__(
         self,
@@ -134,10 +130,9 @@ class Case:
         arrays: Sequence[np.ndarray],
         exact: bool,
         view: Callable[[Any], Any] = lambda a: a,
-        cluster: int = 0,
         **keywords: Any,
     ) -> None:
-        self.gpu, self.exact, self.cluster = gpu, exact, cluster
+        self.gpu, self.exact = gpu, exact
         self._function, self._keywords = getattr(klcore, operation), keywords
         self._hosts = [view(a) for a in arrays]
         self.bases = [gpu.put(a) for a in arrays]
@@ -155,11 +150,6 @@ class Case:
 
     def get(self, results: tuple[Any, ...]) -> list[np.ndarray]:
         return [self.gpu.get(r) for r in results]
-
-    def misses(self, found: Any) -> Iterator[str]:
-        """That what was launched is not what the case is about."""
-        if self.cluster and ("kl_rows", self.cluster) not in found:
-            yield f"was to be computed in clusters of {self.cluster}, and {counts(found)} were launched"
 
     def compare(self, found: list[np.ndarray]) -> Iterator[str]:
         """With what the CPU says."""
@@ -183,11 +173,11 @@ def check_group(gpu: Gpu, name: str) -> dict[str, Any]:
             except Exception as error:  # of any kind: the cases that follow are worth as much
                 wrong.append(f"{title}: {sentence(error)}")
                 gpu.synchronize()  # raises if the GPU is lost to this process
-    return {"checked": checked, "wrong": wrong, "launched": counts(found)}
+    return {"checked": checked, "wrong": wrong, "launched": dict(sorted(found.items()))}
 
 
 def cases(gpu: Gpu, name: str) -> dict[str, Callable[[], Case]]:
-    """title -> what makes the case; those in clusters of blocks are the last."""
+    """title -> what makes the case."""
     operation, sx, sy, dtype = name.split()
     exact, single = is_exact(operation, sx, sy, dtype), operation == "entropy"
     every: Any = "x" if single else ("x", "y")
@@ -200,8 +190,8 @@ def cases(gpu: Gpu, name: str) -> dict[str, Callable[[], Case]]:
         """A call on arrays of that shape; `change` is applied to them on the host."""
 
         def make() -> Case:
-            where, spaces = shape() if callable(shape) else shape, (sx,) if single else (sx, sy)
-            arrays = (numbers(*where, s, dtype, side) for side, s in enumerate(spaces))
+            spaces = (sx,) if single else (sx, sy)
+            arrays = (numbers(*shape, s, dtype, side) for side, s in enumerate(spaces))
             return Case(gpu, operation, change(*arrays), exact, **({"space": space} | keywords))
 
         found[title] = make
@@ -223,14 +213,12 @@ def cases(gpu: Gpu, name: str) -> dict[str, Callable[[], Case]]:
         add("many rows, sum", (2500, 3), reduction="sum")
         if "logits" in (sx, sy):
             add("temperature", temperature=2.5, return_grad=every)
+            held = held_rows(gpu), HELD
+            for wanted in dict.fromkeys((every, every[-1])):
+                add(f"{held}, gradient {wanted}", held, return_grad=wanted)
         if not single:
             add("y broadcast", change=lambda x, y: (x, y[:1]), return_grad=every)
             add("x broadcast over many rows", (1100, 7), lambda x, y: (x[:1], y), return_grad=every)
-    if operation == "kl_div" and "logits" in (sx, sy):
-        clusters = CLUSTERS if sx == sy else CLUSTERS[1::2]
-        for cluster in clusters[:1] if gpu.emulated else clusters:
-            shape_of = functools.partial(shape_in_clusters, gpu, cluster, dtype, space, "y")
-            add(f"cluster {cluster}", shape_of, return_grad="y", cluster=cluster)
     return found
 
 
@@ -245,20 +233,20 @@ SANITIZED = ("logits logits float32", "probs probs float32", "logits logits bflo
 
 
 def roles(gpu: Gpu) -> dict[str, Callable[[], Case]]:
-    """A call or more of every kernel in every role, all kinds in turn. Clusters come last: tools may stumble there."""
+    """A call or more of every kernel in every role, all kinds in turn."""
     found = []
     for kind in SANITIZED[: 2 if gpu.emulated else None]:
         for k, (title, make) in enumerate(cases(gpu, f"kl_div {kind}").items()):
             if title.endswith("'y')") if "(" in title else "mean" not in title:  # of each shape one call is enough
-                found.append(("cluster" in title, k, f"{kind}, {title}", make))
-    return {title: make for _, _, title, make in sorted(found, key=lambda role: role[:2])}
+                found.append((k, f"{kind}, {title}", make))
+    return {title: make for _, title, make in sorted(found, key=lambda role: role[0])}
 
 
 def check_role(make: Callable[[], Case]) -> dict[str, Any]:
     case = make()
     with launched() as started:
         results = case.get(case.run())
-    return {"wrong": [*case.misses(started), *case.compare(results)], "launched": counts(started)}
+    return {"wrong": list(case.compare(results)), "launched": dict(sorted(started.items()))}
 
 
 # ---- one case --------------------------------------------------------------------------------------------------------
@@ -266,10 +254,8 @@ def check_role(make: Callable[[], Case]) -> dict[str, Any]:
 
 def check(gpu: Gpu, case: Case) -> Iterator[str]:
     """The CPU's bits; then its own, in every way of asking again."""
-    with launched() as started:
-        new = case.run()
+    new = case.run()
     found = case.get(new)
-    yield from case.misses(started)
     yield from case.compare(found)
 
     def again(how: str, results: tuple[Any, ...]) -> Iterator[str]:
@@ -350,23 +336,24 @@ def check_large(gpu: Gpu, name: str) -> dict[str, Any]:
 
 
 def light_cases(gpu: Gpu) -> dict[str, tuple[Any, ...]]:
-    """title -> shape or cluster, dtype, space, and what else the call is given."""
-    most = 0 if gpu.emulated else gpu.cupy.cuda.Device().attributes["MultiProcessorCount"]
+    """title -> shape, dtype, space, and what else the call is given."""
+    many = held_rows(gpu)
     found = {
         "narrow": ((33, 3), "float32", "probs", {}),
         "narrow, odd": ((70, 101), "bfloat16", "logits", {}),
         "units": ((9, 997), "float32", "logits", {}),
         "units, odd": ((9, 997), "bfloat16", "log_probs", {}),
         "folds": ((3, 5003), "float32", "logits", {}),
-        "rows": ((most + 8, 2051), "float32", "probs", {}),
-        "rows of 16 bits": ((most + 8, 2048), "float16", "probs", {}),
+        "rows": ((many, 2051), "float32", "probs", {}),
+        "rows of 16 bits": ((many, 2048), "float16", "probs", {}),
         "sum": ((1030, 3), "float32", "probs", {"reduction": "sum"}),
         "summed": ((17, 300), "float32", "logits", {"broadcast": True}),
     }
-    for dtype, cluster in itertools.product(("float32", "bfloat16"), CLUSTERS[:1] if gpu.emulated else CLUSTERS):
-        found[f"{dtype}, cluster {cluster}"] = (cluster, dtype, "logits", {})
+    for dtype in ("float32", "bfloat16"):
+        found[f"{dtype}, held"] = ((many, 3000), dtype, "logits", {})
+        found[f"{dtype}, read again"] = ((40, 50_257), dtype, "logits", {})
     if gpu.emulated:  # kernels that other stages compile anyway
-        return {title: found[title] for title in ("narrow", "folds", "sum", "float32, cluster 2")}
+        return {title: found[title] for title in ("narrow", "folds", "sum", "float32, held")}
     return found
 
 
@@ -376,9 +363,7 @@ def light_call(gpu: Gpu, arrays: Sequence[Any], space: str, **keywords: Any) -> 
 
 def first_light(gpu: Gpu, title: str) -> dict[str, Any]:
     shape, dtype, space, given = light_cases(gpu)[title]
-    cluster, keywords = 0, dict(given)
-    if isinstance(shape, int):
-        cluster, shape = shape, shape_in_clusters(gpu, shape, dtype, space, "y")
+    keywords = dict(given)
     hosts = light_data(*shape, dtype, space)
     if keywords.pop("broadcast", False):
         hosts[1] = hosts[1][:1]
@@ -399,9 +384,7 @@ def first_light(gpu: Gpu, title: str) -> dict[str, Any]:
         wrong.append(f"errors {errors}")
     if not (same_bits(value, again[0]) and same_bits(dy, again[1])):
         wrong.append("other bits in a second run")
-    if cluster and ("kl_rows", cluster) not in started:
-        wrong.append(f"was to be computed in clusters of {cluster}")
-    return {"shape": shape, "errors": errors, "wrong": wrong, "launched": counts(started)}
+    return {"shape": shape, "errors": errors, "wrong": wrong, "launched": dict(sorted(started.items()))}
 
 
 def light_data(rows: int, n: int, dtype: str, space: str) -> list[np.ndarray]:

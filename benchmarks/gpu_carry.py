@@ -60,8 +60,7 @@ class Planned(Gpu):
 def of_stages(gpu: Gpu) -> None:
     """The calls of all stages, the most valuable first."""
     for shape, dtype, space, given in gpu_bits.light_cases(gpu).values():
-        where = gpu_bits.shape_in_clusters(gpu, shape, dtype, space, "y") if isinstance(shape, int) else shape
-        x, y = (gpu.cupy.empty(where, numpy_dtype(dtype)) for _ in range(2))
+        x, y = (gpu.cupy.empty(shape, numpy_dtype(dtype)) for _ in range(2))
         keywords = {name: value for name, value in given.items() if name != "broadcast"}
         gpu_bits.light_call(gpu, [x, y[:1] if "broadcast" in given else y], space, **keywords)
     for stage in gpu_run.gpu_report.BENCHMARKS:

@@ -151,42 +151,20 @@ def own_kernels(arch: int) -> Path:
 
 
 @contextlib.contextmanager
-def launched(start: bool = True) -> Iterator[Counter[tuple[str, int]]]:
-    """Counts kernels, by name and size of cluster, as calls launch them; or would, if they are not to `start`."""
+def launched() -> Iterator[Counter[str]]:
+    """Counts kernels, by name, as calls launch them."""
     cuda = importlib.import_module("klcore.backends.cuda")
-    kept, found = cuda._start, Counter[tuple[str, int]]()
+    kept, found = cuda._start, Counter[str]()
 
     def note(launches: Any, *rest: Any) -> None:
-        found.update((launch.name, launch.cluster) for launch in launches)
-        if start:
-            kept(launches, *rest)
+        found.update(launch.name for launch in launches)
+        kept(launches, *rest)
 
     cuda._start = note
     try:
         yield found
     finally:
         cuda._start = kept
-
-
-CLUSTERS = (2, 4, 8, 16)
-# classes: usual vocabularies first, then whatever lies between
-LENGTHS = (9_000, 20_000, 50_257, 128_256, 262_144, *(round(5_000 * 1.15**k) for k in range(38)))
-
-
-def shape_in_clusters(gpu: "Gpu", cluster: int, dtype: str, space: Any, gradient: Any) -> tuple[int, int]:
-    """A shape that is computed in clusters of that many blocks: so many rows that the device is full.
-
-    Which lengths are depends on the device and on what klcore finds best: so they are tried, without launching.
-    """
-    klcore, cuda = importlib.import_module("klcore"), importlib.import_module("klcore.backends.cuda")
-    rows = -(-cuda._properties(0).multiprocessors // cluster) + 1
-    for n in LENGTHS[:2] if gpu.emulated else LENGTHS:
-        x, y = (gpu.cupy.empty((rows, n), numpy_dtype(dtype)) for _ in range(2))
-        with launched(start=False) as found:
-            klcore.kl_div(x, y, space=space, return_grad=gradient)
-        if ("kl_rows", cluster) in found:
-            return rows, n
-    raise LookupError(f"no length of rows of {space} {dtype} is computed in clusters of {cluster}")
 
 
 # ---- the device ------------------------------------------------------------------------------------------------------

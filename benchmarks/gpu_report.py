@@ -187,8 +187,8 @@ def measured(lines: list[dict[str, Any]], most: float | None) -> dict[str, Any]:
 # a metric's name in ncu's text -> in the record
 METRICS = {
     "Duration": "ms", "DRAM Throughput": "DRAM %", "Compute (SM) Throughput": "SM %",
-    "Achieved Active Warps Per SM": "warps an SM", "Registers Per Thread": "registers", "Cluster Size": "cluster",
-    "Max Active Clusters": "most clusters", "Dynamic Shared Memory Per Block": "KB a block", "Block Size": "threads",
+    "Achieved Active Warps Per SM": "warps an SM", "Registers Per Thread": "registers",
+    "Dynamic Shared Memory Per Block": "KB a block", "Block Size": "threads",
     "Warp Cycles Per Issued Instruction": "cycles between a warp's instructions", "Issue Slots Busy": "issue slots %",
 }  # fmt: skip
 MILLI = {"ns": 1e-6, "us": 1e-3, "ms": 1.0, "s": 1e3, "second": 1e3}
@@ -317,7 +317,7 @@ def ours_table(cases: list[dict[str, Any]], row: Sequence[str], column: Sequence
 
 def profile_table(kernels: list[dict[str, Any]]) -> str:
     """What ncu found."""
-    names = ("ms", "DRAM %", "SM %", "warps an SM", "registers", "cluster")
+    names = ("ms", "DRAM %", "SM %", "warps an SM", "registers")
     rows = [[f"{k['call']}: {k['kernel']}", *(f"{k[n]:.3g}" if k.get(n) else "" for n in names)] for k in kernels]
     return markdown(["call: kernel", *names], rows)
 

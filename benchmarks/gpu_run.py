@@ -8,7 +8,7 @@ what travels there. `make gpu-check` is the same for those who own a GPU: the st
 limit.
 
 environment    GPU, driver, clocks, versions; what was carried is unpacked; klcore is built meanwhile, if need be
-first-light    every family of kernels against float64, in clusters of every size. If that fails, the rest is not run
+first-light    every family of kernels against float64. If that fails, the rest is not run
 ceilings       what memory allows, and what a small call costs
 alone          speed of klcore, beside those ceilings: shapes, operations, pairs of spaces
 profile        launches under ncu: what keeps a kernel from being faster

@@ -133,8 +133,6 @@ class ndarray:
 class Function:
     """cupy.cuda.Function"""
 
-    ptr = 0
-
     def __call__(self, grid: Any, block: Any, args: Any, shared_mem: int = 0) -> None:
         counts["launches"] += 1
 
@@ -195,10 +193,9 @@ def installed(**device: int) -> Iterator[types.ModuleType]:
         squeeze=lambda a, axis: a.view_by(lambda v: np.squeeze(v, axis)),
         where=lambda condition, number, a: a,
     )  # fmt: skip
-    driver = _module("cupy_backends.cuda.api.driver", funcSetAttribute=lambda *arguments: None)
-    before = {name: sys.modules.get(name) for name in ("cupy", "cupy.cuda", driver.__name__, "klcore.backends.cuda")}
+    before = {name: sys.modules.get(name) for name in ("cupy", "cupy.cuda", "klcore.backends.cuda")}
     kept = nvrtc.build, nvrtc.version
-    sys.modules |= {"cupy": cupy, "cupy.cuda": cuda, driver.__name__: driver}
+    sys.modules |= {"cupy": cupy, "cupy.cuda": cuda}
     nvrtc.build, nvrtc.version = _build, lambda: (0, 0)
     try:
         _forget(backends)

@@ -43,3 +43,4 @@ if __name__ == "__main__":
         show("exp_tail", exp_tail, [-half, half], of_exp, dtype)
         show("atanh_tail", atanh_tail, [mp.mpf(0), mp.mpf("0.0402")], of_atanh, dtype)
     show("atanh_rest", atanh_rest, [mp.mpf(0), mp.mpf("0.0108")], 3, np.float32)
+    show("expm1_minus_near", exp_tail, [mp.mpf(-0.5), mp.mpf(0.5)], 5, np.float32)

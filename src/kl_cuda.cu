@@ -3,7 +3,7 @@
 // plan and launches; klcore.backends.nvrtc compiles this file behind those headers, as one source, for one operation,
 // pair of spaces and pair of dtypes, given as macros:
 //   KL_OPERATION, KL_SPACE_X, KL_SPACE_Y, KL_X, KL_Y (dtypes), KL_OUTPUTS (1: dx, 2: dy, 4: terms), KL_WIDE (compute in
-//   double), KL_CLUSTER (blocks a row), KL_TEMPERATURE (if it is not 1), KL_FACTORS (if there are any), KL_FAST16 (both
+//   double), KL_TEMPERATURE (if it is not 1), KL_FACTORS (if there are any), KL_FAST16 (both
 //   inputs have 16 bits: hardware exponentials and reciprocals, numbers in one part); and which kernels: KL_UNITS, KL_NARROW,
 //   KL_ROWS, KL_FOLD, KL_SUM, KL_SUMMED.
 //
@@ -14,9 +14,6 @@
 // decides who does what, never in which order numbers are added. There are no atomics.
 #pragma once
 
-#if !defined(KL_CLUSTER)
-#define KL_CLUSTER 1
-#endif
 #if defined(KL_EMULATOR)
 #define KL_ARCH (KL_EMULATOR_ARCH * 10)
 #define KL_SHARED_MEMORY(name) char* name = emulator::shared_memory()
@@ -49,6 +46,7 @@ struct Plan {
   i64 dense;                  // rows of x, y, dx and dy lie one behind the other
   i64 slots;                  // chunks that a warp holds in shared memory
   i64 count, groups;          // kl_fold, kl_sum: elements a row, and groups of 1024 of them
+  i64 rows_on, chunks_on;     // kl_units: from a warp's chunk to its next
   i64 inner;                  // kl_summed: rows that share one gradient row
   i64 any_weights;            // weights may be any numbers; else bad ones spoil their rows
   double inverse_temperature, gradient_scale, scale, epsilon;
@@ -81,37 +79,6 @@ KL_DEVICE void warps_barrier(int warps) {   // of a block's first so many warps;
   __syncwarp();
   asm volatile("bar.sync 1, %0;" ::"r"(32 * warps) : "memory");
 }
-#if KL_ARCH >= 900
-KL_DEVICE unsigned cluster_rank() {
-  unsigned rank;
-  asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
-  return rank;
-}
-// A barrier of all threads of a cluster in two halves: what a thread did before the first is done for all behind the second.
-KL_DEVICE void cluster_arrive() {
-  __syncwarp();   // .aligned asks all lanes to come together; that loops ended for them all does not promise it
-  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
-}
-KL_DEVICE void cluster_arrive_reader() {   // the same for a thread that has only read, which need not wait for memory
-  __syncwarp();
-  asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
-}
-KL_DEVICE void cluster_wait() {
-  __syncwarp();
-  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
-}
-template <typename T> KL_DEVICE T* cluster_peer(T* mine, unsigned rank) {
-  T* peer;
-  asm("mapa.u64 %0, %1, %2;" : "=l"(peer) : "l"(mine), "r"(rank));
-  return peer;
-}
-#else
-KL_DEVICE unsigned cluster_rank() { return 0; }
-KL_DEVICE void cluster_arrive() {}
-KL_DEVICE void cluster_arrive_reader() {}
-KL_DEVICE void cluster_wait() {}
-template <typename T> KL_DEVICE T* cluster_peer(T* mine, unsigned) { return mine; }
-#endif
 #endif
 
 constexpr unsigned ALL_LANES = ~0u;
@@ -156,9 +123,18 @@ typedef Term<OP, LOG_X, OP == ENTROPY ? LOG_X : LOG_Y> TheTerm;
 enum { SUM_VALUE, SUM_DX, SUM_DY, SUM_STATES };   // of normalised rows' second sweep
 enum { NORM_X = 3, NORM_Y = 5 };                  // in stats: maximum and log S of x and of y, behind the three sums
 constexpr int MAX_STATES = OF_LOGITS ? LOGITS_STATES : OF_CROSS ? CROSS_STATES : NORMALISED ? 2 * NORM_STATES : 1;
-// blocks of 256 threads on a multiprocessor: what registers, and shared memory, should suffice for. (For compute capability
-// 12.0 the compiler makes more of the same code, which would spill.)
-constexpr int BLOCKS = KL_WIDE || BESIDE || (OF_LOGITS && KL_ARCH >= 1200) ? 1 : OF_LOGITS || OF_CROSS || OUT_DX || OUT_DY ? 2 : 3;
+// Blocks of THREADS on a multiprocessor, for which registers have to suffice. The most warps are not the fastest: what is swept
+// several times wants its numbers in registers. (For compute capability 12.0 the compiler makes more of the same code, which would
+// spill.)
+constexpr bool LIGHT = !EXACT<T>;   // exponentials are the hardware's
+constexpr int THREADS = 128;
+constexpr int BLOCKS = KL_WIDE || BESIDE || (OF_LOGITS && KL_ARCH >= 1200) ? 2
+                       : LIGHT && ONE_SWEEP && KL_OUTPUTS == 0             ? 8
+                       : LIGHT && ONE_SWEEP && !OUT_TERMS                  ? SX == PROBS && SY == PROBS ? 6 : 4
+                       : LIGHT && OF_LOGITS && KL_OUTPUTS == 0             ? 5
+                       : OF_LOGITS || OF_CROSS || OUT_DX || OUT_DY         ? 4
+                                                                           : 6;
+constexpr bool ONCE = ONE_SWEEP || ((OF_LOGITS || OF_CROSS) && KL_OUTPUTS == 0);   // one sweep is all
 constexpr int VALUE_SWEEP = NORMALISED ? 1 : 0;
 
 KL_DEVICE double inverse_temperature(const Plan& p) {   // multiplying by 1 changes nothing: the compiler leaves it out
@@ -313,10 +289,8 @@ struct Narrow {
     return m;
   }
   // of this row's lanes alone: no row affects another
-  KL_DEVICE bool any(bool b) const {
-    unsigned mine = lanes == WARP ? ALL_LANES : (1u << lanes) - 1u;
-    return __ballot_sync(ALL_LANES, b) & (mine << (lane_of() - lane));
-  }
+  KL_DEVICE unsigned neighbours() const { return (lanes == WARP ? ALL_LANES : (1u << lanes) - 1u) << (lane_of() - lane); }
+  KL_DEVICE bool any(bool b) const { return __ballot_sync(ALL_LANES, b) & neighbours(); }
   KL_DEVICE bool every(bool b) const { return !any(!b); }
   template <int Q, typename U = T> struct Sums {
     U v[Q][4];
@@ -514,11 +488,10 @@ template <class Sink> KL_DEVICE double terms_ahead(const Plan& p, const Slot& s,
     }
   return at.total(sums, 0);
 }
-// where there are registers for that: three blocks have too few, doubles need two for each number, and two 16-bit inputs, whose
-// rarer form has exponentials of another kind, spilled in one kernel.
+// where there are registers for that: doubles need two for each number, and for two 16-bit inputs more warps are better.
 template <class Sink> KL_DEVICE double terms_direct(const Plan& p, const Slot& s, const Want& want, const Sink& sink) {
   if constexpr (!ONE_SWEEP) return 0.0;   // nobody asks
-  else if constexpr (BLOCKS == 2 && EXACT<T>) return terms_ahead(p, s, want, sink);
+  else if constexpr (EXACT<T> && sizeof(T) == sizeof(float)) return terms_ahead(p, s, want, sink);
   else return terms_chunk(p, Full(), s, want, sink);
 }
 
@@ -591,7 +564,18 @@ constexpr bool TEMPERED = true;
 constexpr bool TEMPERED = false;
 #endif
 
-template <class L> KL_DEVICE void maxima(const L& at, const Slot& s, T& max_a, T& max_b) {
+enum { AT_MAX_A, AT_S, AT_M, AT_M_LOW, AT_X, AT_G, AT_MAX_B, AT_Q, AT_KIND };   // in a state
+// In float the two numbers of a near chunk's anchor, of which its state gives the sum alone, lie where a far one has Q.
+template <typename U> KL_DEVICE double both_numbers(const Anchor<U>& at) {
+  return real((unsigned long long)bits((float)at.m) << 32 | bits((float)at.low));
+}
+template <typename U> KL_DEVICE void take_numbers(double both, Anchor<U>& at) {
+  at.m = real((unsigned)(bits(both) >> 32));
+  at.low = real((unsigned)bits(both));
+}
+
+// returns the largest a of this lane's
+template <class L> KL_DEVICE T maxima(const L& at, const Slot& s, T& max_a, T& max_b) {
   Largest<DX> a;
   Largest<DY> b;
 #pragma unroll 1
@@ -601,6 +585,27 @@ template <class L> KL_DEVICE void maxima(const L& at, const Slot& s, T& max_a, T
   }
   max_a = at.max(a.found());
   max_b = at.max(b.found());
+  return a.found();
+}
+// A class of the largest a: of the first lane that has one. The lanes look through that lane's 32 together;
+KL_DEVICE int top_class(const Wide& at, const Slot& s, T mine, T top) {
+  Wide theirs = at;
+  theirs.lane = __ffs((int)__ballot_sync(ALL_LANES, mine == top)) - 1;
+  int i = theirs.index(lane_of() / Wide::E, lane_of() % Wide::E);
+  unsigned found = __ballot_sync(ALL_LANES, theirs.lane >= 0 && i < at.n && x_of(s, i) == top);
+  return found ? __shfl_sync(ALL_LANES, i, __ffs((int)found) - 1) : 0;   // the same for all lanes
+}
+// or each through its own.
+KL_DEVICE int top_class(const Narrow& at, const Slot& s, T, T top) {
+  int mine = at.n;
+#pragma unroll
+  for (int e = Narrow::E - 1; e >= 0; e--) {
+    int i = at.index(0, e);
+    if (i < at.n && x_of(s, i) == top) mine = i;
+  }
+  unsigned found = __ballot_sync(ALL_LANES, mine < at.n) & at.neighbours();
+  int i = __shfl_sync(ALL_LANES, mine, found ? __ffs((int)found) - 1 : lane_of());
+  return found ? i : 0;
 }
 
 // A chunk's anchor and its weights, which stay in `extra` if there is room
@@ -631,42 +636,42 @@ template <class L> KL_DEVICE Anchor<T> weigh(const L& at, const Slot& s, const I
   return from;
 }
 
-// Two 16-bit inputs, whose bits are no other backend's, are swept once more after their maxima, about M = max b - max a; and where
-// that is too far from the mean, again about the mean.
+// Two 16-bit inputs, whose bits are no other backend's, are swept once more after their maxima, about the c of a class that is
+// the most probable; and where that is too far from the mean, again about the mean.
 template <class L> KL_DEVICE void spread_once(const L& at, const Slot& s, double inverse_temperature, double* state) {
   Inverse<T> it = inverse<T>(inverse_temperature);
   Anchor<T> from = {};
-  maxima(at, s, from.max_a, from.max_b);
+  T mine = maxima(at, s, from.max_a, from.max_b);
+  from.mean = y_of(s, top_class(at, s, mine, from.max_a)) - from.max_b;
   double weights, x, g;
   bool far;
-  constexpr T LIMIT = 64;   // beyond, the rounding of z would show in 16 bits' worth of e^z
 #pragma unroll 1
   for (int means = 0; means < 2; means++) {   // 0 is the first one
     typename L::template Sums<3> sums;
     far = false;
 #pragma unroll 1
     for (int step = 0; step < at.steps(); step++) {
-      T a[L::E], b[L::E], w[L::E], z[L::E], g[L::E];
+      T a[L::E], b[L::E], w[L::E];
       at.template read<DX>(s.x, step, a);
       at.template read<DY>(s.y, step, b);
 #pragma unroll
-      for (int e = 0; e < L::E; e++) {
-        w[e] = weight<TEMPERED>(a[e], from.max_a, it);
-        Pair<T> r = centred<TEMPERED>(a[e], b[e], from, it);
-        far |= !(r.value < LIMIT);
-        z[e] = r.value;
-        g[e] = spread_of<TEMPERED>(r);
-      }
+      for (int e = 0; e < L::E; e++) w[e] = weight<TEMPERED>(a[e], from.max_a, it);
       mask(at, step, w);
       sums.add(0, w);
-      sums.add_products(1, w, z);
-      sums.add_products(2, w, g);
+#pragma unroll
+      for (int e = 0; e < L::E; e++) {
+        a[e] = centred<TEMPERED>(a[e], b[e], from, it).value;
+        far |= above_range(a[e]);
+        b[e] = spread_of<TEMPERED>(Pair<T>{a[e], T(0)});
+      }
+      sums.add_products(1, w, a);
+      sums.add_products(2, w, b);
     }
     weights = at.total(sums, 0), x = at.total(sums, 1), g = at.total(sums, 2);
     far = at.any((far || !(absolute((T)x) < infinity<T>())) && at.n > 0);   // y may exclude a class, at -infinity
     bool more = means == 0 && !far && at.n > 0 && cancels((T)weights, (T)x, (T)g);
     if (!__any_sync(ALL_LANES, more)) break;
-    if (more) from.mean = (T)(x / (weights * inverse_temperature));
+    if (more) from.mean += (T)(x / (weights * inverse_temperature));
   }
   if (at.leads()) *(Spread*)state = near_state(from, weights, x, g);
   if (__any_sync(ALL_LANES, far)) far_chunk(at, s, inverse_temperature, far && at.leads(), state);
@@ -711,21 +716,20 @@ KL_DEVICE void spread_chunk(const L& at, const Slot& s, double inverse_temperatu
   double x = at.total(sums, 0), g = at.total(sums, 1);
   far = at.any(far && at.n > 0);
   __syncwarp();   // the state may lie where the weights were
-  if (at.leads()) *(Spread*)state = near_state(from, weights, x, g);
+  if (at.leads()) {
+    *(Spread*)state = near_state(from, weights, x, g);
+    if constexpr (PAIRED<T>) state[AT_Q] = both_numbers(from);
+  }
   if (!__any_sync(ALL_LANES, far)) return;
   if (KEEPS && keep) restage();
   far_chunk(at, s, inverse_temperature, far && at.leads(), state);
 }
 
-// In float32 and double the anchor is of two numbers, which the state does not tell apart. All lanes take part in this.
+// In double the anchor is of two numbers, which the state does not tell apart. All lanes take part in this.
 template <class L> KL_DEVICE Anchor<T> anchor_again(const L& at, const Slot& s, const Inverse<T>& it) {
   double weights;
   bool far;
   return weigh(at, s, it, false, weights, far);
-}
-// under a name that `make cuda-check` passes over: a kept chunk does not come here
-template <class L> KL_DEVICE Anchor<T> anchor_where_not_kept(const L& at, const Slot& s, const Inverse<T>& it) {
-  return anchor_again(at, s, it);
 }
 
 // What a chunk's outputs follow from: the row's stats, and where the chunk's own state lies. PACKED: its slopes stand there
@@ -736,7 +740,6 @@ struct Local {
   bool packed;
   KL_DEVICE double get(int k) const { return state[(i64)k * pitch]; }
 };
-enum { AT_MAX_A, AT_S, AT_M, AT_M_LOW, AT_X, AT_G, AT_MAX_B, AT_Q, AT_KIND };
 // x, g, s and one number of M: the outputs of a near chunk need them no more. AT_M stays where the anchor follows from it.
 constexpr int PACKED[4] = {AT_S, AT_X, AT_G, EXACT<T> ? AT_M : AT_M_LOW};
 KL_DEVICE Slopes<T> slopes_of(const Local& l, double it) {
@@ -782,8 +785,8 @@ KL_DEVICE void spread_outputs(const L& at, const Slot& s, const Local& local, do
                               const Want& want, const Sink& sink) {
   Inverse<T> it = inverse<T>(inverse_temperature);
   Anchor<T> from = {(T)local.get(AT_MAX_A), (T)local.get(AT_MAX_B), T(0), T(0), (T)local.get(AT_M)};
-  if constexpr (EXACT<T> && !KEEPS) from = anchor_again(at, s, it);
-  else if (EXACT<T> && !kept) from = anchor_where_not_kept(at, s, it);
+  if constexpr (PAIRED<T>) take_numbers(local.get(AT_Q), from);
+  else if constexpr (EXACT<T>) from = anchor_again(at, s, it);
   if (at.n > 0 && is_far(local.get(AT_KIND))) {
     FarRow row = far_row(local.stats, inverse_temperature);
 #pragma unroll 1
@@ -1532,14 +1535,20 @@ KL_DEVICE void pad(const Slot& s, int n) {
 
 // ---- shared memory ---------------------------------------------------------------------------------------------------------
 
-// Wide: for each warp `slots` chunks of x and y, one of extra if there is use for it, and a row's stats.
+KL_DEVICE void pack_all(const Plan& p, const double* stats, double* states) {   // of a row, by a warp
+#pragma unroll 1
+  for (int c = lane_of(); c < (int)p.chunks; c += WARP) pack(stats, states + c, (int)p.chunks, inverse_temperature(p));
+}
+
+// Wide: for each warp `slots` chunks of x and y, one of extra if there is use for it, a row's stats, and a chunk's state.
+constexpr int KNOWN = 2 * MAX_STATS;
 constexpr bool HAS_EXTRA = (OF_LOGITS && EXACT<T>) || OUT_TERMS;
 constexpr int SLOT_BYTES = CHUNK * (int)(sizeof(X) + (HAS_Y ? sizeof(Y) : 0));
 KL_DEVICE int warp_bytes(const Plan& p) {
-  return (int)p.slots * SLOT_BYTES + (HAS_EXTRA ? CHUNK * (int)sizeof(T) : 0) + MAX_STATS * 8;
+  return (int)p.slots * SLOT_BYTES + (HAS_EXTRA ? CHUNK * (int)sizeof(T) : 0) + KNOWN * 8;
 }
 KL_DEVICE double* stats_of(const Plan& p, char* shared) {
-  return (double*)(shared + (warp_of() + 1) * warp_bytes(p)) - MAX_STATS;
+  return (double*)(shared + (warp_of() + 1) * warp_bytes(p)) - KNOWN;
 }
 KL_DEVICE Slot slot_of(const Plan& p, char* shared, int j) {
   char* mine = shared + warp_of() * warp_bytes(p);
@@ -1618,24 +1627,34 @@ KL_DEVICE Unit unit_of(const Plan& p, i64 tile) {
   return {unit / p.chunks, (int)(unit % p.chunks)};
 }
 
-extern "C" __global__ void __launch_bounds__(256, BLOCKS) kl_units(const Plan p) {
+KL_DEVICE Unit after(const Plan& p, const Unit& u) {
+  int chunk = u.chunk + (int)p.chunks_on;
+  bool over = chunk >= (int)p.chunks;
+  return {u.row + p.rows_on + (over ? p.columns ? warps_of() : 1 : 0), over ? chunk - (int)p.chunks : chunk};
+}
+// What earlier sweeps found out about a unit: of its row by the first lanes, then of two rows of logits its own state
+KL_DEVICE double found_out(const Plan& p, const Unit& u) {
+  int k = lane_of() - MAX_STATS;
+  if (k < 0) return p.stats[u.row * MAX_STATS + lane_of()];
+  return OF_LOGITS && k < LOGITS_STATES ? p.states[(u.row * LOGITS_STATES + k) * p.chunks + u.chunk] : 0.0;
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, OF_LOGITS && BLOCKS > 4 ? 4 : BLOCKS) kl_units(const Plan p) {
   KL_SHARED_MEMORY(shared);
   const int W = warps_of();
   Slot s = slot_of(p, shared, 0);
   double* stats = stats_of(p, shared);
-  i64 tiles = p.columns ? (p.rows + W - 1) / W * p.chunks : (p.rows * p.chunks + W - 1) / W;
-  for (i64 tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
-    Unit unit = unit_of(p, tile);
+  for (Unit unit = unit_of(p, blockIdx.x); unit.row - (p.columns ? warp_of() : 0) < p.rows; unit = after(p, unit)) {
     bool active = unit.row < p.rows, live = active && weight_of(p, unit.row) != 0;
     int n = classes(p, unit.chunk);
+    double known = p.first > 0 && live ? found_out(p, unit) : 0.0;
     if constexpr (DIRECT)
       if (live && n == CHUNK && !p.columns) {
         Row row = locate(p, unit.row);
         if (is_direct(p, row)) {
           double sum = chunk_direct(p, row, unit.chunk, wanted(p, 0, row.weight));
           if (lane_of() == 0) {
-            unit = unit_of(p, again(tile));
-            row = locate(p, unit.row);
+            row = locate(p, again(unit.row));
             if (p.chunks > 1) p.states[unit.row * p.chunks + unit.chunk] = sum;
             else if (p.value.data) write_value(p, row.value, row.weight, sum);
           }
@@ -1661,33 +1680,26 @@ extern "C" __global__ void __launch_bounds__(256, BLOCKS) kl_units(const Plan p)
       stage_chunk(p, locate(p, unit.row), unit.chunk, s);
       arrived();
     }
-    if (p.first > 0 && live && lane_of() < MAX_STATS)
-      stats[lane_of()] = p.stats[unit.row * MAX_STATS + lane_of()];
+    if (p.first > 0 && lane_of() < KNOWN) stats[lane_of()] = known;
     __syncwarp();
     if (live) pad(s, n);
     __syncwarp();
 
 #pragma unroll 1
     for (int sweep = (int)p.first; live && sweep < (int)p.last; sweep++) {
-      Unit here = unit_of(p, again(tile));
       Local local = {stats, stats + 1, 1, false};
-      if (OF_LOGITS && sweep > 0 && p.chunks > 1) {
-        local.state = p.states + here.row * LOGITS_STATES * p.chunks + here.chunk;
-        local.pitch = (int)p.chunks;
-      }
+      if (OF_LOGITS && sweep > 0 && p.chunks > 1) local = {stats, stats + MAX_STATS, 1, PACKS && p.chunks <= CHUNK};
       bool keep = p.chunks == 1 && p.last > 1 && !p.columns;
-      chunk(p, Wide(n), with_factors(p, s, here.row, here.chunk), sweep, local, wanted(p, sweep, weight_of(p, here.row)),
-            InPlace{s}, stats, keep, [&] { stage_again(p, unit_of(p, again(tile)), s); });
+      chunk(p, Wide(n), with_factors(p, s, unit.row, unit.chunk), sweep, local, wanted(p, sweep, weight_of(p, unit.row)),
+            InPlace{s}, stats, keep, [&] { stage_again(p, unit, s); });
       __syncwarp();
       int count = states_of(sweep);
       if (count > 0 && p.chunks == 1 && lane_of() == 0) finish(p, sweep, stats, stats);
       if (lane_of() < count && p.chunks > 1) {
-        Unit here = unit_of(p, again(tile));
-        p.states[(here.row * count + lane_of()) * p.chunks + here.chunk] = stats[lane_of()];
+        p.states[(unit.row * count + lane_of()) * p.chunks + unit.chunk] = stats[lane_of()];
       }
       __syncwarp();
     }
-    unit = unit_of(p, again(tile));
     active = unit.row < p.rows;
     n = classes(p, unit.chunk);
     if (p.chunks == 1 && active) {
@@ -1729,10 +1741,10 @@ extern "C" __global__ void __launch_bounds__(256, BLOCKS) kl_units(const Plan p)
 // Rows of at most 128 classes: `count` of them at a time in a warp, staged together, summed side by side, finished one
 // a lane.
 #if defined(KL_NARROW)
-extern "C" __global__ void __launch_bounds__(256, BLOCKS) kl_narrow(const Plan p) {
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) kl_narrow(const Plan p) {
   KL_SHARED_MEMORY(shared);
-  constexpr int SIZE = CHUNK + COLUMNS;   // behind the rows, one that nobody asked for, for lanes without a row
   const int R = (int)p.count, n = (int)p.n;
+  const int some = R * n, SIZE = (some + COLUMNS + 7) / 8 * 8;   // behind the rows, one that nobody asked for, for lanes without a row
   int bytes = SIZE * (int)(sizeof(X) + (HAS_Y ? sizeof(Y) : 0) + (HAS_EXTRA ? sizeof(T) : 0)) + R * MAX_STATS * 8;
   char* mine = shared + warp_of() * bytes;
   double* known = (double*)mine;           // [R][MAX_STATS]: first a row's state, then its stats
@@ -1740,7 +1752,7 @@ extern "C" __global__ void __launch_bounds__(256, BLOCKS) kl_narrow(const Plan p
   s.x = (X*)(mine + R * MAX_STATS * 8);
   s.y = (Y*)((char*)s.x + SIZE * sizeof(X));
   s.extra = (T*)((char*)s.y + (HAS_Y ? SIZE * sizeof(Y) : 0));
-  for (int i = CHUNK + lane_of(); i < SIZE; i += WARP) {
+  for (int i = some + lane_of(); i < SIZE; i += WARP) {
     s.x[i] = Stored<DX>::narrow(T(0));
     if (HAS_Y) s.y[i] = Stored<DY>::narrow(T(0));
   }
@@ -1782,7 +1794,7 @@ extern "C" __global__ void __launch_bounds__(256, BLOCKS) kl_narrow(const Plan p
         bool is_row = r < rows;
         double weight = is_row && p.weights.data ? locate(p, r0 + r).weight : 1.0;
         bool live = is_row && weight != 0;
-        int offset = live ? r * n : CHUNK;
+        int offset = live ? r * n : some;
         Slot row = {s.x + offset, s.y + offset, s.extra + offset, nullptr};
         if (FACTORS && live) row = with_factors(p, row, r0 + r, 0);
         Want want = wanted(p, sweep, weight);
@@ -1839,47 +1851,32 @@ extern "C" __global__ void __launch_bounds__(256, BLOCKS) kl_narrow(const Plan p
 }
 #endif
 
-// Long rows: a block, or a cluster of KL_CLUSTER blocks, for each, with its chunks dealt out to the warps. The chunks'
-// states meet in shared memory, in that of every block of the cluster: each warp sends its own to all of them. Before the first
-// one it waits until all blocks are done with the states of the row before; they say so while they read the next row. With as
-// many slots as chunks a warp gets, the row is read once for all sweeps.
+// Long rows: a block for each, with its chunks dealt out to the warps. Their states meet in shared memory. With as many slots as
+// chunks a warp gets, the row is read once for all sweeps.
 #if defined(KL_ROWS)
-#if KL_CLUSTER > 1
-extern "C" __global__ void __cluster_dims__(KL_CLUSTER, 1, 1) __launch_bounds__(256, BLOCKS) kl_rows(const Plan p) {
-#else
-extern "C" __global__ void __launch_bounds__(256, BLOCKS) kl_rows(const Plan p) {
-#endif
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) kl_rows(const Plan p) {
   KL_SHARED_MEMORY(shared);
   const int W = warps_of(), chunks = (int)p.chunks, slots = (int)p.slots;
-  const int rank = KL_CLUSTER > 1 ? (int)cluster_rank() : 0, step = W * KL_CLUSTER, mine = rank * W + warp_of();
   double* states = (double*)(shared + W * warp_bytes(p));   // [k * chunks + chunk]
   double* stats = states + MAX_STATES * chunks;
-  // where warps that fold together meet: the first one's `extra`, which holds nothing between sweeps
-  const auto who = folders(W, chunks, HAS_EXTRA ? shared + slots * SLOT_BYTES : (char*)(stats + MAX_STATS));
-  for (i64 r = blockIdx.x / KL_CLUSTER; r < p.rows; r += gridDim.x / KL_CLUSTER) {
-    bool live = weight_of(p, r) != 0, resident = !ONE_SWEEP && slots * step >= chunks;
+  for (i64 r = blockIdx.x; r < p.rows; r += gridDim.x) {
+    bool live = weight_of(p, r) != 0, resident = !ONCE && slots * W >= chunks;
     Row row = locate(p, r);
     bool direct = live && is_direct(p, row);
     if (live && resident) {
 #pragma unroll 1
-      for (int c = mine, j = 0; c < chunks; c += step, j++) stage_chunk(p, locate(p, r), c, slot_of(p, shared, j));
-    }
-    if (KL_CLUSTER > 1) cluster_arrive_reader();   // done with the states of the row before, whose gradients are on their way
-    if (live && resident) {
+      for (int c = warp_of(), j = 0; c < chunks; c += W, j++) stage_chunk(p, locate(p, r), c, slot_of(p, shared, j));
       arrived();
       __syncwarp();
 #pragma unroll 1
-      for (int c = mine, j = 0; c < chunks; c += step, j++) pad(slot_of(p, shared, j), classes(p, c));
+      for (int c = warp_of(), j = 0; c < chunks; c += W, j++) pad(slot_of(p, shared, j), classes(p, c));
       __syncwarp();
     }
 #pragma unroll 1
-    for (int sweep = (int)p.first; sweep < (int)p.last; sweep++) {
-      Want want = wanted(p, ONE_SWEEP ? 0 : sweep, weight_of(p, r));
-      const int K = states_of(sweep);
-      bool free = KL_CLUSTER == 1;   // whether states may be sent
-      if (KL_CLUSTER > 1 && K > 0 && sweep > (int)p.first) cluster_arrive_reader();
+    for (int sweep = 0; sweep < (ONCE ? 1 : (int)p.last); sweep++) {
+      Want want = wanted(p, sweep, weight_of(p, r));
 #pragma unroll 1
-      for (int c = mine, j = 0; c < chunks; c += step, j++) {
+      for (int c = warp_of(), j = 0; c < chunks; c += W, j++) {
         int n = classes(p, c);
         if constexpr (DIRECT)
           if (direct && n == CHUNK) {
@@ -1901,12 +1898,7 @@ extern "C" __global__ void __launch_bounds__(256, BLOCKS) kl_rows(const Plan p) 
           chunk(p, Wide(n), with_factors(p, s, r, c), sweep, local, want, InPlace{s}, state, resident && p.last > 1,
                 [&] { stage_again(p, {again(r), c}, s); });
           __syncwarp();
-          if (!free && K > 0) cluster_wait(), free = true;
-          if (KL_CLUSTER == 1 && lane_of() < K) states[lane_of() * chunks + c] = state[lane_of()];
-          if constexpr (KL_CLUSTER > 1)
-#pragma unroll 1
-            for (int i = lane_of(); i < K * KL_CLUSTER; i += WARP)
-              *cluster_peer(states + i / KL_CLUSTER * chunks + c, i % KL_CLUSTER) = state[i / KL_CLUSTER];
+          if (lane_of() < states_of(sweep)) states[lane_of() * chunks + c] = state[lane_of()];
           __syncwarp();
         } else {
           put_zeros(s, want, n);
@@ -1914,35 +1906,26 @@ extern "C" __global__ void __launch_bounds__(256, BLOCKS) kl_rows(const Plan p) 
         if (want.term || want.dx || want.dy) store_outputs(p, locate(p, again(r)), (i64)c * CHUNK, n, s, want);
         __syncwarp();
       }
-      if (K == 0) continue;
-      if constexpr (KL_CLUSTER > 1) {
-        if (!free) cluster_wait();   // this warp had nothing to send
-        cluster_arrive();
-        cluster_wait();
-      } else {
-        __syncthreads();
-      }
-      if (warp_of() < who.warps && live) {
+      if (states_of(sweep) == 0) continue;
+      __syncthreads();
+      // where warps that fold together meet: the first one's `extra`, which holds nothing between sweeps
+      const auto who = folders(W, chunks, HAS_EXTRA ? shared + slots * SLOT_BYTES : (char*)(stats + MAX_STATS));
+      if (warp_of() < who.warps && weight_of(p, again(r)) != 0) {
         double state[MAX_STATES];
         fold(p, sweep, who, States{states, chunks, chunks}, state);
         if (threadIdx.x == 0) {
           finish(p, sweep, state, stats);
-          if (p.stats && rank == 0 && sweep + 1 == (int)p.last)
+          if (p.stats && sweep + 1 == (int)p.last)
             for (int k = 0; k < MAX_STATS; k++) p.stats[r * MAX_STATS + k] = stats[k];
         }
-        if (PACKS && p.last > 1 && warp_of() == 0) {   // of the chunks that this block's warps have
+        if (PACKS && p.last > 1 && warp_of() == 0) {
           __syncwarp();
-#pragma unroll 1
-          for (int i = lane_of(); i / W * step < chunks; i += WARP) {
-            int c = i / W * step + rank * W + i % W;
-            if (c < chunks) pack(stats, states + c, chunks, inverse_temperature(p));
-          }
+          pack_all(p, stats, states);
         }
       }
       __syncthreads();
     }
-    if (threadIdx.x == 0 && rank == 0 && !OUT_TERMS && p.value.data)
-      write_value(p, locate(p, r).value, weight_of(p, r), stats[VALUE]);
+    if (threadIdx.x == 0 && !OUT_TERMS && p.value.data) write_value(p, locate(p, r).value, weight_of(p, r), stats[VALUE]);
   }
 }
 #endif
@@ -1950,7 +1933,7 @@ extern "C" __global__ void __launch_bounds__(256, BLOCKS) kl_rows(const Plan p) 
 // The states of `count` chunks of each row, or of groups of chunks: every 1024 of them into one, left in `sums` as they
 // were in `states`; the last one finishes the row.
 #if defined(KL_FOLD)
-extern "C" __global__ void __launch_bounds__(256, 1) kl_fold(const Plan p) {
+extern "C" __global__ void __launch_bounds__(256, 2) kl_fold(const Plan p) {
   int sweep = (int)p.first, K = states_of(sweep);
   for (i64 item = (i64)blockIdx.x * warps_of() + warp_of(); item < p.rows * p.groups;
        item += (i64)gridDim.x * warps_of()) {
@@ -1959,17 +1942,20 @@ extern "C" __global__ void __launch_bounds__(256, 1) kl_fold(const Plan p) {
     double state[MAX_STATES];
     if (row.weight != 0)
       fold(p, sweep, Alone{}, States{p.states + r * K * p.count + g * CHUNK, p.count, left < CHUNK ? (int)left : CHUNK}, state);
-    if (lane_of() != 0) continue;
-    if (p.groups > 1) {
-      if (row.weight != 0)
-#pragma unroll
-        for (int k = 0; k < MAX_STATES; k++)
-          if (k < K) p.sums[(r * K + k) * p.groups + g] = state[k];
-      continue;
-    }
     double* stats = p.stats + r * MAX_STATS;
-    if (row.weight != 0) finish(p, sweep, state, stats);
-    if (sweep == VALUE_SWEEP && p.output != TERMS && p.value.data) write_value(p, row.value, row.weight, stats[VALUE]);
+    if (lane_of() == 0 && p.groups > 1 && row.weight != 0)
+#pragma unroll
+      for (int k = 0; k < MAX_STATES; k++)
+        if (k < K) p.sums[(r * K + k) * p.groups + g] = state[k];
+    if (p.groups > 1) continue;
+    if (lane_of() == 0) {
+      if (row.weight != 0) finish(p, sweep, state, stats);
+      if (sweep == VALUE_SWEEP && p.output != TERMS && p.value.data) write_value(p, row.value, row.weight, stats[VALUE]);
+    }
+    if (PACKS && p.count == p.chunks && row.weight != 0) {
+      __syncwarp();
+      pack_all(p, stats, p.states + r * K * p.chunks);
+    }
   }
 }
 #endif
@@ -2020,7 +2006,7 @@ extern "C" __global__ void __launch_bounds__(256) kl_weights(const Plan p) {
 // The gradient of an operand that is broadcast over `inner` rows: summed over every 1024 of them, row by row, in double,
 // into sums[(operand's row * groups + group) * n + class];
 #if defined(KL_SUMMED)
-extern "C" __global__ void __launch_bounds__(256, BLOCKS) kl_summed(const Plan p) {
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS < 4 ? BLOCKS : 4) kl_summed(const Plan p) {
   KL_SHARED_MEMORY(shared);
   int bytes = SLOT_BYTES + CHUNK * (int)sizeof(T) + CHUNK * 8;
   char* at = shared + warp_of() * bytes;

@@ -105,10 +105,11 @@ template <typename T> KL_FN bool above_range(T z) { return !(z < Real<T>::far); 
 template <typename T> KL_FN bool below_range(T z) { return z <= T(-64); }
 
 // Where only one sweep is made, about any M (EXACT is false): whether the sums are too much larger than the divergence that they
-// are to give, log1p(y) - x/s with y = (x + g)/s. Beyond a factor of eight M should be nearer to the mean.
+// are to give, log1p(y) - x/s with y = (x + g)/s. Beyond a factor of four M should be nearer to the mean.
 template <typename T> KL_FN bool cancels(T s, T x, T g) {
-  T inverse = T(1) / s, mean = x * inverse, gap = g * inverse, y = gap + mean;
-  return (T(8) * (T(1) + y)) * (gap - (y - log1p(y))) < gap + absolute(mean * y);
+  T inverse = T(1) / s, mean = x * inverse, gap = g * inverse, y = gap + mean, log_y = log1p(y);
+  T divergence = y < T(1) ? gap - (y - log_y) : log_y - mean;
+  return (T(4) * (T(1) + y)) * divergence < gap + absolute(mean * y);
 }
 
 // e^z - 1 - z, of z in range

@@ -248,13 +248,15 @@ template <typename T> KL_FN T expm1_minus_of(const Octave<T>& o) {
 }
 // e^t - 1 - t >= 0 for t <= far, without cancellation near 0; ordinary: |t| < far
 #if defined(KL_FAST16)
-KL_FN float expm1_minus_near(float t) { return (t * t) * horner(t, 0.5f, 1.f / 6, 1.f / 24, 1.f / 120, 1.f / 720); }   // |t| < 1/4
+KL_FN float expm1_minus_near(float t) {   // e^t - 1 - t for |t| <= 1/2, relative error 2^-20.1
+  return (t * t) * horner(t, 0x1.000000p-1f, 0x1.55534ap-3f, 0x1.555450p-5f, 0x1.131b00p-7f, 0x1.6e2054p-10f);
+}
 #endif
 template <bool ALL = true, typename T> KL_FN T expm1_minus(T t) {
 #if defined(KL_FAST16)
   if constexpr (sizeof(T) == sizeof(float)) {
     T apart = (hardware_exp2(t * Real<T>::log2e) - T(1)) - t, near = expm1_minus_near(t);
-    return absolute(t) < T(0.25) ? near : apart;
+    return absolute(t) < T(0.5) ? near : apart;
   }
 #endif
   T g = expm1_minus_of(octave(t));
@@ -266,7 +268,7 @@ template <typename T> KL_FN T expm1_ordinary(T t) {
 #if defined(KL_FAST16)
   if constexpr (sizeof(T) == sizeof(float)) {
     T apart = hardware_exp2(t * Real<T>::log2e) - T(1), near = t + expm1_minus_near(t);
-    return absolute(t) < T(0.25) ? near : apart;
+    return absolute(t) < T(0.5) ? near : apart;
   }
 #endif
   return expm1_minus_of(octave(t)) + t;

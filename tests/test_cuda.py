@@ -68,6 +68,13 @@ def launches(monkeypatch, what=lambda launch: launch.name):
     return found
 
 
+def hold(monkeypatch, share):
+    """Have rows that are swept several times held by blocks if those have such a share of a multiprocessor's warps."""
+    monkeypatch.setattr(backend(), "_BUSY_ENOUGH", (0, share, share))
+    monkeypatch.setattr(backend(), "_FEW_CHUNKS", 0)
+    monkeypatch.setattr(backend(), "_kept", {})
+
+
 # ---- comparisons -----------------------------------------------------------------------------------------------------
 
 
@@ -364,6 +371,8 @@ def test_bits_of_the_cpu(gpu, compared, monkeypatch, case):
     at = CASES.index(case) * 7
     with settings(gpu, architecture=case["architecture"]):
         used = launches(monkeypatch)
+        if case["path"] == "rows":
+            hold(monkeypatch, 0.1)  # though for some kinds it is faster to read them again
         if case["path"] == "summed":  # beside the value, by a kernel that depends on n
             lengths = [[n for n in lengths if n <= 128], [257], [1025]][at % 3]
         for k, n in enumerate(lengths):
@@ -434,31 +443,26 @@ def test_a_log_probability_that_overflows_float32(gpu, compared, operation, spac
 
 
 @pytest.mark.parametrize(
-    ("operation", "space", "gradient", "dtype", "blocks", "n"),
+    ("operation", "space", "gradient", "dtype", "n"),
     [
-        ("kl_div", "logits", "y", "float32", 2, 9001),
-        ("kl_div", "logits", "y", "float32", 4, 20_000),
-        ("kl_div", "logits", "y", "float32", 8, 50_257),
-        ("kl_div", "logits", "y", "float32", 16, 128_256),
-        ("rel_entr", "logits", PAIR, "float64", 4, 30_000),
-        ("kl_div", ("probs", "logits"), "y", "float32", 2, 33_333),
-        ("cross_entropy", "logits", PAIR, "float32", 8, 50_257),
-        ("entropy", "logits", "x", "float32", 4, 50_257),
-        ("kl_div", "logits", "y", "bfloat16", 2, 30_001),
-        ("kl_div", "logits", PAIR, "float16", 4, 50_257),
-        ("kl_div", "logits", "y", "bfloat16", 8, 128_256),
-        ("kl_div", "logits", "y", "bfloat16", 16, 151_936),
+        ("kl_div", "logits", "y", "float32", 1025),
+        ("kl_div", "logits", PAIR, "float32", 5000),
+        ("kl_div", "logits", "y", "float32", 12_001),
+        ("kl_div", "logits", "y", "float32", 50_257),
+        ("rel_entr", "logits", PAIR, "float64", 4100),
+        ("kl_div", ("probs", "logits"), "y", "float32", 3333),
+        ("cross_entropy", "logits", PAIR, "float32", 9001),
+        ("entropy", "logits", "x", "float32", 7000),
+        ("kl_div", "logits", "y", "bfloat16", 3001),
+        ("kl_div", "logits", PAIR, "float16", 5025),
+        ("kl_div", "logits", "y", "bfloat16", 12_288),
+        ("kl_div", "logits", "y", "bfloat16", 128_256),
     ],
 )
-def test_rows_in_clusters(gpu, compared, monkeypatch, operation, space, gradient, dtype, blocks, n):
-    """A row that is needed twice is held by the blocks of a cluster; on hardware too, with as many rows as it takes."""
-    with settings(gpu, multiprocessors=132 if blocks == 16 else 4):  # small devices have no clusters of 16
-        assert_clusters(gpu, compared, monkeypatch, operation, space, gradient, dtype, blocks, n)
-
-
-def assert_clusters(gpu, compared, monkeypatch, operation, space, gradient, dtype, blocks, n):
-    chosen = launches(monkeypatch, lambda launch: (launch.name, launch.cluster))
-    rows = max(5, -(-backend()._properties(0).multiprocessors // blocks) + 1)
+def test_rows_that_are_held_or_read_again(gpu, compared, monkeypatch, operation, space, gradient, dtype, n):
+    """Two blocks treat the rows in turns, of which each warp gets several: what is known of one must not stay for the
+    next."""
+    rows = 13 if n < 50_000 else 5
     x, y = logits(rows, n, "float64" if dtype == "float64" else "float32")
     x[1, ::3] = -np.inf
     y[2, 7] = -np.inf
@@ -466,24 +470,71 @@ def assert_clusters(gpu, compared, monkeypatch, operation, space, gradient, dtyp
     x[4] *= 100
     spaces = (space, space) if isinstance(space, str) else space
     arrays = [into(a, s) for a, s in zip((x, y), spaces, strict=True)][: 1 if operation == "entropy" else 2]
-    # Two clusters take the rows in turns: what they send for a row must not reach a block that reads those of the last.
+    arrays = [a.astype(DTYPES[dtype]) for a in arrays]
+    keywords = {"space": space, "return_grad": gradient}
+    monkeypatch.setattr(backend(), "_MOST_BLOCKS", 2 / backend()._properties(0).multiprocessors)
+    used, results = launches(monkeypatch), []
+    for share, kernels in ((0, {"kl_rows"}), (1000, {"kl_units", "kl_fold"})):
+        if not share and sum(a[0].nbytes for a in arrays) > backend()._properties(0).shared // 2:
+            continue  # no block can hold them, or not on every device
+        hold(monkeypatch, share)
+        used.clear()
+        for seed in (0, 3) if gpu.emulated else (0,):  # an odd one holds a warp back
+            with settings(gpu, seed=seed):
+                if dtype in ("float64", "float32"):
+                    both(gpu, compared, operation, arrays, **keywords)
+                else:
+                    results.append(near_the_cpu(gpu, arrays, **keywords))
+        assert set(used) == kernels
+    for found in results[1:]:
+        assert all((bits(f) == bits(e)).all() for f, e in zip(found, results[0], strict=True))
+        compared["arrays of 16 bits that the CUDA kernels treat alike anywhere"] += len(found)
+
+
+@pytest.mark.parametrize(("operation", "space", "gradient", "dtype"), [
+    ("kl_div", "logits", PAIR, "float32"), ("kl_div", ("probs", "logits"), "y", "float64"),
+    ("entropy", "logits", "x", "float32"), ("kl_div", "probs", None, "float32"),
+])  # fmt: skip
+def test_rows_side_by_side_that_are_read_again(gpu, compared, monkeypatch, operation, space, gradient, dtype):
+    """Their classes lie apart. A block's warps go from chunk to chunk together, also where only some have a row."""
     monkeypatch.setattr(backend(), "_MOST_BLOCKS", 2 / backend()._properties(0).multiprocessors)
     monkeypatch.setattr(backend(), "_kept", {})
-    if dtype in ("float64", "float32"):
-        for seed in (0, 3) if gpu.emulated else (0,):  # an odd one holds a block back
-            with settings(gpu, seed=seed):
-                both(gpu, compared, operation, arrays, space=space, return_grad=gradient)
-        assert set(chosen) == {("kl_rows", blocks)}
-        return
-    arrays = [a.astype(DTYPES[dtype]) for a in arrays]
-    with settings(gpu, seed=3):
-        found = near_the_cpu(gpu, arrays, space=space, return_grad=gradient)
-    assert set(chosen) == {("kl_rows", blocks)}
-    for r in range(5):  # the bits that a row has alone, in no cluster or in another one
-        alone = call("kl_div", [gpu.put(a[r : r + 1]) for a in arrays], space=space, return_grad=gradient)
-        for f, e in zip(alone, found, strict=True):
-            assert (bits(gpu.get(f)) == bits(e[r : r + 1])).all(), r
-    compared["arrays of 16 bits that the CUDA kernels treat alike anywhere"] += 6 * len(found)
+    used = launches(monkeypatch)
+    spaces = (space, space) if isinstance(space, str) else space
+    arrays = [into(a, s).T.copy() for a, s in zip(logits(21, 2500, dtype), spaces, strict=True)]
+    for seed in (0, 3) if gpu.emulated else (0,):
+        with settings(gpu, seed=seed):
+            arguments = arrays[: 1 if operation == "entropy" else 2]
+            both(gpu, compared, operation, arguments, space=space, axis=0, return_grad=gradient)
+    assert set(used) == {"kl_units", "kl_fold"}
+
+
+LOGITS_OF_16_BITS = {  # y for x, random numbers and the place of x's largest
+    "apart": lambda x, r, top: 3 * r,
+    "near": lambda x, r, top: x + 0.03 * r,
+    "sharper": lambda x, r, top: 2.5 * x,
+    "moved": lambda x, r, top: x + 300,
+    "the top is lower": lambda x, r, top: x - 30 * top,
+    "the top is much lower": lambda x, r, top: x - 300 * top,
+    "the top is higher": lambda x, r, top: x + 5 * top,
+    "masked": lambda x, r, top: np.where(r > 0.5, -np.inf, x + r),
+}
+
+
+@pytest.mark.parametrize("kind", LOGITS_OF_16_BITS)
+@pytest.mark.parametrize("spread", [0.05, 2, 20])
+def test_logits_of_16_bits(gpu, kind, spread):
+    """Wherever the mean of log q - log p lies: sums are about a probable class first, and again where they cancel."""
+    rng = np.random.default_rng(int(10 * spread))
+    for n in (3, 100, 1500):
+        x, r = (rng.standard_normal((8, n)) for _ in range(2))
+        x *= spread
+        y = LOGITS_OF_16_BITS[kind](x, r, x == x.max(-1, keepdims=True))
+        if kind == "masked":
+            x = np.where(r > 0.5, -np.inf, x)
+        for dtype, gradient in itertools.product(("float16", "bfloat16"), "xy"):
+            arrays = [a.astype(DTYPES[dtype]) for a in (x, y)]
+            near_the_cpu(gpu, arrays, space="logits", return_grad=gradient)
 
 
 def near_the_cpu(gpu, arrays, **keywords):
@@ -503,8 +554,12 @@ def near_the_cpu(gpu, arrays, **keywords):
 @pytest.mark.parametrize("n", [32 * 1024 + 1, 70_000, 131_000])
 def test_warps_that_fold_together(gpu, compared, monkeypatch, warps, n):
     """Two, three and four of them have states to add up, if there are so many; in float64, which shows the order."""
+
+    def chosen(call, batch, chunks, sweeps, slot, beside):
+        return warps, 1, warps * (slot + beside) + call.row_bytes(chunks)
+
     monkeypatch.setattr(backend(), "_kept", {})
-    monkeypatch.setattr(backend(), "_residence", lambda *_: (1, 1, warps))
+    monkeypatch.setattr(backend(), "_a_block_a_row", chosen)
     used = launches(monkeypatch, lambda launch: (launch.name, launch.block))
     x, y = logits(backend()._properties(0).multiprocessors, n, "float64")
     y[1, n - 1] += 200
@@ -514,30 +569,32 @@ def test_warps_that_fold_together(gpu, compared, monkeypatch, warps, n):
     assert used == [("kl_rows", (32 * warps,))]
 
 
-def test_most_warps_rather_than_few_blocks(gpu, monkeypatch):
-    """Four warps a multiprocessor would wait for memory most of the time: this is the vocabulary of Qwen."""
-    cuda, kept = backend(), {}
-    h100 = cuda._Device(90, 132, 227 << 10, 228 << 10)
-    for code in (1, 3):
-        call = cuda._Call(0, 0, (2, 2), (code, code), False, 2, True, False, 151_936)
-        slot = 1024 * call.bytes_a_class()
-        cluster, slots, warps = cuda._residence(call, h100, 4096, 149, 2, slot, 4096 + 96)
-        block = warps * (slots * slot + 4096 + 96) + 8 * (9 * 149 + 12)
-        kept[code] = cluster, warps, warps * (h100.shared_all // (block + 1024))
-    assert kept == {1: (16, 5, 10), 3: (16, 5, 15)}
+def test_which_rows_are_held(gpu, monkeypatch):
+    """Those that leave others enough of a multiprocessor, if they are so many that each gets a block."""
+    cuda = backend()
+    h200 = cuda._Device(90, 132, 227 << 10, 228 << 10)
+    monkeypatch.setattr(cuda, "_properties", lambda device: h200)
 
+    def is_held(dtype, chunks, outputs=2, rows=8192):
+        code = cuda.rows.FLOATS.index(dtype)
+        call = cuda._Call(0, 0, (2, 2), (code, code), dtype == "float64", outputs, True, False, 1024 * chunks)
+        slot, beside = 1024 * call.bytes_a_class(), 1024 * call.extra_bytes() + 8 * cuda.KNOWN
+        found = cuda._a_block_a_row(call, rows, chunks, call.sweeps, slot, beside)
+        if found:
+            warps, slots, shared = found
+            blocks = min(h200.shared_all // (shared + 1024), call.most_warps() // warps)
+            assert warps * (slots * slot + beside) < shared <= h200.shared
+            assert blocks * warps >= call.most_warps() * (0.75 if outputs else 0.5)
+            assert not outputs or warps * (slots - 1) < chunks <= warps * slots
+        return found is not None
 
-@pytest.mark.parametrize(
-    ("arch", "multiprocessors", "most"),
-    [(80, 108, 1), (90, 132, 16), (90, 78, 8), (90, 16, 8), (100, 148, 16), (120, 170, 8)],
-    ids=["A100", "H100", "H20", "a seventh of an H100", "B200", "RTX 5090"],
-)
-def test_clusters_that_a_device_has(gpu, arch, multiprocessors, most):
-    """More than 8 blocks must be near each other: not where a device is a part of one, or another design."""
-    device = backend()._Device(arch, multiprocessors, 227 << 10, 228 << 10)
-    call = backend()._Call(0, 0, (2, 2), (1, 1), False, 2, True, False, 131_072)
-    chosen = [backend()._residence(call, device, 4096, n // 1024, 2, 8192, 4192)[0] for n in range(2048, 1 << 18, 1024)]
-    assert max(chosen) == most
+    for chunks in range(2, 1025):
+        dtype = ("float32", "bfloat16", "float64")[chunks % 3]
+        if chunks <= 300:  # swept once; few chunks are folded elsewhere, and the states of many take room
+            assert is_held(dtype, chunks, outputs=0) == (chunks >= 8), chunks
+        assert not is_held(dtype, chunks, rows=132)
+        assert is_held("float32", chunks) == (chunks <= 4), chunks
+        assert not is_held("bfloat16", chunks)
 
 
 @pytest.mark.parametrize("n", [9000, 50_257])
@@ -554,7 +611,7 @@ def test_rows_that_nothing_can_hold(emulated, compared, monkeypatch, space, n):
             space=space,
             return_grad="y",
         )
-        assert used == ["kl_rows"]
+        assert set(used) == {"kl_units", "kl_fold"}
 
 
 def shifted(gpu, a, by, apart=0):
@@ -764,7 +821,8 @@ def test_launches(gpu, launched):
     assert after((5, 6), axis=0) == "narrow"
     assert after((500, 6), axis=0) == "units"
     assert after((many, 5000)) == "rows"
-    assert after((many, 5000), space="logits", return_grad="y") == "rows"
+    assert after((4 * many, 5000), space="logits", return_grad="y") == "rows"
+    assert after((many, 5000), space="logits", return_grad="y") == "units fold units"
     assert after((2, 5000)) == "units fold"
     assert after((2, 5000), space="logits") == "units fold"
     assert after((2, 5000), space="logits", return_grad="y") == "units fold units"

@@ -23,7 +23,7 @@ KL_DEVICE void spread_outputs(const Wide& at) {
   }
 }
 extern "C" __global__ void __launch_bounds__(256, 2) kl_rows(const Plan p) {
-  for (int c = mine, j = 0; c < chunks; c += step, j++) {
+  for (int c = warp_of(), j = 0; c < chunks; c += W, j++) {
     spread_outputs(at);
   }
 }

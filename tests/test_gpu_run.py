@@ -106,11 +106,11 @@ def test_every_stage_runs(script, emulated):
         assert ours["percent of copy"] > 0
 
 
-def test_clusters_are_launched(emulated):
+def test_what_stages_launch(emulated):
     lines, _, _ = emulated
     for stage in ("first-light", "bits", "sanitizer memcheck"):
         launched = [line["launched"] for line in lines if line["stage"] == stage and "launched" in line]
-        assert any("kl_rows x2" in found for found in launched), stage
+        assert {"kl_narrow", "kl_units", "kl_fold", "kl_rows"} <= set().union(*launched), stage
 
 
 def test_a_second_call_does_what_is_left(script, start, emulated, tmp_path):
@@ -252,15 +252,22 @@ def h100(script):
         yield script("gpu_carry").Planned(cupy)
 
 
-@pytest.mark.parametrize("cluster", [2, 4, 8, 16])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-def test_every_cluster_has_a_shape(script, h100, dtype, cluster):
-    rows, n = script("gpu_device").shape_in_clusters(h100, cluster, dtype, "logits", "y")
-    assert rows * cluster > 132
-    x = h100.fill(rows, n, dtype, "logits", 0, 0)
-    with script("gpu_device").launched(start=False) as found:
-        importlib.import_module("klcore").kl_div(x, x.copy(), space="logits", return_grad="y")
-    assert ("kl_rows", cluster) in found
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_long_rows_are_held_or_read_again(script, h100, dtype):
+    """Both ways of sweeping them twice are taken, by the cases that are meant to."""
+    gpu_bits = script("gpu_bits")
+    light = gpu_bits.light_cases(h100)
+    held = gpu_bits.held_rows(h100), gpu_bits.HELD
+    for shape, kernels in (
+        (light[f"{dtype}, held"][0], {"kl_rows"}),
+        (light[f"{dtype}, read again"][0], {"kl_units", "kl_fold"}),
+        (held, {"kl_rows"}),
+    ):
+        x = h100.fill(*shape, dtype, "logits", 0, 0)
+        with script("gpu_device").launched() as found:
+            gpu_bits.light_call(h100, (x, x.copy()), "logits")
+        assert set(found) == kernels, shape
+    assert f"{held}, gradient y" in gpu_bits.cases(h100, f"kl_div logits logits {dtype}")
 
 
 def test_what_is_carried(script):
@@ -268,8 +275,8 @@ def test_what_is_carried(script):
     assert len(options) > 1000
     codes = {"float32": 1, "bfloat16": 3}
     for code in codes.values():
-        for cluster in (2, 4, 8, 16):
-            wanted = {f"-DKL_X={code}", f"-DKL_CLUSTER={cluster}", "-DKL_SPACE_X=2", "-DKL_SPACE_Y=2", "-DKL_OUTPUTS=2"}
+        for kernel in ("UNITS", "NARROW", "ROWS", "FOLD"):
+            wanted = {f"-DKL_X={code}", f"-DKL_{kernel}", "-DKL_SPACE_X=2", "-DKL_SPACE_Y=2", "-DKL_OUTPUTS=2"}
             assert any(wanted <= found for found in options), wanted
     for macro in ("UNITS", "NARROW", "ROWS", "FOLD", "SUM", "SUMMED"):
         assert any(f"-DKL_{macro}" in found for found in options), macro
@@ -360,7 +367,7 @@ NCU = """==PROF== Connected to process 508 (/usr/bin/python3.12)
     DRAM Throughput                   %        77.38
     Duration                         us       861.22
     Compute (SM) Throughput           %        61.39
-    Cluster Size                                                   4
+    Registers Per Thread   register/thread                       124
   kl_narrow (4224, 1, 1)x(128, 1, 1), Context 1, Stream 7, Device 0, CC 9.0
     Duration                         ms         1.91
 """
@@ -370,10 +377,10 @@ def test_what_a_profiler_says(script):
     gpu_report = script("gpu_report")
     rows, narrow = gpu_report.profile_of(NCU)
     call = {"call": "(8192, 32768) float32 probs value+dy", "kernel": "kl_rows"}
-    assert rows == call | {"DRAM %": 77.38, "ms": pytest.approx(0.86122), "SM %": 61.39, "cluster": 4}
+    assert rows == call | {"DRAM %": 77.38, "ms": pytest.approx(0.86122), "SM %": 61.39, "registers": 124}
     assert narrow == {"call": "(9, 3) float32 logits value", "kernel": "kl_narrow", "ms": 1.91}
     made = gpu_report.profile_table([rows, narrow])
-    assert "| (8192, 32768) float32 probs value+dy: kl_rows | 0.861 | 77.4 | 61.4 |  |  | 4 |" in made
+    assert "| (8192, 32768) float32 probs value+dy: kl_rows | 0.861 | 77.4 | 61.4 |  | 124 |" in made
 
 
 # ---- the page --------------------------------------------------------------------------------------------------------

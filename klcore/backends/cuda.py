@@ -23,16 +23,24 @@ from klcore.backends import BackendUnavailableError, nvrtc, rows
 _SIZES = (8, 4, 2, 2)
 CHUNK, NARROW = 1024, 128  # kl_tree.h; rows of up to NARROW classes share a warp
 MAX_STATS, LOGITS_STATES, CROSS_STATES, NORM_STATES, SUM_STATES = 12, 9, 7, 3, 3
+KNOWN = 2 * MAX_STATS  # doubles for each warp, in shared memory
 MAX_DIMS = 32
 _RESERVED = 1024  # bytes of shared memory that CUDA takes for itself in every block
-_MOST_BLOCKS = 32  # (or clusters) a multiprocessor; those share what there is to do
+_WARPS = 4  # in a block at most: a block whose warps wait for each other is better small
+_BUSY_ENOUGH = (
+    0.5,
+    0.75,
+    2.0,
+)  # of its warps, for a block a row: of one sweep; of several; of several, of 16 bits: never
+_FEW_CHUNKS = 8
+_MOST_BLOCKS = 32  # a multiprocessor in one launch; those share what there is to do
 
 # kl::Plan, in words of eight bytes
 _FIELDS = (
     ("shape", MAX_DIMS), *((name, 1) for name in (
         "ndim", "rows", "n", "chunks", "output", "first", "last", "columns", "dense", "slots", "count", "groups",
-        "inner", "any_weights", "inverse_temperature", "gradient_scale", "scale", "epsilon", "denominator", "cotangent",
-        "states", "stats", "sums",
+        "rows_on", "chunks_on", "inner", "any_weights", "inverse_temperature", "gradient_scale", "scale", "epsilon",
+        "denominator", "cotangent", "states", "stats", "sums",
     )),
     *((name, MAX_DIMS + 3) for name in ("x", "y", "weights", "factors", "value", "dx", "dy")),
 )  # fmt: skip
@@ -106,13 +114,9 @@ class _Device(NamedTuple):
     shared: int  # bytes of shared memory that a block may have
     shared_all: int  # and that a multiprocessor has
 
-    @property
-    def clusters(self) -> tuple[int, ...]:
-        """Blocks a cluster can have. All devices of 9.0 and later take 8; 16 need as many multiprocessors that are near
-        each other, which whole data centre GPUs have, and parts of them (MIG, H20) or others may not."""
-        if self.arch < 90:
-            return (1,)
-        return (1, 2, 4, 8, 16) if self.arch < 110 and self.multiprocessors >= 100 else (1, 2, 4, 8)
+    def blocks(self, nbytes: int, warps: int, most: int) -> int:
+        """How many blocks share a multiprocessor, by the shared memory of each and the registers of `most` warps."""
+        return min(self.shared_all // (nbytes + _RESERVED), most // warps) if nbytes <= self.shared else 0
 
 
 @cache
@@ -215,7 +219,6 @@ class Build(NamedTuple):
     options: tuple[str, ...]
     kernels: tuple[str, ...]
     hot: tuple[str, ...]  # those that should wait for memory, not for arithmetic
-    oldest: int = 0  # architecture that it can be compiled for
 
 
 _ENTRIES = {
@@ -239,15 +242,13 @@ def _is_fast(operation: int, spaces: tuple[int, int], dtypes: tuple[int, int], w
 
 def options(
     operation: int, spaces: tuple[int, int], dtypes: tuple[int, int], wide: bool, outputs: int,
-    entries: tuple[str, ...], cluster: int = 1, unit: bool = True, factors: bool = False,
+    entries: tuple[str, ...], unit: bool = True, factors: bool = False,
 ) -> tuple[str, ...]:  # fmt: skip
     """The macros that kl_cuda.cu is compiled with for these kernels; `unit` if the temperature is 1."""
     values = {
         "OPERATION": operation, "SPACE_X": spaces[0], "SPACE_Y": spaces[1], "X": dtypes[0], "Y": dtypes[1],
         "WIDE": int(wide), "OUTPUTS": outputs,
     }  # fmt: skip
-    if cluster > 1:
-        values["CLUSTER"] = cluster
     if not unit:
         values["TEMPERATURE"] = 1
     if factors:
@@ -284,8 +285,6 @@ def every_build() -> Iterator[Build]:
                     yield Build(f"{label} {gradient}", build(_OUTPUTS[gradient[1]], sweeping), sweeping, hot)
                 if code < 2 or not wide:
                     yield Build(f"{label} summed", build(1, folding), folding, ())
-                if sx == sy == 2 and operation == rows.KL_DIV:
-                    yield Build(f"{label} dy cluster", build(2, ("kl_rows",), 8), ("kl_rows",), hot[2:], 90)
     for term, (operation, pairs) in rows.LOSSES.items():
         for sx, sy in pairs:
             for code, dtype in enumerate(rows.FLOATS):
@@ -307,7 +306,7 @@ _STAGING = ("kl_units", "kl_narrow", "kl_rows", "kl_summed")  # kernels that kee
 
 
 @cache
-def _kernel(device: int, options: tuple[str, ...], name: str, cluster: int = 1) -> Any:
+def _kernel(device: int, options: tuple[str, ...], name: str) -> Any:
     """A kernel, compiled if need be, loaded on the current device, and told what it may use there: CuPy's Function,
     which has less to do for a launch than a RawKernel."""
     properties = _properties(device)
@@ -315,11 +314,7 @@ def _kernel(device: int, options: tuple[str, ...], name: str, cluster: int = 1) 
     if name in _STAGING:
         kernel.max_dynamic_shared_size_bytes = properties.shared
         kernel.preferred_shared_memory_carveout = 100  # percent: how many blocks fit was reckoned with all of it
-    function = kernel.kernel
-    if cluster > 8:  # more blocks than every device must support: a function attribute says that it is meant
-        driver = importlib.import_module("cupy_backends.cuda.api.driver")
-        driver.funcSetAttribute(function.ptr, 14, 1)
-    return function
+    return kernel.kernel
 
 
 # ---- plans -----------------------------------------------------------------------------------------------------------
@@ -445,7 +440,6 @@ def _plan(layout: _Layout, n: int, **fields: Any) -> _Plan:
 
 class _Launch(NamedTuple):
     name: str
-    cluster: int
     function: Any
     grid: tuple[int]
     block: tuple[int]
@@ -468,12 +462,11 @@ class _Call(NamedTuple):
     factors: bool
     n: int
 
-    def kernel(self, name: str, cluster: int = 1) -> Any:
-        outputs = 0 if name == "kl_fold" else self.outputs  # what is folded does not depend on it
-        macros = options(
-            self.operation, self.spaces, self.dtypes, self.wide, outputs, (name,), cluster, self.unit, self.factors
-        )
-        return _kernel(self.device, macros, name, cluster)
+    def kernel(self, name: str) -> Any:
+        folds = name == "kl_fold" and not self.of_logits  # what is folded does not depend on the outputs
+        outputs = 0 if folds else self.outputs
+        macros = options(self.operation, self.spaces, self.dtypes, self.wide, outputs, (name,), self.unit, self.factors)
+        return _kernel(self.device, macros, name)
 
     def states(self, sweep: int) -> int:
         """Doubles that a chunk leaves behind."""
@@ -513,64 +506,76 @@ class _Call(NamedTuple):
     def number(self) -> int:
         return 8 if self.wide else 4
 
+    @property
+    def fast(self) -> bool:
+        return _is_fast(self.operation, self.spaces, self.dtypes, self.wide)
+
     def extra_bytes(self) -> int:
         """A class beside its inputs: two rows of logits keep weights, terms are written from there."""
-        weights = self.of_logits and not _is_fast(self.operation, self.spaces, self.dtypes, self.wide)
-        return self.number() if weights or self.outputs & _TERMS else 0
+        return self.number() if (self.of_logits and not self.fast) or self.outputs & _TERMS else 0
+
+    def most_warps(self) -> int:
+        """On a multiprocessor, with the registers that they want: four times BLOCKS in kl_cuda.cu."""
+        if self.wide or _beside(self.operation, self.spaces):
+            return 8
+        if self.of_logits and _properties(self.device).arch >= 120:
+            return 8
+        if self.fast and 2 not in self.spaces and not self.outputs & _TERMS:
+            return 32 if not self.outputs else 24 if self.spaces == (0, 0) else 16
+        if self.fast and self.of_logits and not self.outputs:
+            return 20
+        return 16 if self.of_logits or self.of_cross or self.outputs & ~_TERMS else 24
+
+    def warps(self, bytes_a_warp: int) -> int:
+        """In a block: so that a multiprocessor has the most of them."""
+        blocks, most = _properties(self.device).blocks, self.most_warps()
+        return max(range(1, _WARPS + 1), key=lambda w: (w * blocks(w * bytes_a_warp, w, most), w))
 
 
-def _warps(properties: _Device, bytes_a_warp: int, fixed: int = 0) -> int:
-    """Warps in a block: if possible so that three blocks share a multiprocessor, and one computes while others load."""
-    for blocks in (3, 2, 1):
-        for warps in (8, 4, 2, 1):
-            bytes_a_block = warps * bytes_a_warp + fixed
-            if blocks * (bytes_a_block + _RESERVED) <= properties.shared_all and bytes_a_block <= properties.shared:
-                return warps
-    return 1
-
-
-def _launch(call: _Call, name: str, plan: _Plan, items: int, warps: int, shared: int, cluster: int = 1) -> _Planned:
-    """One launch; `items` blocks' (clusters') worth of work."""
+def _launch(call: _Call, name: str, plan: _Plan, items: int, warps: int, shared: int) -> _Planned:
+    """One launch; `items` blocks' worth of work."""
     most = int(_MOST_BLOCKS * _properties(call.device).multiprocessors)
-    grid = cluster * max(1, min(items, most))
-    return _Launch(name, cluster, call.kernel(name, cluster), (grid,), (32 * warps,), shared), plan
+    return _Launch(name, call.kernel(name), (max(1, min(items, most)),), (32 * warps,), shared), plan
 
 
 def _sweep(call: _Call, plan: _Plan, layout: _Layout, last: int, scratch: _Scratch) -> list[_Planned]:
     """The launches that run sweeps 0 to last - 1 over all rows."""
-    properties = _properties(call.device)
     n, chunks = call.n, -(-call.n // CHUNK)
     batch = math.prod(layout.shape)
     extra = call.extra_bytes()
 
     if n <= NARROW:
-        at_once = min(CHUNK // n, 64)
-        bytes_a_warp = (CHUNK + NARROW) * (call.bytes_a_class() + extra) + at_once * MAX_STATS * 8
-        warps = _warps(properties, bytes_a_warp)
+        at_once = _rows_at_once(call, n)
+        bytes_a_warp = _narrow_bytes(call, n, at_once)
+        warps = call.warps(bytes_a_warp)
         plan = plan.with_fields(first=0, last=last, count=at_once, dense=layout.dense, columns=layout.columns)
         return [_launch(call, "kl_narrow", plan, -(-batch // (at_once * warps)), warps, warps * bytes_a_warp)]
 
     slot = CHUNK * call.bytes_a_class()
-    bytes_a_warp = slot + CHUNK * extra + 8 * MAX_STATS
-    warps = _warps(properties, bytes_a_warp)
+    beside = CHUNK * extra + 8 * KNOWN
+    bytes_a_warp = slot + beside
+    warps = call.warps(bytes_a_warp)
 
     def units(first: int, last: int) -> _Planned:
         p = plan.with_fields(first=first, last=last, slots=1, columns=layout.columns)
         tiles = -(-batch // warps) * chunks if layout.columns else -(-batch * chunks // warps)
-        return _launch(call, "kl_units", p, tiles, warps, warps * bytes_a_warp)
+        writes = chunks == 1 or first > 0 or call.sweeps == 1  # else the sweep leaves nothing but states
+        kind = call if writes else call._replace(outputs=0)
+        launch, p = _launch(kind, "kl_units", p, tiles, warps, warps * bytes_a_warp)
+        rows_on, chunks_on = divmod(launch.grid[0] * (1 if layout.columns else warps), chunks)
+        return launch, p.with_fields(rows_on=rows_on * (warps if layout.columns else 1), chunks_on=chunks_on)
 
     if chunks == 1:
         return [units(0, last)]
 
     if not layout.columns and chunks <= CHUNK:
-        extra_bytes = CHUNK * extra + 8 * MAX_STATS
-        cluster, slots, warps_a_row = _residence(call, properties, batch, chunks, last, slot, extra_bytes)
-        shared = warps_a_row * (slots * slot + extra_bytes) + call.row_bytes(chunks)
-        if batch * cluster >= properties.multiprocessors and shared <= properties.shared:
+        a_row = _a_block_a_row(call, batch, chunks, last, slot, beside)
+        if a_row:
+            warps_a_row, slots, shared = a_row
             p = plan.with_fields(first=0, last=last, slots=slots)
-            return [_launch(call, "kl_rows", p, batch, warps_a_row, shared, cluster)]
+            return [_launch(call, "kl_rows", p, batch, warps_a_row, shared)]
 
-    # few rows of many classes, or classes apart: the chunks over the whole device, one sweep a launch
+    # the chunks over the whole device, one sweep a launch
     if _AT["stats"] not in plan.places:
         plan = plan.with_fields(stats=scratch.doubles(batch * MAX_STATS))
     launches = []
@@ -591,34 +596,47 @@ def _sweep(call: _Call, plan: _Plan, layout: _Layout, last: int, scratch: _Scrat
     return launches
 
 
-def _residence(
-    call: _Call, properties: _Device, batch: int, chunks: int, sweeps: int, slot: int, extra: int
-) -> tuple[int, int, int]:
-    """Blocks a row, chunks a warp holds, warps a block: so that a row that is needed twice is read once, if it fits.
+def _narrow_bytes(call: _Call, n: int, count: int) -> int:
+    """Of a warp that treats so many rows of n classes at a time."""
+    classes = -(-(count * n + NARROW) // 8) * 8
+    return classes * (call.bytes_a_class() + call.extra_bytes()) + count * MAX_STATS * 8
 
-    Of the ways to hold a row, the one with the most warps at work on a multiprocessor: it is they who hide how long
-    memory takes. Then the smallest cluster, which waits the least for others.
+
+def _rows_at_once(call: _Call, n: int) -> int:
+    """As many as fit in a chunk and leave room for all warps that have registers: multiples of those side by side."""
+    properties, most = _properties(call.device), call.most_warps()
+    side_by_side = 32
+    while side_by_side > 1 and 32 // side_by_side * 4 < n:
+        side_by_side //= 2
+    count = max(min(CHUNK // n, 64) // side_by_side, 1) * side_by_side
+    room = properties.shared_all // most - _RESERVED // _WARPS
+    while count > side_by_side and _narrow_bytes(call, n, count) > room:
+        count -= side_by_side
+    return count
+
+
+def _a_block_a_row(
+    call: _Call, batch: int, chunks: int, sweeps: int, slot: int, beside: int
+) -> tuple[int, int, int] | None:
+    """Warps, chunks that each of them holds, and bytes of shared memory of a block that treats a row in one launch.
+
+    None where a launch for each sweep over all chunks is faster: a row that is swept several times must leave enough
+    shared memory to others; one with few chunks costs more to fold than to sweep; and rows may be few. Decision 16.
     """
-    fixed = call.row_bytes(chunks)
-    if sweeps == 1:
-        return 1, 1, _warps(properties, slot + extra, fixed)
-    # warps on a multiprocessor that have the registers they want: BLOCKS in kl_cuda.cu
-    few = call.wide or _beside(call.operation, call.spaces) or (call.of_logits and properties.arch >= 120)
-    most = 8 if few else 16
+    properties, most, fixed = _properties(call.device), call.most_warps(), call.row_bytes(chunks)
+    enough = most * _BUSY_ENOUGH[0 if sweeps == 1 else 1 + call.fast]
+    if sweeps == 1 and 2 in call.spaces and chunks < _FEW_CHUNKS:
+        return None
     found = []
-    for cluster in properties.clusters:
-        for warps in range(8, 0, -1):
-            slots = -(-chunks // (cluster * warps))
-            block = warps * (slots * slot + extra) + fixed
-            if block <= properties.shared:
-                blocks = min(properties.shared_all // (block + _RESERVED), most // warps)
-                blocks = min(blocks, -(-batch * cluster // properties.multiprocessors))  # there may be few rows
-                at_work = blocks * chunks / (cluster * slots)  # on average: some warps have a chunk less
-                found.append((-at_work, cluster, -warps, slots))
-    if not found:
-        return 1, 1, _warps(properties, slot + extra, fixed)
-    _, cluster, minus_warps, slots = min(found)
-    return cluster, slots, -minus_warps
+    for warps in range(1, _WARPS + 1):
+        share = -(-chunks // warps)
+        slots = 1 if sweeps == 1 else share
+        shared = warps * (slots * slot + beside) + fixed
+        blocks = min(properties.blocks(shared, warps, most), batch // properties.multiprocessors)
+        busy = blocks * chunks / share  # warps on a multiprocessor, on average: some have a chunk less
+        found.append((busy, warps, slots, shared))
+    busy, warps, slots, shared = max(found)
+    return (warps, slots, shared) if busy >= enough else None
 
 
 def _added_up(
@@ -634,7 +652,7 @@ def _added_up(
         if groups > 1:
             up = scratch.doubles(sums * groups)
             p = p.with_fields(sums=up, value=None)
-        launches.append((_Launch(name, 1, function, (max(1, min(-(-groups // 8), 1 << 16)),), (256,), 0), p))
+        launches.append((_Launch(name, function, (max(1, min(-(-groups // 8), 1 << 16)),), (256,), 0), p))
         if up is None:
             return launches
         plan = plan.with_fields(weights=None)  # from now on the sums of the level below
@@ -929,7 +947,7 @@ def _summed(
     )  # fmt: skip
     bytes_a_warp = CHUNK * (8 + call.bytes_a_class() + call.number())
     items = task.rows // inner * groups * -(-call.n // CHUNK)
-    warps = _warps(_properties(call.device), bytes_a_warp)
+    warps = call.warps(bytes_a_warp)
     launches.append(_launch(call, "kl_summed", plan, -(-items // warps), warps, warps * bytes_a_warp))
     elements = task.rows // inner * call.n
     launches.append(_launch(call, "kl_summed_fold", plan, -(-elements // 256), 8, 0))

@@ -513,12 +513,10 @@ def _load(path):
                 ctypes.c_void_p,
                 ctypes.c_uint,
                 ctypes.c_uint,
-                ctypes.c_uint,
                 ctypes.c_size_t,
                 ctypes.c_uint,
                 ctypes.c_int,
             )
-            library.emulator_cluster.argtypes = (ctypes.c_void_p,)
             library.emulator_pool.restype = ctypes.c_void_p
             library.emulator_pool.argtypes = (ctypes.c_void_p,)
             library.emulator_plan_size.restype = ctypes.c_size_t
@@ -573,7 +571,6 @@ class Function:
         self._library, self.name = library, name
         self.ptr = ctypes.cast(function, ctypes.c_void_p).value
         self.shared = 48 << 10
-        self._cluster = library.emulator_cluster(self.ptr)
 
     def __call__(self, grid, block, args, shared_mem=0):
         if any(n > 1 for n in (*grid[1:], *block[1:])):
@@ -582,11 +579,6 @@ class Function:
             raise EmulatorError(
                 f"CUDA_ERROR_INVALID_VALUE: {self.name}: launched with {shared_mem} bytes of shared memory; "
                 f"max_dynamic_shared_size_bytes is {self.shared}"
-            )
-        if self._cluster > 8 and self.ptr not in _large_clusters:
-            raise EmulatorError(
-                f"CUDA_ERROR_INVALID_CLUSTER_SIZE: {self.name}: clusters of {self._cluster} blocks, without the "
-                "attribute that allows more than 8"
             )
         (plan,) = args
         if not isinstance(plan, np.ndarray) or isinstance(plan, ndarray) or plan.size != 1:
@@ -601,23 +593,12 @@ class Function:
             plan.ctypes.data,
             max(1, grid[0]),  # as CuPy does
             max(1, block[0]),
-            0,
             shared_mem,
             settings.seed,
             settings.threads,
         )
         if error:
             raise EmulatorError(error.decode())
-
-
-_large_clusters = set()  # addresses of the kernels that may have them
-
-
-def _set_attribute(kernel, attribute, value):
-    """cuFuncSetAttribute, for CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED, which RawKernel does not know."""
-    if attribute != 14:
-        raise NotImplementedError(f"attribute {attribute}")
-    (_large_clusters.add if value else _large_clusters.discard)(kernel)
 
 
 # ---- CuPy ------------------------------------------------------------------------------------------------------------
@@ -643,7 +624,6 @@ _runtime = _module(
     deviceSynchronize=lambda: None,
     CUDARuntimeError=EmulatorError,
 )
-_driver = _module("cupy_backends.cuda.api.driver", funcSetAttribute=_set_attribute, CUDADriverError=EmulatorError)
 _cuda = _module(
     "cupy.cuda",
     Device=Device,
@@ -702,7 +682,7 @@ def install():
     if _replaced:
         return
     nvrtc = importlib.import_module("klcore.backends.nvrtc")
-    for module in (cupy, _cuda, _runtime, _driver):
+    for module in (cupy, _cuda, _runtime):
         _replaced.append(functools.partial(_restore, module.__name__, sys.modules.get(module.__name__)))
         sys.modules[module.__name__] = module
     for name, function in {"compile": compile, "build": _build, "version": lambda: (0, 0)}.items():

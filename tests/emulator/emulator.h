@@ -4,14 +4,14 @@
 //
 // Every CUDA thread is a fiber with a stack of its own. Fibers change places only where CUDA threads wait for each
 // other, so a run depends on nothing but the seed of its schedule: 0 runs everything in order, others permute blocks
-// and threads and let some warps run far ahead; odd ones hold one block of a cluster back. A correct kernel gives the same bits under every seed. What is
-// undefined on a GPU and would go unnoticed on a CPU is an error here that names kernel, block and thread: threads that
-// wait for others that never come, lanes outside of their mask, misaligned vectors, shared memory overrun, or read
-// after its block has ended. Shared memory starts as NaNs, and asynchronous copies land as late as they may, so that
-// missing waits and barriers show in the results.
+// and threads and let some warps run far ahead; odd ones hold one warp of each block back until no other can go on. A
+// correct kernel gives the same bits under every seed. What is undefined on a GPU and would go unnoticed on a CPU is an
+// error here that names kernel, block and thread: threads that wait for others that never come, lanes outside of their
+// mask, misaligned vectors, shared memory overrun. Shared memory starts as NaNs, and asynchronous copies land as late
+// as they may, so that missing waits and barriers show in the results.
 //
 // Not here, because klcore does without: static __shared__ variables, grids and blocks of more than one dimension,
-// shuffles of parts of a warp (width), textures, streams.
+// shuffles of parts of a warp (width), textures, streams, clusters of blocks.
 #pragma once
 #include <sys/mman.h>
 
@@ -59,12 +59,6 @@
 #define __noinline__ __attribute__((noinline))
 #define __launch_bounds__(...)
 #define __align__(n) __attribute__((aligned(n)))
-// The size of its clusters is compiled into a kernel. Here it is the section that the kernel lies in, which launch.h
-// looks up; it must be a number, or a macro that becomes one.
-#if defined(__ELF__)
-#define EMULATOR_SECTION(x, ...) __attribute__((section("emulator_cluster_" #x)))
-#define __cluster_dims__(...) EMULATOR_SECTION(__VA_ARGS__, 1)
-#endif
 
 namespace emulator {
 
@@ -76,7 +70,7 @@ struct Launch {
   void (*run)(const Launch&);         // calls it, for one thread
   void (*kernel)();
   const void* plan;
-  unsigned grid, block, cluster;      // blocks, threads a block, blocks a cluster
+  unsigned grid, block;               // blocks, threads a block
   std::size_t shared_bytes;           // a block
   unsigned seed;
   int threads;                        // of the operating system
@@ -203,47 +197,34 @@ inline Pool*& pool() {
   return shared;
 }
 
-// ---- threads, warps, blocks -----------------------------------------------------------------------------------------
+// ---- threads, warps, a block ----------------------------------------------------------------------------------------
 enum Place : unsigned char {
-  RUNNING, RETURNED, SYNCTHREADS, WARPS_BARRIER, CLUSTER_BARRIER, SYNCWARP, SHFL, SHFL_XOR, SHFL_DOWN, ALL, ANY, BALLOT,
+  RUNNING, RETURNED, SYNCTHREADS, WARPS_BARRIER, SYNCWARP, SHFL, SHFL_XOR, SHFL_DOWN, ALL, ANY, BALLOT,
 };
 inline const char* name_of(Place p) {
   static const char* const names[] = {
-    "is running", "has returned", "is at __syncthreads", "is at warps_barrier", "is at cluster_wait",
-    "is at __syncwarp", "is at __shfl_sync", "is at __shfl_xor_sync", "is at __shfl_down_sync", "is at __all_sync", "is at __any_sync",
-    "is at __ballot_sync",
+    "is running", "has returned", "is at __syncthreads", "is at warps_barrier", "is at __syncwarp", "is at __shfl_sync",
+    "is at __shfl_xor_sync", "is at __shfl_down_sync", "is at __all_sync", "is at __any_sync", "is at __ballot_sync",
   };
   return names[p];
 }
 
-struct Block;
 struct Copy { void* to; const void* from; unsigned bytes; };
-
-struct Fiber {
-  Context context;
-  Dim thread;                         // threadIdx
-  Block* block;
-  unsigned lane;
-  Place place;
-  // of a warp's operation: what this lane gave, and what it gets
-  unsigned mask, source;
-  unsigned phase;                     // of the cluster's barrier, in which it arrived
-  bool waits;                         // has arrived there, and is yet to wait
-  std::uint64_t value, result;
-  std::vector<Copy> copies;           // that have not landed yet
-};
 
 struct Warp {
   unsigned there, returned, waiting;  // a bit a lane
 };
 
-struct Block {
-  Dim index;                          // blockIdx
-  unsigned rank;                      // in its cluster
-  Fiber* fibers;
-  Warp* warps;
-  char* shared;
-  unsigned arrived, together, alive;  // threads at __syncthreads, at warps_barrier; that have not returned
+struct Fiber {
+  Context context;
+  Dim thread;                         // threadIdx
+  Warp* warp;
+  unsigned lane;
+  Place place;
+  // of a warp's operation: what this lane gave, and what it gets
+  unsigned mask, source;
+  std::uint64_t value, result;
+  std::vector<Copy> copies;           // that have not landed yet
 };
 
 [[noreturn]] __attribute__((format(printf, 1, 2))) void fail(const char* format, ...);
@@ -260,42 +241,35 @@ struct Ring {
   Fiber* pop() { return fibers[head++ & (fibers.size() - 1)]; }
 };
 
-// Runs one cluster after the other on one thread of the operating system.
+// Runs one block after the other on one thread of the operating system.
 struct Scheduler {
   const Launch& launch;
-  Dim grid, block;                    // gridDim, blockDim
+  Dim grid, block, index{};           // gridDim, blockDim, blockIdx
   Fiber* current = nullptr;
-  std::vector<Block> blocks;          // of the cluster
-  unsigned arrived = 0, alive = 0;    // threads at the cluster's barrier; threads that have not returned
-  unsigned phase = 0;                 // how often all have arrived there
+  std::vector<Fiber> fibers;
+  char* shared = nullptr;             // memory of the block
+  unsigned arrived = 0, together = 0;   // threads at __syncthreads, at warps_barrier
   std::string error;
 
   explicit Scheduler(const Launch& l)
-      : launch(l), grid{l.grid, 1, 1}, block{l.block, 1, 1}, blocks(l.cluster), fibers(l.cluster * l.block),
-        warps(l.cluster * warps_per_block()) {
+      : launch(l), grid{l.grid, 1, 1}, block{l.block, 1, 1}, fibers(l.block), warps((l.block + WARP - 1) / WARP) {
     unsigned capacity = 1;
     while (capacity < fibers.size()) capacity *= 2;
     ready.fibers.resize(capacity), behind.fibers.resize(capacity);
-    arena = (l.shared_bytes + 2 * GUARD + 1023) / 1024 * 1024;
-    arenas = (char*)std::aligned_alloc(1024, arena * l.cluster);
-    if (!arenas) throw std::bad_alloc();
+    bytes = (l.shared_bytes + 2 * GUARD + 1023) / 1024 * 1024;
+    arena = (char*)std::aligned_alloc(1024, bytes);
+    if (!arena) throw std::bad_alloc();
+    shared = arena + GUARD;
     stacks = pool()->take((fibers.size() + 1) * STACK);   // the first is for the second to run over into
-    for (unsigned b = 0; b < l.cluster; b++) {
-      blocks[b].rank = b;
-      blocks[b].fibers = &fibers[b * l.block];
-      blocks[b].warps = &warps[b * warps_per_block()];
-      blocks[b].shared = arenas + b * arena + GUARD;
-      for (unsigned t = 0; t < l.block; t++) {
-        Fiber& f = blocks[b].fibers[t];
-        f.thread = {t, 0, 0};
-        f.block = &blocks[b];
-        f.lane = t % WARP;
-      }
+    for (unsigned t = 0; t < l.block; t++) {
+      fibers[t].thread = {t, 0, 0};
+      fibers[t].warp = &warps[t / WARP];
+      fibers[t].lane = t % WARP;
     }
   }
   ~Scheduler() {
-    ASAN_UNPOISON_MEMORY_REGION(arenas, arena * launch.cluster);
-    std::free(arenas);
+    ASAN_UNPOISON_MEMORY_REGION(arena, bytes);
+    std::free(arena);
     if (!error.empty()) {             // fibers that were stopped have left ASan's marks, or overrun their stacks
       ASAN_UNPOISON_MEMORY_REGION(stacks.data, stacks.bytes);
       for (std::size_t i = 0; i < fibers.size(); i++) {
@@ -307,12 +281,10 @@ struct Scheduler {
   Scheduler(const Scheduler&) = delete;
   Scheduler& operator=(const Scheduler&) = delete;
 
-  unsigned warps_per_block() const { return (launch.block + WARP - 1) / WARP; }
-
-  bool run(unsigned cluster);         // false: `error` says why
+  bool run(unsigned number);          // false: `error` says why
   void wake(Fiber& f) {
     f.place = RUNNING;
-    (f.block == held ? behind : ready).push(f);
+    (f.warp == held ? behind : ready).push(f);
   }
   void give_way();                    // to whatever can run; returns when this fiber is awake and it is its turn
   [[noreturn]] void leave();          // for good
@@ -321,18 +293,18 @@ struct Scheduler {
     return (unsigned)((state >> 32) * below >> 32);
   }
   std::string describe(const Fiber& f, const std::string& what) const {
-    return std::string(launch.name) + ": block " + std::to_string(f.block->index.x) + ", thread " +
-           std::to_string(f.thread.x) + ": " + what;
+    return std::string(launch.name) + ": block " + std::to_string(index.x) + ", thread " + std::to_string(f.thread.x) +
+           ": " + what;
   }
 
  private:
   Context main;
-  std::vector<Fiber> fibers;
   std::vector<Warp> warps;
-  Ring ready, behind;                 // behind: of the block that is held back
-  const Block* held = nullptr;        // runs only when no other block can
-  char* arenas = nullptr;
-  std::size_t arena = 0;
+  unsigned alive = 0;                 // threads that have not returned
+  Ring ready, behind;                 // behind: of the warp that is held back
+  const Warp* held = nullptr;         // runs only when no other warp can
+  char* arena = nullptr;              // shared memory, and what lies around it
+  std::size_t bytes = 0;
   Pool::Piece stacks{};
   std::uint64_t state = 1;
   bool hurried = false;               // prefer those woken last, so that some warps run far ahead of the others
@@ -342,8 +314,8 @@ struct Scheduler {
   volatile std::uint64_t* far_end(std::size_t i) const { return (volatile std::uint64_t*)stack(i); }
   Fiber* pick();
   std::string deadlock() const;
-  void begin(unsigned first_block);
-  void end_block(Block& b);
+  void begin();
+  void end();
   friend void enter();
 };
 
@@ -416,10 +388,9 @@ inline void Scheduler::leave() {
   Fiber& me = *current;
   if (error.empty()) {
     me.place = RETURNED;
-    me.block->warps[me.thread.x / WARP].returned |= 1u << me.lane;
-    alive--;
+    me.warp->returned |= 1u << me.lane;
     if (*far_end((std::size_t)(&me - fibers.data()))) error = describe(me, "the emulator's stack overflowed");
-    if (--me.block->alive == 0) end_block(*me.block);
+    if (--alive == 0) end();
   }
   Fiber* next = error.empty() ? pick() : nullptr;
   if (next) {
@@ -431,78 +402,65 @@ inline void Scheduler::leave() {
   std::abort();
 }
 
-inline void Scheduler::end_block(Block& b) {
+inline void Scheduler::end() {
 #if !defined(__SANITIZE_ADDRESS__)
-  const char* end = b.shared + launch.shared_bytes;
+  const char* behind_it = shared + launch.shared_bytes;
   for (std::size_t i = 0; i < GUARD && error.empty(); i++) {
-    if (end[i] == '\xff') continue;
-    error = std::string(launch.name) + ": block " + std::to_string(b.index.x) + ": wrote beyond its shared memory of " +
+    if (behind_it[i] == '\xff') continue;
+    error = std::string(launch.name) + ": block " + std::to_string(index.x) + ": wrote beyond its shared memory of " +
             std::to_string(launch.shared_bytes) + " bytes, at byte " + std::to_string(launch.shared_bytes + i);
   }
 #endif
-  std::memset(b.shared, 0xff, launch.shared_bytes);        // for peers that hold on to a pointer
-  ASAN_POISON_MEMORY_REGION(b.shared, launch.shared_bytes);
 }
 
 // Called when nobody can run: says who waits, and for whom.
 inline std::string Scheduler::deadlock() const {
   for (const Fiber& f : fibers) {
     if (f.place <= RETURNED) continue;
-    bool everywhere = f.place == CLUSTER_BARRIER, in_warp = f.place > CLUSTER_BARRIER;
-    const Fiber* first = everywhere ? fibers.data() : in_warp ? &f - f.lane : f.block->fibers;
-    const Fiber* end = everywhere ? first + fibers.size() : in_warp ? first + WARP : first + launch.block;
-    if (f.place == WARPS_BARRIER) end = first + f.mask;
-    end = std::min(end, everywhere ? end : (const Fiber*)f.block->fibers + launch.block);
-    for (const Fiber* g = first; g != end; g++) {
+    bool in_warp = f.place > WARPS_BARRIER;
+    const Fiber* first = in_warp ? &f - f.lane : fibers.data();
+    const Fiber* last = in_warp ? first + WARP : f.place == WARPS_BARRIER ? first + f.mask : first + launch.block;
+    for (const Fiber* g = first; g != std::min(last, fibers.data() + launch.block); g++) {
       if (in_warp && !(f.mask >> g->lane & 1)) continue;
       if (g->place == f.place && (!in_warp || g->mask == f.mask)) continue;
-      std::string other = "thread " + std::to_string(g->thread.x);
-      if (g->block != f.block) other += " of block " + std::to_string(g->block->index.x);
-      other += std::string(" ") + name_of(g->place) + (g->place == f.place ? ", with another mask" : "");
-      return describe(f, std::string(name_of(f.place)) + " and would wait for ever: " + other);
+      return describe(f, std::string(name_of(f.place)) + " and would wait for ever: thread " +
+                             std::to_string(g->thread.x) + " " + name_of(g->place) +
+                             (g->place == f.place ? ", with another mask" : ""));
     }
   }
   return std::string(launch.name) + ": deadlock";
 }
 
-inline void Scheduler::begin(unsigned first_block) {
-  std::uint64_t mixed = (launch.seed * 0x9e3779b97f4a7c15ull) ^ ((first_block + 1) * 0xbf58476d1ce4e5b9ull);
+inline void Scheduler::begin() {
+  std::uint64_t mixed = (launch.seed * 0x9e3779b97f4a7c15ull) ^ ((index.x + 1) * 0xbf58476d1ce4e5b9ull);
   state = mixed ? mixed : 1;
   for (int k = 0; k < 4; k++) random(1);
   hurried = launch.seed && random(2);
   main.stack = nullptr;
-  held = launch.seed % 2 && blocks.size() > 1 ? &blocks[random((unsigned)blocks.size())] : nullptr;
+  held = launch.seed % 2 && warps.size() > 1 ? &warps[random((unsigned)warps.size())] : nullptr;
   for (Ring* ring : {&ready, &behind}) ring->head = ring->tail = 0;
-  arrived = 0;
-  alive = (unsigned)fibers.size();
-  ASAN_UNPOISON_MEMORY_REGION(arenas, arena * launch.cluster);
-  std::memset(arenas, 0xff, arena * launch.cluster);
-  for (Block& b : blocks) {
-    b.index = {first_block + b.rank, 0, 0};
-    b.arrived = b.together = 0;
-    b.alive = launch.block;
-    ASAN_POISON_MEMORY_REGION(b.shared - GUARD, GUARD);
-    ASAN_POISON_MEMORY_REGION(b.shared + launch.shared_bytes, arena - GUARD - launch.shared_bytes);
-    for (unsigned w = 0; w < warps_per_block(); w++) {
-      unsigned lanes = std::min(launch.block - w * WARP, WARP);
-      b.warps[w] = {lanes < WARP ? (1u << lanes) - 1 : ~0u, 0, 0};
-    }
-    for (unsigned t = 0; t < launch.block; t++) {
-      Fiber& f = b.fibers[t];
-      f.copies.clear();
-      f.waits = false;
-      // Stacks start at different cache lines of their pages: else all of them would want the same few sets of the
-      // caches.
-      std::size_t i = (std::size_t)(&f - fibers.data());
-      prepare(f.context, stack(i), STACK - i * 576 % 8192 / 64 * 64, enter);
-      wake(f);
-    }
+  arrived = together = 0;
+  alive = launch.block;
+  ASAN_UNPOISON_MEMORY_REGION(arena, bytes);
+  std::memset(arena, 0xff, bytes);
+  ASAN_POISON_MEMORY_REGION(arena, GUARD);
+  ASAN_POISON_MEMORY_REGION(shared + launch.shared_bytes, bytes - GUARD - launch.shared_bytes);
+  for (unsigned w = 0; w < warps.size(); w++) {
+    unsigned lanes = std::min(launch.block - w * WARP, WARP);
+    warps[w] = {lanes < WARP ? (1u << lanes) - 1 : ~0u, 0, 0};
+  }
+  for (std::size_t i = 0; i < fibers.size(); i++) {
+    fibers[i].copies.clear();
+    // Stacks start at different cache lines of their pages: else all of them would want the same few sets of caches.
+    prepare(fibers[i].context, stack(i), STACK - i * 576 % 8192 / 64 * 64, enter);
+    wake(fibers[i]);
   }
 }
 
-inline bool Scheduler::run(unsigned cluster) {
+inline bool Scheduler::run(unsigned number) {
   scheduler() = this;
-  begin(cluster * launch.cluster);
+  index = {number, 0, 0};
+  begin();
   current = pick();
   change(main, current->context);
   scheduler() = nullptr;
@@ -512,17 +470,13 @@ inline bool Scheduler::run(unsigned cluster) {
 // ---- what a whole launch does ---------------------------------------------------------------------------------------
 inline std::string run(const Launch& l) {
   std::string name = std::string(l.name) + ": ";
-  if (l.grid == 0 || l.block == 0 || l.block > 1024 || l.cluster == 0 || l.grid % l.cluster)
-    return name + "a grid of " + std::to_string(l.grid) + " blocks of " + std::to_string(l.block) +
-           " threads in clusters of " + std::to_string(l.cluster) + " cannot be launched";
-  if (l.cluster > 16) return name + "no GPU takes clusters of more than 16 blocks";
-  if (l.cluster > 1 && KL_EMULATOR_ARCH < 90) return name + "clusters need compute capability 9.0";
+  if (l.grid == 0 || l.block == 0 || l.block > 1024)
+    return name + std::to_string(l.grid) + " blocks of " + std::to_string(l.block) + " threads cannot be launched";
 
-  unsigned clusters = l.grid / l.cluster;
-  std::vector<unsigned> order(clusters);
+  std::vector<unsigned> order(l.grid);
   std::iota(order.begin(), order.end(), 0u);
   std::uint64_t state = l.seed * 0x9e3779b97f4a7c15ull;
-  for (unsigned i = clusters; l.seed && i > 1; i--) {
+  for (unsigned i = l.grid; l.seed && i > 1; i--) {
     state = state * 6364136223846793005ull + 1442695040888963407ull;
     std::swap(order[i - 1], order[(state >> 32) % i]);
   }
@@ -531,7 +485,7 @@ inline std::string run(const Launch& l) {
   std::atomic<bool> failed(false);
   std::mutex lock;
   std::string error;
-  unsigned of = clusters;             // the first that failed, whoever noticed first: those before it have all begun
+  unsigned of = l.grid;               // the first that failed, whoever noticed first: those before it have all begun
   auto report = [&](unsigned i, const std::string& text) {
     std::lock_guard<std::mutex> guard(lock);
     if (error.empty() || i < of) error = text, of = i;
@@ -540,15 +494,15 @@ inline std::string run(const Launch& l) {
   auto work = [&] {
     try {
       Scheduler s(l);
-      for (unsigned i; !failed && (i = next++) < clusters;) {
+      for (unsigned i; !failed && (i = next++) < l.grid;) {
         if (!s.run(order[i])) report(i, s.error);
       }
     } catch (const std::exception& e) {
-      report(clusters, name + e.what());
+      report(l.grid, name + e.what());
     }
   };
   std::vector<std::thread> others;
-  unsigned threads = std::min((unsigned)std::max(l.threads, 1), clusters);
+  unsigned threads = std::min((unsigned)std::max(l.threads, 1), l.grid);
   for (unsigned t = 1; t < threads; t++) others.emplace_back(work);
   work();
   for (std::thread& t : others) t.join();
@@ -558,12 +512,10 @@ inline std::string run(const Launch& l) {
 // ---- barriers -------------------------------------------------------------------------------------------------------
 inline void syncthreads() {
   Scheduler& s = *scheduler();
-  Fiber& me = *s.current;
-  Block& b = *me.block;
-  me.place = SYNCTHREADS;
-  if (++b.arrived == s.launch.block) {
-    b.arrived = 0;
-    for (unsigned t = 0; t < s.launch.block; t++) s.wake(b.fibers[t]);
+  s.current->place = SYNCTHREADS;
+  if (++s.arrived == s.launch.block) {
+    s.arrived = 0;
+    for (Fiber& f : s.fibers) s.wake(f);
   }
   s.give_way();
 }
@@ -573,7 +525,7 @@ inline void syncthreads() {
 inline std::uint64_t meet(Place place, unsigned mask, std::uint64_t value, unsigned source) {
   Scheduler& s = *scheduler();
   Fiber& me = *s.current;
-  Warp& w = me.block->warps[me.thread.x / WARP];
+  Warp& w = *me.warp;
   Fiber* lanes = &me - me.lane;
   unsigned group = mask & w.there;
   me.place = place;
@@ -615,7 +567,7 @@ template <typename T> inline T shuffle(Place place, unsigned mask, T value, unsi
   return value;
 }
 
-inline char* shared_memory() { return scheduler()->current->block->shared; }
+inline char* shared_memory() { return scheduler()->shared; }
 
 template <int BYTES> inline void check_aligned(const void* at, const char* what) {
   static_assert(BYTES == 4 || BYTES == 8 || BYTES == 16, "vectors have 4, 8 or 16 bytes");
@@ -648,6 +600,7 @@ inline int __any_sync(unsigned mask, int predicate) {
 inline int __all_sync(unsigned mask, int predicate) {
   return emulator::meet(emulator::ALL, mask, predicate == 0, emulator::lane()) == 0;   // nobody votes against
 }
+inline int __ffs(int v) { return __builtin_ffs(v); }
 inline void __threadfence() { std::atomic_thread_fence(std::memory_order_seq_cst); }
 inline unsigned atomicAdd(unsigned* at, unsigned by) { return __atomic_fetch_add(at, by, __ATOMIC_SEQ_CST); }
 inline unsigned atomicInc(unsigned* at, unsigned last) {
@@ -660,32 +613,6 @@ inline unsigned atomicInc(unsigned* at, unsigned last) {
 // ---- what klcore's CUDA source has in PTX ---------------------------------------------------------------------------
 namespace kl {
 
-inline unsigned cluster_rank() { return emulator::scheduler()->current->block->rank; }
-
-inline void cluster_arrive() {
-  emulator::Scheduler& s = *emulator::scheduler();
-  emulator::Fiber& me = *s.current;
-  if (me.waits) emulator::fail("arrives at the cluster's barrier again without having waited there");
-  me.waits = true, me.phase = s.phase;
-  if (++s.arrived < s.blocks.size() * s.launch.block) return;
-  s.arrived = 0, s.phase++;
-  for (emulator::Block& b : s.blocks) {
-    for (unsigned t = 0; t < s.launch.block; t++)
-      if (b.fibers[t].place == emulator::CLUSTER_BARRIER) s.wake(b.fibers[t]);
-  }
-}
-inline void cluster_arrive_reader() { cluster_arrive(); }
-inline void cluster_wait() {
-  emulator::Scheduler& s = *emulator::scheduler();
-  emulator::Fiber& me = *s.current;
-  if (!me.waits) emulator::fail("waits at the cluster's barrier without having arrived there");
-  if (me.phase == s.phase) {
-    me.place = emulator::CLUSTER_BARRIER;
-    s.give_way();
-  }
-  me.waits = false;
-}
-
 // of the first so many warps of the block
 inline void warps_barrier(int warps) {
   emulator::Scheduler& s = *emulator::scheduler();
@@ -694,23 +621,11 @@ inline void warps_barrier(int warps) {
   if (me.thread.x >= threads || threads > s.launch.block)
     emulator::fail("is at a barrier of %d warps, of which it is none, or of which there are fewer", warps);
   me.place = emulator::WARPS_BARRIER, me.mask = threads;
-  if (++me.block->together == threads) {
-    me.block->together = 0;
-    for (unsigned t = 0; t < threads; t++) s.wake(me.block->fibers[t]);
+  if (++s.together == threads) {
+    s.together = 0;
+    for (unsigned t = 0; t < threads; t++) s.wake(s.fibers[t]);
   }
   s.give_way();
-}
-
-// the same place in the shared memory of another block of the cluster
-template <typename T> inline T* cluster_peer(T* mine, unsigned rank) {
-  emulator::Scheduler& s = *emulator::scheduler();
-  std::ptrdiff_t offset = (const char*)mine - s.current->block->shared;
-  if (rank >= s.blocks.size()) emulator::fail("asks for block %u of a cluster of %zu", rank, s.blocks.size());
-  if (offset < 0 || (std::size_t)offset >= s.launch.shared_bytes)
-    emulator::fail("cluster_peer of %p, which is not in the shared memory of its own block", (const void*)mine);
-  if (s.blocks[rank].alive == 0)
-    emulator::fail("reaches into the shared memory of block %u, which has ended", s.blocks[rank].index.x);
-  return (T*)(s.blocks[rank].shared + offset);
 }
 
 // Under seed 0, lands when the thread waits for it: the last moment, so that whoever does not wait finds NaNs. Under
@@ -720,7 +635,7 @@ template <int BYTES> inline void copy_async(void* to_shared, const void* from_gl
   emulator::Scheduler& s = *emulator::scheduler();
   emulator::check_aligned<BYTES>(to_shared, "copies asynchronously to");
   emulator::check_aligned<BYTES>(from_global, "copies asynchronously from");
-  std::ptrdiff_t offset = (char*)to_shared - s.current->block->shared;
+  std::ptrdiff_t offset = (char*)to_shared - s.shared;
   if (offset < 0 || (std::size_t)offset + BYTES > s.launch.shared_bytes)
     emulator::fail("copies asynchronously to %p, which is not in the shared memory of its block", to_shared);
   const volatile char* source = (const volatile char*)from_global;
@@ -765,6 +680,6 @@ inline float hardware_reciprocal(float x) { return disturbed(x, 1.f / x, 1); }
 }  // namespace kl
 
 #define threadIdx (emulator::scheduler()->current->thread)
-#define blockIdx (emulator::scheduler()->current->block->index)
+#define blockIdx (emulator::scheduler()->index)
 #define blockDim (emulator::scheduler()->block)
 #define gridDim (emulator::scheduler()->grid)
