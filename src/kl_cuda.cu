@@ -320,7 +320,7 @@ template <class L, typename U> KL_DEVICE void mask(const L& at, int step, U* v) 
 
 // ---- one chunk -------------------------------------------------------------------------------------------------------------
 
-// The largest of a lane's numbers of dtype D; of 16-bit ones two at a time, where the GPU can.
+// The largest of a lane's numbers of dtype D; of 16-bit ones two at a time, where the GPU can. (The emulator cannot.)
 template <int D> struct Largest {
 #if KL_ARCH >= 800 && !defined(KL_EMULATOR)
   static constexpr bool BY_TWO = sizeof(typename Stored<D>::Type) == 2;
@@ -587,7 +587,8 @@ template <class L> KL_DEVICE T maxima(const L& at, const Slot& s, T& max_a, T& m
   max_b = at.max(b.found());
   return a.found();
 }
-// A class of the largest a: of the first lane that has one. The lanes look through that lane's 32 together;
+// A class of the largest a: of the first lane that has one (class 0, of which padding is a copy, is the first lane's). The lanes
+// look through that lane's 32 together;
 KL_DEVICE int top_class(const Wide& at, const Slot& s, T mine, T top) {
   Wide theirs = at;
   theirs.lane = __ffs((int)__ballot_sync(ALL_LANES, mine == top)) - 1;
@@ -637,7 +638,7 @@ template <class L> KL_DEVICE Anchor<T> weigh(const L& at, const Slot& s, const I
 }
 
 // Two 16-bit inputs, whose bits are no other backend's, are swept once more after their maxima, about the c of a class that is
-// the most probable; and where that is too far from the mean, again about the mean.
+// the most probable; and where that is too far from the mean or from what y has, again about the mean.
 template <class L> KL_DEVICE void spread_once(const L& at, const Slot& s, double inverse_temperature, double* state) {
   Inverse<T> it = inverse<T>(inverse_temperature);
   Anchor<T> from = {};
@@ -668,8 +669,10 @@ template <class L> KL_DEVICE void spread_once(const L& at, const Slot& s, double
       sums.add_products(2, w, b);
     }
     weights = at.total(sums, 0), x = at.total(sums, 1), g = at.total(sums, 2);
-    far = at.any((far || !(absolute((T)x) < infinity<T>())) && at.n > 0);   // y may exclude a class, at -infinity
-    bool more = means == 0 && !far && at.n > 0 && cancels((T)weights, (T)x, (T)g);
+    // y may exclude a class, at -infinity; or have next to nothing of the weights' mass, which is all of e^z that is not lost
+    bool lost = !(g <= 64 * ((weights + x) + g));
+    far = at.any((far || !(absolute((T)x) < infinity<T>()) || (means == 1 && lost)) && at.n > 0);
+    bool more = means == 0 && !far && at.n > 0 && (lost || cancels((T)weights, (T)x, (T)g));
     if (!__any_sync(ALL_LANES, more)) break;
     if (more) from.mean += (T)(x / (weights * inverse_temperature));
   }
@@ -838,7 +841,8 @@ KL_DEVICE void spread_outputs(const L& at, const Slot& s, const Local& local, do
       T z[L::E];
 #pragma unroll
       for (int e = 0; e < L::E; e++) {
-        Pair<T> r = counted(centred<TEMPERED>(a[e], b[e], from, it), w[e]);
+        Pair<T> r = centred<TEMPERED>(a[e], b[e], from, it);
+        if (EXACT<T> || OUT_DX) r = counted(r, w[e]);
         z[e] = r.value;
         if (OUT_DY) v[e] = w[e] * fma(expm1_of<TEMPERED>(r), k.a, k.b);
       }
@@ -1759,6 +1763,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) kl_narrow(const Pl
   int lanes = 1;
   while (4 * lanes < n) lanes *= 2;
   Narrow at(n, lanes);
+  // here the state lies among the stats, which terms that are out of range need as they are
+  const bool packs = PACKS && !OUT_TERMS && p.last > 1 && !p.stats;
   const int side_by_side = WARP / lanes;
   i64 groups = (p.rows + R - 1) / R;
   for (i64 g = (i64)blockIdx.x * warps_of() + warp_of(); g < groups; g += (i64)gridDim.x * warps_of()) {
@@ -1804,7 +1810,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) kl_narrow(const Pl
           here.n = 0;
         }
         double* mine = known + (live ? r : 0) * MAX_STATS;
-        Local local = {mine, mine + 1, 1, PACKS && p.last > 1 && !p.stats};
+        Local local = {mine, mine + 1, 1, packs};
         chunk(p, here, row, sweep, local, want, InPlace{row}, mine, p.last > 1, NeverAgain{});
       }
       __syncwarp();
@@ -1813,7 +1819,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) kl_narrow(const Pl
       for (int r = lane_of(); r < rows; r += WARP) {
         double* row = known + r * MAX_STATS;
         finish(p, sweep, row, row);
-        if (PACKS && p.last > 1 && !p.stats) pack(row, row + 1, 1, inverse_temperature(p));
+        if (packs) pack(row, row + 1, 1, inverse_temperature(p));
       }
       __syncwarp();
     }
@@ -1851,8 +1857,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) kl_narrow(const Pl
 }
 #endif
 
-// Long rows: a block for each, with its chunks dealt out to the warps. Their states meet in shared memory. With as many slots as
-// chunks a warp gets, the row is read once for all sweeps.
+// Long rows: a block for each, with its chunks dealt out to the warps. Their states meet in shared memory. Rows that are swept
+// several times lie there meanwhile.
 #if defined(KL_ROWS)
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) kl_rows(const Plan p) {
   KL_SHARED_MEMORY(shared);
@@ -1860,10 +1866,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) kl_rows(const Plan
   double* states = (double*)(shared + W * warp_bytes(p));   // [k * chunks + chunk]
   double* stats = states + MAX_STATES * chunks;
   for (i64 r = blockIdx.x; r < p.rows; r += gridDim.x) {
-    bool live = weight_of(p, r) != 0, resident = !ONCE && slots * W >= chunks;
+    bool live = weight_of(p, r) != 0;
     Row row = locate(p, r);
     bool direct = live && is_direct(p, row);
-    if (live && resident) {
+    if (live && !ONCE) {
 #pragma unroll 1
       for (int c = warp_of(), j = 0; c < chunks; c += W, j++) stage_chunk(p, locate(p, r), c, slot_of(p, shared, j));
       arrived();
@@ -1884,8 +1890,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) kl_rows(const Plan
             if (lane_of() == 0) states[c] = sum;
             continue;
           }
-        Slot s = slot_of(p, shared, resident ? j : 0);
-        if (live && !resident) {
+        Slot s = slot_of(p, shared, ONCE ? 0 : j);
+        if (live && ONCE) {
           stage_chunk(p, locate(p, r), c, s);
           arrived();
           __syncwarp();
@@ -1895,7 +1901,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) kl_rows(const Plan
         if (live) {
           double* state = stats_of(p, shared);
           Local local = {stats, states + c, chunks, PACKS};
-          chunk(p, Wide(n), with_factors(p, s, r, c), sweep, local, want, InPlace{s}, state, resident && p.last > 1,
+          chunk(p, Wide(n), with_factors(p, s, r, c), sweep, local, want, InPlace{s}, state, !ONCE,
                 [&] { stage_again(p, {again(r), c}, s); });
           __syncwarp();
           if (lane_of() < states_of(sweep)) states[lane_of() * chunks + c] = state[lane_of()];
@@ -1918,7 +1924,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) kl_rows(const Plan
           if (p.stats && sweep + 1 == (int)p.last)
             for (int k = 0; k < MAX_STATS; k++) p.stats[r * MAX_STATS + k] = stats[k];
         }
-        if (PACKS && p.last > 1 && warp_of() == 0) {
+        if (PACKS && warp_of() == 0) {
           __syncwarp();
           pack_all(p, stats, states);
         }

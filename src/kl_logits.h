@@ -13,8 +13,8 @@ namespace kl {
 struct Spread {
   double max_a;       // m = max a
   double s;           // sum e^((a-m)/T): the weights
-  double m, m_low;    // M, next to the weighted mean of c, less max b - max a
-  double x;           // sum of weights * z, nearly 0
+  double m, m_low;    // M, next to the weighted mean of c or (EXACT is false) a probable class's c, less max b - max a
+  double x;           // sum of weights * z; next to the mean nearly 0
   double g;           // sum of weights * (e^z - 1 - z) >= 0
   double max_b;
   double q;           // of a far state sum e^((b - max b)/T)
@@ -84,7 +84,6 @@ template <bool TEMPERED, typename T> KL_FN Pair<T> centred(T a, T b, const Ancho
 }
 // z of a class that has a weight; else 0, since it may have overflowed
 template <typename T> KL_FN Pair<T> counted(const Pair<T>& z, T w) {
-  if constexpr (!EXACT<T>) return z;   // a chunk where that may be is far
   return {w > T(0) ? z.value : T(0), w > T(0) ? z.low : T(0)};
 }
 // (b - top_b) - (a - top_a), nothing rounded away that counts; what overflowed counts as very large
@@ -119,7 +118,7 @@ template <bool TEMPERED, typename T> KL_FN T spread_of(const Pair<T>& z) {
 }
 
 template <bool TEMPERED, typename T> KL_FN T expm1_of(const Pair<T>& z) {
-  if constexpr (!EXACT<T>) return expm1_ordinary(z.value);
+  if constexpr (!EXACT<T>) return expm1_fast(z.value);
   return spread_of<TEMPERED>(z) + z.value;
 }
 

@@ -246,12 +246,16 @@ template <typename T> KL_FN T expm1_minus_of(const Octave<T>& o) {
   T h = (o.r * o.r) * exp_tail(o.r), s = power_of_two(o.k);
   return fma(s - T(1), T(1) + o.r, fma(s, h, o.n * -Real<T>::ln2));
 }
-// e^t - 1 - t >= 0 for t <= far, without cancellation near 0; ordinary: |t| < far
 #if defined(KL_FAST16)
 KL_FN float expm1_minus_near(float t) {   // e^t - 1 - t for |t| <= 1/2, relative error 2^-20.1
   return (t * t) * horner(t, 0x1.000000p-1f, 0x1.55534ap-3f, 0x1.555450p-5f, 0x1.131b00p-7f, 0x1.6e2054p-10f);
 }
+KL_FN float expm1_fast(float t) {   // e^t - 1
+  float apart = hardware_exp2(t * Real<float>::log2e) - 1.f, near = t + expm1_minus_near(t);
+  return absolute(t) < 0.5f ? near : apart;
+}
 #endif
+// e^t - 1 - t >= 0 for t <= far, without cancellation near 0; ordinary: |t| < far
 template <bool ALL = true, typename T> KL_FN T expm1_minus(T t) {
 #if defined(KL_FAST16)
   if constexpr (sizeof(T) == sizeof(float)) {
@@ -263,16 +267,6 @@ template <bool ALL = true, typename T> KL_FN T expm1_minus(T t) {
   return ALL & (t < T(-64)) ? T(-1) - t : g;   // below every ordinary t
 }
 template <typename T> KL_FN T expm1_minus(const Pair<T>& t) { return expm1_minus_of(octave(t)); }   // ordinary
-// e^t - 1, ordinary
-template <typename T> KL_FN T expm1_ordinary(T t) {
-#if defined(KL_FAST16)
-  if constexpr (sizeof(T) == sizeof(float)) {
-    T apart = hardware_exp2(t * Real<T>::log2e) - T(1), near = t + expm1_minus_near(t);
-    return absolute(t) < T(0.5) ? near : apart;
-  }
-#endif
-  return expm1_minus_of(octave(t)) + t;
-}
 // e^t - 1 where g = e^t - 1 - t is at hand already, with an error of a few eps
 template <typename T> KL_FN T expm1_of(T t, T g) {
   T e = g + t;
