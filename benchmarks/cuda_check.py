@@ -58,7 +58,7 @@ class Budget(NamedTuple):
     most: int
 
 
-# On sm_90, by build and kernel, that which treats long rows. `most` is what NVRTC 13.5 makes of it, and some for others.
+# On sm_90, by build and kernel, that which treats long rows. `most`: what NVRTC 13.5 makes of it, and some for others.
 BUDGETS = {
     r"kl_div logits float32 value: kl_rows": Budget(60, 86),
     r"kl_div logits float32 dy: kl_units": Budget(75, 111),

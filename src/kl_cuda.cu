@@ -1620,7 +1620,8 @@ using namespace kl;
 // ---- the kernels -----------------------------------------------------------------------------------------------------------
 //
 // Rows of one chunk: all sweeps. Of longer rows: the sweeps from `first` to `last`, whose states go to
-// states[(row * K + k) * chunks + chunk], K of them a chunk; stats[row * MAX_STATS] holds what earlier sweeps found out.
+// states[(row * K + k) * chunks + chunk], K of them a chunk; stats[row * MAX_STATS] holds what earlier sweeps found out, and kl_fold
+// leaves the slopes of a chunk's gradients where its state was (pack).
 // Each warp treats one chunk of one row at a time. Where neighbouring rows lie side by side, the block's warps take
 // neighbouring rows and read them together.
 #if defined(KL_UNITS)

@@ -574,12 +574,12 @@ def near_the_cpu(gpu, arrays, **keywords):
     return found
 
 
-@pytest.mark.parametrize("warps", [1, 2, 3, 5])
+@pytest.mark.parametrize("warps", [1, 2, 3, 4])
 @pytest.mark.parametrize("n", [32 * 1024 + 1, 70_000, 131_000])
 def test_warps_that_fold_together(gpu, compared, monkeypatch, warps, n):
     """Two, three and four of them have states to add up, if there are so many; in float64, which shows the order."""
 
-    def chosen(call, batch, chunks, sweeps, slot, beside):
+    def chosen(call, batch, chunks, last, slot, beside):
         return warps, 1, warps * (slot + beside) + call.row_bytes(chunks)
 
     monkeypatch.setattr(backend(), "_kept", {})
@@ -844,9 +844,11 @@ def test_launches(gpu, launched):
     assert after((6, 500)) == "units"
     assert after((5, 6), axis=0) == "narrow"
     assert after((500, 6), axis=0) == "units"
-    assert after((many, 5000)) == "rows"
-    assert after((4 * many, 5000), space="logits", return_grad="y") == "rows"
-    assert after((many, 5000), space="logits", return_grad="y") == "units fold units"
+    assert after((8 * many, 5000)) == "rows"
+    assert after((many, 5000)) == "units fold"
+    assert after((8 * many, 4096), space="logits", return_grad="y") == "rows"
+    assert after((8 * many, 9000), space="logits", return_grad="y") == "units fold units"
+    assert after((many, 4096), space="logits", return_grad="y") == "units fold units"
     assert after((2, 5000)) == "units fold"
     assert after((2, 5000), space="logits") == "units fold"
     assert after((2, 5000), space="logits", return_grad="y") == "units fold units"

@@ -27,12 +27,10 @@ KNOWN = 2 * MAX_STATS  # doubles for each warp, in shared memory
 MAX_DIMS = 32
 _RESERVED = 1024  # bytes of shared memory that CUDA takes for itself in every block
 _WARPS = 4  # in a block that keeps chunks in shared memory, at most: warps that wait for each other are better few
-_BUSY_ENOUGH = (
-    0.5,
-    0.75,
-    2.0,
-)  # of its warps, for a block a row: of one sweep; of several; of several, of 16 bits: never
-_FEW_CHUNKS = 8
+# What part of a multiprocessor's warps must be busy for a block to have a row each (decision 16): rows that are swept
+# once; several times; several times with 16-bit inputs, which is never so.
+_BUSY_ENOUGH = (0.5, 0.75, 2.0)
+_FEW_CHUNKS = 8  # of logits: their fold takes longer than their sweep
 _MOST_BLOCKS = 32  # a multiprocessor in one launch; those share what there is to do
 
 # kl::Plan, in words of eight bytes
@@ -515,7 +513,7 @@ class _Call(NamedTuple):
         return self.number() if (self.of_logits and not self.fast) or self.outputs & _TERMS else 0
 
     def most_warps(self) -> int:
-        """On a multiprocessor, with the registers that they want: four times BLOCKS in kl_cuda.cu."""
+        """On a multiprocessor, with the registers that they want: four times BLOCKS in kl_cuda.cu (or 16)."""
         if self.wide or _beside(self.operation, self.spaces):
             return 8
         if self.of_logits and _properties(self.device).arch >= 120:
@@ -618,7 +616,7 @@ def _rows_at_once(call: _Call, n: int) -> int:
 
 
 def _a_block_a_row(
-    call: _Call, batch: int, chunks: int, sweeps: int, slot: int, beside: int
+    call: _Call, batch: int, chunks: int, last: int, slot: int, beside: int
 ) -> tuple[int, int, int] | None:
     """Warps, chunks that each of them holds, and bytes of shared memory of a block that treats a row in one launch.
 
@@ -626,13 +624,13 @@ def _a_block_a_row(
     shared memory to others; one with few chunks costs more to fold than to sweep; and rows may be few. Decision 16.
     """
     properties, most, fixed = _properties(call.device), call.most_warps(), call.row_bytes(chunks)
-    enough = most * _BUSY_ENOUGH[0 if sweeps == 1 else 1 + call.fast]
-    if sweeps == 1 and 2 in call.spaces and chunks < _FEW_CHUNKS:
+    enough = most * _BUSY_ENOUGH[0 if last == 1 else 1 + call.fast]
+    if last == 1 and 2 in call.spaces and chunks < _FEW_CHUNKS:
         return None
     found = []
     for warps in range(1, _WARPS + 1):
         share = -(-chunks // warps)
-        slots = 1 if sweeps == 1 else share
+        slots = 1 if last == 1 else share
         shared = warps * (slots * slot + beside) + fixed
         blocks = min(properties.blocks(shared, warps, most), batch // properties.multiprocessors)
         busy = blocks * chunks / share  # warps on a multiprocessor, on average: some have a chunk less
