@@ -122,12 +122,12 @@ def logits(tool):
 def test_real_kernels_are_counted_whole(logits):
     value, gradient = logits
     assert set(value.parts) == {"staging", "reading sweep", "per chunk"}
-    assert set(gradient.parts) == {"staging", "reading sweep", "writing sweep", "copy-out", "per chunk"}
+    assert set(gradient.parts) == {"reading sweep", "writing sweep", "copy-out", "per chunk"}  # staged beforehand
     for part, least in {"staging": 1, "reading sweep": 20, "per chunk": 3}.items():
         assert value.parts[part] > least
-        assert gradient.parts[part] >= 0.9 * value.parts[part]
+        assert part == "staging" or gradient.parts[part] >= 0.9 * value.parts[part]
     assert gradient.parts["writing sweep"] > 3.5  # of what was kept: a fma, two products, three accesses for every four
-    assert gradient.a_class - value.a_class > gradient.parts["writing sweep"]
+    assert gradient.a_class + value.parts["staging"] - value.a_class > gradient.parts["writing sweep"]
 
 
 @pytest.mark.parametrize("kernel", ["kl_rows", "kl_units"])
@@ -146,12 +146,12 @@ def test_a_kernel_that_takes_more_than_it_may(tool, logits, monkeypatch):
     options = cuda.options(0, (0, 0), (1, 1), False, 0, ("kl_rows",))
     job = tool.Job("kl_div probs float32 value", options, ("kl_rows",), ("kl_rows",), tool.BUDGETED)
     assert tool.check(job)[1] == []
-    monkeypatch.setitem(tool.BUDGETS, r"kl_div (probs|log_probs) float32 value", tool.Budget(1, 2))
+    monkeypatch.setitem(tool.BUDGETS, r"kl_div (probs|log_probs) float32 value: kl_rows", tool.Budget(1, 2))
     (wrong,) = tool.check(job)[1]
     assert "more than the 2 that it may take" in wrong
 
 
 def test_every_budget_is_of_a_build(tool):
     cuda = importlib.import_module("klcore.backends.cuda")
-    names = [build.name for build in cuda.every_build() if build.hot]
+    names = [f"{build.name}: {kernel}" for build in cuda.every_build() for kernel in build.hot]
     assert [pattern for pattern in tool.BUDGETS if not any(re.fullmatch(pattern, name) for name in names)] == []

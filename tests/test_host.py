@@ -277,7 +277,7 @@ def test_what_kernels_may_use(modules, cupy, monkeypatch):
         return made.setdefault(name, kernel(module, name))
 
     monkeypatch.setattr(stub.RawModule, "get_function", watched)
-    for shape in ((300, 5), (300, 500), (3000, 5000), (2, 50_000)):
+    for shape in ((300, 5), (300, 500), (3000, 4000), (2, 50_000)):
         x = cupy.empty(shape, "float32")
         klcore.kl_div(x, x, space="logits", reduction="sum", return_grad="y")
     klcore.kl_div(x, x[:1], space="logits", return_grad="y")
