@@ -488,10 +488,12 @@ template <class Sink> KL_DEVICE double terms_ahead(const Plan& p, const Slot& s,
     }
   return at.total(sums, 0);
 }
-// where there are registers for that: doubles need two for each number, and for two 16-bit inputs more warps are better.
+// where there are registers for that: doubles need two for each number, values of other operations spilled, and for two 16-bit
+// inputs more warps are better.
 template <class Sink> KL_DEVICE double terms_direct(const Plan& p, const Slot& s, const Want& want, const Sink& sink) {
   if constexpr (!ONE_SWEEP) return 0.0;   // nobody asks
-  else if constexpr (EXACT<T> && sizeof(T) == sizeof(float)) return terms_ahead(p, s, want, sink);
+  else if constexpr (EXACT<T> && sizeof(T) == sizeof(float) && (OUT_DX || OUT_DY || OP == KL_DIV))
+    return terms_ahead(p, s, want, sink);
   else return terms_chunk(p, Full(), s, want, sink);
 }
 
