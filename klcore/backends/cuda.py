@@ -460,6 +460,10 @@ class _Call(NamedTuple):
     factors: bool
     n: int
 
+    def until(self, last: int) -> "_Call":
+        """What is compiled for the sweeps before `last`: of several, the first leaves nothing but states."""
+        return self._replace(outputs=0) if last == 1 < self.sweeps else self
+
     def kernel(self, name: str) -> Any:
         folds = name == "kl_fold" and not self.of_logits  # what is folded does not depend on the outputs
         outputs = 0 if folds else self.outputs
@@ -540,8 +544,7 @@ def _sweep(call: _Call, plan: _Plan, layout: _Layout, last: int, scratch: _Scrat
     """The launches that run sweeps 0 to last - 1 over all rows."""
     n, chunks = call.n, -(-call.n // CHUNK)
     batch = math.prod(layout.shape)
-    if last == 1 < call.sweeps:
-        call = call._replace(outputs=0)  # they come later
+    call = call.until(last)
     extra = call.extra_bytes()
 
     if n <= NARROW:
@@ -559,9 +562,7 @@ def _sweep(call: _Call, plan: _Plan, layout: _Layout, last: int, scratch: _Scrat
     def units(first: int, last: int) -> _Planned:
         p = plan.with_fields(first=first, last=last, slots=1, columns=layout.columns)
         tiles = -(-batch // warps) * chunks if layout.columns else -(-batch * chunks // warps)
-        writes = chunks == 1 or first > 0 or call.sweeps == 1  # else the sweep leaves nothing but states
-        kind = call if writes else call._replace(outputs=0)
-        launch, p = _launch(kind, "kl_units", p, tiles, warps, warps * bytes_a_warp)
+        launch, p = _launch(call.until(last), "kl_units", p, tiles, warps, warps * bytes_a_warp)
         rows_on, chunks_on = divmod(launch.grid[0] * (1 if layout.columns else warps), chunks)
         return launch, p.with_fields(rows_on=rows_on * (warps if layout.columns else 1), chunks_on=chunks_on)
 
