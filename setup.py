@@ -59,7 +59,7 @@ setup(
             include_dirs=["src"],
             depends=[
                 f"src/kl_{name}.h"
-                for name in ("math", "tree", "store", "logits", "plan", "rows", "few", "isa", "batch", "partial")
+                for name in ("math", "tree", "store", "logits", "plan", "rows", "few", "isa", "threads", "batch", "partial")
             ],
             language="c++",
         ),

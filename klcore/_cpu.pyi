@@ -9,25 +9,30 @@ COMPILER: str
 def instruction_sets() -> dict[str, bool]: ...
 def use_instruction_set(name: str) -> None: ...
 def instruction_set() -> str: ...
-def run(
-    operation: int,
-    space_x: int,
-    space_y: int,
-    output: int,
-    x: Any,
-    y: Any,
-    weights: Any,
-    value: Any,
-    dx: Any,
-    dy: Any,
-    wide: bool,
-    temperature: float,
-    gradient_scale: float,
-    threads: int,
-    inner_axes: int = -1,
-    factors: Any = None,
-    epsilon: float = 0.0,
-) -> float: ...
+
+class Call:
+    def __init__(
+        self,
+        operation: int,
+        space_x: int,
+        space_y: int,
+        output: int,
+        x: Any,
+        y: Any,
+        weights: Any,
+        value: Any,
+        dx: Any,
+        dy: Any,
+        wide: bool,
+        temperature: float,
+        gradient_scale: float,
+        threads: int,
+        factors: Any,
+        epsilon: float,
+        inner_axes: int = -1,
+    ) -> None: ...
+
+def run(calls: list[Call]) -> float: ...
 def plain(
     operation: int,
     space_x: int,
@@ -44,11 +49,13 @@ def plain(
     empty: Callable[..., Any],
     dtypes: Any,
 ) -> tuple[Any, Any, Any] | None: ...
+def chunk_sums(values: Any, sums: Any) -> None: ...
 def add_up(values: Any) -> float: ...
 def elementary(function: str, x: Any, out: Any) -> None: ...
 
 MAX_STATS: int
 
+def pretend_processors(n: int) -> None: ...
 def few_at_once(operation: int, space_x: int, space_y: int, wide: bool, rows: int, n: int) -> int: ...
 def sweeps(operation: int, space_x: int, space_y: int, wide: bool, terms: bool, gradient: bool) -> tuple[int, ...]: ...
 def sweep(

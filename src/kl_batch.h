@@ -1,74 +1,19 @@
-// All rows of a plan over OpenMP threads. Called by kl_cpu.pyx without the GIL; calls one row's sweeps, or a
-// block of short rows, through kl_isa.h. Holds no arithmetic but the adding up of rows, which follows kl_tree.h: which thread computes what, and
-// how many there are, never changes a bit.
+// All rows of a plan over OpenMP threads. Called by kl_cpu.pyx without the GIL; calls one row's sweeps, or a block of short
+// rows, through kl_isa.h. Holds no arithmetic but the adding up of rows, which follows kl_tree.h: which thread computes
+// what, and how many there are, never changes a bit. All memory is taken before anything is written.
 #pragma once
-#include <algorithm>
-#include <atomic>
-#include <cstdlib>
+#include <memory>
 #include <new>
-#include <thread>
 #include <vector>
-#if defined(_OPENMP)
-#include <omp.h>
-#elif !defined(KLCORE_NO_OPENMP)
-#error "klcore needs a compiler with OpenMP (gcc or clang with -fopenmp, MSVC with /openmp). KLCORE_NO_OPENMP=1 builds it for one thread."
-#endif
-#if defined(__unix__) || defined(__APPLE__)
-#include <pthread.h>
-#endif
-#if defined(_M_X64)
-#include <immintrin.h>
-#endif
 
-#include "kl_isa.h"
+#include "kl_threads.h"
 
 namespace kl {
-
-// A child of fork() inherits the memory of OpenMP's thread pool without its threads, and GNU's runtime would wait for
-// them for ever. The pool belongs to the thread that made it, so in a forked child parallel work starts on a new thread.
-inline std::atomic<bool>& forked() {
-  static std::atomic<bool> flag(false);
-  return flag;
-}
-inline void watch_forks() {
-#if defined(__unix__) || defined(__APPLE__)
-  forked();
-  pthread_atfork(nullptr, nullptr, [] { forked() = true; });
-#endif
-}
-
-// While one lives, its thread computes as numerics v2 says: rounding to nearest, subnormal numbers kept. A program may have
-// chosen otherwise (torch.set_flush_denormal, a library linked with -ffast-math), and threads inherit that.
-struct Arithmetic {
-  Arithmetic(const Arithmetic&) = delete;
-#if defined(__SSE2__) || defined(_M_X64)
-  static constexpr unsigned ORDINARY = 0x1f80, MODES = 0xffc0;   // the other bits are flags
-  unsigned found = _mm_getcsr();
-  Arithmetic() {
-    if ((found & MODES) != ORDINARY) _mm_setcsr(ORDINARY);
-  }
-  ~Arithmetic() {
-    if ((found & MODES) != ORDINARY) _mm_setcsr(found);
-  }
-#elif defined(__aarch64__) && (defined(__GNUC__) || defined(__clang__))
-  std::uint64_t found;
-  Arithmetic() {
-    asm volatile("mrs %0, fpcr" : "=r"(found));
-    if (found) asm volatile("msr fpcr, %0" : : "r"((std::uint64_t)0));
-  }
-  ~Arithmetic() {
-    if (found) asm volatile("msr fpcr, %0" : : "r"(found));
-  }
-#else
-  Arithmetic() {}
-#endif
-};
 
 constexpr int LINE = 16;              // neighbouring rows taken together at least where classes lie far apart: a cache line's
 constexpr int GROUP = 256;            // and at most
 constexpr i64 FEW = 4;                // rows below which it does not pay to take several at once
 constexpr i64 TILE = 128 * CHUNK;      // numbers of an array that such rows bring together at once; the second level holds it
-constexpr i64 SERIAL = 32768;         // classes below which a second thread costs more than it brings
 constexpr i64 STREAM = 64 << 20;      // bytes of output from which on it is streamed past the caches
 constexpr i64 KEPT = 4 << 20;         // bytes up to which what a sweep found out of a row is kept for the last one
 constexpr i64 AHEAD = 1 << 20;        // bytes of a row pair that the second-level cache holds twice
@@ -86,10 +31,11 @@ struct Scratch {                      // 64-byte aligned memory
   char* raw;
 };
 
-inline void write_zeros(const Array& a, char* row, i64 n) {
+inline void write_zeros(const Array& a, char* row, i64 n, Worker& worker) {
   if (!a.data) return;
   i64 size = size_of(a.dtype);
-  for (i64 i = 0; i < n; i++) std::memset(row + i * a.stride, 0, (size_t)size);
+  for (i64 start = 0; start < n && !worker.stops(CHUNK); start += CHUNK)
+    for (i64 i = start; i < std::min(n, start + CHUNK); i++) std::memset(row + i * a.stride, 0, (size_t)size);
 }
 
 inline void write_value(const Array& a, char* at, double v) {
@@ -145,8 +91,9 @@ struct Batch {
   i64 per_row;                        // doubles that a row's states take: those of a panel, then one a panel
   bool ahead;                         // read the next row while this one is written
   Few few_rows;                       // for rows so short that several are taken at once; or nullptr
-  size_t bytes;                       // of scratch a thread
-  size_t kept = 0;                    // where in the scratch; 0: nothing is kept
+  size_t bytes;                       // of scratch a thread: a chunk's, then states, then the rest
+  size_t hand;                        // where in the scratch a group's rows are noted
+  size_t kept = 0;                    // where what a sweep keeps for the last one; 0: nothing is kept
   // Where classes lie far apart, a chunk of all rows of a group is brought into rows before it is computed, and results
   // from rows into columns afterwards: `near` is the plan of that.
   static constexpr int OUTPUTS = 2, SIDES = 5;   // the first that is written; how many there are
@@ -154,7 +101,8 @@ struct Batch {
   size_t tile[SIDES] = {0};           // where in the scratch; 0: the array is used as it lies
   Plan near;
 
-  Batch(const Plan& plan, const Isa& set) : p(plan), kernel(set.kernel(plan)), isa(set), near(plan) {
+  // `whole`: rows are computed in one go, so that a sweep may keep something for the last one
+  Batch(const Plan& plan, const Isa& set, bool whole = true) : p(plan), kernel(set.kernel(plan)), isa(set), near(plan) {
     chunks = (p.n + CHUNK - 1) / CHUNK;
     bool far = scattered(p.x) || scattered(p.y) || scattered(p.dx) || scattered(p.dy);
     group = far ? group_size() : 1;
@@ -167,8 +115,9 @@ struct Batch {
     panel = std::min<i64>(CHUNK, (std::max<i64>(chunks, 1) + 7) & ~(i64)7);
     panels = (chunks + CHUNK - 1) / CHUNK;
     per_row = (panel + panels) * *std::max_element(kernel.states, kernel.states + 3);
-    bytes = (SCRATCH + sizeof(double) * (size_t)(per_row * (few_rows ? 1 : group)) + 63) & ~(size_t)63;
-    if (group == 1 && kernel.kept > 0 && (i64)kernel.kept * chunks <= KEPT) {
+    hand = SCRATCH + sizeof(double) * (size_t)(per_row * (few_rows ? 1 : group));
+    bytes = (hand + (size_t)group * (sizeof(Row) + sizeof(double) * (MAX_STATS + 1) + 1) + 63) & ~(size_t)63;
+    if (whole && group == 1 && kernel.kept > 0 && (i64)kernel.kept * chunks <= KEPT) {
       kept = bytes;
       bytes += kernel.kept * (size_t)chunks;
     }
@@ -185,7 +134,7 @@ struct Batch {
   // How many rows are taken together: enough for TILE numbers, few enough that every thread finds some.
   i64 group_size() const {
     i64 last = p.ndim ? p.shape[p.ndim - 1] : 1, rows = TILE / std::min<i64>(CHUNK, std::max<i64>(p.n, 1));
-    rows = std::min<i64>(std::min<i64>(rows, GROUP), p.rows / (4 * p.threads)) / LINE * LINE;
+    rows = std::min<i64>(std::min<i64>(rows, GROUP), p.rows / (4ll * p.threads)) / LINE * LINE;
     return std::min(std::max<i64>(rows, LINE), std::max<i64>(last, 1));
   }
 
@@ -236,11 +185,12 @@ struct Batch {
     kernel.finish(p, s, count > 0 ? last : nullptr, stats);
   }
 
-  // Sweeps [first, last) of rows [r, r + count), in one thread.
-  void rows(i64 r, int count, int first, int last, Row* row, double (*stats)[MAX_STATS], char* scratch) const {
+  // Sweeps [first, last) of rows [r, r + count), in one thread; false if it is to stop.
+  bool rows(i64 r, int count, int first, int last, Row* row, double (*stats)[MAX_STATS], char* scratch,
+            Worker& worker) const {
     double* states = (double*)(scratch + SCRATCH);
     for (int i = 0; i < count; i++) row[i] = locate(p, r + i);
-    if (kept && first == 0 && last == kernel.sweeps) row[0].kept = scratch + kept;
+    if (kept) row[0].kept = scratch + kept;
     if (ahead && r + count < p.rows) {
       Row next = locate(p, r + count);
       row[0].next_x = next.x;
@@ -249,6 +199,7 @@ struct Batch {
     for (int s = first; s < last; s++) {
       for (i64 k = 0; k < panels; k++) {
         for (i64 c = k * CHUNK; c < std::min(chunks, (k + 1) * CHUNK); c++) {
+          if (worker.stops(count * size(c))) return false;
           turn_chunk<false>(0, OUTPUTS, row, count, c * CHUNK, size(c), scratch);
           for (int i = 0; i < count; i++)
             if (row[i].weight != 0)
@@ -264,45 +215,55 @@ struct Batch {
       for (int i = 0; i < count; i++)
         if (row[i].weight != 0) finish_row(s, states + i * per_row, stats[i]);
     }
+    return true;
   }
 
-  // The same for one row, its chunks over all threads. `all` is scratch for each.
-  void long_row(Row& row, double* stats, double* states, char* all) const {
-    for (int s = 0; s < kernel.sweeps; s++) {
+  // All of rows [r, r + count), at most `group`, in one thread; `values`, if not nullptr, gets what they add to a total.
+  void group_of_rows(i64 r, int count, double* values, char* scratch, Worker& worker) const {
+    Row* row = (Row*)(scratch + hand);
+    double(*stats)[MAX_STATS] = (double(*)[MAX_STATS])(row + group), *found = (double*)(stats + group);
+    char* alone = (char*)(found + group);
+    if (worker.stops(few_rows ? count * p.n : count)) return;
+    if (few_rows) {
+      std::memset(alone, count < FEW, (size_t)count);
+      if (count >= FEW) few_rows(p, r, count, found, alone, scratch);   // writes whole vectors, up to `group`
+      for (int i = 0; i < count; i++)
+        if (alone[i] && rows(r + i, 1, 0, kernel.sweeps, row, stats, scratch, worker))
+          found[i] = finish(row[0], stats[0], worker);
+    } else if (rows(r, count, 0, kernel.sweeps, row, stats, scratch, worker)) {
+      for (int i = 0; i < count; i++) found[i] = finish(row[i], stats[i], worker);
+    }
+    if (values && !worker.watch.stopped) std::copy(found, found + count, values);
+  }
+
+  // One row, its chunks over all threads; what it adds to a total. `all` is scratch for each of them.
+  double long_row(i64 r, int threads, char* scratch, char* all, Watch& watch) const {
+    Row row = locate(p, r);
+    double stats[MAX_STATS] = {0}, *states = (double*)(scratch + SCRATCH);
+    if (kept) row.kept = scratch + kept;
+    for (int s = 0; s < kernel.sweeps && row.weight != 0; s++) {
       for (i64 k = 0; k < panels; k++) {
-        i64 end = std::min(chunks, (k + 1) * CHUNK);
-#if defined(_OPENMP)
-#pragma omp parallel num_threads(p.threads)
-#endif
-        {
-          Arithmetic arithmetic;
-#if defined(_OPENMP)
-#pragma omp for schedule(dynamic, 8) nowait
-#endif
-          for (i64 c = k * CHUNK; c < end; c++)
-            kernel.chunk(p, row, s, c * CHUNK, size(c), stats, states + c % CHUNK, panel, all + thread() * (i64)SCRATCH);
-          if (p.stream) stream_end();
-        }
+        i64 start = k * CHUNK;
+        each(watch, threads, std::min<i64>(CHUNK, chunks - start), 8, p.stream, [&](i64 i, Worker& worker) {
+          if (worker.stops(CHUNK)) return;
+          kernel.chunk(p, row, s, (start + i) * CHUNK, size(start + i), stats, states + i, panel,
+                       all + (size_t)worker.number * SCRATCH);
+        });
+        if (watch.stopped) return 0;
         fold_panel(s, states, k);
       }
       finish_row(s, states, stats);
     }
-  }
-
-  static int thread() {
-#if defined(_OPENMP)
-    return omp_get_thread_num();
-#else
-    return 0;
-#endif
+    Worker worker(watch, 0);
+    return finish(row, stats, worker);
   }
 
   // What becomes of a finished row; returns what it adds to the total.
-  double finish(const Row& row, const double* stats) const {
+  double finish(const Row& row, const double* stats, Worker& worker) const {
     if (row.weight == 0) {            // never read: its value and gradient are zero
-      if (p.output == TERMS) write_zeros(p.value, row.value, p.n);
-      write_zeros(p.dx, row.dx, p.n);
-      write_zeros(p.dy, row.dy, p.n);
+      if (p.output == TERMS) write_zeros(p.value, row.value, p.n, worker);
+      write_zeros(p.dx, row.dx, p.n, worker);
+      write_zeros(p.dy, row.dy, p.n, worker);
     }
     double v = row.weight == 0 ? 0.0 : row.weight == 1 ? stats[0] : stats[0] * row.weight;
     if (p.output == PER_ROW) write_value(p.value, row.value, v);
@@ -310,181 +271,205 @@ struct Batch {
   }
 };
 
-// Adds up the rows' totals in the order of kl_tree.h as they come, ROUND at a time.
-struct Total {
-  const Isa& isa;
-  std::vector<double> chunks;         // the totals of finished chunks of rows
-  explicit Total(const Isa& set) : isa(set) {}
-  void add(double* rows, i64 count) {
-    for (i64 i = 0; i < count; i += CHUNK) chunks.push_back(isa.sum_levels(rows + i, std::min<i64>(CHUNK, count - i)));
+// Adds up the rows' totals in the order of kl_tree.h as they come.
+class Total {
+ public:
+  Total(const Isa& set, i64 rows) : isa(set) {
+    i64 n = rows;
+    do {
+      n = (n + CHUNK - 1) / CHUNK;
+      sums.emplace_back();
+      sums.back().reserve((size_t)std::min<i64>(n, CHUNK));
+    } while (n > CHUNK);
   }
-  double value() { return isa.sum_levels(chunks.data(), (i64)chunks.size()); }
+  void add(double* rows, i64 count) {   // a multiple of CHUNK, but for the last time; overwrites them
+    for (i64 i = 0; i < count; i += CHUNK) push(0, isa.sum_levels(rows + i, std::min<i64>(CHUNK, count - i)));
+  }
+  double value() {
+    for (size_t k = 0;; k++) {
+      double sum = add_up(k);
+      if (k + 1 == sums.size() || sums[k + 1].empty()) return sum;
+      push(k + 1, sum);
+    }
+  }
+
+ private:
+  const Isa& isa;
+  std::vector<std::vector<double>> sums;   // of chunks of rows, of chunks of these, and so on: at most a chunk of each
+  double add_up(size_t k) {
+    double sum = isa.sum_levels(sums[k].data(), (i64)sums[k].size());
+    sums[k].clear();
+    return sum;
+  }
+  void push(size_t k, double sum) {
+    if (sums[k].size() == CHUNK) push(k + 1, add_up(k));
+    sums[k].push_back(sum);
+  }
 };
 
-inline void run_here(Plan& p, const Isa& isa) {
-  collapse(p);
-  i64 outputs = (p.dx.data != nullptr) + (p.dy.data != nullptr) + (p.output == TERMS);
-  p.stream = p.rows * p.n * 4 * outputs >= STREAM;
-  Batch b(p, isa);
-  Total total(isa);
-  bool totals = p.output == TOTAL;
-  i64 work = p.rows * std::max<i64>(p.n, 1);
-  if (work <= SERIAL) p.threads = 1;
-  i64 round = totals ? std::min<i64>(p.rows, ROUND) : p.rows;
-  std::vector<double> held(totals ? (size_t)round : 0);
-  bool by_chunk = p.threads > 1 && p.rows < 4 * p.threads && b.chunks >= 4 * p.threads;
-  Scratch scratch(by_chunk ? b.bytes + (size_t)SCRATCH * p.threads : b.bytes * p.threads);
+// What is done for a plan. All memory is taken when it is made: nothing is written if there is too little.
+struct Work {
+  virtual void compute(Watch& watch) = 0;
+  virtual ~Work() = default;
+};
 
-  if (by_chunk) {
-    for (i64 r = 0; r < p.rows; r++) {
-      Row row = locate(p, r);
-      double stats[MAX_STATS] = {0};
-      if (b.kept) row.kept = scratch.data() + b.kept;
-      if (row.weight != 0) b.long_row(row, stats, (double*)(scratch.data() + SCRATCH), scratch.data() + b.bytes);
-      double v = b.finish(row, stats);
-      if (totals) held[(size_t)r] = v;
-    }
-    if (totals) total.add(held.data(), p.rows);
-  } else {
-    for (i64 start = 0; start < p.rows; start += round) {
-      i64 end = std::min(p.rows, start + round), groups = (end - start + b.group - 1) / b.group;
-      i64 share = std::max<i64>(1, groups / (p.threads * 8));   // runs of rows, so that each finds its next one asked for
-      (void)share;                    // without OpenMP
-      auto group = [&](i64 g) {
-        i64 r = start + g * b.group;
-        int count = (int)std::min<i64>(b.group, end - r);
-        char* mine = scratch.data() + (size_t)Batch::thread() * b.bytes;
-        Row row[GROUP];
-        double stats[GROUP][MAX_STATS];
-        if (b.few_rows) {
-          double values[GROUP];
-          char alone[GROUP] = {0};
-          if (count < FEW) std::memset(alone, 1, sizeof alone);
-          else b.few_rows(p, r, count, values, alone, mine);
-          for (int i = 0; i < count; i++) {
-            if (alone[i]) {
-              b.rows(r + i, 1, 0, b.kernel.sweeps, row, stats, mine);
-              values[i] = b.finish(row[0], stats[0]);
-            }
-            if (totals) held[(size_t)(r + i - start)] = values[i];
-          }
-          return;
-        }
-        b.rows(r, count, 0, b.kernel.sweeps, row, stats, mine);
-        for (int i = 0; i < count; i++) {
-          double v = b.finish(row[i], stats[i]);
-          if (totals) held[(size_t)(r + i - start)] = v;
-        }
-      };
-      if (p.threads == 1) {
-        for (i64 g = 0; g < groups; g++) group(g);
-      } else {
-#if defined(_OPENMP)
-#pragma omp parallel num_threads(p.threads)
-#endif
-        {
-          Arithmetic arithmetic;
-#if defined(_OPENMP)
-#pragma omp for schedule(dynamic, share) nowait
-#endif
-          for (i64 g = 0; g < groups; g++) group(g);
-          if (p.stream) stream_end();
-        }
-      }
-      if (p.stream) stream_end();
-      if (totals) total.add(held.data(), end - start);
-    }
+// Values, terms and gradients, row by row.
+class EachRow : public Work {
+ public:
+  EachRow(Plan& plan, const Isa& isa) : p(prepared(plan)), b(p, isa), total(isa, p.output == TOTAL ? p.rows : 0) {
+    by_chunk = p.threads > 1 && p.rows < 4 * p.threads && b.chunks >= 4 * p.threads;
+    threads = granted((int)std::min<i64>(p.threads, by_chunk ? b.chunks : (p.rows + b.group - 1) / b.group));
+    round = std::min<i64>(p.rows, p.output == TOTAL ? ROUND : p.rows);
+    held.resize(p.output == TOTAL ? (size_t)round : 0);
+    scratch = std::make_unique<Scratch>(by_chunk ? b.bytes + (size_t)(SCRATCH * threads) : b.bytes * (size_t)threads);
   }
-  if (totals) p.total = total.value();
-}
 
-// One gradient of an operand that is broadcast over the last `inner` batch axes: the sum over these rows of their
+  void compute(Watch& watch) override {
+    for (i64 start = 0; start < p.rows && !watch.stopped; start += round) {
+      i64 count = std::min(round, p.rows - start);
+      if (by_chunk)
+        for (i64 r = 0; r < count && !watch.stopped; r++) {
+          double v = b.long_row(start + r, threads, scratch->data(), scratch->data() + b.bytes, watch);
+          if (p.output == TOTAL) held[(size_t)r] = v;
+        }
+      else row_by_row(start, count, watch);
+      if (p.output == TOTAL) total.add(held.data(), count);
+    }
+    if (p.output == TOTAL) p.total = total.value();
+  }
+
+ private:
+  Plan& p;
+  Batch b;
+  Total total;
+  bool by_chunk;                      // few rows, whose chunks are shared by all threads
+  int threads;
+  i64 round;
+  std::vector<double> held;           // what the rows of a round add to the total
+  std::unique_ptr<Scratch> scratch;
+
+  static Plan& prepared(Plan& p) {
+    collapse(p);
+    i64 outputs = (p.dx.data != nullptr) + (p.dy.data != nullptr) + (p.output == TERMS);
+    p.stream = p.rows * p.n * 4 * outputs >= STREAM;
+    p.threads = most_threads(p.threads, p.rows * std::max<i64>(p.n, 1));
+    return p;
+  }
+  void row_by_row(i64 start, i64 rows, Watch& watch) {
+    i64 groups = (rows + b.group - 1) / b.group;
+    i64 share = std::max<i64>(1, groups / (threads * 8));   // runs of rows, so that each finds its next one asked for
+    each(watch, threads, groups, share, p.stream, [&](i64 g, Worker& worker) {
+      i64 r = g * b.group;
+      b.group_of_rows(start + r, (int)std::min(b.group, rows - r), p.output == TOTAL ? held.data() + r : nullptr,
+                      scratch->data() + (size_t)worker.number * b.bytes, worker);
+    });
+  }
+};
+
+// One gradient of an operand that is broadcast over the last `inner_axes` batch axes: the sum over these rows of their
 // gradients, in blocks of BLOCK rows, each added up row by row in double, the blocks in order. The plan's dx or dy
 // (whichever is present) has the operand's own shape; its strides along the inner axes are not used.
-inline void run_summed(Plan& p, const Isa& isa, int inner_axes) {
-  bool of_x = p.dx.data != nullptr;
-  Array target = of_x ? p.dx : p.dy;
-  Plan q = p;                         // one gradient row as float64, into a buffer
-  Array& to = of_x ? q.dx : q.dy;
-  q.output = PER_ROW;
-  q.value.data = nullptr;
-  to.dtype = FLOAT64;
-  to.stride = 8;
-  Batch b(q, isa);
-  i64 inner = 1;
-  for (int d = p.ndim - inner_axes; d < p.ndim; d++) inner *= p.shape[d];
-  i64 outer = inner ? p.rows / inner : 0, blocks = (inner + BLOCK - 1) / BLOCK;
-  int last = b.kernel.sweeps - 1, threads = p.rows * std::max<i64>(p.n, 1) <= SERIAL ? 1 : p.threads;
-  i64 at_once = std::max<i64>(1, std::min<i64>(blocks, 4 * threads / std::max<i64>(1, b.chunks) + 1));
-  std::vector<double> sums((size_t)(at_once * p.n)), result((size_t)p.n);
-  std::vector<double> known((size_t)(at_once * BLOCK * MAX_STATS));
-  Scratch scratch(b.bytes * (size_t)threads);
-  auto mine = [&] { return scratch.data() + (size_t)Batch::thread() * b.bytes; };
-  auto stats_of = [&](i64 k) { return (double(*)[MAX_STATS])(known.data() + k * MAX_STATS); };
+//
+// Some blocks at once: first what the last sweep has to know of their rows, then that sweep. Where a row has chunks enough
+// for all threads, a thread takes one chunk of all these blocks; else one of one of them.
+class SummedGradient : public Work {
+ public:
+  SummedGradient(Plan& plan, const Isa& isa, int inner_axes) : SummedGradient(plan, isa, inner_axes, plan.dx.data) {}
 
-  for (i64 o = 0; o < outer; o++) {
-    std::fill(result.begin(), result.end(), 0.0);
-    for (i64 first = 0; first < blocks; first += at_once) {
-      i64 count = std::min(at_once, blocks - first), begin = first * BLOCK, end = std::min(inner, (first + count) * BLOCK);
-      std::fill(sums.begin(), sums.end(), 0.0);
-      if (last > 0) {
-#if defined(_OPENMP)
-#pragma omp parallel for schedule(dynamic, 1) num_threads(threads)
-#endif
-        for (i64 i = begin; i < end; i++) {
-          Arithmetic arithmetic;
-          Row row;
-          b.rows(o * inner + i, 1, 0, last, &row, stats_of(i - begin), mine());
-        }
+  void compute(Watch& watch) override {
+    for (i64 o = 0; o < outer; o++) {
+      std::fill(result.begin(), result.end(), 0.0);
+      for (i64 first = 0; first < blocks; first += at_once) {
+        i64 begin = first * BLOCK, end = std::min(inner, begin + at_once * BLOCK);
+        if (last > 0) know(o * inner + begin, end - begin, watch);
+        add(o * inner + begin, end - begin, std::min(at_once, blocks - first), watch);
+        if (watch.stopped) return;
       }
-      i64 items = count * b.chunks;
-#if defined(_OPENMP)
-#pragma omp parallel for schedule(dynamic, 1) num_threads(threads)
-#endif
-      for (i64 item = 0; item < items; item++) {
-        Arithmetic arithmetic;
-        i64 k = item / b.chunks, c = item % b.chunks;
-        int size = b.size(c);
-        double gradient[CHUNK], state[MAX_STATS], *sum = sums.data() + k * p.n + c * CHUNK;
-        for (i64 i = k * BLOCK; i < std::min(end - begin, (k + 1) * BLOCK); i++) {
-          Row row = locate(q, o * inner + begin + i);
+      if (!result.empty()) write(o * inner, 0, p.n, result.data());
+    }
+  }
+
+ private:
+  Plan &p, q;                         // q: one chunk of a row's gradient, as double, into a buffer
+  bool of_x;
+  Batch b;
+  i64 inner = 1, outer, blocks, at_once;
+  int last, threads;
+  bool deep;                          // a thread takes a chunk of all blocks
+  std::vector<double> known, sums, result;
+  size_t pitch;                       // bytes of scratch a thread
+  std::unique_ptr<Scratch> scratch;
+
+  SummedGradient(Plan& plan, const Isa& isa, int inner_axes, bool x)
+      : p(plan), q(plan), of_x(x), b(into_buffer(), isa, false) {
+    for (int d = p.ndim - inner_axes; d < p.ndim; d++) inner *= p.shape[d];
+    outer = inner ? p.rows / inner : 0;
+    blocks = (inner + BLOCK - 1) / BLOCK;
+    last = b.kernel.sweeps - 1;
+    threads = granted((int)std::min<i64>(q.threads, std::max(inner, b.chunks)));
+    deep = b.chunks >= 4 * threads;
+    i64 some = deep ? 4 : std::min<i64>(2 * threads, 4 * threads / std::max<i64>(1, b.chunks) + 1);
+    at_once = deep && last == 0 ? std::max<i64>(1, blocks) : std::max<i64>(1, std::min(blocks, some));
+    known.resize(last > 0 ? (size_t)(std::min(inner, at_once * BLOCK) * MAX_STATS) : 0);
+    sums.resize(deep ? 0 : (size_t)(at_once * p.n));
+    result.resize(deep && at_once >= blocks ? 0 : (size_t)p.n);
+    pitch = b.bytes + 3 * sizeof(double) * CHUNK;
+    scratch = std::make_unique<Scratch>(pitch * (size_t)threads);
+  }
+  const Plan& into_buffer() {
+    Array& to = of_x ? q.dx : q.dy;
+    q.threads = most_threads(p.threads, p.rows * std::max<i64>(p.n, 1));
+    q.output = PER_ROW;
+    q.value.data = nullptr;
+    to.dtype = FLOAT64;
+    to.stride = 8;
+    return q;
+  }
+
+  char* mine(const Worker& worker) const { return scratch->data() + (size_t)worker.number * pitch; }
+  double (*stats_of(i64 i))[MAX_STATS] { return (double(*)[MAX_STATS])(known.data() + i * MAX_STATS); }
+  void write(i64 r, i64 start, i64 n, const double* gradient) const {
+    Row row = locate(p, r);
+    const Array& a = of_x ? p.dx : p.dy;
+    generic::narrow_to(a.dtype, gradient, 1.0, n, (of_x ? row.dx : row.dy) + start * a.stride, a.stride);
+  }
+
+  // The stats before the last sweep of rows [r, r + rows).
+  void know(i64 r, i64 rows, Watch& watch) {
+    each(watch, threads, rows, 1, false, [&](i64 i, Worker& worker) {
+      Row row;
+      b.rows(r + i, 1, 0, last, &row, stats_of(i), mine(worker), worker);
+    });
+  }
+
+  // The gradients of these rows, in `count` blocks: added to `result`, or written, if all blocks are among them.
+  void add(i64 r, i64 rows, i64 count, Watch& watch) {
+    each(watch, threads, (deep ? 1 : count) * b.chunks, 1, false, [&](i64 item, Worker& worker) {
+      i64 k = item / b.chunks, c = item % b.chunks, end = deep ? count : k + 1;
+      int size = b.size(c);
+      double *gradient = (double*)(mine(worker) + b.bytes), *sum = gradient + CHUNK, *all = sum + CHUNK;
+      if (!deep) sum = sums.data() + k * p.n + c * CHUNK;
+      else if (result.empty()) std::fill(all, all + size, 0.0);
+      else all = result.data() + c * CHUNK;
+      for (; k < end; k++) {
+        std::fill(sum, sum + size, 0.0);
+        for (i64 i = k * BLOCK; i < std::min(rows, (k + 1) * BLOCK); i++) {
+          if (worker.stops(size)) return;
+          Row row = locate(q, r + i);
           if (row.weight == 0) continue;
-          (of_x ? row.dx : row.dy) = (char*)(gradient - c * CHUNK);
-          b.kernel.chunk(q, row, last, c * CHUNK, size, *stats_of(i), state, 1, mine());
+          (of_x ? row.dx : row.dy) = (char*)gradient - c * CHUNK * 8;
+          double state[MAX_STATES];
+          b.kernel.chunk(q, row, last, c * CHUNK, size, *stats_of(i), state, 1, mine(worker));
           for (int j = 0; j < size; j++) sum[j] += gradient[j];
         }
+        for (int j = 0; deep && j < size; j++) all[j] += sum[j];
       }
-      for (i64 k = 0; k < count; k++)
-        for (i64 j = 0; j < p.n; j++) result[(size_t)j] += sums[(size_t)(k * p.n + j)];
-    }
-    Row row = locate(p, o * inner);
-    char* at = of_x ? row.dx : row.dy;
-    generic::narrow_to(target.dtype, result.data(), 1.0, p.n, at, target.stride);
+      if (deep && result.empty()) write(r, c * CHUNK, size, all);
+    });
+    for (i64 k = 0; k < count && !deep; k++)
+      for (i64 j = 0; j < p.n; j++) result[(size_t)j] += sums[(size_t)(k * p.n + j)];
   }
-}
-
-// Does `work`, which follows a plan; returns 0, or 1 if memory ran out.
-template <class Work> int guarded(Plan& p, Work work) noexcept {
-  int failed = 0;
-  auto caught = [&] {
-    try {
-      Arithmetic arithmetic;
-      work();
-    } catch (...) {
-      failed = 1;
-    }
-  };
-  if (p.threads > 1 && forked().load()) {
-    try {
-      std::thread(caught).join();
-      return failed;
-    } catch (...) {
-      p.threads = 1;                  // no thread to be had: the same bits on this one
-    }
-  }
-  caught();
-  return failed;
-}
+};
 
 // How many rows are computed at once because they are of few classes; 0: none.
 inline int few_at_once(const Plan& p, const Isa& isa) {
@@ -492,11 +477,22 @@ inline int few_at_once(const Plan& p, const Isa& isa) {
   return b.few_rows ? (int)b.group : 0;
 }
 
-// Runs a plan. inner_axes < 0: an ordinary run; else run_summed.
-inline int run(Plan& p, const Isa& isa, int inner_axes) noexcept {
-  return guarded(p, [&] {
-    if (inner_axes < 0) run_here(p, isa);
-    else run_summed(p, isa, inner_axes);
+// A plan, and over how many of its last batch axes a gradient is summed; -1: it is no such gradient.
+struct Task {
+  Plan* plan;
+  int inner_axes;
+};
+
+// Runs plans, at most MAX_TASKS, one after the other.
+constexpr int MAX_TASKS = 3;
+inline int run(const Task* tasks, int count, const Isa& isa, Ask ask) noexcept {
+  return guarded(ask, [&](Watch& watch) {
+    std::unique_ptr<Work> work[MAX_TASKS];
+    for (int k = 0; k < count; k++) {
+      if (tasks[k].inner_axes < 0) work[k] = std::make_unique<EachRow>(*tasks[k].plan, isa);
+      else work[k] = std::make_unique<SummedGradient>(*tasks[k].plan, isa, tasks[k].inner_axes);
+    }
+    for (int k = 0; k < count && !watch.stopped; k++) work[k]->compute(watch);
   });
 }
 

@@ -2,18 +2,22 @@
 # distutils: language = c++
 """The CPU's door from Python: arrays in, through the buffer protocol, and a kl::Plan out to kl_batch.h.
 
-Called by klcore.backends.cpu, which has checked and broadcast everything. bfloat16 comes as uint16. The GIL is released
-while rows are computed.
+Called by klcore.backends.cpu, which has checked and broadcast everything. bfloat16 comes as two bytes without a meaning,
+NumPy's V2. The GIL is released while rows are computed; the main thread takes it now and then, for signals.
 """
 from cpython.buffer cimport PyBUF_FORMAT, PyBUF_STRIDES, PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer
 from libc.string cimport memset
 from libcpp.atomic cimport atomic
+
+import os
+import threading
 
 cdef extern from "kl_batch.h" namespace "kl" nogil:
     ctypedef long long i64 "kl::i64"
     int MAX_DIMS
     int PER_ROW, TERMS, TOTAL
     int FLOAT64, FLOAT32, FLOAT16, BFLOAT16
+    int INT8, UINT8
     int LOGITS
     cdef struct Array:
         char* data
@@ -33,8 +37,13 @@ cdef extern from "kl_batch.h" namespace "kl" nogil:
         void (*elementary_float)(int, const float*, float*, i64) noexcept nogil
         void (*elementary_double)(int, const double*, double*, i64) noexcept nogil
     const Isa* isa_table()
+    cdef struct Task:
+        Plan* plan
+        int inner_axes
+    ctypedef int (*Ask)() noexcept
+    atomic[int]& pretended_processors()
     void watch_forks()
-    int run_plan "kl::run"(Plan&, const Isa&, int) noexcept
+    int run_tasks "kl::run"(const Task*, int, const Isa&, Ask) noexcept
     int few_rows "kl::few_at_once"(const Plan&, const Isa&)
 
 cdef extern from *:
@@ -97,19 +106,25 @@ def instruction_set():
     return _isa.load().name.decode()
 
 
-cdef int _dtype(const char* format) except -1:
-    cdef char c = format[0]
+cdef int _dtype(Py_buffer* v) except -1:
+    """How the elements lie in memory: a kl::Dtype, or kl::WholeNumbers for weights."""
+    cdef char c = v.format[0]
+    cdef int size = {1: 0, 2: 1, 4: 2, 8: 3}.get(v.itemsize, -1)
     if c == b"=" or c == b"@" or c == b"<" or c == b"^":
-        c = format[1]
+        c = v.format[1]
     if c == b"d":
         return FLOAT64
     if c == b"f":
         return FLOAT32
     if c == b"e":
         return FLOAT16
-    if c == b"H":
+    if c == b"2":                        # "2x", two bytes without a meaning
         return BFLOAT16
-    raise TypeError(f"cannot compute with the buffer format {format.decode()!r}")
+    if size >= 0 and c in b"bhilq":
+        return INT8 + size
+    if size >= 0 and c in b"?BHILQ":
+        return UINT8 + size
+    raise TypeError(f"cannot compute with the buffer format {v.format.decode()!r}")
 
 
 cdef class _Borrowed:
@@ -132,7 +147,9 @@ cdef class _Borrowed:
         cdef Py_buffer* v = self.borrow(array, write)
         cdef int d, ndim = v.ndim - 1 if classes else v.ndim
         a.data = <char*>v.buf
-        a.dtype = _dtype(v.format)
+        a.dtype = _dtype(v)
+        if classes and a.dtype > BFLOAT16:
+            raise TypeError(f"cannot compute with the buffer format {v.format.decode()!r}")
         for d in range(ndim):
             a.batch[d] = v.strides[d]
         if classes:
@@ -140,13 +157,39 @@ cdef class _Borrowed:
         return 0
 
 
-cdef int _execute(Plan* plan, int inner_axes) except -1:
-    cdef int failed
-    with nogil:
-        failed = run_plan(plan[0], _isa.load()[0], inner_axes)
-    if failed:
+cdef extern from "Python.h" nogil:
+    unsigned long PyThread_get_thread_ident()
+    int PyErr_CheckSignals()             # not that of cpython.exc: the exception that a handler raises is left to be found
+
+# Python's signal handlers run in this thread. No other may be asked: one that wants the GIL while Python shuts down ends
+# within klcore.
+cdef unsigned long _main = threading.main_thread().ident
+
+
+def _after_fork():
+    global _main
+    _main = PyThread_get_thread_ident()
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
+
+
+cdef int _signals() noexcept with gil:
+    """Whether a signal handler of Python's has raised an exception."""
+    return PyErr_CheckSignals() != 0
+
+
+cdef inline Ask _ask() noexcept:
+    if PyThread_get_thread_ident() == _main:
+        return _signals
+    return NULL
+
+
+cdef int _end(int found) except -1:
+    """What kl::guarded returned, as an exception."""
+    if found == 1:
         raise MemoryError("klcore could not allocate its working memory")
-    return 0
+    return -1 if found else 0            # 2: stopped by an exception, which is set
 
 
 cdef int _lay_out(Plan* p, _Borrowed b, int operation, int space_x, int space_y, int output, x, y, weights, value,
@@ -185,23 +228,45 @@ cdef int _lay_out(Plan* p, _Borrowed b, int operation, int space_x, int space_y,
     return 0
 
 
-def run(int operation, int space_x, int space_y, int output, x, y, weights, value, dx, dy, bint wide,
-        double temperature, double gradient_scale, int threads, int inner_axes=-1, factors=None, double epsilon=0.0):
-    """Compute one plan; returns the total where output is TOTAL.
+cdef class Call:
+    """A plan, and the arrays that it reads and writes.
 
-    x, y, factors, dx, dy and the terms have the shape batch + (n,); weights and row values the shape batch. Weights and
-    factors are float64 or float32. y, weights, factors, value, dx, dy may be None. With inner_axes >= 0 the one
-    gradient given is that of an operand broadcast over the last inner_axes batch axes, and is summed over them.
+    x, y, factors, dx, dy and the terms have the shape batch + (n,); weights and row values the shape batch. Weights may
+    have any real dtype; factors are float64 or float32. y, weights, factors, value, dx, dy may be None. With
+    inner_axes >= 0 the one gradient given is that of an operand broadcast over the last inner_axes batch axes, and is
+    summed over them.
     """
-    cdef Plan p
-    cdef _Borrowed b = _Borrowed.__new__(_Borrowed)
-    _lay_out(&p, b, operation, space_x, space_y, output, x, y, weights, value, dx, dy, True, wide, temperature,
-             gradient_scale, threads)
-    if factors is not None:
-        b.lend(factors, &p.factors, True, False)
-    p.epsilon = epsilon
-    _execute(&p, inner_axes)
-    return p.total
+    cdef Plan plan
+    cdef _Borrowed arrays
+    cdef int inner_axes
+
+    def __cinit__(self, int operation, int space_x, int space_y, int output, x, y, weights, value, dx, dy, bint wide,
+                  double temperature, double gradient_scale, int threads, factors, double epsilon, int inner_axes=-1):
+        self.arrays = _Borrowed.__new__(_Borrowed)
+        _lay_out(&self.plan, self.arrays, operation, space_x, space_y, output, x, y, weights, value, dx, dy, True, wide,
+                 temperature, gradient_scale, threads)
+        if factors is not None:
+            self.arrays.lend(factors, &self.plan.factors, True, False)
+        self.plan.epsilon = epsilon
+        self.inner_axes = inner_axes
+
+
+def run(list calls):
+    """Compute these calls, at most three; returns the total of the first. All memory is taken before anything is
+    written."""
+    cdef Task[3] tasks
+    cdef int count = len(calls), k, found
+    cdef Call call
+    for k in range(count):
+        call = calls[k]
+        tasks[k].plan = &call.plan
+        tasks[k].inner_axes = call.inner_axes
+    cdef Ask ask = _ask()
+    with nogil:
+        found = run_tasks(tasks, count, _isa.load()[0], ask)
+    _end(found)
+    call = calls[0]
+    return call.plan.total
 
 
 def plain(int operation, int space_x, int space_y, bint wide, x, y, int reduction, double denominator, double epsilon,
@@ -217,8 +282,9 @@ def plain(int operation, int space_x, int space_y, bint wide, x, y, int reductio
     cdef _Borrowed b = _Borrowed.__new__(_Borrowed)
     cdef Py_buffer* vx
     cdef Py_buffer* vy
+    cdef Task task
     cdef i64 step
-    cdef int d
+    cdef int d, found
     try:
         vx = b.borrow(x, False)
         vy = b.borrow(y, False)
@@ -247,7 +313,7 @@ def plain(int operation, int space_x, int space_y, bint wide, x, y, int reductio
     p.n = vx.shape[p.ndim]
     p.x.data, p.y.data = <char*>vx.buf, <char*>vy.buf
     p.x.stride, p.y.stride = vx.strides[p.ndim], vy.strides[p.ndim]
-    p.x.dtype = p.y.dtype = _dtype(vx.format)
+    p.x.dtype = p.y.dtype = _dtype(vx)
     value = dx = dy = None
     if wanted & 1:
         dx = empty(x.shape, dtype)
@@ -272,11 +338,36 @@ def plain(int operation, int space_x, int space_y, bint wide, x, y, int reductio
     p.inverse_temperature = 1.0
     p.epsilon = epsilon
     p.gradient_scale = 1.0 / denominator * cotangent if denominator != 0 else NAN   # as klcore.backends.cpu rounds it
-    _execute(&p, -1)
+    task.plan, task.inner_axes = &p, -1
+    cdef Ask ask = _ask()
+    with nogil:
+        found = run_tasks(&task, 1, _isa.load()[0], ask)
+    _end(found)
     if reduction == ROW:
         return (value if p.ndim else value[()]), dx, dy
     p.total = p.total / denominator if denominator != 0 else NAN
     return dtype.type(p.total if p.x.dtype == FLOAT64 else <float>p.total), dx, dy
+
+
+def chunk_sums(values, double[::1] sums):
+    """The sum of every 1024 values of a real array of any layout, in C order; `sums` has room for them."""
+    cdef Plan p
+    cdef _Borrowed b = _Borrowed.__new__(_Borrowed)
+    cdef Py_buffer* v
+    cdef int d, found
+    memset(&p, 0, sizeof(Plan))
+    b.lend(values, &p.weights, False, False)
+    v = &b.view[0]
+    p.ndim = v.ndim
+    p.rows = 1
+    for d in range(p.ndim):
+        p.shape[d] = v.shape[d]
+        p.rows *= v.shape[d]
+    cdef Ask ask = _ask()
+    if p.rows:
+        with nogil:
+            found = sum_chunks(p, _isa.load()[0], &sums[0], ask)
+        _end(found)
 
 
 def add_up(double[::1] values):
@@ -291,16 +382,21 @@ def elementary(str function, x, out):
     cdef Py_buffer* vo = b.borrow(out, True)
     cdef int f = ("log", "exp", "log1p", "expm1").index(function)
     cdef i64 n = vx.len // vx.itemsize
-    if vx.len != vo.len or _dtype(vx.format) != _dtype(vo.format):
+    if vx.len != vo.len or _dtype(vx) != _dtype(vo):
         raise ValueError("x and out differ")
-    if _dtype(vx.format) == FLOAT32:
+    if _dtype(vx) == FLOAT32:
         with nogil:
             _isa.load().elementary_float(f, <const float*>vx.buf, <float*>vo.buf, n)
-    elif _dtype(vx.format) == FLOAT64:
+    elif _dtype(vx) == FLOAT64:
         with nogil:
             _isa.load().elementary_double(f, <const double*>vx.buf, <double*>vo.buf, n)
     else:
         raise TypeError("float32 or float64 only")
+
+
+def pretend_processors(int n):
+    """Use as many threads as asked for on a machine with fewer than `n` processors; 0: no more. For the tests."""
+    pretended_processors().store(n)
 
 
 def few_at_once(int operation, int space_x, int space_y, bint wide, i64 rows, i64 n):
@@ -318,8 +414,9 @@ def few_at_once(int operation, int space_x, int space_y, bint wide, i64 rows, i6
 cdef extern from "kl_partial.h" namespace "kl" nogil:
     int _MAX_STATS "kl::MAX_STATS"
     int states_of(const Plan&, const Isa&, int)
-    int sweep_plan "kl::sweep"(Plan&, const Isa&, int, const double*, double*, int) noexcept
-    int merge_plan "kl::merge"(Plan&, const Isa&, int, double*, i64, double*) noexcept
+    int sweep_plan "kl::sweep"(Plan&, const Isa&, int, const double*, double*, int, Ask) noexcept
+    int merge_plan "kl::merge"(Plan&, const Isa&, int, double*, i64, double*, Ask) noexcept
+    int sum_chunks "kl::chunk_sums"(Plan&, const Isa&, double*, Ask) noexcept
 
 MAX_STATS = _MAX_STATS
 
@@ -349,17 +446,17 @@ def sweep(int number, int operation, int space_x, int space_y, x, y, weights, te
     """
     cdef Plan p
     cdef _Borrowed b = _Borrowed.__new__(_Borrowed)
-    cdef int failed
+    cdef int found
     cdef const double* known = &stats[0] if stats is not None and stats.shape[0] else NULL
     cdef double* left = &states[0] if states is not None and states.shape[0] else NULL
     if states is not None and left == NULL:
         return
     _lay_out(&p, b, operation, space_x, space_y, TOTAL if terms is None else TERMS, x, y, weights, terms, dx, dy,
              left == NULL, wide, temperature, gradient_scale, threads)
+    cdef Ask ask = _ask()
     with nogil:
-        failed = sweep_plan(p, _isa.load()[0], number, known, left, inner_axes)
-    if failed:
-        raise MemoryError("klcore could not allocate its working memory")
+        found = sweep_plan(p, _isa.load()[0], number, known, left, inner_axes, ask)
+    _end(found)
 
 
 def merge(int number, int operation, int space_x, int space_y, weights, bint wide, double temperature, int threads,
@@ -371,7 +468,7 @@ def merge(int number, int operation, int space_x, int space_y, weights, bint wid
     cdef Plan p
     cdef _Borrowed b = _Borrowed.__new__(_Borrowed)
     cdef Py_buffer* v
-    cdef int d, failed
+    cdef int d, found
     if not stats.shape[0]:
         return
     memset(&p, 0, sizeof(Plan))
@@ -387,10 +484,10 @@ def merge(int number, int operation, int space_x, int space_y, weights, bint wid
     p.output = TOTAL
     p.threads = threads
     p.inverse_temperature = 1.0 / temperature
+    cdef Ask ask = _ask()
     with nogil:
-        failed = merge_plan(p, _isa.load()[0], number, &states[0] if states.shape[0] else NULL, count, &stats[0])
-    if failed:
-        raise MemoryError("klcore could not allocate its working memory")
+        found = merge_plan(p, _isa.load()[0], number, &states[0] if states.shape[0] else NULL, count, &stats[0], ask)
+    _end(found)
 
 
 watch_forks()

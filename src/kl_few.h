@@ -90,6 +90,8 @@ void give(const Array& a, char* at, i64 step, i64 n, i64 m, const T* lanes, i64 
   for (i64 r = 0; r < m; r++) store_to(a.dtype, at + r * step, size, (int)n, room + r * n, scale, stream);
 }
 
+inline void widen_weights(int dtype, const char* at, i64 step, i64 n, double* to) { widen(dtype, at, step, (int)n, to); }
+
 // Several rows of a plan, and what they weigh.
 template <typename T> struct Rows {
   const Plan& p;
@@ -102,7 +104,8 @@ template <typename T> struct Rows {
     if (!p.weights.data) return;
     for (i64 k = 0; k < pitch; k++) weight[k] = 1;
     runs(p, first, (int)count, [&](const Row&, int k, int m) {
-      widen(p.weights.dtype, at_row(p, p.weights, first + k), step_of(p, p.weights), m, weight + k);
+      auto read = p.weights.dtype <= BFLOAT16 ? widen_weights : read_weights;   // floats in vectors
+      read(p.weights.dtype, at_row(p, p.weights, first + k), step_of(p, p.weights), m, weight + k);
     });
   }
   int size() const { return (int)(n * pitch); }

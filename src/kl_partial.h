@@ -15,67 +15,65 @@ inline int states_of(const Plan& p, const Isa& isa, int sweep) {
 
 // Sweep `s` over all rows of a block. `stats`: MAX_STATS a row, from the sweeps before it, or nullptr. With `states`, for
 // every row states_of(s) lines of one double a chunk, zero before, nothing else is written; without, the outputs are.
-inline void sweep_here(Plan& p, const Isa& isa, int s, const double* stats, double* states) {
+inline void sweep_here(Plan& p, const Isa& isa, int s, const double* stats, double* states, Watch& watch) {
   static char nowhere;
   if (states) {   // a softmax's gradient takes a sum of its own in the second sweep, which asks for it by these
     p.dx.data = s > 0 && p.dx.data ? &nowhere : nullptr;
     p.dy.data = s > 0 && p.dy.data ? &nowhere : nullptr;
   }
   collapse(p);
+  p.threads = most_threads(p.threads, p.rows * p.n);
   Batch b(p, isa);
   i64 width = b.kernel.states[s], items = (p.rows + b.group - 1) / b.group * b.chunks;
-  int threads = p.rows * p.n <= SERIAL ? 1 : p.threads;
+  int threads = granted((int)std::min<i64>(p.threads, items));
   Scratch scratch((size_t)SCRATCH * (size_t)threads);
-#if defined(_OPENMP)
-#pragma omp parallel for schedule(dynamic, 8) num_threads(threads)
-#endif
-  for (i64 item = 0; item < items; item++) {
-    Arithmetic arithmetic;
+  each(watch, threads, items, 8, false, [&](i64 item, Worker& worker) {
     i64 c = item % b.chunks, first = item / b.chunks * b.group;
     double unused[MAX_STATES];
-    for (i64 r = first; r < std::min(p.rows, first + b.group); r++) {
+    for (i64 r = first; r < std::min(p.rows, first + b.group) && !worker.stops(b.size(c)); r++) {
       Row row = locate(p, r);
       double* to = states ? states + r * width * b.chunks + c : unused;
       if (row.weight != 0)
         b.kernel.chunk(p, row, s, c * CHUNK, b.size(c), stats ? stats + r * MAX_STATS : nullptr, to,
-                       states ? b.chunks : 1, scratch.data() + (size_t)Batch::thread() * SCRATCH);
+                       states ? b.chunks : 1, scratch.data() + (size_t)worker.number * SCRATCH);
       else if (c == 0 && !states)
-        b.finish(row, nullptr);
+        b.finish(row, nullptr, worker);
     }
-  }
+  });
 }
 
 // The gradient of an operand that is broadcast over the last `inner_axes` batch axes, summed over them as run_summed does:
 // rows one by one in blocks of BLOCK, then the blocks.
-inline void sweep_summed(Plan& p, const Isa& isa, int s, const double* stats, int inner_axes) {
+inline void sweep_summed(Plan& p, const Isa& isa, int s, const double* stats, int inner_axes, Watch& watch) {
   bool of_x = p.dx.data != nullptr;
   Array target = of_x ? p.dx : p.dy;
   Plan q = p;                         // one chunk of one gradient row as float64, into a buffer
   Array& to = of_x ? q.dx : q.dy;
   to.dtype = FLOAT64;
   to.stride = 8;
+  q.threads = most_threads(p.threads, p.rows * p.n);
   Batch b(q, isa);
   i64 inner = 1;
   for (int d = p.ndim - inner_axes; d < p.ndim; d++) inner *= p.shape[d];
   i64 items = inner ? p.rows / inner * b.chunks : 0;
-  int threads = p.rows * p.n <= SERIAL ? 1 : p.threads;
-  Scratch scratch((size_t)SCRATCH * (size_t)threads);
-#if defined(_OPENMP)
-#pragma omp parallel for schedule(dynamic, 1) num_threads(threads)
-#endif
-  for (i64 item = 0; item < items; item++) {
-    Arithmetic arithmetic;
+  int threads = granted((int)std::min<i64>(q.threads, items));
+  constexpr size_t BYTES = SCRATCH + 3 * sizeof(double) * CHUNK;
+  Scratch scratch(BYTES * (size_t)threads);
+  each(watch, threads, items, 1, false, [&](i64 item, Worker& worker) {
     i64 c = item % b.chunks, begin = item / b.chunks * inner;
     int size = b.size(c);
-    double gradient[CHUNK], sum[CHUNK], result[CHUNK] = {0}, unused[MAX_STATES];
+    char* mine = scratch.data() + (size_t)worker.number * BYTES;
+    double *gradient = (double*)(mine + SCRATCH), *sum = gradient + CHUNK, *result = sum + CHUNK, unused[MAX_STATES];
+    std::fill(result, result + size, 0.0);
     for (i64 first = 0; first < inner; first += BLOCK) {
       std::fill(sum, sum + size, 0.0);
       for (i64 i = first; i < std::min(inner, first + BLOCK); i++) {
+        if (worker.stops(size)) return;
         Row row = locate(q, begin + i);
         if (row.weight == 0) continue;
-        (of_x ? row.dx : row.dy) = (char*)(gradient - c * CHUNK);
+        (of_x ? row.dx : row.dy) = (char*)gradient - c * CHUNK * 8;
         b.kernel.chunk(q, row, s, c * CHUNK, size, stats ? stats + (begin + i) * MAX_STATS : nullptr, unused, 1,
-                       scratch.data() + (size_t)Batch::thread() * SCRATCH);
+                       mine);
         for (int j = 0; j < size; j++) sum[j] += gradient[j];
       }
       for (int j = 0; j < size; j++) result[j] += sum[j];
@@ -83,20 +81,18 @@ inline void sweep_summed(Plan& p, const Isa& isa, int s, const double* stats, in
     Row row = locate(p, begin);
     char* at = (of_x ? row.dx : row.dy) + c * CHUNK * target.stride;
     generic::narrow_to(target.dtype, result, 1.0, size, at, target.stride);
-  }
+  });
 }
 
 // The states that sweep `s` left of all blocks, `count` a line, into the rows' stats. stats[0] becomes what the row adds
 // to a total: its value times its weight. Overwrites the states. The plan has no classes, only rows and their weights.
-inline void merge_here(Plan& p, const Isa& isa, int s, double* states, i64 count, double* stats) {
+inline void merge_here(Plan& p, const Isa& isa, int s, double* states, i64 count, double* stats, Watch& watch) {
   collapse(p);
   Batch b(p, isa);
   i64 width = b.kernel.states[s];
-#if defined(_OPENMP)
-#pragma omp parallel for schedule(static) num_threads(p.rows * count <= SERIAL / CHUNK ? 1 : p.threads)
-#endif
-  for (i64 r = 0; r < p.rows; r++) {
-    Arithmetic arithmetic;
+  int threads = granted((int)std::min<i64>(most_threads(p.threads, p.rows * count * CHUNK), p.rows));
+  each(watch, threads, p.rows, 8, false, [&](i64 r, Worker& worker) {
+    if (worker.stops(count * CHUNK)) return;
     Row row = locate(p, r);
     double *at = states + r * width * count, *to = stats + r * MAX_STATS, last[MAX_STATES];
     if (row.weight != 0) {
@@ -107,19 +103,36 @@ inline void merge_here(Plan& p, const Isa& isa, int s, double* states, i64 count
       if (left > 0) b.kernel.fold(p, s, at, (int)left, count, last, 1);
       b.kernel.finish(p, s, left > 0 ? last : nullptr, to);
     }
-    to[0] = b.finish(row, to);
-  }
-}
-
-// These return 0, or 1 if memory ran out.
-inline int sweep(Plan& p, const Isa& isa, int s, const double* stats, double* states, int inner_axes) noexcept {
-  return guarded(p, [&] {
-    if (inner_axes < 0) sweep_here(p, isa, s, stats, states);
-    else sweep_summed(p, isa, s, stats, inner_axes);
+    to[0] = b.finish(row, to, worker);
   });
 }
-inline int merge(Plan& p, const Isa& isa, int s, double* states, i64 count, double* stats) noexcept {
-  return guarded(p, [&] { merge_here(p, isa, s, states, count, stats); });
+
+// The sums of every CHUNK of the plan's weights.
+inline int chunk_sums(Plan& p, const Isa& isa, double* sums, Ask ask) noexcept {
+  return guarded(ask, [&](Watch& watch) {
+    collapse(p);
+    std::vector<double> chunk(CHUNK);
+    each(watch, 1, (p.rows + CHUNK - 1) / CHUNK, 1, false, [&](i64 c, Worker& worker) {
+      int count = (int)std::min<i64>(CHUNK, p.rows - c * CHUNK);
+      if (worker.stops(count)) return;
+      generic::runs(p, c * CHUNK, count, [&](const Row&, int k, int m) {
+        read_weights(p.weights.dtype, generic::at_row(p, p.weights, c * CHUNK + k), generic::step_of(p, p.weights), m,
+                     chunk.data() + k);
+      });
+      sums[c] = isa.sum_levels(chunk.data(), count);
+    });
+  });
+}
+
+// These return what `guarded` does.
+inline int sweep(Plan& p, const Isa& isa, int s, const double* stats, double* states, int inner_axes, Ask ask) noexcept {
+  return guarded(ask, [&](Watch& watch) {
+    if (inner_axes < 0) sweep_here(p, isa, s, stats, states, watch);
+    else sweep_summed(p, isa, s, stats, inner_axes, watch);
+  });
+}
+inline int merge(Plan& p, const Isa& isa, int s, double* states, i64 count, double* stats, Ask ask) noexcept {
+  return guarded(ask, [&](Watch& watch) { merge_here(p, isa, s, states, count, stats, watch); });
 }
 
 }  // namespace kl

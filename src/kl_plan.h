@@ -29,11 +29,40 @@ struct Plan {
   i64 rows, n;
   double inverse_temperature, gradient_scale;
   double epsilon;                    // of the terms that take one
-  Array x, y, weights;               // weights are float64 or float32
+  Array x, y, weights;               // weights: of any kl::Dtype or kl::WholeNumbers
   Array factors;                     // one a class, float64 or float32, which multiplies term and gradients
   Array value, dx, dy;               // dx and dy: one gradient row for every batch row
   double total;                      // result of TOTAL
 };
+
+// How weights lie in memory: as kl::Dtype says, or as whole numbers. A boolean is an UINT8.
+enum WholeNumbers { INT8 = 4, INT16, INT32, INT64, UINT8, UINT16, UINT32, UINT64 };
+
+template <typename S> double as_double(S v) { return (double)v; }
+template <typename S> void read_as(const char* at, i64 step, i64 n, double* to, double (*widen)(S)) {
+  for (i64 k = 0; k < n; k++) {
+    S v;
+    std::memcpy(&v, at + k * step, sizeof v);
+    to[k] = widen(v);
+  }
+}
+// n weights, `step` bytes apart
+inline void read_weights(int dtype, const char* at, i64 step, i64 n, double* to) {
+  switch (dtype) {
+    case FLOAT64: return read_as(at, step, n, to, as_double<double>);
+    case FLOAT32: return read_as(at, step, n, to, as_double<float>);
+    case FLOAT16: return read_as(at, step, n, to, Stored<FLOAT16>::widen<double>);
+    case BFLOAT16: return read_as(at, step, n, to, Stored<BFLOAT16>::widen<double>);
+    case INT8: return read_as(at, step, n, to, as_double<std::int8_t>);
+    case INT16: return read_as(at, step, n, to, as_double<std::int16_t>);
+    case INT32: return read_as(at, step, n, to, as_double<std::int32_t>);
+    case INT64: return read_as(at, step, n, to, as_double<std::int64_t>);
+    case UINT8: return read_as(at, step, n, to, as_double<std::uint8_t>);
+    case UINT16: return read_as(at, step, n, to, as_double<std::uint16_t>);
+    case UINT32: return read_as(at, step, n, to, as_double<std::uint32_t>);
+    case UINT64: return read_as(at, step, n, to, as_double<std::uint64_t>);
+  }
+}
 
 struct Row {                  // one row of the plan: where it lies, what it weighs
   const char *x, *y, *factors;
@@ -57,13 +86,7 @@ inline Row locate(const Plan& p, i64 r) {
     row.dy += i * p.dy.batch[d];
     weight += i * p.weights.batch[d];
   }
-  if (p.weights.data && p.weights.dtype == FLOAT32) {
-    float f;
-    std::memcpy(&f, weight, sizeof f);
-    row.weight = f;
-  } else if (p.weights.data) {
-    std::memcpy(&row.weight, weight, sizeof row.weight);
-  }
+  if (p.weights.data) read_weights(p.weights.dtype, weight, 0, 1, &row.weight);
   return row;
 }
 

@@ -14,6 +14,9 @@ import pytest
 from hypothesis import settings
 
 import klcore
+from klcore import _cpu
+
+_cpu.pretend_processors(64)  # numbers of threads are compared, on however small a machine
 
 # "cpu"; "emulated": the CUDA kernels, executed on the CPU by tests/emulator; "cuda": a GPU, by CuPy
 EMULATOR = ["emulated"] if shutil.which("g++") and sys.platform != "win32" else []

@@ -29,7 +29,9 @@ COMMON = """
 import hashlib, os, signal, sys, threading, time
 import numpy as np
 import klcore
+from klcore import _cpu
 
+_cpu.pretend_processors(64)
 rng = np.random.default_rng(0)
 X, Y = rng.random((2, 300, 700), dtype=np.float32)
 ROW_X, ROW_Y = rng.random((2, 300_000))
@@ -216,6 +218,90 @@ def test_threadpoolctl(same):
     )
 
 
+@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize("threads", [100_000, 2**29, 2**30, 2**31 - 1])
+def test_absurd_numbers_of_threads(python, threads, axis):
+    """They end no process: there are no more threads than processors."""
+    code = """
+    keywords = dict(axis=int(sys.argv[2]), reduction="sum", space=("probs", "logits"))
+    with klcore.threads(1):
+        expected = klcore.kl_div(X, Y, **keywords)
+    _cpu.pretend_processors(0)
+    klcore.set_num_threads(int(sys.argv[1]))
+    others = os.path.exists("/proc/self/task") and len(os.listdir("/proc/self/task"))  # NumPy's
+    print(klcore.kl_div(X, Y, **keywords) == expected)
+    assert not others or len(os.listdir("/proc/self/task")) < others + os.cpu_count()
+    """
+    assert python(COMMON + textwrap.dedent(code), threads, axis, timeout=LIMIT) == "True\n"
+
+
+# ways to forbid threads; `room` is what is left
+LIMITS = {
+    "address space": """
+        with open("/proc/self/statm") as f:
+            used = int(f.read().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (used + room, resource.RLIM_INFINITY))
+    """,
+    "processes": """
+        if os.getuid() == 0:
+            os.setuid(65534)  # root may have any number
+        resource.setrlimit(resource.RLIMIT_NPROC, (room, room))
+    """,
+}
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="other systems do not keep these limits")
+@pytest.mark.parametrize(
+    ("limit", "room"), [("address space", 6 << 20), ("address space", 40 << 20), ("processes", 1), ("processes", 3)]
+)
+def test_threads_that_cannot_be_made(same, limit, room):
+    """Fewer threads compute the same bits, and OpenMP does not exit(1)."""
+    same(f"import resource\ndigest(1)\nroom = {room}\n{textwrap.dedent(LIMITS[limit])}\nprint(digest(8))", expected=1)
+
+
+SMALL_STACKS = """
+TWO = ("probs", "logits")
+shapes = [(300, 20), (20, 3000), (40, 1100)]  # few classes, chunks, more rows
+
+def compute(threads):
+    sha = hashlib.sha256()
+    for dtype in ("f4", "f8", "f2"):
+        for rows, n in shapes:
+            x, y = (a.reshape(-1)[: rows * n].reshape(rows, n).astype(dtype) for a in (X, Y))
+            masked = np.where(x > 0.8, dtype_lowest, x).astype(dtype)  # classes far apart
+            for f in (klcore.kl_div, klcore.rel_entr, klcore.cross_entropy):
+                for space in ("probs", "log_probs", "logits", TWO, TWO[::-1], ("log_probs", "logits")):
+                    for a, b in ((x, y), (masked, y)) if space == "logits" else ((x, y),):
+                        for axis, reduction in ((1, "row"), (0, "none")):
+                            for r in f(a, b, space=space, axis=axis, reduction=reduction, return_grad=("x", "y")):
+                                sha.update(r.tobytes())
+                        sha.update(f(a, b[0], space=space, return_grad="y")[1].tobytes())
+    digests.append(sha.hexdigest())
+
+dtype_lowest, digests = -6e4, []
+np.seterr(all="ignore")
+with klcore.threads(1):
+    compute(1)
+threading.stack_size(int(sys.argv[1]) * 1024)
+klcore.set_num_threads(3)
+worker = threading.Thread(target=compute, args=(3,))
+worker.start()
+worker.join()
+print(len(digests), len(set(digests)))
+"""
+
+
+@pytest.mark.parametrize("size", [32, 64, 96, 128, 160])
+def test_small_stacks(python, size):
+    """Python's threads may have less stack than the kernels take: NumPy works in 32 KiB, too."""
+    assert python(COMMON + SMALL_STACKS, size, timeout=LIMIT) == "2 1\n"
+
+
+@pytest.mark.parametrize("size", ["32k", "64", "100K", "131072b"])
+def test_small_stacks_of_openmp(python, size):
+    assert python(COMMON + SMALL_STACKS, 0, timeout=LIMIT, OMP_STACKSIZE=size) == "2 1\n"
+
+
 # ---- other users of OpenMP -------------------------------------------------------------------------------------------
 
 OTHERS = {
@@ -314,7 +400,7 @@ except KeyboardInterrupt:
 
 @pytest.mark.skipif(sys.platform == "win32", reason="sends SIGINT")
 def test_keyboard_interrupt():
-    """A call is not cut short, but the interruption gets through, and the next call is right."""
+    """The interruption gets through, and the next call is right."""
     command = [sys.executable, "-Werror", "-c", COMMON + INTERRUPTED]
     keywords = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, **as_here()}
     with subprocess.Popen(command, **keywords) as process:
@@ -328,6 +414,95 @@ def test_keyboard_interrupt():
     assert process.returncode == 0, err
     quiet = subprocess.run([*command[:3], COMMON + "print(digest(1))"], timeout=LIMIT, **keywords)
     assert out == quiet.stdout != ""
+
+
+# Calls that would take hours, each by a way of its own through the kernels. Broadcasting makes them of nothing.
+LONG = """
+far = np.broadcast_to(np.linspace(0.1, 1, 100_000, dtype=np.float32), (2_000_000, 100_000))
+one = np.broadcast_to(np.float32(0.5), (2**39,))
+few = np.broadcast_to(np.array([0.5, 0.5], np.float32), (2**38, 2))
+two = ("probs", "logits")
+
+def in_torch():
+    import torch
+    x = torch.linspace(0.1, 1, 100_000).expand(2_000_000, -1)
+    klcore.kl_div(x, x[0].clone().requires_grad_(), space=two, reduction="sum").backward()
+
+CALLS = {
+    "rows": lambda: klcore.kl_div(far, far[0], space=two, reduction="sum"),
+    "one sweep": lambda: klcore.kl_div(far, far[0], reduction="sum"),
+    "one row": lambda: klcore.kl_div(one, one, space="logits"),
+    "few classes": lambda: klcore.kl_div(few, few[0], space="logits", reduction="sum"),
+    "classes first": lambda: klcore.kl_div(far.T, far.T, space=two, axis=0, reduction="sum"),
+    "broadcast gradient": lambda: klcore.kl_div(far, far[0], space=two, reduction="sum", return_grad="y"),
+    "broadcast gradient of few": lambda: klcore.kl_div(few, few[0], reduction="sum", return_grad="y"),
+    "torch": in_torch,
+    "weights of 0": lambda: klcore.kl_div(few, few, weights=0, reduction="sum"),
+}
+
+class Enough(Exception):
+    pass
+
+def enough(*_):
+    raise Enough
+
+def interrupted(call, threads):
+    signal.signal(signal.SIGALRM, enough)
+    signal.setitimer(signal.ITIMER_REAL, 0.3)
+    try:
+        with klcore.threads(threads):
+            call()
+    except Enough:
+        return digest(2)
+"""
+
+WAYS = ("rows", "one sweep", "one row", "few classes", "classes first", "broadcast gradient", "broadcast gradient of few")
+BOTH = [(way, threads) for way in WAYS for threads in (1, 2)]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="sets a timer")
+@pytest.mark.parametrize(
+    ("way", "threads"),
+    [*BOTH, ("weights of 0", 1), pytest.param("torch", 2, marks=needs_torch)],
+)
+def test_a_signal_handler_that_raises(same, way, threads):
+    """Ends a call, whose result would take hours, with its exception; the next call is right."""
+    same(LONG + f"print(interrupted(CALLS[{way!r}], {threads}))", expected=1, warnings=LENIENT)
+
+
+@needs_fork
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_signal_handler_that_raises_in_a_fork(same, threads):
+    same(LONG + f"digest(2); print(in_child(lambda: interrupted(CALLS['rows'], {threads})))", expected=1)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="sets a timer")
+def test_a_signal_is_for_the_main_thread(same):
+    """A call in another thread goes on, as Python's own code does; the main thread's handler raises there."""
+    same(
+        LONG
+        + textwrap.dedent("""
+        done = threading.Event()
+        def work():
+            klcore.kl_div(far[:20_000], far[0], space=two, reduction="sum")
+            print(digest(2))
+            done.set()
+        threading.Thread(target=work).start()
+        interrupted(done.wait, 1)
+        done.wait()
+        """),
+        expected=1,
+    )
+
+
+def test_a_daemon_thread_at_the_end(python):
+    """Python ends while a thread computes: it must not be asked for signals then, which would abort the process."""
+    code = """
+    threading.Thread(target=CALLS["rows"], daemon=True).start()
+    time.sleep(0.3)
+    print("end")
+    """
+    assert python(COMMON + LONG + textwrap.dedent(code), timeout=LIMIT) == "end\n"
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits memory by RLIMIT_AS")
@@ -349,3 +524,26 @@ def test_out_of_memory(python):
         timeout=LIMIT,
     )
     assert found.split() == ["refused", "True"]
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits memory by RLIMIT_AS")
+@pytest.mark.parametrize("reduction", ["row", "sum"])
+@pytest.mark.parametrize("broadcast", ["x", "y"])
+def test_out_of_memory_leaves_out_as_it_was(python, broadcast, reduction):
+    """The gradient of a broadcast argument takes memory of its own, beside that of the value and the other gradient."""
+    code = """
+    import resource
+    broadcast, reduction = sys.argv[1:]
+    many = np.broadcast_to(np.float32(0.5), (5000, 4_000_000))
+    x, y = (many[0], many) if broadcast == "x" else (many, many[0])
+    out = tuple(np.full(shape, 7, np.float32) for shape in (5000 if reduction == "row" else (), 4_000_000))
+    digest(1)
+    with open("/proc/self/statm") as f:
+        used = int(f.read().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + 2**24, resource.RLIM_INFINITY))
+    try:
+        klcore.kl_div(x, y, space="logits", reduction=reduction, return_grad=broadcast, out=out)
+    except MemoryError:
+        print(all((a == 7).all() for a in out))
+    """
+    assert python(COMMON + textwrap.dedent(code), broadcast, reduction, timeout=LIMIT) == "True\n"

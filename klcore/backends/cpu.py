@@ -44,14 +44,14 @@ def _asarray(a: Any, name: str) -> Any:
     if a.dtype.char in "dfe" and a.dtype.isnative:
         return a
     rows.refuse(a, name)
-    if a.dtype.kind in "iub":
+    if a.dtype.kind in "iub" and name != "weights":  # which kernels read as they are
         return a.astype(np.float64)
     return a if a.dtype.isnative else a.astype(a.dtype.newbyteorder("="))
 
 
 def _lent(a: Any) -> Any:
-    """The array as the kernel reads it: bfloat16 has no buffer format, so its bits are lent."""
-    return a.view(np.uint16) if a is not None and a.dtype.kind == "V" else a
+    """The array as the kernel reads it: bfloat16 has no buffer format, so two bytes are lent."""
+    return a.view("V2") if a is not None and a.dtype.kind == "V" else a
 
 
 def _run(
@@ -106,15 +106,22 @@ def _compute(task: rows.Task) -> Any:
     if task.cotangent is not None:
         scale *= float(task.cotangent)
 
-    # the gradients of operands that are not broadcast come with the value, in one pass
+    # The gradients of operands that are not broadcast come with the value, in one pass. All calls are made before one is
+    # run: they take what memory they need before anything is written.
     direct = {g.of: _lent(g.view) for g in task.gradients if not g.inner}
-    total = _cpu.run(
-        task.operation, *task.spaces, task.output, _lent(task.x), _lent(task.y), task.weights, _lent(task.value_view),
-        direct.get("x"), direct.get("y"), task.wide, task.temperature, scale, threads, -1, task.factors, task.epsilon,
-    )  # fmt: skip
+    calls = [
+        _cpu.Call(
+            task.operation, *task.spaces, task.output, _lent(task.x), _lent(task.y), _lent(task.weights),
+            _lent(task.value_view), direct.get("x"), direct.get("y"), task.wide, task.temperature, scale, threads,
+            task.factors, task.epsilon,
+        )
+    ]  # fmt: skip
     for g in task.gradients:
-        if g.inner:
-            _sum_gradient(task, g, scale, threads)
+        if g.inner and task.rows:
+            calls.append(_summed_gradient(task, g, scale, threads))
+        elif g.inner:
+            g.array[...] = 0
+    total = _cpu.run(calls)
 
     if task.output == rows.TOTAL:
         with np.errstate(over="ignore"):  # a float64 total may be infinite as float32
@@ -130,7 +137,7 @@ def _compute(task: rows.Task) -> Any:
 def _weigh(task: rows.Task) -> float:
     """What a mean with weights is divided by. Weights at an end of the range are moved to its middle."""
     factor = 1.0
-    if task.denominator is None or not 2.0**-400 < task.weights.max(initial=0.0) < 2.0**400:  # then their sum is fine
+    if task.denominator is None or not 2.0**-400 < float(np.max(task.weights, initial=0)) < 2.0**400:  # then their sum is fine
         total = _sum(task.weights)
         factor = rows.weight_factor(total)
         if factor != 1:
@@ -143,16 +150,13 @@ def _sum(weights: Any) -> float:
     return add_up(chunk_sums(weights))
 
 
-def _sum_gradient(task: rows.Task, g: rows.Gradient, scale: float, threads: int) -> None:
-    """The gradient of a broadcast operand."""
-    if not task.rows:
-        g.array[...] = 0
-        return
+def _summed_gradient(task: rows.Task, g: rows.Gradient, scale: float, threads: int) -> Any:
+    """The call for the gradient of a broadcast operand."""
     to, (x, y, weights, factors), _ = _turned(task, g)
-    _cpu.run(
+    return _cpu.Call(
         task.operation, *task.spaces, rows.PER_ROW, x, y, weights, None,
         to if g.of == "x" else None, to if g.of == "y" else None,
-        task.wide, task.temperature, scale, threads, len(g.inner), factors, task.epsilon,
+        task.wide, task.temperature, scale, threads, factors, task.epsilon, len(g.inner),
     )  # fmt: skip
 
 
@@ -251,10 +255,10 @@ def chunks(n: int) -> int:
 
 
 def chunk_sums(values: Any) -> Any:
-    """The sums of every CHUNK values of a float array of any layout, in C order: what `add_up` goes on with."""
-    flat = values.flat
-    sums = [add_up(flat[i : i + CHUNK].astype(np.float64)) for i in range(0, values.size, CHUNK)]
-    return np.array(sums, np.float64)
+    """The sums of every CHUNK values of a real array of any layout, in C order: what `add_up` goes on with."""
+    sums = np.empty(chunks(values.size))
+    _cpu.chunk_sums(_lent(values), sums)
+    return sums
 
 
 def add_up(sums: Any) -> float:
@@ -295,7 +299,7 @@ def states(
     wanted = {g.of for g in task.gradients}
     x, y = _lent(task.x), _lent(task.y)
     _cpu.sweep(
-        number, operation, *task.spaces, x, y, task.weights, None, x if "x" in wanted else None,
+        number, operation, *task.spaces, x, y, _lent(task.weights), None, x if "x" in wanted else None,
         y if "y" in wanted else None, task.wide, task.temperature, 1.0, get_num_threads(), _flat(stats),
         left.reshape(-1),
     )  # fmt: skip
@@ -313,8 +317,7 @@ def merge(
     batch, count = states.shape[:-2], states.shape[-1]
     merged = np.zeros((*batch, _cpu.MAX_STATS)) if stats is None else np.array(stats, order="C")
     if weights is not None:
-        weights = _asarray(weights, "weights")
-        weights = np.broadcast_to(weights if weights.dtype.itemsize > 2 else weights.astype(np.float32), batch)
+        weights = _lent(np.broadcast_to(_asarray(weights, "weights"), batch))
     _cpu.merge(
         number, operation, *spaces, weights, wide, temperature, get_num_threads(), np.array(states).reshape(-1), count,
         merged.reshape(-1),
@@ -334,7 +337,7 @@ def outputs(
     direct = {g.of: _lent(g.view) for g in task.gradients if not g.inner}
     if direct or terms is not None:
         _cpu.sweep(
-            number, operation, *task.spaces, _lent(task.x), _lent(task.y), task.weights, terms, direct.get("x"),
+            number, operation, *task.spaces, _lent(task.x), _lent(task.y), _lent(task.weights), terms, direct.get("x"),
             direct.get("y"), task.wide, task.temperature, scale, threads, _flat(stats), None,
         )  # fmt: skip
     for g in task.gradients:

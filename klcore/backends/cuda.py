@@ -186,7 +186,9 @@ def _asarray(cupy: Any, device: int, a: Any, name: str) -> Any:
         a = cupy.asarray(a)
     elif a.device.id != device:
         a = cupy.array(a)  # copies to the current device
-    return a.astype(np.float64) if a.dtype.kind in "iub" else a
+    if a.dtype.kind in "iub":
+        return a.astype(np.float64)
+    return a.astype(np.float32) if name == "weights" and a.dtype.itemsize == 2 else a  # as kernels read them
 
 
 class _Foreign:

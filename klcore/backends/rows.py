@@ -56,7 +56,7 @@ class Task:
     x: Any
     y: Any
     spaces: tuple[int, int]
-    weights: Any  # one a row; float64 or float32, or None
+    weights: Any  # one a row, of any dtype that the backend's kernels read them in; or None
     factors: Any  # one a term; float64 or float32, or None
     output: int
     value: Any  # the result's array, allocated or given; None where it is a scalar made from the total
@@ -81,7 +81,7 @@ class Task:
         if self.denominator is None:
             return True
         mean = self.output == TOTAL and self.denominator != 1 and not self.signed
-        return mean and self.weights is not None and self.weights.dtype.itemsize == 8
+        return mean and self.weights is not None and self.weights.dtype == np.float64
 
 
 def arrange(
@@ -469,15 +469,17 @@ def _insert(batch: tuple[int, ...], position: int, n: int) -> tuple[int, ...]:
 
 
 def _multiplier(asarray: Any, a: Any, name: str) -> Any:
-    """Weights, factors or a cotangent, of a dtype that kernels read them in."""
+    """Factors, a cotangent, or weights to multiply it with, of a dtype that kernels read them in."""
     a = asarray(a, name)
+    if a.dtype.kind in "iub":
+        return a.astype("float64")
     return a.astype("float32") if a.dtype.itemsize < 4 else a
 
 
 def _weights(xp: Any, asarray: Any, weights: Any, batch: tuple[int, ...], signed: bool) -> Any:
     if weights is None:
         return None
-    w = _multiplier(asarray, weights, "weights")
+    w = asarray(weights, "weights")
     try:
         view = xp.broadcast_to(w, batch)
     except ValueError:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 
+MOST = 2**31 - 1  # a C int
 _within: ContextVar[int | None] = ContextVar("klcore_threads", default=None)
 _set: int | None = None  # by set_num_threads
 _found: int | None = None  # by _default; apart, or a first call could undo what another thread sets meanwhile
@@ -18,7 +19,13 @@ def _positive(n: int, what: str) -> int:
         raise TypeError(f"{what} must be an integer, found {n!r}") from None
     if number < 1:
         raise ValueError(f"{what} must be at least 1, found {number}")
+    if number > MOST:
+        raise ValueError(f"{what} must be at most {MOST}; found {_shown(number)}")
     return number
+
+
+def _shown(number: int) -> str:
+    return str(number) if number.bit_length() < 100 else f"an integer of {number.bit_length()} bits"
 
 
 def _usable_cpus() -> int:
@@ -49,7 +56,8 @@ def get_num_threads() -> int:
 
     That of the innermost :func:`threads`, else of :func:`set_num_threads`, else of the environment variables
     ``KLCORE_NUM_THREADS`` or ``OMP_NUM_THREADS`` when the first call was made, else the number of processors that this
-    process may use. Small inputs use one thread whatever this says.
+    process may use. Small inputs use one thread whatever this says, and no call uses more than there are processors, or
+    than the system lets it make.
     """
     global _found
     n = _within.get()

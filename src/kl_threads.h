@@ -1,0 +1,352 @@
+// The threads of a call: how many there are, where they come from, in what state they compute, and how they stop early.
+// Used by kl_batch.h and kl_partial.h. The number of threads changes no bit, and no lack of them ends the process.
+#pragma once
+#include <algorithm>
+#include <atomic>
+#include <chrono>
+#include <condition_variable>
+#include <cstdlib>
+#include <cstring>
+#include <future>
+#include <memory>
+#include <mutex>
+#include <new>
+#include <thread>
+#if defined(_OPENMP)
+#include <omp.h>
+#elif !defined(KLCORE_NO_OPENMP)
+#error "klcore needs a compiler with OpenMP (gcc or clang with -fopenmp, MSVC with /openmp). KLCORE_NO_OPENMP=1 builds it for one thread."
+#endif
+#if defined(__unix__) || defined(__APPLE__)
+#define KL_PTHREADS 1
+#include <pthread.h>
+#endif
+#if defined(_M_X64)
+#include <immintrin.h>
+#endif
+
+#include "kl_isa.h"
+
+namespace kl {
+
+constexpr i64 SERIAL = 32768;         // classes below which a second thread costs more than it brings
+
+// The deepest calls take 60 KiB of stack, most of it arrays that gcc vectorises because they are local. The rest is for
+// Python's signal handlers.
+constexpr size_t STACK = 128 * 1024;
+
+// ---- threads and stacks ------------------------------------------------------------------------------------------------
+
+// A thread of klcore's own.
+class Thread {
+ public:
+  typedef void* (*Run)(void*);        // must not throw
+  bool start(Run run, void* argument, size_t stack) {
+#if defined(KL_PTHREADS)
+    pthread_attr_t attributes;
+    if (pthread_attr_init(&attributes)) return false;
+    if (stack) pthread_attr_setstacksize(&attributes, stack);   // a size that is refused leaves the system's choice
+    started = !pthread_create(&thread, &attributes, run, argument);
+    pthread_attr_destroy(&attributes);
+#else
+    (void)stack;
+    try {
+      thread = std::thread(run, argument);
+      started = true;
+    } catch (...) {
+    }
+#endif
+    return started;
+  }
+  ~Thread() {
+    if (!started) return;
+#if defined(KL_PTHREADS)
+    pthread_join(thread, nullptr);
+#else
+    thread.join();
+#endif
+  }
+
+ private:
+  bool started = false;
+#if defined(KL_PTHREADS)
+  pthread_t thread;
+#else
+  std::thread thread;
+#endif
+};
+
+// Whether the calling thread has STACK bytes left: Python's threads may have 32 KiB in all.
+inline bool has_stack() {
+#if defined(KL_PTHREADS)
+  static thread_local char *low = nullptr, *high = nullptr;
+  char* here = (char*)__builtin_frame_address(0);
+  if (!high) {
+#if defined(__APPLE__)
+    high = (char*)pthread_get_stackaddr_np(pthread_self());
+    low = high - pthread_get_stacksize_np(pthread_self());
+#else
+    pthread_attr_t attributes;
+    void* address = nullptr;
+    size_t size = 0;
+    high = here;
+    if (!pthread_getattr_np(pthread_self(), &attributes)) {
+      if (!pthread_attr_getstack(&attributes, &address, &size)) low = (char*)address, high = low + size;
+      pthread_attr_destroy(&attributes);
+    }
+#endif
+  }
+  return here < low || here >= high || (size_t)(here - low) >= STACK;   // outside: a stack that the program switched to
+#else
+  return true;
+#endif
+}
+
+// Bytes of stack that OpenMP was told to give its threads; 0: none.
+inline size_t openmp_stack() {
+  static const size_t found = [] {
+    for (const char* name : {"OMP_STACKSIZE", "GOMP_STACKSIZE", "KMP_STACKSIZE"}) {
+      const char *text = std::getenv(name), *units = "bkmg";
+      char* unit = nullptr;
+      double number = text ? std::strtod(text, &unit) : 0;
+      if (!(number > 0 && number < 1e12)) continue;
+      while (*unit == ' ') unit++;
+      const char* at = std::strchr(units, *unit ? *unit | 32 : 'k');
+      if (at && *at) return (size_t)(number * (double)(1ull << (10 * (at - units))));
+    }
+    return (size_t)0;
+  }();
+  return found;
+}
+
+inline std::atomic<bool>& forked() {
+  static std::atomic<bool> flag(false);
+  return flag;
+}
+inline void watch_forks() {
+  forked();
+#if defined(KL_PTHREADS)
+  pthread_atfork(nullptr, nullptr, [] { forked() = true; });
+#endif
+}
+
+// Whether OpenMP's threads do the work; else threads are made for each call. A child of fork() inherits the memory of
+// OpenMP's pool without its threads, and GNU's runtime would wait for them for ever.
+inline bool by_openmp() {
+#if defined(_OPENMP)
+  return !forked() && !(openmp_stack() && openmp_stack() < STACK);
+#else
+  return false;
+#endif
+}
+
+// ---- how many ----------------------------------------------------------------------------------------------------------
+
+// What tests pretend that the machine has; 0: what it has.
+inline std::atomic<int>& pretended_processors() {
+  static std::atomic<int> n(0);
+  return n;
+}
+
+// The number of threads for so many classes, of a call that may have `wanted`. More than processors gain nothing, and each
+// takes memory.
+inline int most_threads(int wanted, i64 classes) {
+#if defined(_OPENMP)
+  if (wanted <= 1 || classes <= SERIAL) return 1;
+  int pretended = pretended_processors(), processors = pretended ? pretended : omp_get_num_procs();
+  return (int)std::min<i64>(std::min(wanted, processors), classes / SERIAL + 1);
+#else
+  (void)wanted, (void)classes;
+  return 1;
+#endif
+}
+
+// How many of `n` threads the system gives: they are made, wait for the last one, and end.
+inline int threads_to_be_had(int n) {
+  struct Gate {
+    std::mutex mutex;
+    std::condition_variable opened;
+    bool open = false;
+    static void* wait(void* gate) {
+      Gate& g = *(Gate*)gate;
+      std::unique_lock<std::mutex> lock(g.mutex);
+      g.opened.wait(lock, [&] { return g.open; });
+      return nullptr;
+    }
+  } gate;
+  std::unique_ptr<Thread[]> made(new Thread[(size_t)n]);
+  int count = 0;
+  while (count < n && made[(size_t)count].start(Gate::wait, &gate, openmp_stack())) count++;
+  void* room = std::malloc(65536 + 4096 * (size_t)count);   // what OpenMP takes besides
+  std::free(room);
+  {
+    std::lock_guard<std::mutex> lock(gate.mutex);
+    gate.open = true;
+  }
+  gate.opened.notify_all();
+  return room ? count : 0;
+}
+
+// At most `wanted` threads, the calling one among them. OpenMP ends the process if one cannot be made (RLIMIT_AS,
+// RLIMIT_NPROC, a pids cgroup): they are tried beforehand, with one to spare for other processes that want some.
+inline int granted(int wanted) {
+#if defined(_OPENMP)
+  static std::mutex making;
+  static thread_local int kept = 1;   // the team that OpenMP keeps for this thread; a smaller one lets the others go
+  if (wanted <= 1 || !by_openmp()) return wanted;
+  if (wanted > kept) {
+    std::lock_guard<std::mutex> lock(making);
+    wanted = std::max(1, std::min(wanted, threads_to_be_had(wanted)));
+    if (wanted > 1) {
+#pragma omp parallel num_threads(wanted)
+      {}                              // made now, before another thread of this process takes their place
+    }
+  }
+  if (wanted > 1) kept = wanted;
+#endif
+  return wanted;
+}
+
+// ---- how they compute, and stop ------------------------------------------------------------------------------------------
+
+// While one lives, its thread computes as numerics v2 says: rounding to nearest, subnormal numbers kept. A program may have
+// chosen otherwise (torch.set_flush_denormal, a library linked with -ffast-math), and threads inherit that.
+struct Arithmetic {
+  Arithmetic(const Arithmetic&) = delete;
+#if defined(__SSE2__) || defined(_M_X64)
+  static constexpr unsigned ORDINARY = 0x1f80, MODES = 0xffc0;   // the other bits are flags
+  unsigned found = _mm_getcsr();
+  Arithmetic() {
+    if ((found & MODES) != ORDINARY) _mm_setcsr(ORDINARY);
+  }
+  ~Arithmetic() {
+    if ((found & MODES) != ORDINARY) _mm_setcsr(found);
+  }
+#elif defined(__aarch64__) && (defined(__GNUC__) || defined(__clang__))
+  std::uint64_t found;
+  Arithmetic() {
+    asm volatile("mrs %0, fpcr" : "=r"(found));
+    if (found) asm volatile("msr fpcr, %0" : : "r"((std::uint64_t)0));
+  }
+  ~Arithmetic() {
+    if (found) asm volatile("msr fpcr, %0" : : "r"(found));
+  }
+#else
+  Arithmetic() {}
+#endif
+};
+
+// Whether the call is to end early; asked by the thread that made it. nullptr: it is not.
+typedef int (*Ask)();
+
+// Over one call: asks a tenth of a second apart.
+struct Watch {
+  static constexpr std::chrono::milliseconds APART{100};
+  static constexpr i64 STEP = 65536;  // classes between two looks at the clock: some 20 microseconds
+
+  Ask ask;
+  std::atomic<bool> stopped{false};
+  std::chrono::steady_clock::time_point next{};
+  alignas(64) i64 left = STEP;        // of the first thread; the others read what is above
+  explicit Watch(Ask how) : ask(how) {}
+
+  void look() {
+    if (!ask) return;
+    auto now = std::chrono::steady_clock::now();
+    if (next == std::chrono::steady_clock::time_point{}) next = now + APART;
+    if (now < next) return;
+    next = now + APART;
+    stopped = ask();
+  }
+};
+
+// One thread of a call.
+struct Worker {
+  Watch& watch;
+  int number;                         // 0: the one that looks at the clock
+  Arithmetic arithmetic;
+  Worker(Watch& w, int k) : watch(w), number(k) {}
+
+  // Whether to stop; asked before so many classes are computed.
+  bool stops(i64 classes) {
+    if (number == 0 && (watch.left -= classes) < 0) {
+      watch.left = Watch::STEP;
+      watch.look();
+    }
+    return watch.stopped.load(std::memory_order_relaxed);
+  }
+};
+
+// What threads that are no OpenMP's take their items from.
+template <class Work> struct Items {
+  Watch& watch;
+  i64 items, share;
+  bool stream;
+  Work& work;
+  std::atomic<i64> next{0};
+  std::atomic<int> helpers{0};
+
+  void take(int number) {
+    Worker worker(watch, number);
+    for (i64 i; (i = next.fetch_add(share)) < items;)
+      for (i64 end = std::min(items, i + share); i < end && !worker.stops(0); i++) work(i, worker);
+    if (stream) stream_end();
+  }
+  static void* help(void* all) {
+    Items& s = *(Items*)all;
+    s.take(++s.helpers);
+    return nullptr;
+  }
+};
+
+// work(item, worker) for all items, by as many threads, which take `share` items at a time. Ends early, with items left
+// out, once the watch says so. `work` must not throw.
+template <class Work> void each(Watch& watch, int threads, i64 items, i64 share, bool stream, Work work) {
+#if defined(_OPENMP)
+  if (threads > 1 && by_openmp()) {
+#pragma omp parallel num_threads(threads)
+    {
+      Worker worker(watch, omp_get_thread_num());
+#pragma omp for schedule(dynamic, share) nowait
+      for (i64 i = 0; i < items; i++)
+        if (!worker.stops(0)) work(i, worker);
+      if (stream) stream_end();
+    }
+    return;
+  }
+#endif
+  Items<Work> all{watch, items, share, stream, work};
+  std::unique_ptr<Thread[]> others(threads > 1 ? new (std::nothrow) Thread[(size_t)threads - 1] : nullptr);
+  for (int k = 0; others && k < threads - 1 && others[(size_t)k].start(Items<Work>::help, &all, 2 * STACK);) k++;
+  all.take(0);
+}
+
+// Does `work(watch)`: 0, or 1 if memory ran out, or 2 if it was stopped early. On a thread of its own if this one's stack
+// is too small.
+template <class Work> int guarded(Ask ask, Work work) noexcept {
+  Watch watch(ask);
+  auto caught = [&] {
+    try {
+      Arithmetic arithmetic;
+      work(watch);
+    } catch (...) {
+      return 1;
+    }
+    return watch.stopped ? 2 : 0;
+  };
+  if (has_stack()) return caught();
+  try {
+    std::packaged_task<int()> task(caught);
+    std::future<int> result = task.get_future();
+    watch.ask = nullptr;              // this thread asks, the other one works
+    Thread thread;
+    if (!thread.start([](void* t) { return (*(std::packaged_task<int()>*)t)(), (void*)nullptr; }, &task, 2 * STACK)) return 1;
+    while (result.wait_for(Watch::APART) != std::future_status::ready)
+      if (ask && !watch.stopped) watch.stopped = ask();
+    return result.get();
+  } catch (...) {
+    return 1;
+  }
+}
+
+}  // namespace kl
