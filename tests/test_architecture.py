@@ -43,7 +43,8 @@ ROOMS = {
         "klcore.backends.cuda", "klcore.backends.nvrtc", "klcore.version",
     },
     r"klcore\.backends": {"klcore.backends.torch"},  # within a function: see _load
-    r"klcore\.backends\.rows": {"numpy"},
+    r"klcore\.backends\.labels": {"numpy"},
+    r"klcore\.backends\.rows": {"numpy", "klcore.backends.labels"},
     r"klcore\.backends\.threads": set(),
     r"klcore\.backends\.cpu": {"numpy", "klcore._cpu", "klcore.backends.rows", "klcore.backends.threads"},
     r"klcore\.backends\.nvrtc": {"cuda", "klcore._src", REGISTRY_ERROR},  # compiles where there is no CuPy
@@ -52,10 +53,10 @@ ROOMS = {
     },
     r"klcore\.backends\.(?P<library>torch|jax|dask|dlpack)": {
         "numpy", "cupy", "ml_dtypes", "klcore.backends.cpu", "klcore.backends.cuda", "klcore.backends.rows",
-        "klcore.backends.threads", REGISTRY_ERROR,
+        "klcore.backends.threads", "klcore.backends.labels", REGISTRY_ERROR,
     },
     r"klcore\.compat": {"klcore.compat"},
-    r"klcore\.compat\._arguments": {"numpy"},
+    r"klcore\.compat\._arguments": {"numpy", "klcore.backends.rows"},
     r"klcore\.compat\.rtorch": {"klcore.compat._arguments", "klcore.compat.pytorch"},  # one library in R as well
     r"klcore\.compat\.\w+": {"numpy", "klcore.divergence", "klcore.compat._arguments"},
     r"klcore\._src": set(),

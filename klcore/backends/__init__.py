@@ -10,6 +10,7 @@ who does not use it should notice. This file imports no array library, and no ba
 """
 
 import importlib
+from collections.abc import Sequence
 from types import ModuleType
 
 # the first word of the module that defines an array's type -> the backend
@@ -28,7 +29,9 @@ _MOVABLE = (None, *_DEVICES.values())  # between these a device that is named de
 _libraries: dict[type, str | None] = {}
 _tensors: set[type] = set()  # PyTorch's apart: torch.compile compiles anew when a dict that a call looks into has grown
 _loaded: dict[str, ModuleType] = {}
-_ANY = (bool, int, float, complex, list, tuple)  # become arrays of the other argument's library, or NumPy's
+_NUMBERS = (bool, int, float, complex)  # become arrays of the other argument's library, or NumPy's; so do sequences
+_TEXT = (str, bytes, bytearray)
+_TAKE_NUMPY = ("torch", "jax")  # whose arrays may stand beside NumPy's, and make the results
 
 
 class BackendUnavailableError(RuntimeError):
@@ -41,19 +44,22 @@ def find(x: object, y: object, device: str | None) -> ModuleType:
     Raises
     ------
     TypeError
-        If an array is of no known library, or the two are of different ones and no device is named.
+        If an array is of no known library, or the two are of different ones that do not go together and no device is
+        named.
     ValueError
         If the device is unknown.
     BackendUnavailableError
         If the backend cannot be imported.
     """
-    of_x, of_y = _library(type(x)), _library(type(y))
+    of_x, of_y = _library(type(x), "x"), _library(type(y), "y")
     if device is not None:
         named = _of_device(device)
         if of_x in _MOVABLE and of_y in _MOVABLE:
             return _module(named)
     if of_x != of_y:
-        if of_x is not None and of_y is not None:
+        if "numpy" in (of_x, of_y) and (of_x in _TAKE_NUMPY or of_y in _TAKE_NUMPY):
+            of_x = of_y if of_x == "numpy" else of_x
+        elif of_x is not None and of_y is not None:
             hint = ", or pass device= to have klcore do it" if of_x in _MOVABLE and of_y in _MOVABLE else ""
             hint = ", as with dask.array.from_array" if "dask" in (of_x, of_y) else hint
             raise TypeError(f"x is a {of_x} array and y a {of_y} one; move one of them{hint}")
@@ -61,14 +67,14 @@ def find(x: object, y: object, device: str | None) -> ModuleType:
     return _module(of_x or "numpy")
 
 
-def _library(cls: type) -> str | None:
-    """The library an array type belongs to, looking through its base classes; None for numbers and lists."""
+def _library(cls: type, name: str) -> str | None:
+    """The library an array type belongs to, looking through its base classes; None for numbers and sequences."""
     libraries, tensors = _libraries, _tensors
     if cls in tensors:
         return "torch"
     library = libraries.get(cls, "")
     if library == "":
-        library = _look_up(cls)
+        library = _look_up(cls, name)
         if library == "torch":
             tensors.add(cls)
         else:
@@ -76,19 +82,22 @@ def _library(cls: type) -> str | None:
     return library
 
 
-def _look_up(cls: type) -> str | None:
-    if cls in _ANY:
-        return None
+def _look_up(cls: type, name: str) -> str | None:
     for base in cls.__mro__:
         root = base.__module__.partition(".")[0]
         if root in _MODULES:
             return root
     if hasattr(cls, "__dlpack__"):
         return "dlpack"
+    # what NumPy makes an array of; and sparse ones, for rows.py to say what to do with them
+    if any(hasattr(cls, name) for name in ("__array__", "__array_interface__", "toarray", "todense")):
+        return "numpy"
+    if issubclass(cls, (*_NUMBERS, Sequence)) and not issubclass(cls, _TEXT):
+        return None
     known = ", ".join(sorted(backends().keys() - {"dlpack"}))
     raise TypeError(
-        f"klcore does not know arrays of type {cls.__module__}.{cls.__qualname__}; it takes arrays of {known}, "
-        "those with __dlpack__, and numbers, lists and tuples. numpy.asarray converts most others; "
+        f"{name} is of the type {cls.__module__}.{cls.__qualname__}, which klcore does not know; it takes arrays of "
+        f"{known}, those with __dlpack__ or __array__, numbers, lists and other sequences of numbers. "
         "klcore.register_backend adds a library"
     )
 
@@ -97,7 +106,7 @@ def _of_device(device: str) -> str:
     if not isinstance(device, str):
         raise ValueError(f"device must be None, 'cpu', 'cuda' or 'cuda:N', found {device!r}")
     name, colon, number = device.partition(":")
-    if name not in _DEVICES or (colon and not (name == "cuda" and number.isdecimal())):
+    if name not in _DEVICES or (colon and not (name == "cuda" and number.isdecimal() and len(number) < 10)):
         raise ValueError(f"device must be None, 'cpu', 'cuda' or 'cuda:N', found {device!r}")
     return _DEVICES[name]
 

@@ -36,11 +36,9 @@ _choose_instruction_set()
 
 
 def _asarray(a: Any, name: str) -> Any:
-    if isinstance(a, np.ma.MaskedArray):
-        rows.refuse(a, name)
-    if hasattr(a, "__cuda_array_interface__"):
-        a = a.get()  # device="cpu" was asked for
-    a = np.asarray(a)
+    if type(a) is not np.ndarray:
+        # device="cpu" was asked for, if it is CuPy's
+        a = a.get() if hasattr(a, "__cuda_array_interface__") and hasattr(a, "get") else rows.as_numpy(a, name)
     if a.dtype.char in "dfe" and a.dtype.isnative:
         return a
     rows.refuse(a, name)
@@ -67,21 +65,25 @@ def _run(
     out: Any,
     device: str | None,
 ) -> Any:
-    if (
-        type(x) is np.ndarray
-        and type(y) is np.ndarray
-        and type(axis) is int
-        and axis == -1
-        and weights is out is None
-        and type(space) is str
-        and space in rows.SPACES
-        and type(temperature) in _NUMBERS
-        and temperature == 1.0
-        and type(reduction) is str
-        and reduction in _QUICK
-        and type(return_grad) in _WORDS
-        and return_grad in _WANTED
-    ):
+    try:
+        is_quick = (
+            type(x) is np.ndarray
+            and type(y) is np.ndarray
+            and type(axis) is int
+            and axis == -1
+            and weights is out is None
+            and type(space) is str
+            and space in rows.SPACES
+            and type(temperature) in _NUMBERS
+            and temperature == 1.0
+            and type(reduction) is str
+            and reduction in _QUICK
+            and type(return_grad) in _WORDS
+            and return_grad in _WANTED
+        )
+    except (TypeError, ValueError):  # a tuple with something in it that is no key: rows.py says so
+        is_quick = False
+    if is_quick:
         code, wanted = rows.SPACES[space], _WANTED[return_grad]
         found = _cpu.plain(
             operation, code, code, False, x, y, _QUICK[reduction], 1.0, 0.0, wanted, 1.0, get_num_threads(), np.empty,

@@ -11,7 +11,6 @@ and dtypes only fills its own addresses in.
 import contextlib
 import importlib
 import math
-import operator
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache, partial
 from typing import Any, NamedTuple
@@ -132,7 +131,11 @@ def _properties(device: int) -> _Device:
 def _as_read(cupy: Any, a: Any, dtype: Any = None) -> Any:
     """Weights, factors or a cotangent as kernels read them, which rows.py would see to as well, but too late: a call is
     known by the arrays that kernels read. Only for CuPy's arrays on the current device."""
-    if type(a) is not cupy.ndarray or a.data.device_id != cupy.cuda.runtime.getDevice():
+    if type(a) is not cupy.ndarray:
+        # rows.py looks at weights that are on the host, by NumPy
+        foreign = hasattr(type(a), "__dlpack__") and not hasattr(a, "__cuda_array_interface__")
+        return rows.as_numpy(a, "weights") if foreign else a
+    if a.data.device_id != cupy.cuda.runtime.getDevice():
         return a
     if dtype is None and a.dtype.kind in "biu":
         dtype = _FLOAT64
@@ -174,10 +177,8 @@ def _named_or_found(cupy: Any, device: str | None, arrays: dict[str, Any]) -> in
 
 def _asarray(cupy: Any, device: int, a: Any, name: str) -> Any:
     """`a` on the current device, of one of the four dtypes."""
-    if isinstance(a, np.ma.MaskedArray):
-        rows.refuse(a, name)
     if not _is_here(a, cupy):
-        a = np.asarray(a)
+        a = rows.as_numpy(a, name)
         if not a.dtype.isnative:
             a = a.astype(a.dtype.newbyteorder("="))
     if _code(a.dtype) is None:
@@ -694,11 +695,12 @@ def _key(cupy: Any, words: tuple[Any, ...], arrays: tuple[Any, ...]) -> Any:
 
 
 # What equals it must mean the same, now and later: 1.0 == 1 is no axis, and an object may be another number tomorrow.
+_WORDS_OF = frozenset((str, int, float, tuple, type(None)))
 
 
 def _integer(axis: Any) -> Any:
     try:
-        return operator.index(axis)
+        return rows.integer(axis, "axis")
     except TypeError:
         return axis  # for rows.py to refuse
 
@@ -706,7 +708,7 @@ def _integer(axis: Any) -> Any:
 def _number(temperature: Any) -> Any:
     try:
         return float(temperature) if hasattr(temperature, "__float__") else temperature
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return temperature
 
 
@@ -722,7 +724,7 @@ def _computed(
     Parameters
     ----------
     words : tuple
-        The arguments that are no arrays; equal ones must have the same meaning.
+        The arguments that are no arrays.
     read : tuple
         The arrays, in the order of _READ; None where there is none.
     out : array, tuple or None
@@ -734,10 +736,11 @@ def _computed(
     """
     cupy = ready()
     given = out if isinstance(out, tuple) else (out,)
-    key = _key(cupy, (device, given is out, *words), (*read, *given))
+    types = tuple(map(type, words))
+    key = _key(cupy, (device, given is out, words, types), (*read, *given)) if _WORDS_OF.issuperset(types) else None
     try:
         prepared = _kept.get(key)
-    except TypeError:  # a word that cannot be a key
+    except TypeError:  # a tuple with something in it that cannot be a key
         key = prepared = None
     if prepared is not None:
         if cupy.cuda.runtime.getDevice() == prepared.device:
@@ -977,7 +980,7 @@ def _run(
             cupy, asarray, operation, x, y, space, axis, reduction, weights, temperature, return_grad, out
         )
 
-    words = (operation, space, axis, type(axis), reduction, temperature, type(temperature), return_grad)
+    words = (operation, space, axis, reduction, temperature, return_grad)
     return _computed(words, (x, y, weights, None, None), out, device, arrange)
 
 
@@ -1003,7 +1006,7 @@ def loss(
         )
 
     factors, axis = _as_read(ready(), factors), _integer(axis)
-    words = (term, space, axis, type(axis), reduction, denominator, epsilon, dtype, return_grad)
+    words = (term, space, axis, reduction, denominator, epsilon, dtype, return_grad)
     return _computed(words, (x, y, None, factors, None), out, None, arrange)
 
 
@@ -1025,7 +1028,7 @@ def gradient(
     read = (x, y, weights, None, cotangent)
     if weights is None and not total:  # it multiplies each row, or each term
         read = (x, y, cotangent, None, None) if reduction == "row" else (x, y, None, cotangent, None)
-    words = ("gradient", operation, space, axis, type(axis), reduction, temperature, return_grad, denominator, epsilon)
+    words = ("gradient", operation, space, axis, reduction, temperature, return_grad, denominator, epsilon)
     return _computed(words, read, None if out is None else (None, *out), None, arrange)[1:]
 
 

@@ -14,6 +14,8 @@ from typing import Any
 
 import numpy as np
 
+from klcore.backends import labels
+
 FLOATS = ("float64", "float32", "float16", "bfloat16")  # their codes in kl_store.h
 SPACES = {"probs": 0, "log_probs": 1, "logits": 2}
 REDUCTIONS = ("row", "sum", "rowmean", "none", "batchmean", "mean")
@@ -122,6 +124,7 @@ def arrange(
     single = operation == ENTROPY
     spaces, temperature, wanted = words(space, reduction, temperature, return_grad, single)
 
+    given = x, y, weights
     x = asarray(x, "x")
     y = x if single else asarray(y, "y")
     scalar = x.ndim == 0 and y.ndim == 0  # one class
@@ -133,11 +136,13 @@ def arrange(
     batch = xs.shape[:-1]
     if batch != ys.shape[:-1]:
         try:
-            batch = xp.broadcast_shapes(batch, ys.shape[:-1])
+            batch = broadcast_shapes(batch, ys.shape[:-1])
         except ValueError:
             raise batches_differ(x, y, axis) from None
     rows = math.prod(batch)
     weights = _weights(xp, asarray, weights, batch, signed)
+    if labels.are_there(*given):
+        labels.check(last, *given)
     terms_shape = () if scalar else _insert(batch, ndim + last, n)
     if factors is not None:
         factors = _broadcast(xp, _multiplier(asarray, factors, "factors"), terms_shape)
@@ -230,8 +235,9 @@ def arrange_loss(
         if factors.ndim == 0 or factors.ndim < -last or factors.shape[last] == 1:  # one factor a row
             weights = factors if factors.ndim < -last else xp.squeeze(factors, last)
             factors = None
-    spread = [name for name in GRADIENTS.get(return_grad, ()) if {"x": x, "y": y}[name].shape != operands[name].shape]
-    outs = {} if out is None else dict(zip(("value", *GRADIENTS[return_grad]), out, strict=True))
+    wanted = _wanted(return_grad, False)
+    spread = [name for name in wanted if {"x": x, "y": y}[name].shape != operands[name].shape]
+    outs = {} if out is None else dict(zip(("value", *wanted), out, strict=True))
     into = tuple(None if name in spread else a for name, a in outs.items()) or None
     task = arrange(
         xp, asarray, operation, x, y, space, last, reduction, weights, 1.0, return_grad, into,
@@ -323,19 +329,80 @@ def arrange_gradient(
     return task
 
 
+_OWN = np.ndarray.__array_ufunc__
+_TABLES = ("pandas", "polars", "xarray")  # to them NumPy's functions mean what they mean to arrays, labels apart
+_PLAIN_NUMBERS = (  # what stands for what in an array of another meaning: an attribute, and how to write it
+    ("compute", "compute()"), ("value", "value"), ("magnitude", "magnitude"),
+)  # fmt: skip
+
+
 def refuse(a: Any, name: str) -> None:
-    """Raise TypeError for arrays that neither backend takes: masked, or of no known dtype."""
-    if isinstance(a, np.ma.MaskedArray):
-        raise TypeError(
-            f"{name} is a masked array, and klcore would ignore the mask; pass {name}.filled(value), or weights=0 for "
-            "rows to leave out"
-        )
+    """Raise TypeError for arrays that no backend takes: by what they are, or of no known dtype."""
+    _refuse_kind(a, name)
     dtype = getattr(a, "dtype", None)
     if dtype is not None and dtype.kind not in "iub" and dtype.name not in FLOATS:
         raise TypeError(
             f"{name} has dtype {dtype}; klcore computes with {', '.join(FLOATS)}, and with integers and booleans as "
             "float64"
         )
+
+
+def _refuse_kind(a: Any, name: str) -> None:
+    """The same for those that are masked, sparse, or of a meaning that their numbers alone do not have."""
+    if isinstance(a, np.ma.MaskedArray):
+        raise TypeError(
+            f"{name} is a masked array, and klcore would ignore the mask; pass {name}.filled(value), or weights=0 for "
+            "rows to leave out"
+        )
+    cls = type(a)
+    dense = next((f"{name}.{method}()" for method in ("toarray", "todense") if hasattr(cls, method)), None)
+    if dense is not None:
+        raise TypeError(f"{name} is a sparse {cls.__name__}; klcore takes dense arrays: pass {dense}")
+    if getattr(cls, "__array_ufunc__", _OWN) is not _OWN and not _is_known(cls):
+        raise TypeError(
+            f"{name} is of the type {_type_name(cls)}, to which NumPy's functions mean something of its own "
+            f"(units, say), which klcore would ignore; pass the plain numbers, {_plain_numbers(a, name)}"
+        )
+
+def _type_name(cls: type) -> str:
+    return f"{cls.__module__}.{cls.__qualname__}".removeprefix("builtins.")
+
+
+def _is_known(cls: type) -> bool:
+    roots = {base.__module__.partition(".")[0] for base in cls.__mro__}
+    return "cupy" in roots or not roots.isdisjoint(_TABLES)
+
+
+def _plain_numbers(a: Any, name: str) -> str:
+    attribute = next((f" or {name}.{text}" for word, text in _PLAIN_NUMBERS if hasattr(a, word)), "")
+    if isinstance(a, np.ndarray):
+        return f"as {name}.view(numpy.ndarray){attribute}"
+    return attribute.replace(" or ", "as ") or f"as a NumPy array made of {name}"
+
+
+def as_numpy(a: Any, name: str) -> Any:
+    """Whatever NumPy makes an array of, as that; TypeError or ValueError, by name, for what it cannot or misreads."""
+    if type(a) is np.ndarray:
+        return a
+    _refuse_kind(a, name)
+    cls = type(a)
+    try:
+        lends = hasattr(a, "__dlpack__") and not hasattr(a, "__array__")
+        found = np.from_dlpack(a) if lends else np.asarray(a)
+    except Exception as error:  # of the container's own making
+        kind = ValueError if isinstance(error, ValueError) else TypeError
+        raise kind(f"{name}, of the type {_type_name(cls)}, cannot be made a NumPy array: {error}") from error
+    if found.dtype == object and not isinstance(a, np.ndarray):
+        if not found.ndim and not isinstance(a, (int, np.generic)):
+            raise TypeError(f"{name} is of the type {_type_name(cls)}, of which NumPy makes no array of numbers")
+        if hasattr(cls, "iloc"):
+            hint = f"select the columns of numbers, or pass {name}.to_numpy(dtype=float), where what is missing is NaN"
+        else:
+            hint = f"pass numpy.asarray({name}, dtype=float)"
+        raise TypeError(
+            f"{name}, of the type {_type_name(cls)}, becomes an array of dtype object, not of {', '.join(FLOATS)}; {hint}"
+        )
+    return found
 
 
 def is_wide(operation: int, spaces: tuple[int, int], temperature: float = 1.0) -> bool:
@@ -377,9 +444,22 @@ def words(
     """Those of a call, checked: the codes of both spaces, the temperature, the names of the gradients."""
     spaces = space_pair(space, single)
     temperature = _temperature(temperature, spaces)
-    if not isinstance(reduction, str) or reduction not in REDUCTIONS:
-        raise ValueError(f"reduction must be one of {_list(REDUCTIONS)}; found {reduction!r}")
+    check_reduction(reduction)
     return spaces, temperature, _wanted(return_grad, single)
+
+
+def shown(value: Any) -> str:
+    """What was found, for a message: its repr, unless that is long, or fails, as that of a huge integer does."""
+    try:
+        text = repr(value)
+    except Exception:
+        return f"a {type(value).__name__}"
+    return text if len(text) <= 200 else text[:200] + "..."
+
+
+def check_reduction(reduction: Any) -> None:
+    if not isinstance(reduction, str) or reduction not in REDUCTIONS:
+        raise ValueError(f"reduction must be one of {_list(REDUCTIONS)}; found {shown(reduction)}")
 
 
 def class_axis(x: Any, y: Any, axis: Any) -> int:
@@ -407,25 +487,27 @@ def space_pair(space: Any, single: bool) -> tuple[int, int]:
     """The codes of both arguments' spaces, or ValueError."""
     pair = (space, space) if isinstance(space, str) else space
     if single and not isinstance(space, str):
-        raise ValueError(f"space must be one of {_list(SPACES)}; found {space!r}")
+        raise ValueError(f"space must be one of {_list(SPACES)}; found {shown(space)}")
     if (
         not isinstance(pair, (tuple, list))
         or len(pair) != 2
         or not all(isinstance(s, str) and s in SPACES for s in pair)
     ):
-        raise ValueError(f"space must be one of {_list(SPACES)}, or a pair (space of x, space of y); found {space!r}")
+        raise ValueError(f"space must be one of {_list(SPACES)}, or a pair (space of x, space of y); found {shown(space)}")
     return SPACES[pair[0]], SPACES[pair[1]]
 
 
 def _temperature(temperature: Any, spaces: tuple[int, int]) -> float:
     try:
         t = float(temperature)
+    except OverflowError:  # an integer that no float holds
+        t = math.inf
     except (TypeError, ValueError):
         t = None
     if t is None or isinstance(temperature, (str, bytes)):
-        raise TypeError(f"temperature must be a number, found {temperature!r} ({type(temperature).__name__})")
+        raise TypeError(f"temperature must be a number, found {shown(temperature)} ({type(temperature).__name__})")
     if not (0 < t < math.inf and 1 / t < math.inf):
-        raise ValueError(f"temperature must be positive and finite, found {temperature!r}")
+        raise ValueError(f"temperature must be positive and finite, found {shown(temperature)}")
     if t != 1 and 2 not in spaces:
         raise ValueError(f"temperature divides logits: it needs space='logits' for x or y; found temperature={t!r}")
     return t
@@ -439,25 +521,41 @@ def _wanted(return_grad: Any, single: bool) -> tuple[str, ...]:
     except (KeyError, TypeError):
         wanted = ("y",) if single else ("?",)
     if wanted == ("?",) or (single and "y" in wanted):
-        raise ValueError(f"return_grad must be one of {_list(known)}; found {return_grad!r}")
+        raise ValueError(f"return_grad must be one of {_list(known)}; found {shown(return_grad)}")
     return wanted
 
 
 def _axis(axis: Any, ndim: int, scalar: bool) -> int:
+    a = integer(axis, "axis")
+    if not -ndim <= a < ndim:
+        what = "0-dimensional arrays, taken as one class" if scalar else f"arrays of {ndim} dimensions"
+        raise ValueError(f"axis {shown(a)} is out of range for {what}")
+    return a - ndim if a >= 0 else a
+
+
+def integer(axis: Any, name: str) -> int:
+    """A plain int, of whatever may index."""
     try:
         if isinstance(axis, (float, str, tuple, list, type(None))):  # torch.compile 2.11 fails in index() of these
             raise TypeError
-        a = operator.index(axis)
+        return int(operator.index(axis))
     except TypeError:
-        raise TypeError(f"axis must be an integer, found {type(axis).__name__}") from None
-    if not -ndim <= a < ndim:
-        what = "0-dimensional arrays, taken as one class" if scalar else f"arrays of {ndim} dimensions"
-        raise ValueError(f"axis {a} is out of range for {what}")
-    return a - ndim if a >= 0 else a
+        raise TypeError(f"{name} must be an integer, found {type(axis).__name__}") from None
 
 
 def _classes_last(xp: Any, a: Any, last: int) -> Any:
     return a if last == -1 else xp.moveaxis(a, last, -1)
+
+
+def broadcast_shapes(a: tuple[int, ...], b: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape to which two broadcast, or ValueError. NumPy's own function knows 32 dimensions, its arrays have 64."""
+    ndim = max(len(a), len(b))
+    shape = []
+    for m, n in zip((1,) * (ndim - len(a)) + tuple(a), (1,) * (ndim - len(b)) + tuple(b), strict=True):
+        if m != n and m != 1 and n != 1:
+            raise ValueError(f"{a} and {b} do not broadcast")
+        shape.append(n if m == 1 else m)
+    return tuple(shape)
 
 
 def _broadcast(xp: Any, a: Any, shape: tuple[int, ...]) -> Any:
@@ -538,8 +636,21 @@ def _check_out(xp: Any, out: Any, what: str, shape: tuple[int, ...], dtype: Any)
     flags = getattr(out.flags, "writeable", True)
     if not flags:
         raise ValueError(f"out for {what} is read-only")
-    if any(step == 0 and size > 1 for step, size in zip(out.strides, out.shape, strict=True)):
-        raise ValueError(f"out for {what} is a broadcast view, whose elements share memory")
+    if shares_with_itself(out.shape, out.strides, out.dtype.itemsize):
+        raise ValueError(f"out for {what} is a view whose elements share memory; pass an array of its own")
+
+
+def shares_with_itself(shape: Any, strides: Any, size: int) -> bool:
+    """Whether elements of `size` may share memory. Each axis has to step over all that the ones of smaller steps cover:
+    so it is in slices, transposes and reversals of ordinary arrays. What interleaves otherwise counts as shared."""
+    if 0 in shape:
+        return False
+    covered = size
+    for step, n in sorted((abs(step), n) for step, n in zip(strides, shape, strict=True) if n > 1):
+        if step < covered:
+            return True
+        covered += step * (n - 1)
+    return False
 
 
 def check_overlap(outs: list[Any], inputs: list[Any]) -> None:

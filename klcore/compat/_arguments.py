@@ -11,6 +11,8 @@ from typing import Any, ParamSpec, Protocol, TypeVar
 
 import numpy as np
 
+from klcore.backends.rows import broadcast_shapes, shown
+
 FLOATS = ("float16", "bfloat16", "float32", "float64")
 F = TypeVar("F", bound=Callable[..., Any])
 P = ParamSpec("P")
@@ -75,6 +77,40 @@ def namespace(array: Any) -> Any:
         if root == "jax":
             return sys.modules["jax.numpy"]
     raise TypeError(f"expected an array of NumPy, CuPy, PyTorch or JAX, found {type(array).__name__}")
+
+
+def word_of(value: Any, name: str, known: tuple[Any, ...]) -> Any:
+    """`value`, if it is one of the words (or None) that are known; what only equals one, as arrays do, is not."""
+    if not (value is None or isinstance(value, str)) or value not in known:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, known))}; found {shown(value)}")
+    return value
+
+
+def number(value: Any, name: str) -> float:
+    """A float of a number, or TypeError or ValueError, by its name."""
+    try:
+        return float(value)
+    except OverflowError:
+        raise ValueError(f"{name} is larger than any float, found {shown(value)}") from None
+    except (TypeError, ValueError):
+        raise TypeError(f"{name} must be a number, found {shown(value)}") from None
+
+
+def truth(value: Any, name: str) -> bool:
+    """Whether it counts as true, or TypeError by its name, as for arrays of several elements."""
+    try:
+        return bool(value)
+    except Exception:
+        raise TypeError(f"{name} must be a bool, found {shown(value)}") from None
+
+
+def dense(**arrays: Any) -> None:
+    """Raise TypeError, by the arguments' names, for PyTorch's nested tensors, which have no shape."""
+    for name, array in arrays.items():
+        if getattr(array, "is_nested", False):
+            raise TypeError(
+                f"{name} is a nested tensor; klcore takes dense ones: pass {name}.to_padded_tensor(value)"
+            )
 
 
 def one_library(**arrays: Any) -> None:
@@ -147,6 +183,6 @@ def broadcast(
     if a == b:
         return a
     try:
-        return np.broadcast_shapes(a, b)
+        return broadcast_shapes(a, b)
     except ValueError:
         raise error(f"the shapes of {names} must be equal or broadcast, found {a} and {b}") from None

@@ -19,12 +19,16 @@ from klcore.compat._arguments import (
     broadcast,
     cast,
     cotangent_of,
+    dense,
     detached,
     dtype_name,
     namespace,
+    number,
     quietly,
+    shown,
     sum_to,
     with_gradients,
+    word_of,
 )
 from klcore.divergence import loss
 
@@ -74,11 +78,11 @@ def set_epsilon(value: float) -> None:
     >>> set_epsilon(1e-7)
     """
     global _epsilon
-    keras = _keras()
+    keras, value = _keras(), number(value, "epsilon")
     if keras is None:
-        _epsilon = float(value)
+        _epsilon = value
     else:
-        keras.config.set_epsilon(float(value))
+        keras.config.set_epsilon(value)
 
 
 @quietly
@@ -216,9 +220,7 @@ class KLDivergence:
     def __init__(
         self, reduction: str | None = "sum_over_batch_size", name: str = "kl_divergence", dtype: Any = None
     ) -> None:
-        if reduction not in _REDUCTIONS:
-            raise ValueError(f"reduction must be one of {', '.join(map(repr, _REDUCTIONS))}; found {reduction!r}")
-        self.reduction = reduction
+        self.reduction = word_of(reduction, "reduction", _REDUCTIONS)
         self.name = name
         self._dtype = _dtype(dtype)
 
@@ -299,7 +301,7 @@ class KLDivergence:
         if divisor is not None:
             factors = _ratio(factors, divisor)
         if factors.ndim:  # one factor for every value: of their shape, with an axis of size 1 for the classes
-            full = shape if weight is None else np.broadcast_shapes(shape, weight.shape)
+            full = shape if weight is None else broadcast(shape, tuple(weight.shape), "the values and their weights")
             factors = sum_to(factors, full, shape).reshape((*values_shape, 1))
         _, *gradients = _engine(*arrays, factors=factors, return_grad=("x", "y"))
         return value, _as_given(gradients, given)
@@ -339,7 +341,7 @@ class KLDivergence:
     def _divisor(self, shape: tuple[int, ...], weight: Any) -> Any:
         """What the sum of the weighted values is divided by; None: they are not reduced."""
         if weight is not None:
-            shape = np.broadcast_shapes(shape, tuple(weight.shape))
+            shape = broadcast(shape, tuple(weight.shape), "the values and their weights")
         if self.reduction in ("none", None) or shape in ((), (0,)):
             return None
         if self.reduction == "mean_with_sample_weight" and weight is not None:
@@ -450,6 +452,7 @@ class KLDivergenceMetric:
 
 def _arrays(y_true: Any, y_pred: Any, name: str | None = None) -> tuple[Any, Any]:
     """Both as arrays of one library and dtype: that called `name`, or that of y_pred."""
+    dense(y_true=y_true, y_pred=y_pred)
     y_pred = y_pred if hasattr(y_pred, "dtype") else np.asarray(y_pred, _dtype(None))
     for array in (y_true, y_pred):
         if hasattr(array, "dtype") and dtype_name(array).startswith("complex"):
@@ -509,10 +512,10 @@ def _dtype(dtype: Any) -> str:
     if not isinstance(name, str):
         try:
             name = np.dtype(name).name
-        except TypeError:
-            name = str(name).rpartition(".")[2]  # torch.float32
+        except Exception:
+            name = shown(name).rpartition(".")[2]  # torch.float32
     if name not in FLOATS:
-        raise ValueError(f"dtype must be one of {', '.join(FLOATS)} or None, found {dtype!r}")
+        raise ValueError(f"dtype must be one of {', '.join(FLOATS)} or None, found {shown(dtype)}")
     return name
 
 

@@ -10,11 +10,16 @@ from klcore.compat._arguments import (
     broadcast,
     cast,
     cotangent_of,
+    dense,
     detached,
     dtype_name,
     one_library,
+    number,
     quietly,
+    shown,
     sum_to,
+    truth,
+    word_of,
 )
 from klcore.divergence import loss
 
@@ -70,8 +75,7 @@ class KLDivLoss:
         *,
         nonbatch: str = "mean",
     ) -> None:
-        if nonbatch not in ("mean", "sum"):
-            raise ValueError(f"nonbatch must be 'mean' or 'sum', found {nonbatch!r}")
+        word_of(nonbatch, "nonbatch", ("mean", "sum"))
         self.from_logits = from_logits
         self.axis = axis
         self.weight = weight
@@ -160,7 +164,9 @@ class KLDivLoss:
 
     def _checked(self, pred: Any, label: Any, sample_weight: Any) -> tuple[Any, Any, Any]:
         if not (self.weight is None or isinstance(self.weight, numbers.Number)):
-            raise AssertionError(f"weight must be a number, found {self.weight!r}")
+            raise AssertionError(f"weight must be a number, found {shown(self.weight)}")
+        truth(self.from_logits, "from_logits")
+        dense(pred=pred, label=label)
         for word, array in (("pred", pred), ("label", label)):
             if not hasattr(array, "dtype") or not hasattr(array, "shape"):
                 raise TypeError(f"{word} must be an array, found {type(array).__name__}")
@@ -188,7 +194,7 @@ class KLDivLoss:
         """
         batch = shape[self._batch(shape)]
         count = 1.0 if self.nonbatch == "sum" else math.prod(shape) / batch if batch else 1.0
-        weight = 1.0 if self.weight is None else float(self.weight)
+        weight = 1.0 if self.weight is None else number(self.weight, "weight")
         return (count / weight if weight else math.inf) or math.nan  # the mean of nothing is NaN
 
     def _engine(self, pred: Any, label: Any, reduction: str, **options: Any) -> Any:
@@ -255,7 +261,7 @@ def _sum(array: Any, axes: list[int]) -> Any:
 
 def _axis(word: str, axis: int, ndim: int) -> int:
     if not isinstance(axis, numbers.Integral):
-        raise TypeError(f"{word} must be an integer, found {axis!r}")
+        raise TypeError(f"{word} must be an integer, found {shown(axis)}")
     if not -ndim <= axis < ndim:
-        raise ValueError(f"{word} must be within [{-ndim}, {ndim}) for arrays of {ndim} axes, found {axis}")
+        raise ValueError(f"{word} must be within [{-ndim}, {ndim}) for arrays of {ndim} axes, found {shown(axis)}")
     return int(axis) % ndim

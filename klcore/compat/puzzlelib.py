@@ -4,7 +4,7 @@ import math
 import warnings
 from typing import Any
 
-from klcore.compat._arguments import cast, cotangent_of, detached, dtype_name, one_library
+from klcore.compat._arguments import cast, cotangent_of, dense, detached, dtype_name, one_library, truth
 from klcore.divergence import loss
 
 __all__ = ["KLDivergence"]
@@ -183,6 +183,8 @@ class KLDivergence:
         return result if return_grad is None else (result[0], result[1].reshape(shape))
 
     def _check(self, pred: Any, target: Any) -> None:
+        truth(self.normTarget, "normTarget")
+        dense(pred=pred, target=target)
         for name, array in (("pred", pred), ("target", target)):
             if not hasattr(array, "dtype") or not hasattr(array, "shape"):
                 raise AttributeError(f"{name} must be an array, found {type(array).__name__}")
@@ -192,7 +194,7 @@ class KLDivergence:
         shapes = f"{tuple(pred.shape)} and {tuple(target.shape)}"
         if tuple(pred.shape) != tuple(target.shape):
             raise AssertionError(f"pred and target must be of one shape, found {shapes}")
-        if self.maxlabels:
+        if truth(self.maxlabels, "maxlabels"):
             if pred.ndim == 1:
                 raise IndexError("maxlabels is the size of axis 1, and pred has one axis only")
             if pred.shape[1] != self.maxlabels:

@@ -15,10 +15,13 @@ from klcore.compat._arguments import (
     InitSignature,
     broadcast,
     cotangent_of,
+    dense,
     detached,
     dtype_name,
     one_library,
+    shown,
     traced,
+    truth,
     with_gradients,
 )
 from klcore.divergence import loss
@@ -223,8 +226,8 @@ def _module(torch: ModuleType, cls: type) -> type:
 
 def _legacy(size_average: Any, reduce: Any) -> str:
     """The reduction that the deprecated arguments ask for, of which at least one is given."""
-    average = size_average is None or size_average
-    word = "none" if reduce is not None and not reduce else "mean" if average else "sum"
+    average = size_average is None or truth(size_average, "size_average")
+    word = "none" if reduce is not None and not truth(reduce, "reduce") else "mean" if average else "sum"
     _warn(f"size_average and reduce are deprecated; reduction={word!r} is what they ask for here")
     return word
 
@@ -241,16 +244,17 @@ def _warn(message: str) -> None:
 
 def _reduction(size_average: Any, reduce: Any, reduction: str) -> tuple[str, bool]:
     """(what to do with the terms, whether to divide by the size of the batch)."""
-    by_batch = reduction == "batchmean"
+    by_batch = isinstance(reduction, str) and reduction == "batchmean"
     if size_average is not None or reduce is not None:
         return _legacy(size_average, reduce), by_batch
-    if reduction == "mean":
+    word = reduction if isinstance(reduction, str) else None  # an array may equal several
+    if word == "mean":
         _warn("reduction='mean' divides by the number of elements, which is not the divergence; 'batchmean' is")
-    elif reduction == "elementwise_mean":
+    elif word == "elementwise_mean":
         _warn("reduction='elementwise_mean' is deprecated; say 'mean'")
         return "mean", False
-    elif reduction not in ("batchmean", "none", "sum"):
-        raise ValueError(f"reduction must be 'mean', 'batchmean', 'sum' or 'none', found {reduction!r}")
+    elif word not in ("batchmean", "none", "sum"):
+        raise ValueError(f"reduction must be 'mean', 'batchmean', 'sum' or 'none', found {shown(reduction)}")
     return "sum" if by_batch else reduction, by_batch
 
 
@@ -259,12 +263,13 @@ def _reduction(size_average: Any, reduce: Any, reduction: str) -> tuple[str, boo
 
 def _checked(input: Any, target: Any, log_target: bool) -> tuple[tuple[int, ...], str]:
     """(shape, name of the dtype) of the terms. The checks and their classes are in PyTorch's order."""
+    dense(input=input, target=target)
     for name, array in (("input", input), ("target", target)):
         if not hasattr(array, "dtype") or not hasattr(array, "shape"):
             raise TypeError(f"{name} must be an array, found {type(array).__name__}")
     one_library(input=input, target=target)
     if not isinstance(log_target, bool):
-        raise TypeError(f"log_target must be a bool, found {log_target!r}")
+        raise TypeError(f"log_target must be a bool, found {shown(log_target)}")
     found = [dtype_name(input), dtype_name(target)]
     if any(name.startswith("complex") for name in found):
         raise RuntimeError(f"input and target must be real, found {' and '.join(found)}")

@@ -4,7 +4,7 @@ import sys
 import warnings
 from typing import Any
 
-from klcore.compat._arguments import traced, with_gradients
+from klcore.compat._arguments import traced, with_gradients, word_of
 from klcore.compat.pytorch import aten, aten_and_grad
 
 __all__ = ["nn_kl_div_loss", "nnf_kl_div"]
@@ -109,8 +109,7 @@ def nnf_kl_div(input: Any, target: Any, reduction: str = "mean") -> Any:
 
 
 def _checked(reduction: str) -> None:
-    if reduction not in ("mean", "batchmean", "sum", "none"):
-        raise ValueError(f"reduction must be 'mean', 'batchmean', 'sum' or 'none', found {reduction!r}")
+    word_of(reduction, "reduction", ("mean", "batchmean", "sum", "none"))
 
 
 def _reduction(input: Any, reduction: str) -> tuple[str, bool]:

@@ -1,0 +1,112 @@
+"""What the rows and columns of a table are called: klcore computes by position, and refuses what labels contradict.
+
+Called by rows.py, and by the adapters that convert their arguments themselves. The tables of pandas, polars and xarray
+are known by their attributes: no library is imported, and whatever behaves as they do is understood. Nothing is aligned,
+and no result carries labels.
+"""
+
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+# of every axis: the dimension's name, or None; its labels, or None
+Axes = list[tuple[Any, Any]]
+
+_readers: dict[type, Callable[[Any], Axes] | None] = {}
+
+
+def _of_pandas(a: Any) -> Axes:
+    return [(None, index) for index in a.axes]
+
+
+def _of_polars(a: Any) -> Axes:
+    return [(None, None), (None, a.columns)]
+
+
+def _of_xarray(a: Any) -> Axes:
+    indexes = getattr(a, "indexes", {})  # a Variable has none
+    return [(name, indexes.get(name)) for name in a.dims]
+
+
+def _reader(cls: type) -> Callable[[Any], Axes] | None:
+    if cls not in _readers:
+        pandas, polars = hasattr(cls, "iloc"), hasattr(cls, "get_column_index")
+        xarray = hasattr(cls, "dims") and hasattr(cls, "isel")
+        _readers[cls] = _of_pandas if pandas else _of_polars if polars else _of_xarray if xarray else None
+    return _readers[cls]
+
+
+def are_there(*arrays: Any) -> bool:
+    """Whether one of them has labels, or names of dimensions."""
+    return any(_reader(type(a)) for a in arrays)
+
+
+def check(last: int, x: Any, y: Any, weights: Any) -> None:
+    """Raise ValueError where labels say another thing than positions, TypeError where they may, and nobody can tell.
+
+    Parameters
+    ----------
+    last : int
+        The class axis, counted from the end.
+    x, y, weights
+        As the caller gave them; y and weights may be None.
+    """
+    found = {}
+    for name, a in (("x", x), ("y", y), ("weights", weights)):
+        if a is None:
+            continue
+        reader, shape = _reader(type(a)), tuple(getattr(a, "shape", None) or np.shape(a))
+        axes = reader(a) if reader else [(None, None)] * len(shape)
+        for k, (n, (dimension, labels)) in enumerate(zip(shape, axes, strict=True)):
+            at = k - len(shape)  # in the broadcast shape of x and y, from its end; weights have no class axis
+            at -= name == "weights" and at <= last
+            found[name, at] = f"axis {k} of {name}", n, dimension, labels
+    for ((one, at), a), ((other, to), b) in itertools.combinations(found.items(), 2):
+        if at == to:
+            _compare(one, other, a, b)
+
+
+def _compare(one: str, other: str, a: Any, b: Any) -> None:
+    """One axis of two arguments."""
+    (of_a, n, dimension, labels), (of_b, m, other_dimension, other_labels) = a, b
+    by_position = f"pass {one}.to_numpy() and {other}.to_numpy() to go by position"
+    if dimension is not None and other_dimension is not None and dimension != other_dimension:
+        raise ValueError(
+            f"{of_a} is the dimension {dimension!r} and {of_b} is {other_dimension!r}, and klcore goes by position; "
+            f"transpose one of them, or {by_position}"
+        )
+    if n != m or (labels is None and other_labels is None):
+        return  # broadcast, or an error of shapes; or nothing to compare
+    if labels is not None and other_labels is not None:
+        if not _equal(labels, other_labels):
+            raise ValueError(
+                f"{of_a} and {of_b} have different labels ({_first(labels)} and {_first(other_labels)}), and klcore "
+                f"does not align them; reindex one like the other, or {by_position}"
+            )
+        return
+    name, of, alone = (one, of_a, other) if other_labels is None else (other, of_b, one)
+    labels = other_labels if labels is None else labels
+    if _reordered(labels):
+        raise TypeError(
+            f"the labels of {of} ({_first(labels)}) number it in another order than its positions, and {alone} has no "
+            f"labels there to tell which is meant; sort {name} by them, or pass {name}.to_numpy() to go by position"
+        )
+
+
+def _equal(a: Any, b: Any) -> bool:
+    return bool(a.equals(b)) if hasattr(a, "equals") and hasattr(b, "equals") else list(a) == list(b)
+
+
+def _reordered(labels: Any) -> bool:
+    """Whether they are the numbers from 0 on, but not in order."""
+    if getattr(getattr(labels, "dtype", None), "kind", "") not in ("i", "u"):
+        return False
+    numbers, order = np.asarray(labels), np.arange(len(labels))
+    return not np.array_equal(numbers, order) and np.array_equal(np.sort(numbers), order)
+
+
+def _first(labels: Any) -> str:
+    first = ", ".join(str(label) for label in itertools.islice(labels, 3))
+    return first + ", ..." if len(labels) > 3 else first
