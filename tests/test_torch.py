@@ -847,7 +847,6 @@ def test_messages_of_numpy(compiled, keywords, road):
 @pytest.mark.parametrize(
     ("call", "error", "match"),
     [
-        (lambda x: klcore.kl_div(x, x.numpy()), TypeError, "x is a torch array and y a numpy one; move one"),
         (lambda x: klcore.kl_div(x, x.to("meta")), ValueError, r"different devices \(x on cpu, y on meta\)"),
         (
             lambda x: klcore.kl_div(x, x, weights=torch.ones(2, device="meta")),
@@ -894,7 +893,7 @@ def test_messages_of_numpy(compiled, keywords, road):
             "y is a torch.distributions.*Normal; klcore takes tensors",
         ),
         (lambda x: torch.fx.symbolic_trace(lambda x: klcore.entropy(x)), TypeError, "x is a torch.fx.proxy.Proxy"),
-        (lambda x: klcore.kl_div(x, [[x.clone().requires_grad_()[0, 0]] * 3] * 2), RuntimeError, "requires grad"),
+        (lambda x: klcore.kl_div(x, [[x.clone().requires_grad_()[0, 0]] * 3] * 2), TypeError, "requires grad"),
     ],
 )
 def test_refused(call, error, match):

@@ -24,14 +24,13 @@ import dask.array as da
 import numpy as np
 from dask.array.utils import meta_from_array
 
-from klcore.backends import cpu, rows
+from klcore.backends import cpu, labels, rows
 from klcore.backends.threads import threads
 
 # ---- arguments -------------------------------------------------------------------------------------------------------
 
 # An array library whose arrays have a shape and a dtype, and no memory, for rows.py.
 _SHAPES = SimpleNamespace(
-    broadcast_shapes=np.broadcast_shapes,
     broadcast_to=np.broadcast_to,
     moveaxis=np.moveaxis,
     dtype=np.dtype,
@@ -55,8 +54,12 @@ def _array(a: Any, name: str) -> Any:
             "DataFrame.to_dask_array(lengths=True), dask.array.from_delayed or dask.array.from_array makes one"
         )
     else:
-        rows.refuse(a, name)
-        a = np.asarray(a) if not hasattr(a, "__cuda_array_interface__") else a
+        of = type(a).__module__.partition(".")[0]
+        if hasattr(type(a), "__dlpack__") and of not in ("numpy", "cupy"):
+            raise TypeError(
+                f"{name} is a {of} array beside dask's; pass NumPy's, CuPy's or dask's, as numpy.asarray({name})"
+            )
+        a = a if of == "cupy" else rows.as_numpy(a, name)  # CuPy's stay where they are
         rows.refuse(a, name)
         a = da.from_array(a, chunks=-1)
     return a.astype(np.float64) if a.dtype.kind in "iub" else a
@@ -324,7 +327,7 @@ def _run(
             "x.map_blocks(cupy.asarray)"
         )
     w = None if weights is None else _array(weights, "weights")
-    given = x, y
+    given = x, y, weights
     x, y = _array(x, "x"), None if operation == rows.ENTROPY else _array(y, "y")
     if y is not None:  # a list goes with the other's chunks
         x = x if isinstance(given[0], da.Array) else _like(x, y)
@@ -335,6 +338,8 @@ def _run(
             "x.map_blocks(cupy.asarray)"
         )
     task = _arrange(operation, x, y, space, axis, reduction, weights, w, temperature, return_grad)
+    if labels.are_there(*given):
+        labels.check(axis if axis < 0 else axis - max(a.ndim for a in (x, y) if a is not None), *given)
     scalar = task.x.ndim == 1 and all(a.ndim == 0 for a in (x, y) if a is not None)
     if scalar:  # one class
         x, y = (a if a is None else a.reshape(1) for a in (x, y))

@@ -24,7 +24,7 @@ import numpy as np
 from jax.custom_derivatives import SymbolicZero
 from jax.experimental.buffer_callback import buffer_callback
 
-from klcore.backends import BackendUnavailableError, cpu, rows
+from klcore.backends import BackendUnavailableError, cpu, labels, rows
 
 _DTYPES = frozenset(jnp.dtype(name) for name in rows.FLOATS)
 _ON_CPU = 1  # kDLCPU
@@ -211,14 +211,21 @@ def _array(a: Any, name: str) -> Any:
     """A JAX array of one of klcore's dtypes. Integers become JAX's own float: float64 only if jax_enable_x64 is set."""
     if isinstance(a, jax.Array) and a.dtype in _DTYPES:
         return a
-    if isinstance(a, np.ndarray):  # weights; masked ones
+    if not isinstance(a, jax.Array) and not _holds_jax(a):
+        a = rows.as_numpy(a, name)
         rows.refuse(a, name)
+        a = a if a.dtype.isnative else a.astype(a.dtype.newbyteorder("="))
     with jax.ensure_compile_time_eval():  # numbers stay known while JAX traces, so that weights can be checked
         a = jnp.asarray(a)
         if jnp.issubdtype(a.dtype, jax.dtypes.extended):
             raise TypeError(f"{name} has dtype {a.dtype}; klcore computes with {', '.join(rows.FLOATS)} and integers")
         rows.refuse(a, name)
         return a.astype(float) if a.dtype.kind in "iub" else a
+
+
+def _holds_jax(a: Any) -> bool:
+    """Lists of numbers, which may be traced."""
+    return isinstance(a, (list, tuple)) and any(isinstance(part, jax.Array) or _holds_jax(part) for part in a)
 
 
 def _moved(device: str, arrays: list[Any]) -> list[Any]:
@@ -243,24 +250,18 @@ def _platform(a: Any) -> str | None:
     return None if a is None or isinstance(a, jax.core.Tracer) else next(iter(a.devices())).platform
 
 
-def _is_hashable(words: tuple[Any, ...]) -> bool:
-    try:
-        hash(words)
-    except TypeError:
-        return False
-    return True
-
-
 def _call(words: tuple[Any, ...], x: Any, y: Any, weights: Any, out: Any, device: str | None) -> Any:
     if out is not None:
         raise TypeError("JAX arrays cannot be written to, so out= is not possible with them; use what is returned")
+    given = x, y, weights
     x = _array(x, "x")
     y = None if y is None else _array(y, "y")
     weights = None if weights is None else _array(weights, "weights")
+    if labels.are_there(*given):
+        labels.check(rows.class_axis(x, y, words[2]), *given)
     if device is not None:
         x, y, weights = _moved(device, [x, y, weights])
-    # Compiled code would raise JAX's own error, and the words are the key it is found by.
-    if _platform(weights) == "cpu" or not _is_hashable(words):
+    if _platform(weights) == "cpu":  # compiled code would raise JAX's own error
         _arranged(words, _stand_in(x), _stand_in(y), None if weights is None else np.asarray(weights))
     if "gpu" in (_platform(x), _platform(y)):
         import_module("klcore.backends.cuda").ready()
@@ -281,10 +282,12 @@ def _run(
     out: Any,
     device: str | None,
 ) -> Any:
-    # they are looked up among the programs that JAX has compiled, as keys
-    space, return_grad = (tuple(w) if isinstance(w, list) else w for w in (space, return_grad))
-    if hasattr(temperature, "__float__"):
-        temperature = float(temperature)
+    if isinstance(temperature, jax.core.Tracer):
+        temperature = float(temperature)  # says that it must be known
+    # JAX looks the words up among those of the programs it has compiled: what equals a right one is to be refused first
+    temperature, return_grad = rows.words(space, reduction, temperature, return_grad, y is None)[1:]
+    axis, return_grad = rows.integer(axis, "axis"), return_grad or None
+    space = space if isinstance(space, str) else tuple(space)
     words = (operation, space, axis, reduction, temperature, return_grad, None)
     return _call(words, x, y, weights, out, device)
 

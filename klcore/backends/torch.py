@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch.autograd import forward_ad
 
-from klcore.backends import BackendUnavailableError, cpu, rows
+from klcore.backends import BackendUnavailableError, cpu, labels, rows
 
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -75,6 +75,27 @@ def _tensor(a: Any) -> Any:
     return torch.from_numpy(a)
 
 
+class _Writable:
+    """An array's memory as if it could be written to: PyTorch knows no other, and warns. Nobody writes to arguments."""
+
+    def __init__(self, a: Any) -> None:
+        self._owner = a
+        self.__array_interface__ = {**a.__array_interface__, "data": (a.ctypes.data, False)}
+
+
+def _lent_by(a: Any, name: str) -> Any:
+    """A tensor on the memory of a NumPy array, or of what NumPy makes one of; a copy where PyTorch has no such strides,
+    dtype or byte order."""
+    a = cpu._asarray(a, name)
+    if any(step < 0 or step % a.dtype.itemsize for step in a.strides):
+        a = a.copy()
+    if not a.flags.writeable:
+        a = a.view(np.int16) if a.dtype.kind == "V" else a
+        t = torch.from_numpy(np.asarray(_Writable(a)))
+        return t.view(torch.bfloat16) if t.dtype is torch.int16 else t
+    return _tensor(a)
+
+
 @contextlib.contextmanager
 def _as_pytorch(x: Any) -> Any:
     """Compute on PyTorch's current stream of the device of `x`, and take all memory from PyTorch: a CUDA graph that
@@ -116,18 +137,35 @@ def _operands(x: Any, y: Any, device: str | None) -> tuple[Any, Any]:
     for name, t in (("x", x), ("y", y)):
         if isinstance(t, torch.Tensor):
             _check(t, name)
-        elif t is not None and not isinstance(t, _NUMBERS):
+        elif type(t).__module__.partition(".")[0] == "torch":
             raise TypeError(
-                f"{name} is a {type(t).__module__}.{type(t).__qualname__}; klcore takes tensors, and numbers, lists "
-                "and tuples"
+                f"{name} is a {type(t).__module__}.{type(t).__qualname__}; klcore takes tensors, NumPy arrays, and "
+                "numbers, lists and tuples"
             )
     given = [t for t in (x, y) if isinstance(t, torch.Tensor)]
-    where = torch.device(device or "cpu") if device is not None or not given else given[0].device
-    if where.type == "cuda" and device is not None and not torch.cuda.is_available():
+    if device is None:
+        where = given[0].device if given else torch.device("cpu")
+    else:
+        where = _named(device)
+    for name, t in (("x", x), ("y", y)):
+        if where.type == "cuda" and device is None and not isinstance(t, (torch.Tensor, *_NUMBERS, type(None))):
+            raise TypeError(
+                f"{name} is a {type(t).__module__}.{type(t).__qualname__}, in the host's memory, and the other argument "
+                f"a tensor on {where}; move one of them, as with torch.asarray({name}, device={str(where)!r}), or pass "
+                "device= to have klcore do it"
+            )
+    return _on(where, x, "x", device), _on(where, y, "y", device)
+
+
+def _named(device: str) -> Any:
+    if device.startswith("cuda") and not torch.cuda.is_available():
         raise BackendUnavailableError(
             f"device={device!r}: PyTorch finds no usable CUDA device (torch.cuda.is_available() is False)"
         )
-    return _on(where, x, "x", device), _on(where, y, "y", device)
+    number = device.partition(":")[2]
+    if number and int(number) >= torch.cuda.device_count():
+        raise BackendUnavailableError(f"device={device!r}: PyTorch finds {torch.cuda.device_count()} CUDA device(s)")
+    return torch.device(device)
 
 
 def _on(where: Any, t: Any, name: str, device: str | None) -> Any:
@@ -148,10 +186,12 @@ def _is_ordinary(t: Any) -> bool:
 
 
 def _number(a: Any, name: str, device: Any) -> Any:
-    """Lists, numbers and other libraries' weights, understood and refused as NumPy's are."""
+    """Lists, numbers and other libraries' arrays, understood and refused as NumPy's are."""
     if torch.compiler.is_compiling() and isinstance(a, _NUMBERS):
         return torch.as_tensor(a, dtype=torch.float64, device=device)
-    return _tensor(np.array(cpu._asarray(a, name))).to(device)
+    if torch.compiler.is_compiling() and isinstance(a, np.ndarray) and not isinstance(a, np.ma.MaskedArray):
+        return torch.as_tensor(a, device=device)
+    return _lent_by(a, name).to(device)
 
 
 def _weights(weights: Any, like: Any, device: str | None, name: str = "weights") -> Any:
@@ -482,11 +522,20 @@ def _one_by_one(function: Any, info: Any, dims: Any, *arguments: Any) -> list[An
     ]
 
 
+def _of_none(function: Any, info: Any, dims: Any, *arguments: Any) -> Any:
+    """What an example would have, had the batch one: sums over no example keep shapes, and their place in history."""
+    return function(*(a if d is None else a.sum(d, dtype=a.dtype) for a, d in zip(arguments, dims, strict=True)))
+
+
 def _values(*call: Any) -> tuple[Any, int]:
-    return torch.stack(_one_by_one(*call)), 0
+    _, info, *_ = call
+    return (torch.stack(_one_by_one(*call)) if info.batch_size else _of_none(*call)[None][:0]), 0
 
 
 def _pairs(*call: Any) -> tuple[tuple[Any, ...], tuple[int, int]]:
+    _, info, *_ = call
+    if not info.batch_size:
+        return tuple(t[None][:0] for t in _of_none(*call)), (0, 0)
     return tuple(map(torch.stack, zip(*_one_by_one(*call), strict=True))), (0, 0)
 
 
@@ -515,8 +564,12 @@ def _run(
     operation: str, x: Any, y: Any, space: Any, axis: int, reduction: str, weights: Any, temperature: Any,
     return_grad: Any, out: Any, device: str | None,
 ) -> Any:  # fmt: skip
+    given = x, y, weights
     x, y = _operands(x, y, device)
     weights = _weights(weights, x, device)
+    as_given = x is given[0] and y is given[1] and weights is given[2]
+    if not as_given and not torch.compiler.is_compiling() and labels.are_there(*given):
+        labels.check(rows.class_axis(x, y, axis), *given)
     if isinstance(temperature, torch.Tensor):
         if temperature.requires_grad and torch.is_grad_enabled():
             raise TypeError(
@@ -540,6 +593,7 @@ def _history_or_not(
         return _compute(
             operation, x, y, space, axis, reduction, weights, temperature, denominator, epsilon, dtype, return_grad
         )
+    rows.check_reduction(reduction)
     words = tuple(rows.SPACES)
     space_x, space_y = (words[code] for code in rows.space_pair(space, y is None))
     if not eager:
@@ -578,6 +632,8 @@ def _into(
             raise TypeError(f"out must be a tensor on {x.device}, or a tuple of such; found {found}")
         if t is not None:
             _check(t, "out")
+            if rows.shares_with_itself(t.shape, t.stride(), 1):
+                raise ValueError("out is a view whose elements share memory; pass a tensor of its own")
             if t.requires_grad and torch.is_grad_enabled():
                 raise TypeError("out requires a gradient, and its history would not know of the call; pass another")
     if not _eager(x, y, weights, *outs) or any(t is not None and t.is_neg() for t in outs):
