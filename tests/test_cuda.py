@@ -1145,7 +1145,7 @@ def test_out_that_overlaps(gpu, launched):
         klcore.kl_div(x, y, out=y[:, 1])
     with pytest.raises(ValueError, match="two arrays of out overlap"):
         klcore.kl_div(x, y, return_grad=PAIR, out=(None, two[:2], two[1:]))
-    with pytest.raises(ValueError, match="broadcast view"):
+    with pytest.raises(ValueError, match="elements share memory"):
         klcore.kl_div(x, y, out=gpu.xp.broadcast_to(gpu.xp.zeros(1), (2,)))
     assert launched == []
     columns = gpu.xp.zeros((2, 6))  # interleaved is not overlapping

@@ -1,8 +1,8 @@
 """What the rows and columns of a table are called: klcore computes by position, and refuses what labels contradict.
 
 Called by rows.py, and by the adapters that convert their arguments themselves. The tables of pandas, polars and xarray
-are known by their attributes: no library is imported, and whatever behaves as they do is understood. Nothing is aligned,
-and no result carries labels.
+are known by their attributes: no library is imported, and whatever behaves as they do is understood. Nothing is
+aligned, and no result carries labels.
 """
 
 import itertools

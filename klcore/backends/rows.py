@@ -124,7 +124,7 @@ def arrange(
     single = operation == ENTROPY
     spaces, temperature, wanted = words(space, reduction, temperature, return_grad, single)
 
-    given = x, y, weights
+    arguments = x, y, weights
     x = asarray(x, "x")
     y = x if single else asarray(y, "y")
     scalar = x.ndim == 0 and y.ndim == 0  # one class
@@ -141,8 +141,8 @@ def arrange(
             raise batches_differ(x, y, axis) from None
     rows = math.prod(batch)
     weights = _weights(xp, asarray, weights, batch, signed)
-    if labels.are_there(*given):
-        labels.check(last, *given)
+    if labels.are_there(*arguments):
+        labels.check(last, *arguments)
     terms_shape = () if scalar else _insert(batch, ndim + last, n)
     if factors is not None:
         factors = _broadcast(xp, _multiplier(asarray, factors, "factors"), terms_shape)
@@ -364,6 +364,7 @@ def _refuse_kind(a: Any, name: str) -> None:
             f"(units, say), which klcore would ignore; pass the plain numbers, {_plain_numbers(a, name)}"
         )
 
+
 def _type_name(cls: type) -> str:
     return f"{cls.__module__}.{cls.__qualname__}".removeprefix("builtins.")
 
@@ -386,6 +387,8 @@ def as_numpy(a: Any, name: str) -> Any:
         return a
     _refuse_kind(a, name)
     cls = type(a)
+    if isinstance(a, (str, bytes, bytearray)):
+        raise TypeError(f"{name} is of the type {_type_name(cls)}; klcore takes arrays and sequences of numbers")
     try:
         lends = hasattr(a, "__dlpack__") and not hasattr(a, "__array__")
         found = np.from_dlpack(a) if lends else np.asarray(a)
@@ -400,7 +403,8 @@ def as_numpy(a: Any, name: str) -> Any:
         else:
             hint = f"pass numpy.asarray({name}, dtype=float)"
         raise TypeError(
-            f"{name}, of the type {_type_name(cls)}, becomes an array of dtype object, not of {', '.join(FLOATS)}; {hint}"
+            f"{name}, of the type {_type_name(cls)}, becomes an array of dtype object, not one of {', '.join(FLOATS)}; "
+            f"{hint}"
         )
     return found
 
@@ -493,7 +497,9 @@ def space_pair(space: Any, single: bool) -> tuple[int, int]:
         or len(pair) != 2
         or not all(isinstance(s, str) and s in SPACES for s in pair)
     ):
-        raise ValueError(f"space must be one of {_list(SPACES)}, or a pair (space of x, space of y); found {shown(space)}")
+        raise ValueError(
+            f"space must be one of {_list(SPACES)}, or a pair (space of x, space of y); found {shown(space)}"
+        )
     return SPACES[pair[0]], SPACES[pair[1]]
 
 

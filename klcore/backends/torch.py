@@ -142,17 +142,14 @@ def _operands(x: Any, y: Any, device: str | None) -> tuple[Any, Any]:
                 f"{name} is a {type(t).__module__}.{type(t).__qualname__}; klcore takes tensors, NumPy arrays, and "
                 "numbers, lists and tuples"
             )
-    given = [t for t in (x, y) if isinstance(t, torch.Tensor)]
-    if device is None:
-        where = given[0].device if given else torch.device("cpu")
-    else:
-        where = _named(device)
+    found = next((t.device for t in (x, y) if isinstance(t, torch.Tensor)), torch.device("cpu"))
+    where = found if device is None else _named(device)
     for name, t in (("x", x), ("y", y)):
         if where.type == "cuda" and device is None and not isinstance(t, (torch.Tensor, *_NUMBERS, type(None))):
             raise TypeError(
-                f"{name} is a {type(t).__module__}.{type(t).__qualname__}, in the host's memory, and the other argument "
-                f"a tensor on {where}; move one of them, as with torch.asarray({name}, device={str(where)!r}), or pass "
-                "device= to have klcore do it"
+                f"{name} is a {type(t).__module__}.{type(t).__qualname__}, in the host's memory, and the other "
+                f"argument a tensor on {where}; move one of them, as with torch.asarray({name}, "
+                f"device={str(where)!r}), or pass device= to have klcore do it"
             )
     return _on(where, x, "x", device), _on(where, y, "y", device)
 

@@ -11,7 +11,8 @@ from typing import Any, ParamSpec, Protocol, TypeVar
 
 import numpy as np
 
-from klcore.backends.rows import broadcast_shapes, shown
+from klcore.backends.rows import broadcast_shapes
+from klcore.backends.rows import shown as shown  # for the front-ends, too
 
 FLOATS = ("float16", "bfloat16", "float32", "float64")
 F = TypeVar("F", bound=Callable[..., Any])
@@ -108,9 +109,7 @@ def dense(**arrays: Any) -> None:
     """Raise TypeError, by the arguments' names, for PyTorch's nested tensors, which have no shape."""
     for name, array in arrays.items():
         if getattr(array, "is_nested", False):
-            raise TypeError(
-                f"{name} is a nested tensor; klcore takes dense ones: pass {name}.to_padded_tensor(value)"
-            )
+            raise TypeError(f"{name} is a nested tensor; klcore takes dense ones: pass {name}.to_padded_tensor(value)")
 
 
 def one_library(**arrays: Any) -> None:
