@@ -42,9 +42,10 @@ def kl_div(
     Parameters
     ----------
     x : array of shape (..., n, ...)
-        The first distribution: the truth, the teacher. Of NumPy, CuPy, PyTorch, JAX, Dask, or with ``__dlpack__``.
-        float64, float32, float16 or bfloat16 (``ml_dtypes``); integers, booleans and lists are taken as float64. A 0-d
-        array is one class.
+        The first distribution: the truth, the teacher. Of NumPy, CuPy, PyTorch, JAX, Dask, or with ``__dlpack__``;
+        tables of pandas, polars and xarray, and whatever else has ``__array__``, as NumPy arrays. float64, float32,
+        float16 or bfloat16 (``ml_dtypes``); integers, booleans and lists are taken as float64. A 0-d array is one
+        class.
     y : array
         The second: the model, the student. The same number of classes; the batch axes of x and y broadcast.
     space : {"probs", "log_probs", "logits"} or a pair of them
@@ -67,7 +68,7 @@ def kl_div(
         these arguments as they were given, computed in the same pass. PyTorch's autograd and ``jax.grad`` need no such
         word.
     out : array or tuple of arrays, optional
-        Where to write the value, or (value, gradients...). Must not overlap an input.
+        Where to write the value, or (value, gradients...). Must not overlap an input, nor itself.
     device : {"cpu", "cuda", "cuda:N"}, optional
         Where to compute, and where the result stays. None: where the arrays are.
 
@@ -83,9 +84,10 @@ def kl_div(
     Raises
     ------
     TypeError
-        For complex, object, string or masked arrays, arrays of an unknown library, or of two different ones.
+        For complex, object, string, masked or sparse arrays, those with units, arrays of an unknown library, or of two
+        that do not go together; for labels that contradict the positions of an argument without labels.
     ValueError
-        For shapes that do not match and words that are not known.
+        For shapes and labels that do not match and words that are not known.
     klcore.BackendUnavailableError
         If the device cannot be used; never is another one used instead.
 

@@ -258,7 +258,7 @@ def raising(error):
         ({"x": strict(X), "y": strict(Y), "space": "prob"}, ValueError, "space must be one of"),
         ({"x": strict(X), "y": strict(Y), "device": "cuda"}, ValueError, "device='cuda'.*on cpu:0"),
         ({"x": strict(X), "y": strict(Y), "weights": Plain(np.ones(6), (8, 0))}, TypeError, "weights, .*Metal"),
-        ({"x": object(), "y": [1.0]}, TypeError, "does not know arrays of type builtins.object.*numpy.*__dlpack__"),
+        ({"x": object(), "y": [1.0]}, TypeError, "x is of the type builtins.object, which klcore does not.*__dlpack__"),
     ],
 )  # fmt: skip
 def test_errors(arguments, error, words):

@@ -330,7 +330,7 @@ def arrange_gradient(
 
 
 _OWN = np.ndarray.__array_ufunc__
-_TABLES = ("pandas", "polars", "xarray")  # to them NumPy's functions mean what they mean to arrays, labels apart
+TABLES = ("pandas", "polars", "xarray")  # to them NumPy's functions mean what they mean to arrays, labels apart
 _PLAIN_NUMBERS = (  # what stands for what in an array of another meaning: an attribute, and how to write it
     ("compute", "compute()"), ("value", "value"), ("magnitude", "magnitude"),
 )  # fmt: skip
@@ -343,7 +343,7 @@ def refuse(a: Any, name: str) -> None:
     if dtype is not None and dtype.kind not in "iub" and dtype.name not in FLOATS:
         raise TypeError(
             f"{name} has dtype {dtype}; klcore computes with {', '.join(FLOATS)}, and with integers and booleans as "
-            "float64"
+            "float64" + (f": pass {name}.astype(float)" if dtype.kind == "O" else "")
         )
 
 
@@ -371,7 +371,7 @@ def _type_name(cls: type) -> str:
 
 def _is_known(cls: type) -> bool:
     roots = {base.__module__.partition(".")[0] for base in cls.__mro__}
-    return "cupy" in roots or not roots.isdisjoint(_TABLES)
+    return "cupy" in roots or not roots.isdisjoint(TABLES)
 
 
 def _plain_numbers(a: Any, name: str) -> str:

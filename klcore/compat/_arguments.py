@@ -11,7 +11,7 @@ from typing import Any, ParamSpec, Protocol, TypeVar
 
 import numpy as np
 
-from klcore.backends.rows import broadcast_shapes
+from klcore.backends.rows import TABLES, broadcast_shapes
 from klcore.backends.rows import shown as shown  # for the front-ends, too
 
 FLOATS = ("float16", "bfloat16", "float32", "float64")
@@ -67,6 +67,12 @@ def traced() -> bool:
     """Whether torch.compile is looking, which cannot follow a warning, and drops those of PyTorch's own losses."""
     compiler = getattr(sys.modules.get("torch"), "compiler", None)  # half-imported or old, it has none
     return compiler is not None and compiler.is_compiling()
+
+
+def is_array(value: Any) -> bool:
+    """Whether it is more than numbers, lists and tables; those of pandas, polars and xarray may have a dtype, too."""
+    roots = {base.__module__.partition(".")[0] for base in type(value).__mro__}
+    return hasattr(value, "dtype") and roots.isdisjoint(TABLES)
 
 
 def namespace(array: Any) -> Any:
@@ -155,7 +161,8 @@ def cast(array: Any, name: str) -> Any:
 
 def as_array(value: Any, like: Any, name: str) -> Any:
     """`value`, an array, number or list, as an array of the library of `like` with the dtype called `name`."""
-    if not hasattr(value, "dtype"):
+    if not is_array(value):
+        value = np.asarray(value) if hasattr(value, "__array__") else value
         xp = namespace(like)
         # only PyTorch lets arrays of two devices meet by default, and fails later
         value = xp.asarray(value, device=like.device) if xp.__name__ == "torch" else xp.asarray(value)

@@ -22,6 +22,7 @@ from klcore.compat._arguments import (
     dense,
     detached,
     dtype_name,
+    is_array,
     namespace,
     number,
     quietly,
@@ -453,9 +454,9 @@ class KLDivergenceMetric:
 def _arrays(y_true: Any, y_pred: Any, name: str | None = None) -> tuple[Any, Any]:
     """Both as arrays of one library and dtype: that called `name`, or that of y_pred."""
     dense(y_true=y_true, y_pred=y_pred)
-    y_pred = y_pred if hasattr(y_pred, "dtype") else np.asarray(y_pred, _dtype(None))
+    y_pred = y_pred if is_array(y_pred) else np.asarray(y_pred, _dtype(None))
     for array in (y_true, y_pred):
-        if hasattr(array, "dtype") and dtype_name(array).startswith("complex"):
+        if is_array(array) and dtype_name(array).startswith("complex"):
             raise TypeError(f"y_true and y_pred must be real, found {dtype_name(array)}")
     if name is None:
         name = dtype_name(y_pred) if dtype_name(y_pred) in FLOATS else _dtype(None)
@@ -486,9 +487,7 @@ def _engine(y_true: Any, y_pred: Any, **options: Any) -> Any:
 def _as_given(gradients: Any, given: tuple[Any, Any]) -> tuple[Any, Any]:
     """The gradients in the shapes and dtypes of the arguments."""
     of_true, of_pred = (
-        cast(g.reshape(a.shape), dtype_name(a) if dtype_name(a) in FLOATS else dtype_name(g))
-        if hasattr(a, "dtype")
-        else g
+        cast(g.reshape(a.shape), dtype_name(a) if dtype_name(a) in FLOATS else dtype_name(g)) if is_array(a) else g
         for g, a in zip(gradients, given, strict=True)
     )
     return of_true, of_pred
