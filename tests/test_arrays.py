@@ -435,14 +435,13 @@ def test_out_beside_an_input_in_one_buffer():
 MEMORY = '''
 import resource, sys, tracemalloc
 import numpy as np, klcore
-rows, n, space, reduction, gradients, weighted, threads = eval(sys.argv[1])
 
 def filled(shape, seed):  # in place: a temporary array would raise the high-water mark beforehand
     a = np.empty(shape, np.float32)
     np.random.default_rng(seed).random(dtype=np.float32, out=a)
     return a
 
-def arguments(rows, n):
+def arguments(rows, n, space, reduction, gradients, weighted):
     out = [np.full({"row": (rows,), "none": (rows, n)}.get(reduction, ()), 7, np.float32)]
     out += [np.full((rows, n), 7, np.float32) for _ in gradients]
     weights = np.ones(rows) if weighted else None
@@ -460,11 +459,11 @@ def high_water(reset=False):
     except OSError:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
-klcore.set_num_threads(threads)
+klcore.set_num_threads(2)
 for small in ((40, 1025), (1, 200_000)):  # threads, stacks and modules are there before the measurement
-    arrays, keywords = arguments(*small)
+    arrays, keywords = arguments(*small, "probs", "sum", ("x",), True)
     klcore.kl_div(*arrays, **keywords)
-arrays, keywords = arguments(rows, n)
+arrays, keywords = eval(sys.argv[1])
 before = high_water(reset=True)
 klcore.kl_div(*arrays, **keywords)
 native = high_water() - before
@@ -485,11 +484,60 @@ def test_extra_memory(python, size, asked):
     """Every two of a size, a space and what is asked for."""
     (rows, n), (reduction, gradients, weighted) = SIZES[size], ASKED[asked]
     space = ("probs", "logits", ("probs", "logits"))[(size + asked) % 3]
-    native, of_numpy = map(int, python(MEMORY, repr((rows, n, space, reduction, gradients, weighted, 2))).split())
+    arguments = rows, n, space, reduction, gradients, weighted
+    native, of_numpy = map(int, python(MEMORY, f"arguments(*{arguments!r})").split())
     # what the writing sweep takes from the reading one: two rows a thread, and some padding, of rows that fit a cache
     kept = 2 * 2 * n * 4 * 1.1 if gradients and space == "logits" and n < 400_000 else 0
     assert native < 2**20 + kept
     assert of_numpy < 2**20
+
+
+MB = 2**20
+ROADS = {  # what docs/performance.md says, with two threads: of arguments, and bytes
+    **{
+        f"{dtype} weights": (
+            f"(filled((10**6, 4), 1), filled((10**6, 4), 2)), dict(weights=np.ones(10**6, {dtype!r}), reduction='rowmean')",
+            MB,
+        )
+        for dtype in ("bool", "int64", "uint8", "float16", "float32")
+    },
+    "gradient of a broadcast row, wide": (
+        "(filled((4, 10**6), 1), filled((10**6,), 2)), dict(reduction='sum', return_grad='y', out=(None, filled((10**6,), 3)))",
+        MB,
+    ),
+    "of logits, wide": (
+        "(filled((4, 10**6), 1), filled((10**6,), 2)), "
+        "dict(space='logits', reduction='sum', return_grad='y', out=(None, filled((10**6,), 3)))",
+        MB,
+    ),
+    "of logits, long": (
+        "(filled((10**6, 10), 1), filled((10,), 2)), dict(space='logits', reduction='sum', return_grad='y')",
+        MB,
+    ),
+    "of logits, wide and long": (  # 8 bytes a class besides
+        "(np.broadcast_to(filled((80_000,), 1), (5000, 80_000)), filled((80_000,), 2)), "
+        "dict(space='logits', reduction='sum', return_grad='y')",
+        MB + 8 * 80_000,
+    ),
+    "classes first": (  # half a megabyte an array and thread
+        "(filled((5000, 4000), 1), filled((5000, 4000), 2)), dict(axis=0, space='logits', reduction='sum')",
+        MB + 2 * 2 * MB // 2,
+    ),
+    "classes first, with a gradient": (
+        "(filled((5000, 4000), 1), filled((5000, 4000), 2)), "
+        "dict(axis=0, space='logits', reduction='sum', return_grad='y', out=(None, filled((5000, 4000), 3)))",
+        MB + 2 * 3 * MB // 2,
+    ),
+}
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="the resource module is missing on Windows")
+@pytest.mark.parametrize("road", ROADS)
+def test_extra_memory_by_road(python, road):
+    arguments, most = ROADS[road]
+    native, of_numpy = map(int, python(MEMORY, arguments).split())
+    assert native < most
+    assert of_numpy < MB
 
 
 # ---- errors ----------------------------------------------------------------------------------------------------------

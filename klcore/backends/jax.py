@@ -8,10 +8,12 @@ never calls JAX, so it cannot wait for a thread that waits for it, as one that i
 the CUDA kernels, one for a TPU is refused by JAX, nothing is moved unasked.
 
 Concrete arrays take the same way, through a ``jax.jit`` that keeps a program for each shape and each choice of words,
-as JAX's own functions do. Large ones are computed on a thread of XLA's: ``klcore.set_num_threads`` holds there,
-``klcore.threads``, which is of the caller's thread, does not.
+as JAX's own functions do; but where the CPU is JAX' only device they are computed at once, as NumPy's are. Programs run
+on a thread of XLA's: ``klcore.set_num_threads`` holds there, ``klcore.threads``, which is of the caller's thread, does
+not, and JAX looks for no signals until they have ended.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -265,8 +267,41 @@ def _call(words: tuple[Any, ...], x: Any, y: Any, weights: Any, out: Any, device
         _arranged(words, _stand_in(x), _stand_in(y), None if weights is None else np.asarray(weights))
     if "gpu" in (_platform(x), _platform(y)):
         import_module("klcore.backends.cuda").ready()
-    results = _compute(words, x, y, weights)
+    # In this thread a signal ends the call: JAX does not look for any while its programs run. Only where there is but one
+    # device: the results are bound to it.
+    here = jax.default_backend() == "cpu" and jax.device_count() == 1
+    here = here and not any(isinstance(a, jax.core.Tracer) for a in (x, y, weights))
+    results = (_in_this_thread if here else _compute)(words, x, y, weights)
     return results if len(results) > 1 else results[0]
+
+
+def _in_this_thread(words: tuple[Any, ...], x: Any, y: Any, weights: Any) -> tuple[Any, ...]:
+    """The same for arrays of numbers on the CPU, outside of JAX' programs."""
+    task = _arranged(words, *(_stand_in(a) for a in (x, y, weights)))
+    operation, space, axis, reduction, temperature, return_grad, loss = words
+    x, y, weights = (None if a is None else np.asarray(a) for a in (x, y, weights))
+    out = (None if task.value is None else _to_be_taken_over(task.value.shape, task.scalar_dtype),)
+    out += tuple(_to_be_taken_over(a.shape, a.dtype) for a in (x if g.of == "x" else y for g in task.gradients))
+    to = out if any(a is not None for a in out) else None
+    if loss:
+        results = cpu.loss(operation, x, y, space, axis, reduction, weights, *loss, return_grad, to)
+    else:
+        arrays = (x,) if y is None else (x, y)
+        results = getattr(cpu, operation)(*arrays, space, axis, reduction, weights, temperature, return_grad, to, None)
+    results = results if isinstance(results, tuple) else (results,)
+    return tuple(
+        jnp.asarray(a) if b is None else jax.dlpack.from_dlpack(b) for a, b in zip(results, out, strict=True)
+    )
+
+
+def _to_be_taken_over(shape: tuple[int, ...], dtype: Any) -> Any:
+    """New memory that JAX takes over as it is: its arrays begin at multiples of 64 bytes. None: it would copy it."""
+    size = math.prod(shape) * dtype.itemsize
+    if size <= _SMALL or dtype.kind == "V":
+        return None
+    memory = np.empty(size + 64, np.uint8)
+    start = -memory.ctypes.data % 64
+    return memory[start : start + size].view(dtype).reshape(shape)
 
 
 def _run(
