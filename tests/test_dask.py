@@ -435,7 +435,7 @@ ROOM = 96 << 20  # what a worker may take beside what it takes idle; blocks of 4
 
 
 def memory(field):
-    """Bytes of this process, by /proc: VmRSS now, VmHWM at most. Not getrusage's, which begin with those of its parent."""
+    """Bytes of this process by /proc: VmRSS now, VmHWM at most. Not by getrusage, which begins with its parent's."""
     import pathlib
 
     import klcore.backends.dask  # noqa: F401 - idle is with all libraries: by far the most of a worker
