@@ -4,32 +4,56 @@ And `loss`, which is the same for the front-ends of klcore.compat. The overloads
 comes back, which depends on `return_grad`, and which words are known.
 """
 
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, Any, SupportsFloat, SupportsIndex, overload
 
 from klcore.backends import find
-from klcore.typing import BothGrads, EntropyGrad, EntropyOptions, OneGrad, Options, ReturnGrad
+from klcore.typing import ArrayT, BothGrads, EntropyGrad, OneGrad, Plain, ReturnGrad, Total
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack  # in typing from Python 3.11
 
+    from klcore.typing import EntropyOptions, EntropyTotalOptions, OfNumPy, Options, TotalOptions
+
 
 @overload
-def kl_div(x: Any, y: Any, *, return_grad: None = None, **options: "Unpack[Options]") -> Any: ...
+def kl_div(
+    x: "OfNumPy", y: "OfNumPy", *, reduction: Total, return_grad: None = None, **options: "Unpack[TotalOptions]"
+) -> Any: ...
 @overload
-def kl_div(x: Any, y: Any, *, return_grad: OneGrad, **options: "Unpack[Options]") -> tuple[Any, Any]: ...
+def kl_div(
+    x: "OfNumPy", y: "OfNumPy", *, reduction: Total, return_grad: OneGrad, **options: "Unpack[TotalOptions]"
+) -> tuple[Any, Any]: ...
 @overload
-def kl_div(x: Any, y: Any, *, return_grad: BothGrads, **options: "Unpack[Options]") -> tuple[Any, Any, Any]: ...
+def kl_div(
+    x: "OfNumPy", y: "OfNumPy", *, reduction: Total, return_grad: BothGrads, **options: "Unpack[TotalOptions]"
+) -> tuple[Any, Any, Any]: ...
 @overload
-def kl_div(x: Any, y: Any, *, return_grad: ReturnGrad | None, **options: "Unpack[Options]") -> Any: ...
+def kl_div(x: Plain, y: Plain, *, return_grad: ReturnGrad | None = None, **options: "Unpack[Options]") -> Any: ...
+@overload
+def kl_div(
+    x: ArrayT | Plain, y: ArrayT | Plain, *, return_grad: None = None, **options: "Unpack[Options]"
+) -> ArrayT: ...
+@overload
+def kl_div(
+    x: ArrayT | Plain, y: ArrayT | Plain, *, return_grad: OneGrad, **options: "Unpack[Options]"
+) -> tuple[ArrayT, ArrayT]: ...
+@overload
+def kl_div(
+    x: ArrayT | Plain, y: ArrayT | Plain, *, return_grad: BothGrads, **options: "Unpack[Options]"
+) -> tuple[ArrayT, ArrayT, ArrayT]: ...
+@overload
+def kl_div(
+    x: ArrayT | Plain, y: ArrayT | Plain, *, return_grad: ReturnGrad | None, **options: "Unpack[Options]"
+) -> Any: ...
 def kl_div(
     x: Any,
     y: Any,
     *,
     space: str | tuple[str, str] = "probs",
-    axis: int = -1,
+    axis: SupportsIndex = -1,
     reduction: str = "row",
     weights: Any = None,
-    temperature: float = 1.0,
+    temperature: SupportsFloat = 1.0,
     return_grad: str | tuple[str, ...] | None = None,
     out: Any = None,
     device: str | None = None,
@@ -125,22 +149,44 @@ def kl_div(
 
 
 @overload
-def rel_entr(x: Any, y: Any, *, return_grad: None = None, **options: "Unpack[Options]") -> Any: ...
+def rel_entr(
+    x: "OfNumPy", y: "OfNumPy", *, reduction: Total, return_grad: None = None, **options: "Unpack[TotalOptions]"
+) -> Any: ...
 @overload
-def rel_entr(x: Any, y: Any, *, return_grad: OneGrad, **options: "Unpack[Options]") -> tuple[Any, Any]: ...
+def rel_entr(
+    x: "OfNumPy", y: "OfNumPy", *, reduction: Total, return_grad: OneGrad, **options: "Unpack[TotalOptions]"
+) -> tuple[Any, Any]: ...
 @overload
-def rel_entr(x: Any, y: Any, *, return_grad: BothGrads, **options: "Unpack[Options]") -> tuple[Any, Any, Any]: ...
+def rel_entr(
+    x: "OfNumPy", y: "OfNumPy", *, reduction: Total, return_grad: BothGrads, **options: "Unpack[TotalOptions]"
+) -> tuple[Any, Any, Any]: ...
 @overload
-def rel_entr(x: Any, y: Any, *, return_grad: ReturnGrad | None, **options: "Unpack[Options]") -> Any: ...
+def rel_entr(x: Plain, y: Plain, *, return_grad: ReturnGrad | None = None, **options: "Unpack[Options]") -> Any: ...
+@overload
+def rel_entr(
+    x: ArrayT | Plain, y: ArrayT | Plain, *, return_grad: None = None, **options: "Unpack[Options]"
+) -> ArrayT: ...
+@overload
+def rel_entr(
+    x: ArrayT | Plain, y: ArrayT | Plain, *, return_grad: OneGrad, **options: "Unpack[Options]"
+) -> tuple[ArrayT, ArrayT]: ...
+@overload
+def rel_entr(
+    x: ArrayT | Plain, y: ArrayT | Plain, *, return_grad: BothGrads, **options: "Unpack[Options]"
+) -> tuple[ArrayT, ArrayT, ArrayT]: ...
+@overload
+def rel_entr(
+    x: ArrayT | Plain, y: ArrayT | Plain, *, return_grad: ReturnGrad | None, **options: "Unpack[Options]"
+) -> Any: ...
 def rel_entr(
     x: Any,
     y: Any,
     *,
     space: str | tuple[str, str] = "probs",
-    axis: int = -1,
+    axis: SupportsIndex = -1,
     reduction: str = "row",
     weights: Any = None,
-    temperature: float = 1.0,
+    temperature: SupportsFloat = 1.0,
     return_grad: str | tuple[str, ...] | None = None,
     out: Any = None,
     device: str | None = None,
@@ -182,22 +228,46 @@ def rel_entr(
 
 
 @overload
-def cross_entropy(x: Any, y: Any, *, return_grad: None = None, **options: "Unpack[Options]") -> Any: ...
+def cross_entropy(
+    x: "OfNumPy", y: "OfNumPy", *, reduction: Total, return_grad: None = None, **options: "Unpack[TotalOptions]"
+) -> Any: ...
 @overload
-def cross_entropy(x: Any, y: Any, *, return_grad: OneGrad, **options: "Unpack[Options]") -> tuple[Any, Any]: ...
+def cross_entropy(
+    x: "OfNumPy", y: "OfNumPy", *, reduction: Total, return_grad: OneGrad, **options: "Unpack[TotalOptions]"
+) -> tuple[Any, Any]: ...
 @overload
-def cross_entropy(x: Any, y: Any, *, return_grad: BothGrads, **options: "Unpack[Options]") -> tuple[Any, Any, Any]: ...
+def cross_entropy(
+    x: "OfNumPy", y: "OfNumPy", *, reduction: Total, return_grad: BothGrads, **options: "Unpack[TotalOptions]"
+) -> tuple[Any, Any, Any]: ...
 @overload
-def cross_entropy(x: Any, y: Any, *, return_grad: ReturnGrad | None, **options: "Unpack[Options]") -> Any: ...
+def cross_entropy(
+    x: Plain, y: Plain, *, return_grad: ReturnGrad | None = None, **options: "Unpack[Options]"
+) -> Any: ...
+@overload
+def cross_entropy(
+    x: ArrayT | Plain, y: ArrayT | Plain, *, return_grad: None = None, **options: "Unpack[Options]"
+) -> ArrayT: ...
+@overload
+def cross_entropy(
+    x: ArrayT | Plain, y: ArrayT | Plain, *, return_grad: OneGrad, **options: "Unpack[Options]"
+) -> tuple[ArrayT, ArrayT]: ...
+@overload
+def cross_entropy(
+    x: ArrayT | Plain, y: ArrayT | Plain, *, return_grad: BothGrads, **options: "Unpack[Options]"
+) -> tuple[ArrayT, ArrayT, ArrayT]: ...
+@overload
+def cross_entropy(
+    x: ArrayT | Plain, y: ArrayT | Plain, *, return_grad: ReturnGrad | None, **options: "Unpack[Options]"
+) -> Any: ...
 def cross_entropy(
     x: Any,
     y: Any,
     *,
     space: str | tuple[str, str] = "probs",
-    axis: int = -1,
+    axis: SupportsIndex = -1,
     reduction: str = "row",
     weights: Any = None,
-    temperature: float = 1.0,
+    temperature: SupportsFloat = 1.0,
     return_grad: str | tuple[str, ...] | None = None,
     out: Any = None,
     device: str | None = None,
@@ -237,19 +307,29 @@ def cross_entropy(
 
 
 @overload
-def entropy(x: Any, *, return_grad: None = None, **options: "Unpack[EntropyOptions]") -> Any: ...
+def entropy(
+    x: "OfNumPy", *, reduction: Total, return_grad: None = None, **options: "Unpack[EntropyTotalOptions]"
+) -> Any: ...
 @overload
-def entropy(x: Any, *, return_grad: EntropyGrad, **options: "Unpack[EntropyOptions]") -> tuple[Any, Any]: ...
+def entropy(
+    x: "OfNumPy", *, reduction: Total, return_grad: EntropyGrad, **options: "Unpack[EntropyTotalOptions]"
+) -> tuple[Any, Any]: ...
 @overload
-def entropy(x: Any, *, return_grad: EntropyGrad | None, **options: "Unpack[EntropyOptions]") -> Any: ...
+def entropy(x: Plain, *, return_grad: EntropyGrad | None = None, **options: "Unpack[EntropyOptions]") -> Any: ...
+@overload
+def entropy(x: ArrayT, *, return_grad: None = None, **options: "Unpack[EntropyOptions]") -> ArrayT: ...
+@overload
+def entropy(x: ArrayT, *, return_grad: EntropyGrad, **options: "Unpack[EntropyOptions]") -> tuple[ArrayT, ArrayT]: ...
+@overload
+def entropy(x: ArrayT, *, return_grad: EntropyGrad | None, **options: "Unpack[EntropyOptions]") -> Any: ...
 def entropy(
     x: Any,
     *,
     space: str = "probs",
-    axis: int = -1,
+    axis: SupportsIndex = -1,
     reduction: str = "row",
     weights: Any = None,
-    temperature: float = 1.0,
+    temperature: SupportsFloat = 1.0,
     return_grad: str | tuple[str] | None = None,
     out: Any = None,
     device: str | None = None,

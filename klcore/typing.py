@@ -1,19 +1,61 @@
 """The words that the public functions take, as types: for their annotations, and for those of your own wrappers.
 
 >>> import klcore
->>> from klcore.typing import Reduction
->>> def loss(x, y, reduction: Reduction = "row"):
+>>> from klcore.typing import ArrayT, Reduction
+>>> def loss(x: ArrayT, y: ArrayT, reduction: Reduction = "row") -> ArrayT:
 ...     return klcore.kl_div(x, y, reduction=reduction)
 
-Arrays are `Any`: they go in, and come out, of whichever library the caller uses.
+What type checkers are told comes back:
+
+* Arrays of the type that went in: a `torch.Tensor` for two of them, and tuples of them with `return_grad`. So a typed
+  function may return what klcore returns, under ``mypy --strict`` as well. A list or a number goes with the other's
+  type. Of two types that are not related, as of two libraries, what they have in common, or either: a call raises.
+* Of NumPy the totals ("sum", "rowmean", "batchmean", "mean") are `Any`, as NumPy's own sums are: they are scalars,
+  float64 ones, which are Python's floats as well, or float32 ones, which are not. What is "row" or "none" is called an
+  array, though that of one row is a scalar, too, which no type can tell: say ``float(...)`` if a float is to be had.
+  An array's type is taken as it is given; that 16-bit numbers and integers make wider values is not in it.
+* `Any` for lists and numbers alone.
+
+Numbers of NumPy's are taken as `temperature` and `axis`: what has ``__float__``, which strings have not, and what has
+``__index__``.
 """
 
-from typing import Any, Literal, TypedDict
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Literal, Protocol, SupportsFloat, SupportsIndex, TypeAlias, TypedDict, TypeVar
 
-__all__ = ["EntropyGrad", "EntropyOptions", "Options", "Reduction", "ReturnGrad", "Space", "Spaces"]
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+__all__ = [
+    "Array",
+    "ArrayT",
+    "EntropyGrad",
+    "EntropyOptions",
+    "Options",
+    "Reduction",
+    "ReturnGrad",
+    "Space",
+    "Spaces",
+]
+
+
+class Array(Protocol):
+    """An array of any library: what all of them have, and lists and numbers have not."""
+
+    @property
+    def shape(self) -> Any: ...
+    @property
+    def dtype(self) -> Any: ...
+
+
+ArrayT = TypeVar("ArrayT", bound=Array)
+Plain: TypeAlias = float | Sequence[Any]  # taken as float64
+OfNumPy: TypeAlias = "NDArray[Any] | np.generic | Plain"
 
 Space = Literal["probs", "log_probs", "logits"]
 Spaces = Space | tuple[Space, Space]
+Total = Literal["sum", "rowmean", "batchmean", "mean"]
 Reduction = Literal["row", "sum", "rowmean", "none", "batchmean", "mean"]
 OneGrad = Literal["x", "y"] | tuple[Literal["x", "y"]]
 BothGrads = tuple[Literal["x"], Literal["y"]]
@@ -22,10 +64,9 @@ EntropyGrad = Literal["x"] | tuple[Literal["x"]]
 
 
 class _CommonOptions(TypedDict, total=False):
-    axis: int
-    reduction: Reduction
+    axis: SupportsIndex
     weights: Any
-    temperature: float
+    temperature: SupportsFloat
     out: Any
     device: str | None
 
@@ -34,9 +75,23 @@ class Options(_CommonOptions, total=False):
     """The keywords of kl_div, rel_entr and cross_entropy but `return_grad`; for ``**options: Unpack[Options]``."""
 
     space: Spaces
+    reduction: Reduction
 
 
 class EntropyOptions(_CommonOptions, total=False):
     """Those of entropy."""
+
+    space: Space
+    reduction: Reduction
+
+
+class TotalOptions(_CommonOptions, total=False):
+    """Those of Options but `reduction`."""
+
+    space: Spaces
+
+
+class EntropyTotalOptions(_CommonOptions, total=False):
+    """Those of EntropyOptions but `reduction`."""
 
     space: Space

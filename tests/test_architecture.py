@@ -32,7 +32,8 @@ ROOMS = {
         "klcore.divergence", "klcore.backends", "klcore.backends.threads", "klcore.config", "klcore.version",
     },
     r"klcore\.divergence": {"klcore.backends", "klcore.typing"},
-    r"klcore\.(typing|version|exact)": set(),
+    r"klcore\.typing": {"numpy"},  # for type checkers
+    r"klcore\.(version|exact)": set(),
     r"klcore\.__main__": {"klcore.config", "klcore.selftest"},
     r"klcore\.selftest": {
         "numpy", "ml_dtypes", "klcore._cpu", "klcore.backends.threads", "klcore.config", "klcore.divergence",
@@ -58,6 +59,9 @@ ROOMS = {
     r"klcore\.compat": {"klcore.compat"},
     r"klcore\.compat\._arguments": {"numpy", "klcore.backends.rows"},
     r"klcore\.compat\.rtorch": {"klcore.compat._arguments", "klcore.compat.pytorch"},  # one library in R as well
+    # a library is named for type checkers alone: see what an import of it brings
+    r"klcore\.compat\.(?P<library>keras)": {"numpy", "klcore.divergence", "klcore.compat._arguments"},
+    r"klcore\.compat\.pytorch": {"torch", "klcore.divergence", "klcore.compat._arguments"},
     r"klcore\.compat\.\w+": {"numpy", "klcore.divergence", "klcore.compat._arguments"},
     r"klcore\._src": set(),
 }  # fmt: skip

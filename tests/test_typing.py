@@ -6,7 +6,7 @@ fails. pytest runs the same lines: what the types promise comes back, and what t
 
 import inspect
 from itertools import product
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
 import pytest
@@ -17,7 +17,15 @@ from klcore import typing as words
 from klcore.backends import rows
 from klcore.compat import keras, mxnet, puzzlelib, pytorch, rtorch
 
-X, Y = np.array([[0.5, 0.5]]), np.array([[0.25, 0.75]])
+if TYPE_CHECKING:
+    import jax
+    import numpy.typing as npt
+    import torch
+
+    NumPy = npt.NDArray[np.float64]
+
+X: "NumPy" = np.array([[0.5, 0.5]])
+Y: "NumPy" = np.array([[0.25, 0.75]])
 
 
 # ---- the public functions --------------------------------------------------------------------------------------------
@@ -25,18 +33,25 @@ X, Y = np.array([[0.5, 0.5]]), np.array([[0.25, 0.75]])
 
 def test_value() -> None:
     value = klcore.kl_div(X, Y, space="probs", axis=1, reduction="sum", weights=[2.0], temperature=1, device="cpu")
-    assert_type(value, Any)
+    assert_type(value, Any)  # a scalar, of float64 or float32
     assert np.isscalar(value)
-    assert_type(klcore.rel_entr(X, Y, return_grad=None), Any)
-    assert_type(klcore.cross_entropy(X, Y, space=("probs", "logits"), out=np.empty(1)), Any)
-    assert_type(klcore.entropy(X, space="probs"), Any)
+    assert_type(klcore.rel_entr(X, Y, return_grad=None), "NumPy")
+    assert_type(klcore.cross_entropy(X, Y, space=("probs", "logits"), out=np.empty(1)), "NumPy")
+    assert_type(klcore.entropy(X, space="probs"), "NumPy")
+    assert_type(klcore.entropy(X, reduction="mean"), Any)
+    assert_type(klcore.kl_div(0.5, 0.25), Any)
+    number: float = klcore.kl_div([0.5, 0.5], Y[0].tolist(), reduction="sum")
+    assert number > 0
+    assert_type(klcore.kl_div(X, [0.25, 0.75]), "NumPy")
+    assert_type(klcore.kl_div([[0.5, 0.5]], Y, return_grad="y"), "tuple[NumPy, NumPy]")
 
 
 def test_one_gradient() -> None:
-    assert_type(klcore.kl_div(X, Y, return_grad="x"), tuple[Any, Any])
-    assert_type(klcore.rel_entr(X, Y, return_grad=("y",)), tuple[Any, Any])
-    assert_type(klcore.cross_entropy(X, Y, return_grad="y", space="logits", temperature=2.0), tuple[Any, Any])
-    assert_type(klcore.entropy(X, return_grad=("x",)), tuple[Any, Any])
+    assert_type(klcore.kl_div(X, Y, return_grad="x"), "tuple[NumPy, NumPy]")
+    assert_type(klcore.rel_entr(X, Y, return_grad=("y",)), "tuple[NumPy, NumPy]")
+    assert_type(klcore.cross_entropy(X, Y, return_grad="y", space="logits", temperature=2.0), "tuple[NumPy, NumPy]")
+    assert_type(klcore.entropy(X, return_grad=("x",)), "tuple[NumPy, NumPy]")
+    assert_type(klcore.kl_div(X, Y, return_grad="x", reduction="sum"), tuple[Any, Any])
     value, dx = klcore.entropy(X, return_grad="x")
     assert value.shape == (1,)
     assert dx.shape == X.shape
@@ -45,8 +60,8 @@ def test_one_gradient() -> None:
 
 
 def test_two_gradients() -> None:
-    assert_type(klcore.kl_div(X, Y, return_grad=("x", "y")), tuple[Any, Any, Any])
-    assert_type(klcore.cross_entropy(X, Y, return_grad=("x", "y"), axis=-1), tuple[Any, Any, Any])
+    assert_type(klcore.kl_div(X, Y, return_grad=("x", "y")), "tuple[NumPy, NumPy, NumPy]")
+    assert_type(klcore.cross_entropy(X, Y, return_grad=("x", "y"), axis=-1), "tuple[NumPy, NumPy, NumPy]")
     value, dx, dy = klcore.rel_entr(X, Y, return_grad=("x", "y"))
     assert value.shape == (1,)
     assert dx.shape == dy.shape == X.shape
@@ -54,11 +69,56 @@ def test_two_gradients() -> None:
         _value, _dx = klcore.kl_div(X, Y, return_grad=("x", "y"))  # type: ignore[misc]
 
 
+def test_arrays_come_back_as_they_went_in() -> None:
+    """Functions as users write them under ``mypy --strict``, which takes no `Any` for what they say they return."""
+
+    def of_torch(x: "torch.Tensor", y: "torch.Tensor") -> "torch.Tensor":
+        return klcore.kl_div(x, y, space="logits", reduction="rowmean")
+
+    def of_a_parameter(x: "torch.nn.Parameter", y: "torch.Tensor") -> "tuple[torch.Tensor, torch.Tensor]":
+        return klcore.kl_div(x, y, return_grad="y")
+
+    def of_jax(x: "jax.Array", y: "jax.Array") -> "tuple[jax.Array, jax.Array, jax.Array]":
+        return klcore.rel_entr(x, y, return_grad=("x", "y"), reduction="sum")
+
+    def of_numpy(x: "npt.NDArray[Any]", y: np.ndarray) -> np.ndarray:  # with Any within, as most are annotated
+        return klcore.cross_entropy(x, y)
+
+    def entropy_and_gradient(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        return klcore.entropy(x, return_grad="x")
+
+    def of_any(x: words.ArrayT, y: words.ArrayT, **options: Unpack[words.Options]) -> words.ArrayT:
+        return klcore.kl_div(x, y, **options)
+
+    def of_another(x: "torch.Tensor", y: "torch.Tensor") -> "jax.Array":
+        return klcore.kl_div(x, y)  # type: ignore[return-value]
+
+    def untyped(x: Any, y: Any) -> None:
+        assert_type(klcore.kl_div(x, y), Any)
+        assert_type(klcore.kl_div(x, y, reduction="sum"), Any)
+        assert_type(klcore.kl_div(x, X), Any)
+
+    assert of_numpy(X, Y).shape == of_any(X, Y).shape == (1,)
+    assert len(entropy_and_gradient(X)) == 2
+    with pytest.raises(TypeError, match="x"):
+        klcore.kl_div({0.5}, Y)  # type: ignore[call-overload]
+
+
+def test_numbers_of_numpy() -> None:
+    """As options; strings and fractions are none."""
+    klcore.kl_div(X, Y, space="logits", temperature=np.float32(2), axis=np.int64(1))
+    klcore.entropy(X, space="logits", temperature=np.float64(2), axis=np.int8(0))
+    mxnet.KLDivLoss(axis=np.int64(1), weight=np.float32(2), batch_axis=np.int64(0))(X, Y)
+    puzzlelib.KLDivergence(maxlabels=np.int64(2))(X.astype("f4"), Y.astype("f4"))
+    with pytest.raises(TypeError, match="temperature must be a number"):
+        klcore.kl_div(X, Y, space="logits", temperature="2")  # type: ignore[call-overload]
+    with pytest.raises(TypeError, match="axis"):
+        klcore.kl_div(X, Y, axis=1.0)  # type: ignore[call-overload]
+
+
 def wrapper(return_grad: words.ReturnGrad | None, **options: Unpack[words.Options]) -> Any:
     """As a user would write one."""
-    result = klcore.kl_div(X, Y, return_grad=return_grad, **options)
-    assert_type(result, Any)
-    return result
+    return klcore.kl_div(X, Y, return_grad=return_grad, **options)
 
 
 def test_a_wrapper() -> None:
@@ -132,6 +192,27 @@ def test_losses_of_other_systems() -> None:
         pytorch.kl_div(X, Y, cotangent=2.0)  # type: ignore[call-arg]
     with pytest.raises(TypeError):
         keras.kld.value_and_grad(X)  # type: ignore[call-arg]
+
+
+def test_losses_are_of_those_libraries() -> None:
+    """Modules to type checkers, wherever PyTorch's types are; when it runs, where PyTorch is loaded: test_compat.py."""
+
+    def model() -> "torch.nn.Sequential":
+        loss: torch.nn.Module = pytorch.KLDivLoss(reduction="batchmean")
+        original: torch.nn.KLDivLoss = pytorch.KLDivLoss(log_target=True)
+        both = torch.nn.Sequential(torch.nn.LogSoftmax(-1), loss)
+        both.add_module("loss", original)
+        return both
+
+    class Mine(pytorch.KLDivLoss):
+        def forward(self, input: "torch.Tensor", target: "torch.Tensor") -> "torch.Tensor":
+            return input
+
+    assert_type(Mine().reduction, str)
+    assert callable(model)
+    assert pytorch.KLDivLoss.__mro__[1:] == (object,)
+    with pytest.raises(TypeError):
+        pytorch.KLDivLoss(reductions="sum")  # type: ignore[call-arg]
 
 
 # ---- the words -------------------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ import math
 import sys
 from functools import cache
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, SupportsFloat
 
 import numpy as np
 
@@ -34,7 +34,11 @@ from klcore.compat._arguments import (
 from klcore.divergence import loss
 
 if TYPE_CHECKING:
+    from keras.losses import Loss as _Loss  # which for mypy is anything: Keras has no types
+    from keras.metrics import Metric as _Metric
     from typing_extensions import Self  # in typing from Python 3.11
+else:
+    _Loss = _Metric = object  # Keras is not imported here: `_keras_loss` and `_keras_metric` bring its classes in
 
 __all__ = [
     "KLD",
@@ -65,7 +69,7 @@ def epsilon() -> float:
     return _epsilon if keras is None else float(keras.config.epsilon())
 
 
-def set_epsilon(value: float) -> None:
+def set_epsilon(value: SupportsFloat) -> None:
     """Change what probabilities are clipped at: in Keras where it is loaded, else in this module.
 
     Parameters
@@ -155,7 +159,7 @@ def kl_divergence(y_true: Any, y_pred: Any) -> Any:
 KLD = kld = kl_divergence
 
 
-class KLDivergence:
+class KLDivergence(_Loss):  # type: ignore[misc]
     """The loss of ``keras.losses.KLDivergence``, in nats. Where Keras is loaded, instances are ``keras.losses.Loss``.
 
     Parameters
@@ -359,7 +363,7 @@ class KLDivergence:
         return values if divisor is None else cast(_ratio(values.sum(), divisor), self.dtype)
 
 
-class KLDivergenceMetric:
+class KLDivergenceMetric(_Metric):  # type: ignore[misc]
     """The metric ``keras.metrics.KLDivergence``: the mean divergence of all samples so far, in nats.
 
     Where Keras is loaded, instances are ``keras.metrics.MeanMetricWrapper``, with Keras' own state.

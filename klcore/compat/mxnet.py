@@ -2,7 +2,7 @@
 
 import math
 import numbers
-from typing import Any
+from typing import Any, SupportsFloat, SupportsIndex
 
 from klcore.compat._arguments import (
     FLOATS,
@@ -69,9 +69,9 @@ class KLDivLoss:
     def __init__(
         self,
         from_logits: Any = True,
-        axis: int = -1,
-        weight: float | None = None,
-        batch_axis: int = 0,
+        axis: SupportsIndex = -1,
+        weight: SupportsFloat | None = None,
+        batch_axis: SupportsIndex = 0,
         *,
         nonbatch: str = "mean",
     ) -> None:
@@ -259,9 +259,10 @@ def _sum(array: Any, axes: list[int]) -> Any:
     return array.sum(tuple(axes)) if axes else array
 
 
-def _axis(word: str, axis: int, ndim: int) -> int:
+def _axis(word: str, axis: Any, ndim: int) -> int:
     if not isinstance(axis, numbers.Integral):
         raise TypeError(f"{word} must be an integer, found {shown(axis)}")
+    axis = int(axis)
     if not -ndim <= axis < ndim:
         raise ValueError(f"{word} must be within [{-ndim}, {ndim}) for arrays of {ndim} axes, found {shown(axis)}")
-    return int(axis) % ndim
+    return axis % ndim

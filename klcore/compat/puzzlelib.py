@@ -2,7 +2,7 @@
 
 import math
 import warnings
-from typing import Any
+from typing import Any, SupportsIndex
 
 from klcore.compat._arguments import cast, cotangent_of, dense, detached, dtype_name, one_library, truth
 from klcore.divergence import loss
@@ -63,7 +63,7 @@ class KLDivergence:
      [ 0.4404 -0.4404]]
     """
 
-    def __init__(self, maxlabels: int | None = None, normTarget: bool = False) -> None:
+    def __init__(self, maxlabels: SupportsIndex | None = None, normTarget: bool = False) -> None:
         self.maxlabels = maxlabels
         self.normTarget = normTarget
         self.error: Any = None

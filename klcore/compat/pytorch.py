@@ -27,12 +27,16 @@ from klcore.compat._arguments import (
 from klcore.divergence import loss
 
 if TYPE_CHECKING:
+    from torch import Tensor
+    from torch.nn import KLDivLoss as _Original  # unknown to type checkers where there is no PyTorch: then anything
     from typing_extensions import Self  # in typing from Python 3.11
+else:
+    _Original = object  # PyTorch is not imported here: `_module` brings its class in where it is loaded
 
 __all__ = ["KLDivLoss", "kl_div"]
 
 
-class KLDivLoss:
+class KLDivLoss(_Original):
     """The loss of ``torch.nn.KLDivLoss``: the divergence of `target` from the model's log-probabilities, in nats.
 
     Parameters
@@ -100,7 +104,7 @@ class KLDivLoss:
         """The loss of arrays as :func:`kl_div` takes them."""
         return self.forward(input, target)
 
-    def forward(self, input: Any, target: Any) -> Any:
+    def forward(self, input: Any, target: Any) -> "Tensor":
         """What a call computes; for subclasses to override."""
         return aten(input, target, *_reduction(None, None, self.reduction), self.log_target)
 
