@@ -463,7 +463,7 @@ def test_instruction_set(python, operation, isa):
     """Of the one that this process computes with, the tests above have asked everything."""
     path = pathlib.Path(__file__).parent
     code = OTHER % f"everything({operation!r}, {isa in (SLOW, _cpu.instruction_set())})"
-    found = json.loads(python(code, path, KLCORE_ISA=isa, timeout=280))
+    found = json.loads(python(code, path, KLCORE_ISA=isa))
     expected = expected_everything(operation, found)
     assert {name: d for name in found if (d := differences(found[name], expected[name]))} == {}
 

@@ -1299,7 +1299,7 @@ def test_sanitizers_find_nothing(emulated, which):
         [sys.executable, "-c", SANITIZED, os.path.dirname(__file__), which],
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=600,
         **as_here(**emulator().sanitizer_environment()),
     )
     assert done.stdout == "clean\n", done.stdout + done.stderr

@@ -296,11 +296,11 @@ def test_threads_are_of_this_thread_only(restored_threads):
     def other():
         with klcore.threads(2):
             inside.set()
-            checked.wait(60)
+            checked.wait(600)
 
     thread = threading.Thread(target=other)
     thread.start()
-    assert inside.wait(60)
+    assert inside.wait(600)
     found = klcore.get_num_threads()
     checked.set()
     thread.join()

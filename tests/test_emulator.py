@@ -419,7 +419,7 @@ print(len(device.compile("namespace kl { struct Plan { int n; }; }", (), 90)))
     keywords = as_here(KLCORE_EMULATOR_CACHE=tmp_path / "cache", CXX=tmp_path / "g++")
     words = [sys.executable, "-c", code, os.path.dirname(__file__)]
     running = [subprocess.Popen(words, stdout=subprocess.PIPE, text=True, **keywords) for _ in range(3)]
-    sizes = {process.communicate(timeout=120)[0] for process in running}
+    sizes = {process.communicate(timeout=600)[0] for process in running}
     assert len(sizes) == 1
     assert not any(process.returncode for process in running)
     assert (tmp_path / "log").read_text().count("-shared") == 1
@@ -459,7 +459,7 @@ def test_sanitizers_find_what_lies_outside(kernel, tmp_path):
         [sys.executable, "-c", SANITIZED, os.path.dirname(__file__), str(tmp_path), kernel],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
         **as_here(**device.sanitizer_environment()),
     )
     assert done.stdout == "the right ones ran\n", done.stderr

@@ -647,7 +647,7 @@ for t in threads: t.start()
 for t in threads: t.join()
 print("done")
 """
-    assert python(code, timeout=240, JAX_PLATFORMS="cpu").strip() == "done"
+    assert python(code, JAX_PLATFORMS="cpu").strip() == "done"
 
 
 def test_arrays_over_several_devices(python):

@@ -21,7 +21,7 @@ SCRIPT = pathlib.Path(__file__).parents[1] / "docs" / "exact_answers.py"
 
 def command(*arguments):
     words = [sys.executable, "-m", "klcore", *arguments]
-    return subprocess.run(words, capture_output=True, text=True, timeout=120, **as_here())
+    return subprocess.run(words, capture_output=True, text=True, timeout=600, **as_here())
 
 
 # ---- what a user types -----------------------------------------------------------------------------------------------

@@ -1000,4 +1000,4 @@ print(torch.equal(torch.cat(found), torch.stack([Set()[i] for i in range(4)])))
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
 def test_workers_of_a_data_loader(python):
-    assert python(FORKED, warnings=("error", "ignore::DeprecationWarning"), timeout=60).strip() == "True"
+    assert python(FORKED, warnings=("error", "ignore::DeprecationWarning")).strip() == "True"
