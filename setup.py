@@ -9,6 +9,7 @@ from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError, LinkError
 
 NO_OPENMP = os.environ.get("KLCORE_NO_OPENMP") == "1"
+SANITIZE = os.environ.get("KLCORE_SANITIZE")  # gcc's or clang's, for `make fuzz`: address,undefined
 
 # The same bits everywhere: no contraction, no fast-math. Without jump threading gcc leaves selects in one piece, which
 # its vectoriser needs; the other two say that nobody reads errno or the exception flags.
@@ -39,6 +40,9 @@ class build(build_ext):
             ext.define_macros.append(("KLCORE_NO_OPENMP", "1"))
         if kind == "unix" and "clang" not in " ".join(self.compiler.compiler_cxx) and sys.platform != "darwin":
             ext.extra_compile_args.append("-fno-thread-jumps")
+        if SANITIZE:
+            ext.extra_compile_args += ["-O1", "-g1", f"-fsanitize={SANITIZE}", "-fno-sanitize-recover=all"]
+            ext.extra_link_args.append(f"-fsanitize={SANITIZE}")
         try:
             super().build_extension(ext)
         except (CompileError, LinkError) as error:

@@ -1,0 +1,621 @@
+"""Random calls of klcore on the CPU, held against the oracle and against each other, for as long as one likes.
+
+`make fuzz` runs this with the extension built by setup.py with gcc's sanitizers; without --sanitized it takes the klcore
+that is installed. Every call is drawn from its seed and its number alone, so a failure is repeated by these two.
+
+A call is computed as drawn: layouts, axes, dtypes, weights, outputs, threads, instruction set. Beside it stands a `plain`
+one: contiguous rows, the classes last, one thread, float32 for 16 bits. Some of its rows are judged by tests/oracle.py,
+and the call itself by the plain one: by its bits where the contract says so, which is nearly everywhere.
+"""
+
+import argparse
+import collections
+import contextlib
+import dataclasses
+import itertools
+import math
+import os
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+import warnings
+
+import ml_dtypes
+import numpy as np
+import oracle
+import ranges
+
+KINDS = ("ordinary", "special", "scattered", "equal", "wide", "extreme")  # of numbers
+GUARD = 0xA5
+DTYPES = {name: np.dtype(getattr(ml_dtypes, name, name)) for name in ("float64", "float32", "float16", "bfloat16")}
+DTYPES |= {name: np.dtype(name) for name in ("int32", "uint8", "bool")}
+REDUCTIONS = ("row", "none", "sum", "rowmean", "batchmean", "mean")
+LOSSES = {  # of klcore.compat, as tests/test_losses.py names their terms
+    "pytorch": ("pytorch", "probs", "log_probs"), "pytorch log_target": ("pytorch", "log_probs", "log_probs"),
+    "keras": ("keras", "probs", "probs"), "mxnet": ("mxnet", "probs", "log_probs"),
+    "mxnet scores": ("mxnet", "probs", "logits"), "puzzlelib": ("puzzlelib", "probs", "logits"),
+    "puzzlelib normTarget": ("puzzlelib", "logits", "logits"),
+}  # fmt: skip
+
+
+# ---- what is asked for -----------------------------------------------------------------------------------------------
+
+
+def draw(rng):
+    """The parameters of a call, by name."""
+
+    def pick(*choices):
+        return choices[rng.integers(len(choices))]
+
+    def some(share):
+        return rng.random() < share
+
+    operation, kind = pick(*oracle.OPERATIONS), pick(*KINDS, "ordinary", "special")
+    space = (pick(*oracle.SPACES),) * 2 if operation == "entropy" else pick(*oracle.PAIRS)
+    dtypes = [pick(*DTYPES, "float32", "float64", "float32")] * 2
+    if some(0.2) and kind not in ("equal", "wide"):
+        dtypes[1] = pick(*DTYPES)
+    if kind in ("wide", "extreme") and not set(dtypes) <= {"float32", "float64", "bfloat16"}:
+        dtypes = [pick("float32", "float64")] * 2
+    if kind == "wide":
+        operation, space = pick("kl_div", "rel_entr"), ("logits", "logits")
+    n = pick(
+        rng.integers(0, 3), rng.integers(2, 131), rng.integers(2, 131), rng.integers(120, 1000),
+        1024 * rng.integers(1, 6) + rng.integers(-2, 3), 5000 + rng.integers(-9, 9),
+    )  # fmt: skip
+    rows = pick(0, 1, 2, 3, 4, 5, 15, 16, 17, 33, 64, 300, 1025, 2100)
+    rows = min(rows, max(1, 80_000 // max(1, n)))
+    call = {"reduction": pick(*REDUCTIONS), "grad": pick(None, "x", "y", ("x", "y"), ("x", "y")), "threads": pick(1, 2, 5)}
+    before = pick(1, 1, 2, 3, 5)  # batch axes in front of the last
+    batch = pick((rows,), (rows,), (before, -(-rows // before)), (rows, 1), (1, rows), (2, before, -(-rows // 2 // before)))
+    last = pick(-1, -1, *range(-len(batch) - 1, 0))
+    broadcast = pick(None, None, None, "x", "y")
+    shape = pick("small", *["drawn"] * 11)
+    # what once hid stale memory, and what is rare by chance
+    if some(0.04):
+        shape, n, batch, last, call["reduction"], call["grad"] = "turned", n % 3000 + 1025, (16 + rows % 9,), -2, "none", "x"
+        call["grad"], space = pick("x", "y", ("x", "y")), pick(("logits", "probs"), ("log_probs", "logits"), space)
+        operation = pick("kl_div", "cross_entropy") if operation == "entropy" else operation
+        broadcast = None
+    elif some(0.03):
+        shape, n, batch, call["threads"] = "long", pick(8 * 1024 + 1, 20_500, 40_000, 120_001), (pick(1, 2, 3, 7),), pick(2, 5)
+        last = pick(-1, -2)
+    elif some(0.02):
+        shape, n, batch, last = "many", pick(1, 2, 3, 7), (pick(16_384, 16_385, 20_000),), pick(-1, -2)
+    elif some(0.03):
+        shape, n, batch, broadcast = "summed", pick(33, 129, 1100), (pick(2, 3), pick(70, 1025)), pick("x", "y")
+        last = -1
+    elif shape == "small" and some(0.2):
+        shape, n, batch, last, broadcast = "scalar", 1, (), -1, None
+    last = max(last, -len(batch) - 1)
+    batches = {"x": batch, "y": batch}
+    if broadcast and operation != "entropy":
+        cut = [1 if some(0.6) or shape == "summed" else size for size in batch]
+        drop = rng.integers(0, len(batch) + 1) if some(0.5) else 0  # leading axes that it lacks, none behind the classes
+        drop = min(drop, len(batch) + 1 + last)
+        batches[broadcast] = tuple(cut[drop:])
+    logits = "logits" in space
+    weights = pick(None, None, None, "float32", "float64", "bool", "int32", "float16")
+    if shape == "scalar":
+        weights = None
+    return call | {
+        "operation": operation, "space": space, "dtypes": tuple(dtypes), "kind": kind, "shape": shape, "n": int(n),
+        "x": batches["x"], "y": batches["y"], "axis": int(last), "weights": weights,
+        "temperature": pick(1.0, 1.0, 0.07, 0.5, 2, 17.0, 100.0) if logits else 1.0, "out": some(0.4),
+        "grad": ("x" if call["grad"] else None) if operation == "entropy" else call["grad"],
+        "broadcast": broadcast if operation != "entropy" else None, "dask": some(0.08) and shape != "scalar",
+    }  # fmt: skip
+
+
+def into(z, space, dtype):
+    """Logits as numbers of a space."""
+    with np.errstate(over="ignore", under="ignore", divide="ignore", invalid="ignore"):
+        if space != "logits" and z.shape[-1]:
+            z = z - z.max(axis=-1, keepdims=True)
+            z = z - np.log(np.exp(z).sum(axis=-1, keepdims=True))
+        return (np.exp(z) if space == "probs" else z).astype(dtype)
+
+
+def operands(rng, p):
+    """x and y, of shape batch + (n,), contiguous."""
+    n, kind, batch = p["n"], p["kind"], tuple(max(1, size) for size in np.broadcast_shapes(p["x"], p["y"]))
+    dtypes = [DTYPES[name] for name in p["dtypes"]]
+    rows = math.prod(batch)
+    if kind == "wide" and n:
+        a, b = (v.astype(np.float64) for v in ranges.rows(rng, p["dtypes"][0], n, rows, p["temperature"]))
+        a, b = a.reshape(*batch, n), b.reshape(*batch, n)
+    else:
+        each = (*batch, 1)
+        a = rng.normal(size=(*batch, n)) * rng.choice([0.3, 1, 4], each)
+        noise = 10 ** rng.uniform(-6, 0.7, each) * rng.normal(size=a.shape)
+        b = a + noise * (rng.choice([1, 20], each) if kind == "scattered" else 1) + rng.choice([0, 0, 5], each)
+    if kind == "special" and n:
+        masked = rng.random(a.shape) < rng.choice([0, 0.05, 0.5], each)
+        side = rng.integers(0, 3, each)
+        a, b = np.where(masked & (side != 1), -np.inf, a), np.where(masked & (side != 2), -np.inf, b)
+    made = []
+    for v, space, dtype, name in zip((a, b), p["space"], dtypes, "xy", strict=True):
+        batch = p[name]
+        v = v[(0,) * (v.ndim - 1 - len(batch))]
+        v = v[tuple(slice(0, size) for size in batch)]  # of what is broadcast, the first
+        if dtype.kind in "iub":
+            v = rng.integers(0, 2 if dtype.kind == "b" else 6, v.shape).astype(dtype)
+            v = -v if space == "log_probs" and dtype.kind == "i" else v
+        else:
+            v = into(v, space, dtype)
+        if kind == "special" and v.size and dtype.kind not in "iub" and rng.random() < 0.5:
+            at = rng.random(v.shape[:-1]) < 0.2
+            v[at, rng.integers(n)] = rng.choice([np.nan, -1.0, 0.0, -np.inf, np.inf] if space == "logits" else [np.nan, -1.0, 0.0])
+        if kind == "extreme" and v.size and dtype.kind not in "iub":
+            about = ml_dtypes.finfo(dtype)
+            with np.errstate(over="ignore", under="ignore", invalid="ignore"):
+                m = np.exp2(rng.uniform(np.log2(float(about.smallest_subnormal)), np.log2(float(about.max)) - 1e-9, v.shape))
+                m = np.where(rng.random(v.shape) < 0.05, rng.choice([0.0, np.inf, np.nan], v.shape), m)
+                m = m * rng.choice([1] if space == "probs" and rng.random() < 0.8 else [-1, 1], v.shape)
+                v = np.where(rng.random((*v.shape[:-1], 1)) < 0.5, m.astype(dtype), v)
+        made.append(v)
+    if kind == "equal" and made[0].shape == made[1].shape:
+        made[1] = made[0].copy()
+    return made
+
+
+# ---- where arrays lie ------------------------------------------------------------------------------------------------
+
+
+class Memory:
+    """Lays arrays out at random, and says whether anything but them was written."""
+
+    def __init__(self, rng, plain=False):
+        self.rng, self.plain, self.held, self.used = rng, plain, [], collections.Counter()
+
+    def lay(self, a, written=False):
+        """The array `a` in a layout drawn at random; its buffer ends where it does."""
+        rng, a = self.rng, np.asarray(a)
+        how = "contiguous" if self.plain or not a.ndim else rng.choice(
+            ["contiguous", "fortran", "steps", "negative", "unaligned", "mixed", "repeated", "swapped"]
+        )  # fmt: skip
+        order, steps, offset = np.arange(a.ndim), np.ones(a.ndim, int), 0
+        if how == "repeated":  # a step of 0, along one axis or more
+            same = [k for k in range(a.ndim) if a.shape[k] and (a == a.take([0], k)).all()]
+            if same and not written:
+                one = a[tuple(slice(0, 1) if k in same else slice(None) for k in range(a.ndim))]
+                view = np.broadcast_to(self.lay(one), a.shape)
+                self.used["repeated"] += 1
+                return view
+            how = "contiguous"
+        if how == "swapped":
+            if written or a.dtype.kind == "V" or a.dtype.itemsize == 1:
+                how = "contiguous"
+            else:
+                a = a.astype(a.dtype.newbyteorder())
+        if how in ("fortran", "mixed"):
+            order = order[::-1] if how == "fortran" else rng.permutation(a.ndim)
+        if how in ("steps", "negative", "mixed"):
+            steps = rng.choice({"steps": [1, 2, 3], "negative": [-1], "mixed": [1, 1, -1, 2, -3]}[how], a.ndim)
+        if how in ("unaligned", "mixed"):
+            offset = 1
+        self.used[how] += 1
+        sizes = [(a.shape[k] - 1) * abs(steps[k]) + 1 if a.shape[k] else 0 for k in order]
+        base = np.full(math.prod(sizes) * a.dtype.itemsize + offset + 64 * written, GUARD, np.uint8)
+        wide = base[offset : base.size - 64 * written].view(a.dtype).reshape(sizes).transpose(np.argsort(order))
+        view = wide[(..., *(slice(None, None, s) for s in steps))]
+        view[...] = a
+        if self.plain:
+            return view
+        self.held.append((base, base.tobytes(), view if written else None))
+        return view
+
+    def check(self):
+        for base, before, view in self.held:
+            if view is not None and view.size:  # what was written there is as it should be
+                now = np.frombuffer(bytearray(before), np.uint8)
+                start = view.__array_interface__["data"][0] - base.__array_interface__["data"][0]
+                np.ndarray(view.shape, np.uint16 if view.dtype.kind == "V" else view.dtype, now, start, view.strides)[...] = (
+                    view.view(np.uint16) if view.dtype.kind == "V" else view
+                )
+                before = now.tobytes()
+            assert base.tobytes() == before, "memory around a result, or of an input, was written"
+
+
+def same(got, expected, what):
+    """Bit by bit; but one NaN is as good as another."""
+    got, expected = np.asarray(got), np.asarray(expected)
+    assert got.shape == expected.shape and got.dtype == expected.dtype, f"{what}: {got.shape} {got.dtype}"
+    if got.tobytes() != expected.tobytes():
+        bits = f"u{got.dtype.itemsize}"
+        other = (got.copy(order="C")[None].view(bits) != expected.copy(order="C")[None].view(bits))[0]
+        other &= ~(np.isnan(got) & np.isnan(expected))
+        if other.any():
+            at = tuple(map(int, np.argwhere(other)[0]))
+            raise AssertionError(f"{what}: {got[at]!r}, not {expected[at]!r}, at {at}, one of {other.sum()} in {got.size}")
+
+
+def near(got, expected, size, dtype, what, count=1):
+    """Within roundings of `size`, and of the result; with the same infinities, or past the end of the dtype's range."""
+    about = ml_dtypes.finfo(dtype)
+    got, expected = np.asarray(got).astype(np.float64), np.asarray(expected, np.float64)
+    assert got.shape == expected.shape, f"{what}: shape {got.shape} instead of {expected.shape}"
+    with np.errstate(invalid="ignore", over="ignore"):
+        bound = (2 * oracle.EPS32 if about.bits < 64 else (16 + count) * oracle.EPS64) * size
+        bound = bound + float(about.eps) * np.abs(expected) + 2 * float(about.smallest_subnormal)
+        fine = (got == expected) | (np.isnan(got) & np.isnan(expected)) | (np.abs(got - expected) <= bound)
+        fine |= (np.abs(expected) > 0.999 * float(about.max)) & (np.sign(got) == np.sign(expected))
+    if not fine.all():
+        at = tuple(np.argwhere(~fine)[0])
+        raise AssertionError(f"{what}: {got[at]!r}, not {expected[at]!r}, at {at}, one of {(~fine).sum()} in {got.size}")
+
+
+# ---- the oracle ------------------------------------------------------------------------------------------------------
+
+
+class Long:
+    """The arithmetic of x86's long doubles, for oracle._answer: quick, and exact enough for results of float32."""
+
+    number = staticmethod(lambda a: np.asarray(a, np.longdouble))
+    log, exp, where = np.log, np.exp, np.where
+    sum = staticmethod(lambda a: a.sum(axis=-1, keepdims=True))
+    double = staticmethod(lambda a: a.astype(np.float64))
+
+
+def judge(results, x, y, weights, p, rng, budget):
+    """Rows of results (value, terms, dx, dy, by name), some of them, against the oracle; returns how many."""
+    if p["kind"] == "extreme" or not x.size:
+        return 0
+    double = x.dtype == np.float64
+    huge = any(ranges.beyond(v).any() for v in (x, y))  # pairs of doubles have no room for them
+    count = max(1, int(budget / (500 if huge else 20 if double else 1) / p["n"]))
+    if huge and count * p["n"] > 1000:
+        return 0
+    rows = np.unique(rng.integers(0, len(x), count)) if count < len(x) else np.arange(len(x))
+
+    def verified(rows, arithmetic):
+        """How many of these rows there is a bound for, which holds."""
+        a, b = x[rows].astype(np.float64), y[rows].astype(np.float64)
+        asked = p["operation"], a, b, p["space"], p["temperature"]
+        with np.errstate(all="ignore"):
+            true = oracle._answer(arithmetic, *asked, double)
+            # what the bounds speak of: docs/accuracy.md
+            special = ~np.isfinite(true.value)
+            kept = special | (np.abs(true.value) <= 1e3) & (np.abs(true.value) >= 1e-12)
+            if "logits" in p["space"]:
+                kept &= special | ranges.promised(a, b, p["temperature"], np.clip(true.value, 1e-12, 1e3))
+            w = np.ones(len(rows)) if weights is None else weights[rows]
+            parts = {f.name: getattr(true, f.name) for f in dataclasses.fields(oracle.Answer)}
+            by = {name: w.reshape(-1, *[1] * (v.ndim - 1)) for name, v in parts.items()}
+            parts = {name: np.where(by[name] == 0, 0.0, v * by[name]) for name, v in parts.items()}
+            for name, got in results.items():
+                far = np.maximum(1, by[name]) * np.abs(getattr(true, name)) > 0.999 * float(np.finfo(got.dtype).max)
+                far &= np.isfinite(parts[name])  # out of range, before it is weighted or afterwards
+                parts[name] = np.where(far, 0.0, parts[name])
+                answer = oracle.at(oracle.Answer(**parts), kept)
+                oracle.assert_answer({name: np.where(far, 0, got[rows])[kept]}, answer, p["operation"], p["space"])
+        return int(kept.sum())
+
+    exact = oracle._digits(60)
+    quick = exact if huge else oracle.Doubles if double else Long
+    try:
+        return verified(rows, quick)
+    except AssertionError:  # was it the arithmetic?
+        for r in rows:
+            try:
+                verified([r], quick)
+            except AssertionError:
+                verified([r], exact if p["n"] < 2000 else oracle.Doubles)
+        return len(rows)
+
+
+# ---- one call --------------------------------------------------------------------------------------------------------
+
+
+def klcore_call(p, arrays, **options):
+    import klcore
+
+    space = p["space"][0] if p["operation"] == "entropy" else p["space"]
+    arrays = arrays[:1] if p["operation"] == "entropy" else arrays
+    grad = options.get("return_grad")
+    with klcore.threads(options.pop("threads", p["threads"])):
+        found = getattr(klcore, p["operation"])(*arrays, space=space, temperature=p["temperature"], **options)
+    return found if grad else (found,)
+
+
+def check(p, rng):
+    """One call of the public functions; returns what is to be counted."""
+    from klcore import _cpu
+
+    sets = [name for name, usable in _cpu.instruction_sets().items() if usable]
+    single = p["operation"] == "entropy"
+    x, y = operands(rng, p)
+    if p["shape"] == "scalar":
+        x, y = x.reshape(()), y.reshape(())
+    batch = np.broadcast_shapes(p["x"], p["x"] if single else p["y"])
+    n, rows, last = p["n"], math.prod(batch), p["axis"]
+    wanted = () if p["grad"] is None else tuple(p["grad"])
+    weights = p["weights"]
+    if weights is not None:
+        shape = tuple(size if rng.random() < 0.7 else 1 for size in batch)[rng.integers(0, len(batch) + 1) :]
+        w = rng.choice([0.0, 1.0, 1.0, 3.0, 0.25, 1e-3, 700.0], shape)
+        weights = (w.astype(weights) if weights != "bool" else w > 0.5)
+
+    # the plain one, with all results: rows in float32 or float64
+    double = any(DTYPES[d].itemsize == 8 or DTYPES[d].kind in "iub" for d in p["dtypes"][: 2 - single])
+    flat = [np.broadcast_to(v.astype("f8" if double else "f4"), (*batch, n)).reshape(rows, n) for v in (x, y)]
+    each = None if weights is None else np.broadcast_to(weights.astype("f8"), batch).reshape(rows)
+    of = [np.ascontiguousarray(v) for v in flat]
+    both = ("x",) if single else ("x", "y")
+    _cpu.use_instruction_set(sets[0])
+    value, *grads = klcore_call(p, of, return_grad=both, weights=each, threads=1)
+    terms = klcore_call(p, of, reduction="none", weights=each, threads=1)[0]
+    plain = dict(zip(("value", "dx", "dy"), (value, *grads), strict=False)) | {"terms": terms}
+    judged = judge(plain, *of, each, p, rng, 30_000)
+    if p["operation"] == "kl_div":
+        assert not (value < 0).any() and not (terms < 0).any(), "negative"
+        if p["kind"] == "equal" and x.shape == y.shape and p["space"][0] == p["space"][1]:
+            assert not value.any() and not terms.any(), "not 0 of equal arguments"
+    _cpu.use_instruction_set(sets[-1])
+    for r in {0, rows - 1, *rng.integers(0, max(1, rows), 3)} if rows else ():
+        w = None if each is None else each[r]
+        alone = klcore_call(p, [v[r] for v in of], return_grad=both, weights=w)
+        for name, got in zip(("value", "dx", "dy"), alone, strict=False):
+            same(got, plain[name][r], f"{name} of row {r} alone")
+        same(klcore_call(p, [v[r] for v in of], reduction="none", weights=w)[0], terms[r], f"terms of row {r} alone")
+
+    # the call
+    _cpu.use_instruction_set(sets[rng.integers(len(sets))])
+    memory = Memory(rng)
+
+    def moved(a):  # from classes last to the axis of the call
+        return a if p["shape"] == "scalar" else np.moveaxis(a, -1, last)
+
+    given = [memory.lay(moved(v)) for v in (x, y)]
+    given_weights = None if weights is None else memory.lay(weights)
+    options = {"reduction": p["reduction"], "axis": last}
+    terms_shape = moved(np.empty((*batch, n), bool)).shape if p["shape"] != "scalar" else ()
+    shape = batch if p["reduction"] == "row" else terms_shape if p["reduction"] == "none" else ()
+    out = None
+    if p["out"]:
+        results = [np.full(shape, np.nan, "f8" if double else "f4")]
+        results += [np.full(a.shape, np.nan if a.dtype.kind not in "iub" else np.nan, a.dtype if a.dtype.kind not in "iub" else "f8") for a, name in zip(given, "xy", strict=True) if name in wanted]
+        out = tuple(memory.lay(a.astype(a.dtype.newbyteorder("=")), written=True) for a in results)
+    found = klcore_call(p, given, return_grad=p["grad"], weights=given_weights, out=out, **options)
+    if out is not None:
+        assert all(a is b for a, b in zip(found, out, strict=True)), "out is not returned"
+    memory.check()
+    assert found[0].shape == shape and found[0].dtype == ("f8" if double else "f4")
+
+    # in another layout, with other threads, without out: the same bits
+    again_axis = last if p["reduction"] == "batchmean" else -1
+    copies = [np.array(v if again_axis == -1 else moved(v), order="C") for v in (x, y)]
+    _cpu.use_instruction_set(sets[rng.integers(len(sets))])
+    again = klcore_call(p, copies, return_grad=p["grad"], weights=weights, threads=int(rng.choice([1, 2, 5])),
+                        reduction=p["reduction"], axis=again_axis)  # fmt: skip
+    for k, (a, b) in enumerate(zip(found, again, strict=True)):
+        if again_axis == -1 and (k or p["reduction"] == "none"):
+            b = moved(b)
+        same(a, b, f"result {k} in another layout")
+    # the value without its gradients
+    same(klcore_call(p, copies, weights=weights, reduction=p["reduction"], axis=again_axis)[0], again[0], "the value alone")
+
+    # beside the plain one
+    if p["reduction"] == "row":
+        same(found[0], value.reshape(batch), "row values")
+    elif p["reduction"] == "none":
+        same(found[0], moved(terms.reshape(*batch, n)) if p["shape"] != "scalar" else terms.reshape(()), "terms")
+    total = float(rows) if each is None else float(each.sum())
+    by = {"rowmean": total, "batchmean": float(terms_shape[0]) if terms_shape else 1.0, "mean": float(rows * n)}
+    denominator = by.get(p["reduction"], 1.0)
+    with np.errstate(all="ignore"):
+        if shape == () and p["reduction"] not in ("row", "none"):
+            wide = value.astype(np.float64)
+            expected = wide.sum() / denominator if denominator else np.nan
+            near(found[0], expected, np.abs(wide).sum() / denominator if denominator else 0, found[0].dtype, p["reduction"])
+        for name, got in zip(wanted, found[1:], strict=True):
+            a = x if name == "x" else y
+            dtype = a.dtype if a.dtype.kind not in "iub" else np.dtype("f8")
+            wide = plain[f"d{name}"].reshape(*batch, n)
+            axes = tuple(k for k in range(len(batch)) if k < len(batch) - a.ndim + 1 or a.shape[k - len(batch)- 1] != batch[k])
+            assert got.dtype == dtype
+            if not axes and denominator == 1:
+                same(got, moved(wide.reshape(a.shape)).astype(dtype), f"d{name}")
+                continue
+            if not denominator:
+                assert (np.isnan(got) | (got == 0)).all()
+                continue
+            w64 = wide.astype(np.float64)
+            expected = moved((w64.sum(axes) / denominator).reshape(a.shape))
+            size = moved((np.abs(w64).sum(axes) / denominator).reshape(a.shape))
+            near(got, expected, size, dtype, f"d{name} with {p['reduction']}", rows)
+    counted = {"rows judged": judged, **{f"layout {k}": c for k, c in memory.used.items()}}
+    if p["dask"] and rows and n:
+        dask_call(p, rng, [moved(v) for v in (x, y)], weights, again, moved, last)
+        counted["dask"] = 1
+    return counted
+
+
+def dask_call(p, rng, arrays, weights, whole, moved, last):
+    """The same through dask, whose blocks take the roads of kl_partial.h."""
+    import dask
+    import dask.array as da
+
+    aligned = rng.random() < 0.5
+    size = int(1024 * rng.integers(1, 3) if aligned else rng.integers(1, p["n"] + 1))
+
+    def chunks(a):
+        sizes = [int(rng.integers(1, s + 1)) if s else 1 for s in a.shape]
+        sizes[last] = size
+        return tuple(sizes)
+
+    exact = (size % 1024 == 0 or size >= p["n"]) and p["reduction"] in ("row", "none") and not p["broadcast"]
+    lazy = [da.from_array(a.copy(), chunks=chunks(a)) for a in arrays]
+    with dask.config.set(scheduler="synchronous"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found = klcore_call(p, lazy, return_grad=p["grad"], weights=weights, reduction=p["reduction"], axis=last)
+        found = dask.compute(*found)
+    for k, (a, b) in enumerate(zip(found, whole, strict=True)):
+        b = moved(b) if (k or p["reduction"] == "none") and p["reduction"] != "batchmean" else b
+        if exact:
+            same(a, b, f"result {k} by dask")
+        else:
+            assert a.shape == b.shape and a.dtype == b.dtype
+            nan = np.isnan(a.astype("f8")) != np.isnan(b.astype("f8"))
+            assert p["kind"] == "extreme" or not nan.any(), f"NaN of result {k} by dask"
+
+
+# ---- the losses of other systems -------------------------------------------------------------------------------------
+
+
+def check_loss(rng):
+    """One call of klcore.compat, against the formulas of tests/test_losses.py."""
+    import importlib
+
+    import klcore
+    import test_losses
+
+    name = list(LOSSES)[rng.integers(len(LOSSES))]
+    named = LOSSES[name]
+    dtype = "float32" if "puzzlelib" in name or rng.random() < 0.5 else "float64"
+    n = int(rng.choice([1, 2, 17, 100, 129, 1024, 1025, 2500]))
+    rows = int(rng.choice([1, 3, 16, 40]))
+    z = rng.normal(size=(2, rows, n)) * 2
+    x, y = (into(v, space, dtype) for v, space in zip(z, named[1:], strict=True))
+    if named[1] == "probs":
+        x[rng.random(x.shape) < 0.1] = 0
+    reduction = str(rng.choice(["mean", "batchmean", "sum", "none"] if "pytorch" in name else ["sum", "none", "mean"]))
+    module = importlib.import_module(f"klcore.compat.{name.split()[0]}")
+    memory = Memory(rng)
+    results = []
+    for lay, threads in ((memory.lay, 2), (lambda a: a, int(rng.choice([1, 5])))):
+        t, i = lay(x), lay(y)
+        with klcore.threads(threads), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            if "pytorch" in name:
+                value, (di, dt) = module.kl_div.value_and_grad(i, t, reduction=reduction, log_target="log" in name)
+            elif name == "keras":
+                loss = module.KLDivergence(reduction=reduction, dtype=dtype)
+                value, (dt, di) = loss.value_and_grad(t, i)
+            elif "mxnet" in name:
+                value, (di, dt) = module.KLDivLoss("scores" not in name, nonbatch="mean").value_and_grad(i, t)
+            else:
+                value, di = module.KLDivergence(normTarget="norm" in name)(i, t)
+                dt = None
+        results.append((np.asarray(value), di, dt))
+    memory.check()
+    for k, (a, b) in enumerate(zip(*results, strict=True)):
+        if a is not None:
+            same(a, b, f"result {k} in another layout")
+    with np.errstate(all="ignore"):
+        terms, dt, di = test_losses.exact(named, x, y)
+    by, kept = 1, ()
+    if "pytorch" in name:
+        by, kept = {"mean": terms.size, "batchmean": rows}.get(reduction, 1), (0, 1) if reduction == "none" else ()
+    elif name == "keras":
+        by, kept = {"mean": rows}.get(reduction, 1), (0,) if reduction == "none" else ()
+    elif "mxnet" in name:
+        by, kept, reduction = n, (0,), "row"
+    else:
+        by, reduction = rows, "mean"
+    gone = tuple(k for k in (0, 1) if k not in kept)
+    test_losses.assert_near(results[0][0], terms.sum(gone) / by, dtype, (1 + np.abs(terms).sum(gone)) / by)
+    for got, d in zip(results[0][1:], (di, dt), strict=True):
+        if got is not None:
+            test_losses.assert_near(got, d / by, dtype)
+    return {"name": name, "reduction": reduction, "dtypes": (dtype,), "n": n, "layouts": dict(memory.used)}
+
+
+# ---- all of them -----------------------------------------------------------------------------------------------------
+
+
+def bucket(n):
+    return next(f"to {top}" for top in (0, 1, 16, 128, 1023, 1024, 5120, 1 << 60) if n <= top)
+
+
+def one(seed, call, note=lambda p: None):
+    rng = np.random.default_rng([seed, call])
+    seen = collections.Counter()
+    if call % 8 == 7:
+        note({"compat": True})
+        p = check_loss(rng)
+        seen[f"loss {p['name']}"] += 1
+        return seen
+    p = draw(rng)
+    note(p)
+    counted = check(p, rng)
+    rows = math.prod(np.broadcast_shapes(p["x"], p["y"]))
+    for word in ("operation", "reduction", "kind", "shape", "threads", "weights", "out", "grad", "broadcast"):
+        seen[f"{word} {p[word]}"] += 1
+    seen[f"space {' '.join(p['space'])}"] += 1
+    seen[f"dtype {' '.join(sorted(set(p['dtypes'])))}"] += 1
+    seen[f"classes {bucket(p['n'])}"] += 1
+    seen[f"rows {bucket(rows)}"] += 1
+    seen[f"axis {'last' if p['axis'] == -1 else 'first' if p['axis'] < -len(np.broadcast_shapes(p['x'], p['y'])) else 'middle'}"] += 1
+    return seen + collections.Counter(counted)
+
+
+def run(args, fd):
+    """Calls until the time is over; 0, or 1 at the first failure."""
+    import klcore
+    import klcore.backends.cpu  # chooses the instruction set
+
+    if args.sanitized:
+        assert os.path.realpath(klcore.__file__).startswith(os.path.realpath(args.sanitized)), klcore.__file__
+    start, seen, done = time.monotonic(), collections.Counter(), 0
+    for call in itertools.count() if args.call is None else (args.call,):
+        if args.call is None and time.monotonic() - start > args.seconds:
+            break
+        last = {}
+
+        def note(p, call=call, last=last):
+            last |= p
+            os.pwrite(fd, f"{call}\n{p}\n\0".encode(), 0)
+
+        try:
+            seen += one(args.seed, call, note)
+        except Exception:
+            traceback.print_exc()
+            print(f"\nfailed: call {call} of seed {args.seed}, after {done} others\n{last}", file=sys.stderr)
+            print(f"again: make fuzz SEED={args.seed} CALL={call}", file=sys.stderr)
+            return 1
+        done += 1
+    for word, group in itertools.groupby(sorted(seen.items()), lambda item: item[0].partition(" ")[0]):
+        print(f"{word}: " + ", ".join(f"{name.partition(' ')[2]} {count}" for name, count in group))
+    print(f"{done} calls in {time.monotonic() - start:.0f} s, seed {args.seed}")
+    return 0
+
+
+def sanitized(args):
+    """Run this file again, with gcc's sanitizers in front of everything; says which call it was that they stopped."""
+    libraries = [subprocess.check_output(["gcc", f"-print-file-name={name}"], text=True).strip() for name in ("libasan.so", "libstdc++.so")]
+    # fresh memory holds NaN, so that what is read before it is written shows in the results
+    asan = "detect_leaks=0:halt_on_error=1:max_malloc_fill_size=1000000000:malloc_fill_byte=255:detect_stack_use_after_return=1"
+    environment = {
+        "LD_PRELOAD": " ".join(libraries), "ASAN_OPTIONS": asan, "UBSAN_OPTIONS": "print_stacktrace=1:halt_on_error=1",
+        "PYTHONPATH": os.pathsep.join([os.path.abspath(args.sanitized), os.environ.get("PYTHONPATH", "")]),
+    }  # fmt: skip
+    with tempfile.TemporaryFile() as note:
+        words = [word for word in sys.argv[1:]] + ["--note", str(note.fileno())]
+        done = subprocess.run([sys.executable, __file__, *words], env={**os.environ, **environment}, pass_fds=[note.fileno()])
+        if done.returncode not in (0, 1) or os.environ.get("KLCORE_FUZZ_TELL"):
+            call, what = os.pread(note.fileno(), 1 << 16, 0).split(b"\0")[0].decode().strip().split("\n", 1)
+            print(f"\nstopped in call {call} of seed {args.seed}\n{what}\nagain: make fuzz SEED={args.seed} CALL={call}", file=sys.stderr)
+            return 1
+        return done.returncode
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seconds", type=float, default=60.0)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--call", type=int, help="this one call only")
+    parser.add_argument("--sanitized", metavar="DIRECTORY", help="where setup.py built klcore with KLCORE_SANITIZE")
+    parser.add_argument("--note", type=int, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.sanitized and args.note is None:
+        return sanitized(args)
+    with contextlib.ExitStack() as stack:
+        fd = args.note if args.note is not None else stack.enter_context(tempfile.TemporaryFile()).fileno()
+        return run(args, fd)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
