@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 SOURCES := setup.py pyproject.toml $(wildcard src/*.h src/*.pyx)
 
-.PHONY: build demo examples test lint docs wheel wheel-test bench accuracy plots asv asv-check asv-compare cuda-check \
+.PHONY: build demo examples test fuzz lint docs wheel wheel-test bench accuracy plots asv asv-check asv-compare cuda-check \
 	gpu-check gpu-carry gpu-report minimax clean
 
 build: .venv/core
@@ -15,6 +15,12 @@ examples: .venv/examples
 test: .venv/test
 	$(BIN)/python -m pytest -n 2 --dist worksteal
 	$(BIN)/python -m pytest -p docs.pages --ignore docs/_extensions README.md docs  # a page is one program, for one process
+# Random calls against the oracle, under gcc's sanitizers: make fuzz SECONDS=900 SEED=7, or again what failed: SEED=7 CALL=8
+fuzz: SECONDS ?= 60
+fuzz: SEED ?= 0
+fuzz: .venv/test
+	KLCORE_SANITIZE=address,undefined $(BIN)/python setup.py -q build --build-base build/fuzz --build-lib build/fuzz/lib
+	$(BIN)/python tests/fuzz.py --sanitized build/fuzz/lib --seconds $(SECONDS) --seed $(SEED) $(if $(CALL),--call $(CALL))
 lint: .venv/lint
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && PATH=$(CURDIR)/$(BIN):$$PATH cython-lint src
 	$(BIN)/mypy && $(BIN)/stubtest klcore._cpu --ignore-missing-stub --mypy-config-file .ci/stubtest.ini
