@@ -10,7 +10,6 @@ the call itself by the plain one: by its bits where the contract says so, which 
 
 import argparse
 import collections
-import contextlib
 import dataclasses
 import importlib
 import itertools
@@ -336,6 +335,7 @@ def check(p, rng):
     sets = [name for name, usable in _cpu.instruction_sets().items() if usable]
     single = p["operation"] == "entropy"
     x, y = operands(rng, p)
+    y = x if single else y
     if p["shape"] == "scalar":
         x, y = x.reshape(()), y.reshape(())
     n, batch, last = p["n"], p["batch"], p["axis"]
@@ -403,12 +403,8 @@ def check(p, rng):
         if again_axis == -1 and (k or p["reduction"] == "none"):
             b = moved(b)
         same(a, b, f"result {k} in another layout")
-    # the value without its gradients
-    same(
-        klcore_call(p, copies, weights=weights, reduction=p["reduction"], axis=again_axis)[0],
-        again[0],
-        "the value alone",
-    )
+    alone = klcore_call(p, copies, weights=weights, reduction=p["reduction"], axis=again_axis)
+    same(alone[0], again[0], "the value without its gradients")
 
     # beside the plain one
     if p["reduction"] == "row":
@@ -417,18 +413,11 @@ def check(p, rng):
         same(found[0], moved(terms.reshape(*batch, n)) if p["shape"] != "scalar" else terms.reshape(()), "terms")
     total = float(rows) if each is None else float(each.sum())
     by = {"rowmean": total, "batchmean": float(terms_shape[0]) if terms_shape else 1.0, "mean": float(rows * n)}
-    denominator = by.get(p["reduction"], 1.0)
+    denominator = np.float64(by.get(p["reduction"], 1.0))
     with np.errstate(all="ignore"):
-        if shape == () and p["reduction"] not in ("row", "none"):
-            wide = value.astype(np.float64)
-            expected = wide.sum() / denominator if denominator else np.nan
-            near(
-                found[0],
-                expected,
-                np.abs(wide).sum() / denominator if denominator else 0,
-                found[0].dtype,
-                p["reduction"],
-            )
+        if p["reduction"] not in ("row", "none"):
+            wide = value.astype(np.float64) / denominator
+            near(found[0], wide.sum() if rows else 0 / denominator, np.abs(wide).sum(), found[0].dtype, p["reduction"])
         for name, got in zip(wanted, found[1:], strict=True):
             a = x if name == "x" else y
             dtype = gradient_dtype(a)
@@ -529,15 +518,12 @@ def check_loss(rng):
             same(a, b, f"result {k} in another layout")
     with np.errstate(all="ignore"):
         terms, dt, di = test_losses.exact(named, x, y)
-    by, kept = 1, ()
-    if "pytorch" in name:
-        by, kept = {"mean": terms.size, "batchmean": rows}.get(reduction, 1), (0, 1) if reduction == "none" else ()
-    elif name == "keras":
-        by, kept = {"mean": rows}.get(reduction, 1), (0,) if reduction == "none" else ()
-    elif "mxnet" in name:
-        by, kept, reduction = n, (0,), "row"
-    else:
-        by, reduction = rows, "mean"
+    by, kept = {  # what the sum is divided by, and which axes are not summed
+        "pytorch": ({"mean": terms.size, "batchmean": rows}.get(reduction, 1), (0, 1) if reduction == "none" else ()),
+        "keras": ({"mean": rows}.get(reduction, 1), (0,) if reduction == "none" else ()),
+        "mxnet": (n, (0,)),
+        "puzzlelib": (rows, ()),
+    }[name.split()[0]]
     gone = tuple(k for k in (0, 1) if k not in kept)
     test_losses.assert_near(results[0][0], terms.sum(gone) / by, dtype, (1 + np.abs(terms).sum(gone)) / by)
     by_value = factors.get("cotangent", np.ones(1)).reshape(rows if factors else 1, -1).astype("longdouble")
@@ -545,58 +531,56 @@ def check_loss(rng):
         if got is not None:
             d = d if not factors else np.where(by_value == 0, 0, d * by_value)
             test_losses.assert_near(got, d / by, dtype)
-    return {"name": name, "reduction": reduction, "dtypes": (dtype,), "n": n, "layouts": dict(memory.used)}
+    return collections.Counter([f"loss {name}", f"dtype {dtype}", f"classes {bucket(n)}"])
 
 
 # ---- all of them -----------------------------------------------------------------------------------------------------
 
 
 def bucket(n):
-    return next(f"to {top}" for top in (0, 1, 16, 128, 1023, 1024, 5120, 1 << 60) if n <= top)
+    return next((f"to {top}" for top in (0, 1, 16, 128, 1023, 1024, 5120) if n <= top), "more")
 
 
 def one(seed, call, note=lambda p: None):
+    """Draw a call and make it; returns what is to be counted, by a word and what follows it."""
     rng = np.random.default_rng([seed, call])
-    seen = collections.Counter()
     if call % 8 == 7:
-        note({"compat": True})
-        p = check_loss(rng)
-        seen[f"loss {p['name']}"] += 1
-        return seen
+        note("a loss of klcore.compat")
+        return check_loss(rng)
     p = draw(rng)
     note(p)
-    counted = check(p, rng)
+    seen = collections.Counter(check(p, rng))
     for word in ("operation", "reduction", "kind", "shape", "threads", "weights", "out", "grad", "broadcast"):
         seen[f"{word} {p[word]}"] += 1
     seen[f"space {' '.join(p['space'])}"] += 1
-    seen[f"dtype {' '.join(sorted(set(p['dtypes'])))}"] += 1
+    seen[f"dtypes {' '.join(sorted(set(p['dtypes'])))}"] += 1
+    first, axis = -1 - len(p["batch"]), p["axis"]
     seen[f"classes {bucket(p['n'])}"] += 1
     seen[f"rows {bucket(math.prod(p['batch']))}"] += 1
-    first = -1 - len(p["batch"])
-    seen[f"axis {'last' if p['axis'] == -1 else 'first' if p['axis'] == first else 'middle'}"] += 1
-    return seen + collections.Counter(counted)
+    seen[f"axis {'last' if axis == -1 else 'first' if axis == first else 'middle'}"] += 1
+    return seen
 
 
-def run(args, fd):
+def run(args):
     """Calls until the time is over; 0, or 1 at the first failure."""
     if args.sanitized:
         assert os.path.realpath(klcore.__file__).startswith(os.path.realpath(args.sanitized)), klcore.__file__
     start, seen, done = time.monotonic(), collections.Counter(), 0
+    asked = [""]  # the call that is under way
+
+    def note(p):
+        asked[0] = f"call {call} of seed {args.seed}: {p}\nagain: make fuzz SEED={args.seed} CALL={call}"
+        if args.note is not None:
+            os.pwrite(args.note, asked[0].encode() + b"\0", 0)
+
     for call in itertools.count() if args.call is None else (args.call,):
         if args.call is None and time.monotonic() - start > args.seconds:
             break
-        last = {}
-
-        def note(p, call=call, last=last):
-            last |= p
-            os.pwrite(fd, f"{call}\n{p}\n\0".encode(), 0)
-
         try:
             seen += one(args.seed, call, note)
         except Exception:
             traceback.print_exc()
-            print(f"\nfailed: call {call} of seed {args.seed}, after {done} others\n{last}", file=sys.stderr)
-            print(f"again: make fuzz SEED={args.seed} CALL={call}", file=sys.stderr)
+            print(f"\nfailed after {done} others: {asked[0]}", file=sys.stderr)
             return 1
         done += 1
     for word, group in itertools.groupby(sorted(seen.items()), lambda item: item[0].partition(" ")[0]):
@@ -612,24 +596,19 @@ def sanitized(args):
         for name in ("libasan.so", "libstdc++.so")
     ]
     # fresh memory holds NaN, so that what is read before it is written shows in the results
-    asan = "detect_leaks=0:max_malloc_fill_size=1000000000:malloc_fill_byte=255:detect_stack_use_after_return=1"
-    environment = {
-        "LD_PRELOAD": " ".join(libraries), "ASAN_OPTIONS": asan, "UBSAN_OPTIONS": "print_stacktrace=1:halt_on_error=1",
+    fill = "max_malloc_fill_size=1000000000:malloc_fill_byte=255"
+    environment = os.environ | {
+        "LD_PRELOAD": " ".join(libraries),
+        "ASAN_OPTIONS": f"exitcode=2:detect_leaks=0:detect_stack_use_after_return=1:{fill}",
+        "UBSAN_OPTIONS": "exitcode=2:print_stacktrace=1",
         "PYTHONPATH": os.pathsep.join([os.path.abspath(args.sanitized), os.environ.get("PYTHONPATH", "")]),
-    }  # fmt: skip
+    }
     with tempfile.TemporaryFile() as note:
-        words = [*sys.argv[1:], "--note", str(note.fileno())]
-        done = subprocess.run(
-            [sys.executable, __file__, *words], env={**os.environ, **environment}, pass_fds=[note.fileno()]
-        )
-        if done.returncode not in (0, 1) or os.environ.get("KLCORE_FUZZ_TELL"):
-            call, what = os.pread(note.fileno(), 1 << 16, 0).split(b"\0")[0].decode().strip().split("\n", 1)
-            print(
-                f"\nstopped in call {call} of seed {args.seed}\n{what}\nagain: make fuzz SEED={args.seed} CALL={call}",
-                file=sys.stderr,
-            )
-            return 1
-        return done.returncode
+        fd = note.fileno()
+        done = subprocess.run([sys.executable, *sys.argv, f"--note={fd}"], env=environment, pass_fds=[fd])
+        if done.returncode not in (0, 1):
+            print("\nstopped in", os.pread(fd, 1 << 16, 0).split(b"\0")[0].decode(), file=sys.stderr)
+        return min(abs(done.returncode), 1)
 
 
 def main():
@@ -640,11 +619,7 @@ def main():
     parser.add_argument("--sanitized", metavar="DIRECTORY", help="where setup.py built klcore with KLCORE_SANITIZE")
     parser.add_argument("--note", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.sanitized and args.note is None:
-        return sanitized(args)
-    with contextlib.ExitStack() as stack:
-        fd = args.note if args.note is not None else stack.enter_context(tempfile.TemporaryFile()).fileno()
-        return run(args, fd)
+    return sanitized(args) if args.sanitized and args.note is None else run(args)
 
 
 if __name__ == "__main__":
