@@ -19,7 +19,8 @@ test: .venv/test
 fuzz: SECONDS ?= 60
 fuzz: SEED ?= 0
 fuzz: .venv/test
-	KLCORE_SANITIZE=address,undefined $(BIN)/python setup.py -q build --build-base build/fuzz --build-lib build/fuzz/lib
+	KLCORE_SANITIZE=address,undefined,float-cast-overflow $(BIN)/python setup.py -q build \
+		--build-base build/fuzz --build-lib build/fuzz/lib
 	$(BIN)/python tests/fuzz.py --sanitized build/fuzz/lib --seconds $(SECONDS) --seed $(SEED) $(if $(CALL),--call $(CALL))
 lint: .venv/lint
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && PATH=$(CURDIR)/$(BIN):$$PATH cython-lint src
