@@ -245,7 +245,7 @@ def near(got, expected, size, dtype, what, count=1):
     assert got.shape == expected.shape, f"{what}: shape {got.shape} instead of {expected.shape}"
     with np.errstate(invalid="ignore", over="ignore"):
         bound = (2 * oracle.EPS32 if about.bits < 64 else (16 + count) * oracle.EPS64) * size
-        bound = bound + float(about.eps) * np.abs(expected) + 2 * float(about.smallest_subnormal)
+        bound = bound + float(about.eps) * np.abs(expected) + (2 + count) * float(about.smallest_subnormal)
         fine = (got == expected) | (np.isnan(got) & np.isnan(expected)) | (np.abs(got - expected) <= bound)
         fine |= (np.abs(expected) > 0.999 * float(about.max)) & (np.sign(got) == np.sign(expected))
     if not fine.all():
