@@ -529,8 +529,8 @@ def check_loss(rng):
     by_value = factors.get("cotangent", np.ones(1)).reshape(rows if factors else 1, -1).astype("longdouble")
     for got, d in zip(results[0][1:], (di, dt), strict=True):
         if got is not None:
-            d = d if not factors else np.where(by_value == 0, 0, d * by_value)
-            test_losses.assert_near(got, d / by, dtype)
+            zero = (by_value == 0) & (by_value.shape[1] == 1)  # a row that is not read
+            test_losses.assert_near(got, np.where(zero, 0, d * by_value) / by, dtype, 32 / by)  # logarithms of some 10
     return collections.Counter([f"loss {name}", f"dtype {dtype}", f"classes {bucket(n)}"])
 
 
