@@ -3,6 +3,8 @@
 from collections.abc import Callable
 from typing import Any
 
+from typing_extensions import disjoint_base
+
 OPENMP: int
 COMPILER: str
 
@@ -10,28 +12,28 @@ def instruction_sets() -> dict[str, bool]: ...
 def use_instruction_set(name: str) -> None: ...
 def instruction_set() -> str: ...
 
-class Call:
-    def __init__(
-        self,
-        operation: int,
-        space_x: int,
-        space_y: int,
-        output: int,
-        x: Any,
-        y: Any,
-        weights: Any,
-        value: Any,
-        dx: Any,
-        dy: Any,
-        wide: bool,
-        temperature: float,
-        gradient_scale: float,
-        threads: int,
-        factors: Any,
-        epsilon: float,
-        inner_axes: int = -1,
-    ) -> None: ...
+@disjoint_base
+class Call: ...
 
+def call(
+    operation: int,
+    space_x: int,
+    space_y: int,
+    output: int,
+    x: Any,
+    y: Any,
+    weights: Any,
+    value: Any,
+    dx: Any,
+    dy: Any,
+    wide: bool,
+    temperature: float,
+    gradient_scale: float,
+    threads: int,
+    factors: Any,
+    epsilon: float,
+    inner_axes: int = -1,
+) -> Call: ...
 def run(calls: list[Call]) -> float: ...
 def plain(
     operation: int,

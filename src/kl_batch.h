@@ -20,15 +20,13 @@ constexpr i64 AHEAD = 1 << 20;        // bytes of a row pair that the second-lev
 constexpr i64 ROUND = 16 * CHUNK;     // rows whose totals are held at once
 constexpr i64 BLOCK = CHUNK;          // rows summed into one partial when a gradient is summed over rows
 
-struct Scratch {                      // 64-byte aligned memory
-  explicit Scratch(size_t bytes) : raw((char*)std::malloc(bytes + 64)) {
-    if (!raw) throw std::bad_alloc();
-  }
-  ~Scratch() { std::free(raw); }
+struct Scratch {                      // 64-byte aligned memory, and no byte more: a sanitizer sees what goes beyond
+  explicit Scratch(size_t bytes) : at((char*)::operator new(bytes, std::align_val_t(64))) {}
+  ~Scratch() { ::operator delete(at, std::align_val_t(64)); }
   Scratch(const Scratch&) = delete;
   Scratch& operator=(const Scratch&) = delete;
-  char* data() const { return (char*)(((std::uintptr_t)raw + 63) & ~(std::uintptr_t)63); }
-  char* raw;
+  char* data() const { return at; }
+  char* at;
 };
 
 inline void write_zeros(const Array& a, char* row, i64 n, Worker& worker) {

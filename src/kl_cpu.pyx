@@ -2,7 +2,7 @@
 # distutils: language = c++
 """The CPU's door from Python: arrays in, through the buffer protocol, and a kl::Plan out to kl_batch.h.
 
-Called by klcore.backends.cpu, which has checked and broadcast everything. bfloat16 comes as two bytes without a meaning,
+Called by klcore.backends.cpu, which has checked and broadcast everything. bfloat16 comes as two bytes of no meaning,
 NumPy's V2. The GIL is released while rows are computed; the main thread takes it now and then, for signals.
 """
 from cpython.buffer cimport PyBUF_FORMAT, PyBUF_STRIDES, PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer
@@ -159,9 +159,9 @@ cdef class _Borrowed:
 
 cdef extern from "Python.h" nogil:
     unsigned long PyThread_get_thread_ident()
-    int PyErr_CheckSignals()             # not that of cpython.exc: the exception that a handler raises is left to be found
+    int PyErr_CheckSignals()   # not that of cpython.exc: the exception that a handler raises is left to be found
 
-# Python's signal handlers run in this thread. No other may be asked: one that wants the GIL while Python shuts down ends
+# Python's signal handlers run in this thread. No other may ask: one that wants the GIL while Python shuts down is ended
 # within klcore.
 cdef unsigned long _main = threading.main_thread().ident
 
@@ -169,6 +169,7 @@ cdef unsigned long _main = threading.main_thread().ident
 def _after_fork():
     global _main
     _main = PyThread_get_thread_ident()
+
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_after_fork)
@@ -229,26 +230,30 @@ cdef int _lay_out(Plan* p, _Borrowed b, int operation, int space_x, int space_y,
 
 
 cdef class Call:
-    """A plan, and the arrays that it reads and writes.
+    """A plan, and the arrays that it reads and writes. Made by `call`."""
+    cdef Plan plan
+    cdef _Borrowed arrays
+    cdef int inner_axes
+
+
+def call(int operation, int space_x, int space_y, int output, x, y, weights, value, dx, dy, bint wide,
+         double temperature, double gradient_scale, int threads, factors, double epsilon, int inner_axes=-1):
+    """A call for `run`.
 
     x, y, factors, dx, dy and the terms have the shape batch + (n,); weights and row values the shape batch. Weights may
     have any real dtype; factors are float64 or float32. y, weights, factors, value, dx, dy may be None. With
     inner_axes >= 0 the one gradient given is that of an operand broadcast over the last inner_axes batch axes, and is
     summed over them.
     """
-    cdef Plan plan
-    cdef _Borrowed arrays
-    cdef int inner_axes
-
-    def __cinit__(self, int operation, int space_x, int space_y, int output, x, y, weights, value, dx, dy, bint wide,
-                  double temperature, double gradient_scale, int threads, factors, double epsilon, int inner_axes=-1):
-        self.arrays = _Borrowed.__new__(_Borrowed)
-        _lay_out(&self.plan, self.arrays, operation, space_x, space_y, output, x, y, weights, value, dx, dy, True, wide,
-                 temperature, gradient_scale, threads)
-        if factors is not None:
-            self.arrays.lend(factors, &self.plan.factors, True, False)
-        self.plan.epsilon = epsilon
-        self.inner_axes = inner_axes
+    cdef Call c = Call.__new__(Call)
+    c.arrays = _Borrowed.__new__(_Borrowed)
+    _lay_out(&c.plan, c.arrays, operation, space_x, space_y, output, x, y, weights, value, dx, dy, True, wide,
+             temperature, gradient_scale, threads)
+    if factors is not None:
+        c.arrays.lend(factors, &c.plan.factors, True, False)
+    c.plan.epsilon = epsilon
+    c.inner_axes = inner_axes
+    return c
 
 
 def run(list calls):
@@ -256,17 +261,17 @@ def run(list calls):
     written."""
     cdef Task[3] tasks
     cdef int count = len(calls), k, found
-    cdef Call call
+    cdef Call c
     for k in range(count):
-        call = calls[k]
-        tasks[k].plan = &call.plan
-        tasks[k].inner_axes = call.inner_axes
+        c = calls[k]
+        tasks[k].plan = &c.plan
+        tasks[k].inner_axes = c.inner_axes
     cdef Ask ask = _ask()
     with nogil:
         found = run_tasks(tasks, count, _isa.load()[0], ask)
     _end(found)
-    call = calls[0]
-    return call.plan.total
+    c = calls[0]
+    return c.plan.total
 
 
 def plain(int operation, int space_x, int space_y, bint wide, x, y, int reduction, double denominator, double epsilon,

@@ -48,7 +48,9 @@ inline void stream_line(char* to, const char* from) {
 #include "kl_few.h"
 }  // namespace generic
 
-#ifdef KL_X86
+// KLCORE_ONE_ISA: nothing else, in a third of the time.
+#if defined(KL_X86) && !defined(KLCORE_ONE_ISA)
+#define KL_MORE 1
 
 #if defined(__clang__)
 #pragma clang attribute push(__attribute__((target("avx2,fma,f16c,bmi,bmi2"))), apply_to = function)
@@ -85,7 +87,7 @@ inline void stream_line(char* to, const char* from) { _mm512_stream_si512((__m51
 #pragma GCC pop_options
 #endif
 
-#endif  // KL_X86
+#endif  // KL_MORE
 
 struct Isa {
   const char* name;
@@ -101,7 +103,7 @@ struct Isa {
 #define KL_ROWS(ns) ns::kernel, ns::few, ns::lanes, ns::sum_levels, ns::elementary<float>, ns::elementary<double>
 
 inline const Isa* isa_table() {   // best last
-#ifdef KL_X86
+#ifdef KL_MORE
   __builtin_cpu_init();
   static const Isa table[] = {
       {"generic", true, KL_ROWS(generic)},

@@ -269,7 +269,7 @@ template <int TERM> KL_FN Outputs far_class(double a, double b, const FarRow& k)
   double v = t < Real<double>::far ? w * g : (q - w) - wt, d = t < Real<double>::far ? w * expm1_of(near, g) : q - w;
   v = w > 0 ? v : q + nothing;
   d = w > 0 ? d : q + nothing;
-  v = TERM == LITERAL ? 0.0 - wt : v;
+  v = TERM == LITERAL ? (0.0 - wt) + nothing : v;
   v = excluded(b) ? infinity<double>() + nothing : v;
   v = excluded(a) ? (TERM == LITERAL ? nothing : q + nothing) : v;
   double s = 0.0 - (w * (z - k.mean_z)) * k.it;

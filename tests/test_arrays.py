@@ -496,13 +496,15 @@ MB = 2**20
 ROADS = {  # what docs/performance.md says, with two threads: of arguments, and bytes
     **{
         f"{dtype} weights": (
-            f"(filled((10**6, 4), 1), filled((10**6, 4), 2)), dict(weights=np.ones(10**6, {dtype!r}), reduction='rowmean')",
+            "(filled((10**6, 4), 1), filled((10**6, 4), 2)), "
+            f"dict(weights=np.ones(10**6, {dtype!r}), reduction='rowmean')",
             MB,
         )
         for dtype in ("bool", "int64", "uint8", "float16", "float32")
     },
     "gradient of a broadcast row, wide": (
-        "(filled((4, 10**6), 1), filled((10**6,), 2)), dict(reduction='sum', return_grad='y', out=(None, filled((10**6,), 3)))",
+        "(filled((4, 10**6), 1), filled((10**6,), 2)), "
+        "dict(reduction='sum', return_grad='y', out=(None, filled((10**6,), 3)))",
         MB,
     ),
     "of logits, wide": (

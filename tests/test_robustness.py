@@ -19,7 +19,7 @@ from conftest import as_here
 import klcore
 from klcore import _cpu
 
-LIMIT = 100  # seconds: what a scenario may take on a slow, busy machine; each needs a few
+LIMIT = 600  # seconds: what a scenario may take on a slow, busy machine; each needs a few
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
 needs_torch = pytest.mark.skipif(not importlib.util.find_spec("torch"), reason="torch is not installed")
 # Python 3.12 and later warn of every fork in a process with threads: such forks are the subject here
@@ -45,7 +45,7 @@ def digest(threads):
                     sha.update(a.tobytes())
     return sha.hexdigest()
 
-def in_child(work, limit=60):
+def in_child(work, limit=300):
     # Runs work() in a fork of this process and returns what it returned, a string; never waits longer than `limit`.
     read, write = os.pipe()
     pid = os.fork()
@@ -111,7 +111,7 @@ def test_fork_before_the_first_call(same):
 
 @needs_fork
 def test_fork_in_a_fork(same):
-    same("digest(2); print(in_child(lambda: digest(2) + ' ' + in_child(lambda: digest(5), 20)))")
+    same("digest(2); print(in_child(lambda: digest(2) + ' ' + in_child(lambda: digest(5), 200)))")
 
 
 @needs_fork
@@ -144,7 +144,7 @@ def test_fork_while_another_thread_computes(same):
         worker.start()
         try:
             for _ in range(5):
-                print(in_child(lambda: digest(2), 15))
+                print(in_child(lambda: digest(2)))
         finally:
             stop.set()
             worker.join()
@@ -456,8 +456,9 @@ def interrupted(call, threads):
         return digest(2)
 """
 
-WAYS = ("rows", "one sweep", "one row", "few classes", "classes first", "broadcast gradient", "broadcast gradient of few")
-BOTH = [(way, threads) for way in WAYS for threads in (1, 2)]
+WAYS = ("rows", "one sweep", "one row", "few classes", "classes first")
+SUMMED = ("broadcast gradient", "broadcast gradient of few")
+BOTH = [(way, threads) for way in (*WAYS, *SUMMED) for threads in (1, 2)]
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="sets a timer")

@@ -256,6 +256,24 @@ def test_lowest_on_y(operation, dtype):
     assert call(operation, a, b, space="logits") > 1e30
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("n", [5, 200, 1100])
+@pytest.mark.parametrize("side", ["x", "y"])
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+@pytest.mark.parametrize(("operation", "space"), [pair for pair in WITH_LOGITS if pair[0] != "entropy"])
+def test_terms_of_undefined_rows(operation, space, bad, side, n, dtype):
+    """A row of logits that holds NaN or +inf is no distribution: all its terms are NaN, as its value is."""
+    a, b = logits(n, dtype)
+    if space["xy".index(side)] != "logits":
+        return
+    (a if side == "x" else b)[2] = bad
+    a, b = into(a, space[0]), into(b, space[1])
+    for batch in (1, 9):  # alone, and with neighbours
+        x, y = (np.repeat(v[None], batch, 0) for v in (a, b))
+        assert np.isnan(call(operation, x, y, space=space)).all()
+        assert np.isnan(call(operation, x, y, space=space, reduction="none")).all()
+
+
 # ---- extremes --------------------------------------------------------------------------------------------------------
 
 

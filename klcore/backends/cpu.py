@@ -108,11 +108,10 @@ def _compute(task: rows.Task) -> Any:
     if task.cotangent is not None:
         scale *= float(task.cotangent)
 
-    # The gradients of operands that are not broadcast come with the value, in one pass. All calls are made before one is
-    # run: they take what memory they need before anything is written.
+    # the gradients of operands that are not broadcast come with the value, in one pass
     direct = {g.of: _lent(g.view) for g in task.gradients if not g.inner}
     calls = [
-        _cpu.Call(
+        _cpu.call(
             task.operation, *task.spaces, task.output, _lent(task.x), _lent(task.y), _lent(task.weights),
             _lent(task.value_view), direct.get("x"), direct.get("y"), task.wide, task.temperature, scale, threads,
             task.factors, task.epsilon,
@@ -139,7 +138,8 @@ def _compute(task: rows.Task) -> Any:
 def _weigh(task: rows.Task) -> float:
     """What a mean with weights is divided by. Weights at an end of the range are moved to its middle."""
     factor = 1.0
-    if task.denominator is None or not 2.0**-400 < float(np.max(task.weights, initial=0)) < 2.0**400:  # then their sum is fine
+    largest = float(np.max(task.weights, initial=0))
+    if task.denominator is None or not 2.0**-400 < largest < 2.0**400:  # else their sum is fine
         total = _sum(task.weights)
         factor = rows.weight_factor(total)
         if factor != 1:
@@ -155,7 +155,7 @@ def _sum(weights: Any) -> float:
 def _summed_gradient(task: rows.Task, g: rows.Gradient, scale: float, threads: int) -> Any:
     """The call for the gradient of a broadcast operand."""
     to, (x, y, weights, factors), _ = _turned(task, g)
-    return _cpu.Call(
+    return _cpu.call(
         task.operation, *task.spaces, rows.PER_ROW, x, y, weights, None,
         to if g.of == "x" else None, to if g.of == "y" else None,
         task.wide, task.temperature, scale, threads, factors, task.epsilon, len(g.inner),
@@ -259,7 +259,7 @@ def chunks(n: int) -> int:
 def chunk_sums(values: Any) -> Any:
     """The sums of every CHUNK values of a real array of any layout, in C order: what `add_up` goes on with."""
     sums = np.empty(chunks(values.size))
-    _cpu.chunk_sums(_lent(values), sums)
+    _cpu.chunk_sums(_lent(_asarray(values, "weights")), sums)
     return sums
 
 

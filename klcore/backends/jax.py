@@ -267,10 +267,11 @@ def _call(words: tuple[Any, ...], x: Any, y: Any, weights: Any, out: Any, device
         _arranged(words, _stand_in(x), _stand_in(y), None if weights is None else np.asarray(weights))
     if "gpu" in (_platform(x), _platform(y)):
         import_module("klcore.backends.cuda").ready()
-    # In this thread a signal ends the call: JAX does not look for any while its programs run. Only where there is but one
-    # device: the results are bound to it.
+    # In this thread a signal ends the call: JAX does not look for any while its programs run. Only where there is one
+    # device, to which results are bound; not for gradients in bfloat16, which JAX does not take over without a copy.
     here = jax.default_backend() == "cpu" and jax.device_count() == 1
     here = here and not any(isinstance(a, jax.core.Tracer) for a in (x, y, weights))
+    here = here and (words[5] is None or not any(a is not None and a.dtype.kind == "V" for a in (x, y)))
     results = (_in_this_thread if here else _compute)(words, x, y, weights)
     return results if len(results) > 1 else results[0]
 
@@ -280,24 +281,24 @@ def _in_this_thread(words: tuple[Any, ...], x: Any, y: Any, weights: Any) -> tup
     task = _arranged(words, *(_stand_in(a) for a in (x, y, weights)))
     operation, space, axis, reduction, temperature, return_grad, loss = words
     x, y, weights = (None if a is None else np.asarray(a) for a in (x, y, weights))
-    out = (None if task.value is None else _to_be_taken_over(task.value.shape, task.scalar_dtype),)
-    out += tuple(_to_be_taken_over(a.shape, a.dtype) for a in (x if g.of == "x" else y for g in task.gradients))
-    to = out if any(a is not None for a in out) else None
+    out = [None if task.value is None else _to_be_taken_over(task.value.shape, task.scalar_dtype)]
+    out += [_to_be_taken_over(a.shape, a.dtype) for a in (x if g.of == "x" else y for g in task.gradients)]
+    to: Any = None if all(a is None for a in out) else tuple(out)
     if loss:
-        results = cpu.loss(operation, x, y, space, axis, reduction, weights, *loss, return_grad, to)
+        denominator, epsilon, dtype = loss
+        words = (space, axis, reduction, weights, denominator, epsilon, dtype, return_grad)
+        results = cpu.loss(operation, x, y, *words, to)
     else:
         arrays = (x,) if y is None else (x, y)
         results = getattr(cpu, operation)(*arrays, space, axis, reduction, weights, temperature, return_grad, to, None)
     results = results if isinstance(results, tuple) else (results,)
-    return tuple(
-        jnp.asarray(a) if b is None else jax.dlpack.from_dlpack(b) for a, b in zip(results, out, strict=True)
-    )
+    return tuple(jnp.asarray(a) if b is None else jax.dlpack.from_dlpack(b) for a, b in zip(results, out, strict=True))
 
 
 def _to_be_taken_over(shape: tuple[int, ...], dtype: Any) -> Any:
-    """New memory that JAX takes over as it is: its arrays begin at multiples of 64 bytes. None: it would copy it."""
+    """New memory that JAX takes over as it is: its arrays begin at multiples of 64 bytes. None: it is small."""
     size = math.prod(shape) * dtype.itemsize
-    if size <= _SMALL or dtype.kind == "V":
+    if size <= _SMALL:
         return None
     memory = np.empty(size + 64, np.uint8)
     start = -memory.ctypes.data % 64

@@ -5,6 +5,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from typing import SupportsIndex
 
 MOST = 2**31 - 1  # a C int
 _within: ContextVar[int | None] = ContextVar("klcore_threads", default=None)
@@ -12,7 +13,7 @@ _set: int | None = None  # by set_num_threads
 _found: int | None = None  # by _default; apart, or a first call could undo what another thread sets meanwhile
 
 
-def _positive(n: int, what: str) -> int:
+def _positive(n: SupportsIndex, what: str) -> int:
     try:
         number = operator.index(n)
     except TypeError:
@@ -70,7 +71,7 @@ def get_num_threads() -> int:
     return n
 
 
-def set_num_threads(n: int) -> None:
+def set_num_threads(n: SupportsIndex) -> None:
     """Use at most `n` threads from now on, in every thread of this process.
 
     Parameters
@@ -92,7 +93,7 @@ def set_num_threads(n: int) -> None:
 
 
 @contextmanager
-def threads(n: int) -> Iterator[None]:
+def threads(n: SupportsIndex) -> Iterator[None]:
     """Use at most `n` threads inside a ``with`` block, in this thread or task only.
 
     Examples
