@@ -20,13 +20,50 @@ constexpr i64 AHEAD = 1 << 20;        // bytes of a row pair that the second-lev
 constexpr i64 ROUND = 16 * CHUNK;     // rows whose totals are held at once
 constexpr i64 BLOCK = CHUNK;          // rows summed into one partial when a gradient is summed over rows
 
-struct Scratch {                      // 64-byte aligned memory, and no byte more: a sanitizer sees what goes beyond
-  explicit Scratch(size_t bytes) : at((char*)::operator new(bytes, std::align_val_t(64))) {}
-  ~Scratch() { ::operator delete(at, std::align_val_t(64)); }
+// 64-byte aligned memory. Each thread keeps some for its calls: to hand it back every time would cost a small call a third.
+class Scratch {
+ public:
+  explicit Scratch(size_t bytes = 0) {
+    if (bytes) take(bytes);
+  }
+  void take(size_t bytes) {           // once
+    Memory& mine = kept();
+    if (bytes <= KEPT_BYTES && !mine.lent) {
+      if (!mine.at) mine.at = allocate(KEPT_BYTES);
+      mine.lent = true;
+      at = mine.at;
+    } else {
+      at = own = allocate(bytes);
+    }
+  }
+  ~Scratch() {
+    if (own) release(own);
+    else if (at) kept().lent = false;
+  }
   Scratch(const Scratch&) = delete;
   Scratch& operator=(const Scratch&) = delete;
   char* data() const { return at; }
-  char* at;
+
+ private:
+#if defined(__SANITIZE_ADDRESS__)
+  static constexpr size_t KEPT_BYTES = 0;   // so that it sees what goes beyond
+#else
+  static constexpr size_t KEPT_BYTES = 192 * 1024;   // of which are resident those that were used
+#endif
+  struct Memory {
+    char* at = nullptr;
+    bool lent = false;
+    ~Memory() {
+      if (at) release(at);
+    }
+  };
+  static Memory& kept() {
+    static thread_local Memory memory;
+    return memory;
+  }
+  static char* allocate(size_t bytes) { return (char*)::operator new(bytes, std::align_val_t(64)); }
+  static void release(char* p) { ::operator delete(p, std::align_val_t(64)); }
+  char *at = nullptr, *own = nullptr;
 };
 
 inline void write_zeros(const Array& a, char* row, i64 n, Worker& worker) {
@@ -273,22 +310,22 @@ struct Batch {
 class Total {
  public:
   Total(const Isa& set, i64 rows) : isa(set) {
-    i64 n = rows;
-    do {
-      n = (n + CHUNK - 1) / CHUNK;
+    for (i64 n = (rows + CHUNK - 1) / CHUNK; n > 0; n = n > CHUNK ? (n + CHUNK - 1) / CHUNK : 0) {
       sums.emplace_back();
       sums.back().reserve((size_t)std::min<i64>(n, CHUNK));
-    } while (n > CHUNK);
+    }
   }
   void add(double* rows, i64 count) {   // a multiple of CHUNK, but for the last time; overwrites them
     for (i64 i = 0; i < count; i += CHUNK) push(0, isa.sum_levels(rows + i, std::min<i64>(CHUNK, count - i)));
   }
   double value() {
-    for (size_t k = 0;; k++) {
-      double sum = add_up(k);
-      if (k + 1 == sums.size() || sums[k + 1].empty()) return sum;
+    double sum = 0.0;
+    for (size_t k = 0; k < sums.size(); k++) {
+      sum = add_up(k);
+      if (k + 1 == sums.size() || sums[k + 1].empty()) break;
       push(k + 1, sum);
     }
+    return sum;
   }
 
  private:
@@ -319,7 +356,7 @@ class EachRow : public Work {
     threads = granted((int)std::min<i64>(p.threads, by_chunk ? b.chunks : (p.rows + b.group - 1) / b.group));
     round = std::min<i64>(p.rows, p.output == TOTAL ? ROUND : p.rows);
     held.resize(p.output == TOTAL ? (size_t)round : 0);
-    scratch = std::make_unique<Scratch>(by_chunk ? b.bytes + (size_t)(SCRATCH * threads) : b.bytes * (size_t)threads);
+    scratch.take(by_chunk ? b.bytes + (size_t)(SCRATCH * threads) : b.bytes * (size_t)threads);
   }
 
   void compute(Watch& watch) override {
@@ -327,7 +364,7 @@ class EachRow : public Work {
       i64 count = std::min(round, p.rows - start);
       if (by_chunk)
         for (i64 r = 0; r < count && !watch.stopped; r++) {
-          double v = b.long_row(start + r, threads, scratch->data(), scratch->data() + b.bytes, watch);
+          double v = b.long_row(start + r, threads, scratch.data(), scratch.data() + b.bytes, watch);
           if (p.output == TOTAL) held[(size_t)r] = v;
         }
       else row_by_row(start, count, watch);
@@ -344,7 +381,7 @@ class EachRow : public Work {
   int threads;
   i64 round;
   std::vector<double> held;           // what the rows of a round add to the total
-  std::unique_ptr<Scratch> scratch;
+  Scratch scratch;
 
   static Plan& prepared(Plan& p) {
     collapse(p);
@@ -359,7 +396,7 @@ class EachRow : public Work {
     each(watch, threads, groups, share, p.stream, [&](i64 g, Worker& worker) {
       i64 r = g * b.group;
       b.group_of_rows(start + r, (int)std::min(b.group, rows - r), p.output == TOTAL ? held.data() + r : nullptr,
-                      scratch->data() + (size_t)worker.number * b.bytes, worker);
+                      scratch.data() + (size_t)worker.number * b.bytes, worker);
     });
   }
 };
@@ -396,7 +433,7 @@ class SummedGradient : public Work {
   bool deep;                          // a thread takes a chunk of all blocks
   std::vector<double> known, sums, result;
   size_t pitch;                       // bytes of scratch a thread
-  std::unique_ptr<Scratch> scratch;
+  Scratch scratch;
 
   SummedGradient(Plan& plan, const Isa& isa, int inner_axes, bool x)
       : p(plan), q(plan), of_x(x), b(into_buffer(), isa, false) {
@@ -412,7 +449,7 @@ class SummedGradient : public Work {
     sums.resize(deep ? 0 : (size_t)(at_once * p.n));
     result.resize(deep && at_once >= blocks ? 0 : (size_t)p.n);
     pitch = b.bytes + 3 * sizeof(double) * CHUNK;
-    scratch = std::make_unique<Scratch>(pitch * (size_t)threads);
+    scratch.take(pitch * (size_t)threads);
   }
   const Plan& into_buffer() {
     Array& to = of_x ? q.dx : q.dy;
@@ -424,7 +461,7 @@ class SummedGradient : public Work {
     return q;
   }
 
-  char* mine(const Worker& worker) const { return scratch->data() + (size_t)worker.number * pitch; }
+  char* mine(const Worker& worker) const { return scratch.data() + (size_t)worker.number * pitch; }
   double (*stats_of(i64 i))[MAX_STATS] { return (double(*)[MAX_STATS])(known.data() + i * MAX_STATS); }
   void write(i64 r, i64 start, i64 n, const double* gradient) const {
     Row row = locate(p, r);
@@ -485,6 +522,7 @@ struct Task {
 constexpr int MAX_TASKS = 3;
 inline int run(const Task* tasks, int count, const Isa& isa, Ask ask) noexcept {
   return guarded(ask, [&](Watch& watch) {
+    if (count == 1 && tasks[0].inner_axes < 0) return EachRow(*tasks[0].plan, isa).compute(watch);
     std::unique_ptr<Work> work[MAX_TASKS];
     for (int k = 0; k < count; k++) {
       if (tasks[k].inner_axes < 0) work[k] = std::make_unique<EachRow>(*tasks[k].plan, isa);

@@ -109,7 +109,7 @@ def instruction_set():
 cdef int _dtype(Py_buffer* v) except -1:
     """How the elements lie in memory: a kl::Dtype, or kl::WholeNumbers for weights."""
     cdef char c = v.format[0]
-    cdef int size = {1: 0, 2: 1, 4: 2, 8: 3}.get(v.itemsize, -1)
+    cdef int size = 0
     if c == b"=" or c == b"@" or c == b"<" or c == b"^":
         c = v.format[1]
     if c == b"d":
@@ -120,9 +120,11 @@ cdef int _dtype(Py_buffer* v) except -1:
         return FLOAT16
     if c == b"2":                        # "2x", two bytes without a meaning
         return BFLOAT16
-    if size >= 0 and c in b"bhilq":
+    while 1 << size < v.itemsize:
+        size += 1
+    if c in b"bhilq":
         return INT8 + size
-    if size >= 0 and c in b"?BHILQ":
+    if c in b"?BHILQ":
         return UINT8 + size
     raise TypeError(f"cannot compute with the buffer format {v.format.decode()!r}")
 
