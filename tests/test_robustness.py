@@ -266,7 +266,7 @@ def test_threads_that_cannot_be_made(same, limit, room):
 
 SMALL_STACKS = """
 TWO = ("probs", "logits")
-shapes = [(300, 20), (20, 3000), (40, 1100)]  # few classes, chunks, more rows
+shapes = [(300, 20), (20, 2100)]  # few classes, and some chunks
 
 def compute(threads):
     sha = hashlib.sha256()
@@ -296,13 +296,13 @@ print(len(digests), len(set(digests)))
 """
 
 
-@pytest.mark.parametrize("size", [32, 64, 96, 128, 160])
+@pytest.mark.parametrize("size", [32, 96, 160])
 def test_small_stacks(python, size):
     """Python's threads may have less stack than the kernels take: NumPy works in 32 KiB, too."""
     assert python(COMMON + SMALL_STACKS, size, timeout=LIMIT) == "2 1\n"
 
 
-@pytest.mark.parametrize("size", ["32k", "64", "100K", "131072b"])
+@pytest.mark.parametrize("size", ["32k", "100", "0.12M"])
 def test_small_stacks_of_openmp(python, size):
     assert python(COMMON + SMALL_STACKS, 0, timeout=LIMIT, OMP_STACKSIZE=size) == "2 1\n"
 
@@ -490,7 +490,7 @@ def test_a_signal_is_for_the_main_thread(same):
         + textwrap.dedent("""
         done = threading.Event()
         def work():
-            klcore.kl_div(far[:20_000], far[0], space=two, reduction="sum")
+            klcore.kl_div(far[:5000], far[0], space=two, reduction="sum")
             print(digest(2))
             done.set()
         threading.Thread(target=work).start()
