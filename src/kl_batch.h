@@ -99,22 +99,20 @@ inline bool scattered(const Array& a) { return a.data && std::abs(a.stride) > 64
 // n classes of m rows that are neighbours in memory, from columns to rows `pitch` bytes apart, or back. Eight classes at a
 // time: as many cache lines, in which the rows share, and the eight after the next ones are asked for, since no hardware
 // foresees steps of this size.
-template <int SIZE, bool BACK> void turn(char* columns, i64 stride, int m, int n, char* rows, i64 pitch) {
+template <int SIZE, bool BACK> void turn_tile(char* columns, i64 stride, int m, int n, char* rows, i64 pitch) {
   constexpr int STEP = 8;
   for (int start = 0; start < n; start += STEP) {
-    int end = start + STEP < n ? start + STEP : n;
+    int end = std::min(start + STEP, n);
     for (int i = start + 2 * STEP; i < end + 2 * STEP && i < n; i++)
       for (int k = 0; k < m * SIZE; k += 64) prefetch(columns + i * stride + k);
-    for (int j = 0; j < m; j++)
-      for (int i = start; i < end; i++) {
-        char *column = columns + i * stride + j * SIZE, *row = rows + j * pitch + i * SIZE;
-        std::memcpy(BACK ? column : row, BACK ? row : column, SIZE);
-      }
+    char *column = columns + start * stride, *row = rows + start * SIZE;
+    if (BACK) turn<SIZE>(row, pitch, m, end - start, column, stride);
+    else turn<SIZE>(column, stride, end - start, m, row, pitch);
   }
 }
 
-template <bool BACK> void turn(int size, char* columns, i64 stride, int m, int n, char* rows, i64 pitch) {
-  (size == 8 ? turn<8, BACK> : size == 4 ? turn<4, BACK> : turn<2, BACK>)(columns, stride, m, n, rows, pitch);
+template <bool BACK> void turn_tile(int size, char* columns, i64 stride, int m, int n, char* rows, i64 pitch) {
+  (size == 8 ? turn_tile<8, BACK> : size == 4 ? turn_tile<4, BACK> : turn_tile<2, BACK>)(columns, stride, m, n, rows, pitch);
 }
 
 struct Batch {
@@ -190,7 +188,7 @@ struct Batch {
       for (int i = 0, m; i < count; i += m) {
         char* at = place(row[i], k);
         for (m = 1; i + m < count && place(row[i + m], k) == at + m * size_of(a.dtype);) m++;
-        turn<BACK>(size_of(a.dtype), at + start * a.stride, a.stride, m, n, scratch + tile[k] + i * pitch(k), pitch(k));
+        turn_tile<BACK>(size_of(a.dtype), at + start * a.stride, a.stride, m, n, scratch + tile[k] + i * pitch(k), pitch(k));
       }
     }
   }

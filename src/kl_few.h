@@ -42,13 +42,19 @@ inline const char* at_row(const Plan& p, const Array& a, i64 r) {
 }
 inline i64 step_of(const Plan& p, const Array& a) { return p.ndim ? a.batch[p.ndim - 1] : 0; }
 
-template <int N, typename T> void turn_rows(const T* __restrict rows, i64 step, i64 n, i64 m, T* __restrict lanes, i64 pitch) {
-  for (i64 i = 0; i < (N ? N : n); i++)
-    for (i64 r = 0; r < m; r++) lanes[i * pitch + r] = rows[r * (N ? N : step) + i];
+template <typename T> void turn_rows(const T* rows, i64 step, i64 n, i64 m, T* lanes, i64 pitch) {
+  constexpr i64 SIZE = sizeof(T);
+  auto to = [=](i64 apart, i64 classes) KL_LAMBDA { turn<SIZE>((const char*)rows, apart * SIZE, m, classes, (char*)lanes, pitch * SIZE); };
+  if (n == 2 && step == 2) to(2, 2);   // numbers that the compiler knows: no blocks, but vectors
+  else if (n == 3 && step == 3) to(3, 3);
+  else to(step, n);
 }
-template <int N, typename T> void turn_lanes(const T* __restrict lanes, i64 pitch, i64 n, i64 m, T* __restrict rows) {
-  for (i64 r = 0; r < m; r++)
-    for (i64 i = 0; i < (N ? N : n); i++) rows[r * (N ? N : n) + i] = lanes[i * pitch + r];
+template <typename T> void turn_lanes(const T* lanes, i64 pitch, i64 n, i64 m, T* rows) {
+  constexpr i64 SIZE = sizeof(T);
+  auto back = [=](i64 classes) KL_LAMBDA { turn<SIZE>((const char*)lanes, pitch * SIZE, classes, m, (char*)rows, classes * SIZE); };
+  if (n == 2) back(2);
+  else if (n == 3) back(3);
+  else back(n);
 }
 
 // The rows from `at` on, `step` bytes apart, to lanes. `room` is for as many numbers.
@@ -74,8 +80,7 @@ void take(const Array& a, const char* at, i64 step, i64 n, i64 m, T* lanes, i64 
   } else {
     for (i64 r = 0; r < m; r++) widen(a.dtype, at + r * step, size, (int)n, room + r * n);
   }
-  auto turn = apart != n ? turn_rows<0, T> : n == 2 ? turn_rows<2, T> : n == 3 ? turn_rows<3, T> : n == 4 ? turn_rows<4, T> : turn_rows<0, T>;
-  turn(rows, apart, n, m, lanes, pitch);
+  turn_rows(rows, apart, n, m, lanes, pitch);
 }
 
 template <typename T>
@@ -85,7 +90,7 @@ void give(const Array& a, char* at, i64 step, i64 n, i64 m, const T* lanes, i64 
     for (i64 i = 0; i < n; i++) store_to(a.dtype, at + i * a.stride, step, (int)m, lanes + i * pitch, scale, stream);
     return;
   }
-  (n == 2 ? turn_lanes<2, T> : n == 3 ? turn_lanes<3, T> : n == 4 ? turn_lanes<4, T> : turn_lanes<0, T>)(lanes, pitch, n, m, room);
+  turn_lanes(lanes, pitch, n, m, room);
   if (step == n * size) return store_to(a.dtype, at, size, (int)(n * m), room, scale, stream);
   for (i64 r = 0; r < m; r++) store_to(a.dtype, at + r * step, size, (int)n, room + r * n, scale, stream);
 }

@@ -12,6 +12,7 @@
 #include "kl_store.h"
 #include "kl_logits.h"
 #include "kl_plan.h"
+#include "kl_turn.h"
 
 #if (defined(__x86_64__) || defined(__i386__)) && (defined(__GNUC__) || defined(__clang__))
 #define KL_X86 1
