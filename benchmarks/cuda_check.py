@@ -23,6 +23,7 @@ or written (132 SMs x 128 lanes x 1.755 GHz / 4.3 TB/s).
 
 import argparse
 import contextlib
+import functools
 import importlib
 import importlib.util
 import itertools
@@ -44,11 +45,52 @@ from typing import Any, NamedTuple
 from tqdm import tqdm
 
 from klcore.backends import nvrtc
+from klcore.operations import LOSSES, OPERATIONS
 
 ARCHITECTURES = (70, 75, 80, 86, 89, 90, 100, 120)
 OLD = 70  # CUDA 13 has dropped it: needs NVRTC 12; of its machine code no more than the resources can be read
 SHOWN = 100  # sentences about what is wrong
 QUICK = (75, 90)
+
+
+class Build(NamedTuple):
+    """A cubin: its name, the macros it is compiled with, the kernels in it."""
+
+    name: str
+    options: tuple[str, ...]
+    kernels: tuple[str, ...]
+    hot: tuple[str, ...]  # those that should wait for memory, not for arithmetic
+
+
+def every_build() -> Iterator[Build]:
+    """What calls compile, over all operations, pairs of spaces and dtypes.
+
+    Of the outputs, those that are the most and the least; for the hot ones, the commonest gradient as well.
+    """
+    cuda, rows = (importlib.import_module(f"klcore.backends.{name}") for name in ("cuda", "rows"))
+    sweeping, folding = ("kl_units", "kl_narrow", "kl_rows"), ("kl_summed", "kl_summed_fold", "kl_fold")
+    for operation in (*OPERATIONS.values(), *LOSSES.values()):
+        for (sx, sy), (dtype, code) in itertools.product(operation.pairs, rows.CODES.items()):
+            spaces = rows.SPACES[sx], rows.SPACES[sy]
+            wide = dtype == "float64" or rows.is_wide(operation, spaces)
+            build = functools.partial(cuda.options, operation, spaces, (code, code), wide)
+            hot = () if wide or (not operation.is_loss and cuda._beside(operation, spaces)) else sweeping
+            if operation.is_loss:
+                label = f"{operation.name} {sx}/{sy} {dtype}"
+                yield Build(f"{label} value", build(0, sweeping), sweeping, hot)
+                yield Build(f"{label} dy", build(2, sweeping), sweeping, hot)
+                yield Build(f"{label} terms dx dy, factors", build(7, sweeping, factors=True), sweeping, ())
+                continue
+            label = f"{operation.name} {sx}" + (f"/{sy}" if sy != sx else "") + f" {dtype}"
+            yield Build(f"{label} value", build(0, sweeping), sweeping, hot)
+            everything = "terms dx" if operation.single else "terms dx dy"
+            yield Build(f"{label} {everything}", build(5 if operation.single else 7, sweeping), sweeping, hot)
+            if not wide:
+                last = operation.gradients[-1]
+                yield Build(f"{label} d{last}", build(1 if last == "x" else 2, sweeping), sweeping, hot)
+            if dtype in ("float64", "float32") or not wide:
+                yield Build(f"{label} summed", build(1, folding), folding, ())
+    yield Build("sum", cuda._sum_options(), ("kl_sum", "kl_weights"), ())
 
 
 class Budget(NamedTuple):
@@ -668,7 +710,7 @@ def main() -> None:
     if OLD in archs and OLD not in nvrtc.supported() and not nvrtc_12():
         print(f"sm_{OLD} is left out: it needs pip install nvidia-cuda-nvrtc-cu12")
         archs.remove(OLD)
-    builds = list(importlib.import_module("klcore.backends.cuda").every_build())
+    builds = list(every_build())
     chosen = [b for b in builds if args.only in b.name and (not args.quick or is_common(b))]
     if not chosen or not archs:
         sys.exit("nothing to check")

@@ -7,12 +7,10 @@ and `weights` a DataArray. Coordinates have to agree, and come back. No maths he
 compute with, be they NumPy's, CuPy's or Dask's.
 """
 
-from functools import partial
-
 import numpy as np
 import xarray as xr
 
-import klcore
+from klcore import backends
 
 
 def _named(a, like):
@@ -20,9 +18,13 @@ def _named(a, like):
     return a if isinstance(a, xr.DataArray) else xr.DataArray(np.asarray(a), dims=like.dims[like.ndim - np.ndim(a) :])
 
 
-def _call(function, operands, space, axis, reduction, weights, temperature, return_grad, out, device):
-    if out is not None:
+def compute(call):
+    if call.operation.is_loss:
+        raise TypeError("klcore.compat takes no DataArrays: pass `.data`")
+    if call.out is not None:
         raise TypeError("out= is not for DataArrays, whose memory belongs to the array within: pass `.data`")
+    operands = [a for a in (call.x, call.y) if a is not None]
+    axis, weights = call.axis, call.weights
     like = next(a for a in operands if isinstance(a, xr.DataArray))
     given = xr.align(*(_named(a, like) for a in operands), join="exact")
     if isinstance(axis, int) and -like.ndim <= axis < like.ndim:
@@ -35,17 +37,15 @@ def _call(function, operands, space, axis, reduction, weights, temperature, retu
     arrays = [a.variable.set_dims(order).data for a in given]  # in one order; missing dimensions of size 1: no copies
     if weights is not None:
         weights = _named(weights, given[0].isel({axis: 0})).variable.set_dims(batch).data
-    result = function(
-        *arrays, space=space, reduction=reduction, weights=weights, temperature=temperature, return_grad=return_grad,
-        device=device,
-    )  # fmt: skip
+    y = None if call.y is None else arrays[1]
+    result = backends.compute(call._replace(x=arrays[0], y=y, axis=-1, weights=weights))
     value, *gradients = result if isinstance(result, tuple) else (result,)
-    dims = {"row": batch, "none": order}.get(reduction, [])
+    dims = {"row": batch, "none": order}.get(call.reduction, [])
     coords = {name: c for a in given for name, c in a.coords.items() if set(c.dims) <= set(dims)}
     value = xr.DataArray(value, dims=dims, coords=coords)
     if not gradients:
         return value
-    wanted = [return_grad] if isinstance(return_grad, str) else return_grad
+    wanted = [call.return_grad] if isinstance(call.return_grad, str) else call.return_grad
     of = {"x": given[0], "y": given[-1]}
     return value, *(_like(g, of[name], order) for g, name in zip(gradients, wanted, strict=True))
 
@@ -53,16 +53,3 @@ def _call(function, operands, space, axis, reduction, weights, temperature, retu
 def _like(gradient, a, order):
     gradient = xr.Variable(order, gradient).squeeze([d for d in order if d not in a.dims])
     return a.copy(data=gradient.transpose(*a.dims).data)
-
-
-def _binary(function, x, y, *arguments):
-    return _call(function, (x, y), *arguments)
-
-
-def entropy(x, *arguments):
-    return _call(klcore.entropy, (x,), *arguments)
-
-
-kl_div = partial(_binary, klcore.kl_div)
-rel_entr = partial(_binary, klcore.rel_entr)
-cross_entropy = partial(_binary, klcore.cross_entropy)

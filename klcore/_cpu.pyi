@@ -1,6 +1,5 @@
 """Types of the extension built from src/kl_cpu.pyx."""
 
-from collections.abc import Callable
 from typing import Any
 
 from typing_extensions import disjoint_base
@@ -12,10 +11,23 @@ def instruction_sets() -> dict[str, bool]: ...
 def use_instruction_set(name: str) -> None: ...
 def instruction_set() -> str: ...
 
-@disjoint_base
-class Call: ...
+OPERATIONS: dict[str, tuple[int, int, int]]
+BY_TERM: int
+BY_RATIO: int
+BY_COST: int
+SPACES: dict[str, int]
+DTYPES: dict[str, int]
+SIZES: dict[int, int]
+OUTPUTS: dict[str, int]
+CHUNK: int
+COLUMNS: int
 
-def call(
+def is_wide(operation: int, space_x: int, space_y: int, temperature: float) -> bool: ...
+
+@disjoint_base
+class Planned: ...
+
+def plan(
     operation: int,
     space_x: int,
     space_y: int,
@@ -33,24 +45,9 @@ def call(
     factors: Any,
     epsilon: float,
     inner_axes: int = -1,
-) -> Call: ...
-def run(calls: list[Call]) -> float: ...
-def plain(
-    operation: int,
-    space_x: int,
-    space_y: int,
-    wide: bool,
-    x: Any,
-    y: Any,
-    reduction: int,
-    denominator: float,
-    epsilon: float,
-    wanted: int,
-    cotangent: float,
-    threads: int,
-    empty: Callable[..., Any],
-    dtypes: Any,
-) -> tuple[Any, Any, Any] | None: ...
+) -> Planned: ...
+def run(plans: list[Planned]) -> float: ...
+def plain(call: tuple[Any, ...], threads: int) -> Any: ...
 def chunk_sums(values: Any, sums: Any) -> None: ...
 def add_up(values: Any) -> float: ...
 def elementary(function: str, x: Any, out: Any) -> None: ...
@@ -59,7 +56,9 @@ MAX_STATS: int
 
 def pretend_processors(n: int) -> None: ...
 def few_at_once(operation: int, space_x: int, space_y: int, wide: bool, rows: int, n: int) -> int: ...
-def sweeps(operation: int, space_x: int, space_y: int, wide: bool, terms: bool, gradient: bool) -> tuple[int, ...]: ...
+def sweeps(
+    operation: int, space_x: int, space_y: int, wide: bool, terms: bool, gradient: bool, factors: bool = False
+) -> tuple[int, ...]: ...
 def sweep(
     number: int,
     operation: int,

@@ -8,7 +8,7 @@ import platform
 import sys
 from typing import Any, Literal, overload
 
-from klcore.backends import backends
+from klcore.backends import list_backends
 from klcore.backends.threads import get_num_threads
 from klcore.version import __version__
 
@@ -97,7 +97,7 @@ def show_config(mode: str = "stdout") -> dict[str, Any] | None:
             "threads": get_num_threads(),
         },
         "cuda": _cuda(),
-        "backends": backends(),
+        "backends": list_backends(),
         "environment": {name: os.environ[name] for name in sorted(os.environ) if name.startswith(VARIABLES)},
     }
     if mode == "dicts":

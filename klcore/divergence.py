@@ -6,7 +6,8 @@ comes back, which depends on `return_grad`, and which words are known.
 
 from typing import TYPE_CHECKING, Any, SupportsFloat, SupportsIndex, overload
 
-from klcore.backends import find
+from klcore.backends import compute, find
+from klcore.operations import CROSS_ENTROPY, ENTROPY, KL_DIV, LOSSES, REL_ENTR, Call
 from klcore.typing import ArrayT, BothGrads, EntropyGrad, OneGrad, Plain, ReturnGrad, Total
 
 if TYPE_CHECKING:
@@ -76,7 +77,8 @@ def kl_div(
         What the numbers are, which cannot be seen from them: a wrong space is a wrong result. Logits are unnormalised:
         their softmax over `axis` is part of the computation. A pair is (space of x, space of y).
     axis : int
-        The class axis; all others are the batch.
+        The class axis; all others are the batch. Counted in the shape to which x and y broadcast: a negative number
+        means the same axis of both.
     reduction : {"row", "sum", "rowmean", "none", "batchmean", "mean"}
         "row": one value a distribution. "sum": of all rows. "rowmean": their mean, which for tokens is the one to take.
         "none": the terms, not summed. "batchmean": the sum divided by the size of the first axis; "mean": by the number
@@ -145,7 +147,9 @@ def kl_div(
     >>> print(round(float(loss), 6), dy.round(6).tolist())
     0.327813 [[-0.380797, 0.380797], [0.0, 0.0]]
     """
-    return find(x, y, device).kl_div(x, y, space, axis, reduction, weights, temperature, return_grad, out, device)
+    return find(x, y, device).compute(
+        Call(KL_DIV, x, y, space, axis, reduction, weights, temperature, return_grad, out, device)
+    )
 
 
 @overload
@@ -224,7 +228,9 @@ def rel_entr(
     >>> print(klcore.rel_entr([1.0, 2.0], [2.0, 1.0]))
     0.6931471805599453
     """
-    return find(x, y, device).rel_entr(x, y, space, axis, reduction, weights, temperature, return_grad, out, device)
+    return find(x, y, device).compute(
+        Call(REL_ENTR, x, y, space, axis, reduction, weights, temperature, return_grad, out, device)
+    )
 
 
 @overload
@@ -301,8 +307,8 @@ def cross_entropy(
     >>> print(klcore.cross_entropy([0.5, 0.5], [0.25, 0.75]))
     0.8369882167858358
     """
-    return find(x, y, device).cross_entropy(
-        x, y, space, axis, reduction, weights, temperature, return_grad, out, device
+    return find(x, y, device).compute(
+        Call(CROSS_ENTROPY, x, y, space, axis, reduction, weights, temperature, return_grad, out, device)
     )
 
 
@@ -364,7 +370,9 @@ def entropy(
     >>> print(klcore.entropy([0.25, 0.25, 0.25, 0.25]))
     1.3862943611198906
     """
-    return find(x, x, device).entropy(x, space, axis, reduction, weights, temperature, return_grad, out, device)
+    return find(x, x, device).compute(
+        Call(ENTROPY, x, None, space, axis, reduction, weights, temperature, return_grad, out, device)
+    )
 
 
 def loss(
@@ -386,7 +394,7 @@ def loss(
     Parameters
     ----------
     term : {"pytorch", "keras", "mxnet", "puzzlelib"}
-        Whose term; they stand in src/kl_math.h.
+        Whose term; they stand in src/kl_compat.h.
     x, y : array
         The target and the prediction. They broadcast over all axes, that of the classes included.
     space : pair of {"probs", "log_probs", "logits"}
@@ -414,16 +422,22 @@ def loss(
     -------
     value : array
         With the gradients, if `return_grad` asks for them, in the operands' shapes and dtypes.
-
-    Raises
-    ------
-    TypeError
-        For arrays whose backend, a registered one, has no `loss`.
     """
-    backend = find(x, y, None)
-    if not hasattr(backend, "loss"):
-        raise TypeError(
-            f"the backend {backend.__name__} has no function `loss`, which klcore.compat calls; use klcore.kl_div, or "
-            "convert the arrays to NumPy's"
+    return compute(
+        Call(
+            LOSSES[term],
+            x,
+            y,
+            space,
+            axis,
+            reduction,
+            factors,
+            1.0,
+            return_grad,
+            None,
+            None,
+            denominator,
+            epsilon,
+            dtype,
         )
-    return backend.loss(term, x, y, space, axis, reduction, factors, denominator, epsilon, dtype, return_grad)
+    )

@@ -19,8 +19,8 @@ from klcore import _cpu, divergence
 from klcore.backends.threads import get_num_threads, threads
 from klcore.config import show_config
 from klcore.exact import ANSWERS
+from klcore.operations import OPERATIONS
 
-OPERATIONS = ("kl_div", "rel_entr", "cross_entropy", "entropy")
 SPACES = ("probs", "log_probs", "logits")
 DTYPES = ("float64", "float32", "float16", "bfloat16")
 # On a GPU each pair of spaces, dtype and way to go over rows is a kernel of its own, compiled for a second: these pairs

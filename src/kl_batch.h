@@ -10,13 +10,13 @@
 
 namespace kl {
 
-constexpr int LINE = 16;              // neighbouring rows taken together at least where classes lie far apart: a cache line's
-constexpr int GROUP = 256;            // and at most
+// Where classes lie far apart, neighbouring rows are taken together: at least LINE, which share cache lines, at most GROUP.
+constexpr int LINE = 16, GROUP = 256;
 constexpr i64 FEW = 4;                // rows below which it does not pay to take several at once
 constexpr i64 TILE = 128 * CHUNK;      // numbers of an array that such rows bring together at once; the second level holds it
 constexpr i64 STREAM = 64 << 20;      // bytes of output from which on it is streamed past the caches
 constexpr i64 KEPT = 4 << 20;         // bytes up to which what a sweep found out of a row is kept for the last one
-constexpr i64 AHEAD = 1 << 20;        // bytes of a row pair that the second-level cache holds twice
+constexpr i64 AHEAD = 1 << 20;        // bytes of two pairs of rows up to which the next pair is read ahead
 constexpr i64 ROUND = 16 * CHUNK;     // rows whose totals are held at once
 constexpr i64 BLOCK = CHUNK;          // rows summed into one partial when a gradient is summed over rows
 
@@ -125,7 +125,7 @@ struct Batch {
   bool ahead;                         // read the next row while this one is written
   Few few_rows;                       // for rows so short that several are taken at once; or nullptr
   size_t bytes;                       // of scratch a thread: a chunk's, then states, then the rest
-  size_t hand;                        // where in the scratch a group's rows are noted
+  size_t rows_at;                     // where in the scratch a group's rows are noted
   size_t kept = 0;                    // where what a sweep keeps for the last one; 0: nothing is kept
   // Where classes lie far apart, a chunk of all rows of a group is brought into rows before it is computed, and results
   // from rows into columns afterwards: `near` is the plan of that.
@@ -148,8 +148,8 @@ struct Batch {
     panel = std::min<i64>(CHUNK, (std::max<i64>(chunks, 1) + 7) & ~(i64)7);
     panels = (chunks + CHUNK - 1) / CHUNK;
     per_row = (panel + panels) * *std::max_element(kernel.states, kernel.states + 3);
-    hand = SCRATCH + sizeof(double) * (size_t)(per_row * (few_rows ? 1 : group));
-    bytes = (hand + (size_t)group * (sizeof(Row) + sizeof(double) * (MAX_STATS + 1) + 1) + 63) & ~(size_t)63;
+    rows_at = SCRATCH + sizeof(double) * (size_t)(per_row * (few_rows ? 1 : group));
+    bytes = (rows_at + (size_t)group * (sizeof(Row) + sizeof(double) * (MAX_STATS + 1) + 1) + 63) & ~(size_t)63;
     if (whole && group == 1 && kernel.kept > 0 && (i64)kernel.kept * chunks <= KEPT) {
       kept = bytes;
       bytes += kernel.kept * (size_t)chunks;
@@ -209,12 +209,15 @@ struct Batch {
     kernel.fold(p, s, states, count, panel, states + panel * kernel.states[s] + k, panels);
   }
   void finish_row(int s, double* states, double* stats) const {
-    double *at = states + panel * kernel.states[s], last[MAX_STATES];
-    i64 count = panels;
+    finish_states(s, states + panel * kernel.states[s], panels, panels, stats);
+  }
+  // So many states, level by level, into one, and that into the row's stats.
+  void finish_states(int s, double* at, i64 count, i64 pitch, double* stats) const {
+    double last[MAX_STATES];
     for (; count > CHUNK; count = (count + CHUNK - 1) / CHUNK)
       for (i64 k = 0; k * CHUNK < count; k++)
-        kernel.fold(p, s, at + k * CHUNK, (int)std::min<i64>(CHUNK, count - k * CHUNK), panels, at + k, panels);
-    if (count > 0) kernel.fold(p, s, at, (int)count, panels, last, 1);
+        kernel.fold(p, s, at + k * CHUNK, (int)std::min<i64>(CHUNK, count - k * CHUNK), pitch, at + k, pitch);
+    if (count > 0) kernel.fold(p, s, at, (int)count, pitch, last, 1);
     kernel.finish(p, s, count > 0 ? last : nullptr, stats);
   }
 
@@ -253,7 +256,7 @@ struct Batch {
 
   // All of rows [r, r + count), at most `group`, in one thread; `values`, if not nullptr, gets what they add to a total.
   void group_of_rows(i64 r, int count, double* values, char* scratch, Worker& worker) const {
-    Row* row = (Row*)(scratch + hand);
+    Row* row = (Row*)(scratch + rows_at);
     double(*stats)[MAX_STATS] = (double(*)[MAX_STATS])(row + group), *found = (double*)(stats + group);
     char* alone = (char*)(found + group);
     if (worker.stops(few_rows ? count * p.n : count)) return;
@@ -341,13 +344,13 @@ class Total {
 };
 
 // What is done for a plan. All memory is taken when it is made: nothing is written if there is too little.
-struct Work {
+struct Job {
   virtual void compute(Watch& watch) = 0;
-  virtual ~Work() = default;
+  virtual ~Job() = default;
 };
 
 // Values, terms and gradients, row by row.
-class EachRow : public Work {
+class EachRow : public Job {
  public:
   EachRow(Plan& plan, const Isa& isa) : p(prepared(plan)), b(p, isa), total(isa, p.output == TOTAL ? p.rows : 0) {
     by_chunk = p.threads > 1 && p.rows < 4 * p.threads && b.chunks >= 4 * p.threads;
@@ -405,7 +408,7 @@ class EachRow : public Work {
 //
 // Some blocks at once: first what the last sweep has to know of their rows, then that sweep. Where a row has chunks enough
 // for all threads, a thread takes one chunk of all these blocks; else one of one of them.
-class SummedGradient : public Work {
+class SummedGradient : public Job {
  public:
   SummedGradient(Plan& plan, const Isa& isa, int inner_axes) : SummedGradient(plan, isa, inner_axes, plan.dx.data) {}
 
@@ -492,7 +495,7 @@ class SummedGradient : public Work {
           if (row.weight == 0) continue;
           (of_x ? row.dx : row.dy) = (char*)gradient - c * CHUNK * 8;
           double state[MAX_STATES];
-          b.kernel.chunk(q, row, last, c * CHUNK, size, *stats_of(i), state, 1, mine(worker));
+          b.kernel.chunk(q, row, last, c * CHUNK, size, last > 0 ? *stats_of(i) : nullptr, state, 1, mine(worker));
           for (int j = 0; j < size; j++) sum[j] += gradient[j];
         }
         for (int j = 0; deep && j < size; j++) all[j] += sum[j];
@@ -521,12 +524,12 @@ constexpr int MAX_TASKS = 3;
 inline int run(const Task* tasks, int count, const Isa& isa, Ask ask) noexcept {
   return guarded(ask, [&](Watch& watch) {
     if (count == 1 && tasks[0].inner_axes < 0) return EachRow(*tasks[0].plan, isa).compute(watch);
-    std::unique_ptr<Work> work[MAX_TASKS];
+    std::unique_ptr<Job> jobs[MAX_TASKS];
     for (int k = 0; k < count; k++) {
-      if (tasks[k].inner_axes < 0) work[k] = std::make_unique<EachRow>(*tasks[k].plan, isa);
-      else work[k] = std::make_unique<SummedGradient>(*tasks[k].plan, isa, tasks[k].inner_axes);
+      if (tasks[k].inner_axes < 0) jobs[k] = std::make_unique<EachRow>(*tasks[k].plan, isa);
+      else jobs[k] = std::make_unique<SummedGradient>(*tasks[k].plan, isa, tasks[k].inner_axes);
     }
-    for (int k = 0; k < count && !watch.stopped; k++) work[k]->compute(watch);
+    for (int k = 0; k < count && !watch.stopped; k++) jobs[k]->compute(watch);
   });
 }
 

@@ -12,13 +12,26 @@ from libcpp.atomic cimport atomic
 import os
 import threading
 
+import numpy
+
 cdef extern from "kl_batch.h" namespace "kl" nogil:
     ctypedef long long i64 "kl::i64"
     int MAX_DIMS
     int PER_ROW, TERMS, TOTAL
     int FLOAT64, FLOAT32, FLOAT16, BFLOAT16
     int INT8, UINT8
-    int LOGITS
+    int PROBS, LOG_PROBS, LOGITS
+    int _CHUNK "kl::CHUNK"
+    int _COLUMNS "kl::COLUMNS"
+    int size_of(int)
+    int _BY_TERM "kl::BY_TERM"
+    int _BY_RATIO "kl::BY_RATIO"
+    int _BY_COST "kl::BY_COST"
+    int OPERATION_COUNT
+    cdef struct OperationRow:
+        const char* name
+        int form, arguments
+    const OperationRow* operation_rows "kl::OPERATIONS"
     cdef struct Array:
         char* data
         i64 stride
@@ -37,6 +50,7 @@ cdef extern from "kl_batch.h" namespace "kl" nogil:
         void (*elementary_float)(int, const float*, float*, i64) noexcept nogil
         void (*elementary_double)(int, const double*, double*, i64) noexcept nogil
     const Isa* isa_table()
+    int _MAX_TASKS "kl::MAX_TASKS"
     cdef struct Task:
         Plan* plan
         int inner_axes
@@ -73,8 +87,19 @@ cdef atomic[ChosenIsa] _isa           # atomic: one thread may choose while othe
 _isa.store(isa_table())               # until klcore.backends.cpu chooses: the one that every processor has
 
 cdef double NAN = float("nan")
-cdef enum:
-    ROW, SUM, ROWMEAN, BATCHMEAN, MEAN   # the reductions of `plain`: their places in _QUICK of klcore.backends.cpu
+
+# What Python reads of the kernels' headers: the codes, forms and numbers of arguments of all operations, the codes of
+# spaces, dtypes and outputs, bytes of dtypes; classes in a chunk, and of rows that are taken several at once.
+OPERATIONS = {
+    operation_rows[k].name.decode().lower(): (k, <int>operation_rows[k].form, operation_rows[k].arguments)
+    for k in range(OPERATION_COUNT)
+}
+BY_TERM, BY_RATIO, BY_COST = _BY_TERM, _BY_RATIO, _BY_COST
+SPACES = {"probs": PROBS, "log_probs": LOG_PROBS, "logits": LOGITS}
+DTYPES = {"float64": FLOAT64, "float32": FLOAT32, "float16": FLOAT16, "bfloat16": BFLOAT16}
+SIZES = {code: size_of(code) for code in DTYPES.values()}
+OUTPUTS = {"row": PER_ROW, "none": TERMS, "total": TOTAL}
+CHUNK, COLUMNS = _CHUNK, _COLUMNS
 
 OPENMP = kl_openmp
 COMPILER = kl_compiler.decode()
@@ -163,8 +188,8 @@ cdef extern from "Python.h" nogil:
     unsigned long PyThread_get_thread_ident()
     int PyErr_CheckSignals()   # not that of cpython.exc: the exception that a handler raises is left to be found
 
-# Python's signal handlers run in this thread. No other may ask: one that wants the GIL while Python shuts down is ended
-# within klcore.
+# Python runs signal handlers in this thread alone. No other may ask: while Python shuts down, a thread that asks for the
+# GIL is ended on the spot, within code that must not throw, which ends the process.
 cdef unsigned long _main = threading.main_thread().ident
 
 
@@ -191,7 +216,7 @@ cdef inline Ask _ask() noexcept:
 cdef int _end(int found) except -1:
     """What kl::guarded returned, as an exception."""
     if found == 1:
-        raise MemoryError("klcore could not allocate its working memory")
+        raise MemoryError("klcore could not get its working memory, or a thread with stack enough")
     return -1 if found else 0            # 2: stopped by an exception, which is set
 
 
@@ -231,23 +256,23 @@ cdef int _lay_out(Plan* p, _Borrowed b, int operation, int space_x, int space_y,
     return 0
 
 
-cdef class Call:
-    """A plan, and the arrays that it reads and writes. Made by `call`."""
+cdef class Planned:
+    """A plan, and the arrays that it reads and writes. Made by `plan`."""
     cdef Plan plan
     cdef _Borrowed arrays
     cdef int inner_axes
 
 
-def call(int operation, int space_x, int space_y, int output, x, y, weights, value, dx, dy, bint wide,
+def plan(int operation, int space_x, int space_y, int output, x, y, weights, value, dx, dy, bint wide,
          double temperature, double gradient_scale, int threads, factors, double epsilon, int inner_axes=-1):
-    """A call for `run`.
+    """What to compute, for `run`.
 
     x, y, factors, dx, dy and the terms have the shape batch + (n,); weights and row values the shape batch. Weights may
     have any real dtype; factors are float64 or float32. y, weights, factors, value, dx, dy may be None. With
     inner_axes >= 0 the one gradient given is that of an operand broadcast over the last inner_axes batch axes, and is
     summed over them.
     """
-    cdef Call c = Call.__new__(Call)
+    cdef Planned c = Planned.__new__(Planned)
     c.arrays = _Borrowed.__new__(_Borrowed)
     _lay_out(&c.plan, c.arrays, operation, space_x, space_y, output, x, y, weights, value, dx, dy, True, wide,
              temperature, gradient_scale, threads)
@@ -258,33 +283,78 @@ def call(int operation, int space_x, int space_y, int output, x, y, weights, val
     return c
 
 
-def run(list calls):
-    """Compute these calls, at most three; returns the total of the first. All memory is taken before anything is
+def run(list plans):
+    """Compute these plans, at most three; returns the total of the first. All memory is taken before anything is
     written."""
     cdef Task[3] tasks
-    cdef int count = len(calls), k, found
-    cdef Call c
+    cdef int count = len(plans), k, found
+    cdef Planned c
+    if not 0 < count <= min(_MAX_TASKS, 3):
+        raise ValueError(f"found {count} plans")
     for k in range(count):
-        c = calls[k]
+        c = plans[k]
         tasks[k].plan = &c.plan
         tasks[k].inner_axes = c.inner_axes
     cdef Ask ask = _ask()
     with nogil:
         found = run_tasks(tasks, count, _isa.load()[0], ask)
     _end(found)
-    c = calls[0]
+    c = plans[0]
     return c.plan.total
 
 
-def plain(int operation, int space_x, int space_y, bint wide, x, y, int reduction, double denominator, double epsilon,
-          int wanted, double cotangent, int threads, empty, dtypes):
-    """Two like arrays, the classes on the last axis, temperature 1, no weights: the quick way in for common calls.
+def is_wide(int operation, int space_x, int space_y, double temperature):
+    """Whether float32 is computed in float64: what goes by terms from logits; and temperatures at which float32 has no
+    room for a logarithm, for the temperature or for its inverse."""
+    if space_x != LOGITS and space_y != LOGITS:
+        return False
+    return operation_rows[operation].form == _BY_TERM or not 2.0**-20 <= temperature <= 2.0**100
 
-    `reduction` and `wanted` (1: dx, 2: dy) are codes of klcore.backends.cpu; `denominator` is that of a "sum"; the
-    gradients are multiplied by `cotangent`. `empty` makes results from a shape and one of `dtypes`, keyed by buffer
-    format. Returns (value, dx, dy), or None, having done nothing, unless both are native float arrays of one shape and
-    dtype, and contiguous where gradients are wanted.
+
+cdef object _ndarray = numpy.ndarray
+cdef object _empty = numpy.empty
+cdef dict _plain_dtypes = {ord("d"): numpy.dtype("float64"), ord("f"): numpy.dtype("float32")}   # by buffer format
+cdef enum:
+    ROW, SUM, ROWMEAN, BATCHMEAN, MEAN
+cdef dict _plain_reductions = {"row": ROW, "sum": SUM, "rowmean": ROWMEAN, "batchmean": BATCHMEAN, "mean": MEAN}
+cdef dict _plain_gradients = {None: 0, "x": 1, "y": 2, ("x",): 1, ("y",): 2, ("x", "y"): 3}
+
+
+def plain(call, int threads):
+    """The quick way in for common calls: two like arrays, the classes on the last axis, temperature 1, no weights.
+
+    Takes a klcore.operations.Call, and returns what its backend does; or None, having done nothing, unless both are
+    native float arrays of one shape and dtype, and contiguous where gradients are wanted. What it does not understand is
+    for rows.py to understand, or to refuse.
     """
+    (of, x, y, space, axis, words, weights, temperature, return_grad, out, device, divisor, epsilon, dtype,
+     cotangent) = <tuple>call
+    if type(x) is not _ndarray or type(y) is not _ndarray or type(axis) is not int or axis != -1:
+        return None
+    if weights is not None or out is not None or dtype is not None:
+        return None
+    if (type(temperature) is not float and type(temperature) is not int) or temperature != 1.0 or type(words) is not str:
+        return None
+    found_reduction = _plain_reductions.get(words)
+    if found_reduction is None or not (return_grad is None or type(return_grad) is str or type(return_grad) is tuple):
+        return None
+    try:
+        found_wanted = _plain_gradients.get(return_grad)
+    except TypeError:                    # a tuple with something in it that is no key
+        return None
+    if found_wanted is None:
+        return None
+    cdef int reduction = found_reduction, wanted = found_wanted
+    if type(space) is str and not of.is_loss:
+        space = space, space
+        if space[0] not in SPACES:
+            return None
+    elif type(space) is not tuple or space not in of.pairs or (wanted & 1 and "x" not in of.gradients):
+        return None
+    if cotangent is not None and reduction == ROW:
+        return None
+    cdef int operation = of.code, space_x = SPACES[space[0]], space_y = SPACES[space[1]]
+    cdef double denominator = divisor
     cdef Plan p
     cdef _Borrowed b = _Borrowed.__new__(_Borrowed)
     cdef Py_buffer* vx
@@ -299,7 +369,7 @@ def plain(int operation, int space_x, int space_y, bint wide, x, y, int reductio
         return None
     if vx.ndim == 0 or vx.ndim != vy.ndim or vx.format[1] != 0 or vx.format[0] != vy.format[0] or vy.format[1] != 0:
         return None
-    dtype = dtypes.get(vx.format[0])
+    dtype = _plain_dtypes.get(vx.format[0])
     if dtype is None:
         return None
     memset(&p, 0, sizeof(Plan))
@@ -323,13 +393,13 @@ def plain(int operation, int space_x, int space_y, bint wide, x, y, int reductio
     p.x.dtype = p.y.dtype = _dtype(vx)
     value = dx = dy = None
     if wanted & 1:
-        dx = empty(x.shape, dtype)
+        dx = _empty(x.shape, dtype)
         b.lend(dx, &p.dx, True, True)
     if wanted & 2:
-        dy = empty(x.shape, dtype)
+        dy = _empty(x.shape, dtype)
         b.lend(dy, &p.dy, True, True)
     if reduction == ROW:
-        value = empty(p.rows if p.ndim == 1 else tuple([p.shape[d] for d in range(p.ndim)]), dtype)
+        value = _empty(p.rows if p.ndim == 1 else tuple([p.shape[d] for d in range(p.ndim)]), dtype)
         b.lend(value, &p.value, False, True)
     elif reduction == ROWMEAN:
         denominator = <double>p.rows
@@ -340,20 +410,28 @@ def plain(int operation, int space_x, int space_y, bint wide, x, y, int reductio
     p.operation = operation
     p.space_x, p.space_y = space_x, space_y
     p.output = PER_ROW if reduction == ROW else TOTAL
-    p.wide = wide or p.x.dtype == FLOAT64
+    p.wide = p.x.dtype == FLOAT64 or is_wide(operation, space_x, space_y, 1.0)
     p.threads = threads
     p.inverse_temperature = 1.0
     p.epsilon = epsilon
-    p.gradient_scale = 1.0 / denominator * cotangent if denominator != 0 else NAN   # as klcore.backends.cpu rounds it
+    p.gradient_scale = 1.0 / denominator if denominator != 0 else NAN
+    if cotangent is not None:
+        p.gradient_scale *= <double>cotangent
     task.plan, task.inner_axes = &p, -1
     cdef Ask ask = _ask()
     with nogil:
         found = run_tasks(&task, 1, _isa.load()[0], ask)
     _end(found)
     if reduction == ROW:
-        return (value if p.ndim else value[()]), dx, dy
-    p.total = p.total / denominator if denominator != 0 else NAN
-    return dtype.type(p.total if p.x.dtype == FLOAT64 else <float>p.total), dx, dy
+        value = value if p.ndim else value[()]
+        if divisor != 1:
+            value = value / divisor
+    else:
+        p.total = p.total / denominator if denominator != 0 else NAN
+        value = dtype.type(p.total if p.x.dtype == FLOAT64 else <float>p.total)
+    if cotangent is not None:
+        return (dx, dy) if wanted == 3 else (dx if wanted == 1 else dy,)
+    return value if not wanted else (value, dx, dy) if wanted == 3 else (value, dx if wanted == 1 else dy)
 
 
 def chunk_sums(values, double[::1] sums):
@@ -428,7 +506,7 @@ cdef extern from "kl_partial.h" namespace "kl" nogil:
 MAX_STATS = _MAX_STATS
 
 
-def sweeps(int operation, int space_x, int space_y, bint wide, bint terms, bint gradient):
+def sweeps(int operation, int space_x, int space_y, bint wide, bint terms, bint gradient, bint factors=False):
     """How many doubles a chunk of 1024 classes leaves behind, for each sweep over the rows that these outputs take."""
     cdef Plan p
     cdef char mark
@@ -436,6 +514,7 @@ def sweeps(int operation, int space_x, int space_y, bint wide, bint terms, bint 
     p.operation, p.space_x, p.space_y, p.wide = operation, space_x, space_y, wide
     p.output = TERMS if terms else TOTAL
     p.dx.data = &mark if gradient else NULL
+    p.factors.data = &mark if factors else NULL
     found = []
     while states_of(p, _isa.load()[0], len(found)) >= 0:
         found.append(states_of(p, _isa.load()[0], len(found)))
@@ -447,7 +526,7 @@ def sweep(int number, int operation, int space_x, int space_y, x, y, weights, te
           int inner_axes=-1):
     """One of these sweeps over a block of the classes.
 
-    Arrays are those of `run`. `stats` are the rows' after the sweeps before, MAX_STATS each, or None before the first.
+    Arrays are those of `plan`. `stats` are the rows' after the sweeps before, MAX_STATS each, or None before the first.
     With `states`, for every row `sweeps()[number]` lines of a double a chunk, zero, only these are written; dx and dy
     say which gradients will be asked for. Without, the outputs given are.
     """

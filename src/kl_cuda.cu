@@ -102,7 +102,8 @@ template <> struct Number<true> { typedef double Type; };
 typedef Number<KL_WIDE != 0>::Type T;
 typedef Stored<DX>::Type X;
 typedef Stored<DY>::Type Y;
-constexpr bool HAS_Y = OP != ENTROPY;
+constexpr bool HAS_Y = OPERATIONS[OP].arguments > 1;
+constexpr Form FORM = OPERATIONS[OP].form;
 constexpr bool OUT_DX = KL_OUTPUTS & 1, OUT_DY = KL_OUTPUTS & 2, OUT_TERMS = KL_OUTPUTS & 4;
 #if defined(KL_FACTORS)
 constexpr bool FACTORS = true;
@@ -110,15 +111,15 @@ constexpr bool FACTORS = true;
 constexpr bool FACTORS = false;
 #endif
 // the cancellation-free form is for the divergence of two rows of logits; other logits are normalised first
-constexpr bool OF_LOGITS = SX == LOGITS && SY == LOGITS && (OP == KL_DIV || OP == REL_ENTR) && !FACTORS;
-constexpr bool OF_CROSS = (SX == LOGITS || SY == LOGITS) && (OP == CROSS_ENTROPY || OP == ENTROPY) && !FACTORS;
+constexpr bool OF_LOGITS = SX == LOGITS && SY == LOGITS && FORM == BY_RATIO && !FACTORS;
+constexpr bool OF_CROSS = (SX == LOGITS || SY == LOGITS) && FORM == BY_COST && !FACTORS;
 constexpr bool NORM_OF_X = !OF_LOGITS && !OF_CROSS && SX == LOGITS;
 constexpr bool NORM_OF_Y = !OF_LOGITS && !OF_CROSS && HAS_Y && SY == LOGITS;
 constexpr bool NORMALISED = NORM_OF_X || NORM_OF_Y;
 constexpr bool ONE_SWEEP = !OF_LOGITS && !OF_CROSS && !NORMALISED;
 constexpr bool BESIDE = NORMALISED && !KL_WIDE;   // float32 logits beside another space: log-probabilities in two numbers
 constexpr int LOG_X = SX == LOGITS && !BESIDE ? LOG_PROBS : SX, LOG_Y = SY == LOGITS && !BESIDE ? LOG_PROBS : SY;
-typedef Term<OP, LOG_X, OP == ENTROPY ? LOG_X : LOG_Y> TheTerm;
+typedef Term<OP, LOG_X, HAS_Y ? LOG_Y : LOG_X> TheTerm;
 
 enum { SUM_VALUE, SUM_DX, SUM_DY, SUM_STATES };   // of normalised rows' second sweep
 enum { NORM_X = 3, NORM_Y = 5 };                  // in stats: maximum and log S of x and of y, behind the three sums

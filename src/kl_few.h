@@ -187,8 +187,8 @@ template <typename T> void few_terms(const Plan& p, i64 r, int count, double* va
   Block<T>& s = *(Block<T>*)scratch;
   Rows<T> rows(p, r, count);
   rows.read(p.x, &Row::x, s.x, s.a);
-  T* y = p.operation == ENTROPY ? s.x : s.y;
-  if (p.operation != ENTROPY) rows.read(p.y, &Row::y, s.y, s.a);
+  T* y = has_y(p.operation) ? s.y : s.x;
+  if (has_y(p.operation)) rows.read(p.y, &Row::y, s.y, s.a);
   terms_of<T>(p)(s.x, y, nullptr, (T)p.epsilon, rows.size(), s.a, s.dx, s.dy);
   if (p.dx.data) rows.write(p.dx, &Row::dx, s.dx, p.gradient_scale, s.x);
   if (p.dy.data) rows.write(p.dy, &Row::dy, s.dy, p.gradient_scale, s.x);

@@ -8,6 +8,7 @@
 #include <cstring>
 
 #include "kl_math.h"
+#include "kl_compat.h"
 #include "kl_tree.h"
 #include "kl_store.h"
 #include "kl_logits.h"

@@ -386,10 +386,29 @@ template <typename T> KL_FN T log1p(T x) {
 // ---- the terms ----------------------------------------------------------------------------------------------------------
 // What the numbers of an argument are. Logits reach a term as log-probabilities, which kl_rows.h and kl_cuda.cu make of them.
 enum Space { PROBS = 0, LOG_PROBS = 1, LOGITS = 2 };
-enum Operation { KL_DIV = 0, REL_ENTR = 1, CROSS_ENTROPY = 2, ENTROPY = 3,
-                 PYTORCH = 4, KERAS = 5, MXNET = 6, PUZZLELIB = 7 };   // the terms of other systems, behind the others
 
-// value, dx and dy of one term; x and y in the spaces SX and SY. ENTROPY ignores y.
+// How rows of logits are computed: by their terms, after the softmax; or by a form of kl_logits.h that needs no softmax:
+// of the ratio of both (Spread, Far), or of the cost of classes (Cross).
+enum Form { BY_TERM, BY_RATIO, BY_COST };
+
+// All operations, a name, a form and a number of arguments each: klcore's own, of any spaces, and the terms of other
+// systems. klcore.operations reads this list; switches over operations are made of it.
+#define KL_DIVERGENCES(ROW) \
+  ROW(KL_DIV, BY_RATIO, 2) ROW(REL_ENTR, BY_RATIO, 2) ROW(CROSS_ENTROPY, BY_COST, 2) ROW(ENTROPY, BY_COST, 1)
+#define KL_LOSSES(ROW) ROW(PYTORCH, BY_TERM, 2) ROW(KERAS, BY_TERM, 2) ROW(MXNET, BY_TERM, 2) ROW(PUZZLELIB, BY_TERM, 2)
+
+struct OperationRow {
+  const char* name;
+  Form form;
+  int arguments;
+};
+#define KL_CODE(name, form, arguments) name,
+#define KL_ROW(name, form, arguments) {#name, form, arguments},
+enum Operation { KL_DIVERGENCES(KL_CODE) KL_LOSSES(KL_CODE) OPERATION_COUNT };
+constexpr OperationRow OPERATIONS[] = {KL_DIVERGENCES(KL_ROW) KL_LOSSES(KL_ROW)};
+KL_FN constexpr bool has_y(int operation) { return OPERATIONS[operation].arguments > 1; }
+
+// value, dx and dy of one term; x and y in the spaces SX and SY. What has one argument ignores y.
 template <int OP, int SX, int SY> struct Term;
 
 // What there is to say of a term: whether it has a shorter form for ordinary arguments, and which these are; whether its
@@ -706,73 +725,7 @@ template <int SX, int SY> struct Term<CROSS_ENTROPY, SX, SY> : Plain {
   template <typename T> static KL_FN T dy(T x, T y) { return Term<REL_ENTR, SX, SY>::dy(x, y); }
 };
 
-// ---- the terms of other systems -------------------------------------------------------------------------------------------
-// As they compute them, with what they make of zeros, negative numbers and NaN (docs/compat.md). x is the target, y the
-// prediction.
-
-// PyTorch and R torch: xlogy(x, x) - x y
-template <> struct Term<PYTORCH, PROBS, LOG_PROBS> : Plain {
-  template <typename T> static KL_FN T value(T x, T y) {
-    T v = x * log(x);
-    v = x == T(0) ? x : v;
-    return v - x * y;
-  }
-  template <typename T> static KL_FN T dx(T x, T y) {      // log x + 1 - y, of which x/x is the 1
-    T d = (log(x) + T(1)) - y;
-    d = x < infinity<T>() ? d : nan<T>();
-    return x > T(0) ? d : nan<T>();
-  }
-  template <typename T> static KL_FN T dy(T x, T) { return -x; }
-};
-// with log_target: e^x (x - y)
-template <> struct Term<PYTORCH, LOG_PROBS, LOG_PROBS> : Plain {
-  template <typename T> static KL_FN T value(T x, T y) { return exp(x) * (x - y); }
-  template <typename T> static KL_FN T dx(T x, T y) { return exp(x) * ((x - y) + T(1)); }
-  template <typename T> static KL_FN T dy(T x, T) { return -exp(x); }
-};
-
-// Keras: x log(x/y), both clipped to [e, 1]; the bounds themselves pass the gradient
-template <typename T> KL_FN T clipped(T x, T e) {
-  x = x < e ? e : x;
-  return x > T(1) ? T(1) : x;
-}
-template <typename T> KL_FN T within(T x, T e, T d) {
-  d = x >= e ? d : T(0);
-  return x <= T(1) ? d : T(0);
-}
-template <> struct Term<KERAS, PROBS, PROBS> : Plain {
-  static constexpr bool takes_epsilon = true;
-  template <typename T> static KL_FN T value(T x, T y, T e) {
-    T c = clipped(x, e);
-    return c * log(c / clipped(y, e));
-  }
-  template <typename T> static KL_FN T dx(T x, T y, T e) {
-    return within(x, e, log(clipped(x, e) / clipped(y, e)) + T(1));
-  }
-  template <typename T> static KL_FN T dy(T x, T y, T e) { return within(y, e, -(clipped(x, e) / clipped(y, e))); }
-};
-
-// MXNet: x (log(x + e) - y)
-template <> struct Term<MXNET, PROBS, LOG_PROBS> : Plain {
-  static constexpr bool takes_epsilon = true;
-  template <typename T> static KL_FN T value(T x, T y, T e) { return x * (log(x + e) - y); }
-  template <typename T> static KL_FN T dx(T x, T y, T e) { return (log(x + e) - y) + x / (x + e); }
-  template <typename T> static KL_FN T dy(T x, T, T) { return -x; }
-};
-
-// PuzzleLib: x (log x - y) where x > 0; its "gradient" is x - e^y, the way down for normalised targets
-template <int SX> struct Term<PUZZLELIB, SX, LOG_PROBS> : Plain {
-  template <typename T> static KL_FN T value(T x, T y) {
-    T p = prob<SX>(x), v = p * (log_prob<SX>(x) - y);
-    return p > T(0) ? v : T(0);
-  }
-  template <typename T> static KL_FN T dx(T x, T y) {      // nobody asks for it
-    T d = (log_prob<SX>(x) + T(1)) - y;
-    return prob<SX>(x) > T(0) ? d : T(0);
-  }
-  template <typename T> static KL_FN T dy(T x, T y) { return prob<SX>(x) - exp(y); }
-};
-
+// ---- all terms ------------------------------------------------------------------------------------------------------------
 // One way to call them all.
 template <class F, bool ALL, typename X, typename Y, typename T> KL_FN T value_of(X x, Y y, T e) {
   if constexpr (F::takes_epsilon) return F::value(x, y, e);

@@ -42,7 +42,7 @@ inline void sweep_here(Plan& p, const Isa& isa, int s, const double* stats, doub
   });
 }
 
-// The gradient of an operand that is broadcast over the last `inner_axes` batch axes, summed over them as run_summed does:
+// The gradient of an operand that is broadcast over the last `inner_axes` batch axes, summed over them as SummedGradient of kl_batch.h does:
 // rows one by one in blocks of BLOCK, then the blocks.
 inline void sweep_summed(Plan& p, const Isa& isa, int s, const double* stats, int inner_axes, Watch& watch) {
   bool of_x = p.dx.data != nullptr;
@@ -94,15 +94,8 @@ inline void merge_here(Plan& p, const Isa& isa, int s, double* states, i64 count
   each(watch, threads, p.rows, 8, false, [&](i64 r, Worker& worker) {
     if (worker.stops(count * CHUNK)) return;
     Row row = locate(p, r);
-    double *at = states + r * width * count, *to = stats + r * MAX_STATS, last[MAX_STATES];
-    if (row.weight != 0) {
-      i64 left = count;
-      for (; left > CHUNK; left = (left + CHUNK - 1) / CHUNK)
-        for (i64 k = 0; k * CHUNK < left; k++)
-          b.kernel.fold(p, s, at + k * CHUNK, (int)std::min<i64>(CHUNK, left - k * CHUNK), count, at + k, count);
-      if (left > 0) b.kernel.fold(p, s, at, (int)left, count, last, 1);
-      b.kernel.finish(p, s, left > 0 ? last : nullptr, to);
-    }
+    double* to = stats + r * MAX_STATS;
+    if (row.weight != 0) b.finish_states(s, states + r * width * count, count, count, to);
     to[0] = b.finish(row, to, worker);
   });
 }

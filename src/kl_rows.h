@@ -259,11 +259,25 @@ template <class F, typename T> typename Terms<T>::Map terms_for(bool dx, bool dy
 
 template <int SX, int SY, typename T> typename Terms<T>::Map terms_in(int operation, bool dx, bool dy) {
   switch (operation) {
-    case KL_DIV: return terms_for<Term<KL_DIV, SX, SY>, T>(dx, dy);
-    case REL_ENTR: return terms_for<Term<REL_ENTR, SX, SY>, T>(dx, dy);
-    case CROSS_ENTROPY: return terms_for<Term<CROSS_ENTROPY, SX, SY>, T>(dx, dy);
+#define KL_CASE(name, form, arguments) \
+  case name: return terms_for<Term<name, SX, arguments == 1 ? SX : SY>, T>(dx, dy);
+    KL_DIVERGENCES(KL_CASE)
+#undef KL_CASE
   }
-  return terms_for<Term<ENTROPY, SX, SX>, T>(dx, dy);
+  return nullptr;
+}
+
+// The same for logits that come as pairs of floats.
+template <int SX, int SY, typename T> typename Terms<T>::Map terms_beside_logits(int operation, bool dx, bool dy) {
+  switch (operation) {
+#define KL_CASE(name, form, arguments) \
+  case name:                           \
+    if constexpr (form == BY_RATIO) return terms_for<Term<name, SX, SY>, T>(dx, dy); \
+    break;
+    KL_DIVERGENCES(KL_CASE)
+#undef KL_CASE
+  }
+  return nullptr;
 }
 
 inline int term_space(int space) { return space == LOGITS ? LOG_PROBS : space; }
@@ -279,12 +293,10 @@ template <class F> auto beside_logits(const Plan& p, F f) {
 }
 
 template <typename T> typename Terms<T>::Map terms_of(const Plan& p) {
-  if constexpr (sizeof(T) == sizeof(float))   // kl_div or rel_entr: all else of logits is wide, or cross_chunk's
+  if constexpr (sizeof(T) == sizeof(float))   // what goes by terms is wide, and what goes by costs cross_chunk's
     if (p.space_x == LOGITS || p.space_y == LOGITS)
       return beside_logits(p, [&](auto s) {
-        constexpr int SX = decltype(s)::x, SY = decltype(s)::y;
-        return p.operation == REL_ENTR ? terms_for<Term<REL_ENTR, SX, SY>, T>(p.dx.data, p.dy.data)
-                                       : terms_for<Term<KL_DIV, SX, SY>, T>(p.dx.data, p.dy.data);
+        return terms_beside_logits<decltype(s)::x, decltype(s)::y, T>(p.operation, p.dx.data, p.dy.data);
       });
   int sx = term_space(p.space_x), sy = term_space(p.space_y);
   bool dx = p.dx.data, dy = p.dy.data;
@@ -321,7 +333,7 @@ template <typename T>
 void terms_chunk(const Plan& p, const Row& row, int, i64 start, int n, const double*, double* state, i64, void* scratch) {
   Buffers<T>& s = *(Buffers<T>*)scratch;
   const T* x = load(p.x, row.x, start, n, s.x);
-  const T* y = p.operation == ENTROPY ? x : load(p.y, row.y, start, n, s.y);
+  const T* y = !has_y(p.operation) ? x : load(p.y, row.y, start, n, s.y);
   auto map = terms_of<T>(p);
   pieces<T>(x + CHUNK, y == x ? nullptr : y + CHUNK, (n + 15) & ~15,
             [&](int i, int m) { map(x + i, y + i, nullptr, (T)p.epsilon, m, s.a + i, s.dx + i, s.dy + i); });
@@ -725,7 +737,7 @@ template <typename T, int SX, int SY, bool ALONE> Kernel cross_kernel(const Plan
 }
 // f(Spaces) of the spaces and operation of a plan, for kl_few.h as well
 template <class F> auto cross_pair(const Plan& p, F f) {
-  if (p.operation == ENTROPY) return f(Spaces<LOGITS, LOGITS, true>());
+  if (!has_y(p.operation)) return f(Spaces<LOGITS, LOGITS, true>());
   return p.space_x == LOGITS && p.space_y == LOGITS ? f(Spaces<LOGITS, LOGITS>()) : beside_logits(p, f);
 }
 template <typename T> Kernel cross_kernel_of(const Plan& p) {
@@ -825,15 +837,15 @@ void mixed_chunk(const Plan& p, const Row& row, int sweep, i64 start, int n, con
                  void* scratch) {
   Buffers<T>& s = *(Buffers<T>*)scratch;
   double it = p.inverse_temperature;
-  bool has_y = p.operation != ENTROPY, overflowed = false;
+  bool both = has_y(p.operation), overflowed = false;
   bool of_x = p.dx.data && p.space_x == LOGITS, of_y = p.dy.data && p.space_y == LOGITS && !is_final(p.operation);
   if (sweep == 0) {
     if (p.space_x == LOGITS) norm_chunk(p.x, row.x, start, n, it, state, pitch, s);
-    if (has_y && p.space_y == LOGITS) norm_chunk(p.y, row.y, start, n, it, state + NORM_STATES * pitch, pitch, s);
+    if (both && p.space_y == LOGITS) norm_chunk(p.y, row.y, start, n, it, state + NORM_STATES * pitch, pitch, s);
     return;
   }
   const T* x = log_probs(p.x, row.x, p.space_x, start, n, it, stats + NORM_X, s.x, s.b, overflowed);
-  const T* y = has_y ? log_probs(p.y, row.y, p.space_y, start, n, it, stats + NORM_Y, s.y, s.b, overflowed) : x;
+  const T* y = both ? log_probs(p.y, row.y, p.space_y, start, n, it, stats + NORM_Y, s.y, s.b, overflowed) : x;
   int n16 = (n + 15) & ~15;
   MixedKept<T>* kept = row.kept ? (MixedKept<T>*)row.kept + start / CHUNK : nullptr;
   T *dx = s.dx, *dy = s.dy;
@@ -872,7 +884,7 @@ void mixed_chunk(const Plan& p, const Row& row, int sweep, i64 start, int n, con
 inline void mixed_fold(const Plan& p, int sweep, const double* from, int count, i64 pitch, double* to, i64 to_pitch) {
   if (sweep == 0) {
     if (p.space_x == LOGITS) norm_fold(p.inverse_temperature, from, count, pitch, to, to_pitch);
-    if (p.operation != ENTROPY && p.space_y == LOGITS)
+    if (has_y(p.operation) && p.space_y == LOGITS)
       norm_fold(p.inverse_temperature, from + NORM_STATES * pitch, count, pitch, to + NORM_STATES * to_pitch, to_pitch);
   } else if (sweep == 1) {
     for (int k = 0; k < SUM_STATES; k++) to[k * to_pitch] = sum(from + k * pitch, count);
@@ -884,7 +896,7 @@ inline void mixed_finish(const Plan& p, int sweep, const double* state, double* 
     for (int k = 0; k < MAX_STATS; k++) stats[k] = 0;
   } else if (sweep == 0) {
     if (p.space_x == LOGITS) norm_finish(state, stats + NORM_X);
-    if (p.operation != ENTROPY && p.space_y == LOGITS) norm_finish(state + NORM_STATES, stats + NORM_Y);
+    if (has_y(p.operation) && p.space_y == LOGITS) norm_finish(state + NORM_STATES, stats + NORM_Y);
   } else if (sweep == 1) {
     for (int k = 0; k < SUM_STATES; k++) stats[k] = state[k];
   }
@@ -893,13 +905,11 @@ inline void mixed_finish(const Plan& p, int sweep, const double* state, double* 
 // ---- the choice ----------------------------------------------------------------------------------------------------------------
 
 inline bool of_logits(const Plan& p) {   // the cancellation-free form is for the divergence of two rows of logits
-  return p.space_x == LOGITS && p.space_y == LOGITS && (p.operation == KL_DIV || p.operation == REL_ENTR) &&
-         !p.factors.data;
+  return p.space_x == LOGITS && p.space_y == LOGITS && OPERATIONS[p.operation].form == BY_RATIO && !p.factors.data;
 }
 
 inline bool of_cross(const Plan& p) {
-  return (p.space_x == LOGITS || p.space_y == LOGITS) && (p.operation == CROSS_ENTROPY || p.operation == ENTROPY) &&
-         !p.factors.data;
+  return (p.space_x == LOGITS || p.space_y == LOGITS) && OPERATIONS[p.operation].form == BY_COST && !p.factors.data;
 }
 
 inline Kernel kernel(const Plan& p) {

@@ -5,6 +5,7 @@
 #include <atomic>
 #include <chrono>
 #include <condition_variable>
+#include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <future>
@@ -20,6 +21,11 @@
 #if defined(__unix__) || defined(__APPLE__)
 #define KL_PTHREADS 1
 #include <pthread.h>
+#include <sys/resource.h>
+#include <unistd.h>
+#if defined(__linux__)
+#include <sys/syscall.h>
+#endif
 #endif
 #if defined(_M_X64)
 #include <immintrin.h>
@@ -32,7 +38,7 @@ namespace kl {
 constexpr i64 SERIAL = 32768;         // classes below which a second thread costs more than it brings
 
 // The deepest calls take 60 KiB of stack, most of it arrays that gcc vectorises because they are local. The rest is for
-// Python's signal handlers.
+// signal handlers of Python's.
 constexpr size_t STACK = 128 * 1024;
 
 // ---- threads and stacks ------------------------------------------------------------------------------------------------
@@ -94,6 +100,11 @@ inline bool has_stack() {
       if (!pthread_attr_getstack(&attributes, &address, &size)) low = (char*)address, high = low + size;
       pthread_attr_destroy(&attributes);
     }
+#if defined(__linux__) && !defined(__GLIBC__)   // musl says of the main thread what it has touched so far
+    rlimit most;
+    if (getpid() == (pid_t)syscall(SYS_gettid) && !getrlimit(RLIMIT_STACK, &most))
+      low = most.rlim_cur > (rlim_t)(std::uintptr_t)high ? nullptr : std::min(low, high - most.rlim_cur);
+#endif
 #endif
   }
   return here < low || here >= high || (size_t)(here - low) >= STACK;   // outside: a stack that the program switched to
@@ -123,8 +134,26 @@ inline std::atomic<bool>& forked() {
   static std::atomic<bool> flag(false);
   return flag;
 }
+// Whether this process is a child of fork() that nothing was executed in since: another library may have used the pool
+// before.
+inline bool born_by_fork() {
+#if defined(__linux__)
+  char text[512] = "";
+  unsigned flags = 0;
+  if (FILE* file = std::fopen("/proc/self/stat", "r")) {
+    size_t size = std::fread(text, 1, sizeof text - 1, file);
+    std::fclose(file);
+    text[size] = 0;
+  }
+  const char* behind = std::strrchr(text, ')');   // of the program's name
+  if (behind) std::sscanf(behind + 1, " %*c %*d %*d %*d %*d %*d %u", &flags);
+  return flags & 0x40;                // PF_FORKNOEXEC
+#else
+  return false;
+#endif
+}
 inline void watch_forks() {
-  forked();
+  forked() = born_by_fork();
 #if defined(KL_PTHREADS)
   pthread_atfork(nullptr, nullptr, [] { forked() = true; });
 #endif
@@ -142,7 +171,7 @@ inline bool by_openmp() {
 
 // ---- how many ----------------------------------------------------------------------------------------------------------
 
-// What tests pretend that the machine has; 0: what it has.
+// Processors that tests pretend there are; 0: the real number.
 inline std::atomic<int>& pretended_processors() {
   static std::atomic<int> n(0);
   return n;
@@ -187,22 +216,30 @@ inline int threads_to_be_had(int n) {
   return room ? count : 0;
 }
 
+// The team that OpenMP keeps for the calling thread. It only grows: where a smaller one is asked for, OpenMP ends the
+// other threads, which have to be made again.
+inline int& team() {
+  static thread_local int n = 1;
+  return n;
+}
+
 // At most `wanted` threads, the calling one among them. OpenMP ends the process if one cannot be made (RLIMIT_AS,
-// RLIMIT_NPROC, a pids cgroup): they are tried beforehand, with one to spare for other processes that want some.
+// RLIMIT_NPROC, a pids cgroup), so as many are tried beforehand. The calling one is not made, and leaves one to others.
 inline int granted(int wanted) {
 #if defined(_OPENMP)
   static std::mutex making;
-  static thread_local int kept = 1;   // the team that OpenMP keeps for this thread; a smaller one lets the others go
   if (wanted <= 1 || !by_openmp()) return wanted;
-  if (wanted > kept) {
+  if (omp_in_parallel()) return 1;    // a signal handler that calls klcore within a call
+  if (wanted > team()) {
     std::lock_guard<std::mutex> lock(making);
-    wanted = std::max(1, std::min(wanted, threads_to_be_had(wanted)));
-    if (wanted > 1) {
-#pragma omp parallel num_threads(wanted)
+    int found = threads_to_be_had(wanted);
+    if (found > team()) {
+#pragma omp parallel num_threads(found)
       {}                              // made now, before another thread of this process takes their place
+      team() = found;
     }
+    wanted = std::min(wanted, team());
   }
-  if (wanted > 1) kept = wanted;
 #endif
   return wanted;
 }
@@ -239,7 +276,7 @@ struct Arithmetic {
 // Whether the call is to end early; asked by the thread that made it. nullptr: it is not.
 typedef int (*Ask)();
 
-// Over one call: asks a tenth of a second apart.
+// Stops a call early: asks every tenth of a second whether to.
 struct Watch {
   static constexpr std::chrono::milliseconds APART{100};
   static constexpr i64 STEP = 65536;  // classes between two looks at the clock: some 20 microseconds
@@ -247,16 +284,16 @@ struct Watch {
   Ask ask;
   std::atomic<bool> stopped{false};
   std::chrono::steady_clock::time_point next{};
-  alignas(64) i64 left = STEP;        // of the first thread; the others read what is above
+  alignas(64) i64 left = STEP;        // until the next look at the clock; on a line of its own, as all read `stopped`
   explicit Watch(Ask how) : ask(how) {}
 
   void look() {
-    if (!ask) return;
+    if (!ask || stopped) return;      // an exception that is set is not to be asked for again
     auto now = std::chrono::steady_clock::now();
     if (next == std::chrono::steady_clock::time_point{}) next = now + APART;
     if (now < next) return;
-    next = now + APART;
-    stopped = ask();
+    stopped = ask() != 0;
+    next = std::chrono::steady_clock::now() + APART;   // after the handler, however long that took
   }
 };
 
@@ -277,20 +314,29 @@ struct Worker {
   }
 };
 
-// What threads that are no OpenMP's take their items from.
+// The items of a call, which threads take, `share` at a time.
 template <class Work> struct Items {
   Watch& watch;
   i64 items, share;
   bool stream;
   Work& work;
   std::atomic<i64> next{0};
-  std::atomic<int> helpers{0};
+  std::atomic<int> helpers{0}, finished{0};
 
   void take(int number) {
     Worker worker(watch, number);
     for (i64 i; (i = next.fetch_add(share)) < items;)
       for (i64 end = std::min(items, i + share); i < end && !worker.stops(0); i++) work(i, worker);
     if (stream) stream_end();
+    if (number > 0) finished++;
+  }
+  // The first thread has no items left, and others may have: it goes on to look.
+  void wait_for(int others) {
+    for (int k = 0; watch.ask && !watch.stopped && finished < others; k++) {
+      if (k < 1000) std::this_thread::yield();
+      else std::this_thread::sleep_for(std::chrono::milliseconds(1));
+      watch.look();
+    }
   }
   static void* help(void* all) {
     Items& s = *(Items*)all;
@@ -302,23 +348,24 @@ template <class Work> struct Items {
 // work(item, worker) for all items, by as many threads, which take `share` items at a time. Ends early, with items left
 // out, once the watch says so. `work` must not throw.
 template <class Work> void each(Watch& watch, int threads, i64 items, i64 share, bool stream, Work work) {
+  Items<Work> all{watch, items, share, stream, work};
+  if (threads <= 1) return all.take(0);
 #if defined(_OPENMP)
-  if (threads > 1 && by_openmp()) {
-#pragma omp parallel num_threads(threads)
+  if (by_openmp()) {
+#pragma omp parallel num_threads(team())
     {
-      Worker worker(watch, omp_get_thread_num());
-#pragma omp for schedule(dynamic, share) nowait
-      for (i64 i = 0; i < items; i++)
-        if (!worker.stops(0)) work(i, worker);
-      if (stream) stream_end();
+      int k = omp_get_thread_num();
+      if (k < threads) all.take(k);
+      if (k == 0) all.wait_for(std::min(threads, omp_get_num_threads()) - 1);
     }
     return;
   }
 #endif
-  Items<Work> all{watch, items, share, stream, work};
-  std::unique_ptr<Thread[]> others(threads > 1 ? new (std::nothrow) Thread[(size_t)threads - 1] : nullptr);
-  for (int k = 0; others && k < threads - 1 && others[(size_t)k].start(Items<Work>::help, &all, 2 * STACK);) k++;
+  std::unique_ptr<Thread[]> others(new (std::nothrow) Thread[(size_t)threads - 1]);
+  int count = 0;
+  while (others && count < threads - 1 && others[(size_t)count].start(Items<Work>::help, &all, 2 * STACK)) count++;
   all.take(0);
+  all.wait_for(count);
 }
 
 // Does `work(watch)`: 0, or 1 if memory ran out, or 2 if it was stopped early. On a thread of its own if this one's stack
@@ -343,7 +390,8 @@ template <class Work> int guarded(Ask ask, Work work) noexcept {
     if (!thread.start([](void* t) { return (*(std::packaged_task<int()>*)t)(), (void*)nullptr; }, &task, 2 * STACK)) return 1;
     while (result.wait_for(Watch::APART) != std::future_status::ready)
       if (ask && !watch.stopped) watch.stopped = ask();
-    return result.get();
+    int found = result.get();
+    return found == 1 ? 1 : watch.stopped ? 2 : 0;   // it may have been stopped after the work was done
   } catch (...) {
     return 1;
   }

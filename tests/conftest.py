@@ -142,13 +142,13 @@ def as_here(**environment):
 def python():
     """Run code in a fresh interpreter, for what only a process of its own can show. Returns what it printed."""
 
-    def run(code, *arguments, timeout=600, warnings="error", fails=False, **environment):
+    def run(code, *arguments, timeout=600, warnings="error", fails=False, within=(), **environment):
         keywords = as_here(**environment)
         ours = ("KLCORE_NUM", "KLCORE_ISA", "OMP_")
         keywords["env"] = {k: v for k, v in keywords["env"].items() if k in environment or not k.startswith(ours)}
         filters = warnings if isinstance(warnings, tuple) else (warnings,)
         done = subprocess.run(
-            [sys.executable, *(f"-W{w}" for w in filters), "-c", code, *map(str, arguments)],
+            [*within, sys.executable, *(f"-W{w}" for w in filters), "-c", code, *map(str, arguments)],
             capture_output=True,
             text=True,
             timeout=timeout,

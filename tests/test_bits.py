@@ -18,12 +18,12 @@ import pytest
 
 import klcore
 import klcore.backends.cpu  # chooses the instruction set of klcore._cpu
-from klcore import _cpu
+from klcore import _cpu, operations
 
 DTYPES = {name: np.dtype(name) for name in ("float64", "float32", "float16")}
 DTYPES["bfloat16"] = np.dtype(ml_dtypes.bfloat16)
 SPACES = ("probs", "log_probs", "logits")
-OPERATIONS = ("kl_div", "rel_entr", "cross_entropy", "entropy")
+OPERATIONS = tuple(operations.OPERATIONS)
 THREADS = (1, 2, 5)
 LENGTHS = (1, 2, 15, 16, 17, 127, 128, 129, 1023, 1024, 1025, 2049)
 # above the size below which one thread does it all; the last so that five threads share a row's chunks

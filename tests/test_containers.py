@@ -161,6 +161,7 @@ AGREE = {
     "weights of other rows than classes": ({"x": frame("uvw"), "y": B[0], "weights": pd.Series(W, list("uvw"))}, {}),
     "weights by column": ({"x": frame(), "y": B, "weights": pd.Series(B[0], CLASSES)}, {"axis": 0}),
     "labels beside none": ({"x": frame("wvu"), "y": B}, {}),
+    "numerals beside none": ({"x": frame(["1", "0", "2"]), "y": B}, {}),
     "numbers with gaps": ({"x": frame([5, 3, 1]), "y": B}, {}),
     "repeated numbers": ({"x": frame([0, 0, 1]), "y": B}, {}),
     "numbers of classes from 1": ({"x": frame(columns=[4, 3, 2, 1]), "y": B}, {}),
@@ -178,9 +179,11 @@ AGREE = {
 DIFFER = {
     "rows": ({"x": frame(), "y": frame([0, 2, 1])}, {}, "axis 0 of x and axis 0 of y", "different labels"),
     "row of one": ({"x": frame([7], a=A[:1]), "y": frame([8], a=B[:1])}, {}, "axis 0 of x", "different labels"),
-    "classes": ({"x": frame(), "y": frame(columns=OTHER)}, {}, "axis 1 of x and axis 1 of y", "(a, b, c, ... and d,"),
+    "classes": ({"x": frame(), "y": frame(columns=OTHER)}, {}, "axis 1 of x and axis 1 of y", "(first at position 0:"),
     "classes of a row": ({"x": frame(), "y": pd.Series(B[0], OTHER)}, {}, "axis 1 of x and axis 0 of y", "reindex"),
-    "classes of a column": ({"x": frame(), "y": frame([3, 4, 5])}, {"axis": 0}, "axis 0 of x and axis 0 of y", "3, 4"),
+    "classes of a column": ({"x": frame(), "y": frame([3, 4, 5])}, {"axis": 0}, "axis 0 of x and axis 0 of y", "0 and 3"),
+    "the last class": ({"x": frame(), "y": frame(columns=[*CLASSES[:3], "e"])}, {}, "first at position 3: 'd' and 'e'"),
+    "kinds": ({"x": frame(["0", "1", "2"]), "y": frame()}, {}, "first at position 0: '0' and 0 (str and int)"),
     "weights": ({"x": frame("uvw"), "y": B, "weights": pd.Series(W, list("uwv"))}, {}, "axis 0 of x", "of weights"),
     "weights by column": (
         {"x": frame(), "y": B, "weights": pd.Series(B[0], OTHER)}, {"axis": 0}, "axis 1 of x and axis 0 of weights",
@@ -198,6 +201,8 @@ REORDERED = {
     "weights": ({"x": A, "y": B, "weights": pd.Series(W, [2, 1, 0])}, {}, "axis 0 of weights", "x has no labels"),
     "list of weights": ({"x": frame([2, 1, 0]), "y": B[0], "weights": list(W)}, {}, "axis 0 of x", "weights has no"),
     "rows": ({"x": frame([1, 0, 2]), "y": B}, {}, "axis 0 of x (1, 0, 2)", "y has no labels"),
+    "rows by objects": ({"x": frame(pd.Index([1, 0, 2], dtype=object)), "y": B}, {}, "axis 0 of x", "y has no labels"),
+    "rows by floats": ({"x": frame([1.0, 0.0, 2.0]), "y": B}, {}, "axis 0 of x", "y has no labels"),
     "classes": ({"x": A, "y": pd.Series(B[0], [1, 0, 2, 3])}, {}, "axis 0 of y", "x has no labels"),
     "xarray": ({"x": data_array([2, 1, 0]), "y": B}, {}, "axis 0 of x"),
     "polars": ({"x": frame([1, 0, 2]), "y": pl.DataFrame(np.array(B), schema=CLASSES)}, {}, "axis 0 of x"),
@@ -287,6 +292,24 @@ class Dense:
         return self.a
 
 
+class Readings:
+    """Numbers with a unit that NumPy does not hear of, as of astropy's CCDData."""
+
+    unit = "adu"
+
+    def __init__(self, a):
+        self.a = a
+
+    def __array__(self, dtype=None, copy=None):
+        return self.a
+
+
+def _of_objects(a):
+    rows = np.empty(len(a), object)
+    rows[:] = list(a)
+    return rows
+
+
 MEANINGS = {
     "units": (lambda a: a.view(Units), "x.view(numpy.ndarray)", "x.value"),
     "measured": (Measured, "x.magnitude"),
@@ -304,8 +327,32 @@ MEANINGS = {
     "bytes": (lambda a: b"0.5", "x is of the type builtins.bytes"),
     "bytearray": (lambda a: bytearray(b"0.5"), "x is of the type builtins.bytearray"),
     "ragged": (lambda a: [[0.5], [0.5, 0.5]], "x, of the type list, cannot be made a NumPy array"),
+    "a list of columns": (
+        lambda a: tuple(pd.Series(row) for row in a),
+        "x is a tuple of pandas",
+        "numpy.stack(",
+    ),
+    "a list of lists of masked": (lambda a: [[np.ma.array(row)] for row in a], "x is a list of numpy.ma", "mask"),
+    "a list of units": (lambda a: [row.view(Units) for row in a], "x is a list of", "Units", "numpy.stack("),
+    "a list of tensors": (
+        lambda a: list(importlib.import_module("torch").tensor(a)),
+        "x is a list of torch.Tensor",
+        "torch",
+    ),
+    "a column of rows": (lambda a: pd.Series(list(a)), "holds lists or arrays, one an element", "numpy.stack("),
+    "an array of rows": (lambda a: _of_objects(a), "holds lists or arrays, one an element", "numpy.stack("),
+    "long double": (lambda a: a.astype(np.longdouble), "x has dtype", ".astype(float)"),
+    "records": (lambda a: np.zeros(3, [("a", "f8")]), "x has dtype", "structured_to_unstructured("),
+    "a unit beside": (Readings, "x is of the type", "units"),
 }
-HINTS = {"x.view(numpy.ndarray)", "x.value", "x.magnitude", "x.toarray()", "x.todense()", "x.to_numpy(dtype=float)"}
+HINTS = {
+    "x.view(numpy.ndarray)",
+    "x.value",
+    "x.magnitude",
+    "x.toarray()",
+    "x.todense()",
+    "x.to_numpy(dtype=float)",
+}
 
 
 @pytest.mark.parametrize("library", ["numpy", "torch", "jax", "emulated"])
@@ -409,8 +456,8 @@ def test_numpy_of_any_layout_beside(library, kind):
 def test_numpy_is_not_copied_for_pytorch(monkeypatch):
     torch, adapter = importlib.import_module("torch"), importlib.import_module("klcore.backends.torch")
     seen = []
-    call = adapter._call
-    monkeypatch.setattr(adapter, "_call", lambda *arguments: seen.append(arguments[2]) or call(*arguments))
+    compute = adapter._compute
+    monkeypatch.setattr(adapter, "_compute", lambda call: seen.append(call.y) or compute(call))
     for b in (np.array(B), B, B[:, ::1], np.array(B.T).T):
         klcore.kl_div(torch.tensor(A), b)
         assert seen.pop().data_ptr() == b.ctypes.data
@@ -734,3 +781,34 @@ def test_vmap_of_no_examples(reduction):
     assert x.grad.shape == x.shape
     assert torch.vmap(torch.func.grad(lambda x: klcore.kl_div(x, x, reduction="sum")))(x.detach()).shape == x.shape
     assert torch.vmap(loss, (0, None))(x, torch.ones(3, 4)).shape == expected.shape
+
+
+def test_out_of_another_meaning():
+    with pytest.raises(TypeError, match=r"out for the value must be a plain numpy\.ndarray, found Units"):
+        klcore.kl_div(A, B, out=np.empty(3).view(Units))
+
+
+def test_a_bad_weight_is_found():
+    weights = np.ones((4, 3))
+    weights[2, 1], weights[3, 0] = np.nan, -1
+    with pytest.raises(ValueError, match=r"finite and >= 0; found nan at index \(2, 1\), and 1 more"):
+        klcore.kl_div(np.ones((4, 3, 2)), np.ones(2), weights=weights)
+
+
+@pytest.mark.parametrize("reduction", ["row", "none", "sum"])
+def test_numpy_beside_pytorch_may_change(reduction):
+    """Before backward looks at it: PyTorch notices such a change of tensors only."""
+    torch = importlib.import_module("torch")
+    x, y = torch.tensor(A, requires_grad=True), np.array(B)
+    value = klcore.kl_div(x, y, reduction=reduction, weights=W)
+    y[:] = 0.25
+    value.sum().backward()
+    expected = klcore.kl_div(A, B, reduction="sum", weights=W, return_grad="x")[1]
+    np.testing.assert_allclose(x.grad.numpy(), expected, rtol=1e-12)
+
+
+def test_many_values_in_bfloat16_of_jax():
+    jnp = importlib.import_module("jax.numpy")
+    keras = importlib.import_module("klcore.compat.keras")
+    x = jnp.ones((40_000, 4), jnp.bfloat16) / 4
+    assert keras.kl_divergence(x, x).shape == (40_000,)

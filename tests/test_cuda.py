@@ -26,6 +26,7 @@ from test_accuracy import anywhere
 from test_bits import DTYPES, OPERATIONS, SPACES
 
 import klcore
+from klcore.operations import KL_DIV, LOSSES, Call
 
 PAIR = ("x", "y")
 
@@ -602,7 +603,7 @@ def test_which_rows_are_held(gpu, monkeypatch):
 
     def is_held(dtype, chunks, outputs=2, rows=8192):
         code = cuda.rows.FLOATS.index(dtype)
-        call = cuda._Call(0, 0, (2, 2), (code, code), dtype == "float64", outputs, True, False, 1024 * chunks)
+        call = cuda._Kind(0, KL_DIV, (2, 2), (code, code), dtype == "float64", outputs, True, False, 1024 * chunks)
         slot, beside = 1024 * call.bytes_a_class(), 1024 * call.extra_bytes() + 8 * cuda.KNOWN
         found = cuda._a_block_a_row(call, rows, chunks, call.sweeps, slot, beside)
         if found:
@@ -889,9 +890,10 @@ def test_products_that_are_known(gpu, reduction, weighted):
         cotangent = rng.normal(size={"row": 5, "none": (5, 40)}.get(reduction, ())).astype("float32")
         weights = rng.random(5).astype("float32") if weighted else None
         rest = ("logits", -1, reduction)
-        expected = cpu.gradient("kl_div", x, y, *rest, weights, 1.0, cotangent, ("x", "y"))
+        call = Call(KL_DIV, x, y, *rest, weights, return_grad=("x", "y"), cotangent=cotangent)
+        expected = cpu.compute(call)
         put = [gpu.put(a) if a is not None else None for a in (x, y, weights, cotangent)]
-        found = backend().gradient("kl_div", *put[:2], *rest, put[2], 1.0, put[3], ("x", "y"))
+        found = backend().compute(call._replace(x=put[0], y=put[1], weights=put[2], cotangent=put[3]))
         for f, e in zip(found, expected, strict=True):
             assert (bits(gpu.get(f)) == bits(e)).all(), seed
 
@@ -903,9 +905,10 @@ def test_losses_that_are_known(gpu, factored):
         x, y = (into(a, s) for a, s in zip(logits(5, 40, seed=seed), ("probs", "log_probs"), strict=True))
         factors = np.random.default_rng(seed).random((5, 40)) if factored else None
         rest = (("probs", "log_probs"), -1, "sum")
-        expected = cpu.loss("pytorch", x, y, *rest, factors, 7.0, 0.0, None, "y")
+        call = Call(LOSSES["pytorch"], x, y, *rest, factors, return_grad="y", denominator=7.0)
+        expected = cpu.compute(call)
         on = [gpu.put(a) if a is not None else None for a in (x, y, factors)]
-        for f, e in zip(backend().loss("pytorch", *on[:2], *rest, on[2], 7.0, 0.0, None, "y"), expected, strict=True):
+        for f, e in zip(backend().compute(call._replace(x=on[0], y=on[1], weights=on[2])), expected, strict=True):
             assert (bits(gpu.get(f)) == bits(np.asarray(e))).all(), seed
 
 
@@ -1178,6 +1181,7 @@ UNUSABLE = """
 import sys, types
 {setup}
 import klcore
+from klcore.operations import KL_DIV, LOSSES, Call
 config = klcore.show_config("dicts")["cuda"]
 for _ in range(2):
     for device in ("cuda", "cuda:3"):
@@ -1253,6 +1257,7 @@ import sys
 sys.path.insert(0, sys.argv[1])
 import numpy as np
 import klcore
+from klcore.operations import KL_DIV, LOSSES, Call
 from emulator import device
 
 device.settings.sanitize = True

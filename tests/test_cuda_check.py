@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 import klcore
+from klcore.operations import KL_DIV
 
 SCRIPTS = Path(__file__).resolve().parents[1] / "benchmarks"
 if not SCRIPTS.exists():
@@ -109,10 +110,10 @@ def logits(tool):
         tool.prepare(nvrtc.source(), None, tool.tool("cuobjdump"), tool.tool("nvdisasm"))
     except (klcore.BackendUnavailableError, SystemExit) as error:  # not in CI: make cuda-check would fail
         pytest.skip(str(error))
-    cuda, rows = (importlib.import_module(f"klcore.backends.{name}") for name in ("cuda", "rows"))
+    cuda = importlib.import_module("klcore.backends.cuda")
     found = []
     for outputs in (0, 2):
-        options = cuda.options(rows.KL_DIV, (2, 2), (1, 1), False, outputs, ("kl_rows",))
+        options = cuda.options(KL_DIV, (2, 2), (1, 1), False, outputs, ("kl_rows",))
         (kernel,), wrong = tool.check(tool.Job("logits", options, ("kl_rows",), ("kl_rows",), 90))
         assert wrong == []
         found.append(kernel)
@@ -134,7 +135,7 @@ def test_real_kernels_are_counted_whole(logits):
 @pytest.mark.parametrize("outputs", [0, 2])
 def test_rows_that_are_swept_once_are_not_staged(logits, tool, kernel, outputs):
     cuda = importlib.import_module("klcore.backends.cuda")
-    options = cuda.options(0, (0, 0), (1, 1), False, outputs, (kernel,))
+    options = cuda.options(KL_DIV, (0, 0), (1, 1), False, outputs, (kernel,))
     (found,), wrong = tool.check(tool.Job("probs", options, (kernel,), (kernel,), 90))
     assert wrong == []
     assert set(found.parts) == {"reading sweep", "per chunk"}
@@ -143,7 +144,7 @@ def test_rows_that_are_swept_once_are_not_staged(logits, tool, kernel, outputs):
 
 def test_a_kernel_that_takes_more_than_it_may(tool, logits, monkeypatch):
     cuda = importlib.import_module("klcore.backends.cuda")
-    options = cuda.options(0, (0, 0), (1, 1), False, 0, ("kl_rows",))
+    options = cuda.options(KL_DIV, (0, 0), (1, 1), False, 0, ("kl_rows",))
     job = tool.Job("kl_div probs float32 value", options, ("kl_rows",), ("kl_rows",), tool.BUDGETED)
     assert tool.check(job)[1] == []
     monkeypatch.setitem(tool.BUDGETS, r"kl_div (probs|log_probs) float32 value: kl_rows", tool.Budget(1, 2))
@@ -152,6 +153,5 @@ def test_a_kernel_that_takes_more_than_it_may(tool, logits, monkeypatch):
 
 
 def test_every_budget_is_of_a_build(tool):
-    cuda = importlib.import_module("klcore.backends.cuda")
-    names = [f"{build.name}: {kernel}" for build in cuda.every_build() for kernel in build.hot]
+    names = [f"{build.name}: {kernel}" for build in tool.every_build() for kernel in build.hot]
     assert [pattern for pattern in tool.BUDGETS if not any(re.fullmatch(pattern, name) for name in names)] == []

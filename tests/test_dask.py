@@ -404,9 +404,9 @@ def test_one_thread_a_block_where_dask_has_several(chunks, monkeypatch):
     def spy(name):
         original = getattr(cpu, name)
 
-        def recorded(**keywords):
+        def recorded(*arguments, **keywords):
             found.setdefault(threading.current_thread() is threading.main_thread(), set()).add(klcore.get_num_threads())
-            return original(**keywords)
+            return original(*arguments, **keywords)
 
         return recorded
 

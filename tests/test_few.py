@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 
 import klcore
-from klcore import _cpu
+from klcore import _cpu, operations
 
 DTYPES = {name: np.dtype(name) for name in ("float64", "float32", "float16")}
 DTYPES["bfloat16"] = np.dtype(ml_dtypes.bfloat16)
 SPACES = ("probs", "log_probs", "logits")
-OPERATIONS = ("kl_div", "rel_entr", "cross_entropy", "entropy")
+OPERATIONS = tuple(operations.OPERATIONS)
 LENGTHS = (*range(1, 34), 64, 65, 80, 127, 128)
 ROWS = 70
 KINDS = 16

@@ -17,6 +17,7 @@ from jax.test_util import check_grads  # noqa: E402
 import klcore  # noqa: E402
 from klcore.backends import cpu  # noqa: E402
 from klcore.divergence import loss  # noqa: E402
+from klcore.operations import OPERATIONS, Call  # noqa: E402
 
 PAIRS = [(op, pair) for op in oracle.OPERATIONS for pair in oracle.PAIRS if op != "entropy" or pair[0] == pair[1]]
 REDUCTIONS = ["row", "none", "sum", "rowmean", "batchmean", "mean"]
@@ -204,7 +205,8 @@ def test_gradients_are_the_engines(operation, space, reduction):
     words = space[0] if operation == "entropy" else space
     y = None if operation == "entropy" else y
     temperature = 1.7 if "logits" in space else 1.0
-    same(found, cpu.gradient(operation, x, y, words, -1, reduction, None, temperature, cotangent, names))
+    call = Call(OPERATIONS[operation], x, y, words, -1, reduction, None, temperature, names, cotangent=cotangent)
+    same(found, cpu.compute(call))
 
 
 def test_cotangent_of_a_total():
@@ -227,14 +229,13 @@ def test_loss_scale_keeps_float16_from_underflow():
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 def test_only_what_is_differentiated_is_computed(reduction, monkeypatch):
     wanted = set()
-    for name in ("kl_div", "gradient"):
-        original = getattr(cpu, name)
+    original = cpu.compute
 
-        def watched(*arguments, original=original, at=9 if name == "gradient" else 7, **keywords):
-            wanted.update(arguments[at] or ())
-            return original(*arguments, **keywords)
+    def watched(call):
+        wanted.update(call.return_grad or ())
+        return original(call)
 
-        monkeypatch.setattr(cpu, name, watched)
+    monkeypatch.setattr(cpu, "compute", watched)
     x, y = (jnp.asarray(a) for a in arguments(("probs", "probs"), (7, 3)))
     jax.grad(lambda y: klcore.kl_div(x, y, reduction=reduction).sum())(y).block_until_ready()
     assert wanted == {"y"}
@@ -504,7 +505,7 @@ def test_libraries_are_not_mixed():
 
 def test_traced_temperature_is_refused():
     x = jnp.ones((2, 3))
-    with pytest.raises(TypeError, match="concrete value"):
+    with pytest.raises(TypeError, match=r"temperature is traced by JAX.*divide the logits by it"):
         jax.jit(lambda t: klcore.kl_div(x, x, space="logits", temperature=t))(2.0)
 
 
@@ -541,6 +542,7 @@ def test_gpu_that_klcore_cannot_use(monkeypatch):
 
     monkeypatch.setattr(cuda, "ready", missing)
     monkeypatch.setattr(adapter, "_platform", lambda a: "gpu")
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     with pytest.raises(klcore.BackendUnavailableError, match="CUDA needs CuPy"):
         klcore.kl_div(jnp.ones(3), jnp.ones(3))
 
@@ -577,9 +579,11 @@ def test_buffers_on_a_gpu(gpu, monkeypatch):
     x, y = arguments(("logits", "probs"), (2, 4, 5), (1, 4, 5))  # an axis of vmap's in front, y not mapped
     value = np.empty(2, np.float32)
     dy = np.empty((2, 4, 5), np.float32)
-    words = ("kl_div", ("logits", "probs"), -1, "sum", 2.0, None, 2, (), np.dtype("float32"), ("y",))
+    call = Call(OPERATIONS["kl_div"], None, None, ("logits", "probs"), -1, "sum", temperature=2.0)
     results = [buffer(value), buffer(dy)]
-    adapter._Call(*words)(types.SimpleNamespace(stream=7), results, buffer(x), buffer(y), None, None)
+    adapter._Program(call, 2, (), np.dtype("float32"), ("y",))(
+        types.SimpleNamespace(stream=7), results, buffer(x), buffer(y), None, None
+    )
     assert seen == [(7, 0)]
     for i in range(2):
         expected = klcore.kl_div(
@@ -597,13 +601,13 @@ def test_buffers_on_a_gpu(gpu, monkeypatch):
 def test_no_copies(name, traced, monkeypatch):
     """The engine reads JAX's memory and writes what JAX returns."""
     pointers = []
-    original = cpu.kl_div
+    original = cpu.compute
 
-    def watched(x, y, *words):
-        pointers.extend(a.__array_interface__["data"][0] for a in (x, y, *words[-2]))
-        return original(x, y, *words)
+    def watched(call):
+        pointers.extend(a.__array_interface__["data"][0] for a in (call.x, call.y, *call.out))
+        return original(call)
 
-    monkeypatch.setattr(cpu, "kl_div", watched)
+    monkeypatch.setattr(cpu, "compute", watched)
     x, y = (jnp.asarray(a).astype(name) for a in arguments(("probs", "probs"), (640, 100)))
 
     def f(x, y):
@@ -628,6 +632,8 @@ def test_no_deadlock(python):
 import threading
 import jax, jax.numpy as jnp, numpy as np
 import klcore
+from klcore.operations import OPERATIONS, Call
+from klcore.operations import OPERATIONS, Call
 
 x, y = (jax.random.normal(jax.random.key(k), (4096, 4096)) for k in range(2))
 
@@ -656,6 +662,7 @@ def test_arrays_over_several_devices(python):
 import jax, jax.numpy as jnp, numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 import klcore
+from klcore.operations import OPERATIONS, Call
 
 mesh = jax.make_mesh((2,), ("rows",), axis_types=(AxisType.Auto,))
 x = jax.nn.softmax(jax.random.normal(jax.random.key(0), (6, 8)))

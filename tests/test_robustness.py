@@ -3,6 +3,7 @@
 Each scenario has a process of its own and a time limit, so that nothing here can hang a test run.
 """
 
+import ctypes.util
 import importlib.util
 import os
 import signal
@@ -73,9 +74,9 @@ def in_child(work, limit=300):
 def same(python):
     """Runs a scenario that prints digests of the same data; all must be those of one thread in a quiet process."""
 
-    def run(scenario, *arguments, expected=2, warnings=("error", FORK_WARNING), **environment):
+    def run(scenario, *arguments, expected=2, warnings=("error", FORK_WARNING), **keywords):
         code = COMMON + textwrap.dedent(scenario)
-        found = python(code, *arguments, timeout=LIMIT, warnings=warnings, **environment).split()
+        found = python(code, *arguments, timeout=LIMIT, warnings=warnings, **keywords).split()
         assert len(found) == expected
         quiet = python(COMMON + "print(digest(1))", timeout=LIMIT).split()
         assert found == quiet * expected
@@ -499,6 +500,85 @@ def test_a_signal_is_for_the_main_thread(same):
         """),
         expected=1,
     )
+
+
+SLOW = """
+def slowly(call, seconds):
+    def handle(*_):
+        time.sleep(seconds)
+        raise Enough
+    signal.signal(signal.SIGALRM, handle)
+    signal.setitimer(signal.ITIMER_REAL, 0.01)
+    try:
+        while True:
+            call()
+    except Enough:
+        pass
+    finally:
+        signal.signal(signal.SIGALRM, signal.SIG_IGN)
+        signal.setitimer(signal.ITIMER_REAL, 0)
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="sets a timer")
+@pytest.mark.parametrize("small", [False, True])
+def test_a_handler_that_takes_its_time(same, small):
+    """Longer than the time between two looks, and than the rest of the call: its exception is not lost."""
+    code = """
+    x = np.full((512, 60_000), 0.5, np.float32)
+    out = np.empty(60_000, np.float32), np.empty_like(x), np.empty_like(x)
+    for _ in range(3):
+        slowly(lambda: klcore.kl_div(x, x, axis=0, weights=0, return_grad=("x", "y"), out=out), 0.15)
+        slowly(lambda: klcore.kl_div(x[:, :999], x[:, :999], reduction="sum"), 0.3)
+    """
+    if small:  # a limit of the main thread's stack counts from the start of a program
+        shell = ("bash", "-c", 'ulimit -s 112 && exec "$@"', "bash")
+        same(LONG + SLOW + textwrap.dedent(code) + "\nprint(digest(2))", expected=1, within=shell)
+    else:
+        same(LONG + SLOW + textwrap.dedent(code) + "\nprint(digest(2))", expected=1)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="looks into /proc")
+def test_the_team_only_grows(same):
+    """Calls of few threads between calls of many: OpenMP would end the others, and make them again."""
+    code = """
+    from klcore import _cpu
+    _cpu.pretend_processors(8)
+    big, small = np.full((9000, 32), 0.1), np.full((1100, 32), 0.1)
+    with klcore.threads(8):
+        klcore.kl_div(big, big)
+        before = set(os.listdir("/proc/self/task"))
+        for _ in range(20):
+            klcore.kl_div(small, small)
+            klcore.kl_div(big, big[:, :1], axis=0, return_grad="y")
+    assert set(os.listdir("/proc/self/task")) == before
+    _cpu.pretend_processors(0)
+    print(digest(2))
+    """
+    same("import os\n" + textwrap.dedent(code), expected=1)
+
+
+@needs_fork
+def test_first_import_in_a_fork(python):
+    """The parent used the same OpenMP without klcore, whose child must not wait for threads that it does not have."""
+    library = ctypes.util.find_library("gomp")
+    if not library:
+        pytest.skip("GNU's OpenMP is not there as a library of its own")
+    code = f"""
+    import ctypes, os, sys
+    libc, gomp = ctypes.CDLL(None), ctypes.CDLL({library!r})
+    gomp.GOMP_parallel(libc.free, None, 2, 0)
+    child = os.fork()
+    if not child:
+        import numpy, klcore
+        from klcore import _cpu
+        _cpu.pretend_processors(2)
+        x = numpy.full((300, 700), 0.5, numpy.float32)
+        with klcore.threads(2):
+            os._exit(0 if klcore.kl_div(x, x, reduction="sum") == 0 else 1)
+    assert os.waitpid(child, 0)[1] == 0
+    """
+    python(textwrap.dedent(code), timeout=LIMIT, warnings=("error", FORK_WARNING))
 
 
 def test_a_daemon_thread_at_the_end(python):

@@ -160,7 +160,7 @@ def test_unknown_arguments() -> None:
 def test_configuration() -> None:
     assert_type(klcore.show_config("dicts"), dict[str, dict[str, Any]])
     assert_type(klcore.get_num_threads(), int)
-    assert_type(klcore.backends(), dict[str, str])
+    assert_type(klcore.list_backends(), dict[str, str])
     with klcore.threads(1) as nothing:
         assert_type(nothing, None)
     with pytest.raises(ValueError, match="mode must be"):

@@ -1,9 +1,8 @@
 """The registry: which module computes for which arrays.
 
-A backend is a module with the functions of ``klcore.divergence`` under their names, taking the same arguments in the
-same order, positionally; it gets arrays of its library and returns arrays of its library. The four public ones are the
-contract; `loss` is for ``klcore.compat``, which says so where a backend has none. What cpu.py and cuda.py offer besides
-(`gradient`, `block`) is for the adapters, which lend them their arrays, and may change.
+A backend is a module with a function ``compute(call)``: it gets a ``klcore.operations.Call`` with arrays of its
+library, and returns what ``klcore.kl_div`` says, as arrays of its library. Calls of losses come from ``klcore.compat``.
+What cpu.py and cuda.py take besides (a cotangent) or offer (`block`) is for the adapters, which lend them their arrays.
 
 A backend is imported when the first array of its library arrives: a library may be absent, heavy or broken, and nobody
 who does not use it should notice. This file imports no array library, and no backend when it is imported.
@@ -12,6 +11,10 @@ who does not use it should notice. This file imports no array library, and no ba
 import importlib
 from collections.abc import Sequence
 from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from klcore.operations import Call
 
 # the first word of the module that defines an array's type -> the backend
 _MODULES = {
@@ -67,6 +70,11 @@ def find(x: object, y: object, device: str | None) -> ModuleType:
     return _module(of_x or "numpy")
 
 
+def compute(call: "Call") -> Any:
+    """What the backend of the call's arrays makes of it."""
+    return find(call.x, call.x if call.y is None else call.y, call.device).compute(call)
+
+
 def _library(cls: type, name: str) -> str | None:
     """The library an array type belongs to, looking through its base classes; None for numbers and sequences."""
     libraries, tensors = _libraries, _tensors
@@ -94,7 +102,7 @@ def _look_up(cls: type, name: str) -> str | None:
         return "numpy"
     if issubclass(cls, (*_NUMBERS, Sequence)) and not issubclass(cls, _TEXT):
         return None
-    known = ", ".join(sorted(backends().keys() - {"dlpack"}))
+    known = ", ".join(sorted(_MODULES.keys() - {"dlpack"}))
     raise TypeError(
         f"{name} is of the type {cls.__module__}.{cls.__qualname__}, which klcore does not know; it takes arrays of "
         f"{known}, those with __dlpack__ or __array__, numbers, lists and other sequences of numbers. "
@@ -104,7 +112,9 @@ def _look_up(cls: type, name: str) -> str | None:
 
 def _of_device(device: str) -> str:
     if not isinstance(device, str):
-        raise ValueError(f"device must be None, 'cpu', 'cuda' or 'cuda:N', found {device!r}")
+        raise ValueError(
+            f"device must be None, 'cpu', 'cuda' or 'cuda:N', found {device!r}; of PyTorch's devices pass str(device)"
+        )
     name, colon, number = device.partition(":")
     if name not in _DEVICES or (colon and not (name == "cuda" and number.isdecimal() and len(number) < 10)):
         raise ValueError(f"device must be None, 'cpu', 'cuda' or 'cuda:N', found {device!r}")
@@ -132,13 +142,13 @@ def _load(library: str) -> ModuleType:
         ) from error
 
 
-def backends() -> dict[str, str]:
+def list_backends() -> dict[str, str]:
     """The registry, as a new dict: the name of an array library -> the module that computes for its arrays.
 
     Examples
     --------
     >>> import klcore
-    >>> klcore.backends()["numpy"]
+    >>> klcore.list_backends()["numpy"]
     'klcore.backends.cpu'
     """
     return dict(_MODULES)
@@ -152,9 +162,9 @@ def register_backend(library: str, module: str) -> None:
     library : str
         The first word of the module that defines the array type, as ``"torch"`` for ``torch.Tensor``.
     module : str
-        Import path of a module with the functions ``kl_div``, ``rel_entr``, ``cross_entropy`` and ``entropy``, which
-        take the arguments of klcore's own in the same order, positionally; and `loss`, as ``klcore.divergence`` has
-        it, if ``klcore.compat`` is to take its arrays. It is imported when the first such array arrives.
+        Import path of a module with a function ``compute(call)``, which takes a ``klcore.operations.Call`` and returns
+        what the public function of its operation does. If ``call.operation.is_loss`` it comes from ``klcore.compat``:
+        a backend without these raises TypeError. It is imported when the first such array arrives.
 
     Raises
     ------

@@ -11,17 +11,18 @@ and dtypes only fills its own addresses in.
 import contextlib
 import importlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import cache, partial
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from klcore import _cpu
 from klcore.backends import BackendUnavailableError, nvrtc, rows
+from klcore.operations import KL_DIV, Call, Operation
 
-_SIZES = (8, 4, 2, 2)
-CHUNK, NARROW = 1024, 128  # kl_tree.h; rows of up to NARROW classes share a warp
-MAX_STATS, LOGITS_STATES, CROSS_STATES, NORM_STATES, SUM_STATES = 12, 9, 7, 3, 3
+_SIZES = _cpu.SIZES  # bytes, by the code of a dtype
+CHUNK, NARROW, MAX_STATS = _cpu.CHUNK, _cpu.COLUMNS, _cpu.MAX_STATS  # rows of up to NARROW classes share a warp
 KNOWN = 2 * MAX_STATS  # doubles for each warp, in shared memory
 MAX_DIMS = 32
 _RESERVED = 1024  # bytes of shared memory that CUDA takes for itself in every block
@@ -58,7 +59,7 @@ _FLOAT64, _FLOAT32 = np.dtype("float64"), np.dtype("float32")  # NumPy takes its
 @cache
 def _code(dtype: Any) -> int | None:
     """The code of a dtype in kl_store.h, or None. A dtype's name takes NumPy a microsecond: hence the cache."""
-    return rows.FLOATS.index(dtype.name) if dtype.name in rows.FLOATS else None
+    return rows.CODES.get(dtype.name)
 
 
 # ---- the library and the device --------------------------------------------------------------------------------------
@@ -213,41 +214,32 @@ def on_stream(device: int, pointer: int) -> Iterator[Any]:
 # ---- kernels ---------------------------------------------------------------------------------------------------------
 
 
-class Build(NamedTuple):
-    """A cubin: its name, the macros it is compiled with, the kernels in it."""
-
-    name: str
-    options: tuple[str, ...]
-    kernels: tuple[str, ...]
-    hot: tuple[str, ...]  # those that should wait for memory, not for arithmetic
-
-
 _ENTRIES = {
     "kl_units": "KL_UNITS", "kl_narrow": "KL_NARROW", "kl_rows": "KL_ROWS", "kl_fold": "KL_FOLD", "kl_sum": "KL_SUM",
     "kl_weights": "KL_SUM", "kl_summed": "KL_SUMMED", "kl_summed_fold": "KL_SUMMED",
 }  # fmt: skip
 
 
-def _beside(operation: int, spaces: tuple[int, int]) -> bool:
+def _beside(operation: Operation, spaces: tuple[int, int]) -> bool:
     """Whether it is the divergence of logits beside another space: norms in double, log-probabilities in two parts.
 
     So it takes as many registers as what is wide, and no hardware exponentials.
     """
-    return 2 in spaces and spaces[0] != spaces[1] and operation <= rows.REL_ENTR
+    return rows.LOGITS in spaces and spaces[0] != spaces[1] and operation.form == _cpu.BY_RATIO
 
 
-def _is_fast(operation: int, spaces: tuple[int, int], dtypes: tuple[int, int], wide: bool) -> bool:
+def _is_fast(operation: Operation, spaces: tuple[int, int], dtypes: tuple[int, int], wide: bool) -> bool:
     """Whether exponentials are the hardware's: 16-bit inputs come faster than others could be computed."""
     return not wide and not _beside(operation, spaces) and max(_SIZES[d] for d in dtypes) == 2
 
 
 def options(
-    operation: int, spaces: tuple[int, int], dtypes: tuple[int, int], wide: bool, outputs: int,
+    operation: Operation, spaces: tuple[int, int], dtypes: tuple[int, int], wide: bool, outputs: int,
     entries: tuple[str, ...], unit: bool = True, factors: bool = False,
 ) -> tuple[str, ...]:  # fmt: skip
     """The macros that kl_cuda.cu is compiled with for these kernels; `unit` if the temperature is 1."""
     values = {
-        "OPERATION": operation, "SPACE_X": spaces[0], "SPACE_Y": spaces[1], "X": dtypes[0], "Y": dtypes[1],
+        "OPERATION": operation.code, "SPACE_X": spaces[0], "SPACE_Y": spaces[1], "X": dtypes[0], "Y": dtypes[1],
         "WIDE": int(wide), "OUTPUTS": outputs,
     }  # fmt: skip
     if not unit:
@@ -262,45 +254,14 @@ def options(
     )
 
 
-def every_build() -> Iterator[Build]:
-    """What calls compile, over all operations, pairs of spaces and dtypes, for checks of what the compiler makes of it.
-
-    Of the outputs, those that are the most and the least; for the hot ones, the commonest gradient as well.
-    """
-    names = ("kl_div", "rel_entr", "cross_entropy", "entropy")
-    words = tuple(rows.SPACES)
-    sweeping, folding = ("kl_units", "kl_narrow", "kl_rows"), ("kl_summed", "kl_summed_fold", "kl_fold")
-    for operation, name in enumerate(names):
-        single = operation == rows.ENTROPY
-        for sx, sy in ((sx, sy) for sx in range(3) for sy in range(3) if not single or sx == sy):
-            for code, dtype in enumerate(rows.FLOATS):
-                wide = code == 0 or rows.is_wide(operation, (sx, sy))
-                hot = () if wide or _beside(operation, (sx, sy)) else sweeping
-                build = partial(options, operation, (sx, sy), (code, code), wide)
-                label = f"{name} {words[sx]}" + (f"/{words[sy]}" if sy != sx else "") + f" {dtype}"
-                yield Build(f"{label} value", build(0, sweeping), sweeping, hot)
-                everything = "terms dx" if single else "terms dx dy"
-                yield Build(f"{label} {everything}", build(5 if single else 7, sweeping), sweeping, hot)
-                if not wide:
-                    gradient = "dx" if single else "dy"
-                    yield Build(f"{label} {gradient}", build(_OUTPUTS[gradient[1]], sweeping), sweeping, hot)
-                if code < 2 or not wide:
-                    yield Build(f"{label} summed", build(1, folding), folding, ())
-    for term, (operation, pairs) in rows.LOSSES.items():
-        for sx, sy in pairs:
-            for code, dtype in enumerate(rows.FLOATS):
-                wide = code == 0 or rows.is_wide(operation, (sx, sy))
-                hot = () if wide else sweeping
-                build = partial(options, operation, (sx, sy), (code, code), wide)
-                label = f"{term} {words[sx]}/{words[sy]} {dtype}"
-                yield Build(f"{label} value", build(0, sweeping), sweeping, hot)
-                yield Build(f"{label} dy", build(2, sweeping), sweeping, hot)
-                yield Build(f"{label} terms dx dy, factors", build(7, sweeping, factors=True), sweeping, ())
-    yield Build("sum", _sum_options(), ("kl_sum", "kl_weights"), ())
-
-
 def _sum_options() -> tuple[str, ...]:
-    return options(rows.KL_DIV, (0, 0), (1, 1), False, 0, ("kl_sum",))
+    pair, float32 = (rows.SPACES["probs"],) * 2, (rows.CODES["float32"],) * 2
+    return options(KL_DIV, pair, float32, False, 0, ("kl_sum",))  # which looks at none of these
+
+
+@cache
+def _states(operation: int, spaces: tuple[int, int], wide: bool, outputs: int, factors: bool) -> tuple[int, ...]:
+    return _cpu.sweeps(operation, *spaces, wide, bool(outputs & _TERMS), bool(outputs & ~_TERMS), factors)
 
 
 _STAGING = ("kl_units", "kl_narrow", "kl_rows", "kl_summed")  # kernels that keep chunks in shared memory
@@ -450,11 +411,11 @@ class _Launch(NamedTuple):
 _Planned = tuple[_Launch, _Plan]
 
 
-class _Call(NamedTuple):
+class _Kind(NamedTuple):
     """What all launches of one call share."""
 
     device: int
-    operation: int
+    operation: Operation
     spaces: tuple[int, int]
     dtypes: tuple[int, int]
     wide: bool
@@ -463,7 +424,7 @@ class _Call(NamedTuple):
     factors: bool
     n: int
 
-    def until(self, last: int) -> "_Call":
+    def until(self, last: int) -> "_Kind":
         """What is compiled for the sweeps before `last`: of several, the first leaves nothing but states."""
         return self._replace(outputs=0) if last == 1 < self.sweeps else self
 
@@ -473,40 +434,30 @@ class _Call(NamedTuple):
         macros = options(self.operation, self.spaces, self.dtypes, self.wide, outputs, (name,), self.unit, self.factors)
         return _kernel(self.device, macros, name)
 
-    def states(self, sweep: int) -> int:
-        """Doubles that a chunk leaves behind."""
-        if self.of_logits:
-            return LOGITS_STATES if sweep == 0 else 0
-        if self.of_cross:
-            return CROSS_STATES if sweep == 0 else 0
-        if 2 in self.spaces:
-            return (2 * NORM_STATES, SUM_STATES, 0)[sweep]
-        return 1
+    @property
+    def states(self) -> tuple[int, ...]:
+        """Doubles that a chunk leaves behind, for each sweep over the rows that these outputs take."""
+        return _states(self.operation.code, self.spaces, self.wide, self.outputs, self.factors)
 
     def row_bytes(self, chunks: int) -> int:
         """Of a row in kl_rows: what its chunks leave behind, and what is known of it."""
         fold = 0 if not self.of_logits or self.extra_bytes() else 4 * 3 * 32  # of warps that add up together
-        return 8 * (max(map(self.states, range(self.sweeps))) * chunks + MAX_STATS + fold)
+        return 8 * (max(self.states) * chunks + MAX_STATS + fold)
 
     @property
     def sweeps(self) -> int:
-        """Over the rows, for these outputs."""
-        if self.of_logits or self.of_cross:
-            return 2 if self.outputs else 1
-        if 2 in self.spaces:
-            return 3 if self.outputs & ~_TERMS else 2
-        return 1
+        return len(self.states)
 
     @property
     def of_logits(self) -> bool:
-        return self.spaces == (2, 2) and self.operation <= rows.REL_ENTR and not self.factors
+        return self.spaces == (rows.LOGITS,) * 2 and self.operation.form == _cpu.BY_RATIO and not self.factors
 
     @property
     def of_cross(self) -> bool:
-        return 2 in self.spaces and self.operation in (rows.CROSS_ENTROPY, rows.ENTROPY) and not self.factors
+        return rows.LOGITS in self.spaces and self.operation.form == _cpu.BY_COST and not self.factors
 
     def bytes_a_class(self) -> int:
-        return _SIZES[self.dtypes[0]] + (0 if self.operation == rows.ENTROPY else _SIZES[self.dtypes[1]])
+        return _SIZES[self.dtypes[0]] + (0 if self.operation.single else _SIZES[self.dtypes[1]])
 
     def number(self) -> int:
         return 8 if self.wide else 4
@@ -525,8 +476,8 @@ class _Call(NamedTuple):
             return 8
         if self.of_logits and _properties(self.device).arch >= 120:
             return 8
-        if self.fast and 2 not in self.spaces and not self.outputs & _TERMS:
-            return 32 if not self.outputs else 24 if self.spaces == (0, 0) else 16
+        if self.fast and rows.LOGITS not in self.spaces and not self.outputs & _TERMS:
+            return 32 if not self.outputs else 24 if self.spaces == (rows.SPACES["probs"],) * 2 else 16
         if self.fast and self.of_logits and not self.outputs:
             return 20
         return 16 if self.of_logits or self.of_cross or self.outputs & ~_TERMS else 24
@@ -537,35 +488,35 @@ class _Call(NamedTuple):
         return max(range(1, _WARPS + 1), key=lambda w: (w * blocks(w * bytes_a_warp, w, most), w))
 
 
-def _launch(call: _Call, name: str, plan: _Plan, items: int, warps: int, shared: int) -> _Planned:
+def _launch(kind: _Kind, name: str, plan: _Plan, items: int, warps: int, shared: int) -> _Planned:
     """One launch; `items` blocks' worth of work."""
-    most = int(_MOST_BLOCKS * _properties(call.device).multiprocessors)
-    return _Launch(name, call.kernel(name), (max(1, min(items, most)),), (32 * warps,), shared), plan
+    most = int(_MOST_BLOCKS * _properties(kind.device).multiprocessors)
+    return _Launch(name, kind.kernel(name), (max(1, min(items, most)),), (32 * warps,), shared), plan
 
 
-def _sweep(call: _Call, plan: _Plan, layout: _Layout, last: int, scratch: _Scratch) -> list[_Planned]:
+def _sweep(kind: _Kind, plan: _Plan, layout: _Layout, last: int, scratch: _Scratch) -> list[_Planned]:
     """The launches that run sweeps 0 to last - 1 over all rows."""
-    n, chunks = call.n, -(-call.n // CHUNK)
+    n, chunks = kind.n, -(-kind.n // CHUNK)
     batch = math.prod(layout.shape)
-    call = call.until(last)
-    extra = call.extra_bytes()
+    kind = kind.until(last)
+    extra = kind.extra_bytes()
 
     if n <= NARROW:
-        at_once = _rows_at_once(call, n)
-        bytes_a_warp = _narrow_bytes(call, n, at_once)
-        warps = call.warps(bytes_a_warp)
+        at_once = _rows_at_once(kind, n)
+        bytes_a_warp = _narrow_bytes(kind, n, at_once)
+        warps = kind.warps(bytes_a_warp)
         plan = plan.with_fields(first=0, last=last, count=at_once, dense=layout.dense, columns=layout.columns)
-        return [_launch(call, "kl_narrow", plan, -(-batch // (at_once * warps)), warps, warps * bytes_a_warp)]
+        return [_launch(kind, "kl_narrow", plan, -(-batch // (at_once * warps)), warps, warps * bytes_a_warp)]
 
-    slot = CHUNK * call.bytes_a_class()
+    slot = CHUNK * kind.bytes_a_class()
     beside = CHUNK * extra + 8 * KNOWN
     bytes_a_warp = slot + beside
-    warps = call.warps(bytes_a_warp)
+    warps = kind.warps(bytes_a_warp)
 
     def units(first: int, last: int) -> _Planned:
         p = plan.with_fields(first=first, last=last, slots=1, columns=layout.columns)
         tiles = -(-batch // warps) * chunks if layout.columns else -(-batch * chunks // warps)
-        launch, p = _launch(call.until(last), "kl_units", p, tiles, warps, warps * bytes_a_warp)
+        launch, p = _launch(kind.until(last), "kl_units", p, tiles, warps, warps * bytes_a_warp)
         rows_on, chunks_on = divmod(launch.grid[0] * (1 if layout.columns else warps), chunks)
         return launch, p.with_fields(rows_on=rows_on * (warps if layout.columns else 1), chunks_on=chunks_on)
 
@@ -573,18 +524,18 @@ def _sweep(call: _Call, plan: _Plan, layout: _Layout, last: int, scratch: _Scrat
         return [units(0, last)]
 
     if not layout.columns and chunks <= CHUNK:
-        a_row = _a_block_a_row(call, batch, chunks, last, slot, beside)
+        a_row = _a_block_a_row(kind, batch, chunks, last, slot, beside)
         if a_row:
             warps_a_row, slots, shared = a_row
             p = plan.with_fields(first=0, last=last, slots=slots)
-            return [_launch(call, "kl_rows", p, batch, warps_a_row, shared)]
+            return [_launch(kind, "kl_rows", p, batch, warps_a_row, shared)]
 
     # the chunks over the whole device, one sweep a launch
     if _AT["stats"] not in plan.places:
         plan = plan.with_fields(stats=scratch.doubles(batch * MAX_STATS))
     launches = []
     for sweep in range(last):
-        states, count = call.states(sweep), chunks
+        states, count = kind.states[sweep], chunks
         level = scratch.doubles(batch * states * count)
         if states:  # else the sweep looks at those that an earlier one left
             plan = plan.with_fields(states=level)
@@ -593,43 +544,43 @@ def _sweep(call: _Call, plan: _Plan, layout: _Layout, last: int, scratch: _Scrat
             groups = -(-count // CHUNK)
             up = scratch.doubles(batch * states * groups) if groups > 1 else None
             p = plan.with_fields(first=sweep, states=level, sums=up, count=count, groups=groups)
-            launches.append(_launch(call, "kl_fold", p, -(-batch * groups // 8), 8, 0))
+            launches.append(_launch(kind, "kl_fold", p, -(-batch * groups // 8), 8, 0))
             if up is None:
                 break
             level, count = up, groups
     return launches
 
 
-def _narrow_bytes(call: _Call, n: int, count: int) -> int:
+def _narrow_bytes(kind: _Kind, n: int, count: int) -> int:
     """Of a warp that treats so many rows of n classes at a time."""
     classes = -(-(count * n + NARROW) // 8) * 8
-    return classes * (call.bytes_a_class() + call.extra_bytes()) + count * MAX_STATS * 8
+    return classes * (kind.bytes_a_class() + kind.extra_bytes()) + count * MAX_STATS * 8
 
 
-def _rows_at_once(call: _Call, n: int) -> int:
+def _rows_at_once(kind: _Kind, n: int) -> int:
     """As many as fit in a chunk and leave room for all warps that have registers: multiples of those side by side."""
-    properties, most = _properties(call.device), call.most_warps()
+    properties, most = _properties(kind.device), kind.most_warps()
     side_by_side = 32
     while side_by_side > 1 and 32 // side_by_side * 4 < n:
         side_by_side //= 2
     count = max(min(CHUNK // n, 64) // side_by_side, 1) * side_by_side
     room = properties.shared_all // most - _RESERVED // _WARPS
-    while count > side_by_side and _narrow_bytes(call, n, count) > room:
+    while count > side_by_side and _narrow_bytes(kind, n, count) > room:
         count -= side_by_side
     return count
 
 
 def _a_block_a_row(
-    call: _Call, batch: int, chunks: int, last: int, slot: int, beside: int
+    kind: _Kind, batch: int, chunks: int, last: int, slot: int, beside: int
 ) -> tuple[int, int, int] | None:
     """Warps, chunks that each of them holds, and bytes of shared memory of a block that treats a row in one launch.
 
     None where a launch for each sweep over all chunks is faster: a row that is swept several times must leave enough
     shared memory to others; one with few chunks costs more to fold than to sweep; and rows may be few. Decision 16.
     """
-    properties, most, fixed = _properties(call.device), call.most_warps(), call.row_bytes(chunks)
-    enough = most * _BUSY_ENOUGH[0 if last == 1 else 1 + call.fast]
-    if last == 1 and 2 in call.spaces and chunks < _FEW_CHUNKS:
+    properties, most, fixed = _properties(kind.device), kind.most_warps(), kind.row_bytes(chunks)
+    enough = most * _BUSY_ENOUGH[0 if last == 1 else 1 + kind.fast]
+    if last == 1 and rows.LOGITS in kind.spaces and chunks < _FEW_CHUNKS:
         return None
     found = []
     for warps in range(1, _WARPS + 1):
@@ -644,11 +595,11 @@ def _a_block_a_row(
 
 
 def _added_up(
-    call: _Call, name: str, sums: int, values: _Place | None, count: int, plan: _Plan, scratch: _Scratch
+    kind: _Kind, name: str, sums: int, values: _Place | None, count: int, plan: _Plan, scratch: _Scratch
 ) -> list[_Planned]:
     """The sum of `count` doubles, divided, into the plan's value; or so many sums of the plan's weights into `sums`."""
     launches = []
-    function = _kernel(call.device, _sum_options(), name)
+    function = _kernel(kind.device, _sum_options(), name)
     while True:
         groups = max(1, -(-count // CHUNK))
         p = plan.with_fields(states=values, count=count, groups=groups)
@@ -712,51 +663,51 @@ def _number(temperature: Any) -> Any:
         return temperature
 
 
-def _computed(
-    words: tuple[Any, ...],
-    read: tuple[Any, ...],
-    out: Any,
-    device: str | None,
-    arrange: Callable[[Any, Any], rows.Task],
-) -> Any:
-    """What the caller gets of a call.
-
-    Parameters
-    ----------
-    words : tuple
-        The arguments that are no arrays.
-    read : tuple
-        The arrays, in the order of _READ; None where there is none.
-    out : array, tuple or None
-        As in the public functions.
-    device : str or None
-        Where to compute.
-    arrange : callable
-        Makes the Task, given CuPy and an `asarray` for rows.py.
-    """
+def compute(call: Call) -> Any:
+    """The value, or (value, *gradients); with a cotangent, the gradients alone."""
     cupy = ready()
+    total = call.cotangent is not None and call.reduction not in ("row", "none")
+    weights = _as_read(cupy, call.weights)
+    cotangent = _as_read(cupy, call.cotangent, _FLOAT64 if total else None)
+    call = call._replace(
+        weights=weights, cotangent=cotangent, axis=_integer(call.axis), temperature=_number(call.temperature)
+    )
+    # the arrays that kernels read, in the order of _READ, and what there is beside them
+    read: tuple[Any, ...] = (call.x, call.y, weights, None, cotangent)
+    if cotangent is not None and weights is None and not total:  # it multiplies each row, or each term
+        by_row = call.reduction == "row"
+        read = (call.x, call.y, cotangent, None, None) if by_row else (call.x, call.y, None, cotangent, None)
+    elif call.operation.is_loss:
+        read = (call.x, call.y, None, weights, cotangent)
+    words = (
+        call.operation.code, call.space, call.axis, call.reduction, call.temperature, call.return_grad,
+        call.denominator, call.epsilon, call.dtype, cotangent is None,
+    )  # fmt: skip
+    out = call.out if cotangent is None or call.out is None else (None, *call.out)
     given = out if isinstance(out, tuple) else (out,)
     types = tuple(map(type, words))
-    key = _key(cupy, (device, given is out, words, types), (*read, *given)) if _WORDS_OF.issuperset(types) else None
+    key = None
+    if _WORDS_OF.issuperset(types):
+        key = _key(cupy, (call.device, given is out, words, types), (*read, *given))
     try:
         prepared = _kept.get(key)
     except TypeError:  # a tuple with something in it that cannot be a key
         key = prepared = None
     if prepared is not None:
         if cupy.cuda.runtime.getDevice() == prepared.device:
-            return _again(cupy, prepared, read, given)
+            return _again(cupy, prepared, read, given, cotangent is None)
         with cupy.cuda.Device(prepared.device):
-            return _again(cupy, prepared, read, given)
+            return _again(cupy, prepared, read, given, cotangent is None)
 
-    number = _choose_device(cupy, device, dict(zip(_READ, read, strict=True)), given)
+    number = _choose_device(cupy, call.device, dict(zip(_READ, read, strict=True)), given)
     with cupy.cuda.Device(number):
-        task = arrange(cupy, partial(_asarray, cupy, number))
+        task = rows.arrange(cupy, partial(_asarray, cupy, number), call)
         value, prepared, arrays = _compute(cupy, number, task)
         if key is not None and prepared is not None and _can_be_kept(task, arrays, read):
             if len(_kept) >= _MOST_KEPT:
                 _kept.clear()
             _kept[key] = prepared
-        return rows.result(task, value)
+        return rows.result(task, value) if task.value_wanted else rows.gradients(task)
 
 
 def _can_be_kept(task: rows.Task, arrays: list[Any], read: tuple[Any, ...]) -> bool:
@@ -769,7 +720,7 @@ def _can_be_kept(task: rows.Task, arrays: list[Any], read: tuple[Any, ...]) -> b
     )
 
 
-def _again(cupy: Any, prepared: _Prepared, read: tuple[Any, ...], given: tuple[Any, ...]) -> Any:
+def _again(cupy: Any, prepared: _Prepared, read: tuple[Any, ...], given: tuple[Any, ...], value_wanted: bool) -> Any:
     """A call that was prepared before, with other addresses."""
     arrays = list(read)
     for k, (shape, dtype, like) in enumerate(prepared.results):
@@ -781,8 +732,8 @@ def _again(cupy: Any, prepared: _Prepared, read: tuple[Any, ...], given: tuple[A
     if len(given) > 1 or given[0] is not None:
         _check_overlap(prepared, arrays, addresses, given)
     _execute(cupy, prepared, addresses)
-    results = arrays[len(read) :]
-    return tuple(results) if len(results) > 1 else results[0]
+    results = tuple(arrays[len(read) :])
+    return results[1:] if not value_wanted else results if len(results) > 1 else results[0]
 
 
 def _span(a: Any) -> tuple[int, int]:
@@ -876,7 +827,7 @@ def _prepare(device: int, task: rows.Task, arrays: list[Any], results: list[Any]
         views["value"] = _view(task.value_view, places["value"], task.output == rows.TERMS)
     gradients = {g.of: _view(g.view, places["d" + g.of], True) for g in task.gradients}
     views.update({"d" + g.of: gradients[g.of] for g in task.gradients if not g.inner})
-    call = _Call(
+    kind = _Kind(
         device, task.operation, task.spaces, (views["x"].dtype, views.get("y", views["x"]).dtype), task.wide,
         sum(_OUTPUTS[g.of] for g in task.gradients if not g.inner) + (_TERMS if task.output == rows.TERMS else 0),
         task.temperature == 1, task.factors is not None, task.n,
@@ -888,7 +839,7 @@ def _prepare(device: int, task: rows.Task, arrays: list[Any], results: list[Any]
         denominator = scratch.doubles(2)
         over = _layout(task.x.shape[:-1], 1, {"weights": views["weights"]})
         plan = _plan(over, 1, sums=denominator, scale=divisor)
-        launches += _added_up(call, "kl_weights", len(rows.WEIGHT_FACTORS), None, task.rows, plan, scratch)
+        launches += _added_up(kind, "kl_weights", len(rows.WEIGHT_FACTORS), None, task.rows, plan, scratch)
     gradient_scale = 1.0 / divisor if divisor else math.nan
     if task.cotangent is not None and not cotangent:
         gradient_scale *= float(task.cotangent)
@@ -904,13 +855,13 @@ def _prepare(device: int, task: rows.Task, arrays: list[Any], results: list[Any]
     }
 
     layout = _layout(task.x.shape[:-1], task.n, views)
-    launches += _sweep(call, _plan(layout, task.n, **fields), layout, call.sweeps, scratch)
+    launches += _sweep(kind, _plan(layout, task.n, **fields), layout, kind.sweeps, scratch)
     for g in task.gradients:
         if g.inner:
-            launches += _summed(call, task, g, gradients[g.of], views, fields, scratch)
+            launches += _summed(kind, task, g, gradients[g.of], views, fields, scratch)
     if totals is not None:
         plan = _plan(_Layout((), {"value": _view(results[0], places["value"], False)}, False, False), 1, **fields)
-        launches += _added_up(call, "kl_sum", 1, totals, task.rows, plan, scratch)
+        launches += _added_up(kind, "kl_sum", 1, totals, task.rows, plan, scratch)
     kernels, plans = zip(*launches, strict=True)
     places_of_all = ((k * _WORDS + at, place) for k, plan in enumerate(plans) for at, place in plan.places.items())
     like = (None, *(_READ.index(g.of) for g in task.gradients))
@@ -926,7 +877,7 @@ def _prepare(device: int, task: rows.Task, arrays: list[Any], results: list[Any]
 
 
 def _summed(
-    call: _Call, task: rows.Task, g: rows.Gradient, to: _View, views: dict[str, _View], fields: dict[str, Any],
+    kind: _Kind, task: rows.Task, g: rows.Gradient, to: _View, views: dict[str, _View], fields: dict[str, Any],
     scratch: _Scratch,
 ) -> list[_Planned]:  # fmt: skip
     """The gradient of a broadcast operand: its batch axes in front, those to sum over behind, 1024 rows at a time."""
@@ -936,118 +887,41 @@ def _summed(
     inner = math.prod(batch[d] for d in g.inner)
     turned = {name: v._replace(batch=tuple(v.batch[d] for d in order)) for name, v in views.items() if name in _READ}
     turned["d" + g.of] = to._replace(batch=tuple(to.batch[d] for d in order))
-    layout = _layout(shape, call.n, turned, keep_order=True)
+    layout = _layout(shape, kind.n, turned, keep_order=True)
     stats = None
     launches: list[_Planned] = []
-    call = call._replace(outputs=_OUTPUTS[g.of])
-    if call.sweeps > 1:
+    kind = kind._replace(outputs=_OUTPUTS[g.of])
+    if kind.sweeps > 1:
         stats = scratch.doubles(task.rows * MAX_STATS)
-        known = _layout(shape, call.n, {k: v for k, v in turned.items() if k[0] != "d"}, keep_order=True)
-        plan = _plan(known, call.n, stats=stats, **{**fields, "output": rows.PER_ROW})
-        launches += _sweep(call, plan, known, call.sweeps - 1, scratch)
+        known = _layout(shape, kind.n, {k: v for k, v in turned.items() if k[0] != "d"}, keep_order=True)
+        plan = _plan(known, kind.n, stats=stats, **{**fields, "output": rows.PER_ROW})
+        launches += _sweep(kind, plan, known, kind.sweeps - 1, scratch)
     groups = -(-inner // CHUNK)
-    sums = scratch.doubles(task.rows // inner * groups * call.n)
+    sums = scratch.doubles(task.rows // inner * groups * kind.n)
     plan = _plan(
-        layout, call.n, stats=stats, sums=sums, inner=inner, groups=groups, first=call.sweeps - 1,
+        layout, kind.n, stats=stats, sums=sums, inner=inner, groups=groups, first=kind.sweeps - 1,
         **{**fields, "output": rows.PER_ROW},
     )  # fmt: skip
-    bytes_a_warp = CHUNK * (8 + call.bytes_a_class() + call.number())
-    items = task.rows // inner * groups * -(-call.n // CHUNK)
-    warps = call.warps(bytes_a_warp)
-    launches.append(_launch(call, "kl_summed", plan, -(-items // warps), warps, warps * bytes_a_warp))
-    elements = task.rows // inner * call.n
-    launches.append(_launch(call, "kl_summed_fold", plan, -(-elements // 256), 8, 0))
+    bytes_a_warp = CHUNK * (8 + kind.bytes_a_class() + kind.number())
+    items = task.rows // inner * groups * -(-kind.n // CHUNK)
+    warps = kind.warps(bytes_a_warp)
+    launches.append(_launch(kind, "kl_summed", plan, -(-items // warps), warps, warps * bytes_a_warp))
+    elements = task.rows // inner * kind.n
+    launches.append(_launch(kind, "kl_summed_fold", plan, -(-elements // 256), 8, 0))
     return launches
 
 
-def _run(
-    operation: int,
-    x: Any,
-    y: Any,
-    space: Any,
-    axis: int,
-    reduction: str,
-    weights: Any,
-    temperature: float,
-    return_grad: Any,
-    out: Any,
-    device: str | None,
-) -> Any:
-    weights, axis, temperature = _as_read(ready(), weights), _integer(axis), _number(temperature)
-
-    def arrange(cupy: Any, asarray: Any) -> rows.Task:
-        return rows.arrange(
-            cupy, asarray, operation, x, y, space, axis, reduction, weights, temperature, return_grad, out
-        )
-
-    words = (operation, space, axis, reduction, temperature, return_grad)
-    return _computed(words, (x, y, weights, None, None), out, device, arrange)
-
-
-def entropy(
-    x: Any, space: Any, axis: int, reduction: str, weights: Any, temperature: float, return_grad: Any, out: Any,
-    device: str | None,
-) -> Any:  # fmt: skip
-    return _run(rows.ENTROPY, x, None, space, axis, reduction, weights, temperature, return_grad, out, device)
-
-
-kl_div = partial(_run, rows.KL_DIV)
-rel_entr = partial(_run, rows.REL_ENTR)
-cross_entropy = partial(_run, rows.CROSS_ENTROPY)
-
-
-def loss(
-    term: str, x: Any, y: Any, space: Any, axis: int, reduction: str, factors: Any, denominator: float, epsilon: float,
-    dtype: str | None, return_grad: Any, out: Any = None,
-) -> Any:  # fmt: skip
-    def arrange(cupy: Any, asarray: Any) -> rows.Task:
-        return rows.arrange_loss(
-            cupy, asarray, term, x, y, space, axis, reduction, factors, denominator, epsilon, dtype, return_grad, out
-        )
-
-    factors, axis = _as_read(ready(), factors), _integer(axis)
-    words = (term, space, axis, reduction, denominator, epsilon, dtype, return_grad)
-    return _computed(words, (x, y, None, factors, None), out, None, arrange)
-
-
-def gradient(
-    operation: str, x: Any, y: Any, space: Any, axis: int, reduction: str, weights: Any, temperature: float,
-    cotangent: Any, return_grad: Any, denominator: float = 1.0, epsilon: float = 0.0, out: Any = None,
-) -> tuple[Any, ...]:  # fmt: skip
-    """The gradients of sum(cotangent * value), for adapters; arguments as in :func:`rows.arrange_gradient`."""
-
-    def arrange(cupy: Any, asarray: Any) -> rows.Task:
-        return rows.arrange_gradient(
-            cupy, asarray, operation, x, y, space, axis, reduction, weights, temperature, cotangent, return_grad,
-            denominator, epsilon, out,
-        )  # fmt: skip
-
-    total = reduction not in ("row", "none")
-    cotangent = _as_read(ready(), cotangent, _FLOAT64 if total else None)
-    axis, temperature = _integer(axis), _number(temperature)
-    read = (x, y, weights, None, cotangent)
-    if weights is None and not total:  # it multiplies each row, or each term
-        read = (x, y, cotangent, None, None) if reduction == "row" else (x, y, None, cotangent, None)
-    words = ("gradient", operation, space, axis, reduction, temperature, return_grad, denominator, epsilon)
-    return _computed(words, read, None if out is None else (None, *out), None, arrange)[1:]
-
-
-def block(
-    operation: int, x: Any, y: Any, space: Any, axis: int, reduction: str, weights: Any, temperature: float,
-    return_grad: Any, denominator: float, totals: bool, shared: tuple[str, ...],
-) -> tuple[Any, ...]:  # fmt: skip
+def block(call: Call, denominator: float, shared: tuple[str, ...]) -> tuple[Any, ...]:
     """What cpu.block does, for backends/dask.py."""
     cupy = ready()
-    number = _choose_device(cupy, None, {"x": x, "y": y, "weights": weights}, ())
+    number = _choose_device(cupy, None, {"x": call.x, "y": call.y, "weights": call.weights}, ())
     with cupy.cuda.Device(number):
         # the kernels write a gradient in its operand's dtype, and parts of a sum should not be rounded to 16 bits
         x, y = (
-            a.astype(np.float32) if name in shared and a.dtype.itemsize == 2 else a for name, a in (("x", x), ("y", y))
+            a.astype(np.float32) if name in shared and a.dtype.itemsize == 2 else a
+            for name, a in (("x", call.x), ("y", call.y))
         )
-        task = rows.arrange(
-            cupy, partial(_asarray, cupy, number), operation, x, y, space, axis, reduction, weights, temperature,
-            return_grad, None, dtype=cupy.dtype("float64") if totals else None,
-        )  # fmt: skip
+        task = rows.arrange(cupy, partial(_asarray, cupy, number), call._replace(x=x, y=y))
         task.cotangent = 1.0 / denominator if denominator else math.nan
         _compute(cupy, number, task)
         return task.value, *(g.view.astype(np.float64) if g.of in shared else g.array for g in task.gradients)

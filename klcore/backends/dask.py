@@ -16,7 +16,6 @@ import math
 import operator
 import threading
 from contextlib import nullcontext
-from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -26,13 +25,13 @@ from dask.array.utils import meta_from_array
 
 from klcore.backends import cpu, labels, rows
 from klcore.backends.threads import threads
+from klcore.operations import Call
 
 # ---- arguments -------------------------------------------------------------------------------------------------------
 
 # An array library whose arrays have a shape and a dtype, and no memory, for rows.py.
 _SHAPES = SimpleNamespace(
     broadcast_to=np.broadcast_to,
-    moveaxis=np.moveaxis,
     dtype=np.dtype,
     empty=lambda shape, dtype: np.broadcast_to(np.zeros((), dtype), shape),
     empty_like=lambda a: a,
@@ -93,11 +92,9 @@ def _axes(x: Any, y: Any, weights: Any, axis: int) -> list[tuple[str, Any, tuple
     return [(name, a, axes[len(axes) - a.ndim :]) for name, a, axes in named if a is not None]
 
 
-def _arrange(
-    operation: int, x: Any, y: Any, space: Any, axis: int, reduction: str, weights: Any, w: Any, temperature: float,
-    return_grad: Any,
-) -> rows.Task:  # fmt: skip
-    """The call as rows.py sees it, all errors included; `w` is the dask array of the weights."""
+def _arrange(call: Call, weights: Any) -> rows.Task:
+    """The call, of dask arrays, as rows.py sees it, all errors included; `weights` as they were given."""
+    x, y, w, axis, reduction = call.x, call.y, call.weights, call.axis, call.reduction
     ndim = max(a.ndim for a in (x, y) if a is not None)
     # along the axes of the broadcast shape; where nobody knows a size, any that is not 1 will do
     sizes = [
@@ -115,7 +112,7 @@ def _arrange(
             return _stand_in(a, [n for d, n in enumerate(sizes) if d != axis % ndim])
         return np.asarray(weights, a.dtype.newbyteorder("="))  # its values are looked at
 
-    task = rows.arrange(_SHAPES, asarray, operation, x, y, space, axis, reduction, w, temperature, return_grad, None)
+    task = rows.arrange(_SHAPES, asarray, call)
     if unknown:
         _check_sizes(_axes(x, y, w, axis), axis % ndim, reduction)
     return task
@@ -151,19 +148,18 @@ def _threads() -> Any:
     return nullcontext() if alone else threads(1)
 
 
-def _rows(x: Any, y: Any, weights: Any, denominator: Any, totals: bool, **arguments: Any) -> tuple[Any, ...]:
+def _rows(x: Any, y: Any, weights: Any, denominator: Any, call: Call, totals: bool, shared: Any) -> tuple[Any, ...]:
     """A block whose rows are whole: the value, or the sums of 1024 rows each, and gradients."""
     backend = importlib.import_module("klcore.backends.cuda") if hasattr(x, "__cuda_array_interface__") else cpu
     with _threads():
-        value, *gradients = backend.block(
-            x=x, y=y, weights=weights, denominator=float(denominator), totals=totals, **arguments
-        )
+        call = call._replace(x=x, y=y, weights=weights)
+        value, *gradients = backend.block(call, float(denominator), shared)
     return cpu.chunk_sums(_host(value)) if totals else value, *gradients
 
 
-def _states(x: Any, y: Any, weights: Any, stats: Any, **arguments: Any) -> Any:
+def _states(x: Any, y: Any, weights: Any, stats: Any, call: Call, number: int) -> Any:
     with _threads():
-        return cpu.states(x=x, y=y, weights=weights, stats=stats, **arguments)
+        return cpu.states(call._replace(x=x, y=y, weights=weights), number, stats)
 
 
 def _merge(states: Any, weights: Any, stats: Any, **arguments: Any) -> Any:
@@ -171,9 +167,11 @@ def _merge(states: Any, weights: Any, stats: Any, **arguments: Any) -> Any:
         return cpu.merge(states=states, weights=weights, stats=stats, **arguments)
 
 
-def _outputs(x: Any, y: Any, weights: Any, stats: Any, denominator: Any, **arguments: Any) -> tuple[Any, ...]:
+def _outputs(
+    x: Any, y: Any, weights: Any, stats: Any, denominator: Any, call: Call, number: int, shared: Any
+) -> tuple[Any, ...]:
     with _threads():
-        return cpu.outputs(x=x, y=y, weights=weights, stats=stats, denominator=float(denominator), **arguments)
+        return cpu.outputs(call._replace(x=x, y=y, weights=weights), number, stats, float(denominator), shared)
 
 
 def _factor(total: Any) -> Any:
@@ -236,8 +234,8 @@ def _host(a: Any) -> Any:
 class _Graph:
     """The layers of one call. Axes have numbers as labels: those of the broadcast shape, and two of our own."""
 
-    def __init__(self, operation: int, task: rows.Task, x: Any, y: Any, weights: Any, axis: int) -> None:
-        self.operation, self.task, self.axis = operation, task, axis
+    def __init__(self, task: rows.Task, x: Any, y: Any, weights: Any, axis: int) -> None:
+        self.task, self.axis = task, axis
         self.chunk_library = _library(x)
         self._unify(x, y, weights)
         ndim = max(a.ndim for a in self.arrays.values())
@@ -303,32 +301,25 @@ class _Graph:
         return whole.map_blocks(_round, g.array.dtype, dtype=g.array.dtype, meta=operand._meta)
 
 
-def _run(
-    operation: int,
-    x: Any,
-    y: Any,
-    space: Any,
-    axis: int,
-    reduction: str,
-    weights: Any,
-    temperature: float,
-    return_grad: Any,
-    out: Any,
-    device: str | None,
-) -> Any:
-    if out is not None:
+def compute(call: Call) -> Any:
+    if call.operation.is_loss:
+        raise TypeError(
+            "klcore.compat takes arrays of NumPy, CuPy, PyTorch and JAX, not dask's: map its functions over the chunks "
+            "with dask.array.map_blocks, or use klcore.kl_div"
+        )
+    if call.out is not None:
         raise TypeError(
             "out= cannot be a dask array's: it is computed later, and holds no memory to write into; use the result, "
             "or dask.array.store"
         )
-    if device is not None:
+    if call.device is not None:
         raise ValueError(
-            f"device={device!r}: dask's chunks are computed where they are; move them first, as with "
+            f"device={call.device!r}: dask's chunks are computed where they are; move them first, as with "
             "x.map_blocks(cupy.asarray)"
         )
-    w = None if weights is None else _array(weights, "weights")
-    given = x, y, weights
-    x, y = _array(x, "x"), None if operation == rows.ENTROPY else _array(y, "y")
+    given = call.x, call.y, call.weights
+    w = None if call.weights is None else _array(call.weights, "weights")
+    x, y = _array(call.x, "x"), None if call.operation.single else _array(call.y, "y")
     if y is not None:  # a list goes with the other's chunks
         x = x if isinstance(given[0], da.Array) else _like(x, y)
         y = y if isinstance(given[1], da.Array) else _like(y, x)
@@ -337,20 +328,26 @@ def _run(
             f"x has chunks of {_library(x)} and y of {_library(y)}; move one of them, as with "
             "x.map_blocks(cupy.asarray)"
         )
-    task = _arrange(operation, x, y, space, axis, reduction, weights, w, temperature, return_grad)
+    task = _arrange(call._replace(x=x, y=y, weights=w), given[2])
+    axis = operator.index(call.axis)
     if labels.are_there(*given):
         labels.check(axis if axis < 0 else axis - max(a.ndim for a in (x, y) if a is not None), *given)
     scalar = task.x.ndim == 1 and all(a.ndim == 0 for a in (x, y) if a is not None)
     if scalar:  # one class
         x, y = (a if a is None else a.reshape(1) for a in (x, y))
-    graph = _Graph(operation, task, x, y, w, operator.index(axis))
+    graph = _Graph(task, x, y, w, axis)
     denominator = task.denominator
     if task.by_weights:
         factor = graph.move_weights() if task.weights.dtype.itemsize == 8 else 1.0
         denominator = graph.sum_of_weights() if denominator is None else denominator * factor
     scale = (denominator, () if task.by_weights else None)
     by = _by_rows if len(graph.chunks[graph.classes]) == 1 else _by_parts
-    value, gradients = by(graph, space, reduction, temperature, scale)
+    last = graph.classes - len(graph.all)
+    # the call of a block, which gets its own arrays; Python's numbers, so that equal calls have equal keys
+    block = call._replace(
+        x=None, y=None, weights=None, axis=last, temperature=task.temperature, return_grad=_wanted(task)
+    )
+    value, gradients = by(graph, block, scale)
     if task.output == rows.TOTAL:  # so far its sums
         dtype = task.scalar_dtype
         value = graph.layer(_total, (), value, scale, (dtype, None), (graph.chunk_library, None), dtype=dtype)
@@ -359,52 +356,53 @@ def _run(
     return (value, *gradients) if gradients else value
 
 
-def _by_rows(graph: _Graph, space: Any, reduction: str, temperature: float, scale: Any) -> tuple[Any, list[Any]]:
+def _by_rows(graph: _Graph, call: Call, scale: Any) -> tuple[Any, list[Any]]:
     """Value (or sums of row totals) and gradients, where the class axis is in one chunk."""
     task, totals = graph.task, graph.task.output == rows.TOTAL
+    block = call._replace(reduction="row", dtype="float64") if totals else call
     packed = graph.layer(
-        _rows, graph.all, *graph.operands("x", "y", "weights"), scale, dtype=object, concatenate=True,
-        operation=graph.operation, space=space, axis=graph.classes - len(graph.all), temperature=temperature,
-        reduction="row" if totals else reduction, totals=totals, return_grad=_wanted(task), shared=_shared(task),
+        _rows, graph.all, *graph.operands("x", "y", "weights"), scale, dtype=object, concatenate=True, call=block,
+        totals=totals, shared=_shared(task),
     )  # fmt: skip
     first = (packed, graph.all), (0, None)
     if totals:
         value = graph.sums(_pick, *first)
     else:
-        value = graph.layer(_pick, graph.all if reduction == "none" else graph.batch, *first, dtype=task.scalar_dtype)
+        axes = graph.all if call.reduction == "none" else graph.batch
+        value = graph.layer(_pick, axes, *first, dtype=task.scalar_dtype)
     return value, [graph.gradient(packed, k, g) for k, g in enumerate(task.gradients, 1)]
 
 
-def _by_parts(graph: _Graph, space: Any, reduction: str, temperature: float, scale: Any) -> tuple[Any, list[Any]]:
+def _by_parts(graph: _Graph, call: Call, scale: Any) -> tuple[Any, list[Any]]:
     """The same where it is in several."""
-    task, operation = graph.task, graph.operation
-    common = {"operation": operation, "temperature": temperature}
-    arguments = {**common, "space": space, "axis": graph.classes - len(graph.all), "concatenate": True}
+    task, operation = graph.task, call.operation
     operands = graph.operands("x", "y", "weights")
     of_stats, of_states = (*graph.batch, graph.stats), (*graph.batch, graph.states, graph.classes)
     stats: list[tuple[Any, Any]] = [(None, None)]  # before each sweep, and after the last that the value takes
+    by_row = call._replace(reduction="row")
     for number, size in enumerate(cpu.sweeps(operation, task.spaces, task.wide, False, False)):
         states = graph.layer(
-            _states, of_states, *operands, stats[-1], dtype=np.float64, number=number, return_grad=_wanted(task),
-            new_axes={graph.states: size}, adjust_chunks={graph.classes: cpu.chunks}, **arguments,
+            _states, of_states, *operands, stats[-1], dtype=np.float64, number=number, call=by_row, concatenate=True,
+            new_axes={graph.states: size}, adjust_chunks={graph.classes: cpu.chunks},
         )  # fmt: skip
         merged = graph.layer(
             _merge, of_stats, (states, of_states), operands[2], stats[-1], dtype=np.float64, concatenate=True,
-            number=number, spaces=task.spaces, wide=task.wide, new_axes={graph.stats: cpu.STATS}, **common,
+            number=number, operation=operation, spaces=task.spaces, wide=task.wide, temperature=task.temperature,
+            new_axes={graph.stats: cpu.STATS},
         )  # fmt: skip
         stats.append((merged, of_stats))
 
-    def outputs(terms: bool, reduction: str, return_grad: Any, shared: tuple[str, ...]) -> Any:
+    def outputs(block: Call, terms: bool, shared: tuple[str, ...]) -> Any:
         """Written by the last of the sweeps that they take."""
         number = len(cpu.sweeps(operation, task.spaces, task.wide, terms, not terms)) - 1
         return graph.layer(
-            _outputs, graph.all, *operands, stats[number], scale, dtype=object, number=number, reduction=reduction,
-            return_grad=return_grad, shared=shared, **arguments,
+            _outputs, graph.all, *operands, stats[number], scale, dtype=object, number=number, call=block,
+            concatenate=True, shared=shared,
         )  # fmt: skip
 
     value: Any
-    if reduction == "none":
-        packed = outputs(True, "none", None, ())
+    if call.reduction == "none":
+        packed = outputs(call._replace(return_grad=None), True, ())
         value = graph.layer(_pick, graph.all, (packed, graph.all), (0, None), dtype=task.scalar_dtype)
     elif task.output == rows.TOTAL:
         value = graph.sums(_sums_of_stats, stats[-1], concatenate=True)
@@ -413,7 +411,7 @@ def _by_parts(graph: _Graph, space: Any, reduction: str, temperature: float, sca
         value = graph.layer(_value, graph.batch, stats[-1], (dtype, None), dtype=dtype, concatenate=True)
     if not task.gradients:
         return value, []
-    packed = outputs(False, "row", _wanted(task), _shared(task))
+    packed = outputs(by_row, False, _shared(task))
     return value, [graph.gradient(packed, k, g) for k, g in enumerate(task.gradients)]
 
 
@@ -423,25 +421,3 @@ def _wanted(task: rows.Task) -> tuple[str, ...] | None:
 
 def _shared(task: rows.Task) -> tuple[str, ...]:
     return tuple(g.of for g in task.gradients if g.inner)
-
-
-def entropy(
-    x: Any, space: Any, axis: int, reduction: str, weights: Any, temperature: float, return_grad: Any, out: Any,
-    device: str | None,
-) -> Any:  # fmt: skip
-    return _run(rows.ENTROPY, x, None, space, axis, reduction, weights, temperature, return_grad, out, device)
-
-
-def loss(
-    term: str, x: Any, y: Any, space: Any, axis: int, reduction: str, factors: Any, denominator: float, epsilon: float,
-    dtype: str | None, return_grad: Any,
-) -> Any:  # fmt: skip
-    raise TypeError(
-        "klcore.compat takes arrays of NumPy, CuPy, PyTorch and JAX, not dask's: map its functions over the chunks "
-        "with dask.array.map_blocks, or use klcore.kl_div"
-    )
-
-
-kl_div = partial(_run, rows.KL_DIV)
-rel_entr = partial(_run, rows.REL_ENTR)
-cross_entropy = partial(_run, rows.CROSS_ENTROPY)

@@ -6,12 +6,12 @@ arrays have an array API namespace (``__array_namespace__``) that takes them; el
 
 import importlib
 import itertools
-from functools import partial
 from typing import Any
 
 import numpy as np
 
 from klcore.backends import cpu
+from klcore.operations import Call
 
 # DLDeviceType in dlpack.h
 _CPU, _CUDA = (1, 3), (2, 13)  # pinned host memory and managed memory among them
@@ -114,45 +114,12 @@ def _results(found: Any, out: Any, like: Any) -> Any:
     return results if isinstance(found, tuple) else results[0]
 
 
-def _run(
-    operation: str,
-    x: Any,
-    y: Any,
-    space: Any,
-    axis: int,
-    reduction: str,
-    weights: Any,
-    temperature: float,
-    return_grad: Any,
-    out: Any,
-    device: str | None,
-) -> Any:
-    backend = _backend({"x": x, "y": y}, device)
-    lent = [_lend(x, "x")] if operation == "entropy" else [_lend(x, "x"), _lend(y, "y")]
-    found = getattr(backend, operation)(
-        *lent, space, axis, reduction, _lend(weights, "weights"), temperature, return_grad, _outs(out), None
+def compute(call: Call) -> Any:
+    x, y, out = call.x, call.y, call.out
+    backend = _backend({"x": x, "y": y}, call.device)
+    found = backend.compute(
+        call._replace(
+            x=_lend(x, "x"), y=_lend(y, "y"), weights=_lend(call.weights, "weights"), out=_outs(out), device=None
+        )
     )
     return _results(found, out, x if _lends(x) else y)
-
-
-def entropy(
-    x: Any, space: Any, axis: int, reduction: str, weights: Any, temperature: float, return_grad: Any, out: Any,
-    device: str | None,
-) -> Any:  # fmt: skip
-    return _run("entropy", x, None, space, axis, reduction, weights, temperature, return_grad, out, device)
-
-
-def loss(
-    term: str, x: Any, y: Any, space: Any, axis: int, reduction: str, factors: Any, denominator: float, epsilon: float,
-    dtype: str | None, return_grad: Any,
-) -> Any:  # fmt: skip
-    found = _backend({"x": x, "y": y}, None).loss(
-        term, _lend(x, "x"), _lend(y, "y"), space, axis, reduction, _lend(factors, "factors"), denominator, epsilon,
-        dtype, return_grad,
-    )  # fmt: skip
-    return _results(found, None, x if _lends(x) else y)
-
-
-kl_div = partial(_run, "kl_div")
-rel_entr = partial(_run, "rel_entr")
-cross_entropy = partial(_run, "cross_entropy")

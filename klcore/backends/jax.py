@@ -27,6 +27,7 @@ from jax.custom_derivatives import SymbolicZero
 from jax.experimental.buffer_callback import buffer_callback
 
 from klcore.backends import BackendUnavailableError, cpu, labels, rows
+from klcore.operations import Call
 
 _DTYPES = frozenset(jnp.dtype(name) for name in rows.FLOATS)
 _ON_CPU = 1  # kDLCPU
@@ -34,15 +35,10 @@ _SMALL = 1 << 16  # bytes of results, which are copied in less time than klcore 
 
 
 @dataclass(frozen=True)
-class _Call:
-    """What to compute, as compiled code refers to it: equal calls are equal objects, so that JAX compiles them once."""
+class _Program:
+    """What to compute, as compiled code refers to it: equal ones are equal objects, so that JAX compiles them once."""
 
-    operation: str  # a public function, or the term of a loss
-    space: Any
-    axis: int  # counted from the end, which vmap leaves alone: it puts its axes in front
-    reduction: str
-    temperature: float
-    loss: tuple[float, float] | None  # denominator and epsilon, if it is one
+    call: Call  # without arrays; its axis counted from the end, which vmap leaves alone: it puts its axes in front
     ndim: int  # of x and y
     shape: tuple[int, ...]  # of the value
     dtype: Any
@@ -51,7 +47,7 @@ class _Call:
 
     @property
     def total(self) -> bool:
-        return self.reduction not in ("row", "none")
+        return self.call.reduction not in ("row", "none")
 
     def results(self, x: Any, y: Any) -> tuple[Any, ...]:
         """Shapes and dtypes of what is computed."""
@@ -88,18 +84,12 @@ class _Call:
             self._compute(backend, results, *arrays)
 
     def _compute(self, backend: Any, out: list[Any], x: Any, y: Any, weights: Any, cotangent: Any) -> None:
-        words = (self.space, self.axis, self.reduction, weights)
-        wanted = self.gradients or None
         to: Any = tuple(out) if sum(o.nbytes for o in out) > _SMALL else None
-        if self.pull:
-            arguments = (self.operation, x, y, *words, self.temperature, cotangent, wanted)
-            keywords = dict(zip(("denominator", "epsilon"), self.loss or (), strict=False))
-            results = backend.gradient(*arguments, **keywords, out=to)
-        elif self.loss:
-            results = backend.loss(self.operation, x, y, *words, *self.loss, self.dtype.name, wanted, to)
-        else:
-            arrays = (x,) if y is None else (x, y)
-            results = getattr(backend, self.operation)(*arrays, *words, self.temperature, wanted, to, None)
+        results = backend.compute(
+            self.call._replace(
+                x=x, y=y, weights=weights, cotangent=cotangent, return_grad=self.gradients or None, out=to
+            )
+        )
         for o, result in zip(out, results if self.gradients else (results,), strict=True):
             if result is not o:
                 o[...] = result
@@ -109,56 +99,58 @@ class _Call:
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _execute(call: _Call, x: Any, y: Any, weights: Any, cotangent: Any) -> Any:
-    return buffer_callback(call, call.results(x, y), vmap_method="expand_dims")(x, y, weights, cotangent)
+def _execute(program: _Program, x: Any, y: Any, weights: Any, cotangent: Any) -> Any:
+    return buffer_callback(program, program.results(x, y), vmap_method="expand_dims")(x, y, weights, cotangent)
 
 
 @_execute.defjvp
-def _no_second_derivative(call: _Call, primals: Any, tangents: Any) -> Any:
+def _no_second_derivative(program: _Program, primals: Any, tangents: Any) -> Any:
     raise NotImplementedError(
-        f"klcore.{call.operation} has first derivatives only; second ones (jax.hessian, grad of grad) are not available"
+        f"klcore.{program.call.operation.name} has first derivatives only; second ones (jax.hessian, grad of grad) are "
+        "not available"
     )
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _value(call: _Call, x: Any, y: Any, weights: Any) -> Any:
-    """The value and the gradients that `call` names."""
-    return _execute(call, x, y, weights, None)
+def _value(program: _Program, x: Any, y: Any, weights: Any) -> Any:
+    """The value and the gradients that `program` names."""
+    return _execute(program, x, y, weights, None)
 
 
-def _forward(call: _Call, x: Any, y: Any, weights: Any) -> Any:
-    if call.operation == "puzzlelib":
+def _forward(program: _Program, x: Any, y: Any, weights: Any) -> Any:
+    if program.call.operation.name == "puzzlelib":
         raise NotImplementedError(
             "PuzzleLib's loss returns a direction of descent, which is not its derivative; use that, or klcore.kl_div"
         )
     if weights is not None and weights.perturbed:
         raise NotImplementedError(
-            f"klcore.{call.operation} has no derivative with respect to weights; pass jax.lax.stop_gradient(weights)"
+            f"klcore.{program.call.operation.name} has no derivative with respect to weights; pass "
+            "jax.lax.stop_gradient(weights)"
         )
     wanted = tuple(name for name, a in (("x", x), ("y", y)) if a is not None and a.perturbed)
     x, y, weights = (None if a is None else a.value for a in (x, y, weights))
     # The gradients of a total come in the same pass, and are multiplied by its cotangent afterwards. Not so those of 16
     # bits: what the cotangent (a loss scale) is to save from underflow would be lost by then.
-    if call.total and all(a is None or a.dtype.itemsize > 2 for a in (x, y)):
-        both = tuple(name for name in "xy" if name in wanted or name in call.gradients)
-        value, *gradients = _execute(replace(call, gradients=both), x, y, weights, None)
+    if program.total and all(a is None or a.dtype.itemsize > 2 for a in (x, y)):
+        both = tuple(name for name in "xy" if name in wanted or name in program.gradients)
+        value, *gradients = _execute(replace(program, gradients=both), x, y, weights, None)
         found = dict(zip(both, gradients, strict=True))
-        return (value, *(found[name] for name in call.gradients)), ({name: found[name] for name in wanted}, None)
+        return (value, *(found[name] for name in program.gradients)), ({name: found[name] for name in wanted}, None)
     # what is kept has to be arrays, but for the keys
-    return _execute(call, x, y, weights, None), (dict.fromkeys(wanted), (x, y, weights))
+    return _execute(program, x, y, weights, None), (dict.fromkeys(wanted), (x, y, weights))
 
 
-def _backward(call: _Call, kept: Any, cotangents: Any) -> Any:
+def _backward(program: _Program, kept: Any, cotangents: Any) -> Any:
     found, arguments = kept
     cotangent, *others = cotangents
     if not all(isinstance(other, SymbolicZero) for other in others):
-        _no_second_derivative(call, None, None)
+        _no_second_derivative(program, None, None)
     if isinstance(cotangent, SymbolicZero):
         return None, None, None
     if arguments is None:
         found = {name: cotangent.astype(gradient.dtype) * gradient for name, gradient in found.items()}
     else:
-        gradients = _execute(replace(call, gradients=tuple(found), pull=True), *arguments, cotangent)
+        gradients = _execute(replace(program, gradients=tuple(found), pull=True), *arguments, cotangent)
         found = dict(zip(found, gradients, strict=True))
     return found.get("x"), found.get("y"), None
 
@@ -174,39 +166,34 @@ def _stand_in(a: Any) -> Any:
     return None if a is None else np.broadcast_to(np.ones((), a.dtype), a.shape)
 
 
-def _arranged(words: tuple[Any, ...], x: Any, y: Any, weights: Any) -> rows.Task:
+def _arranged(call: Call, x: Any, y: Any, weights: Any) -> rows.Task:
     """A call's arguments, checked as those of NumPy arrays are."""
-    operation, space, axis, reduction, temperature, return_grad, loss = words
 
     def asis(a: Any, name: str) -> Any:
         return a
 
-    if loss:
-        arguments = (operation, x, y, space, axis, reduction, weights, *loss, return_grad)
-        return rows.arrange_loss(np, asis, *arguments)
-    code = rows.OPERATIONS[operation]
-    return rows.arrange(np, asis, code, x, y, space, axis, reduction, weights, temperature, return_grad, None)
+    return rows.arrange(np, asis, call._replace(x=x, y=y, weights=weights))
 
 
 @partial(jax.jit, static_argnums=0)
-def _compute(words: tuple[Any, ...], x: Any, y: Any, weights: Any) -> tuple[Any, ...]:
+def _compute(call: Call, x: Any, y: Any, weights: Any) -> tuple[Any, ...]:
     """The value and the gradients asked for; what is wrong with the arguments is raised while JAX traces this."""
-    task = _arranged(words, *(_stand_in(a) for a in (x, y, weights)))
-    operation, space, axis, reduction, temperature, _, loss = words
+    task = _arranged(call, *(_stand_in(a) for a in (x, y, weights)))
     shape = () if task.output == rows.TOTAL else task.value.shape
     ndim = max(1, x.ndim, 0 if y is None else y.ndim)
     # vmap puts axes in front: those that broadcast have to be there already. A number is one class.
     a, b = (None if v is None else v.reshape((1,) * (ndim - v.ndim) + v.shape) for v in (x, y))
     if weights is not None:
-        weights = weights.reshape((1,) * (ndim - (not loss) - weights.ndim) + weights.shape)
-    value_shape = (1,) if reduction == "none" and not shape else shape
-    call = _Call(
-        operation, space, axis if axis < 0 else axis - ndim, reduction, float(temperature), loss and loss[:2], ndim,
-        value_shape, jax.dtypes.canonicalize_dtype(task.scalar_dtype), tuple(g.of for g in task.gradients),
-    )  # fmt: skip
-    value, *gradients = _value(call, a, b, weights)
+        weights = weights.reshape((1,) * (ndim - (not call.operation.is_loss) - weights.ndim) + weights.shape)
+    value_shape = (1,) if call.reduction == "none" and not shape else shape
+    of_value = jax.dtypes.canonicalize_dtype(task.scalar_dtype)
+    axis = call.axis if call.axis < 0 else call.axis - ndim
+    # the value's dtype is what JAX has, of a loss and a row of integers alike
+    of_call = call._replace(axis=axis, dtype=of_value.name if call.operation.is_loss else None)
+    wanted = tuple(g.of for g in task.gradients)
+    value, *gradients = _value(_Program(of_call, ndim, value_shape, of_value, wanted), a, b, weights)
     shapes = {"x": x.shape, "y": None if y is None else y.shape}
-    return value.reshape(shape), *(g.reshape(shapes[n]) for n, g in zip(call.gradients, gradients, strict=True))
+    return value.reshape(shape), *(g.reshape(shapes[n]) for n, g in zip(wanted, gradients, strict=True))
 
 
 def _array(a: Any, name: str) -> Any:
@@ -252,97 +239,62 @@ def _platform(a: Any) -> str | None:
     return None if a is None or isinstance(a, jax.core.Tracer) else next(iter(a.devices())).platform
 
 
-def _call(words: tuple[Any, ...], x: Any, y: Any, weights: Any, out: Any, device: str | None) -> Any:
-    if out is not None:
+def compute(call: Call) -> Any:
+    if call.out is not None:
         raise TypeError("JAX arrays cannot be written to, so out= is not possible with them; use what is returned")
-    given = x, y, weights
-    x = _array(x, "x")
-    y = None if y is None else _array(y, "y")
-    weights = None if weights is None else _array(weights, "weights")
+    if isinstance(call.temperature, jax.core.Tracer):
+        raise TypeError(
+            "temperature is traced by JAX, and klcore needs its number; divide the logits by it instead, or make it a "
+            "static argument"
+        )
+    given, device = (call.x, call.y, call.weights), call.device
+    # JAX looks calls up among those of the programs it has compiled: what equals a right one is to be refused first
+    _, temperature, wanted = rows.words(call)
+    call = call._replace(
+        x=None, y=None, weights=None, device=None,
+        space=call.space if isinstance(call.space, str) else tuple(call.space),
+        axis=rows.integer(call.axis, "axis"), temperature=temperature, return_grad=wanted or None,
+    )  # fmt: skip
+    x, y, weights = (
+        None if a is None else _array(a, name) for a, name in zip(given, ("x", "y", "weights"), strict=True)
+    )
     if labels.are_there(*given):
-        labels.check(rows.class_axis(x, y, words[2]), *given)
+        labels.check(rows.class_axis(x, y, call.axis), *given)
     if device is not None:
         x, y, weights = _moved(device, [x, y, weights])
-    if _platform(weights) == "cpu":  # compiled code would raise JAX's own error
-        _arranged(words, _stand_in(x), _stand_in(y), None if weights is None else np.asarray(weights))
-    if "gpu" in (_platform(x), _platform(y)):
-        import_module("klcore.backends.cuda").ready()
     # In this thread a signal ends the call: JAX does not look for any while its programs run. Only where there is one
     # device, to which results are bound; not for gradients in bfloat16, which JAX does not take over without a copy.
     here = jax.default_backend() == "cpu" and jax.device_count() == 1
     here = here and not any(isinstance(a, jax.core.Tracer) for a in (x, y, weights))
-    here = here and (words[5] is None or not any(a is not None and a.dtype.kind == "V" for a in (x, y)))
-    results = (_in_this_thread if here else _compute)(words, x, y, weights)
+    if here and not (wanted and any(a is not None and a.dtype.kind == "V" for a in (x, y))):
+        return _in_this_thread(call, x, y, weights)
+    if _platform(weights) == "cpu":  # compiled code would raise JAX's own error
+        _arranged(call, _stand_in(x), _stand_in(y), None if weights is None else np.asarray(weights))
+    if "gpu" in (_platform(x), _platform(y)):
+        import_module("klcore.backends.cuda").ready()
+    results = _compute(call, x, y, weights)
     return results if len(results) > 1 else results[0]
 
 
-def _in_this_thread(words: tuple[Any, ...], x: Any, y: Any, weights: Any) -> tuple[Any, ...]:
+def _in_this_thread(call: Call, x: Any, y: Any, weights: Any) -> Any:
     """The same for arrays of numbers on the CPU, outside of JAX' programs."""
-    task = _arranged(words, *(_stand_in(a) for a in (x, y, weights)))
-    operation, space, axis, reduction, temperature, return_grad, loss = words
     x, y, weights = (None if a is None else np.asarray(a) for a in (x, y, weights))
+    task = _arranged(call, _stand_in(x), _stand_in(y), None)
     out = [None if task.value is None else _to_be_taken_over(task.value.shape, task.scalar_dtype)]
     out += [_to_be_taken_over(a.shape, a.dtype) for a in (x if g.of == "x" else y for g in task.gradients)]
-    to: Any = None if all(a is None for a in out) else tuple(out)
-    if loss:
-        denominator, epsilon, dtype = loss
-        words = (space, axis, reduction, weights, denominator, epsilon, dtype, return_grad)
-        results = cpu.loss(operation, x, y, *words, to)
-    else:
-        arrays = (x,) if y is None else (x, y)
-        results = getattr(cpu, operation)(*arrays, space, axis, reduction, weights, temperature, return_grad, to, None)
-    results = results if isinstance(results, tuple) else (results,)
-    return tuple(jnp.asarray(a) if b is None else jax.dlpack.from_dlpack(b) for a, b in zip(results, out, strict=True))
+    to = None if all(a is None for a in out) else tuple(out)
+    found = cpu.compute(call._replace(x=x, y=y, weights=weights, out=to))
+    results = found if isinstance(found, tuple) else (found,)
+    given = tuple(jnp.asarray(a) if b is None else jax.dlpack.from_dlpack(b) for a, b in zip(results, out, strict=True))
+    return given if isinstance(found, tuple) else given[0]
 
 
 def _to_be_taken_over(shape: tuple[int, ...], dtype: Any) -> Any:
-    """New memory that JAX takes over as it is: its arrays begin at multiples of 64 bytes. None: it is small."""
+    """New memory that JAX takes over as it is: its arrays begin at multiples of 64 bytes. None for what is copied:
+    little, or bfloat16, which NumPy does not lend."""
     size = math.prod(shape) * dtype.itemsize
-    if size <= _SMALL:
+    if size <= _SMALL or dtype.kind == "V":
         return None
     memory = np.empty(size + 64, np.uint8)
     start = -memory.ctypes.data % 64
     return memory[start : start + size].view(dtype).reshape(shape)
-
-
-def _run(
-    operation: str,
-    x: Any,
-    y: Any,
-    space: Any,
-    axis: int,
-    reduction: str,
-    weights: Any,
-    temperature: float,
-    return_grad: Any,
-    out: Any,
-    device: str | None,
-) -> Any:
-    if isinstance(temperature, jax.core.Tracer):
-        temperature = float(temperature)  # says that it must be known
-    # JAX looks the words up among those of the programs it has compiled: what equals a right one is to be refused first
-    temperature, return_grad = rows.words(space, reduction, temperature, return_grad, y is None)[1:]
-    axis, return_grad = rows.integer(axis, "axis"), return_grad or None
-    space = space if isinstance(space, str) else tuple(space)
-    words = (operation, space, axis, reduction, temperature, return_grad, None)
-    return _call(words, x, y, weights, out, device)
-
-
-def entropy(
-    x: Any, space: Any, axis: int, reduction: str, weights: Any, temperature: float, return_grad: Any, out: Any,
-    device: str | None,
-) -> Any:  # fmt: skip
-    return _run("entropy", x, None, space, axis, reduction, weights, temperature, return_grad, out, device)
-
-
-kl_div = partial(_run, "kl_div")
-rel_entr = partial(_run, "rel_entr")
-cross_entropy = partial(_run, "cross_entropy")
-
-
-def loss(
-    term: str, x: Any, y: Any, space: Any, axis: int, reduction: str, factors: Any, denominator: float, epsilon: float,
-    dtype: str | None, return_grad: Any,
-) -> Any:  # fmt: skip
-    words = (term, space, axis, reduction, 1.0, return_grad, (denominator, epsilon, dtype))
-    return _call(words, x, y, factors, None, None)

@@ -82,8 +82,8 @@ def _compare(one: str, other: str, a: Any, b: Any) -> None:
     if labels is not None and other_labels is not None:
         if not _equal(labels, other_labels):
             raise ValueError(
-                f"{of_a} and {of_b} have different labels ({_first(labels)} and {_first(other_labels)}), and klcore "
-                f"does not align them; reindex one like the other, or {by_position}"
+                f"{of_a} and {of_b} have different labels ({_difference(labels, other_labels)}), and klcore does not "
+                f"align them; reindex one like the other, or {by_position}"
             )
         return
     name, of, alone = (one, of_a, other) if other_labels is None else (other, of_b, one)
@@ -101,10 +101,20 @@ def _equal(a: Any, b: Any) -> bool:
 
 def _reordered(labels: Any) -> bool:
     """Whether they are the numbers from 0 on, but not in order."""
-    if getattr(getattr(labels, "dtype", None), "kind", "") not in ("i", "u"):
-        return False
     numbers, order = np.asarray(labels), np.arange(len(labels))
+    if numbers.dtype.kind not in "iufO" or any(not isinstance(v, (int, float)) for v in numbers.tolist()):
+        return False
     return not np.array_equal(numbers, order) and np.array_equal(np.sort(numbers), order)
+
+
+def _difference(a: Any, b: Any) -> str:
+    """Where two rows of labels of one length differ first."""
+    pairs = enumerate(zip(a, b, strict=True))
+    k, (one, other) = next(
+        ((k, pair) for k, pair in pairs if type(pair[0]) is not type(pair[1]) or pair[0] != pair[1]), (0, (a, b))
+    )
+    kinds = "" if type(one) is type(other) else f" ({type(one).__name__} and {type(other).__name__})"
+    return f"first at position {k}: {one!r} and {other!r}{kinds}"
 
 
 def _first(labels: Any) -> str:

@@ -1,23 +1,26 @@
 """The one shape that kernels see: rows of n classes, batch + (n,), as views; for NumPy and CuPy alike.
 
-Checks every argument and raises before anything is computed: the four public functions (`arrange`), the losses of
-klcore.compat (`arrange_loss`) and the products of cotangents and Jacobians that adapters ask for (`arrange_gradient`).
-Called by cpu.py and cuda.py with their array library as `xp`, and by adapters that only want a call checked, with
-arrays that have a shape and no memory. Of arithmetic there is here what is done to weights before a kernel runs, and to
-results after it.
+`arrange` checks every argument of a call, and raises before anything is computed: of the public functions, of the
+losses of klcore.compat, and of the products of cotangents and Jacobians that adapters ask for. Called by cpu.py and
+cuda.py with their array library as `xp`, and by adapters that only want a call checked, with arrays that have a shape
+and no memory. Of arithmetic there is here what is done to weights before a kernel runs, and to results after it.
 """
 
 import math
 import operator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from klcore import _cpu
 from klcore.backends import labels
+from klcore.operations import Call, Operation
 
-FLOATS = ("float64", "float32", "float16", "bfloat16")  # their codes in kl_store.h
-SPACES = {"probs": 0, "log_probs": 1, "logits": 2}
+FLOATS = tuple(_cpu.DTYPES)  # by name, in the order of their codes
+SPACES, CODES = _cpu.SPACES, _cpu.DTYPES
+LOGITS = SPACES["logits"]
+PER_ROW, TERMS, TOTAL = (_cpu.OUTPUTS[name] for name in ("row", "none", "total"))
 REDUCTIONS = ("row", "sum", "rowmean", "none", "batchmean", "mean")
 GRADIENTS: dict[Any, tuple[str, ...]] = {
     None: (),
@@ -27,15 +30,6 @@ GRADIENTS: dict[Any, tuple[str, ...]] = {
     ("y",): ("y",),
     ("x", "y"): ("x", "y"),
 }
-KL_DIV, REL_ENTR, CROSS_ENTROPY, ENTROPY, PYTORCH, KERAS, MXNET, PUZZLELIB = range(8)  # as in kl_math.h
-OPERATIONS = {"kl_div": KL_DIV, "rel_entr": REL_ENTR, "cross_entropy": CROSS_ENTROPY, "entropy": ENTROPY}
-LOSSES = {  # other systems' terms, with the pairs of spaces that each is for
-    "pytorch": (PYTORCH, ((0, 1), (1, 1))),
-    "keras": (KERAS, ((0, 0),)),
-    "mxnet": (MXNET, ((0, 1), (0, 2))),
-    "puzzlelib": (PUZZLELIB, ((0, 2), (2, 2))),
-}
-PER_ROW, TERMS, TOTAL = range(3)  # as in kl_plan.h
 
 
 @dataclass(slots=True)
@@ -54,7 +48,7 @@ class Gradient:
 class Task:
     """A call, checked and arranged. Views have the shape batch + (n,), or batch."""
 
-    operation: int
+    operation: Operation
     x: Any
     y: Any
     spaces: tuple[int, int]
@@ -86,24 +80,7 @@ class Task:
         return mean and self.weights is not None and self.weights.dtype == np.float64
 
 
-def arrange(
-    xp: Any,
-    asarray: Any,
-    operation: int,
-    x: Any,
-    y: Any,
-    space: Any,
-    axis: int,
-    reduction: str,
-    weights: Any,
-    temperature: float,
-    return_grad: Any,
-    out: Any,
-    *,
-    factors: Any = None,
-    signed: bool = False,
-    dtype: Any = None,
-) -> Task:
+def arrange(xp: Any, asarray: Any, call: Call) -> Task:
     """Check the arguments of a call and lay its arrays out in rows.
 
     Parameters
@@ -112,155 +89,147 @@ def arrange(
         numpy or cupy, or what stands in for them.
     asarray : callable
         ``asarray(a, name)`` gives a native array of float64, float32, float16 or bfloat16, or raises TypeError.
-    operation : int
-        One of those above; for ENTROPY, `y` is None.
-    factors : array, optional
-        Of every term: broadcasts to their shape.
-    signed : bool
-        Whether weights may be any numbers.
-    dtype : dtype, optional
-        Of the value, if it is not to follow from the arguments'.
+    call : Call
+        With a cotangent, the task's own value means nothing, and `out` is for the gradients alone.
     """
-    single = operation == ENTROPY
-    spaces, temperature, wanted = words(space, reduction, temperature, return_grad, single)
+    if call.cotangent is not None:
+        return _arrange_gradient(xp, asarray, call)
+    return (_arrange_loss if call.operation.is_loss else _arrange)(xp, asarray, call)
 
-    arguments = x, y, weights
-    x = asarray(x, "x")
-    y = x if single else asarray(y, "y")
-    scalar = x.ndim == 0 and y.ndim == 0  # one class
+
+class _Laid(NamedTuple):
+    """x and y as rows, and what shape that gives."""
+
+    operands: dict[str, Any]  # as arrays, in their own shapes
+    x: Any  # of shape batch + (n,)
+    y: Any
+    batch: tuple[int, ...]
+    n: int
+    last: int  # the class axis, counted from the end
+    scalar: bool  # one class: neither has a dimension
+    terms: tuple[int, ...]  # the shape of the terms, the classes where the caller has them
+
+    def classes_last(self, a: Any) -> Any:
+        """An array of the terms' shape, as kernels see it."""
+        return _classes_last(a.reshape(1) if self.scalar else a, self.last)
+
+
+def _lay(xp: Any, asarray: Any, call: Call) -> _Laid:
+    x = asarray(call.x, "x")
+    y = x if call.operation.single else asarray(call.y, "y")
+    scalar = x.ndim == 0 and y.ndim == 0
     xs, ys = (x.reshape(1), y.reshape(1)) if scalar else (x, y)
     ndim = max(xs.ndim, ys.ndim)
-    last = class_axis(x, y, axis)
-    xs, ys = _classes_last(xp, xs, last), _classes_last(xp, ys, last)
+    last = class_axis(x, y, call.axis)
+    xs, ys = _classes_last(xs, last), _classes_last(ys, last)
     n = xs.shape[-1]
     batch = xs.shape[:-1]
     if batch != ys.shape[:-1]:
         try:
             batch = broadcast_shapes(batch, ys.shape[:-1])
         except ValueError:
-            raise batches_differ(x, y, axis) from None
-    rows = math.prod(batch)
-    weights = _weights(xp, asarray, weights, batch, signed)
-    if labels.are_there(*arguments):
-        labels.check(last, *arguments)
-    terms_shape = () if scalar else _insert(batch, ndim + last, n)
+            raise batches_differ(x, y, call.axis) from None
+    y_rows = None if call.operation.single else _broadcast(xp, ys, (*batch, n))
+    terms = () if scalar else _insert(batch, ndim + last, n)
+    return _Laid({"x": x, "y": y}, _broadcast(xp, xs, (*batch, n)), y_rows, batch, n, last, scalar, terms)
+
+
+def _arrange(xp: Any, asarray: Any, call: Call, factors: Any = None, signed: bool = False) -> Task:
+    """`factors`, of every term, broadcast to their shape; `signed`: weights may be any numbers."""
+    spaces, temperature, wanted = words(call)
+    laid = _lay(xp, asarray, call)
+    weights = _weights(xp, asarray, call.weights, laid.batch, signed)
+    if labels.are_there(call.x, call.y, call.weights):
+        labels.check(laid.last, call.x, call.y, call.weights)
     if factors is not None:
-        factors = _broadcast(xp, _multiplier(asarray, factors, "factors"), terms_shape)
-        factors = _classes_last(xp, factors.reshape(1) if scalar else factors, last)
-
-    double = max(x.dtype.itemsize, y.dtype.itemsize) == 8
-    if dtype is None:
-        dtype = xp.dtype("float64") if double else xp.dtype("float32")
-    results = results_in(out, wanted)
-
+        factors = laid.classes_last(_broadcast(xp, _multiplier(asarray, factors, "factors"), laid.terms))
+    double = max(a.dtype.itemsize for a in laid.operands.values()) == 8
+    dtype = call.dtype or ("float64" if double else "float32")
+    wide = double or is_wide(call.operation, spaces, temperature) or (factors is not None and LOGITS in spaces)
+    rows = math.prod(laid.batch)
     task = Task(
-        operation=operation,
-        x=_broadcast(xp, xs, (*batch, n)),
-        y=None if single else _broadcast(xp, ys, (*batch, n)),
+        operation=call.operation,
+        x=laid.x,
+        y=laid.y,
         spaces=spaces,
         weights=weights,
         factors=factors,
-        output=PER_ROW if reduction == "row" else TERMS if reduction == "none" else TOTAL,
+        output=PER_ROW if call.reduction == "row" else TERMS if call.reduction == "none" else TOTAL,
         value=None,
         value_view=None,
         out=None,
         signed=signed,
-        given=out is not None,
-        scalar_dtype=dtype,
-        wide=double or is_wide(operation, spaces, temperature) or (factors is not None and 2 in spaces),
+        given=call.out is not None,
+        scalar_dtype=xp.dtype(dtype),
+        wide=wide,
         temperature=temperature,
         rows=rows,
-        n=n,
-        denominator=_denominator(reduction, terms_shape, rows, n, weights),
+        n=laid.n,
+        denominator=_denominator(call.reduction, laid.terms, rows, laid.n, weights),
     )
-    shape = batch if reduction == "row" else terms_shape if reduction == "none" else ()
-    operands = {"x": x, "y": y}
-    if out is not None:
-        if results[0] is not None:
-            _check_out(xp, results[0], "the value", shape, dtype)
-        for name, result in zip(wanted, results[1:], strict=True):
-            if result is not None:
-                operand = operands[name]
-                _check_out(xp, result, f"the gradient with respect to {name}", operand.shape, operand.dtype)
-        given = [result for result in results if result is not None]
-        check_overlap(given, [x, y] if weights is None else [x, y, weights])
-
-    if task.output == TOTAL:
-        task.out = results[0]
-    else:
-        task.value = xp.empty(shape, dtype) if results[0] is None else results[0]
-        task.value_view = task.value
-        if reduction == "none":
-            task.value_view = _classes_last(xp, task.value.reshape(1) if scalar else task.value, last)
-    for name, result in zip(wanted, results[1:], strict=True):
-        operand = operands[name]
-        array = xp.empty_like(operand) if result is None else result
-        view = _classes_last(xp, array.reshape(1) if scalar else array, last)
-        lead = len(batch) - (view.ndim - 1)
-        view = view[(None,) * lead] if lead else view
-        inner = () if view.shape[:-1] == batch else tuple(d for d in range(len(batch)) if view.shape[d] != batch[d])
-        task.gradients.append(Gradient(name, array, view, inner))
+    _arrange_results(xp, task, laid, call.out, wanted)
     return task
 
 
-def arrange_loss(
-    xp: Any,
-    asarray: Any,
-    term: str,
-    x: Any,
-    y: Any,
-    space: Any,
-    axis: int,
-    reduction: str,
-    factors: Any,
-    denominator: float,
-    epsilon: float,
-    dtype: str | None,
-    return_grad: Any,
-    out: Any = None,
-) -> Task:
-    """The same for the arguments of ``klcore.divergence.loss``: x and y broadcast over the classes as well."""
-    operation, _ = coded(term, space, return_grad)
-    x, y = asarray(x, "x"), asarray(y, "y")
-    ndim = max(x.ndim, y.ndim)
-    last = -1 if ndim == 0 else _axis(axis, ndim, False)
-    operands = {"x": x, "y": y}
+def _arrange_results(xp: Any, task: Task, laid: _Laid, out: Any, wanted: tuple[str, ...]) -> None:
+    """Where the value and the gradients go: to `out`, if that is fit for it, or to new arrays."""
+    shape = laid.batch if task.output == PER_ROW else laid.terms if task.output == TERMS else ()
+    value, *gradients = results_in(out, wanted)
+    if out is not None:
+        if value is not None:
+            _check_out(xp, value, "the value", shape, task.scalar_dtype)
+        for name, result in zip(wanted, gradients, strict=True):
+            if result is not None:
+                operand = laid.operands[name]
+                _check_out(xp, result, f"the gradient with respect to {name}", operand.shape, operand.dtype)
+        inputs = [a for a in (*laid.operands.values(), task.weights) if a is not None]
+        check_overlap([a for a in (value, *gradients) if a is not None], inputs)
+
+    if task.output == TOTAL:
+        task.out = value
+    else:
+        task.value = task.value_view = xp.empty(shape, task.scalar_dtype) if value is None else value
+        if task.output == TERMS:
+            task.value_view = laid.classes_last(task.value)
+    for name, result in zip(wanted, gradients, strict=True):
+        array = xp.empty_like(laid.operands[name]) if result is None else result
+        task.gradients.append(_gradient(xp, laid, name, array))
+
+
+def _gradient(xp: Any, laid: _Laid, name: str, array: Any) -> Gradient:
+    batch, view = laid.batch, laid.classes_last(array)
+    lead = len(batch) - (view.ndim - 1)
+    view = view[(None,) * lead] if lead else view
+    inner = () if view.shape[:-1] == batch else tuple(d for d in range(len(batch)) if view.shape[d] != batch[d])
+    return Gradient(name, array, view, inner)
+
+
+def _arrange_loss(xp: Any, asarray: Any, call: Call) -> Task:
+    """The arguments of ``klcore.divergence.loss``: x and y broadcast over the classes as well."""
+    _, _, wanted = words(call)
+    operands = {"x": asarray(call.x, "x"), "y": asarray(call.y, "y")}
+    ndim = max(a.ndim for a in operands.values())
+    last = -1 if ndim == 0 else _axis(call.axis, ndim, False)
+    x, y = operands.values()
     if ndim:
         sizes = {a.shape[last] for a in (x, y) if a.ndim >= -last}
         n = max(sizes - {1}, default=1)
         x, y = (_over_classes(xp, a, last, n) for a in (x, y))
-    weights = None
+    weights, factors = None, call.weights
     if factors is not None:
         factors = asarray(factors, "factors")
         if factors.ndim == 0 or factors.ndim < -last or factors.shape[last] == 1:  # one factor a row
             weights = factors if factors.ndim < -last else xp.squeeze(factors, last)
             factors = None
-    wanted = _wanted(return_grad, False)
     spread = [name for name in wanted if {"x": x, "y": y}[name].shape != operands[name].shape]
-    outs = {} if out is None else dict(zip(("value", *wanted), out, strict=True))
+    outs = {} if call.out is None else dict(zip(("value", *wanted), call.out, strict=True))
     into = tuple(None if name in spread else a for name, a in outs.items()) or None
-    task = arrange(
-        xp, asarray, operation, x, y, space, last, reduction, weights, 1.0, return_grad, into,
-        factors=factors, signed=True, dtype=dtype and xp.dtype(dtype),
-    )  # fmt: skip
-    task.denominator, task.epsilon = denominator, epsilon
+    task = _arrange(xp, asarray, call._replace(x=x, y=y, axis=last, weights=weights, out=into), factors, signed=True)
+    task.denominator, task.epsilon = call.denominator, call.epsilon
     for g in task.gradients:
         if g.of in spread:
             g.spread, g.out = (last, operands[g.of]), outs.get(g.of)
     return task
-
-
-def coded(operation: str, space: Any, return_grad: Any) -> tuple[int, tuple[int, int]]:
-    """The codes of a public function, or a loss's term, and of its spaces."""
-    spaces = space_pair(space, operation == "entropy")
-    if operation in OPERATIONS:
-        return OPERATIONS[operation], spaces
-    code, pairs = LOSSES[operation]
-    if spaces not in pairs:
-        raise ValueError(f"the term of {operation!r} is not for the spaces {space!r}")
-    if code == PUZZLELIB and return_grad not in (None, "y", ("y",)):
-        raise ValueError(f"PuzzleLib's loss has a gradient with respect to y only; found return_grad={return_grad!r}")
-    return code, spaces
 
 
 def _over_classes(xp: Any, a: Any, last: int, n: int) -> Any:
@@ -273,42 +242,21 @@ def _over_classes(xp: Any, a: Any, last: int, n: int) -> Any:
     return xp.broadcast_to(a.astype("float32") if a.dtype.itemsize == 2 else a, tuple(shape))
 
 
-def arrange_gradient(
-    xp: Any,
-    asarray: Any,
-    operation: str,
-    x: Any,
-    y: Any,
-    space: Any,
-    axis: int,
-    reduction: str,
-    weights: Any,
-    temperature: float,
-    cotangent: Any,
-    return_grad: Any,
-    denominator: float = 1.0,
-    epsilon: float = 0.0,
-    out: Any = None,
-) -> Task:
-    """The same for a product of cotangent and Jacobian: the gradients of sum(cotangent * value).
-
-    `operation` is the name of a public function, or of a loss's term, and `weights` its factors then; `cotangent` is of
-    the value's shape, any numbers. The task's own value means nothing. `out` is for the gradients alone.
-    """
-    out = None if out is None else (None, *out)
-    total = reduction not in ("row", "none")
-    if operation in LOSSES:
-        factors = None if weights is None else _multiplier(asarray, weights, "factors")
+def _arrange_gradient(xp: Any, asarray: Any, call: Call) -> Task:
+    """A product of cotangent and Jacobian: the cotangent of rows or terms goes into the weights or factors of a sum."""
+    out = None if call.out is None else (None, *call.out)
+    total = call.reduction not in ("row", "none")
+    cotangent, weights, factors = call.cotangent, call.weights, None
+    summed = call._replace(cotangent=None, out=out, reduction=call.reduction if total else "sum")
+    if call.operation.is_loss:
+        weights = None if weights is None else _multiplier(asarray, weights, "factors")
         if not total:
             c = _multiplier(asarray, cotangent, "cotangent")
-            c = xp.expand_dims(c, axis) if reduction == "row" and c.ndim else c
-            factors = c if factors is None else c * factors
-        task = arrange_loss(
-            xp, asarray, operation, x, y, space, axis, "sum", factors, denominator, epsilon, None, return_grad, out
-        )
+            c = xp.expand_dims(c, call.axis) if call.reduction == "row" and c.ndim else c
+            weights = c if weights is None else c * weights
+        task = _arrange_loss(xp, asarray, summed._replace(weights=weights, reduction="sum", dtype=None))
     else:
-        factors = None
-        if reduction == "row":
+        if call.reduction == "row":
             cotangent = _multiplier(asarray, cotangent, "cotangent")
             if weights is None:
                 weights = cotangent
@@ -317,12 +265,9 @@ def arrange_gradient(
                 with np.errstate(over="ignore", invalid="ignore"):
                     product = cotangent * weights
                 weights = xp.where(weights == 0, 0, product)  # such a row yields 0, whatever the cotangent: inf as well
-        elif reduction == "none":
+        elif call.reduction == "none":
             factors = cotangent
-        task = arrange(
-            xp, asarray, OPERATIONS[operation], x, y, space, axis, reduction if total else "sum", weights, temperature,
-            return_grad, out, factors=factors, signed=reduction == "row",
-        )  # fmt: skip
+        task = _arrange(xp, asarray, summed._replace(weights=weights), factors, signed=call.reduction == "row")
     if total:
         task.cotangent = cotangent
     task.value_wanted = False
@@ -341,9 +286,13 @@ def refuse(a: Any, name: str) -> None:
     _refuse_kind(a, name)
     dtype = getattr(a, "dtype", None)
     if dtype is not None and dtype.kind not in "iub" and dtype.name not in FLOATS:
+        columns = f"pass its columns as one array, as numpy.lib.recfunctions.structured_to_unstructured({name})"
+        hint = columns if dtype.names else "" if dtype.kind == "c" else f"pass {name}.astype(float)"
+        if dtype.kind == "O" and a.size and isinstance(np.ravel(a)[0], (list, tuple, np.ndarray)):
+            hint = _of_rows(name)
         raise TypeError(
             f"{name} has dtype {dtype}; klcore computes with {', '.join(FLOATS)}, and with integers and booleans as "
-            "float64" + (f": pass {name}.astype(float)" if dtype.kind == "O" else "")
+            f"float64{': ' + hint if hint else ''}"
         )
 
 
@@ -358,11 +307,41 @@ def _refuse_kind(a: Any, name: str) -> None:
     dense = next((f"{name}.{method}()" for method in ("toarray", "todense") if hasattr(cls, method)), None)
     if dense is not None:
         raise TypeError(f"{name} is a sparse {cls.__name__}; klcore takes dense arrays: pass {dense}")
-    if getattr(cls, "__array_ufunc__", _OWN) is not _OWN and not _is_known(cls):
+    unit = None if isinstance(a, np.ndarray) or _is_known(cls) else getattr(a, "unit", None)
+    if unit is not None or _has_meaning(cls):
         raise TypeError(
             f"{name} is of the type {_type_name(cls)}, to which NumPy's functions mean something of its own "
             f"(units, say), which klcore would ignore; pass the plain numbers, {_plain_numbers(a, name)}"
         )
+
+
+def _has_meaning(cls: type) -> bool:
+    """Whether NumPy's functions mean something of their own to such arrays."""
+    return getattr(cls, "__array_ufunc__", _OWN) is not _OWN and not _is_known(cls)
+
+
+def _refuse_parts(a: Any, name: str) -> None:
+    """What lists hold, and NumPy would take for numbers alone."""
+    for cls in set(map(type, a)) - {int, float, np.ndarray}:
+        part = next(b for b in a if type(b) is cls)
+        if cls in (list, tuple):
+            for b in a:
+                if type(b) is cls:
+                    _refuse_parts(b, name)
+        elif isinstance(part, np.ma.MaskedArray) or _has_meaning(cls) or labels.are_there(part) or _is_tensor(part):
+            make = "torch.stack" if _is_tensor(part) else "numpy.stack"
+            raise TypeError(
+                f"{name} is a {type(a).__name__} of {_type_name(cls)}, whose labels, mask, unit or history klcore "
+                f"would not see; pass one array, as {make}({name}) makes it where that means the same"
+            )
+
+
+def _is_tensor(a: Any) -> bool:
+    return type(a).__module__.partition(".")[0] == "torch" and hasattr(a, "ndim") and a.ndim > 0
+
+
+def _of_rows(name: str) -> str:
+    return f"it holds lists or arrays, one an element; pass numpy.stack({name}) to make rows of them"
 
 
 def _type_name(cls: type) -> str:
@@ -389,6 +368,8 @@ def as_numpy(a: Any, name: str) -> Any:
     cls = type(a)
     if isinstance(a, (str, bytes, bytearray)):
         raise TypeError(f"{name} is of the type {_type_name(cls)}; klcore takes arrays and sequences of numbers")
+    if isinstance(a, (list, tuple)):
+        _refuse_parts(a, name)
     try:
         lends = hasattr(a, "__dlpack__") and not hasattr(a, "__array__")
         found = np.from_dlpack(a) if lends else np.asarray(a)
@@ -398,7 +379,9 @@ def as_numpy(a: Any, name: str) -> Any:
     if found.dtype == object and not isinstance(a, np.ndarray):
         if not found.ndim and not isinstance(a, (int, np.generic)):
             raise TypeError(f"{name} is of the type {_type_name(cls)}, of which NumPy makes no array of numbers")
-        if hasattr(cls, "iloc"):
+        if found.size and isinstance(np.ravel(found)[0], (list, tuple, np.ndarray)):
+            hint = _of_rows(name)
+        elif hasattr(cls, "iloc"):
             hint = f"select the columns of numbers, or pass {name}.to_numpy(dtype=float), where what is missing is NaN"
         else:
             hint = f"pass numpy.asarray({name}, dtype=float)"
@@ -409,10 +392,9 @@ def as_numpy(a: Any, name: str) -> Any:
     return found
 
 
-def is_wide(operation: int, spaces: tuple[int, int], temperature: float = 1.0) -> bool:
-    """Whether float32 is computed in float64: the terms of other systems from logits, in the order of their operations;
-    and temperatures at which float32 has no room for a logarithm, for the temperature or for its inverse."""
-    return 2 in spaces and (operation > ENTROPY or not 2.0**-20 <= temperature <= 2.0**100)
+def is_wide(operation: Operation, spaces: tuple[int, int], temperature: float = 1.0) -> bool:
+    """Whether float32 is computed in float64."""
+    return _cpu.is_wide(operation.code, *spaces, temperature)
 
 
 def result(task: Task, value: Any) -> Any:
@@ -422,7 +404,12 @@ def result(task: Task, value: Any) -> Any:
             value /= task.denominator
         else:
             value = (value / task.denominator).astype(value.dtype, copy=False)
-    return (value, *(_collected(g) for g in task.gradients)) if task.gradients else value
+    return (value, *gradients(task)) if task.gradients else value
+
+
+def gradients(task: Task) -> tuple[Any, ...]:
+    """In the order they were asked for."""
+    return tuple(_collected(g) for g in task.gradients)
 
 
 def _collected(g: Gradient) -> Any:
@@ -442,14 +429,13 @@ def _list(words: Any) -> str:
     return ", ".join(repr(w) for w in words)
 
 
-def words(
-    space: Any, reduction: Any, temperature: Any, return_grad: Any, single: bool
-) -> tuple[tuple[int, int], float, tuple[str, ...]]:
+def words(call: Call) -> tuple[tuple[int, int], float, tuple[str, ...]]:
     """Those of a call, checked: the codes of both spaces, the temperature, the names of the gradients."""
-    spaces = space_pair(space, single)
-    temperature = _temperature(temperature, spaces)
-    check_reduction(reduction)
-    return spaces, temperature, _wanted(return_grad, single)
+    operation = call.operation
+    spaces = space_pair(call.space, operation)
+    temperature = _temperature(call.temperature, spaces)
+    check_reduction(call.reduction)
+    return spaces, temperature, _wanted(call.return_grad, operation)
 
 
 def shown(value: Any) -> str:
@@ -473,8 +459,10 @@ def class_axis(x: Any, y: Any, axis: Any) -> int:
     last = _axis(axis, ndim or 1, ndim == 0)
     xs, ys = (shape if ndim else (1,) for shape in shapes)
     if min(len(xs), len(ys)) < -last or xs[last] != ys[last]:
+        n, m = (shape[last] if len(shape) >= -last else 1 for shape in (xs, ys))
         raise ValueError(
-            f"x and y must have the same number of classes along axis {axis}; found shapes {shapes[0]} and {shapes[1]}"
+            f"x and y must have the same number of classes along axis {axis} of the shape to which they broadcast; "
+            f"found {n} and {m} (shapes {shapes[0]} and {shapes[1]})"
         )
     return last
 
@@ -487,19 +475,15 @@ def batches_differ(x: Any, y: Any, axis: Any) -> ValueError:
     )
 
 
-def space_pair(space: Any, single: bool) -> tuple[int, int]:
+def space_pair(space: Any, operation: Operation) -> tuple[int, int]:
     """The codes of both arguments' spaces, or ValueError."""
     pair = (space, space) if isinstance(space, str) else space
-    if single and not isinstance(space, str):
-        raise ValueError(f"space must be one of {_list(SPACES)}; found {shown(space)}")
-    if (
-        not isinstance(pair, (tuple, list))
-        or len(pair) != 2
-        or not all(isinstance(s, str) and s in SPACES for s in pair)
-    ):
-        raise ValueError(
-            f"space must be one of {_list(SPACES)}, or a pair (space of x, space of y); found {shown(space)}"
-        )
+    known = isinstance(pair, (tuple, list)) and len(pair) == 2 and all(isinstance(s, str) and s in SPACES for s in pair)
+    if not known or (operation.single and not isinstance(space, str)):
+        or_a_pair = "" if operation.single else ", or a pair (space of x, space of y)"
+        raise ValueError(f"space must be one of {_list(SPACES)}{or_a_pair}; found {shown(space)}")
+    if operation.is_loss and tuple(pair) not in operation.pairs:
+        raise ValueError(f"the term of {operation.name!r} is not for the spaces {space!r}")
     return SPACES[pair[0]], SPACES[pair[1]]
 
 
@@ -513,21 +497,26 @@ def _temperature(temperature: Any, spaces: tuple[int, int]) -> float:
     if t is None or isinstance(temperature, (str, bytes)):
         raise TypeError(f"temperature must be a number, found {shown(temperature)} ({type(temperature).__name__})")
     if not (0 < t < math.inf and 1 / t < math.inf):
-        raise ValueError(f"temperature must be positive and finite, found {shown(temperature)}")
-    if t != 1 and 2 not in spaces:
+        raise ValueError(
+            f"temperature must be positive and finite, and so must be 1 / temperature; found {shown(temperature)}"
+        )
+    if t != 1 and LOGITS not in spaces:
         raise ValueError(f"temperature divides logits: it needs space='logits' for x or y; found temperature={t!r}")
     return t
 
 
-def _wanted(return_grad: Any, single: bool) -> tuple[str, ...]:
+def _wanted(return_grad: Any, operation: Operation) -> tuple[str, ...]:
     key = tuple(return_grad) if isinstance(return_grad, list) else return_grad
-    known = (None, "x") if single else (None, "x", "y", ("x", "y"))
     try:
-        wanted = GRADIENTS[key]
-    except (KeyError, TypeError):
-        wanted = ("y",) if single else ("?",)
-    if wanted == ("?",) or (single and "y" in wanted):
-        raise ValueError(f"return_grad must be one of {_list(known)}; found {shown(return_grad)}")
+        wanted = GRADIENTS.get(key)
+    except TypeError:  # something in it that is no key
+        wanted = None
+    if wanted is None or (len(operation.gradients) < 2 and wanted not in ((), operation.gradients)):
+        known = (None, *operation.gradients, *([("x", "y")] if len(operation.gradients) > 1 else []))
+        raise ValueError(
+            f"return_grad must be one of {_list(known)}{' for ' + repr(operation.name) if operation.is_loss else ''}; "
+            f"found {shown(return_grad)}"
+        )
     return wanted
 
 
@@ -549,8 +538,11 @@ def integer(axis: Any, name: str) -> int:
         raise TypeError(f"{name} must be an integer, found {type(axis).__name__}") from None
 
 
-def _classes_last(xp: Any, a: Any, last: int) -> Any:
-    return a if last == -1 else xp.moveaxis(a, last, -1)
+def _classes_last(a: Any, last: int) -> Any:
+    if last == -1:
+        return a
+    axis = a.ndim + last
+    return a.transpose(*range(axis), *range(axis + 1, a.ndim), axis)  # moveaxis takes ten times as long
 
 
 def broadcast_shapes(a: tuple[int, ...], b: tuple[int, ...]) -> tuple[int, ...]:
@@ -593,7 +585,10 @@ def _weights(xp: Any, asarray: Any, weights: Any, batch: tuple[int, ...], signed
     # On a GPU they are not looked at, which would mean to wait for it: a bad weight makes its row NaN there.
     host = next((a for a in (w, weights) if not hasattr(a, "__cuda_array_interface__")), None)
     if host is not None and w.size and not (np.min(host) >= 0 and np.max(host) < math.inf):  # NaN fails both
-        raise ValueError("weights must be finite and >= 0; found a negative, infinite or NaN weight")
+        bad = np.argwhere(~((np.asarray(host) >= 0) & (np.asarray(host) < math.inf)))
+        at = tuple(bad[0].tolist())
+        found = f"{host[at]!s}{f' at index {at}' if at else ''}{f', and {len(bad) - 1} more' if len(bad) > 1 else ''}"
+        raise ValueError(f"weights must be finite and >= 0; found {found}")
     return view
 
 
@@ -633,8 +628,8 @@ def results_in(out: Any, wanted: tuple[str, ...]) -> tuple[Any, ...]:
 
 
 def _check_out(xp: Any, out: Any, what: str, shape: tuple[int, ...], dtype: Any) -> None:
-    if not isinstance(out, xp.ndarray) or hasattr(out, "mask"):
-        raise TypeError(f"out for {what} must be a {xp.__name__}.ndarray, found {type(out).__name__}")
+    if not isinstance(out, xp.ndarray) or hasattr(out, "mask") or _has_meaning(type(out)):
+        raise TypeError(f"out for {what} must be a plain {xp.__name__}.ndarray, found {type(out).__name__}")
     if out.shape != shape:
         raise ValueError(f"out for {what} must have the shape {shape}, found {out.shape}")
     if out.dtype != dtype:

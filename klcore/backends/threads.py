@@ -2,13 +2,11 @@
 
 import operator
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import SupportsIndex
+from typing import Any, SupportsIndex
 
 MOST = 2**31 - 1  # a C int
-_within: ContextVar[int | None] = ContextVar("klcore_threads", default=None)
+_within: ContextVar[Any] = ContextVar("klcore_threads", default=None)  # the innermost block's, and the outer ones
 _set: int | None = None  # by set_num_threads
 _found: int | None = None  # by _default; apart, or a first call could undo what another thread sets meanwhile
 
@@ -46,9 +44,13 @@ def _default() -> int:
     for name in ("KLCORE_NUM_THREADS", "OMP_NUM_THREADS"):
         text = os.environ.get(name, "").partition(",")[0].strip()  # OpenMP allows a list, one number a level
         if text:
-            if not text.isdecimal():
-                raise ValueError(f"the environment variable {name} must be a number of threads, found {text!r}")
-            return _positive(int(text), name)
+            if text.isdecimal() and int(text):
+                return _positive(int(text), name)
+            if name.startswith("KLCORE"):  # what OpenMP ignores of its own, klcore does
+                raise ValueError(
+                    f"the environment variable {name} must be a whole number of at least 1, found {text!r}; unset "
+                    "it to use all processors"
+                )
     return _usable_cpus()
 
 
@@ -61,9 +63,8 @@ def get_num_threads() -> int:
     than the system lets it make.
     """
     global _found
-    n = _within.get()
-    if n is None:
-        n = _set
+    within = _within.get()
+    n: int | None = within[0] if within else _set
     if n is None:
         n = _found
     if n is None:
@@ -92,8 +93,7 @@ def set_num_threads(n: SupportsIndex) -> None:
     _set = _positive(n, "the number of threads")
 
 
-@contextmanager
-def threads(n: SupportsIndex) -> Iterator[None]:
+class threads:
     """Use at most `n` threads inside a ``with`` block, in this thread or task only.
 
     Examples
@@ -103,8 +103,12 @@ def threads(n: SupportsIndex) -> Iterator[None]:
     ...     klcore.get_num_threads()
     1
     """
-    token = _within.set(_positive(n, "the number of threads"))
-    try:
-        yield
-    finally:
-        _within.reset(token)
+
+    def __init__(self, n: SupportsIndex) -> None:
+        self._n = _positive(n, "the number of threads")
+
+    def __enter__(self) -> None:
+        _within.set((self._n, _within.get()))
+
+    def __exit__(self, *_: object) -> None:
+        _within.set(_within.get()[1])

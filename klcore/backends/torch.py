@@ -18,9 +18,11 @@ import torch
 from torch.autograd import forward_ad
 
 from klcore.backends import BackendUnavailableError, cpu, labels, rows
+from klcore.operations import LOSSES, OPERATIONS, Call
 
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+_HALVES = ("float16", "bfloat16")
 _NUMBERS = (bool, int, float, complex, list, tuple)
 
 
@@ -207,26 +209,23 @@ def _weights(weights: Any, like: Any, device: str | None, name: str = "weights")
 # ---- what the operator computes --------------------------------------------------------------------------------------
 
 
-def _of_backend(x: Any) -> Any:
-    return cpu if x.is_cpu else _cuda()
-
-
-def _value_like(x: Any, y: Any, axis: int, reduction: str, dtype: Any) -> tuple[tuple[int, ...], torch.dtype]:
+def _value_like(call: Call) -> tuple[tuple[int, ...], torch.dtype]:
     """Shape and dtype of a value."""
-    shape = x.shape
+    x, y, shape = call.x, call.y, call.x.shape
     if y is not None and y.shape != shape:
         try:
             shape = torch.broadcast_shapes(shape, y.shape)
         except RuntimeError:
-            raise rows.batches_differ(x, y, axis) from None
+            raise rows.batches_differ(x, y, call.axis) from None
+    dtype = None if call.dtype is None else getattr(torch, call.dtype)
     if dtype is None:
         wide = [t.dtype not in _FLOATS[1:] for t in ((x,) if y is None else (x, y))]
         dtype = torch.float64 if any(wide) else torch.float32
-    if reduction == "none":
+    if call.reduction == "none":
         return tuple(shape), dtype
-    if reduction != "row" or not shape:
+    if call.reduction != "row" or not shape:
         return (), dtype
-    axis %= len(shape)
+    axis = call.axis % len(shape)
     return (*shape[:axis], *shape[axis + 1 :]), dtype
 
 
@@ -235,71 +234,37 @@ def _like(t: Any) -> Any:
     return torch.empty_like(t.detach(), dtype=t.dtype if t.dtype in _FLOATS else torch.float64)
 
 
-def _call(
-    operation: str, x: Any, y: Any, space: Any, axis: int, reduction: str, weights: Any, temperature: float,
-    denominator: float, epsilon: float, dtype: Any, return_grad: Any, out: Any,
-) -> Any:  # fmt: skip
-    backend = _of_backend(x)
-    if operation in rows.LOSSES:
-        name = _bfloat16() if dtype is torch.bfloat16 else None if dtype is None else str(dtype).removeprefix("torch.")
-        return backend.loss(
-            operation, _lend(x), _lend(y), space, axis, reduction, _lend(weights), denominator, epsilon, name,
-            return_grad, out,
-        )  # fmt: skip
-    rest = (space, axis, reduction, _lend(weights), temperature, return_grad, out, None)
-    if y is None:
-        return backend.entropy(_lend(x), *rest)
-    return getattr(backend, operation)(_lend(x), _lend(y), *rest)
+def _lent(call: Call) -> Call:
+    """The call of the kernels' library."""
+    if call.dtype == "bfloat16":
+        _bfloat16()  # or what to install
+    out = tuple(map(_lend, call.out)) if isinstance(call.out, tuple) else _lend(call.out)
+    return call._replace(
+        x=_lend(call.x), y=_lend(call.y), weights=_lend(call.weights), cotangent=_lend(call.cotangent), out=out
+    )
 
 
-def _compute(
-    operation: str, x: Any, y: Any, space: Any, axis: int, reduction: str, weights: Any, temperature: float,
-    denominator: float, epsilon: float, dtype: Any, return_grad: Any = None,
-) -> Any:  # fmt: skip
-    """The value, or (value, gradients...), as tensors without history."""
-    arguments = (
-        operation, x, y, space, axis, reduction, weights, temperature, denominator, epsilon, dtype, return_grad
-    )  # fmt: skip
-    if x.is_cpu:
-        found = _call(*arguments, None)
-        return _tensor(found) if return_grad is None else tuple(map(_tensor, found))
-    outs = _outs(operation, x, y, space, axis, reduction, temperature, dtype, return_grad)
-    with _as_pytorch(x):
-        _call(*arguments, tuple(map(_lend, outs)))
-    return outs[0] if return_grad is None else tuple(outs)
+def _compute(call: Call) -> Any:
+    """What the contract says, as tensors without history."""
+    if call.x.is_cpu:
+        found = cpu.compute(_lent(call))
+        return tuple(map(_tensor, found)) if isinstance(found, tuple) else _tensor(found)
+    outs = tuple(_outs(call))
+    with _as_pytorch(call.x):
+        _cuda().compute(_lent(call._replace(out=outs)))
+    return outs if call.return_grad is not None else outs[0]
 
 
-def _outs(
-    operation: str, x: Any, y: Any, space: Any, axis: int, reduction: str, temperature: Any, dtype: Any,
-    return_grad: Any,
-) -> list[Any]:  # fmt: skip
-    """New tensors for the value and the gradients of a call, whose words are checked."""
-    wanted = rows.words(space, reduction, temperature, return_grad, y is None)[2]
-    if operation not in rows.LOSSES:
-        rows.class_axis(x, y, axis)
-    shape, of_value = _value_like(x, y, axis, reduction, dtype)
-    value = torch.empty(shape, dtype=of_value, device=x.device)
-    return [value, *(_like(x if of == "x" else y) for of in wanted)]
-
-
-def _gradients(
-    operation: str, x: Any, y: Any, space: Any, axis: int, reduction: str, weights: Any, temperature: float,
-    denominator: float, epsilon: float, cotangent: Any, wanted: tuple[str, ...],
-) -> list[Any]:  # fmt: skip
-    """The products of cotangent and Jacobian with respect to the arguments that are wanted."""
-
-    def call(out: Any) -> Any:
-        return _of_backend(x).gradient(
-            operation, _lend(x), _lend(y), space, axis, reduction, _lend(weights), temperature, _lend(cotangent),
-            wanted, denominator, epsilon, out,
-        )  # fmt: skip
-
-    if x.is_cpu:
-        return [_tensor(a) for a in call(None)]
-    outs = [_like(x if of == "x" else y) for of in wanted]
-    with _as_pytorch(x):
-        call(tuple(map(_lend, outs)))
-    return outs
+def _outs(call: Call) -> list[Any]:
+    """New tensors for the results of a call, whose words are checked."""
+    wanted = rows.words(call)[2]
+    if not call.operation.is_loss:
+        rows.class_axis(call.x, call.y, call.axis)
+    gradients = [_like(call.x if of == "x" else call.y) for of in wanted]
+    if call.cotangent is not None:
+        return gradients
+    shape, dtype = _value_like(call)
+    return [torch.empty(shape, dtype=dtype, device=call.x.device), *gradients]
 
 
 # ---- the operator ----------------------------------------------------------------------------------------------------
@@ -313,27 +278,43 @@ _library.define(f"value({_ARGUMENTS}, ScalarType? dtype) -> Tensor")
 _library.define(f"gradients({_ARGUMENTS}, Tensor cotangent, bool of_x, bool of_y) -> (Tensor, Tensor)")
 
 
-def _value(
+def _call(
     operation: str, x: Any, y: Any, space_x: str, space_y: str, axis: int, reduction: str, weights: Any,
-    temperature: float, denominator: float, epsilon: float, dtype: Any,
-) -> Any:  # fmt: skip
+    temperature: float, denominator: float, epsilon: float,
+) -> Call:  # fmt: skip
+    """The call that the operator's arguments stand for."""
     space = space_x if space_x == space_y else (space_x, space_y)
-    return _compute(operation, x, y, space, axis, reduction, weights, temperature, denominator, epsilon, dtype)
+    found = OPERATIONS.get(operation) or LOSSES[operation]
+    space = (space_x, space_y) if found.is_loss else space
+    return Call(found, x, y, space, axis, reduction, weights, temperature, denominator=denominator, epsilon=epsilon)
 
 
-def _both_gradients(
-    operation: str, x: Any, y: Any, space_x: str, space_y: str, axis: int, reduction: str, weights: Any,
-    temperature: float, denominator: float, epsilon: float, cotangent: Any, of_x: bool, of_y: bool,
-) -> tuple[Any, Any]:  # fmt: skip
-    """An empty tensor for one that is not wanted."""
-    space = space_x if space_x == space_y else (space_x, space_y)
-    found = _gradients(
-        operation, x, y, space, axis, reduction, weights, temperature, denominator, epsilon, cotangent,
-        _names(of_x, of_y),
-    )  # fmt: skip
+def _arguments(call: Call) -> tuple[Any, ...]:
+    """The operator's arguments for a call."""
+    space_x, space_y = (call.space, call.space) if isinstance(call.space, str) else call.space
     return (
-        _laid_out_like(x, found[0]) if of_x else x.new_empty(0),
-        _laid_out_like(y, found[-1]) if of_y else x.new_empty(0),
+        call.operation.name, call.x, call.y, space_x, space_y, call.axis, call.reduction, call.weights,
+        call.temperature, call.denominator, call.epsilon,
+    )  # fmt: skip
+
+
+def _value(*arguments: Any) -> Any:
+    *rest, dtype = arguments
+    return _compute(_call(*rest)._replace(dtype=_dtype_name(dtype)))
+
+
+def _dtype_name(dtype: Any) -> str | None:
+    return None if dtype is None else str(dtype).removeprefix("torch.")
+
+
+def _both_gradients(*arguments: Any) -> tuple[Any, Any]:
+    """An empty tensor for one that is not wanted."""
+    *rest, cotangent, of_x, of_y = arguments
+    call = _call(*rest)._replace(cotangent=cotangent, return_grad=_names(of_x, of_y))
+    found = _compute(call)
+    return (
+        _laid_out_like(call.x, found[0]) if of_x else call.x.new_empty(0),
+        _laid_out_like(call.y, found[-1]) if of_y else call.x.new_empty(0),
     )
 
 
@@ -348,9 +329,9 @@ def _names(of_x: bool, of_y: bool) -> tuple[str, ...]:
 
 
 def _setup(ctx: Any, inputs: Sequence[Any], output: Any) -> None:
-    operation, x, y, space_x, space_y, axis, reduction, weights, temperature, denominator, epsilon, _ = inputs
-    ctx.save_for_backward(x, y, weights)
-    ctx.words = operation, space_x, space_y, axis, reduction, temperature, denominator, epsilon
+    call = _call(*inputs[:-1])
+    ctx.save_for_backward(call.x, call.y, call.weights)
+    ctx.call = call._replace(x=None, y=None, weights=None)
 
 
 def _operator(name: str) -> Any:
@@ -369,33 +350,27 @@ def _is_batched(cotangent: Any) -> bool:
 
 def _backward(ctx: Any, cotangent: Any) -> tuple[Any, ...]:
     x, y, weights = ctx.saved_tensors
-    operation, space_x, space_y, axis, reduction, temperature, denominator, epsilon = ctx.words
+    call = ctx.call._replace(x=x, y=y, weights=weights)
     _, of_x, of_y, *_ = ctx.needs_input_grad
     if torch.is_grad_enabled() or not _eager(x, cotangent) or _is_batched(cotangent):
         # the operator keeps the history that a second derivative needs, or refuses one
-        dx, dy = _operator("gradients")(
-            operation, x, y, space_x, space_y, axis, reduction, weights, temperature, denominator, epsilon, cotangent,
-            of_x, of_y,
-        )  # fmt: skip
+        dx, dy = _operator("gradients")(*_arguments(call), cotangent, of_x, of_y)
     else:
-        space = space_x if space_x == space_y else (space_x, space_y)
-        found = _gradients(
-            operation, x, y, space, axis, reduction, weights, temperature, denominator, epsilon, cotangent,
-            _names(of_x, of_y),
-        )  # fmt: skip
+        found = _compute(call._replace(cotangent=cotangent, return_grad=_names(of_x, of_y)))
         dx, dy = found[0], found[-1]
     return (None, dx if of_x else None, dy if of_y else None, *[None] * 9)
 
 
 def _setup_second(ctx: Any, inputs: Sequence[Any], output: Any) -> None:
-    operation, x, y, space_x, _, axis, reduction, weights, _, denominator, _, cotangent, of_x, of_y = inputs
-    ctx.save_for_backward(x, y, weights, cotangent)
-    ctx.words = operation, space_x, axis, reduction, denominator, of_x, of_y
+    *rest, cotangent, of_x, of_y = inputs
+    call = _call(*rest)
+    ctx.save_for_backward(call.x, call.y, call.weights, cotangent)
+    ctx.call, ctx.wants = call._replace(x=None, y=None, weights=None), (of_x, of_y)
 
 
 def _backward_second(ctx: Any, of_dx: Any, of_dy: Any) -> tuple[Any, ...]:
-    operation, space_x, axis, reduction, denominator, wants_x, wants_y = ctx.words
-    if operation != "pytorch":
+    call, (wants_x, wants_y) = ctx.call, ctx.wants
+    if call.operation.name != "pytorch":
         raise RuntimeError(
             "klcore gives first derivatives of its divergences, and this asks for a second one (create_graph=True, or "
             "a gradient of a gradient)"
@@ -404,11 +379,13 @@ def _backward_second(ctx: Any, of_dx: Any, of_dy: Any) -> tuple[Any, ...]:
 
     def value(x: Any, y: Any) -> Any:  # PyTorch's own loss, in the precision of klcore's
         wide = torch.promote_types(torch.promote_types(x.dtype, y.dtype), torch.float32)
-        terms = torch.nn.functional.kl_div(y.to(wide), x.to(wide), reduction="none", log_target=space_x == "log_probs")
+        terms = torch.nn.functional.kl_div(
+            y.to(wide), x.to(wide), reduction="none", log_target=call.space[0] == "log_probs"
+        )
         terms = terms if factors is None else terms * factors
-        if reduction != "none" and terms.ndim:
-            terms = terms.sum(axis) if reduction == "row" else terms.sum()
-        return (terms / denominator).to(cotangent.dtype)
+        if call.reduction != "none" and terms.ndim:
+            terms = terms.sum(call.axis) if call.reduction == "row" else terms.sum()
+        return (terms / call.denominator).to(cotangent.dtype)
 
     def first(x: Any, y: Any, cotangent: Any) -> Any:
         of_x, of_y = torch.func.vjp(value, x, y)[1](cotangent)
@@ -426,19 +403,16 @@ torch.library.register_autograd("klcore::gradients", _backward_second, setup_con
 
 
 @torch.library.register_fake("klcore::value", lib=_library)
-def _fake_value(
-    operation: str, x: Any, y: Any, space_x: str, space_y: str, axis: int, reduction: str, weights: Any,
-    temperature: float, denominator: float, epsilon: float, dtype: Any,
-) -> Any:  # fmt: skip
-    shape, dtype = _value_like(x, y, axis, reduction, dtype)
-    return x.new_empty(shape, dtype=dtype)
+def _fake_value(*arguments: Any) -> Any:
+    *rest, dtype = arguments
+    call = _call(*rest)._replace(dtype=_dtype_name(dtype))
+    shape, of_value = _value_like(call)
+    return call.x.new_empty(shape, dtype=of_value)
 
 
 @torch.library.register_fake("klcore::gradients", lib=_library)
-def _fake_gradients(
-    operation: str, x: Any, y: Any, space_x: str, space_y: str, axis: int, reduction: str, weights: Any,
-    temperature: float, denominator: float, epsilon: float, cotangent: Any, of_x: bool, of_y: bool,
-) -> tuple[Any, Any]:  # fmt: skip
+def _fake_gradients(*arguments: Any) -> tuple[Any, Any]:
+    _, x, y, *_, of_x, of_y = arguments
     return _like(x) if of_x else x.new_empty(0), _like(y) if of_y else x.new_empty(0)
 
 
@@ -450,17 +424,12 @@ class _Value(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Any:
         _setup(ctx, arguments, None)
-        operation, x, y, space_x, space_y, axis, reduction, weights, temperature, denominator, epsilon, dtype = (
-            arguments
-        )
-        ctx.unit = None
-        if reduction in ("row", "none") or x.dtype.itemsize < 4 or (y is not None and y.dtype.itemsize < 4):
-            return _value(*arguments)
-        space = space_x if space_x == space_y else (space_x, space_y)
-        value, *ctx.unit = _compute(
-            operation, x, y, space, axis, reduction, weights, temperature, denominator, epsilon, dtype,
-            _names(*ctx.needs_input_grad[1:3]),
-        )  # fmt: skip
+        *rest, dtype = arguments
+        call = _call(*rest)._replace(dtype=_dtype_name(dtype))
+        ctx.unit, y = None, call.y
+        if call.reduction in ("row", "none") or call.x.dtype.itemsize < 4 or (y is not None and y.dtype.itemsize < 4):
+            return _compute(call)
+        value, *ctx.unit = _compute(call._replace(return_grad=_names(*ctx.needs_input_grad[1:3])))
         return value
 
     @staticmethod
@@ -557,54 +526,56 @@ def _eager(*tensors: Any) -> bool:
 # ---- the contract ----------------------------------------------------------------------------------------------------
 
 
-def _run(
-    operation: str, x: Any, y: Any, space: Any, axis: int, reduction: str, weights: Any, temperature: Any,
-    return_grad: Any, out: Any, device: str | None,
-) -> Any:  # fmt: skip
-    given = x, y, weights
-    x, y = _operands(x, y, device)
-    weights = _weights(weights, x, device)
+def compute(call: Call) -> Any:
+    given = call.x, call.y, call.weights
+    x, y = _operands(*given[:2], call.device)
+    if call.operation.name == "puzzlelib":  # its gradient is none: autograd would descend where it should ascend
+        x, y = x.detach(), y.detach()
+    weights = _weights(given[2], x, call.device, "factors" if call.operation.is_loss else "weights")
     as_given = x is given[0] and y is given[1] and weights is given[2]
     if not as_given and not torch.compiler.is_compiling() and labels.are_there(*given):
-        labels.check(rows.class_axis(x, y, axis), *given)
-    if isinstance(temperature, torch.Tensor):
-        if temperature.requires_grad and torch.is_grad_enabled():
+        labels.check(rows.class_axis(x, y, call.axis), *given)
+    if not as_given and _needs_grad(x, y):  # a NumPy array may change before backward looks at it again
+        x, y, weights = (
+            t if t is a or t is None or isinstance(a, torch.Tensor) else t.clone()
+            for t, a in zip((x, y, weights), given, strict=True)
+        )
+    if isinstance(call.temperature, torch.Tensor):
+        if call.temperature.requires_grad and torch.is_grad_enabled():
             raise TypeError(
                 "temperature requires a gradient, and klcore gives none with respect to it; divide the logits by it "
                 "instead"
             )
-        temperature = temperature.detach()
-    if out is not None:
-        return _into(operation, x, y, space, axis, reduction, weights, temperature, return_grad, out)
-    return _history_or_not(operation, x, y, space, axis, reduction, weights, temperature, 1.0, 0.0, None, return_grad)
+        call = call._replace(temperature=call.temperature.detach())
+    of_value = call.dtype
+    if call.operation.name == "pytorch" and of_value in _HALVES and torch.is_autocast_enabled(x.device.type):
+        of_value = "float32"  # autocast has PyTorch's own loss compute in it
+    call = call._replace(x=x, y=y, weights=weights, device=None, dtype=of_value)
+    return _history_or_not(call) if call.out is None else _into(call)
 
 
-def _history_or_not(
-    operation: str, x: Any, y: Any, space: Any, axis: int, reduction: str, weights: Any, temperature: Any,
-    denominator: Any, epsilon: float, dtype: Any, return_grad: Any,
-) -> Any:  # fmt: skip
+def _history_or_not(call: Call) -> Any:
+    x, y, weights = call.x, call.y, call.weights
     eager = _eager(x, y, weights)
-    if eager and isinstance(temperature, torch.Tensor) and temperature.numel() == 1:
-        temperature = float(temperature)  # that of now: backward comes later
-    if eager and (return_grad is not None or not _needs_grad(x, y)):
-        return _compute(
-            operation, x, y, space, axis, reduction, weights, temperature, denominator, epsilon, dtype, return_grad
-        )
-    rows.check_reduction(reduction)
-    words = tuple(rows.SPACES)
-    space_x, space_y = (words[code] for code in rows.space_pair(space, y is None))
+    if eager and isinstance(call.temperature, torch.Tensor) and call.temperature.numel() == 1:
+        call = call._replace(temperature=float(call.temperature))  # that of now: backward comes later
+    if eager and (call.return_grad is not None or not _needs_grad(x, y)):
+        return _compute(call)
+    rows.check_reduction(call.reduction)
+    rows.space_pair(call.space, call.operation)
+    wanted: tuple[str, ...] = ()
     if not eager:
-        temperature, wanted = rows.words(space, reduction, temperature, return_grad, y is None)[1:]
-        if operation not in rows.LOSSES:
-            axis = rows.class_axis(x, y, axis)
-    rest = space_x, space_y, axis, reduction, weights, temperature, denominator, epsilon
-    if return_grad is None:
-        return (_Value.apply if eager else _operator("value"))(operation, x, y, *rest, dtype)
-    x, y = x.detach(), None if y is None else y.detach()
-    value = _operator("value")(operation, x, y, *rest, dtype)
-    if reduction in ("row", "none"):  # of the sum of what is returned
-        rest = (*rest[:3], "sum", *rest[4:])
-    both = _operator("gradients")(operation, x, y, *rest, value.new_ones(()), "x" in wanted, "y" in wanted)
+        _, temperature, wanted = rows.words(call)
+        axis = call.axis if call.operation.is_loss else rows.class_axis(x, y, call.axis)
+        call = call._replace(temperature=temperature, axis=axis)
+    dtype = None if call.dtype is None else getattr(torch, call.dtype)
+    if call.return_grad is None:
+        return (_Value.apply if eager else _operator("value"))(*_arguments(call), dtype)
+    call = call._replace(x=x.detach(), y=None if y is None else y.detach())
+    value = _operator("value")(*_arguments(call), dtype)
+    if call.reduction in ("row", "none"):  # of the sum of what is returned
+        call = call._replace(reduction="sum")
+    both = _operator("gradients")(*_arguments(call), value.new_ones(()), "x" in wanted, "y" in wanted)
     return (value, *(g for name, g in zip("xy", both, strict=True) if name in wanted))
 
 
@@ -612,11 +583,9 @@ def _needs_grad(x: Any, y: Any) -> bool:
     return torch.is_grad_enabled() and (x.requires_grad or (y is not None and y.requires_grad))
 
 
-def _into(
-    operation: str, x: Any, y: Any, space: Any, axis: int, reduction: str, weights: Any, temperature: Any,
-    return_grad: Any, out: Any,
-) -> Any:  # fmt: skip
+def _into(call: Call) -> Any:
     """The same, into tensors of the caller's."""
+    x, y, weights, out = call.x, call.y, call.weights, call.out
     if _needs_grad(x, y):
         raise TypeError(
             "out= has no place in autograd's history, and an argument requires a gradient; leave out= away, or detach "
@@ -634,24 +603,19 @@ def _into(
             if t.requires_grad and torch.is_grad_enabled():
                 raise TypeError("out requires a gradient, and its history would not know of the call; pass another")
     if not _eager(x, y, weights, *outs) or any(t is not None and t.is_neg() for t in outs):
-        found = _history_or_not(
-            operation, x, y, space, axis, reduction, weights, temperature, 1.0, 0.0, None, return_grad
-        )
-        return _copied(found, out, outs)
+        return _copied(_history_or_not(call._replace(out=None)), out, outs)
     if not x.is_cpu:  # all results are to be PyTorch's own memory
-        new = _outs(operation, x, y, space, axis, reduction, temperature, None, return_grad)
+        new = _outs(call)
         given = rows.results_in(out, ("",) * (len(new) - 1))
         outs = [b if a is None else a for a, b in zip(given, new, strict=True)]
         out = tuple(outs)
-    given = tuple(map(_lend, outs)) if isinstance(out, tuple) else _lend(out)
-    arguments = (operation, x, y, space, axis, reduction, weights, temperature, 1.0, 0.0, None, return_grad, given)
     with contextlib.nullcontext() if x.is_cpu else _as_pytorch(x):
-        results = _call(*arguments)
+        results = (cpu if x.is_cpu else _cuda()).compute(_lent(call._replace(out=out)))
     results = results if isinstance(results, tuple) else (results,)
     outs += [None] * (len(results) - len(outs))
     kept = tuple(_tensor(a) if t is None else t for a, t in zip(results, outs, strict=True))
     torch.autograd.graph.increment_version([t for t in outs if t is not None])  # who saved one for backward, is told
-    return kept if return_grad is not None else kept[0]
+    return kept if call.return_grad is not None else kept[0]
 
 
 def _copied(found: Any, out: Any, outs: list[Any]) -> Any:
@@ -667,31 +631,3 @@ def _copied(found: Any, out: Any, outs: list[Any]) -> Any:
     outs = outs + [None] * (len(results) - len(outs))
     kept = tuple(r if t is None else t.copy_(r) for r, t in zip(results, outs, strict=True))
     return kept if isinstance(found, tuple) else kept[0]
-
-
-def entropy(
-    x: Any, space: Any, axis: int, reduction: str, weights: Any, temperature: Any, return_grad: Any, out: Any,
-    device: str | None,
-) -> Any:  # fmt: skip
-    return _run("entropy", x, None, space, axis, reduction, weights, temperature, return_grad, out, device)
-
-
-def loss(
-    term: str, x: Any, y: Any, space: Any, axis: int, reduction: str, factors: Any, denominator: float, epsilon: float,
-    dtype: str | None, return_grad: Any,
-) -> Any:  # fmt: skip
-    x, y = _operands(x, y, None)
-    if term == "puzzlelib":  # its gradient is none: autograd would descend where it should ascend
-        x, y = x.detach(), y.detach()
-    factors = _weights(factors, x, None, "factors")
-    of_value = None if dtype is None else getattr(torch, dtype)
-    if term == "pytorch" and of_value in _FLOATS[2:] and torch.is_autocast_enabled(x.device.type):
-        of_value = torch.float32  # autocast has PyTorch's own loss compute in it
-    return _history_or_not(
-        term, x, y, space, axis, reduction, factors, 1.0, denominator, float(epsilon), of_value, return_grad
-    )
-
-
-kl_div = partial(_run, "kl_div")
-rel_entr = partial(_run, "rel_entr")
-cross_entropy = partial(_run, "cross_entropy")

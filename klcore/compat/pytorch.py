@@ -1,6 +1,6 @@
 """PyTorch's KLDivLoss and kl_div: the arguments of torch.nn and torch.nn.functional over klcore's engine.
 
-The terms stand in src/kl_math.h; here are the words, warnings, checks and dtypes. klcore.compat.rtorch calls `aten`.
+The terms stand in src/kl_compat.h; here are the words, warnings, checks and dtypes. klcore.compat.rtorch calls `aten`.
 """
 
 import math

@@ -1,0 +1,82 @@
+"""The table of operations, and the call of one: what the public functions hand to a backend.
+
+Whatever goes over all operations, in backends, tests, self-test, benchmarks and pages, reads OPERATIONS (the public
+functions) and LOSSES (the terms of other systems, for klcore.compat). What kernels are told of an operation stands in
+src/kl_math.h.
+"""
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from klcore import _cpu
+
+SPACES = tuple(_cpu.SPACES)
+PAIRS = tuple((x, y) for x in SPACES for y in SPACES)
+
+
+@dataclass(frozen=True)
+class Operation:
+    """One row of the table."""
+
+    name: str
+    code: int  # how kernels know it
+    form: int  # kl::Form: how rows of logits are computed
+    single: bool  # it has one argument, x
+    is_loss: bool
+    pairs: tuple[tuple[str, str], ...]  # the spaces of x and y that it is for
+    gradients: tuple[str, ...]  # with respect to what
+
+    @property
+    def spaces(self) -> tuple[str | tuple[str, str], ...]:
+        """What can be said of `space`, every meaning once."""
+        return tuple(x if x == y else (x, y) for x, y in self.pairs)
+
+
+def _divergence(name: str) -> Operation:
+    code, form, arguments = _cpu.OPERATIONS[name]
+    if arguments == 1:
+        return Operation(name, code, form, True, False, tuple((s, s) for s in SPACES), ("x",))
+    return Operation(name, code, form, False, False, PAIRS, ("x", "y"))
+
+
+def _loss(name: str, *pairs: tuple[str, str], gradients: tuple[str, ...] = ("x", "y")) -> Operation:
+    code, form, _ = _cpu.OPERATIONS[name]
+    return Operation(name, code, form, False, True, pairs, gradients)
+
+
+KL_DIV = _divergence("kl_div")
+REL_ENTR = _divergence("rel_entr")
+CROSS_ENTROPY = _divergence("cross_entropy")
+ENTROPY = _divergence("entropy")
+
+OPERATIONS = {o.name: o for o in (KL_DIV, REL_ENTR, CROSS_ENTROPY, ENTROPY)}
+LOSSES = {
+    o.name: o
+    for o in (
+        _loss("pytorch", ("probs", "log_probs"), ("log_probs", "log_probs")),
+        _loss("keras", ("probs", "probs")),
+        _loss("mxnet", ("probs", "log_probs"), ("probs", "logits")),
+        _loss("puzzlelib", ("probs", "logits"), ("logits", "logits"), gradients=("y",)),
+    )
+}
+
+
+class Call(NamedTuple):
+    """The arguments of a call, as they were given: what they mean, ``klcore.kl_div`` says, and for losses
+    ``klcore.divergence.loss``."""
+
+    operation: Operation
+    x: Any
+    y: Any  # None for an operation of one argument
+    space: Any
+    axis: Any
+    reduction: Any
+    weights: Any = None  # of a loss: its factors, any numbers, one a term
+    temperature: Any = 1.0
+    return_grad: Any = None
+    out: Any = None
+    device: Any = None
+    denominator: Any = 1.0  # of a loss, as all that follows
+    epsilon: Any = 0.0
+    dtype: Any = None  # its name
+    cotangent: Any = None  # not None: the gradients alone, of sum(cotangent * value), and `out` is for these
