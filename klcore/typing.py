@@ -15,6 +15,8 @@ What type checkers are told comes back:
   array, though that of one row is a scalar, too, which no type can tell: say ``float(...)`` if a float is to be had.
   An array's type is taken as it is given; that 16-bit numbers and integers make wider values is not in it.
 * `Any` for lists and numbers alone.
+* Of pandas, polars and xarray the results are NumPy arrays, whatever the checker says: pass ``.to_numpy()`` where types
+  matter.
 
 Numbers of NumPy's are taken as `temperature` and `axis`: what has ``__float__``, which strings have not, and what has
 ``__index__``.

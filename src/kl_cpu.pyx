@@ -188,8 +188,8 @@ cdef extern from "Python.h" nogil:
     unsigned long PyThread_get_thread_ident()
     int PyErr_CheckSignals()   # not that of cpython.exc: the exception that a handler raises is left to be found
 
-# Python runs signal handlers in this thread alone. No other may ask: while Python shuts down, a thread that asks for the
-# GIL is ended on the spot, within code that must not throw, which ends the process.
+# Python runs signal handlers in this thread alone. No other may ask: while Python shuts down, a thread that asks for
+# the GIL is ended on the spot, within code that must not throw, which ends the process.
 cdef unsigned long _main = threading.main_thread().ident
 
 
@@ -324,16 +324,16 @@ def plain(call, int threads):
     """The quick way in for common calls: two like arrays, the classes on the last axis, temperature 1, no weights.
 
     Takes a klcore.operations.Call, and returns what its backend does; or None, having done nothing, unless both are
-    native float arrays of one shape and dtype, and contiguous where gradients are wanted. What it does not understand is
-    for rows.py to understand, or to refuse.
+    native float arrays of one shape and dtype, and contiguous where gradients are wanted. What it does not understand
+    is for rows.py to understand, or to refuse.
     """
-    (of, x, y, space, axis, words, weights, temperature, return_grad, out, device, divisor, epsilon, dtype,
+    (of, x, y, space, axis, words, weights, temperature, return_grad, out, _device, divisor, epsilon, dtype,
      cotangent) = <tuple>call
     if type(x) is not _ndarray or type(y) is not _ndarray or type(axis) is not int or axis != -1:
         return None
     if weights is not None or out is not None or dtype is not None:
         return None
-    if (type(temperature) is not float and type(temperature) is not int) or temperature != 1.0 or type(words) is not str:
+    if type(words) is not str or type(temperature) not in (float, int) or temperature != 1.0:
         return None
     found_reduction = _plain_reductions.get(words)
     if found_reduction is None or not (return_grad is None or type(return_grad) is str or type(return_grad) is tuple):

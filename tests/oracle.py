@@ -23,6 +23,8 @@ import numpy as np
 OPERATIONS = ("kl_div", "rel_entr", "cross_entropy", "entropy")
 SPACES = ("probs", "log_probs", "logits")
 PAIRS = tuple((sx, sy) for sx in SPACES for sy in SPACES)
+SINGLE = ("entropy",)  # of one argument
+CALLS = tuple((op, pair) for op in OPERATIONS for pair in PAIRS if op not in SINGLE or pair[0] == pair[1])
 
 # ---- the bounds ------------------------------------------------------------------------------------------------------
 #

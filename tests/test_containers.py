@@ -181,7 +181,7 @@ DIFFER = {
     "row of one": ({"x": frame([7], a=A[:1]), "y": frame([8], a=B[:1])}, {}, "axis 0 of x", "different labels"),
     "classes": ({"x": frame(), "y": frame(columns=OTHER)}, {}, "axis 1 of x and axis 1 of y", "(first at position 0:"),
     "classes of a row": ({"x": frame(), "y": pd.Series(B[0], OTHER)}, {}, "axis 1 of x and axis 0 of y", "reindex"),
-    "classes of a column": ({"x": frame(), "y": frame([3, 4, 5])}, {"axis": 0}, "axis 0 of x and axis 0 of y", "0 and 3"),
+    "classes of a column": ({"x": frame(), "y": frame([3, 4, 5])}, {"axis": 0}, "axis 0 of x and axis 0 of y", "0 and"),
     "the last class": ({"x": frame(), "y": frame(columns=[*CLASSES[:3], "e"])}, {}, "first at position 3: 'd' and 'e'"),
     "kinds": ({"x": frame(["0", "1", "2"]), "y": frame()}, {}, "first at position 0: '0' and 0 (str and int)"),
     "weights": ({"x": frame("uvw"), "y": B, "weights": pd.Series(W, list("uwv"))}, {}, "axis 0 of x", "of weights"),

@@ -82,14 +82,14 @@ def test_selftest_on_a_gpu(capsys, monkeypatch):
 
 
 def fault(monkeypatch, backend, change, when=lambda: True, name="kl_div"):
-    """Have `change` done to what a function of a backend returns."""
-    right = getattr(backend, name)
+    """Have `change` done to what a backend returns of an operation."""
+    right = backend.compute
 
-    def wrong(*arguments):
-        results = right(*arguments)
-        return change(*results) if when() else results
+    def wrong(call):
+        results = right(call)
+        return change(*results) if call.operation.name == name and when() else results
 
-    monkeypatch.setattr(backend, name, wrong)
+    monkeypatch.setattr(backend, "compute", wrong)
 
 
 def ulp(value, *gradients):

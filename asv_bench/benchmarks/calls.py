@@ -15,6 +15,7 @@ import numpy as np
 from floor import buffer
 
 import klcore
+from klcore import operations
 
 NAMES = ["operation", "device", "dtype", "shape"]
 DEVICES = ["cpu", "cuda"]
@@ -36,6 +37,7 @@ OPERATIONS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
     "one y for all": (klcore.kl_div, {}),
     "one y for all, gradient": (klcore.kl_div, {"return_grad": "y"}),
     "axis 0": (klcore.kl_div, {"axis": 0}),
+    **{name: (getattr(klcore, name), {}) for name in operations.OPERATIONS if name != "kl_div"},
 }
 
 

@@ -681,14 +681,14 @@ def compute(call: Call) -> Any:
         read = (call.x, call.y, None, weights, cotangent)
     words = (
         call.operation.code, call.space, call.axis, call.reduction, call.temperature, call.return_grad,
-        call.denominator, call.epsilon, call.dtype, cotangent is None,
+        call.denominator, call.epsilon, call.dtype,
     )  # fmt: skip
     out = call.out if cotangent is None or call.out is None else (None, *call.out)
     given = out if isinstance(out, tuple) else (out,)
     types = tuple(map(type, words))
     key = None
     if _WORDS_OF.issuperset(types):
-        key = _key(cupy, (call.device, given is out, words, types), (*read, *given))
+        key = _key(cupy, (call.device, given is out, cotangent is None, words, types), (*read, *given))
     try:
         prepared = _kept.get(key)
     except TypeError:  # a tuple with something in it that cannot be a key

@@ -9,8 +9,8 @@ the CUDA kernels, one for a TPU is refused by JAX, nothing is moved unasked.
 
 Concrete arrays take the same way, through a ``jax.jit`` that keeps a program for each shape and each choice of words,
 as JAX's own functions do; but where the CPU is JAX' only device they are computed at once, as NumPy's are. Programs run
-on a thread of XLA's: ``klcore.set_num_threads`` holds there, ``klcore.threads``, which is of the caller's thread, does
-not, and JAX looks for no signals until they have ended.
+in the calling thread or in one of XLA's, where ``klcore.set_num_threads`` holds and ``klcore.threads``, which is of the
+caller's thread, does not; what a signal handler raises within one, JAX makes an error of its own.
 """
 
 import math

@@ -585,7 +585,8 @@ def _weights(xp: Any, asarray: Any, weights: Any, batch: tuple[int, ...], signed
     # On a GPU they are not looked at, which would mean to wait for it: a bad weight makes its row NaN there.
     host = next((a for a in (w, weights) if not hasattr(a, "__cuda_array_interface__")), None)
     if host is not None and w.size and not (np.min(host) >= 0 and np.max(host) < math.inf):  # NaN fails both
-        bad = np.argwhere(~((np.asarray(host) >= 0) & (np.asarray(host) < math.inf)))
+        host = np.asarray(host)
+        bad = np.argwhere(~((host >= 0) & (host < math.inf)))
         at = tuple(bad[0].tolist())
         found = f"{host[at]!s}{f' at index {at}' if at else ''}{f', and {len(bad) - 1} more' if len(bad) > 1 else ''}"
         raise ValueError(f"weights must be finite and >= 0; found {found}")
