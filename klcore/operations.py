@@ -26,11 +26,6 @@ class Operation:
     pairs: tuple[tuple[str, str], ...]  # the spaces of x and y that it is for
     gradients: tuple[str, ...]  # with respect to what
 
-    @property
-    def spaces(self) -> tuple[str | tuple[str, str], ...]:
-        """What can be said of `space`, every meaning once."""
-        return tuple(x if x == y else (x, y) for x, y in self.pairs)
-
 
 def _divergence(name: str) -> Operation:
     code, form, arguments = _cpu.OPERATIONS[name]
