@@ -8,9 +8,9 @@ never calls JAX, so it cannot wait for a thread that waits for it, as one that i
 the CUDA kernels, one for a TPU is refused by JAX, nothing is moved unasked.
 
 Concrete arrays take the same way, through a ``jax.jit`` that keeps a program for each shape and each choice of words,
-as JAX's own functions do; but where the CPU is JAX' only device they are computed at once, as NumPy's are. Programs run
-in the calling thread or in one of XLA's, where ``klcore.set_num_threads`` holds and ``klcore.threads``, which is of the
-caller's thread, does not; what a signal handler raises within one, JAX makes an error of its own.
+as JAX's own functions do; but where the CPU is JAX' only device large ones are computed at once, as NumPy's are.
+Programs run in the calling thread or in one of XLA's, where ``klcore.set_num_threads`` holds and ``klcore.threads``,
+which is of the caller's thread, does not; what a signal handler raises within one, JAX makes an error of its own.
 """
 
 import math
@@ -263,10 +263,13 @@ def compute(call: Call) -> Any:
     if device is not None:
         x, y, weights = _moved(device, [x, y, weights])
     # In this thread a signal ends the call: JAX does not look for any while its programs run. Only where there is one
-    # device, to which results are bound; not for gradients in bfloat16, which JAX does not take over without a copy.
+    # device, to which results are bound; not for little, of which JAX' own way takes a third of the time, nor for
+    # gradients in bfloat16, which JAX does not take over without a copy.
+    operands = [a for a in (x, y) if a is not None]
     here = jax.default_backend() == "cpu" and jax.device_count() == 1
-    here = here and not any(isinstance(a, jax.core.Tracer) for a in (x, y, weights))
-    if here and not (wanted and any(a is not None and a.dtype.kind == "V" for a in (x, y))):
+    here = here and not any(isinstance(a, jax.core.Tracer) for a in (*operands, weights))
+    here = here and any(a.nbytes > _SMALL for a in operands)
+    if here and not (wanted and any(a.dtype.kind == "V" for a in operands)):
         return _in_this_thread(call, x, y, weights)
     if _platform(weights) == "cpu":  # compiled code would raise JAX's own error
         _arranged(call, _stand_in(x), _stand_in(y), None if weights is None else np.asarray(weights))
