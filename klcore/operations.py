@@ -14,9 +14,9 @@ SPACES = tuple(_cpu.SPACES)
 PAIRS = tuple((x, y) for x in SPACES for y in SPACES)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Operation:
-    """One row of the table."""
+    """One row of the table. There is one object of it: so it is compared and hashed, and unpickled."""
 
     name: str
     code: int  # how kernels know it
@@ -25,6 +25,13 @@ class Operation:
     is_loss: bool
     pairs: tuple[tuple[str, str], ...]  # the spaces of x and y that it is for
     gradients: tuple[str, ...]  # with respect to what
+
+    def __reduce__(self) -> Any:
+        return _row, (self.name,)
+
+
+def _row(name: str) -> Operation:
+    return OPERATIONS.get(name) or LOSSES[name]
 
 
 def _divergence(name: str) -> Operation:

@@ -1,8 +1,10 @@
 """The table of operations: that nobody forgets one; and a toy divergence, added as CONTRIBUTING says."""
 
+import copy
 import inspect
 import os
 import pathlib
+import pickle
 import re
 import shutil
 import subprocess
@@ -28,6 +30,11 @@ needs_repository = pytest.mark.skipif(
 def test_every_kernel_has_a_row():
     assert {o.name for o in (*OPERATIONS.values(), *LOSSES.values())} == set(_cpu.OPERATIONS)
     assert len({o.code for o in (*OPERATIONS.values(), *LOSSES.values())}) == len(_cpu.OPERATIONS)
+
+
+@pytest.mark.parametrize("operation", [*OPERATIONS.values(), *LOSSES.values()], ids=lambda o: o.name)
+def test_rows_are_found_again(operation):
+    assert pickle.loads(pickle.dumps(operation)) is copy.deepcopy(operation) is operation
 
 
 @pytest.mark.parametrize("name", OPERATIONS)
