@@ -193,10 +193,10 @@ def _arrange_results(xp: Any, task: Task, laid: _Laid, out: Any, wanted: tuple[s
             task.value_view = laid.classes_last(task.value)
     for name, result in zip(wanted, gradients, strict=True):
         array = xp.empty_like(laid.operands[name]) if result is None else result
-        task.gradients.append(_gradient(xp, laid, name, array))
+        task.gradients.append(_gradient(laid, name, array))
 
 
-def _gradient(xp: Any, laid: _Laid, name: str, array: Any) -> Gradient:
+def _gradient(laid: _Laid, name: str, array: Any) -> Gradient:
     batch, view = laid.batch, laid.classes_last(array)
     lead = len(batch) - (view.ndim - 1)
     view = view[(None,) * lead] if lead else view
@@ -322,18 +322,23 @@ def _has_meaning(cls: type) -> bool:
 
 def _refuse_parts(a: Any, name: str) -> None:
     """What lists hold, and NumPy would take for numbers alone."""
-    for cls in set(map(type, a)) - {int, float, np.ndarray}:
-        part = next(b for b in a if type(b) is cls)
-        if cls in (list, tuple):
-            for b in a:
-                if type(b) is cls:
-                    _refuse_parts(b, name)
-        elif isinstance(part, np.ma.MaskedArray) or _has_meaning(cls) or labels.are_there(part) or _is_tensor(part):
-            make = "torch.stack" if _is_tensor(part) else "numpy.stack"
-            raise TypeError(
-                f"{name} is a {type(a).__name__} of {_type_name(cls)}, whose labels, mask, unit or history klcore "
-                f"would not see; pass one array, as {make}({name}) makes it where that means the same"
-            )
+    lists, seen = [a], set()  # a list may hold itself
+    while lists:
+        part = lists.pop()
+        if id(part) in seen:
+            continue
+        seen.add(id(part))
+        for cls in set(map(type, part)) - {int, float, np.ndarray}:
+            if cls in (list, tuple):
+                lists += [b for b in part if type(b) is cls]
+                continue
+            one = next(b for b in part if type(b) is cls)
+            if isinstance(one, np.ma.MaskedArray) or _has_meaning(cls) or labels.are_there(one) or _is_tensor(one):
+                make = "torch.stack" if _is_tensor(one) else "numpy.stack"
+                raise TypeError(
+                    f"{name} is a {type(part).__name__} of {_type_name(cls)}, whose labels, mask, unit or history "
+                    f"klcore would not see; pass one array, as {make}({name}) makes it where that means the same"
+                )
 
 
 def _is_tensor(a: Any) -> bool:
