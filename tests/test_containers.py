@@ -561,8 +561,8 @@ def test_options_that_are_none(way, name, k):
         if way == "torch with autograd":
             b.requires_grad_()
         if way == "torch compiled":
-            # The right call is compiled, and the wrong one falls back, as after a few other calls, whatever ran before: of
-            # some of these numbers and arrays the compiler has errors of its own.
+            # The right call is compiled, and the wrong one falls back, as after a few other calls, whatever ran before:
+            # of some of these numbers and arrays the compiler has errors of its own.
             torch = importlib.import_module("torch")
             stack.enter_context(torch._dynamo.config.patch(recompile_limit=1))
             call = torch.compile(klcore.kl_div, backend="eager")
