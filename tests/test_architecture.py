@@ -56,9 +56,25 @@ ROOMS = {
         "numpy", "cupy", "cupy_backends", "klcore._cpu", "klcore.backends.nvrtc", "klcore.backends.rows",
         "klcore.operations", REGISTRY_ERROR,
     },
-    r"klcore\.backends\.(?P<library>torch|jax|dask|dlpack)": {
+    r"klcore\.backends\.(?P<library>jax|dask|dlpack)": {
         "numpy", "cupy", "ml_dtypes", "klcore.backends.cpu", "klcore.backends.cuda", "klcore.backends.rows",
         "klcore.backends.threads", "klcore.backends.labels", "klcore.operations", REGISTRY_ERROR,
+    },
+    r"klcore\.backends\.torch\.private": {"torch"},
+    r"klcore\.backends\.torch\.memory": {
+        "numpy", "torch", "ml_dtypes", "klcore.backends.cpu", "klcore.backends.cuda", "klcore.backends.rows",
+        "klcore.backends.torch.private", REGISTRY_ERROR,
+    },
+    r"klcore\.backends\.torch\.kernels": {
+        "torch", "klcore.backends.cpu", "klcore.backends.rows", "klcore.backends.torch.memory", "klcore.operations",
+    },
+    r"klcore\.backends\.torch\.operator": {"torch", "klcore.backends.torch.kernels", "klcore.operations"},
+    r"klcore\.backends\.torch\.autograd": {
+        "torch", "klcore.backends.torch.kernels", "klcore.backends.torch.operator", "klcore.backends.torch.private",
+    },
+    r"klcore\.backends\.torch": {
+        "torch", "klcore.backends.cpu", "klcore.backends.labels", "klcore.backends.rows", "klcore.operations",
+        *(f"klcore.backends.torch.{name}" for name in ("autograd", "kernels", "memory", "operator", "private")),
     },
     r"klcore\.compat": {"klcore.compat"},
     r"klcore\.compat\._arguments": {"numpy", "klcore.backends.rows"},
@@ -132,11 +148,18 @@ def test_imports_run_one_way():
         ("klcore.backends.nvrtc", "klcore.backends.cuda"),
         ("klcore.backends.torch", "klcore.divergence"),
         ("klcore.backends.torch", "jax"),
+        ("klcore.backends.torch.memory", "klcore.backends.torch.kernels"),
+        ("klcore.backends.torch.operator", "klcore.backends.torch"),
         ("klcore.compat.keras", "klcore.backends.cpu"),
     ],
 )
 def test_edges_that_must_not_be(module, edge):
     assert not allowed(module, edge)
+
+
+def test_private_interfaces_of_pytorch_are_in_one_file():
+    asking = {m for m, path in modules() if re.search(r"torch\._C|forward_ad\._|torch\._\w+\.", path.read_text())}
+    assert asking == {"klcore.backends.torch.private"}
 
 
 def test_oracle_is_independent():

@@ -455,10 +455,10 @@ def test_numpy_of_any_layout_beside(library, kind):
 
 
 def test_numpy_is_not_copied_for_pytorch(monkeypatch):
-    torch, adapter = importlib.import_module("torch"), importlib.import_module("klcore.backends.torch")
+    torch, kernels = importlib.import_module("torch"), importlib.import_module("klcore.backends.torch.kernels")
     seen = []
-    compute = adapter._compute
-    monkeypatch.setattr(adapter, "_compute", lambda call: seen.append(call.y) or compute(call))
+    compute = kernels.compute
+    monkeypatch.setattr(kernels, "compute", lambda call: seen.append(call.y) or compute(call))
     for b in (np.array(B), B, B[:, ::1], np.array(B.T).T):
         klcore.kl_div(torch.tensor(A), b)
         assert seen.pop().data_ptr() == b.ctypes.data
@@ -510,17 +510,17 @@ def test_weights_of_another_library(library, of_weights):
 
 def test_a_tensor_on_a_gpu_beside_numpy():
     """Not moved unasked. (Where PyTorch has no GPU, a device without memory stands for one.)"""
-    adapter, torch = importlib.import_module("klcore.backends.torch"), importlib.import_module("torch")
+    memory, torch = importlib.import_module("klcore.backends.torch.memory"), importlib.import_module("torch")
 
     class OnGpu:
         device = torch.device("cuda", 0)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(adapter, "_check", lambda t, name: None)
-        patch.setattr(adapter.torch, "Tensor", OnGpu)
+        patch.setattr(memory, "check", lambda t, name: None)
+        patch.setattr(memory.torch, "Tensor", OnGpu)
         for arrays in ((OnGpu(), np.array(B)), (pd.DataFrame(B), OnGpu())):
             with pytest.raises(TypeError, match=r"in the host's memory, .* a tensor on cuda:0; move one .* device="):
-                adapter._operands(*arrays, None)
+                memory.operands(*arrays, None)
 
 
 # ---- options ---------------------------------------------------------------------------------------------------------

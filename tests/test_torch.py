@@ -19,7 +19,7 @@ from test_gradient import PAIRS, REDUCTIONS, arguments, temperature_of
 import klcore
 
 torch = pytest.importorskip("torch", reason="no PyTorch: its adapter is not tested")
-adapter = importlib.import_module("klcore.backends.torch")
+private = importlib.import_module("klcore.backends.torch.private")
 cpu = importlib.import_module("klcore.backends.cpu")
 
 FLOATS = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
@@ -586,6 +586,65 @@ def test_forward_mode_is_refused(call):
     """A tangent is never dropped in silence."""
     with pytest.raises(NotImplementedError, match=r"no derivatives in forward mode .* use reverse mode: vjp"):
         call(logits(3), logits(3, seed=1))
+
+
+class Passing(torch.utils._python_dispatch.TorchDispatchMode):
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        return function(*args, **(kwargs or {}))
+
+
+def in_a_mode(look, x):
+    with Passing():
+        look(x)
+
+
+def in_forward_mode(look, x):
+    with torch.autograd.forward_ad.dual_level():
+        look(torch.autograd.forward_ad.make_dual(x, x))
+
+
+def in_backward_of_many(look, x):
+    class Watched(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, cotangent):
+            return look(cotangent)
+
+    x.requires_grad_()
+    torch.autograd.grad(Watched.apply(x), x, torch.ones(4, *x.shape), is_grads_batched=True)
+
+
+@pytest.mark.parametrize(
+    ("state", "expected"),
+    [
+        (lambda look, x: look(x), (True, False, False)),
+        (lambda look, x: look(torch.nn.Parameter(x)), (True, False, False)),
+        (lambda look, x: torch.func.vmap(look)(x), (False, True, False)),
+        (lambda look, x: torch.func.grad(lambda x: look(x).sum())(x), (False, True, False)),
+        (lambda look, x: torch.func.vjp(look, x), (False, True, False)),
+        (lambda look, x: torch.func.jvp(look, (x,), (x,)), (False, True, False)),
+        (in_forward_mode, (False, True, False)),
+        (in_a_mode, (False, False, False)),
+        (lambda look, x: torch.jit.trace(look, x, check_trace=False), (False, False, False)),
+        (in_backward_of_many, (True, False, True)),
+    ],
+    ids=["eager", "parameter", "vmap", "grad", "vjp", "jvp", "forward mode", "dispatch mode", "jit.trace", "batched"],
+)
+@pytest.mark.filterwarnings(SCRIPT, "ignore:.torch.jit.trace. is deprecated:DeprecationWarning")
+def test_what_pytorch_is_doing(state, expected):
+    """PyTorch's private interfaces mean what klcore takes them for, in each state, and no more afterwards."""
+    found = []
+
+    def look(x):
+        found.append((private.is_eager(x), private.is_transformed(), private.is_batched(x)))
+        return x * 2
+
+    state(look, logits(2, 3))
+    look(logits(2, 3))
+    assert found == [expected, (True, False, False)]
 
 
 def test_second_derivatives_of_func():

@@ -230,7 +230,8 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # that it finds no CUDA
     import cupy
 import numpy as np, torch
-from klcore.backends import cuda, torch as adapter
+from klcore.backends import cuda
+from klcore.backends.torch import memory
 assert cupy.cuda.Stream.from_external(cuda._Foreign(7)).ptr == 7
 cuda.ready = lambda: cupy
 torch.Tensor.is_cpu, torch.Tensor.is_cuda = property(lambda t: False), property(lambda t: True)
@@ -238,7 +239,7 @@ torch.Tensor.get_device = lambda t: 0
 for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.bool):
     t = torch.ones(4, 6).to(dtype)
     for view in (t, t.T, t[1:, ::2], t.expand(3, 4, 6), t[:0], t[0, 0]):
-        a = adapter._lend(view)
+        a = memory.lend(view)
         strides = tuple(view.element_size() * step for step in view.stride())
         assert type(a) is cupy.ndarray
         assert (a.data.ptr, a.shape, a.strides) == (view.data_ptr(), tuple(view.shape), strides)

@@ -1,0 +1,131 @@
+"""PyTorch tensors: their memory is lent to klcore.backends.cpu or klcore.backends.cuda; autograd learns the gradient.
+
+Nothing is copied, bfloat16 included. The operator ``torch.ops.klcore.value`` is what torch.compile, torch.export and
+torch.func see; ordinary eager calls go through an autograd.Function instead, or, where no gradient is needed, straight
+to the kernels: that takes a fifth of the operator's time on small tensors. On a GPU everything runs on PyTorch's
+current stream, and results are PyTorch's own memory.
+
+Here is the road that a call takes. Of the other files each imports those before it alone: private.py, memory.py,
+kernels.py, operator.py, autograd.py.
+"""
+
+import contextlib
+from typing import Any
+
+import torch
+
+from klcore.backends import cpu, labels, rows
+from klcore.backends.torch import autograd, kernels, memory, operator, private
+from klcore.operations import Call
+
+_HALVES = ("float16", "bfloat16")
+
+
+def compute(call: Call) -> Any:
+    given = call.x, call.y, call.weights
+    x, y = memory.operands(*given[:2], call.device)
+    if call.operation.name == "puzzlelib":  # its gradient is none: autograd would descend where it should ascend
+        x, y = x.detach(), y.detach()
+    weights = memory.weights_beside(given[2], x, call.device, "factors" if call.operation.is_loss else "weights")
+    as_given = x is given[0] and y is given[1] and weights is given[2]
+    if not as_given and not torch.compiler.is_compiling() and labels.are_there(*given):
+        labels.check(rows.class_axis(x, y, call.axis), *given)
+    if not as_given and _needs_grad(x, y):  # a NumPy array may change before backward looks at it again
+        x, y, weights = (
+            t if t is a or t is None or isinstance(a, torch.Tensor) else t.clone()
+            for t, a in zip((x, y, weights), given, strict=True)
+        )
+    if isinstance(call.temperature, torch.Tensor):
+        if call.temperature.requires_grad and torch.is_grad_enabled():
+            raise TypeError(
+                "temperature requires a gradient, and klcore gives none with respect to it; divide the logits by it "
+                "instead"
+            )
+        call = call._replace(temperature=call.temperature.detach())
+    of_value = call.dtype
+    if call.operation.name == "pytorch" and of_value in _HALVES and torch.is_autocast_enabled(x.device.type):
+        of_value = "float32"  # autocast has PyTorch's own loss compute in it
+    if not as_given or call.device is not None or of_value is not call.dtype:
+        call = call._replace(x=x, y=y, weights=weights, device=None, dtype=of_value)
+    return _history_or_not(call) if call.out is None else _into(call)
+
+
+def _history_or_not(call: Call) -> Any:
+    x, y, weights = call.x, call.y, call.weights
+    eager = private.is_eager(x, y, weights)
+    if eager and isinstance(call.temperature, torch.Tensor) and call.temperature.numel() == 1:
+        call = call._replace(temperature=float(call.temperature))  # that of now: backward comes later
+    if eager and (call.return_grad is not None or not _needs_grad(x, y)):
+        return kernels.compute(call)
+    rows.check_reduction(call.reduction)
+    rows.space_pair(call.space, call.operation)
+    wanted: tuple[str, ...] = ()
+    if not eager:
+        _, temperature, wanted = rows.words(call)
+        axis = call.axis if call.operation.is_loss else rows.class_axis(x, y, call.axis)
+        call = call._replace(temperature=temperature, axis=axis)
+    dtype = None if call.dtype is None else getattr(torch, call.dtype)
+    if call.return_grad is None:
+        return (autograd.eager_value if eager else autograd.traceable("value"))(*operator.arguments_of(call), dtype)
+    call = call._replace(x=x.detach(), y=None if y is None else y.detach())
+    value = autograd.traceable("value")(*operator.arguments_of(call), dtype)
+    if call.reduction in ("row", "none"):  # of the sum of what is returned
+        call = call._replace(reduction="sum")
+    both = autograd.traceable("gradients")(
+        *operator.arguments_of(call), value.new_ones(()), "x" in wanted, "y" in wanted
+    )
+    return (value, *(g for name, g in zip("xy", both, strict=True) if name in wanted))
+
+
+def _needs_grad(x: Any, y: Any) -> bool:
+    return torch.is_grad_enabled() and (x.requires_grad or (y is not None and y.requires_grad))
+
+
+def _into(call: Call) -> Any:
+    """The same, into tensors of the caller's."""
+    x, y, weights, out = call.x, call.y, call.weights, call.out
+    if _needs_grad(x, y):
+        raise TypeError(
+            "out= has no place in autograd's history, and an argument requires a gradient; leave out= away, or detach "
+            "the arguments, or compute within torch.no_grad()"
+        )
+    outs = list(out) if isinstance(out, tuple) else [out]
+    for t in outs:
+        if t is not None and not (isinstance(t, torch.Tensor) and t.device == x.device):
+            found = f"one on {t.device}" if isinstance(t, torch.Tensor) else type(t).__name__
+            raise TypeError(f"out must be a tensor on {x.device}, or a tuple of such; found {found}")
+        if t is not None:
+            memory.check(t, "out")
+            if rows.shares_with_itself(t.shape, t.stride(), 1):
+                raise ValueError("out is a view whose elements share memory; pass a tensor of its own")
+            if t.requires_grad and torch.is_grad_enabled():
+                raise TypeError("out requires a gradient, and its history would not know of the call; pass another")
+    if not private.is_eager(x, y, weights, *outs) or any(t is not None and t.is_neg() for t in outs):
+        return _copied(_history_or_not(call._replace(out=None)), out, outs)
+    if not x.is_cpu:  # all results are to be PyTorch's own memory
+        new = kernels.outs_of(call)
+        given = rows.results_in(out, ("",) * (len(new) - 1))
+        outs = [b if a is None else a for a, b in zip(given, new, strict=True)]
+        out = tuple(outs)
+    with contextlib.nullcontext() if x.is_cpu else memory.as_pytorch(x):
+        results = (cpu if x.is_cpu else memory.cuda()).compute(kernels.lent(call._replace(out=out)))
+    results = results if isinstance(results, tuple) else (results,)
+    outs += [None] * (len(results) - len(outs))
+    kept = tuple(memory.as_tensor(a) if t is None else t for a, t in zip(results, outs, strict=True))
+    torch.autograd.graph.increment_version([t for t in outs if t is not None])  # who saved one for backward, is told
+    return kept if call.return_grad is not None else kept[0]
+
+
+def _copied(found: Any, out: Any, outs: list[Any]) -> Any:
+    """What was computed elsewhere, into the tensors given."""
+    results = found if isinstance(found, tuple) else (found,)
+    if isinstance(out, tuple) and len(out) != len(results):
+        raise ValueError(f"out must be a tuple of {len(results)} (value, then gradients); found a tuple of {len(out)}")
+    for r, t in zip(results, outs, strict=False):
+        if t is not None and (t.shape, t.dtype) != (r.shape, r.dtype):
+            raise ValueError(
+                f"out must have the shape {tuple(r.shape)} and the dtype {r.dtype}; found {tuple(t.shape)}, {t.dtype}"
+            )
+    outs = outs + [None] * (len(results) - len(outs))
+    kept = tuple(r if t is None else t.copy_(r) for r, t in zip(results, outs, strict=True))
+    return kept if isinstance(found, tuple) else kept[0]

@@ -1,0 +1,71 @@
+"""Calls of the kernels: tensors in, and new tensors without history out."""
+
+from typing import Any
+
+import torch
+
+from klcore.backends import cpu, rows
+from klcore.backends.torch import memory
+from klcore.operations import Call
+
+
+def value_like(call: Call) -> tuple[tuple[int, ...], torch.dtype]:
+    """Shape and dtype of a value."""
+    x, y, shape = call.x, call.y, call.x.shape
+    if y is not None and y.shape != shape:
+        try:
+            shape = torch.broadcast_shapes(shape, y.shape)
+        except RuntimeError:
+            raise rows.batches_differ(x, y, call.axis) from None
+    dtype = None if call.dtype is None else getattr(torch, call.dtype)
+    if dtype is None:
+        wide = [t.dtype not in memory.FLOATS[1:] for t in ((x,) if y is None else (x, y))]
+        dtype = torch.float64 if any(wide) else torch.float32
+    if call.reduction == "none":
+        return tuple(shape), dtype
+    if call.reduction != "row" or not shape:
+        return (), dtype
+    axis = call.axis % len(shape)
+    return (*shape[:axis], *shape[axis + 1 :]), dtype
+
+
+def gradient_like(t: Any) -> Any:
+    """Memory for a gradient; integers were taken as float64."""
+    return torch.empty_like(t.detach(), dtype=t.dtype if t.dtype in memory.FLOATS else torch.float64)
+
+
+def lent(call: Call) -> Call:
+    """The call of the kernels' library."""
+    if call.dtype == "bfloat16":
+        memory.bfloat16()  # or what to install
+    weights, out, cotangent = call.weights, call.out, call.cotangent
+    if out is not None:
+        out = tuple(map(memory.lend, out)) if isinstance(out, tuple) else memory.lend(out)
+    return Call(  # in half of the time that _replace takes
+        call.operation, memory.lend(call.x), memory.lend(call.y), call.space, call.axis, call.reduction,
+        None if weights is None else memory.lend(weights), call.temperature, call.return_grad, out, None,
+        call.denominator, call.epsilon, call.dtype, None if cotangent is None else memory.lend(cotangent),
+    )  # fmt: skip
+
+
+def compute(call: Call) -> Any:
+    """What the contract says, as tensors without history."""
+    if call.x.is_cpu:
+        found = cpu.compute(lent(call))
+        return tuple(map(memory.as_tensor, found)) if isinstance(found, tuple) else memory.as_tensor(found)
+    outs = tuple(outs_of(call))
+    with memory.as_pytorch(call.x):
+        memory.cuda().compute(lent(call._replace(out=outs)))
+    return outs if call.return_grad is not None else outs[0]
+
+
+def outs_of(call: Call) -> list[Any]:
+    """New tensors for the results of a call, whose words are checked."""
+    wanted = rows.words(call)[2]
+    if not call.operation.is_loss:
+        rows.class_axis(call.x, call.y, call.axis)
+    gradients = [gradient_like(call.x if of == "x" else call.y) for of in wanted]
+    if call.cotangent is not None:
+        return gradients
+    shape, dtype = value_like(call)
+    return [torch.empty(shape, dtype=dtype, device=call.x.device), *gradients]

@@ -1,0 +1,195 @@
+"""Tensors lend their memory to klcore.backends.cpu or cuda as arrays of NumPy or CuPy, and arrays to tensors.
+
+And what may be lent: devices, dtypes, layouts; what stands beside a tensor becomes one, on its device.
+"""
+
+import contextlib
+import importlib
+from functools import cache
+from typing import Any
+
+import numpy as np
+import torch
+
+from klcore.backends import BackendUnavailableError, cpu, rows
+from klcore.backends.torch import private
+
+FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+_NUMBERS = (bool, int, float, complex, list, tuple)
+
+
+def bfloat16() -> Any:
+    try:
+        return np.dtype(importlib.import_module("ml_dtypes").bfloat16)
+    except ImportError as error:
+        raise BackendUnavailableError(
+            "bfloat16 tensors need the package ml_dtypes, which cannot be imported; install it with: "
+            "pip install 'klcore[bfloat16]'"
+        ) from error
+
+
+def lend(t: Any) -> Any:
+    """The tensor's memory as a NumPy or CuPy array; anything that is no tensor as it is."""
+    if not isinstance(t, torch.Tensor):
+        return t
+    t = t.detach()
+    if t.is_cuda:
+        cupy, t, size = cuda().ready(), t.resolve_neg(), t.element_size()
+        memory = cupy.cuda.UnownedMemory(t.data_ptr(), t.numel() * size, t, t.get_device())
+        strides = tuple(size * step for step in t.stride())
+        return cupy.ndarray(tuple(t.shape), _numpy_dtype(t.dtype), cupy.cuda.MemoryPointer(memory, 0), strides)
+    if t.dtype is torch.bfloat16:
+        return lend(t.view(torch.int16)).view(bfloat16())
+    try:
+        return t.numpy()
+    except RuntimeError:
+        if t.is_nested:
+            raise TypeError("klcore takes dense tensors, found a nested one; pass x.to_padded_tensor(value)") from None
+        # else the imaginary part of a conjugate: memory that is to be read negated
+        return t.resolve_neg().numpy()
+
+
+@cache
+def _numpy_dtype(dtype: torch.dtype) -> Any:
+    return bfloat16() if dtype is torch.bfloat16 else np.dtype(str(dtype).removeprefix("torch."))
+
+
+def cuda() -> Any:
+    return importlib.import_module("klcore.backends.cuda")
+
+
+def as_tensor(a: Any) -> Any:
+    """The same the other way, of what the CPU returned."""
+    a = np.asarray(a)
+    if a.dtype.kind == "V":
+        return torch.from_numpy(a.view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(a)
+
+
+class _Writable:
+    """An array's memory as if it could be written to: PyTorch knows no other, and warns. Nobody writes to arguments."""
+
+    def __init__(self, a: Any) -> None:
+        self._owner = a
+        self.__array_interface__ = {**a.__array_interface__, "data": (a.ctypes.data, False)}
+
+
+def _lent_by(a: Any, name: str) -> Any:
+    """A tensor on the memory of a NumPy array, or of what NumPy makes one of; a copy where PyTorch has no such strides,
+    dtype or byte order."""
+    a = cpu._asarray(a, name)
+    if any(step < 0 or step % a.dtype.itemsize for step in a.strides):
+        a = a.copy()
+    if not a.flags.writeable:
+        a = a.view(np.int16) if a.dtype.kind == "V" else a
+        t = torch.from_numpy(np.asarray(_Writable(a)))
+        return t.view(torch.bfloat16) if t.dtype is torch.int16 else t
+    return as_tensor(a)
+
+
+@contextlib.contextmanager
+def as_pytorch(x: Any) -> Any:
+    """Compute on PyTorch's current stream of the device of `x`, and take all memory from PyTorch: a CUDA graph that
+    PyTorch captures owns what is allocated meanwhile, which CuPy's pool would lend to others."""
+
+    def allocate(nbytes: int) -> Any:
+        memory = torch.empty(nbytes, dtype=torch.uint8, device=x.device)
+        owned = cupy.cuda.UnownedMemory(memory.data_ptr(), nbytes, memory, x.get_device())
+        return cupy.cuda.MemoryPointer(owned, 0)
+
+    stream = torch.cuda.current_stream(x.device).cuda_stream
+    with cuda().on_stream(x.get_device(), stream) as cupy, cupy.cuda.using_allocator(allocate):
+        yield
+
+
+def check(t: Any, name: str) -> None:
+    if t.is_nested:
+        raise TypeError(f"{name} is a nested tensor; klcore takes dense ones: pass {name}.to_padded_tensor(value)")
+    if t.layout is not torch.strided:
+        raise TypeError(f"{name} is a tensor of layout {t.layout}; klcore takes dense ones: pass {name}.to_dense()")
+    if t.is_quantized:
+        raise TypeError(f"{name} is a quantized tensor; pass {name}.dequantize()")
+    if t.dtype not in FLOATS and (t.dtype.is_complex or t.dtype.is_floating_point):  # those of 8 bits
+        raise TypeError(
+            f"{name} has dtype {t.dtype}; klcore computes with {', '.join(rows.FLOATS)}, and with integers and "
+            "booleans as float64"
+        )
+    if t.device.type not in ("cpu", "cuda", "meta"):
+        raise TypeError(
+            f"{name} is on the device {str(t.device)!r}, and klcore computes on 'cpu' and 'cuda'; move it with "
+            f"{name}.to('cpu')"
+        )
+
+
+def operands(x: Any, y: Any, device: str | None) -> tuple[Any, Any]:
+    """x and y as tensors on one device; y may be None."""
+    if device is None and _is_ordinary(x) and (y is None or _is_ordinary(y)):
+        return x, y
+    for name, t in (("x", x), ("y", y)):
+        if isinstance(t, torch.Tensor):
+            check(t, name)
+        elif type(t).__module__.partition(".")[0] == "torch":
+            raise TypeError(
+                f"{name} is a {type(t).__module__}.{type(t).__qualname__}; klcore takes tensors, NumPy arrays, and "
+                "numbers, lists and tuples"
+            )
+    found = next((t.device for t in (x, y) if isinstance(t, torch.Tensor)), torch.device("cpu"))
+    where = found if device is None else _named(device)
+    for name, t in (("x", x), ("y", y)):
+        if where.type == "cuda" and device is None and not isinstance(t, (torch.Tensor, *_NUMBERS, type(None))):
+            raise TypeError(
+                f"{name} is a {type(t).__module__}.{type(t).__qualname__}, in the host's memory, and the other "
+                f"argument a tensor on {where}; move one of them, as with torch.asarray({name}, "
+                f"device={str(where)!r}), or pass device= to have klcore do it"
+            )
+    return _on(where, x, "x", device), _on(where, y, "y", device)
+
+
+def _named(device: str) -> Any:
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise BackendUnavailableError(
+            f"device={device!r}: PyTorch finds no usable CUDA device (torch.cuda.is_available() is False)"
+        )
+    number = device.partition(":")[2]
+    if number and int(number) >= torch.cuda.device_count():
+        raise BackendUnavailableError(f"device={device!r}: PyTorch finds {torch.cuda.device_count()} CUDA device(s)")
+    return torch.device(device)
+
+
+def _on(where: Any, t: Any, name: str, device: str | None) -> Any:
+    """A tensor that is there, or may be moved there because a device is named; lists and numbers become one."""
+    if t is None or not isinstance(t, torch.Tensor):
+        return None if t is None else _number(t, name, where)
+    if t.device != where:
+        if device is None:
+            raise ValueError(
+                f"the tensors are on different devices (x on {where}, {name} on {t.device}); move one of them"
+            )
+        t = t.to(where)
+    return t
+
+
+def _is_ordinary(t: Any) -> bool:
+    return type(t) in private.PLAIN and t.is_cpu and t.dtype in FLOATS and t.layout is torch.strided
+
+
+def _number(a: Any, name: str, device: Any) -> Any:
+    """Lists, numbers and other libraries' arrays, understood and refused as NumPy's are."""
+    if torch.compiler.is_compiling() and isinstance(a, _NUMBERS):
+        return torch.as_tensor(a, dtype=torch.float64, device=device)
+    if torch.compiler.is_compiling() and isinstance(a, np.ndarray) and not isinstance(a, np.ma.MaskedArray):
+        return torch.as_tensor(a, device=device)
+    return _lent_by(a, name).to(device)
+
+
+def weights_beside(weights: Any, like: Any, device: str | None, name: str = "weights") -> Any:
+    if weights is None or (_is_ordinary(weights) and like.is_cpu and not weights.requires_grad):
+        return weights
+    if isinstance(weights, torch.Tensor):
+        check(weights, name)
+        if weights.requires_grad and torch.is_grad_enabled():
+            raise TypeError(
+                f"{name} must not require a gradient: klcore gives none with respect to {name}; pass {name}.detach(), "
+                'or multiply the values of reduction="row" by them'
+            )
+    return _on(like.device, weights, name, device)

@@ -1,0 +1,87 @@
+"""The operators ``torch.ops.klcore.value`` and ``gradients``: what torch.compile, torch.export and torch.func see.
+
+A call becomes their arguments, and those a call again; shapes and dtypes are known without memory.
+"""
+
+from typing import Any
+
+import torch
+
+from klcore.backends.torch import kernels
+from klcore.operations import LOSSES, OPERATIONS, Call
+
+_ARGUMENTS = (
+    "str operation, Tensor x, Tensor? y, str space_x, str space_y, int axis, str reduction, Tensor? weights, "
+    "float temperature, Scalar denominator, float epsilon"
+)
+LIBRARY = torch.library.Library("klcore", "DEF")
+LIBRARY.define(f"value({_ARGUMENTS}, ScalarType? dtype) -> Tensor")
+LIBRARY.define(f"gradients({_ARGUMENTS}, Tensor cotangent, bool of_x, bool of_y) -> (Tensor, Tensor)")
+
+
+def call_of(
+    operation: str, x: Any, y: Any, space_x: str, space_y: str, axis: int, reduction: str, weights: Any,
+    temperature: float, denominator: float, epsilon: float,
+) -> Call:  # fmt: skip
+    """The call that the operator's arguments stand for."""
+    space = space_x if space_x == space_y else (space_x, space_y)
+    found = OPERATIONS.get(operation) or LOSSES[operation]
+    space = (space_x, space_y) if found.is_loss else space
+    return Call(found, x, y, space, axis, reduction, weights, temperature, denominator=denominator, epsilon=epsilon)
+
+
+def arguments_of(call: Call) -> tuple[Any, ...]:
+    """The operator's arguments for a call."""
+    space_x, space_y = (call.space, call.space) if isinstance(call.space, str) else call.space
+    return (
+        call.operation.name, call.x, call.y, space_x, space_y, call.axis, call.reduction, call.weights,
+        call.temperature, call.denominator, call.epsilon,
+    )  # fmt: skip
+
+
+def _value(*arguments: Any) -> Any:
+    *rest, dtype = arguments
+    return kernels.compute(call_of(*rest)._replace(dtype=dtype_name(dtype)))
+
+
+def dtype_name(dtype: Any) -> str | None:
+    return None if dtype is None else str(dtype).removeprefix("torch.")
+
+
+def _both_gradients(*arguments: Any) -> tuple[Any, Any]:
+    """An empty tensor for one that is not wanted."""
+    *rest, cotangent, of_x, of_y = arguments
+    call = call_of(*rest)._replace(cotangent=cotangent, return_grad=names(of_x, of_y))
+    found = kernels.compute(call)
+    return (
+        _laid_out_like(call.x, found[0]) if of_x else call.x.new_empty(0),
+        _laid_out_like(call.y, found[-1]) if of_y else call.x.new_empty(0),
+    )
+
+
+def _laid_out_like(t: Any, found: Any) -> Any:
+    """What the compiler relies on: for views with gaps or steps of 0 NumPy would choose other strides than PyTorch."""
+    promised = kernels.gradient_like(t)
+    return found if found.stride() == promised.stride() else promised.copy_(found)
+
+
+def names(of_x: bool, of_y: bool) -> tuple[str, ...]:
+    return ("x",) * of_x + ("y",) * of_y
+
+
+LIBRARY.impl("value", _value, "CompositeExplicitAutograd")
+LIBRARY.impl("gradients", _both_gradients, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("klcore::value", lib=LIBRARY)
+def _fake_value(*arguments: Any) -> Any:
+    *rest, dtype = arguments
+    call = call_of(*rest)._replace(dtype=dtype_name(dtype))
+    shape, of_value = kernels.value_like(call)
+    return call.x.new_empty(shape, dtype=of_value)
+
+
+@torch.library.register_fake("klcore::gradients", lib=LIBRARY)
+def _fake_gradients(*arguments: Any) -> tuple[Any, Any]:
+    _, x, y, *_, of_x, of_y = arguments
+    return kernels.gradient_like(x) if of_x else x.new_empty(0), kernels.gradient_like(y) if of_y else x.new_empty(0)
