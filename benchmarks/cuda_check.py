@@ -44,7 +44,7 @@ from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
-from klcore.backends import nvrtc
+from klcore.backends.cuda import kernels, nvrtc
 from klcore.operations import LOSSES, OPERATIONS
 
 ARCHITECTURES = (70, 75, 80, 86, 89, 90, 100, 120)
@@ -67,14 +67,14 @@ def every_build() -> Iterator[Build]:
 
     Of the outputs, those that are the most and the least; for the hot ones, the commonest gradient as well.
     """
-    cuda, rows = (importlib.import_module(f"klcore.backends.{name}") for name in ("cuda", "rows"))
+    rows = importlib.import_module("klcore.backends.rows")
     sweeping, folding = ("kl_units", "kl_narrow", "kl_rows"), ("kl_summed", "kl_summed_fold", "kl_fold")
     for operation in (*OPERATIONS.values(), *LOSSES.values()):
         for (sx, sy), (dtype, code) in itertools.product(operation.pairs, rows.CODES.items()):
             spaces = rows.SPACES[sx], rows.SPACES[sy]
             wide = dtype == "float64" or rows.is_wide(operation, spaces)
-            build = functools.partial(cuda.options, operation, spaces, (code, code), wide)
-            hot = () if wide or (not operation.is_loss and cuda._beside(operation, spaces)) else sweeping
+            build = functools.partial(kernels.options, operation, spaces, (code, code), wide)
+            hot = () if wide or (not operation.is_loss and kernels.is_beside(operation, spaces)) else sweeping
             if operation.is_loss:
                 label = f"{operation.name} {sx}/{sy} {dtype}"
                 yield Build(f"{label} value", build(0, sweeping), sweeping, hot)
@@ -90,7 +90,7 @@ def every_build() -> Iterator[Build]:
                 yield Build(f"{label} d{last}", build(1 if last == "x" else 2, sweeping), sweeping, hot)
             if dtype in ("float64", "float32") or not wide:
                 yield Build(f"{label} summed", build(1, folding), folding, ())
-    yield Build("sum", cuda._sum_options(), ("kl_sum", "kl_weights"), ())
+    yield Build("sum", kernels.sum_options(), ("kl_sum", "kl_weights"), ())
 
 
 class Budget(NamedTuple):

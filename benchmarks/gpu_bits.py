@@ -17,9 +17,10 @@ import klcore
 from klcore import _cpu
 from klcore.operations import OPERATIONS
 
-# (rows, n): every way of treating rows that cuda.py has. Rows of one class; rows that share a warp; a chunk a row, just
-# one class more, and odd numbers of classes, so that no two rows are aligned alike; enough rows that each stays in one
-# block; few rows of many chunks, spread over the device. And (held_rows, HELD) where logits are swept more than once.
+# (rows, n): every way of treating rows that launches.py has. Rows of one class; rows that share a warp; a chunk a row,
+# just one class more, and odd numbers of classes, so that no two rows are aligned alike; enough rows that each stays in
+# one block; few rows of many chunks, spread over the device. And (held_rows, HELD) where logits are swept more than
+# once.
 SHAPES = ((70, 1), (33, 3), (5, 128), (9, 129), (6, 1024), (150, 2500), (3, 5003), (16, 40_001),
           (1, (1 << 20) + 1029))  # fmt: skip
 EMULATED_SHAPES = ((33, 3), (6, 1025), (33, 1025))

@@ -145,7 +145,7 @@ def nvrtc() -> Any:
         subprocess.run([sys.executable, *words], check=True)
     libraries = folder / "nvidia" / "cu13" / "lib"
     ctypes.CDLL(str(next(libraries.glob("libnvrtc-builtins.so.*"))), ctypes.RTLD_GLOBAL)
-    module = importlib.import_module("klcore.backends.nvrtc")
+    module = importlib.import_module("klcore.backends.cuda.nvrtc")
     library = module._load(str(libraries / "libnvrtc.so.13"))
     module._library = lambda: library
     module.version.cache_clear()

@@ -141,7 +141,7 @@ def clocks() -> dict[str, str]:
 
 def own_kernels(arch: int) -> Path:
     """The path of KERNELS as a cubin, kept where klcore keeps its own."""
-    nvrtc = importlib.import_module("klcore.backends.nvrtc")
+    nvrtc = importlib.import_module("klcore.backends.cuda.nvrtc")
     key = hashlib.sha256(repr((KERNELS, nvrtc._OPTIONS, nvrtc.version(), arch)).encode()).hexdigest()[:32]
     path = nvrtc._folder() / f"gpu_device-{key}.cubin"
     return path if path.exists() else nvrtc._write(path.parent, path.name, nvrtc.compile(KERNELS, (), arch))

@@ -198,7 +198,7 @@ def source_digest() -> str:
 
 def kernel_digest() -> str:
     """Of all that makes a kernel beside the compiler and its options: what is carried must have it."""
-    nvrtc = importlib.import_module("klcore.backends.nvrtc")
+    nvrtc = importlib.import_module("klcore.backends.cuda.nvrtc")
     return hashlib.sha256(repr((nvrtc.source(), nvrtc._OPTIONS)).encode()).hexdigest()[:16]
 
 
@@ -296,7 +296,7 @@ def environment(run: Run) -> list[str]:
 def work_on_environment(emulated: bool) -> None:
     from gpu_device import open_device, version
 
-    from klcore.backends import nvrtc
+    from klcore.backends.cuda import nvrtc
 
     if not emulated:
         missing = importlib.import_module("klcore.backends.cuda").missing()

@@ -178,7 +178,7 @@ def _module(name: str, **content: Any) -> types.ModuleType:
 @contextlib.contextmanager
 def installed(**device: int) -> Iterator[types.ModuleType]:
     """Be CuPy and NVRTC for a while; `device` are attributes that are not an H100's."""
-    nvrtc, backends = (importlib.import_module(f"klcore.backends{name}") for name in (".nvrtc", ""))
+    nvrtc, backends = (importlib.import_module(f"klcore.backends{name}") for name in (".cuda.nvrtc", ""))
     Device.attributes = H100 | device
     runtime = _module("cupy.cuda.runtime", getDevice=lambda: 0, getDeviceCount=lambda: 1)
     cuda = _module("cupy.cuda", Device=Device, MemoryPointer=MemoryPointer, alloc=alloc, runtime=runtime)
@@ -193,7 +193,7 @@ def installed(**device: int) -> Iterator[types.ModuleType]:
         squeeze=lambda a, axis: a.view_by(lambda v: np.squeeze(v, axis)),
         where=lambda condition, number, a: a,
     )  # fmt: skip
-    before = {name: sys.modules.get(name) for name in ("cupy", "cupy.cuda", "klcore.backends.cuda")}
+    before = {name: sys.modules.get(name) for name in ("cupy", "cupy.cuda", *_backend())}
     kept = nvrtc.build, nvrtc.version
     sys.modules |= {"cupy": cupy, "cupy.cuda": cuda}
     nvrtc.build, nvrtc.version = _build, lambda: (0, 0)
@@ -202,17 +202,22 @@ def installed(**device: int) -> Iterator[types.ModuleType]:
         yield cupy
     finally:
         nvrtc.build, nvrtc.version = kept
-        for name, module in before.items():
+        for name in (*before, *_backend()):
             sys.modules.pop(name, None)
-            if module is not None:
-                sys.modules[name] = module
+        sys.modules |= {name: module for name, module in before.items() if module is not None}
         vars(backends).pop("cuda", None)
         backends._loaded.clear()
 
 
+def _backend() -> list[str]:
+    """Its modules, but for the compiler's, whose functions are replaced instead."""
+    return [name for name in sys.modules if name.startswith("klcore.backends.cuda") and not name.endswith(".nvrtc")]
+
+
 def _forget(backends: types.ModuleType) -> None:
     """Have the backend imported anew: it holds on to the CuPy that it found first."""
-    sys.modules.pop("klcore.backends.cuda", None)
+    for name in _backend():
+        del sys.modules[name]
     backends._loaded.clear()
 
 

@@ -50,7 +50,7 @@ def _cuda() -> dict[str, Any]:
     entries = {
         "available": "yes",
         "CuPy": cupy.__version__,
-        "NVRTC": ".".join(map(str, importlib.import_module("klcore.backends.nvrtc").version())),
+        "NVRTC": ".".join(map(str, importlib.import_module("klcore.backends.cuda.nvrtc").version())),
         "driver": f"of CUDA {_version(runtime.driverGetVersion())}",
     }
     for k in range(runtime.getDeviceCount()):

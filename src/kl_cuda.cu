@@ -1,6 +1,6 @@
 // All rows of a plan on the GPU: what kl_rows.h and kl_batch.h are for the CPU, with the same formulas (kl_math.h,
 // kl_logits.h) in the same order of addition (kl_tree.h), and so with the same bits. klcore.backends.cuda fills in a
-// plan and launches; klcore.backends.nvrtc compiles this file behind those headers, as one source, for one operation,
+// plan and launches; its nvrtc.py compiles this file behind those headers, as one source, for one operation,
 // pair of spaces and pair of dtypes, given as macros:
 //   KL_OPERATION, KL_SPACE_X, KL_SPACE_Y, KL_X, KL_Y (dtypes), KL_OUTPUTS (1: dx, 2: dy, 4: terms), KL_WIDE (compute in
 //   double), KL_TEMPERATURE (if it is not 1), KL_FACTORS (if there are any), KL_FAST16 (both
@@ -27,7 +27,7 @@ namespace kl {
 
 typedef long long i64;
 
-// ---- what a call asks for: the same layout as _FIELDS in klcore/backends/cuda.py --------------------------------------------
+// ---- what a call asks for: the same layout as _FIELDS in klcore/backends/cuda/plans.py -----------------------------------
 constexpr int MAX_DIMS = 32;
 
 struct Array {                // strides in bytes, of any sign; data == nullptr: absent

@@ -42,7 +42,7 @@ ROOMS = {
     },
     r"klcore\.config": {
         "numpy", "cupy", "klcore._cpu", "klcore.backends", "klcore.backends.threads", "klcore.backends.cpu",
-        "klcore.backends.cuda", "klcore.backends.nvrtc", "klcore.version",
+        "klcore.backends.cuda", "klcore.backends.cuda.nvrtc", "klcore.version",
     },
     r"klcore\.backends": {"klcore.backends.torch", "klcore.operations"},  # within a function, and for type checkers
     r"klcore\.backends\.labels": {"numpy"},
@@ -51,10 +51,26 @@ ROOMS = {
     r"klcore\.backends\.cpu": {
         "numpy", "klcore._cpu", "klcore.backends.rows", "klcore.backends.threads", "klcore.operations",
     },
-    r"klcore\.backends\.nvrtc": {"cuda", "klcore._src", REGISTRY_ERROR},  # compiles where there is no CuPy
+    r"klcore\.backends\.cuda\.nvrtc": {"cuda", "klcore._src", REGISTRY_ERROR},  # compiles where there is no CuPy
+    r"klcore\.backends\.cuda\.devices": {
+        "numpy", "cupy", "klcore.backends.rows", "klcore.backends.cuda.nvrtc", REGISTRY_ERROR,
+    },
+    r"klcore\.backends\.cuda\.kernels": {
+        "klcore._cpu", "klcore.backends.rows", "klcore.backends.cuda.devices", "klcore.backends.cuda.nvrtc",
+        "klcore.operations",
+    },
+    r"klcore\.backends\.cuda\.plans": {"numpy", "klcore._cpu", "klcore.backends.cuda.devices"},
+    r"klcore\.backends\.cuda\.launches": {
+        "klcore._cpu", "klcore.backends.rows", "klcore.backends.cuda.devices", "klcore.backends.cuda.kernels",
+        "klcore.backends.cuda.plans", "klcore.operations",
+    },
+    r"klcore\.backends\.cuda\.preparation": {
+        "numpy", "klcore.backends.rows", "klcore.backends.cuda.kernels", "klcore.backends.cuda.launches",
+        "klcore.backends.cuda.plans",
+    },
     r"klcore\.backends\.cuda": {
-        "numpy", "cupy", "cupy_backends", "klcore._cpu", "klcore.backends.nvrtc", "klcore.backends.rows",
-        "klcore.operations", REGISTRY_ERROR,
+        "numpy", "klcore.backends.rows", "klcore.backends.cuda.devices", "klcore.backends.cuda.launches",
+        "klcore.backends.cuda.plans", "klcore.backends.cuda.preparation", "klcore.operations",
     },
     r"klcore\.backends\.(?P<library>jax|dask|dlpack)": {
         "numpy", "cupy", "ml_dtypes", "klcore.backends.cpu", "klcore.backends.cuda", "klcore.backends.rows",
@@ -144,8 +160,9 @@ def test_imports_run_one_way():
         ("klcore.backends.cpu", "klcore.divergence:kl_div"),
         ("klcore.backends.cuda", "klcore.backends:find"),
         ("klcore.backends.cuda", "klcore.backends.cpu"),
-        ("klcore.backends.nvrtc", "cupy"),
-        ("klcore.backends.nvrtc", "klcore.backends.cuda"),
+        ("klcore.backends.cuda.nvrtc", "cupy"),
+        ("klcore.backends.cuda.nvrtc", "klcore.backends.cuda.devices"),
+        ("klcore.backends.cuda.plans", "klcore.backends.cuda.launches"),
         ("klcore.backends.torch", "klcore.divergence"),
         ("klcore.backends.torch", "jax"),
         ("klcore.backends.torch.memory", "klcore.backends.torch.kernels"),

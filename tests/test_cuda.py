@@ -31,8 +31,8 @@ from klcore.operations import KL_DIV, LOSSES, Call
 PAIR = ("x", "y")
 
 
-def backend():
-    return importlib.import_module("klcore.backends.cuda")
+def backend(part=""):
+    return importlib.import_module(f"klcore.backends.cuda{part}")
 
 
 def emulator():
@@ -71,8 +71,8 @@ def launches(monkeypatch, what=lambda launch: launch.name):
 
 def hold(monkeypatch, share):
     """Have rows that are swept several times held by blocks if those have such a share of a multiprocessor's warps."""
-    monkeypatch.setattr(backend(), "_BUSY_ENOUGH", (0, share, share))
-    monkeypatch.setattr(backend(), "_FEW_CHUNKS", 0)
+    monkeypatch.setattr(backend(".launches"), "_BUSY_ENOUGH", (0, share, share))
+    monkeypatch.setattr(backend(".launches"), "_FEW_CHUNKS", 0)
     monkeypatch.setattr(backend(), "_kept", {})
 
 
@@ -287,7 +287,7 @@ def weights_like(shape, zero, dtype):
 
 def rows_in(path, gpu):
     """As many that the launch is that of this path."""
-    many = max(16, backend()._properties(0).multiprocessors)
+    many = max(16, backend(".devices").properties(0).multiprocessors)
     return {"rows": many + many % 2, "folded": 2}.get(path, 16)
 
 
@@ -473,10 +473,10 @@ def test_rows_that_are_held_or_read_again(gpu, compared, monkeypatch, operation,
     arrays = [into(a, s) for a, s in zip((x, y), spaces, strict=True)][: 1 if operation == "entropy" else 2]
     arrays = [a.astype(DTYPES[dtype]) for a in arrays]
     keywords = {"space": space, "return_grad": gradient}
-    monkeypatch.setattr(backend(), "_MOST_BLOCKS", 2 / backend()._properties(0).multiprocessors)
+    monkeypatch.setattr(backend(".launches"), "_MOST_BLOCKS", 2 / backend(".devices").properties(0).multiprocessors)
     used, results = launches(monkeypatch), []
     for share, kernels in ((0, {"kl_rows"}), (1000, {"kl_units", "kl_fold"})):
-        if not share and sum(a[0].nbytes for a in arrays) > backend()._properties(0).shared // 2:
+        if not share and sum(a[0].nbytes for a in arrays) > backend(".devices").properties(0).shared // 2:
             continue  # no block can hold them, or not on every device
         hold(monkeypatch, share)
         used.clear()
@@ -498,7 +498,7 @@ def test_rows_that_are_held_or_read_again(gpu, compared, monkeypatch, operation,
 ])  # fmt: skip
 def test_rows_side_by_side_that_are_read_again(gpu, compared, monkeypatch, operation, space, gradient, dtype):
     """Their classes lie apart. A block's warps go from chunk to chunk together, also where only some have a row."""
-    monkeypatch.setattr(backend(), "_MOST_BLOCKS", 2 / backend()._properties(0).multiprocessors)
+    monkeypatch.setattr(backend(".launches"), "_MOST_BLOCKS", 2 / backend(".devices").properties(0).multiprocessors)
     monkeypatch.setattr(backend(), "_kept", {})
     used = launches(monkeypatch)
     spaces = (space, space) if isinstance(space, str) else space
@@ -585,9 +585,9 @@ def test_warps_that_fold_together(gpu, compared, monkeypatch, warps, n):
         return warps, 1, warps * (slot + beside) + call.row_bytes(chunks)
 
     monkeypatch.setattr(backend(), "_kept", {})
-    monkeypatch.setattr(backend(), "_a_block_a_row", chosen)
+    monkeypatch.setattr(backend(".launches"), "_a_block_a_row", chosen)
     used = launches(monkeypatch, lambda launch: (launch.name, launch.block))
-    x, y = logits(backend()._properties(0).multiprocessors, n, "float64")
+    x, y = logits(backend(".devices").properties(0).multiprocessors, n, "float64")
     y[1, n - 1] += 200
     x[2, n // 2] = -np.inf
     with settings(gpu, seed=warps - 1):
@@ -597,15 +597,15 @@ def test_warps_that_fold_together(gpu, compared, monkeypatch, warps, n):
 
 def test_which_rows_are_held(gpu, monkeypatch):
     """Those that leave others enough of a multiprocessor, if they are so many that each gets a block."""
-    cuda = backend()
-    h200 = cuda._Device(90, 132, 227 << 10, 228 << 10)
-    monkeypatch.setattr(cuda, "_properties", lambda device: h200)
+    devices, launches = backend(".devices"), backend(".launches")
+    h200 = devices._Device(90, 132, 227 << 10, 228 << 10)
+    monkeypatch.setattr(devices, "properties", lambda device: h200)
 
     def is_held(dtype, chunks, outputs=2, rows=8192):
-        code = cuda.rows.FLOATS.index(dtype)
-        call = cuda._Kind(0, KL_DIV, (2, 2), (code, code), dtype == "float64", outputs, True, False, 1024 * chunks)
-        slot, beside = 1024 * call.bytes_a_class(), 1024 * call.extra_bytes() + 8 * cuda.KNOWN
-        found = cuda._a_block_a_row(call, rows, chunks, call.sweeps, slot, beside)
+        code = launches.rows.FLOATS.index(dtype)
+        call = launches.Kind(0, KL_DIV, (2, 2), (code, code), dtype == "float64", outputs, True, False, 1024 * chunks)
+        slot, beside = 1024 * call.bytes_a_class(), 1024 * call.extra_bytes() + 8 * launches.KNOWN
+        found = launches._a_block_a_row(call, rows, chunks, call.sweeps, slot, beside)
         if found:
             warps, slots, shared = found
             blocks = min(h200.shared_all // (shared + 1024), call.most_warps() // warps)
@@ -654,7 +654,8 @@ def shifted(gpu, a, by, apart=0):
 @pytest.mark.parametrize(("space", "gradient"), [("probs", PAIR), ("log_probs", "y"), ("probs", None)], ids=str)
 def test_rows_that_need_no_staging(gpu, compared, dtype, n, space, gradient):
     """Full chunks are read and written where they lie if all of a row is aligned. Nothing shows of that."""
-    arrays = [into(a, space).astype(DTYPES[dtype]) for a in logits(max(6, backend()._properties(0).multiprocessors), n)]
+    rows = max(6, backend(".devices").properties(0).multiprocessors)
+    arrays = [into(a, space).astype(DTYPES[dtype]) for a in logits(rows, n)]
     nothing = 0 if space == "probs" else -np.inf
     arrays[0][1, 300] = arrays[0][2, ::2] = nothing  # one step, and all of a row, are not ordinary
     arrays[1][3, n // 2] = np.nan
@@ -835,7 +836,7 @@ def test_launches(gpu, launched):
         klcore.kl_div(x, x, **keywords)
         return " ".join(name.removeprefix("kl_") for name in launched)
 
-    many = backend()._properties(0).multiprocessors
+    many = backend(".devices").properties(0).multiprocessors
     assert after((6, 5)) == "narrow"
     assert after((6, 5), space="logits", return_grad=PAIR, temperature=2) == "narrow"
     assert after((6, 5), reduction="none") == "narrow"
@@ -874,7 +875,7 @@ def test_a_call_that_is_known(gpu, compared, monkeypatch, space, shapes, reducti
     first = check(0)
     before = [gpu.get(a) for a in first]
     with monkeypatch.context() as patch:
-        patch.setattr(backend(), "_prepare", None)
+        patch.setattr(backend(), "prepare", None)
         check(1)
     assert all((gpu.get(a) == b).all() for a, b in zip(first, before, strict=True))
 
@@ -1237,7 +1238,7 @@ if importlib.util.find_spec("cupy"):
 
 def test_show_config(two, capsys):
     config = klcore.show_config("dicts")["cuda"]
-    nvrtc = importlib.import_module("klcore.backends.nvrtc")
+    nvrtc = importlib.import_module("klcore.backends.cuda.nvrtc")
     assert config == {
         "available": "yes",
         "CuPy": two.xp.__version__,

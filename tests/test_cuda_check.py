@@ -14,7 +14,7 @@ SCRIPTS = Path(__file__).resolve().parents[1] / "benchmarks"
 if not SCRIPTS.exists():
     pytest.skip("no benchmarks beside the tests: these are of an installed package", allow_module_level=True)
 
-nvrtc = importlib.import_module("klcore.backends.nvrtc")
+nvrtc = importlib.import_module("klcore.backends.cuda.nvrtc")
 
 SOURCE = """#line 1 "kl_cuda.cu"
 KL_DEVICE void spread_outputs(const Wide& at) {
@@ -110,10 +110,10 @@ def logits(tool):
         tool.prepare(nvrtc.source(), None, tool.tool("cuobjdump"), tool.tool("nvdisasm"))
     except (klcore.BackendUnavailableError, SystemExit) as error:  # not in CI: make cuda-check would fail
         pytest.skip(str(error))
-    cuda = importlib.import_module("klcore.backends.cuda")
+    kernels = importlib.import_module("klcore.backends.cuda.kernels")
     found = []
     for outputs in (0, 2):
-        options = cuda.options(KL_DIV, (2, 2), (1, 1), False, outputs, ("kl_rows",))
+        options = kernels.options(KL_DIV, (2, 2), (1, 1), False, outputs, ("kl_rows",))
         (kernel,), wrong = tool.check(tool.Job("logits", options, ("kl_rows",), ("kl_rows",), 90))
         assert wrong == []
         found.append(kernel)
@@ -134,8 +134,8 @@ def test_real_kernels_are_counted_whole(logits):
 @pytest.mark.parametrize("kernel", ["kl_rows", "kl_units"])
 @pytest.mark.parametrize("outputs", [0, 2])
 def test_rows_that_are_swept_once_are_not_staged(logits, tool, kernel, outputs):
-    cuda = importlib.import_module("klcore.backends.cuda")
-    options = cuda.options(KL_DIV, (0, 0), (1, 1), False, outputs, (kernel,))
+    kernels = importlib.import_module("klcore.backends.cuda.kernels")
+    options = kernels.options(KL_DIV, (0, 0), (1, 1), False, outputs, (kernel,))
     (found,), wrong = tool.check(tool.Job("probs", options, (kernel,), (kernel,), 90))
     assert wrong == []
     assert set(found.parts) == {"reading sweep", "per chunk"}
@@ -143,8 +143,8 @@ def test_rows_that_are_swept_once_are_not_staged(logits, tool, kernel, outputs):
 
 
 def test_a_kernel_that_takes_more_than_it_may(tool, logits, monkeypatch):
-    cuda = importlib.import_module("klcore.backends.cuda")
-    options = cuda.options(KL_DIV, (0, 0), (1, 1), False, 0, ("kl_rows",))
+    kernels = importlib.import_module("klcore.backends.cuda.kernels")
+    options = kernels.options(KL_DIV, (0, 0), (1, 1), False, 0, ("kl_rows",))
     job = tool.Job("kl_div probs float32 value", options, ("kl_rows",), ("kl_rows",), tool.BUDGETED)
     assert tool.check(job)[1] == []
     monkeypatch.setitem(tool.BUDGETS, r"kl_div (probs|log_probs) float32 value: kl_rows", tool.Budget(1, 2))

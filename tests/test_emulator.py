@@ -393,7 +393,7 @@ def test_install_and_uninstall(python):
 import sys
 sys.path.insert(0, sys.argv[1])
 from emulator import device
-from klcore.backends import nvrtc
+from klcore.backends.cuda import nvrtc
 before = nvrtc.compile, nvrtc.build
 for _ in range(2):
     device.install()

@@ -306,7 +306,7 @@ def test_all_cases_are_planned(script):
 
 @pytest.mark.skipif(sys.platform == "darwin", reason="NVIDIA has no compiler for this system")
 def test_its_own_kernels_compile(script, tmp_path, monkeypatch):
-    nvrtc = importlib.import_module("klcore.backends.nvrtc")
+    nvrtc = importlib.import_module("klcore.backends.cuda.nvrtc")
     monkeypatch.setenv("KLCORE_CACHE_DIR", str(tmp_path))
     path = script("gpu_device").own_kernels(nvrtc.supported()[-1])
     assert path.stat().st_size

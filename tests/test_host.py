@@ -32,8 +32,8 @@ def cupy(modules):
         yield cupy
 
 
-def cuda():
-    return sys.modules["klcore.backends.cuda"]
+def cuda(part=""):
+    return sys.modules[f"klcore.backends.cuda{part}"]
 
 
 # results that are new arrays, one allocation for all working memory (and one for what a mask becomes); launches, three
@@ -76,7 +76,7 @@ def test_a_call_that_is_known_is_not_arranged_again(modules, cupy, monkeypatch, 
     call = modules[1].calls(cupy)[name]
     call()
     monkeypatch.setattr(cuda().rows, "arrange", None)
-    monkeypatch.setattr(cuda(), "_prepare", None)
+    monkeypatch.setattr(cuda(), "prepare", None)
     call()
 
 
@@ -85,13 +85,13 @@ def test_addresses_are_the_calls_own(modules, cupy, monkeypatch):
     seen = []
     klcore.kl_div(cupy.empty((500, 9000)), cupy.empty((500, 9000)))  # imports the backend
     monkeypatch.setattr(cuda(), "_start", lambda launches, plans: seen.append(plans))
-    fields = {name: cuda()._AT[name] for name in ("x", "y", "weights", "value", "dx", "dy")}
+    fields = {name: cuda(".plans").AT[name] for name in ("x", "y", "weights", "value", "dx", "dy")}
     for _ in range(3):
         x, y, dx, dy = (cupy.empty((500, 9000), "float32") for _ in range(4))
         w, value = cupy.empty(500, "float32"), cupy.empty(500, "float32")
         klcore.kl_div(x, y, space="logits", weights=w, return_grad=("x", "y"), out=(value, dx, dy))
         given = {"x": x, "y": y, "weights": w, "value": value, "dx": dx, "dy": dy}
-        for plan in seen.pop().view(np.int64).reshape(-1, cuda()._WORDS):
+        for plan in seen.pop().view(np.int64).reshape(-1, cuda(".plans").WORDS):
             assert {name: plan[at] for name, at in fields.items()} == {name: a.data.ptr for name, a in given.items()}
     assert len(cuda()._kept) == 2
 
@@ -160,7 +160,7 @@ def test_a_temperature_that_changes_in_place(cupy, monkeypatch):
     schedule = Schedule()
     for schedule.value in (1.5, 4.0, 1.5):
         klcore.kl_div(x, x, space="logits", temperature=schedule)
-    at = cuda()._AT["inverse_temperature"]
+    at = cuda(".plans").AT["inverse_temperature"]
     assert [plans[at] for plans in seen] == [1 / 1.5, 1 / 4.0, 1 / 1.5]
     before = len(cuda()._kept)
     for value in (1.5, np.float32(1.5), np.array(1.5), Schedule()):

@@ -16,7 +16,7 @@ from conftest import as_here
 
 import klcore
 
-nvrtc = importlib.import_module("klcore.backends.nvrtc")
+nvrtc = importlib.import_module("klcore.backends.cuda.nvrtc")
 nvidia = importlib.import_module("nvidia") if importlib.util.find_spec("nvidia") else None
 
 try:
@@ -136,7 +136,7 @@ def test_an_unknown_architecture_names_the_remedy(monkeypatch, version, arch, wo
 PRELOADED = """
 import ctypes, sys
 other = ctypes.CDLL(sys.argv[1])  # as PyTorch loads it, and leaves its other half alone
-from klcore.backends import nvrtc
+from klcore.backends.cuda import nvrtc
 library = nvrtc._load(sys.argv[1])
 nvrtc._library = lambda: library
 print("builtins" if "libnvrtc-builtins" in open("/proc/self/maps").read() else "half of it")
@@ -145,7 +145,7 @@ nvrtc.compile(sys.argv[2], (), 90)
 WITHOUT_PATHFINDER = """
 import sys
 sys.modules["cuda.pathfinder"] = None
-from klcore.backends import nvrtc
+from klcore.backends.cuda import nvrtc
 nvrtc.compile(sys.argv[1], (), 90)
 print(nvrtc._library()._name)
 """
@@ -219,7 +219,7 @@ def test_an_entry_under_another_name_is_not_trusted(toy, folder):
 def test_many_processes_make_one_entry(folder, tmp_path):
     code = f"""
 import importlib, pathlib, sys, time
-nvrtc = importlib.import_module("klcore.backends.nvrtc")
+nvrtc = importlib.import_module("klcore.backends.cuda.nvrtc")
 nvrtc.source = lambda: {TOY!r}
 nvrtc.supported()
 pathlib.Path(sys.argv[1], f"ready{{sys.argv[2]}}").touch()
@@ -275,7 +275,7 @@ def test_the_private_directory_ends_with_the_process(python, tmp_path):
     (tmp_path / "file").touch()
     code = f"""
 import importlib
-nvrtc = importlib.import_module("klcore.backends.nvrtc")
+nvrtc = importlib.import_module("klcore.backends.cuda.nvrtc")
 nvrtc.source = lambda: {TOY!r}
 print(nvrtc.build({OPTIONS!r}, 90))
 """
@@ -322,7 +322,7 @@ def test_needs_no_cupy(python):
     code = f"""
 import importlib, sys
 sys.modules["cupy"] = None
-nvrtc = importlib.import_module("klcore.backends.nvrtc")
+nvrtc = importlib.import_module("klcore.backends.cuda.nvrtc")
 assert nvrtc.compile({TOY!r}, {OPTIONS!r}, 90)
 print("numpy" in sys.modules["klcore"].__dict__)
 """

@@ -69,7 +69,7 @@ def test_selftest_on_a_gpu(capsys, monkeypatch):
         monkeypatch.setattr(cuda, "_start", recorded)
         assert selftest.run()
         text = capsys.readouterr().out
-        assert used == {*cuda._ENTRIES}
+        assert used == {*importlib.import_module("klcore.backends.cuda.kernels").ENTRIES}
         fault(monkeypatch, cuda, ulp)
         (good, sentence), *_ = selftest._bits("cuda:0")
     assert "cuda:0 (emulated, compute capability 9.0, 8 GiB):\n  ok      values: " in text

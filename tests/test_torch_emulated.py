@@ -231,8 +231,9 @@ with warnings.catch_warnings():
     import cupy
 import numpy as np, torch
 from klcore.backends import cuda
+from klcore.backends.cuda import devices
 from klcore.backends.torch import memory
-assert cupy.cuda.Stream.from_external(cuda._Foreign(7)).ptr == 7
+assert cupy.cuda.Stream.from_external(devices._Foreign(7)).ptr == 7
 cuda.ready = lambda: cupy
 torch.Tensor.is_cpu, torch.Tensor.is_cuda = property(lambda t: False), property(lambda t: True)
 torch.Tensor.get_device = lambda t: 0

@@ -2,7 +2,7 @@
 
 A backend is a module with a function ``compute(call)``: it gets a ``klcore.operations.Call`` with arrays of its
 library, and returns what ``klcore.kl_div`` says, as arrays of its library. Calls of losses come from ``klcore.compat``.
-What cpu.py and cuda.py take besides (a cotangent) or offer (`block`) is for the adapters, which lend them their arrays.
+What cpu.py and cuda/ take besides (a cotangent) or offer (`block`) is for the adapters, which lend them their arrays.
 
 A backend is imported when the first array of its library arrives: a library may be absent, heavy or broken, and nobody
 who does not use it should notice. This file imports no array library, and no backend when it is imported.

@@ -1,4 +1,4 @@
-"""Dask arrays: lazy in, lazy out; every block computed by backends/cpu.py or cuda.py where it lies.
+"""Dask arrays: lazy in, lazy out; every block computed by backends/cpu.py or cuda/ where it lies.
 
 Arguments are checked at once, by rows.py on arrays that have a shape and no memory. What is computed later:
 

@@ -2,7 +2,7 @@
 
 `arrange` checks every argument of a call, and raises before anything is computed: of the public functions, of the
 losses of klcore.compat, and of the products of cotangents and Jacobians that adapters ask for. Called by cpu.py and
-cuda.py with their array library as `xp`, and by adapters that only want a call checked, with arrays that have a shape
+cuda/ with their array library as `xp`, and by adapters that only want a call checked, with arrays that have a shape
 and no memory. Of arithmetic there is here what is done to weights before a kernel runs, and to results after it.
 """
 

@@ -48,13 +48,13 @@ class EmulatorError(RuntimeError):
 
 
 def compile(source, options, arch):
-    """klcore.backends.nvrtc.compile: the bytes of a shared library. Of `options`, those that define macros count."""
+    """What nvrtc.compile returns: here the bytes of a shared library. Of `options`, those that define macros count."""
     return _compiled(source, tuple(options), arch).read_bytes()
 
 
 def _build(options, arch):
-    """klcore.backends.nvrtc.build: klcore's own kernels."""
-    return _compiled(importlib.import_module("klcore.backends.nvrtc").source(), tuple(options), arch)
+    """What nvrtc.build returns, of klcore's own kernels."""
+    return _compiled(importlib.import_module("klcore.backends.cuda.nvrtc").source(), tuple(options), arch)
 
 
 def _compiled(source, options, arch):
@@ -681,7 +681,7 @@ def install():
     """Be CuPy and NVRTC for this process, until uninstall()."""
     if _replaced:
         return
-    nvrtc = importlib.import_module("klcore.backends.nvrtc")
+    nvrtc = importlib.import_module("klcore.backends.cuda.nvrtc")
     for module in (cupy, _cuda, _runtime):
         _replaced.append(functools.partial(_restore, module.__name__, sys.modules.get(module.__name__)))
         sys.modules[module.__name__] = module
@@ -705,8 +705,10 @@ def _restore(name, module):
 
 
 def _forget():
-    """Have the backend imported anew: it holds on to the kernels, and to the CuPy, that it found first."""
-    sys.modules.pop("klcore.backends.cuda", None)
+    """Have the backend imported anew: it holds on to the kernels, and to the CuPy, that it found first. The compiler's
+    module stays, as it is replaced in place."""
+    for name in [n for n in sys.modules if n.startswith("klcore.backends.cuda") and not n.endswith(".nvrtc")]:
+        del sys.modules[name]
     importlib.import_module("klcore.backends")._loaded.clear()
 
 

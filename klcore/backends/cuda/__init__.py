@@ -1,0 +1,215 @@
+"""CuPy arrays on NVIDIA GPUs: arguments arranged by rows.py, kernels of src/kl_cuda.cu planned and launched here.
+
+A call becomes a few launches on the caller's current stream, all prepared, their working memory included, before the
+first one starts: nothing waits for the GPU, and what fails, fails before anything is written. Which launches, and how
+numbers are grouped in them, depends on the shapes alone; how many blocks run them does not change a bit.
+
+Launches are prepared without the addresses of the arrays, and kept: the next call of the same words, shapes, strides
+and dtypes only fills its own addresses in.
+
+Here is the road that a call takes. Of the other files each imports those before it alone: nvrtc.py, devices.py,
+kernels.py, plans.py, launches.py, preparation.py.
+"""
+
+import math
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from klcore.backends import rows
+from klcore.backends.cuda import devices
+from klcore.backends.cuda.devices import missing, on_stream, ready
+from klcore.backends.cuda.launches import Launch
+from klcore.backends.cuda.plans import READ
+from klcore.backends.cuda.preparation import Prepared, prepare
+from klcore.operations import Call
+
+__all__ = ["block", "compute", "missing", "on_stream", "ready"]
+
+_CHECKED = 3  # of these out= may not overlap
+_MOST_KEPT = 1024  # prepared calls; 2.4 KB a launch
+_kept: dict[Any, Prepared] = {}  # by _key
+
+
+def _key(cupy: Any, words: tuple[Any, ...], arrays: tuple[Any, ...]) -> Any:
+    """What tells calls apart that differ by more than addresses; None for one that has to be looked at each time."""
+    key: list[Any] = [words]
+    for a in arrays:
+        if a is None:
+            key.append(None)
+        elif type(a) is cupy.ndarray:
+            key.append((a.shape, a.strides, a.dtype, a.data.device_id))
+        else:
+            return None
+    return tuple(key)
+
+
+# What equals it must mean the same, now and later: 1.0 == 1 is no axis, and an object may be another number tomorrow.
+_WORDS_OF = frozenset((str, int, float, tuple, type(None)))
+
+
+def _integer(axis: Any) -> Any:
+    try:
+        return rows.integer(axis, "axis")
+    except TypeError:
+        return axis  # for rows.py to refuse
+
+
+def _number(temperature: Any) -> Any:
+    try:
+        return float(temperature) if hasattr(temperature, "__float__") else temperature
+    except (TypeError, ValueError, OverflowError):
+        return temperature
+
+
+def compute(call: Call) -> Any:
+    """The value, or (value, *gradients); with a cotangent, the gradients alone."""
+    cupy = ready()
+    total = call.cotangent is not None and call.reduction not in ("row", "none")
+    weights = devices.as_read(cupy, call.weights)
+    cotangent = devices.as_read(cupy, call.cotangent, devices.FLOAT64 if total else None)
+    call = call._replace(
+        weights=weights, cotangent=cotangent, axis=_integer(call.axis), temperature=_number(call.temperature)
+    )
+    # the arrays that kernels read, in the order of READ, and what there is beside them
+    read: tuple[Any, ...] = (call.x, call.y, weights, None, cotangent)
+    if cotangent is not None and weights is None and not total:  # it multiplies each row, or each term
+        by_row = call.reduction == "row"
+        read = (call.x, call.y, cotangent, None, None) if by_row else (call.x, call.y, None, cotangent, None)
+    elif call.operation.is_loss:
+        read = (call.x, call.y, None, weights, cotangent)
+    words = (
+        call.operation.code, call.space, call.axis, call.reduction, call.temperature, call.return_grad,
+        call.denominator, call.epsilon, call.dtype,
+    )  # fmt: skip
+    out = call.out if cotangent is None or call.out is None else (None, *call.out)
+    given = out if isinstance(out, tuple) else (out,)
+    types = tuple(map(type, words))
+    key = None
+    if _WORDS_OF.issuperset(types):
+        key = _key(cupy, (call.device, given is out, cotangent is None, words, types), (*read, *given))
+    try:
+        prepared = _kept.get(key)
+    except TypeError:  # a tuple with something in it that cannot be a key
+        key = prepared = None
+    if prepared is not None:
+        if cupy.cuda.runtime.getDevice() == prepared.device:
+            return _again(cupy, prepared, read, given, cotangent is None)
+        with cupy.cuda.Device(prepared.device):
+            return _again(cupy, prepared, read, given, cotangent is None)
+
+    number = devices.choose(cupy, call.device, dict(zip(READ, read, strict=True)), given)
+    with cupy.cuda.Device(number):
+        task = rows.arrange(cupy, partial(devices.asarray, cupy, number), call)
+        value, prepared, arrays = _compute(cupy, number, task)
+        if key is not None and prepared is not None and _can_be_kept(task, arrays, read):
+            if len(_kept) >= _MOST_KEPT:
+                _kept.clear()
+            _kept[key] = prepared
+        return rows.result(task, value) if task.value_wanted else rows.gradients(task)
+
+
+def _can_be_kept(task: rows.Task, arrays: list[Any], read: tuple[Any, ...]) -> bool:
+    """Whether the kernels read the caller's own arrays, none of them converted or moved, and finish the results."""
+    pairs = zip(arrays, read, strict=True)
+    return (
+        all(a is b if a is None or b is None else a.data.ptr == b.data.ptr for a, b in pairs)
+        and all(g.spread is None for g in task.gradients)
+        and (task.output == rows.TOTAL or task.denominator == 1)
+    )
+
+
+def _again(cupy: Any, prepared: Prepared, read: tuple[Any, ...], given: tuple[Any, ...], value_wanted: bool) -> Any:
+    """A call that was prepared before, with other addresses."""
+    arrays = list(read)
+    for k, (shape, dtype, like) in enumerate(prepared.results):
+        a = given[k] if k < len(given) else None
+        if a is None:
+            a = cupy.empty(shape, dtype) if like is None else cupy.empty_like(read[like])
+        arrays.append(a)
+    addresses = [0 if a is None else a.data.ptr for a in arrays]
+    if len(given) > 1 or given[0] is not None:
+        _check_overlap(prepared, arrays, addresses, given)
+    _execute(cupy, prepared, addresses)
+    results = tuple(arrays[len(read) :])
+    return results[1:] if not value_wanted else results if len(results) > 1 else results[0]
+
+
+def _check_overlap(prepared: Prepared, arrays: list[Any], addresses: list[int], given: tuple[Any, ...]) -> None:
+    """What rows.arrange checks as well; here most pairs of arrays are told apart by integers that are known already."""
+    starts, ends = [], []
+    for at, (low, high) in zip(addresses, prepared.spans, strict=True):
+        starts.append(at + low)
+        ends.append(at + high)
+    first = len(READ)
+    for k, a in enumerate(given, first):
+        if a is not None:
+            start, end = starts[k], ends[k]
+            for j in (*range(_CHECKED), *range(first, k)):
+                if start < ends[j] and starts[j] < end:
+                    inputs = [b for b in arrays[:_CHECKED] if b is not None]
+                    rows.check_overlap(arrays[first : k + 1], inputs)
+
+
+def _execute(cupy: Any, prepared: Prepared, addresses: list[int]) -> None:
+    """Launch everything; `addresses`: of arguments and results, in the order of READ."""
+    # CuPy takes the memory back at the end of this function, and reuses it in the order of the stream
+    memory = cupy.cuda.alloc(prepared.scratch) if prepared.scratch else None
+    addresses.append(0 if memory is None else memory.ptr)
+    plans = prepared.plans.copy()
+    words = plans.view(np.int64)
+    for word, of, offset in prepared.addresses:
+        words[word] = addresses[of] + offset
+    _start(prepared.launches, plans)
+
+
+def _start(launches: Sequence[Launch], plans: np.ndarray) -> None:
+    """All launches of a call pass here: whoever wants to know what is launched wraps this function."""
+    for k, launch in enumerate(launches):
+        launch.function(launch.grid, launch.block, (plans[k : k + 1],), launch.shared)
+
+
+def _compute(cupy: Any, device: int, task: rows.Task) -> tuple[Any, Prepared | None, list[Any]]:
+    """The value's array, how it was computed, and the arrays that were read, in the order of READ."""
+    value = task.value if task.out is None else task.out
+    if value is None:
+        value = cupy.empty((), task.scalar_dtype)
+
+    if task.rows == 0 or task.n == 0:  # none of our launches; CuPy fills what is not empty
+        of = task.denominator
+        if task.output != rows.TOTAL:
+            value[...] = 0
+        elif of is not None:
+            value[...] = 0 if of else math.nan
+        else:
+            value[...] = 0.0 / task.weights.sum()
+        for g in task.gradients:
+            g.array[...] = 0
+        return value, None, []
+
+    cotangent = task.cotangent
+    if cotangent is not None and (task.by_weights or devices.is_here(cotangent, cupy)):
+        cotangent = task.cotangent = cupy.asarray(cotangent, np.float64)  # multiplied where the denominator is known
+    arrays = [task.x, task.y, task.weights, task.factors, cotangent if devices.is_here(cotangent, cupy) else None]
+    results = [value, *(g.array for g in task.gradients)]
+    prepared = prepare(device, task, arrays, results)
+    _execute(cupy, prepared, [0 if a is None else a.data.ptr for a in (*arrays, *results)])
+    return value, prepared, arrays
+
+
+def block(call: Call, denominator: float, shared: tuple[str, ...]) -> tuple[Any, ...]:
+    """What cpu.block does, for backends/dask.py."""
+    cupy = ready()
+    number = devices.choose(cupy, None, {"x": call.x, "y": call.y, "weights": call.weights}, ())
+    with cupy.cuda.Device(number):
+        # the kernels write a gradient in its operand's dtype, and parts of a sum should not be rounded to 16 bits
+        x, y = (
+            a.astype(np.float32) if name in shared and a.dtype.itemsize == 2 else a
+            for name, a in (("x", call.x), ("y", call.y))
+        )
+        task = rows.arrange(cupy, partial(devices.asarray, cupy, number), call._replace(x=x, y=y))
+        task.cotangent = 1.0 / denominator if denominator else math.nan
+        _compute(cupy, number, task)
+        return task.value, *(g.view.astype(np.float64) if g.of in shared else g.array for g in task.gradients)

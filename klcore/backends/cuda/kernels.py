@@ -1,0 +1,72 @@
+"""The kernels of src/kl_cuda.cu: the macros that one is compiled with, and one of them, loaded."""
+
+from functools import cache
+from typing import Any
+
+from klcore import _cpu
+from klcore.backends import rows
+from klcore.backends.cuda import devices, nvrtc
+from klcore.operations import KL_DIV, Operation
+
+OUTPUTS, TERMS = {"x": 1, "y": 2}, 4  # KL_OUTPUTS
+ENTRIES = {
+    "kl_units": "KL_UNITS", "kl_narrow": "KL_NARROW", "kl_rows": "KL_ROWS", "kl_fold": "KL_FOLD", "kl_sum": "KL_SUM",
+    "kl_weights": "KL_SUM", "kl_summed": "KL_SUMMED", "kl_summed_fold": "KL_SUMMED",
+}  # fmt: skip
+_STAGING = ("kl_units", "kl_narrow", "kl_rows", "kl_summed")  # kernels that keep chunks in shared memory
+
+
+def is_beside(operation: Operation, spaces: tuple[int, int]) -> bool:
+    """Whether it is the divergence of logits beside another space: norms in double, log-probabilities in two parts.
+
+    So it takes as many registers as what is wide, and no hardware exponentials.
+    """
+    return rows.LOGITS in spaces and spaces[0] != spaces[1] and operation.form == _cpu.BY_RATIO
+
+
+def is_fast(operation: Operation, spaces: tuple[int, int], dtypes: tuple[int, int], wide: bool) -> bool:
+    """Whether exponentials are the hardware's: 16-bit inputs come faster than others could be computed."""
+    return not wide and not is_beside(operation, spaces) and max(_cpu.SIZES[d] for d in dtypes) == 2
+
+
+def options(
+    operation: Operation, spaces: tuple[int, int], dtypes: tuple[int, int], wide: bool, outputs: int,
+    entries: tuple[str, ...], unit: bool = True, factors: bool = False,
+) -> tuple[str, ...]:  # fmt: skip
+    """The macros that kl_cuda.cu is compiled with for these kernels; `unit` if the temperature is 1."""
+    values = {
+        "OPERATION": operation.code, "SPACE_X": spaces[0], "SPACE_Y": spaces[1], "X": dtypes[0], "Y": dtypes[1],
+        "WIDE": int(wide), "OUTPUTS": outputs,
+    }  # fmt: skip
+    if not unit:
+        values["TEMPERATURE"] = 1
+    if factors:
+        values["FACTORS"] = 1
+    if is_fast(operation, spaces, dtypes, wide):
+        values["FAST16"] = 1
+    return (
+        *(f"-DKL_{name}={value}" for name, value in values.items()),
+        *sorted({f"-D{ENTRIES[entry]}" for entry in entries}),
+    )
+
+
+def sum_options() -> tuple[str, ...]:
+    pair, float32 = (rows.SPACES["probs"],) * 2, (rows.CODES["float32"],) * 2
+    return options(KL_DIV, pair, float32, False, 0, ("kl_sum",))  # which looks at none of these
+
+
+@cache
+def states(operation: int, spaces: tuple[int, int], wide: bool, outputs: int, factors: bool) -> tuple[int, ...]:
+    return _cpu.sweeps(operation, *spaces, wide, bool(outputs & TERMS), bool(outputs & ~TERMS), factors)
+
+
+@cache
+def kernel(device: int, options: tuple[str, ...], name: str) -> Any:
+    """A kernel, compiled if need be, loaded on the current device, and told what it may use there: CuPy's Function,
+    which has less to do for a launch than a RawKernel."""
+    properties = devices.properties(device)
+    kernel = devices.library().RawModule(path=str(nvrtc.build(options, properties.arch))).get_function(name)
+    if name in _STAGING:
+        kernel.max_dynamic_shared_size_bytes = properties.shared
+        kernel.preferred_shared_memory_carveout = 100  # percent: how many blocks fit was reckoned with all of it
+    return kernel.kernel

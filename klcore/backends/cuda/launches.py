@@ -1,0 +1,234 @@
+"""Which launches sweep over rows, and which add numbers up: by shapes alone, whatever the addresses. Decision 16."""
+
+import math
+from typing import Any, NamedTuple
+
+from klcore import _cpu
+from klcore.backends import rows
+from klcore.backends.cuda import devices, kernels, plans
+from klcore.operations import Operation
+
+CHUNK, NARROW, MAX_STATS = _cpu.CHUNK, _cpu.COLUMNS, _cpu.MAX_STATS  # rows of up to NARROW classes share a warp
+KNOWN = 2 * MAX_STATS  # doubles for each warp, in shared memory
+_WARPS = 4  # in a block that keeps chunks in shared memory, at most: warps that wait for each other are better few
+# What part of a multiprocessor's warps must be busy for a block to have a row each (decision 16): rows that are swept
+# once; several times; several times with 16-bit inputs, which is never so.
+_BUSY_ENOUGH = (0.5, 0.75, 2.0)
+_FEW_CHUNKS = 8  # of logits: their fold takes longer than their sweep
+_MOST_BLOCKS = 32  # a multiprocessor in one launch; those share what there is to do
+
+
+class Launch(NamedTuple):
+    name: str
+    function: Any
+    grid: tuple[int]
+    block: tuple[int]
+    shared: int
+
+
+Planned = tuple[Launch, plans.Plan]
+
+
+class Kind(NamedTuple):
+    """What all launches of one call share."""
+
+    device: int
+    operation: Operation
+    spaces: tuple[int, int]
+    dtypes: tuple[int, int]
+    wide: bool
+    outputs: int
+    unit: bool
+    factors: bool
+    n: int
+
+    def until(self, last: int) -> "Kind":
+        """What is compiled for the sweeps before `last`: of several, the first leaves nothing but states."""
+        return self._replace(outputs=0) if last == 1 < self.sweeps else self
+
+    def kernel(self, name: str) -> Any:
+        folds = name == "kl_fold" and not self.of_logits  # what is folded does not depend on the outputs
+        outputs = 0 if folds else self.outputs
+        macros = kernels.options(
+            self.operation, self.spaces, self.dtypes, self.wide, outputs, (name,), self.unit, self.factors
+        )
+        return kernels.kernel(self.device, macros, name)
+
+    @property
+    def states(self) -> tuple[int, ...]:
+        """Doubles that a chunk leaves behind, for each sweep over the rows that these outputs take."""
+        return kernels.states(self.operation.code, self.spaces, self.wide, self.outputs, self.factors)
+
+    def row_bytes(self, chunks: int) -> int:
+        """Of a row in kl_rows: what its chunks leave behind, and what is known of it."""
+        fold = 0 if not self.of_logits or self.extra_bytes() else 4 * 3 * 32  # of warps that add up together
+        return 8 * (max(self.states) * chunks + MAX_STATS + fold)
+
+    @property
+    def sweeps(self) -> int:
+        return len(self.states)
+
+    @property
+    def of_logits(self) -> bool:
+        return self.spaces == (rows.LOGITS,) * 2 and self.operation.form == _cpu.BY_RATIO and not self.factors
+
+    @property
+    def of_cross(self) -> bool:
+        return rows.LOGITS in self.spaces and self.operation.form == _cpu.BY_COST and not self.factors
+
+    def bytes_a_class(self) -> int:
+        return _cpu.SIZES[self.dtypes[0]] + (0 if self.operation.single else _cpu.SIZES[self.dtypes[1]])
+
+    def number(self) -> int:
+        return 8 if self.wide else 4
+
+    @property
+    def fast(self) -> bool:
+        return kernels.is_fast(self.operation, self.spaces, self.dtypes, self.wide)
+
+    def extra_bytes(self) -> int:
+        """A class beside its inputs: two rows of logits keep weights, terms are written from there."""
+        return self.number() if (self.of_logits and not self.fast) or self.outputs & kernels.TERMS else 0
+
+    def most_warps(self) -> int:
+        """On a multiprocessor, with the registers that they want: four times BLOCKS in kl_cuda.cu (or 16)."""
+        if self.wide or kernels.is_beside(self.operation, self.spaces):
+            return 8
+        if self.of_logits and devices.properties(self.device).arch >= 120:
+            return 8
+        if self.fast and rows.LOGITS not in self.spaces and not self.outputs & kernels.TERMS:
+            return 32 if not self.outputs else 24 if self.spaces == (rows.SPACES["probs"],) * 2 else 16
+        if self.fast and self.of_logits and not self.outputs:
+            return 20
+        return 16 if self.of_logits or self.of_cross or self.outputs & ~kernels.TERMS else 24
+
+    def warps(self, bytes_a_warp: int) -> int:
+        """In a block: so that a multiprocessor has the most of them."""
+        blocks, most = devices.properties(self.device).blocks, self.most_warps()
+        return max(range(1, _WARPS + 1), key=lambda w: (w * blocks(w * bytes_a_warp, w, most), w))
+
+
+def launch_of(kind: Kind, name: str, plan: plans.Plan, items: int, warps: int, shared: int) -> Planned:
+    """One launch; `items` blocks' worth of work."""
+    most = int(_MOST_BLOCKS * devices.properties(kind.device).multiprocessors)
+    return Launch(name, kind.kernel(name), (max(1, min(items, most)),), (32 * warps,), shared), plan
+
+
+def sweep(kind: Kind, plan: plans.Plan, layout: plans.Layout, last: int, scratch: plans.Scratch) -> list[Planned]:
+    """The launches that run sweeps 0 to last - 1 over all rows."""
+    n, chunks = kind.n, -(-kind.n // CHUNK)
+    batch = math.prod(layout.shape)
+    kind = kind.until(last)
+    extra = kind.extra_bytes()
+
+    if n <= NARROW:
+        at_once = _rows_at_once(kind, n)
+        bytes_a_warp = _narrow_bytes(kind, n, at_once)
+        warps = kind.warps(bytes_a_warp)
+        plan = plan.with_fields(first=0, last=last, count=at_once, dense=layout.dense, columns=layout.columns)
+        return [launch_of(kind, "kl_narrow", plan, -(-batch // (at_once * warps)), warps, warps * bytes_a_warp)]
+
+    slot = CHUNK * kind.bytes_a_class()
+    beside = CHUNK * extra + 8 * KNOWN
+    bytes_a_warp = slot + beside
+    warps = kind.warps(bytes_a_warp)
+
+    def units(first: int, last: int) -> Planned:
+        p = plan.with_fields(first=first, last=last, slots=1, columns=layout.columns)
+        tiles = -(-batch // warps) * chunks if layout.columns else -(-batch * chunks // warps)
+        launch, p = launch_of(kind.until(last), "kl_units", p, tiles, warps, warps * bytes_a_warp)
+        rows_on, chunks_on = divmod(launch.grid[0] * (1 if layout.columns else warps), chunks)
+        return launch, p.with_fields(rows_on=rows_on * (warps if layout.columns else 1), chunks_on=chunks_on)
+
+    if chunks == 1:
+        return [units(0, last)]
+
+    if not layout.columns and chunks <= CHUNK:
+        a_row = _a_block_a_row(kind, batch, chunks, last, slot, beside)
+        if a_row:
+            warps_a_row, slots, shared = a_row
+            p = plan.with_fields(first=0, last=last, slots=slots)
+            return [launch_of(kind, "kl_rows", p, batch, warps_a_row, shared)]
+
+    # the chunks over the whole device, one sweep a launch
+    if plans.AT["stats"] not in plan.places:
+        plan = plan.with_fields(stats=scratch.doubles(batch * MAX_STATS))
+    launches = []
+    for sweep in range(last):
+        states, count = kind.states[sweep], chunks
+        level = scratch.doubles(batch * states * count)
+        if states:  # else the sweep looks at those that an earlier one left
+            plan = plan.with_fields(states=level)
+        launches.append(units(sweep, sweep + 1))
+        while states:
+            groups = -(-count // CHUNK)
+            up = scratch.doubles(batch * states * groups) if groups > 1 else None
+            p = plan.with_fields(first=sweep, states=level, sums=up, count=count, groups=groups)
+            launches.append(launch_of(kind, "kl_fold", p, -(-batch * groups // 8), 8, 0))
+            if up is None:
+                break
+            level, count = up, groups
+    return launches
+
+
+def _narrow_bytes(kind: Kind, n: int, count: int) -> int:
+    """Of a warp that treats so many rows of n classes at a time."""
+    classes = -(-(count * n + NARROW) // 8) * 8
+    return classes * (kind.bytes_a_class() + kind.extra_bytes()) + count * MAX_STATS * 8
+
+
+def _rows_at_once(kind: Kind, n: int) -> int:
+    """As many as fit in a chunk and leave room for all warps that have registers: multiples of those side by side."""
+    properties, most = devices.properties(kind.device), kind.most_warps()
+    side_by_side = 32
+    while side_by_side > 1 and 32 // side_by_side * 4 < n:
+        side_by_side //= 2
+    count = max(min(CHUNK // n, 64) // side_by_side, 1) * side_by_side
+    room = properties.shared_all // most - devices.RESERVED // _WARPS
+    while count > side_by_side and _narrow_bytes(kind, n, count) > room:
+        count -= side_by_side
+    return count
+
+
+def _a_block_a_row(
+    kind: Kind, batch: int, chunks: int, last: int, slot: int, beside: int
+) -> tuple[int, int, int] | None:
+    """Warps, chunks that each of them holds, and bytes of shared memory of a block that treats a row in one launch.
+
+    None where a launch for each sweep over all chunks is faster: a row that is swept several times must leave enough
+    shared memory to others; one with few chunks costs more to fold than to sweep; and rows may be few. Decision 16.
+    """
+    properties, most, fixed = devices.properties(kind.device), kind.most_warps(), kind.row_bytes(chunks)
+    enough = most * _BUSY_ENOUGH[0 if last == 1 else 1 + kind.fast]
+    if last == 1 and rows.LOGITS in kind.spaces and chunks < _FEW_CHUNKS:
+        return None
+    found = []
+    for warps in range(1, _WARPS + 1):
+        share = -(-chunks // warps)
+        slots = 1 if last == 1 else share
+        shared = warps * (slots * slot + beside) + fixed
+        blocks = min(properties.blocks(shared, warps, most), batch // properties.multiprocessors)
+        busy = blocks * chunks / share  # warps on a multiprocessor, on average: some have a chunk less
+        found.append((busy, warps, slots, shared))
+    busy, warps, slots, shared = max(found)
+    return (warps, slots, shared) if busy >= enough else None
+
+
+def added_up(
+    kind: Kind, name: str, sums: int, values: plans.Place | None, count: int, plan: plans.Plan, scratch: plans.Scratch
+) -> list[Planned]:
+    """The sum of `count` doubles, divided, into the plan's value; or so many sums of the plan's weights into `sums`."""
+    launches = []
+    function = kernels.kernel(kind.device, kernels.sum_options(), name)
+    while True:
+        groups = max(1, -(-count // CHUNK))
+        p = plan.with_fields(states=values, count=count, groups=groups)
+        up = None
+        if groups > 1:
+            up = scratch.doubles(sums * groups)
+            p = p.with_fields(sums=up, value=None)
+        launches.append((Launch(name, function, (max(1, min(-(-groups // 8), 1 << 16)),), (256,), 0), p))
+        if up is None:
+            return launches
+        plan = plan.with_fields(weights=None)  # from now on the sums of the level below
+        values, count = up, groups

@@ -1,0 +1,142 @@
+"""A call with all its launches, but for addresses: what is kept, and serves the next one of its kind."""
+
+import math
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from klcore.backends import rows
+from klcore.backends.cuda import kernels, plans
+from klcore.backends.cuda.launches import CHUNK, MAX_STATS, Kind, Launch, Planned, added_up, launch_of, sweep
+
+
+class Prepared(NamedTuple):
+    """The launches of a call, but for addresses; and what the next such call needs to know besides."""
+
+    device: int
+    launches: tuple[Launch, ...]
+    plans: np.ndarray  # one element a launch, as kl::Plan lies in memory
+    addresses: tuple[tuple[int, int, int], ...]  # word of `plans`, number of the address, bytes to add
+    scratch: int  # bytes of working memory
+    results: tuple[tuple[Any, Any, int | None], ...]  # shape, dtype, and which argument each is laid out like
+    spans: tuple[tuple[int, int], ...]  # by _span, of arguments and results
+
+
+def _span(a: Any) -> tuple[int, int]:
+    """The bytes that an array covers, counted from the address of its first element: from, to."""
+    steps = [(n - 1) * step for n, step in zip(a.shape, a.strides, strict=True)]
+    return sum(s for s in steps if s < 0), sum(s for s in steps if s > 0) + a.dtype.itemsize
+
+
+def prepare(device: int, task: rows.Task, arrays: list[Any], results: list[Any]) -> Prepared:
+    """All launches of a task, which reads `arrays`, in the order of plans.READ, and writes `results`."""
+    names = (*plans.READ, "value", *("d" + g.of for g in task.gradients))
+    places = {name: plans.Place(k) for k, name in enumerate(names)}
+    cotangent = arrays[plans.READ.index("cotangent")] is not None
+    scratch = plans.Scratch()
+    views = {"x": plans.view_of(task.x, places["x"], True)}
+    if task.y is not None:
+        views["y"] = plans.view_of(task.y, places["y"], True)
+    if task.weights is not None:
+        views["weights"] = plans.view_of(task.weights, places["weights"], False)
+    if task.factors is not None:
+        views["factors"] = plans.view_of(task.factors, places["factors"], True)
+    totals = None
+    if task.value_wanted and task.output == rows.TOTAL:  # one number a row, behind each other
+        totals = scratch.doubles(task.rows)
+        batch = task.x.shape[:-1]
+        strides = tuple(8 * math.prod(batch[d + 1 :]) for d in range(len(batch)))
+        views["value"] = plans.View(totals, 0, strides, rows.FLOATS.index("float64"), 8)
+    elif task.value_wanted:
+        views["value"] = plans.view_of(task.value_view, places["value"], task.output == rows.TERMS)
+    gradients = {g.of: plans.view_of(g.view, places["d" + g.of], True) for g in task.gradients}
+    views.update({"d" + g.of: gradients[g.of] for g in task.gradients if not g.inner})
+    kind = Kind(
+        device, task.operation, task.spaces, (views["x"].dtype, views.get("y", views["x"]).dtype), task.wide,
+        sum(kernels.OUTPUTS[g.of] for g in task.gradients if not g.inner)
+        + (kernels.TERMS if task.output == rows.TERMS else 0),
+        task.temperature == 1, task.factors is not None, task.n,
+    )  # fmt: skip
+
+    launches: list[Planned] = []
+    divisor, denominator = task.denominator or 0.0, None
+    if task.by_weights:  # whose sum is known to the device only
+        denominator = scratch.doubles(2)
+        over = plans.layout_of(task.x.shape[:-1], 1, {"weights": views["weights"]})
+        plan = plans.plan_of(over, 1, sums=denominator, scale=divisor)
+        launches += added_up(kind, "kl_weights", len(rows.WEIGHT_FACTORS), None, task.rows, plan, scratch)
+    gradient_scale = 1.0 / divisor if divisor else math.nan
+    if task.cotangent is not None and not cotangent:
+        gradient_scale *= float(task.cotangent)
+    fields = {
+        "output": task.output,
+        "any_weights": task.signed,
+        "epsilon": task.epsilon,
+        "inverse_temperature": 1.0 / task.temperature,
+        "gradient_scale": gradient_scale,
+        "scale": divisor,
+        "denominator": denominator,
+        "cotangent": places["cotangent"] if cotangent else None,
+    }
+
+    layout = plans.layout_of(task.x.shape[:-1], task.n, views)
+    launches += sweep(kind, plans.plan_of(layout, task.n, **fields), layout, kind.sweeps, scratch)
+    for g in task.gradients:
+        if g.inner:
+            launches += _summed(kind, task, g, gradients[g.of], views, fields, scratch)
+    if totals is not None:
+        plan = plans.plan_of(
+            plans.Layout((), {"value": plans.view_of(results[0], places["value"], False)}, False, False), 1, **fields
+        )
+        launches += added_up(kind, "kl_sum", 1, totals, task.rows, plan, scratch)
+    planned, filled = zip(*launches, strict=True)
+    places_of_all = (
+        (k * plans.WORDS + at, place) for k, plan in enumerate(filled) for at, place in plan.places.items()
+    )
+    like = (None, *(plans.READ.index(g.of) for g in task.gradients))
+    return Prepared(
+        device,
+        planned,
+        np.concatenate([plan.words for plan in filled]).view(f"V{8 * plans.WORDS}"),
+        tuple((at, place.of, place.offset) for at, place in places_of_all),
+        scratch.nbytes,
+        tuple((a.shape, a.dtype, of) for a, of in zip(results, like, strict=True)),
+        tuple((0, 0) if a is None else _span(a) for a in (*arrays, *results)),
+    )
+
+
+def _summed(
+    kind: Kind, task: rows.Task, g: rows.Gradient, to: plans.View, views: dict[str, plans.View], fields: dict[str, Any],
+    scratch: plans.Scratch,
+) -> list[Planned]:  # fmt: skip
+    """The gradient of a broadcast operand: its batch axes in front, those to sum over behind, 1024 rows at a time."""
+    batch = task.x.shape[:-1]
+    order = (*(d for d in range(len(batch)) if d not in g.inner), *g.inner)
+    shape = tuple(batch[d] for d in order)
+    inner = math.prod(batch[d] for d in g.inner)
+    turned = {
+        name: v._replace(batch=tuple(v.batch[d] for d in order)) for name, v in views.items() if name in plans.READ
+    }
+    turned["d" + g.of] = to._replace(batch=tuple(to.batch[d] for d in order))
+    layout = plans.layout_of(shape, kind.n, turned, keep_order=True)
+    stats = None
+    launches: list[Planned] = []
+    kind = kind._replace(outputs=kernels.OUTPUTS[g.of])
+    if kind.sweeps > 1:
+        stats = scratch.doubles(task.rows * MAX_STATS)
+        known = plans.layout_of(shape, kind.n, {k: v for k, v in turned.items() if k[0] != "d"}, keep_order=True)
+        plan = plans.plan_of(known, kind.n, stats=stats, **{**fields, "output": rows.PER_ROW})
+        launches += sweep(kind, plan, known, kind.sweeps - 1, scratch)
+    groups = -(-inner // CHUNK)
+    sums = scratch.doubles(task.rows // inner * groups * kind.n)
+    plan = plans.plan_of(
+        layout, kind.n, stats=stats, sums=sums, inner=inner, groups=groups, first=kind.sweeps - 1,
+        **{**fields, "output": rows.PER_ROW},
+    )  # fmt: skip
+    bytes_a_warp = CHUNK * (8 + kind.bytes_a_class() + kind.number())
+    items = task.rows // inner * groups * -(-kind.n // CHUNK)
+    warps = kind.warps(bytes_a_warp)
+    launches.append(launch_of(kind, "kl_summed", plan, -(-items // warps), warps, warps * bytes_a_warp))
+    elements = task.rows // inner * kind.n
+    launches.append(launch_of(kind, "kl_summed_fold", plan, -(-elements // 256), 8, 0))
+    return launches
