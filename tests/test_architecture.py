@@ -96,7 +96,21 @@ ROOMS = {
     r"klcore\.compat\._arguments": {"numpy", "klcore.backends.rows"},
     r"klcore\.compat\.rtorch": {"klcore.compat._arguments", "klcore.compat.pytorch"},  # one library in R as well
     # a library is named for type checkers alone: see what an import of it brings
-    r"klcore\.compat\.(?P<library>keras)": {"numpy", "klcore.divergence", "klcore.compat._arguments"},
+    r"klcore\.compat\.keras\.registration": set(),
+    r"klcore\.compat\.keras\.arguments": {
+        "numpy", "klcore.compat._arguments", "klcore.compat.keras.registration",
+    },
+    r"klcore\.compat\.keras\.functions": {
+        "numpy", "klcore.divergence", "klcore.compat._arguments", "klcore.compat.keras.arguments",
+        "klcore.compat.keras.registration",
+    },
+    r"klcore\.compat\.keras\.(loss|metric)": {
+        "keras", "klcore.compat._arguments", "klcore.compat.keras.arguments", "klcore.compat.keras.functions",
+        "klcore.compat.keras.registration",
+    },
+    r"klcore\.compat\.keras": {
+        *(f"klcore.compat.keras.{name}" for name in ("functions", "loss", "metric", "registration")),
+    },
     r"klcore\.compat\.pytorch": {"torch", "klcore.divergence", "klcore.compat._arguments"},
     r"klcore\.compat\.\w+": {"numpy", "klcore.divergence", "klcore.compat._arguments"},
     r"klcore\._src": set(),
@@ -167,7 +181,8 @@ def test_imports_run_one_way():
         ("klcore.backends.torch", "jax"),
         ("klcore.backends.torch.memory", "klcore.backends.torch.kernels"),
         ("klcore.backends.torch.operator", "klcore.backends.torch"),
-        ("klcore.compat.keras", "klcore.backends.cpu"),
+        ("klcore.compat.keras.functions", "klcore.backends.cpu"),
+        ("klcore.compat.keras.loss", "klcore.compat.keras.metric"),
     ],
 )
 def test_edges_that_must_not_be(module, edge):

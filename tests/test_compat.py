@@ -624,9 +624,9 @@ FRONT_ENDS = {
     "pytorch function": (pytorch, pytorch.kl_div, LOG_PROBS, PROBS),
     "rtorch module": (rtorch, rtorch.nn_kl_div_loss("batchmean"), LOG_PROBS, PROBS),
     "rtorch function": (rtorch, rtorch.nnf_kl_div, LOG_PROBS, PROBS),
-    "keras function": (of_keras, of_keras.kld, PROBS, np.exp(LOG_PROBS)),
-    "keras class": (of_keras, of_keras.KLDivergence(dtype="float64"), PROBS, np.exp(LOG_PROBS)),
-    "keras values": (of_keras, of_keras.KLDivergence("none", dtype="float64"), PROBS, np.exp(LOG_PROBS)),
+    "keras function": (of_keras.functions, of_keras.kld, PROBS, np.exp(LOG_PROBS)),
+    "keras class": (of_keras.functions, of_keras.KLDivergence(dtype="float64"), PROBS, np.exp(LOG_PROBS)),
+    "keras values": (of_keras.functions, of_keras.KLDivergence("none", dtype="float64"), PROBS, np.exp(LOG_PROBS)),
     "mxnet": (mxnet, mxnet.KLDivLoss(), LOG_PROBS, PROBS),
     "mxnet scores": (mxnet, mxnet.KLDivLoss(False, 1, 0.5, nonbatch="sum"), LOGITS, PROBS),
     "puzzlelib": (puzzlelib, puzzlelib.KLDivergence(), LOGITS.astype(F32), PROBS.astype(F32)),
@@ -943,6 +943,10 @@ def test_keras_names():
     assert of_keras.kl_divergence is of_keras.KLD is of_keras.kld
     assert of_keras.kl_divergence.__name__ == "kl_divergence"
     assert of_keras.kullback_leibler_divergence.__name__ == "kullback_leibler_divergence"
+    for name in of_keras.__all__:  # where pickles and saved models look for them
+        public = getattr(of_keras, name)
+        assert public.__module__ == "klcore.compat.keras"
+        assert pickle.loads(pickle.dumps(public)) is public
     np.testing.assert_array_equal(of_keras.kld(PROBS, PROBS), of_keras.kullback_leibler_divergence(PROBS, PROBS))
 
 
