@@ -5,7 +5,7 @@ from typing import Any
 import torch
 
 from klcore.backends import cpu, rows
-from klcore.backends.torch import memory
+from klcore.backends.torch.memory import FLOATS, as_pytorch, as_tensor, bfloat16, cuda, lend
 from klcore.operations import Call
 
 
@@ -19,7 +19,7 @@ def value_like(call: Call) -> tuple[tuple[int, ...], torch.dtype]:
             raise rows.batches_differ(x, y, call.axis) from None
     dtype = None if call.dtype is None else getattr(torch, call.dtype)
     if dtype is None:
-        wide = [t.dtype not in memory.FLOATS[1:] for t in ((x,) if y is None else (x, y))]
+        wide = [t.dtype not in FLOATS[1:] for t in ((x,) if y is None else (x, y))]
         dtype = torch.float64 if any(wide) else torch.float32
     if call.reduction == "none":
         return tuple(shape), dtype
@@ -31,20 +31,20 @@ def value_like(call: Call) -> tuple[tuple[int, ...], torch.dtype]:
 
 def gradient_like(t: Any) -> Any:
     """Memory for a gradient; integers were taken as float64."""
-    return torch.empty_like(t.detach(), dtype=t.dtype if t.dtype in memory.FLOATS else torch.float64)
+    return torch.empty_like(t.detach(), dtype=t.dtype if t.dtype in FLOATS else torch.float64)
 
 
 def lent(call: Call) -> Call:
     """The call of the kernels' library."""
     if call.dtype == "bfloat16":
-        memory.bfloat16()  # or what to install
+        bfloat16()  # or what to install
     weights, out, cotangent = call.weights, call.out, call.cotangent
     if out is not None:
-        out = tuple(map(memory.lend, out)) if isinstance(out, tuple) else memory.lend(out)
+        out = tuple(map(lend, out)) if isinstance(out, tuple) else lend(out)
     return Call(  # in half of the time that _replace takes
-        call.operation, memory.lend(call.x), memory.lend(call.y), call.space, call.axis, call.reduction,
-        None if weights is None else memory.lend(weights), call.temperature, call.return_grad, out, None,
-        call.denominator, call.epsilon, call.dtype, None if cotangent is None else memory.lend(cotangent),
+        call.operation, lend(call.x), lend(call.y), call.space, call.axis, call.reduction,
+        None if weights is None else lend(weights), call.temperature, call.return_grad, out, None,
+        call.denominator, call.epsilon, call.dtype, None if cotangent is None else lend(cotangent),
     )  # fmt: skip
 
 
@@ -52,10 +52,10 @@ def compute(call: Call) -> Any:
     """What the contract says, as tensors without history."""
     if call.x.is_cpu:
         found = cpu.compute(lent(call))
-        return tuple(map(memory.as_tensor, found)) if isinstance(found, tuple) else memory.as_tensor(found)
+        return tuple(map(as_tensor, found)) if isinstance(found, tuple) else as_tensor(found)
     outs = tuple(outs_of(call))
-    with memory.as_pytorch(call.x):
-        memory.cuda().compute(lent(call._replace(out=outs)))
+    with as_pytorch(call.x):
+        cuda().compute(lent(call._replace(out=outs)))
     return outs if call.return_grad is not None else outs[0]
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from klcore.backends import BackendUnavailableError, cpu, rows
-from klcore.backends.torch import private
+from klcore.backends.torch.private import PLAIN
 
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _NUMBERS = (bool, int, float, complex, list, tuple)
@@ -170,7 +170,7 @@ def _on(where: Any, t: Any, name: str, device: str | None) -> Any:
 
 
 def _is_ordinary(t: Any) -> bool:
-    return type(t) in private.PLAIN and t.is_cpu and t.dtype in FLOATS and t.layout is torch.strided
+    return type(t) in PLAIN and t.is_cpu and t.dtype in FLOATS and t.layout is torch.strided
 
 
 def _number(a: Any, name: str, device: Any) -> Any:
