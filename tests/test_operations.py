@@ -72,7 +72,7 @@ def test_every_operation_is_on_the_pages(name, page, pattern):
 @needs_repository
 @pytest.mark.parametrize("name", LOSSES)
 def test_every_loss_has_a_front_end(name):
-    calls = (path.read_text() for path in (REPOSITORY / "klcore" / "compat").glob("*.py"))
+    calls = (path.read_text() for path in (REPOSITORY / "klcore" / "compat").rglob("*.py"))
     assert any(re.search(rf"loss\(\s*\"{name}\"|\"{name}\"", text) for text in calls)
 
 
