@@ -15,16 +15,63 @@ Both take rows, shape (rows, n), and give float64: rounding the exact answer to 
 
 from dataclasses import dataclass, fields
 from functools import cache, lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import mpmath
 import numpy as np
 
-OPERATIONS = ("kl_div", "rel_entr", "cross_entropy", "entropy")
+
+class Definition(NamedTuple):
+    """An operation: its terms, of p and q and their logarithms a and b, numbers of any arithmetic; and what of it the
+    bounds below ask."""
+
+    terms: Any
+    by_p: Any  # their derivatives
+    by_log_q: Any
+    at_p_0: float | None = None  # the derivative by p where p = 0 < q; None: as by_p says
+    at_q_0: float = 0.0  # that by q where q = 0 = p
+    part: Any = None  # what p is multiplied by in a term, where this is not by_p
+    relative: bool = False  # no terms cancel
+    cost: bool = False  # -log q, or -log p, is summed as it is
+    single: bool = False  # of one argument
+
+
+DEFINITIONS = {
+    "kl_div": Definition(
+        terms=lambda p, q, a, b: p * (a - b) - p + q,
+        by_p=lambda p, q, a, b: a - b,
+        by_log_q=lambda p, q, a, b: q - p,
+        at_p_0=-np.inf,
+        at_q_0=1.0,
+        relative=True,
+    ),
+    "rel_entr": Definition(
+        terms=lambda p, q, a, b: p * (a - b),
+        by_p=lambda p, q, a, b: a - b + 1.0,
+        by_log_q=lambda p, q, a, b: -p,
+        at_p_0=-np.inf,
+        part=lambda p, q, a, b: a - b,
+    ),
+    "cross_entropy": Definition(
+        terms=lambda p, q, a, b: p * -b,
+        by_p=lambda p, q, a, b: -b,
+        by_log_q=lambda p, q, a, b: -p,
+        cost=True,
+    ),
+    "entropy": Definition(
+        terms=lambda p, q, a, b: p * -a,
+        by_p=lambda p, q, a, b: -a - 1.0,
+        by_log_q=lambda p, q, a, b: -p,
+        at_p_0=np.inf,
+        part=lambda p, q, a, b: -a,
+        cost=True,
+        single=True,
+    ),
+}
+OPERATIONS = tuple(DEFINITIONS)
 SPACES = ("probs", "log_probs", "logits")
 PAIRS = tuple((sx, sy) for sx in SPACES for sy in SPACES)
-SINGLE = ("entropy",)  # of one argument
-CALLS = tuple((op, pair) for op in OPERATIONS for pair in PAIRS if op not in SINGLE or pair[0] == pair[1])
+CALLS = tuple((op, pair) for op, d in DEFINITIONS.items() for pair in PAIRS if not d.single or pair[0] == pair[1])
 
 # ---- the bounds ------------------------------------------------------------------------------------------------------
 #
@@ -89,9 +136,7 @@ def is_mixed(operation: str, space: Any) -> bool:
 
 
 def is_cross(operation: str, space: Any) -> bool:
-    return operation in ("cross_entropy", "entropy") and "logits" in (
-        (space, space) if isinstance(space, str) else space
-    )
+    return DEFINITIONS[operation].cost and "logits" in ((space, space) if isinstance(space, str) else space)
 
 
 def tolerance(operation: str, space: Any, dtype: Any, of: str = "value") -> tuple[float, float]:
@@ -105,7 +150,7 @@ def tolerance(operation: str, space: Any, dtype: Any, of: str = "value") -> tupl
         relative = TOLERANCES["wide", "float64"]
     elif of == "gradient":
         relative = TOLERANCES["gradient", base]
-    elif operation == "kl_div" or space in ("logits", ("logits", "logits")) or is_cross(operation, space):
+    elif DEFINITIONS[operation].relative or space in ("logits", ("logits", "logits")) or is_cross(operation, space):
         relative = TOLERANCES["kl", base]
     else:
         relative = TOLERANCES["sum", base]
@@ -326,29 +371,25 @@ def _side(ar: Any, a: np.ndarray, space: str, temperature: float) -> Side:
 
 def _answer(ar: Any, operation: str, x: Any, y: Any, space: Any, temperature: float, double: bool) -> Answer:
     sx, sy = (space, space) if isinstance(space, str) else space
-    single = operation == "entropy"
-    x, y = np.broadcast_arrays(*(np.atleast_2d(v) for v in (x, x if single else y)))
+    defined = DEFINITIONS[operation]
+    x, y = np.broadcast_arrays(*(np.atleast_2d(v) for v in (x, x if defined.single else y)))
     a = _side(ar, x, sx, temperature)
-    b = a if single else _side(ar, y, sy, temperature)
+    b = a if defined.single else _side(ar, y, sy, temperature)
     undefined = a.undefined | b.undefined
     impossible = b.excluded & ~a.excluded & ~undefined  # p > 0 = q
-    p, q, log_ratio, one = a.p, b.p, a.log - b.log, ar.number(np.ones(x.shape))
-    part = {"kl_div": log_ratio, "rel_entr": log_ratio, "cross_entropy": -b.log, "entropy": -a.log}[operation]
-
-    # the terms; their derivatives by p; their derivatives by log q
-    terms = p * part - p + q if operation == "kl_div" else p * part
-    by_p = part + {"kl_div": 0.0, "rel_entr": 1.0, "cross_entropy": 0.0, "entropy": -1.0}[operation]
-    by_log_q = q - p if operation == "kl_div" else -p
+    p, q, one = a.p, b.p, ar.number(np.ones(x.shape))
+    of = p, q, a.log, b.log
+    terms, by_p, by_log_q = defined.terms(*of), defined.by_p(*of), defined.by_log_q(*of)
+    part = (defined.part or defined.by_p)(*of)
 
     def softmax(side: Side, g: Any) -> Any:
         return (g - side.p * ar.sum(g)) / ar.number(np.full(x.shape, temperature))
 
     if sx == "probs":
         dx = ar.double(by_p)
-        dx[a.excluded] = {"kl_div": -np.inf, "rel_entr": -np.inf, "cross_entropy": dx[a.excluded]}.get(
-            operation, np.inf
-        )
-        if not single:
+        if defined.at_p_0 is not None:
+            dx[a.excluded] = defined.at_p_0
+        if not defined.single:
             dx[b.excluded] = np.inf
     else:
         dx = ar.double(softmax(a, p * by_p) if sx == "logits" else p * by_p)
@@ -357,7 +398,7 @@ def _answer(ar: Any, operation: str, x: Any, y: Any, space: Any, temperature: fl
             dx[impossible.any(axis=-1)] = np.nan
     if sy == "probs":
         dy = ar.double(by_log_q / ar.where(b.excluded | b.undefined, one, q))
-        dy[b.excluded] = 1.0 if operation == "kl_div" else 0.0
+        dy[b.excluded] = defined.at_q_0
         dy[impossible] = -np.inf
     else:
         dy = ar.double(softmax(b, by_log_q) if sy == "logits" else by_log_q)
@@ -383,14 +424,15 @@ def _sizes(
     dx: Any, dy: Any, double: bool,
 ) -> list[np.ndarray]:  # fmt: skip
     """Of value, terms, dx and dy, by row, and dy's floor; see TOLERANCES. Infinite and NaN terms count for nothing."""
+    defined = DEFINITIONS[operation]
     p, q, lp, lq, part = (ar.double(v) for v in (a.p, b.p, a.log, b.log, part))
     log_ratio = lp - lq
     logs = np.minimum(1 + np.abs(lp) + np.abs(lq), 1e150)  # squares of it stay finite
     finite = np.where(np.isfinite(terms), terms, 0.0)
     mixed = is_mixed(operation, (sx, sy))
     if mixed and double:
-        magnitudes = (finite + np.abs(q - p) if operation == "kl_div" else p * np.abs(part) + p * (sx != sy)) * logs
-        if operation == "kl_div":  # of next to equal rows, the square of the error of log q - log p
+        magnitudes = (finite + np.abs(q - p) if defined.relative else p * np.abs(part) + p * (sx != sy)) * logs
+        if defined.relative:  # of next to equal rows, the square of the error of log q - log p
             magnitudes = magnitudes + EPS64 * p * logs * logs
         x_size = logs if sx == "probs" else p * logs * logs
         y_size = (p + q) * logs / (np.where(q > 0, q, 1.0) if sy == "probs" else 1.0)
@@ -408,14 +450,14 @@ def _sizes(
             magnitudes = np.where(np.isfinite(values), values, 0.0)[..., None]
             # where p is nearly 1, -p (log q - log p + KL) cancels down to what the other classes add up to
             x_size = x_size + 2.0**-20 * p * (np.abs(part) + np.abs(magnitudes)) / temperature
-        if operation in ("rel_entr", "entropy") and sx != "logits":  # by_p is 1 beside a logarithm: they may cancel
+        if defined.part and sx != "logits":  # by_p is 1 beside a logarithm: they may cancel
             x_size = (1 + np.abs(part)) * (p if sx == "log_probs" else 1.0)
-        if mixed and operation != "cross_entropy":
+        if mixed and not defined.cost:
             off = TOLERANCES["logarithm", "float32"] * logs
             by_value, by_gradient = (
                 off / tolerance(operation, (sx, sy), "float32", of)[0] for of in ("value", "gradient")
             )
-            magnitudes = magnitudes + by_value * p * (np.abs(part) + off if operation == "kl_div" else 1.0)
+            magnitudes = magnitudes + by_value * p * (np.abs(part) + off if defined.relative else 1.0)
             if sx == "logits":
                 x_size = p * (np.where(np.isfinite(log_ratio), np.abs(log_ratio), 0.0) + by_gradient)
                 x_size = (x_size + p * x_size.sum(axis=-1, keepdims=True)) / temperature
@@ -424,16 +466,16 @@ def _sizes(
             if sy == "logits":
                 y_size = np.abs(q - p) + by_gradient * p
                 y_size = (y_size + q * y_size.sum(axis=-1, keepdims=True)) / temperature
-            elif operation == "kl_div" or sx == "logits":
+            elif defined.relative or sx == "logits":
                 y_size = y_size + by_gradient * p / (np.where(q > 0, q, 1.0) if sy == "probs" else 1.0)
     # two rows of logits: q - p cancels too where a mask makes KL large beside it; such chunks are computed in double,
     # and log q - log p is known to five eps of double times KL
     y_floor = np.zeros_like(p)
-    if (sx, sy) == ("logits", "logits") and operation in ("kl_div", "rel_entr"):
+    if (sx, sy) == ("logits", "logits") and not defined.cost:
         y_floor = 5 * EPS64 * p * np.where(np.isfinite(values), values, 1.0)[..., None] / temperature
     terms_size = np.abs(finite) + magnitudes
     if "logits" in (sx, sy) and (double or not mixed):  # log q - log p carries the error of two normalisations
-        terms_size = terms_size + (np.abs(q - p) if operation == "kl_div" else p) * logs
+        terms_size = terms_size + (np.abs(q - p) if defined.relative else p) * logs
     return [np.where(np.isfinite(v), v, 0.0).sum(axis=-1) for v in (magnitudes, terms_size, x_size, y_size, y_floor)]
 
 
@@ -453,7 +495,7 @@ def _known(
 
 
 def _asked(digits: int | None, operation: str, x: Any, y: Any, space: Any, temperature: float) -> Answer:
-    given = [np.asarray(v) for v in (x, x if operation == "entropy" else y)]
+    given = [np.asarray(v) for v in (x, x if DEFINITIONS[operation].single else y)]
     double, arrays = any(a.dtype.itemsize == 8 for a in given), [a.astype(np.float64) for a in given]
     return _known(digits, operation, space, temperature, double, *((a.tobytes(), a.shape) for a in arrays))
 
