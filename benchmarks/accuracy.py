@@ -31,6 +31,7 @@ from typing import Any
 import jax
 import mpmath
 import numpy as np
+import peers
 import scipy.special
 import scipy.stats
 import side_by_side
@@ -39,6 +40,7 @@ from tqdm import tqdm
 
 import klcore
 from klcore import _cpu
+from klcore.operations import OPERATIONS
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
@@ -141,8 +143,7 @@ class Job(side_by_side.Job):
 
 def of_scipy(function: Callable[..., Any]) -> Callable[..., Any]:
     def build(job: Job) -> Callable[[], Any]:
-        to_probs = {"probs": np.asarray, "log_probs": np.exp, "logits": lambda a: scipy.special.softmax(a, axis=-1)}
-        return lambda: function(*(to_probs[job.space](a) for a in (job.x, job.y)))
+        return lambda: function(*map(peers.to_probs(job.space), (job.x, job.y)))
 
     return build
 
@@ -254,9 +255,9 @@ def in_space(a: np.ndarray, space: str, dtype: str, temperature: float) -> np.nd
 
 def worst_errors(operation: str, pair: tuple[str, str], dtype: str) -> tuple[float, dict[str, float]]:
     """Of the value, relative to it; and of value and gradient, in shares of the bound."""
-    single = operation == "entropy"
+    row = OPERATIONS[operation]
     rng = np.random.default_rng(0)
-    worst, shares = 0.0, dict.fromkeys(("value", "dx") if single else ("value", "dx", "dy"), 0.0)
+    worst, shares = 0.0, dict.fromkeys(("value", *(f"d{name}" for name in row.gradients)), 0.0)
     for n, count in [(n, count // BATCHES) for n, count in ROWS.items() for _ in range(BATCHES)]:
         temperature = ranges.log_uniform(rng, 0.01, 100) if "logits" in pair else 1.0
         a, b = ranges.rows(rng, dtype, n, count, temperature)
@@ -265,10 +266,8 @@ def worst_errors(operation: str, pair: tuple[str, str], dtype: str) -> tuple[flo
         options = {"temperature": temperature} if "logits" in pair else {}
         true = oracle.fast(operation, x, y, pair, temperature)
         promised = ranges.promised(a[kept], b[kept], temperature, true.value)
-        if single:
-            found = klcore.entropy(x, space=pair[0], return_grad="x", **options)
-        else:
-            found = getattr(klcore, operation)(x, y, space=pair, return_grad=("x", "y"), **options)
+        arguments, space = ((x,), pair[0]) if row.single else ((x, y), pair)
+        found = getattr(klcore, operation)(*arguments, space=space, return_grad=row.gradients, **options)
         results = dict(zip(shares, found, strict=True))
         for name, got in results.items():
             size, error = getattr(true, f"{name}_size"), np.abs(got - getattr(true, name))
@@ -288,8 +287,14 @@ def worst_errors(operation: str, pair: tuple[str, str], dtype: str) -> tuple[flo
 
 def spaces() -> None:
     np.seterr(all="ignore")
-    lines = [("kl_div", pair) for pair in oracle.PAIRS]
-    lines += [("cross_entropy", pair) for pair in oracle.PAIRS if "logits" in pair] + [("entropy", ("logits",) * 2)]
+    # not sums that may be of either sign, to which no error is relative: rel_entr, and costs of probabilities that are
+    # not normalised
+    lines = [
+        (name, pair)
+        for name, row in OPERATIONS.items()
+        for pair in row.pairs
+        if name != "rel_entr" and ("logits" in pair or row.form != _cpu.BY_COST)
+    ]
     print("| | x, y | dtype | worst error of the value | in shares of its bound | d/dx, likewise | d/dy |")
     print("|---|---|---|" + "--:|" * 4)
     for (operation, pair), dtype in tqdm([(line, dtype) for line in lines for dtype in DTYPES], disable=None):

@@ -29,14 +29,17 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
-from gpu_bits import OPERATIONS, distribution
+import peers
+from gpu_bits import distribution
 from gpu_device import SPACES, Gpu, numpy_dtype
 from gpu_lines import sentence
 
 import klcore
+from klcore.operations import OPERATIONS
 
 OUTPUTS: dict[str, Any] = {"value": None, "value+dy": "y", "value+dx": "x"}
 COMPARED = ("float32", "bfloat16")
@@ -115,15 +118,24 @@ def tasks(stage: str, emulated: bool) -> list[Task]:
 
 def operations() -> Iterator[Task]:
     """Every operation and pair of spaces that are not measured elsewhere, at one shape."""
-    for dtype, sx, sy, operation in itertools.product(COMPARED, SPACES, SPACES, OPERATIONS):
-        single, space = operation == "entropy", sx if sx == sy else f"{sx} {sy}"
-        elsewhere = sx == sy and operation == "kl_div"
-        if not elsewhere and not (single and sx != sy):
-            for wanted in ("value", "value+dx" if single else "value+dy"):
-                yield Task("operations", Case(*FIRST[0], dtype, space, wanted, operation), ("klcore",))
+    for dtype, sx, sy, row in itertools.product(COMPARED, SPACES, SPACES, OPERATIONS.values()):
+        elsewhere = sx == sy and row.name == "kl_div"
+        if not elsewhere and (sx, sy) in row.pairs:
+            for wanted in ("value", f"value+d{row.gradients[-1]}"):
+                space = sx if sx == sy else f"{sx} {sy}"
+                yield Task("operations", Case(*FIRST[0], dtype, space, wanted, row.name), ("klcore",))
 
 
 # ---- data ------------------------------------------------------------------------------------------------------------
+
+
+def definitions(operation: str) -> list[Any]:
+    """Those of tests/oracle.py that a result may be by: libraries' divergences are with -x + y or without."""
+    tests = str(Path(__file__).resolve().parents[1] / "tests")
+    if tests not in sys.path:
+        sys.path.append(tests)
+    known = importlib.import_module("oracle").DEFINITIONS
+    return [known[name] for name in dict.fromkeys((operation, "rel_entr" if operation == "kl_div" else operation))]
 
 
 class Data:
@@ -131,6 +143,7 @@ class Data:
 
     def __init__(self, gpu: Gpu, case: Case) -> None:
         self.gpu, self.case = gpu, case
+        self._values: dict[str, list[float]] = {}
         enough = max(256 << 20, 4 * gpu.cache_bytes()) if not gpu.emulated else 1
         count = -(-enough // (2 * case.array_bytes))
         self.sets = [
@@ -145,36 +158,28 @@ class Data:
             a = (a.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
         return a.astype(np.float64)
 
-    @functools.cached_property
-    def sums(self) -> tuple[float, float, float]:
-        """Of p log p, p log q and q - p over the first set, in float64, some rows at a time."""
+    def values(self, operation: str) -> list[float]:
+        """The right ones, in float64, some rows at a time."""
+        if operation in self._values:
+            return self._values[operation]
         x, y = self.sets[0]
-        found, at_once = np.zeros(3), max(1, (1 << 26) // self.case.n)
+        found, at_once = np.zeros(len(definitions(operation))), max(1, (1 << 26) // self.case.n)
         for start in range(0, self.case.rows, at_once):
             a, b = (self._widened(v[start : start + at_once]) for v in (x, y))
             (p, log_p), (q, log_q) = map(distribution, (a, b), self.case.spaces)
-            found += [float(v.sum()) for v in (p * log_p, p * log_q, q - p)]
-        return tuple(found.tolist())
-
-    def values(self, operation: str) -> list[float]:
-        """The right ones. Libraries' divergences are with -x + y or without."""
-        entropy, cross, mass = self.sums
-        divergence = entropy - cross
-        return {
-            "kl_div": [divergence + mass, divergence],
-            "rel_entr": [divergence],
-            "cross_entropy": [-cross],
-            "entropy": [-entropy],
-        }[operation]
+            found += [float(d.terms(p, q, log_p, log_q).sum()) for d in definitions(operation)]
+        self._values[operation] = found.tolist()
+        return self._values[operation]
 
     def gradients(self, operation: str) -> list[np.ndarray]:
         """Those of the first rows, in float64, likewise."""
         a, b = (self.gpu.get(v[:SAMPLE]).astype(np.float64) for v in self.sets[0])
-        (p, log_p), (q, _) = map(distribution, (a, b), self.case.spaces)
-        if operation == "entropy":
-            of_log, at, space = [-p * (log_p + 1)], p, self.case.spaces[0]
+        (p, log_p), (q, log_q) = map(distribution, (a, b), self.case.spaces)
+        of = p, q, log_p, log_q
+        if OPERATIONS[operation].single:
+            of_log, at, space = [p * d.by_p(*of) for d in definitions(operation)], p, self.case.spaces[0]
         else:
-            of_log, at, space = [q - p, -p][operation != "kl_div" :], q, self.case.spaces[1]
+            of_log, at, space = [d.by_log_q(*of) for d in definitions(operation)], q, self.case.spaces[1]
         if space == "probs":
             return [g / at for g in of_log]
         return [g - at * g.sum(-1, keepdims=True) for g in of_log] if space == "logits" else of_log
@@ -244,13 +249,13 @@ class Klcore(Contender):
             value = empty((), np.float32)
             self._outs.append((value, self.gpu.cupy.empty_like(x)) if self.with_gradient else value)
         self._keywords = {
-            "space": self.case.spaces[0] if self.case.operation == "entropy" else self.case.spaces,
+            "space": self.case.spaces[0] if OPERATIONS[self.case.operation].single else self.case.spaces,
             "reduction": "sum",
             "return_grad": OUTPUTS[self.case.outputs],
         }
 
     def call(self, k: int) -> Any:
-        arrays = self.data.sets[k][: 1 if self.case.operation == "entropy" else 2]
+        arrays = self.data.sets[k][: len(OPERATIONS[self.case.operation].gradients)]
         return getattr(klcore, self.case.operation)(*arrays, out=self._outs[k], **self._keywords)
 
 
@@ -274,13 +279,9 @@ class Torch(Contender):
 
     def loss(self) -> Callable[[Any, Any], Any]:
         F = importlib.import_module("torch.nn.functional")
-        return {
-            "probs": lambda x, y: F.kl_div(y.log(), x, reduction="sum"),
-            "log_probs": lambda x, y: F.kl_div(y, x, reduction="sum", log_target=True),
-            "logits": lambda x, y: F.kl_div(
-                F.log_softmax(y, -1), F.log_softmax(x, -1), reduction="sum", log_target=True
-            ),
-        }[self.case.space]
+        return peers.torch_loss(
+            self.case.space, lambda log_y, x, log_target: F.kl_div(log_y, x, reduction="sum", log_target=log_target)
+        )
 
     def call(self, k: int) -> Any:
         value = self._loss(*self.sets[k])
@@ -325,23 +326,13 @@ class Liger(Torch):
     """Liger-Kernel's divergence."""
 
     def loss(self) -> Callable[[Any, Any], Any]:
-        F = importlib.import_module("torch.nn.functional")
         module = importlib.import_module("liger_kernel.transformers")
-        of_probs = module.LigerKLDIVLoss(reduction="sum", log_target=False)
-        of_logs = module.LigerKLDIVLoss(reduction="sum", log_target=True)
-        return {
-            "probs": lambda x, y: of_probs(y.log(), x),
-            "log_probs": of_logs_of(of_logs, lambda a: a),
-            "logits": of_logs_of(of_logs, lambda a: F.log_softmax(a, -1)),
-        }[self.case.space]
+        losses = [module.LigerKLDIVLoss(reduction="sum", log_target=flag) for flag in (False, True)]
+        return peers.torch_loss(self.case.space, lambda log_y, x, log_target: losses[log_target](log_y, x))
 
     @property
     def captured(self) -> bool:  # type: ignore[override]
         return not self.with_gradient  # its backward looks at a number, which waits for the GPU
-
-
-def of_logs_of(loss: Any, change: Callable[[Any], Any]) -> Callable[[Any, Any], Any]:
-    return lambda x, y: loss(change(y), change(x))
 
 
 class Jax(Contender):
@@ -349,15 +340,11 @@ class Jax(Contender):
 
     def __init__(self, data: Data) -> None:
         super().__init__(data)
-        jax, jnp = importlib.import_module("jax"), importlib.import_module("jax.numpy")
+        jax = importlib.import_module("jax")
         self._jax, space = jax, self.case.space
 
         def total(x: Any, y: Any) -> Any:
-            if space == "probs":
-                return (x * jnp.log(x / y)).sum()
-            if space == "logits":
-                x, y = jax.nn.log_softmax(x), jax.nn.log_softmax(y)
-            return (jnp.exp(x) * (x - y)).sum()
+            return peers.jax_terms(space, x, y).sum()
 
         function = jax.value_and_grad(total, argnums=1) if self.with_gradient else total
         self.sets = [tuple(self._lend(a) for a in arrays) for arrays in data.sets]

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
-from gpu_device import SPACES, Gpu, launched, numpy_dtype
+from gpu_device import Gpu, launched, numpy_dtype
 from gpu_lines import sentence
 
 import klcore
@@ -63,9 +63,7 @@ def groups() -> list[str]:
     """The names that check_group takes; those that matter most come first."""
     names = []
     for dtype, operation in itertools.product(("float32", "bfloat16", "float64", "float16"), OPERATIONS):
-        pairs = [(s, s) for s in SPACES]
-        if operation != "entropy":
-            pairs += [pair for pair in itertools.product(SPACES, SPACES) if pair[0] != pair[1]]
+        pairs = sorted(OPERATIONS[operation].pairs, key=lambda pair: pair[0] != pair[1])
         names += [f"{operation} {sx} {sy} {dtype}" for sx, sy in pairs]
     return names
 
@@ -183,7 +181,7 @@ def check_group(gpu: Gpu, name: str) -> dict[str, Any]:
 def cases(gpu: Gpu, name: str) -> dict[str, Callable[[], Case]]:
     """title -> what makes the case."""
     operation, sx, sy, dtype = name.split()
-    exact, single = is_exact(operation, sx, sy, dtype), operation == "entropy"
+    exact, single = is_exact(operation, sx, sy, dtype), OPERATIONS[operation].single
     every: Any = "x" if single else ("x", "y")
     space: Any = sx if single else (sx, sy)
     rows, n = LAYOUT_SHAPE

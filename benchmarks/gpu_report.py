@@ -22,6 +22,8 @@ from typing import Any
 
 import gpu_lines
 
+from klcore.operations import OPERATIONS
+
 ROOT = Path(__file__).resolve().parents[1]
 RECORDS = ROOT / "docs" / "benchmarks"
 PAGE = ROOT / "docs" / "performance.md"
@@ -163,7 +165,7 @@ def ceiling(copies: dict[str, float]) -> str:
 
 def necessary_bytes(case: dict[str, Any]) -> int:
     """Each input read once, a gradient written once."""
-    arrays = (1 if case.get("operation") == "entropy" else 2) + case["outputs"].count("+")
+    arrays = len(OPERATIONS[case.get("operation", "kl_div")].gradients) + case["outputs"].count("+")
     return int(arrays * case["rows"] * case["n"] * SIZES[case["dtype"]])
 
 

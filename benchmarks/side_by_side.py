@@ -38,6 +38,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import peers
 from floor import Unavailable, buffer, floor
 from tqdm import tqdm
 
@@ -154,16 +155,12 @@ def klcore_new(job: Job) -> Any:
 def torch_loss(job: Job) -> Callable[[Any, Any], Any]:
     import torch.nn.functional as F
 
-    def kl(x: Any, log_y: Any, log_target: bool) -> Any:
+    def kl(log_y: Any, x: Any, log_target: bool) -> Any:
         if job.reduction == "sum":
             return F.kl_div(log_y, x, reduction="sum", log_target=log_target)
         return F.kl_div(log_y, x, reduction="none", log_target=log_target).sum(-1)
 
-    return {
-        "probs": lambda x, y: kl(x, y.log(), False),
-        "log_probs": lambda x, y: kl(x, y, True),
-        "logits": lambda x, y: kl(F.log_softmax(x, -1), F.log_softmax(y, -1), True),
-    }[job.space]
+    return peers.torch_loss(job.space, kl)
 
 
 def torch_call(job: Job, loss: Callable[[Any, Any], Any]) -> Callable[[], Any]:
@@ -206,11 +203,7 @@ def jax_jit(job: Job) -> Any:
     import jax.numpy as jnp
 
     def rows(x: Any, y: Any) -> Any:
-        if job.space == "probs":
-            return (x * jnp.log(x / y)).sum(-1)
-        if job.space == "logits":
-            x, y = jax.nn.log_softmax(x), jax.nn.log_softmax(y)
-        return (jnp.exp(x) * (x - y)).sum(-1)
+        return peers.jax_terms(job.space, x, y).sum(-1)
 
     def value_and_gradient(y: Any, x: Any) -> Any:
         def total(y: Any) -> Any:
@@ -365,12 +358,12 @@ def numexpr_blocks(job: Job) -> Any:
 
 @contender("SciPy", "scipy", sliced=True)
 def scipy_special(job: Job) -> Any:
-    from scipy.special import kl_div, softmax
+    from scipy.special import kl_div
 
     if job.gradient:
         return None
     x, y = job.slice()
-    to_probs = {"probs": lambda a: a, "log_probs": np.exp, "logits": functools.partial(softmax, axis=-1)}[job.space]
+    to_probs = peers.to_probs(job.space)
     return lambda: job.reduced(kl_div(to_probs(x), to_probs(y)).sum(axis=-1))
 
 

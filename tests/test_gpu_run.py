@@ -2,7 +2,6 @@
 
 import copy
 import importlib
-import itertools
 import json
 import math
 import os
@@ -18,14 +17,12 @@ import numpy as np
 import pytest
 from conftest import DTYPES, as_here
 
+from klcore.operations import OPERATIONS
+
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 SCRIPTS = ROOT / "benchmarks"
 SPACES = ("probs", "log_probs", "logits")
-KINDS = [
-    (operation, (sx, sy))
-    for operation, sx, sy in itertools.product(("kl_div", "rel_entr", "cross_entropy", "entropy"), SPACES, SPACES)
-    if operation != "entropy" or sx == sy  # it has one argument
-]
+KINDS = [(name, pair) for name, o in OPERATIONS.items() for pair in o.pairs]
 TOOL = """#!/bin/bash
 while [[ $1 == -* ]]; do shift 2; done
 "$@"
@@ -345,7 +342,7 @@ def test_what_the_benchmark_takes_for_right(script, operation, spaces):
     gpu_bench, gpu_device = script("gpu_bench"), script("gpu_device")
     numpy = gpu_device.Emulated.__new__(gpu_device.Emulated)  # without the emulator
     numpy.put, numpy.get = (lambda a: a), np.asarray
-    of = "x" if operation == "entropy" else "y"
+    of = OPERATIONS[operation].gradients[-1]
     case = gpu_bench.Case(20, 7, "float64", " ".join(spaces), f"value+d{of}", operation)
     data = gpu_bench.Data(numpy, case)
     arrays, space = (data.sets[0][:1], spaces[0]) if of == "x" else (data.sets[0], spaces)

@@ -2,8 +2,8 @@
 
 asv installs the commits to be measured; these files are always those of the working tree. With them come two more of
 its files: the floor (benchmarks/floor.py) and the exact answers (tests/oracle.py). Nothing else of klcore is imported
-but its public names. asv takes every increase for a regression, of tracked numbers as of times: track what should be
-small.
+but its public names and its table of operations. asv takes every increase for a regression, of tracked numbers as of
+times: track what should be small.
 """
 
 import sys

@@ -6,30 +6,35 @@ import ml_dtypes
 import numpy as np
 import oracle
 
-import klcore
+from klcore import operations
 
-from .calls import DEVICES, NAMES, library, random_logits, to_space
+from .calls import DEVICES, NAMES, OPERATIONS, OTHERS, library, random_logits, to_space
 from .divergence import VALUES
 
 
 class Accuracy:
-    """kl_div and its gradient with respect to y; errors are relative to what the bounds in tests/oracle.py are."""
+    """Value and last gradient; errors are relative to what the bounds in tests/oracle.py are."""
 
-    params = (VALUES, DEVICES, ["float64", "float32", "bfloat16"], ["16x1500"])
+    params = (VALUES + list(OTHERS), DEVICES, ["float64", "float32", "bfloat16"], ["16x1500"])
     param_names = NAMES
     unit = "relative error"
 
-    def setup(self, space: str, device: str, dtype: str, shape: str) -> None:
+    def setup(self, operation: str, device: str, dtype: str, shape: str) -> None:
         xp = library(device)
-        x, y, self.exact = _rows(space, dtype, shape)
-        found = klcore.kl_div(xp.asarray(x), xp.asarray(y), space=space, return_grad="y")
-        self.value, self.dy = (np.asarray(a if device == "cpu" else a.get(), np.float64) for a in found)
+        function, words = OPERATIONS[operation]
+        row = operations.OPERATIONS[function.__name__]
+        x, y, space = *_rows(words["space"], dtype, shape), words["space"]
+        self.exact, self.of = oracle.fast(row.name, x, y, space), f"d{row.gradients[-1]}"
+        arrays = [xp.asarray(a) for a in (x, y)[: len(row.gradients)]]
+        found = function(*arrays, space=space, return_grad=row.gradients[-1])
+        self.value, self.gradient = (np.asarray(a if device == "cpu" else a.get(), np.float64) for a in found)
 
     def track_value(self, *params: str) -> float:
         return _worst(np.abs(self.value - self.exact.value) / self.exact.value_size)
 
     def track_gradient(self, *params: str) -> float:
-        return _worst(np.abs(self.dy - self.exact.dy).sum(axis=-1) / self.exact.dy_size)
+        error = np.abs(self.gradient - getattr(self.exact, self.of)).sum(axis=-1)
+        return _worst(error / getattr(self.exact, f"{self.of}_size"))
 
 
 def _worst(errors: np.ndarray) -> float:
@@ -38,11 +43,11 @@ def _worst(errors: np.ndarray) -> float:
     return float(errors.max())
 
 
-def _rows(space: str, dtype: str, shape: str) -> tuple[Any, Any, Any]:
-    """x, y and the answer: rows from a millionth apart (a divergence of 1e-12), or just not the same, to far apart."""
+def _rows(space: str, dtype: str, shape: str) -> tuple[Any, Any]:
+    """x and y: rows from a millionth apart (a divergence of 1e-12), or just not the same, to far apart."""
     rows, n = map(int, shape.split("x"))
     closest = max(1e-6, float(ml_dtypes.finfo(dtype).eps))
     x = 2.0 * random_logits(rows, n, seed=0)
     y = x + np.geomspace(closest, 3.0, rows)[:, None] * random_logits(rows, n, seed=1)
     x, y = (to_space(space, a).astype(dtype) for a in (x, y))
-    return x, y, oracle.fast("kl_div", x, y, space)
+    return x, y

@@ -37,8 +37,14 @@ OPERATIONS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
     "one y for all": (klcore.kl_div, {}),
     "one y for all, gradient": (klcore.kl_div, {"return_grad": "y"}),
     "axis 0": (klcore.kl_div, {"axis": 0}),
-    **{name: (getattr(klcore, name), {}) for name in operations.OPERATIONS if name != "kl_div"},
 }
+OTHERS = {  # than kl_div: value and gradient of each
+    f"{row.name}, {space}": (getattr(klcore, row.name), {"space": space, "return_grad": row.gradients[-1]})
+    for row in operations.OPERATIONS.values()
+    for space in ("probs", "logits")
+    if row.name != "kl_div"
+}
+OPERATIONS |= OTHERS
 
 
 class Call(NamedTuple):
@@ -107,7 +113,7 @@ def prepare(operation: str, device: str, dtype: str, shape: str) -> Call:
     words = dict(words)
     space = words.get("space", "probs")
     spaces = [space, space] if isinstance(space, str) else list(space)
-    if function is klcore.entropy:
+    if operations.OPERATIONS[function.__name__].single:
         del spaces[1]
     sizes = [(rows, n), (1 if "one y" in operation else rows, n)]
     inputs = [xp.asarray(full(s, dtype, size, seed)) for seed, (s, size) in enumerate(zip(spaces, sizes, strict=False))]

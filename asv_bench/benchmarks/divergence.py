@@ -1,6 +1,6 @@
 """Time of one call on arrays that lie ready, those for the results included."""
 
-from .calls import DEVICES, IN_CACHE, NAMES, PAST_CACHE, timer, warm
+from .calls import DEVICES, IN_CACHE, NAMES, OTHERS, PAST_CACHE, timer, warm
 
 VALUES = ["probs", "log_probs", "logits"]
 GRADIENTS = [f"{space}, gradient" for space in VALUES]
@@ -23,6 +23,12 @@ class Rows(_Calls):
     """One value a row."""
 
     params = (VALUES + GRADIENTS + MIXED, DEVICES, ["float32"], [IN_CACHE, PAST_CACHE])
+
+
+class Operations(_Calls):
+    """One value and gradient a row."""
+
+    params = (list(OTHERS), DEVICES, ["float32"], [IN_CACHE])
 
 
 class Dtypes(_Calls):
