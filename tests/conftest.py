@@ -15,6 +15,7 @@ from hypothesis import settings
 
 import klcore
 from klcore import _cpu
+from klcore.operations import OPERATIONS
 
 _cpu.pretend_processors(64)  # numbers of threads are compared, on however small a machine
 
@@ -117,6 +118,29 @@ def pytest_testnodedown(node):
 def pytest_terminal_summary(terminalreporter, config):
     for what, count in sorted(config.stash[COMPARED].items()):
         terminalreporter.write_line(f"{count:,} {what}")
+
+
+# ---- operations by name ----------------------------------------------------------------------------------------------
+
+OF_TWO = [name for name, o in OPERATIONS.items() if not o.single]  # arguments
+RATIOS = [name for name, o in OPERATIONS.items() if o.form == _cpu.BY_RATIO]
+# What takes long is asked in every pair of spaces of the first operation of a form, and in some of those like it.
+FIRST = {(o.form, o.single): name for name, o in reversed(OPERATIONS.items())}.values()
+SOME = (("probs", "probs"), ("logits", "logits"), ("probs", "logits"))
+
+
+def some_pairs(operation):
+    return [pair for pair in OPERATIONS[operation].pairs if operation in FIRST or pair in SOME]
+
+
+def operands(operation, x, y):
+    return (x,) if OPERATIONS[operation].single else (x, y)
+
+
+def call(operation, x, y, space="probs", **options):
+    """The public function of that name; of one argument, with x and its space."""
+    space = space[0] if OPERATIONS[operation].single and not isinstance(space, str) else space
+    return getattr(klcore, operation)(*operands(operation, x, y), space=space, **options)
 
 
 # ---- parameters and processes ----------------------------------------------------------------------------------------

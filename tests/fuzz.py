@@ -22,15 +22,18 @@ import time
 import traceback
 import warnings
 
+import conftest
 import ml_dtypes
 import numpy as np
 import oracle
 import ranges
 import test_losses
+from conftest import OF_TWO, RATIOS
 
 import klcore
 import klcore.backends.cpu  # chooses the instruction set of klcore._cpu
 from klcore import _cpu
+from klcore.operations import OPERATIONS
 
 _cpu.pretend_processors(64)  # numbers of threads are compared, on however small a machine
 
@@ -39,12 +42,6 @@ GUARD = 0xA5
 DTYPES = {name: np.dtype(getattr(ml_dtypes, name, name)) for name in ("float64", "float32", "float16", "bfloat16")}
 DTYPES |= {name: np.dtype(name) for name in ("int32", "uint8", "bool")}
 REDUCTIONS = ("row", "none", "sum", "rowmean", "batchmean", "mean")
-LOSSES = {  # of klcore.compat, as tests/test_losses.py names their terms
-    "pytorch": ("pytorch", "probs", "log_probs"), "pytorch log_target": ("pytorch", "log_probs", "log_probs"),
-    "keras": ("keras", "probs", "probs"), "mxnet": ("mxnet", "probs", "log_probs"),
-    "mxnet scores": ("mxnet", "probs", "logits"), "puzzlelib": ("puzzlelib", "probs", "logits"),
-    "puzzlelib normTarget": ("puzzlelib", "logits", "logits"),
-}  # fmt: skip
 
 
 # ---- what is asked for -----------------------------------------------------------------------------------------------
@@ -67,7 +64,7 @@ def draw(rng):
     first = pick(1, 1, 2, 3, 5)
     batch = pick((rows,), (rows,), (first, -(-rows // first)), (rows, 1), (1, rows), (2, first, -(-rows // 2 // first)))
     p = {
-        "operation": pick(*oracle.OPERATIONS), "space": pick(*oracle.PAIRS), "kind": pick(*KINDS, *KINDS[:2]),
+        "operation": pick(*OPERATIONS), "space": pick(*oracle.PAIRS), "kind": pick(*KINDS, *KINDS[:2]),
         "dtypes": (pick(*DTYPES, "float32", "float64", "float32"),) * 2, "shape": "drawn", "n": n, "batch": batch,
         "axis": pick(-1, -1, *range(-len(batch) - 1, 0)), "broadcast": pick(None, None, None, "x", "y"),
         "reduction": pick(*REDUCTIONS), "grad": pick(None, "x", "y", ("x", "y"), ("x", "y")), "out": some(0.4),
@@ -81,7 +78,7 @@ def draw(rng):
     # what is rare by chance; the first of these once hid stale memory
     if some(0.04):
         p |= {"shape": "turned", "n": 1025 + n % 3000, "batch": (16 + rows % 9,), "axis": -2, "broadcast": None}
-        p |= {"reduction": "none", "grad": pick("x", "y", ("x", "y")), "operation": pick(*oracle.OPERATIONS[:3])}
+        p |= {"reduction": "none", "grad": pick("x", "y", ("x", "y")), "operation": pick(*OF_TWO)}
         p |= {"space": pick(("logits", "probs"), ("log_probs", "logits"), p["space"])}
     elif some(0.03):
         p |= {"shape": "long", "n": pick(8 * 1024 + 1, 20_500, 40_000, 120_001), "batch": (pick(1, 2, 3, 7),)}
@@ -97,8 +94,8 @@ def draw(rng):
     elif some(0.02):
         p |= {"shape": "scalar", "n": 1, "batch": (), "axis": -1, "weights": None, "dask": False}
     if p["kind"] == "wide":
-        p |= {"operation": pick("kl_div", "rel_entr"), "space": ("logits", "logits")}
-    if p["operation"] == "entropy":
+        p |= {"operation": pick(*RATIOS), "space": ("logits", "logits")}
+    if OPERATIONS[p["operation"]].single:
         p |= {"space": (p["space"][0],) * 2, "grad": p["grad"] and "x", "broadcast": None}
     if "logits" not in p["space"]:
         p["temperature"] = 1.0
@@ -329,20 +326,18 @@ def gradient_dtype(a):
 
 
 def klcore_call(p, arrays, **options):
-    space = p["space"][0] if p["operation"] == "entropy" else p["space"]
-    arrays = arrays[:1] if p["operation"] == "entropy" else arrays
     grad = options.get("return_grad")
     with klcore.threads(options.pop("threads", p["threads"])):
-        found = getattr(klcore, p["operation"])(*arrays, space=space, temperature=p["temperature"], **options)
+        found = conftest.call(p["operation"], *arrays, p["space"], temperature=p["temperature"], **options)
     return found if grad else (found,)
 
 
 def check(p, rng):
     """One call of the public functions; returns what is to be counted."""
     sets = [name for name, usable in _cpu.instruction_sets().items() if usable]
-    single = p["operation"] == "entropy"
+    both = OPERATIONS[p["operation"]].gradients
     x, y = operands(rng, p)
-    y = x if single else y
+    y = y if "y" in both else x
     if p["shape"] == "scalar":
         x, y = x.reshape(()), y.reshape(())
     n, batch, last = p["n"], p["batch"], p["axis"]
@@ -355,11 +350,10 @@ def check(p, rng):
         weights = w.astype(weights) if weights != "bool" else w > 0.5
 
     # the plain one, with all results: rows in float32 or float64
-    double = any(DTYPES[d].itemsize == 8 or DTYPES[d].kind in "iub" for d in p["dtypes"][: 2 - single])
+    double = any(DTYPES[d].itemsize == 8 or DTYPES[d].kind in "iub" for d in p["dtypes"][: len(both)])
     flat = [np.broadcast_to(v.astype("f8" if double else "f4"), (*batch, n)).reshape(rows, n) for v in (x, y)]
     each = None if weights is None else np.broadcast_to(weights.astype("f8"), batch).reshape(rows)
     of = [np.ascontiguousarray(v) for v in flat]
-    both = ("x",) if single else ("x", "y")
     _cpu.use_instruction_set(sets[0])
     value, *grads = klcore_call(p, of, return_grad=both, weights=each, threads=1)
     terms = klcore_call(p, of, reduction="none", weights=each, threads=1)[0]
@@ -480,7 +474,7 @@ def dask_call(p, rng, arrays, weights, whole, moved, last):
                 bound = oracle.TOLERANCES["gradient", base] + 2 * oracle.TOLERANCES["rounding", a.dtype.name]
                 a, b = a.astype("f8"), b.astype("f8")
                 largest = np.abs(b[np.isfinite(b)]).max(initial=0)
-                if p["space"][0] != p["space"][1] or p["operation"] in ("cross_entropy", "entropy"):
+                if p["space"][0] != p["space"][1] or OPERATIONS[p["operation"]].form == _cpu.BY_COST:
                     largest += oracle.EPS64 / oracle.TOLERANCES["gradient", "float64"]  # p and q cancel
                 np.testing.assert_allclose(a, b, bound, bound * largest, err_msg=f"result {k} by dask")
 
@@ -490,19 +484,18 @@ def dask_call(p, rng, arrays, weights, whole, moved, last):
 
 def check_loss(rng):
     """One call of klcore.compat, against the formulas of tests/test_losses.py."""
-    name = list(LOSSES)[rng.integers(len(LOSSES))]
-    named = LOSSES[name]
-    dtype = "float32" if "puzzlelib" in name or rng.random() < 0.5 else "float64"
+    named = name, space_x, space_y = test_losses.LOSSES[rng.integers(len(test_losses.LOSSES))]
+    dtype = "float32" if name == "puzzlelib" or rng.random() < 0.5 else "float64"
     n = int(rng.choice([1, 2, 17, 100, 129, 1024, 1025, 2500]))
     rows = int(rng.choice([1, 3, 16, 40]))
     z = rng.normal(size=(2, rows, n)) * 2
-    x, y = (into(v, space, dtype) for v, space in zip(z, named[1:], strict=True))
-    if named[1] == "probs":
+    x, y = (into(v, space, dtype) for v, space in zip(z, (space_x, space_y), strict=True))
+    if space_x == "probs":
         x[rng.random(x.shape) < 0.1] = 0
-    reduction = str(rng.choice(["mean", "batchmean", "sum", "none"] if "pytorch" in name else ["sum", "none", "mean"]))
-    module = importlib.import_module(f"klcore.compat.{name.split()[0]}")
-    each = (rows, n) if "pytorch" in name else (rows,)  # of the shape of the value
-    signed = "puzzlelib" not in name and ("mxnet" in name or reduction == "none") and rng.random() < 0.5
+    reduction = str(rng.choice(["mean", "batchmean", "sum", "none"] if name == "pytorch" else ["sum", "none", "mean"]))
+    module = importlib.import_module(f"klcore.compat.{name}")
+    each = (rows, n) if name == "pytorch" else (rows,)  # of the shape of the value
+    signed = name != "puzzlelib" and (name == "mxnet" or reduction == "none") and rng.random() < 0.5
     factors = {"cotangent": rng.choice([-1.5, 0.0, 1.0, 3.0], each).astype(dtype)} if signed else {}
     memory = Memory(rng)
     results = []
@@ -510,16 +503,16 @@ def check_loss(rng):
         t, i = lay(x), lay(y)
         with klcore.threads(threads), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            if "pytorch" in name:
-                given = {"reduction": reduction, "log_target": "log" in name}
+            if name == "pytorch":
+                given = {"reduction": reduction, "log_target": space_x == "log_probs"}
                 value, (di, dt) = module.kl_div.value_and_grad(i, t, **given, **factors)
             elif name == "keras":
                 loss = module.KLDivergence(reduction=reduction, dtype=dtype)
                 value, (dt, di) = loss.value_and_grad(t, i, **factors)
-            elif "mxnet" in name:
-                value, (di, dt) = module.KLDivLoss("scores" not in name).value_and_grad(i, t, **factors)
+            elif name == "mxnet":
+                value, (di, dt) = module.KLDivLoss(space_y == "log_probs").value_and_grad(i, t, **factors)
             else:
-                value, di = module.KLDivergence(normTarget="norm" in name)(i, t)
+                value, di = module.KLDivergence(normTarget=space_x == "logits")(i, t)
                 dt = None
         results.append((np.asarray(value), di, dt))
     memory.check()
@@ -533,7 +526,7 @@ def check_loss(rng):
         "keras": ({"mean": rows}.get(reduction, 1), (0,) if reduction == "none" else ()),
         "mxnet": (n, (0,)),
         "puzzlelib": (rows, ()),
-    }[name.split()[0]]
+    }[name]
     gone = tuple(k for k in (0, 1) if k not in kept)
     test_losses.assert_near(results[0][0], terms.sum(gone) / by, dtype, (1 + np.abs(terms).sum(gone)) / by)
     by_value = factors.get("cotangent", np.ones(1)).reshape(rows if factors else 1, -1).astype("longdouble")
@@ -541,7 +534,7 @@ def check_loss(rng):
         if got is not None:
             zero = (by_value == 0) & (by_value.shape[1] == 1)  # a row that is not read
             test_losses.assert_near(got, np.where(zero, 0, d * by_value) / by, dtype, 32 / by)  # logarithms of some 10
-    return collections.Counter([f"loss {name}", f"dtype {dtype}", f"classes {bucket(n)}"])
+    return collections.Counter([f"loss {' '.join(named)}", f"dtype {dtype}", f"classes {bucket(n)}"])
 
 
 # ---- all of them -----------------------------------------------------------------------------------------------------

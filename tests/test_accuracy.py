@@ -8,10 +8,12 @@ import numpy as np
 import oracle
 import pytest
 import ranges
+from conftest import OF_TWO, RATIOS, call
 
 import klcore
 import klcore.backends.cpu  # chooses the instruction set of klcore._cpu
 from klcore import _cpu
+from klcore.operations import OPERATIONS
 
 ml_dtypes = pytest.importorskip("ml_dtypes")
 
@@ -207,7 +209,7 @@ def test_kl_of_any_size(n, space, temperature, dtype):
 @pytest.mark.parametrize("dtype", ranges.DTYPES)
 @pytest.mark.parametrize("temperature", [0.01, 0.3, 1.0, 17.0, 100.0])
 @pytest.mark.parametrize(("n", "count"), [(2, 400), (3, 300), (5, 200), (10, 100), (100, 20), (1500, 4), (5000, 1)])
-@pytest.mark.parametrize("operation", ["kl_div", "rel_entr"])
+@pytest.mark.parametrize("operation", RATIOS)
 def test_offsets_temperatures_and_masks(operation, n, count, temperature, dtype):
     rng = np.random.default_rng([n, int(temperature * 100)])
     x, y = ranges.rows(rng, dtype, n, count, temperature)
@@ -227,7 +229,7 @@ def test_offsets_temperatures_and_masks(operation, n, count, temperature, dtype)
     oracle.assert_answer(results, oracle.at(true, kept), operation, ("logits", "logits"))
 
 
-CROSS = [("cross_entropy", pair) for pair in oracle.PAIRS if "logits" in pair] + [("entropy", ("logits", "logits"))]
+CROSS = [(op, pair) for op, pair in oracle.CALLS if oracle.is_cross(op, pair)]
 
 
 @pytest.mark.parametrize("dtype", ranges.DTYPES)
@@ -243,7 +245,7 @@ def test_cross_entropy_of_such_rows(operation, space, n, count, temperature, dty
         x, y = (into(v.astype(np.float64) / (temperature if s != "logits" else 1), s, v.dtype)
                 for v, s in zip((a, b), space, strict=True))  # fmt: skip
     options = {"temperature": temperature}
-    gradients = "x" if operation == "entropy" else ("x", "y")
+    gradients = OPERATIONS[operation].gradients
     value, *grads = call(operation, x, y, space, return_grad=gradients, **options)
     terms = call(operation, x, y, space, reduction="none", **options)
     with np.errstate(over="ignore", invalid="ignore"):
@@ -269,7 +271,7 @@ HARD = {
 }
 
 
-@pytest.mark.parametrize("operation", ["kl_div", "rel_entr"])
+@pytest.mark.parametrize("operation", RATIOS)
 @pytest.mark.parametrize("name", HARD)
 def test_hard_rows(name, operation):
     x, y, temperature, dtype = HARD[name]
@@ -293,13 +295,13 @@ def test_what_overflows_is_not_excluded(operation, pair):
     options = {"temperature": 0.1} if "logits" in pair else {}
     value = call(operation, x, y, pair, **options)
     # as a probability it is 0: where x > 0 = y the value is infinite, however small x is
-    assert np.isfinite(value) != (operation != "entropy" and pair[1] == "probs" != pair[0])
+    assert np.isfinite(value) != (operation in OF_TWO and pair[1] == "probs" != pair[0])
     assert not np.isnan(value)
 
 
 @pytest.mark.parametrize("n", [5, 200, 2000])
 @pytest.mark.parametrize("space_x", ["probs", "log_probs"])
-@pytest.mark.parametrize("operation", ["kl_div", "rel_entr"])
+@pytest.mark.parametrize("operation", RATIOS)
 def test_a_log_probability_that_overflows_float32(operation, space_x, n):
     """At a temperature below 1 a mask of the lowest number does; a teacher that holds little of it makes it count."""
     rng = np.random.default_rng(n)
@@ -329,7 +331,7 @@ LOGS = [p for p in oracle.PAIRS if "probs" not in p and p != ("logits", "logits"
 @pytest.mark.parametrize("temperature", [0.3, 1, 2, 100, 2.0**90])
 @pytest.mark.parametrize("top", [0.0, 1e30, 1e32, 3e38])
 @pytest.mark.parametrize("pair", [("probs", "logits"), *LOGS])
-@pytest.mark.parametrize("operation", ["kl_div", "rel_entr"])
+@pytest.mark.parametrize("operation", RATIOS)
 def test_a_class_at_the_end_of_float32(operation, pair, top, temperature, n):
     """Less the largest logit it overflows; or its share of x does not make a term out of range."""
     if "logits" not in pair:
@@ -372,7 +374,7 @@ def test_temperatures_for_which_float32_has_no_room(operation, pair, temperature
     a, b = np.random.default_rng(3).normal(size=(2, 6, 9)).astype("float32")
     a[0] = b[0] = 0
     x, y = (into(v, s, "float32") for v, s in zip((a, b), pair, strict=True))
-    gradient = "x" if operation == "entropy" else ("x", "y")
+    gradient = OPERATIONS[operation].gradients
     found, expected = (
         call(operation, x.astype(d), y.astype(d), pair, temperature=temperature, return_grad=gradient)
         for d in ("float32", "float64")
@@ -411,12 +413,6 @@ def test_scattered(operation, space, n, possible, spread, dtype):
 MIXED = [(op, pair) for op, pair in ALL if op != "kl_div" or pair[0] != pair[1]]  # the others than the above
 
 
-def call(operation, x, y, space, **options):
-    if operation == "entropy":
-        return klcore.entropy(x, space=space[0], **options)
-    return getattr(klcore, operation)(x, y, space=space, **options)
-
-
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("n", [2, 10, 1000, 1025, 50257])
 @pytest.mark.parametrize(("operation", "space"), MIXED)
@@ -452,9 +448,9 @@ def test_every_number_of_sixteen_bits_is_widened_exactly(dtype):
     """Subnormal ones, infinities and NaN included: the terms are those of the same numbers in float32."""
     x = np.arange(1 << 16, dtype=np.uint16).view(getattr(ml_dtypes, dtype, dtype))
     wide = x.astype("float32")
-    for operation in ("rel_entr", "cross_entropy"):
-        terms = getattr(klcore, operation)(x, x[::-1], reduction="none")
-        np.testing.assert_array_equal(terms, getattr(klcore, operation)(wide, wide[::-1], reduction="none"))
+    for operation in OPERATIONS:
+        terms = call(operation, x, x[::-1], reduction="none")
+        np.testing.assert_array_equal(terms, call(operation, wide, wide[::-1], reduction="none"))
     value = klcore.entropy(x[:, None])
     np.testing.assert_array_equal(value, klcore.entropy(wide[:, None]))
 
@@ -463,7 +459,7 @@ def test_every_number_of_sixteen_bits_is_widened_exactly(dtype):
 @pytest.mark.parametrize("rest", [1e-3, 1e-7, 1e-12, 1e-30])
 @pytest.mark.parametrize("n", [2, 100, 1025])
 @pytest.mark.parametrize("space", oracle.SPACES)
-@pytest.mark.parametrize("operation", ["entropy", "cross_entropy"])
+@pytest.mark.parametrize("operation", [name for name, d in oracle.DEFINITIONS.items() if d.cost])
 def test_nearly_one_hot(operation, space, n, rest, dtype):
     """-log p of a p next to 1 is small; whoever computes it as a difference of large logits loses it."""
     z = np.random.default_rng(n).normal(size=(3, n)) + np.log(rest / n)
@@ -531,11 +527,11 @@ def test_the_whole_range(operation, space, dtype):
     for rows, n in ((300, 1), (30, 7)):
         x, y = anywhere(space, dtype, rows, n)
         true = oracle.exact(operation, x, y, space, digits=150)  # e^x - e^y, both next to 1
-        value, *gradients = call(operation, x, y, space, return_grad="x" if operation == "entropy" else ("x", "y"))
+        value, *gradients = call(operation, x, y, space, return_grad=OPERATIONS[operation].gradients)
         found = {"value": value, "dx": gradients[0], "dy": gradients[-1], "terms": None}
         found["terms"] = call(operation, x, y, space, reduction="none")
         in_range = (np.abs(true.terms) <= about.max).all(axis=-1) & (np.abs(true.value) <= about.max)
-        for name in ("value",) if n > 1 else ("value", "terms", "dx", "dy")[: 4 - (operation == "entropy")]:
+        for name in ("value",) if n > 1 else ("value", "terms", "dx", "dy")[: 3 + (operation in OF_TWO)]:
             bounds = oracle.tolerance(operation, space, dtype, "gradient" if name[0] == "d" else "value")[0], 0.0
             expected, size, got = getattr(true, name), getattr(true, f"{name}_size"), found[name]
             with np.errstate(over="ignore"):
@@ -562,7 +558,7 @@ def test_pairs_of_doubles_agree_with_fifty_digits(operation, space, shape, targe
     doubles = oracle.fast(operation, x, y, space, temperature)
     bound = oracle.TOLERANCES["oracle", "float64"]
     for name in ("value", "dx", "dy"):
-        if operation == "entropy" and name == "dy":
+        if operation not in OF_TWO and name == "dy":
             continue
         d, f = getattr(digits, name), getattr(doubles, name)
         np.testing.assert_allclose(f, d, rtol=bound, atol=bound * np.abs(d).max() * (name != "value"))

@@ -12,28 +12,25 @@ import pathlib
 import random
 import zlib
 
+import conftest
 import ml_dtypes
 import numpy as np
 import pytest
 
 import klcore
 import klcore.backends.cpu  # chooses the instruction set of klcore._cpu
-from klcore import _cpu, operations
+from klcore import _cpu
+from klcore.operations import OPERATIONS
 
 DTYPES = {name: np.dtype(name) for name in ("float64", "float32", "float16")}
 DTYPES["bfloat16"] = np.dtype(ml_dtypes.bfloat16)
 SPACES = ("probs", "log_probs", "logits")
-OPERATIONS = tuple(operations.OPERATIONS)
 THREADS = (1, 2, 5)
 LENGTHS = (1, 2, 15, 16, 17, 127, 128, 129, 1023, 1024, 1025, 2049)
 # above the size below which one thread does it all; the last so that five threads share a row's chunks
 SHARED = ((2700, 17), (360, 129), (48, 1025), (2, 20 * 1024 + 1))
 INSTRUCTION_SETS = [name for name, supported in _cpu.instruction_sets().items() if supported]
 SLOW = "generic"  # fma is a call of libm there on x86-64
-
-
-def pairs(operation):
-    return SPACES if operation == "entropy" else tuple(itertools.product(SPACES, SPACES))
 
 
 # ---- data ------------------------------------------------------------------------------------------------------------
@@ -73,15 +70,13 @@ def finite(arrays):
 
 
 def both(operation, rows, n, space, dtype):
-    if operation == "entropy":
-        return (numbers(rows, n, space, dtype, "x"),)
-    return tuple(numbers(rows, n, s, dtype, side) for s, side in zip(space, "xy", strict=True))
+    sides = OPERATIONS[operation].gradients
+    return tuple(numbers(rows, n, s, dtype, side) for s, side in zip(space, sides, strict=False))
 
 
 def call(operation, arrays, space, gradient=None, **arguments):
-    if gradient is None:
-        gradient = "x" if operation == "entropy" else ("x", "y")
-    result = getattr(klcore, operation)(*arrays, space=space, return_grad=gradient or None, **arguments)
+    gradient = OPERATIONS[operation].gradients if gradient is None else gradient
+    result = conftest.call(operation, arrays[0], arrays[-1], space, return_grad=gradient or None, **arguments)
     return result if isinstance(result, tuple) else (result,)
 
 
@@ -195,7 +190,7 @@ def digest(results):
 def small(operation, arrangement, dtype):
     """Digests of small batches, one for each length and space, in one arrangement (None: contiguous rows)."""
     found = {}
-    for n, space in itertools.product(LENGTHS, pairs(operation)):
+    for n, space in itertools.product(LENGTHS, OPERATIONS[operation].pairs):
         arrays = both(operation, 10, n, space, dtype)
         results = ARRANGEMENTS[arrangement](operation, arrays, space) if arrangement else call(operation, arrays, space)
         found[f"{space} n={n}"] = digest(results)
@@ -205,7 +200,7 @@ def small(operation, arrangement, dtype):
 def terms(operation, arrangement, dtype):
     """The same for reduction="none", rows computed with and without gradients."""
     found = {}
-    for n, space in itertools.product((17, 128, 1025), pairs(operation)):
+    for n, space in itertools.product((17, 128, 1025), OPERATIONS[operation].pairs):
         arrays = [LAYOUTS[arrangement](a) if arrangement else a for a in both(operation, 10, n, space, dtype)]
         found[f"{space} n={n}"] = digest(call(operation, arrays, space, reduction="none"))
         found[f"{space} n={n} terms"] = digest(call(operation, arrays, space, reduction="none", gradient=()))
@@ -216,7 +211,7 @@ def shared(operation, threads, dtypes, layouts=(None,), shapes=SHARED):
     """Digests of batches large enough for several threads: every reduction, weights, gradients."""
     found = {}
     with klcore.threads(threads):
-        for (rows, n), dtype, space in itertools.product(shapes, dtypes, pairs(operation)):
+        for (rows, n), dtype, space in itertools.product(shapes, dtypes, conftest.some_pairs(operation)):
             given = finite(both(operation, rows, n, space, dtype))
             weights = np.arange(len(given[0])) % 3 / 2
             for layout in layouts:
@@ -226,7 +221,7 @@ def shared(operation, threads, dtypes, layouts=(None,), shapes=SHARED):
                 assert np.isfinite(total[0]), name  # an infinite sum would show nothing
                 mean = call(operation, arrays, space, reduction="rowmean", weights=weights)
                 found[f"{name} {layout}"] = digest(call(operation, arrays, space) + total + mean)
-            if operation != "entropy":
+            if not OPERATIONS[operation].single:
                 # an operand shared by all rows, whose gradient is a sum over them
                 arrays = given[0], given[1][0]
                 found[f"{name} broadcast"] = digest(call(operation, arrays, space, reduction="mean", weights=weights))
@@ -237,7 +232,6 @@ def long_rows(operation, threads, lengths, dtypes, spaces):
     found = {}
     with klcore.threads(threads):
         for n, dtype, space in itertools.product(lengths, dtypes, spaces):
-            space = space[0] if operation == "entropy" else space
             arrays = both(operation, 1, n, space, dtype)
             found[f"{dtype} {space} n={n}"] = digest(
                 call(operation, arrays, space) + call(operation, arrays, space, gradient=(), reduction="sum")
@@ -274,7 +268,7 @@ def test_terms_in_any_layout(operation, layout, dtype):
 @pytest.mark.parametrize("operation", OPERATIONS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_value_is_the_same_with_and_without_gradients(operation, dtype):
-    for n, space in itertools.product(LENGTHS, pairs(operation)):
+    for n, space in itertools.product(LENGTHS, OPERATIONS[operation].pairs):
         arrays = both(operation, 10, n, space, dtype)
         value, *gradients = call(operation, arrays, space)
         assert digest(call(operation, arrays, space, gradient=())) == digest([value]), (n, space)
@@ -283,11 +277,11 @@ def test_value_is_the_same_with_and_without_gradients(operation, dtype):
             assert digest(alone) == digest([value, gradient]), (n, space, name)
 
 
-@pytest.mark.parametrize("operation", OPERATIONS[:3])
+@pytest.mark.parametrize("operation", conftest.OF_TWO)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("operand", [0, 1])
 def test_broadcast_operand(operation, dtype, operand):
-    for n, space in itertools.product(LENGTHS, pairs(operation)):
+    for n, space in itertools.product(LENGTHS, OPERATIONS[operation].pairs):
         arrays = both(operation, 10, n, space, dtype)
         row = arrays[operand][3]
         other = "xy"[1 - operand]
@@ -368,7 +362,7 @@ def cases(operation, seed, deals, asked=ASKED, given=GIVEN):
     decks = {name: dealt(rng, values) for name, values in given.items()}
     for choice in itertools.product(*asked.values()):
         case = dict(zip(asked, choice, strict=True))
-        if operation == "entropy" and "y" in case["gradient"]:
+        if not set(case["gradient"]) <= set(OPERATIONS[operation].gradients):
             continue
         if (case["reduction"], case["axis"]) == ("batchmean", "first"):
             continue  # it divides by the number of classes there, and by that of rows elsewhere
@@ -412,7 +406,7 @@ def assert_plain(operation, space, case, place=laid_out, get=np.asarray):
         assert digest([f]) == digest([e]), f"result {k} of {operation} {space} {case}"
 
 
-@pytest.mark.parametrize(("operation", "space"), [(op, space) for op in OPERATIONS for space in pairs(op)])
+@pytest.mark.parametrize(("operation", "space"), [(op, pair) for op in OPERATIONS for pair in OPERATIONS[op].pairs])
 def test_all_that_can_be_asked(operation, space):
     for case in cases(operation, f"{operation} {space}", deals=4):
         with klcore.threads(case["threads"]):
@@ -516,7 +510,7 @@ def test_negative_zero_is_added_to_missing_positive_zeros():
 SUMMED = [
     (operation, space, dtype)
     for operation in OPERATIONS
-    for space in pairs(operation)
+    for space in OPERATIONS[operation].pairs
     for dtype in DTYPES
     if "logits" not in space  # of which a row's value is not the sum of its terms
 ]
@@ -552,7 +546,7 @@ def test_a_neighbour_that_takes_the_long_form_changes_no_bit(space, dtype):
 
 @pytest.mark.parametrize("n", [16, 128, 300])
 @pytest.mark.parametrize("pair", [p for p in itertools.product(SPACES, SPACES) if "log_probs" in p])
-@pytest.mark.parametrize("operation", ["kl_div", "rel_entr"])
+@pytest.mark.parametrize("operation", conftest.RATIOS)
 def test_neighbours_that_are_out_of_the_ordinary(operation, pair, n):
     """A row beside such a one is computed by the longer form: also where results are subnormal."""
     rng = np.random.default_rng(n)

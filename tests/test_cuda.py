@@ -17,16 +17,17 @@ import sys
 import threading
 import weakref
 
+import conftest
 import numpy as np
 import oracle
 import pytest
 import test_bits
-from conftest import as_here
+from conftest import RATIOS, as_here, some_pairs
 from test_accuracy import anywhere
-from test_bits import DTYPES, OPERATIONS, SPACES
+from test_bits import DTYPES, SPACES
 
 import klcore
-from klcore.operations import KL_DIV, LOSSES, Call
+from klcore.operations import KL_DIV, LOSSES, OPERATIONS, Call
 
 PAIR = ("x", "y")
 
@@ -88,7 +89,8 @@ def bits(a):
 
 
 def call(operation, arrays, **keywords):
-    result = getattr(klcore, operation)(*arrays, **keywords)
+    arrays = tuple(arrays)
+    result = conftest.call(operation, arrays[0], arrays[-1], **keywords)
     return result if isinstance(result, tuple) else (result,)
 
 
@@ -158,7 +160,7 @@ def cover(factors, fits, seed=0):
 
 # ---- every kernel, bit for bit ---------------------------------------------------------------------------------------
 
-KINDS = [(op, space) for op in OPERATIONS for space in test_bits.pairs(op)]
+KINDS = [(op, space) for op in OPERATIONS for space in some_pairs(op)]
 # path -> the kernel that it is about, and numbers of classes
 PATHS = {
     "narrow": ("kl_narrow", (1, 2, 5, 31, 33, 64, 100, 128)),
@@ -183,28 +185,24 @@ BUILDS = {
 }
 
 
-def spaces_of(kind):
-    return (kind[1],) if isinstance(kind[1], str) else kind[1]
-
-
 def may_be_built(choice):
     kind, outputs, path = choice.get("kind"), choice.get("outputs"), choice.get("path")
-    two = path == "summed" or (outputs or "value").endswith("y") or not fits_entropy(choice.get("dtypes"))
-    if kind and kind[0] == "entropy" and two:
+    two = path == "summed" or (outputs or "value").endswith("y") or not fits_single(choice.get("dtypes"))
+    if kind and OPERATIONS[kind[0]].single and two:
         return False
-    if choice.get("temperature", 1) != 1 and kind and "logits" not in spaces_of(kind):
+    if choice.get("temperature", 1) != 1 and kind and "logits" not in kind[1]:
         return False
     # "x" or "y" is the operand that is broadcast
     return not (path == "summed" and outputs and outputs not in ("x", "y"))
 
 
-def fits_entropy(dtypes):
+def fits_single(dtypes):
     return dtypes is None or dtypes[0] not in ("float16", "bfloat16")  # of its own, below
 
 
 def key(choice):
     kind = choice["kind"]
-    words = [kind[0], "/".join(spaces_of(kind)), *choice["dtypes"], choice["path"], choice["outputs"]]
+    words = [kind[0], "/".join(kind[1]), *choice["dtypes"], choice["path"], choice["outputs"]]
     return " ".join([*words, f"T={choice['temperature']}", f"sm_{choice['architecture']}"])
 
 
@@ -235,8 +233,9 @@ def test_designs_cover_every_pair():
         if may_be_built({a: u, b: v})
     }
     assert pairs(CASES) <= possible
-    # entropy is not broadcast; that is all that cannot be
-    assert {p for p in possible - pairs(CASES) if "entropy" not in str(p)} == set()
+    # an operation of one argument is not broadcast; that is all that cannot be
+    single = {f"('{o.name}'" for o in OPERATIONS.values() if o.single}
+    assert [p for p in possible - pairs(CASES) if not any(name in str(p) for name in single)] == []
     for axes, runs in RUNS.items():
         given = {**GIVEN, "axis": axes}
         assert len(pairs(runs)) == sum(len(given[a]) * len(given[b]) for a, b in itertools.combinations(given, 2))
@@ -294,9 +293,9 @@ def rows_in(path, gpu):
 def arguments(case, n, rows):
     """Rows of every kind, (rows, n), and which of them are finite."""
     operation, space = case["kind"]
-    dtypes = case["dtypes"][:1] * 2 if operation == "entropy" else case["dtypes"]
-    spaces = spaces_of(case["kind"])
-    arrays = [test_bits.numbers(16, n, s, d, side) for s, d, side in zip(spaces, dtypes, "xy", strict=False)]
+    dtypes = case["dtypes"][:1] * 2 if OPERATIONS[operation].single else case["dtypes"]
+    sides = zip(space, dtypes, OPERATIONS[operation].gradients, strict=False)
+    arrays = [test_bits.numbers(16, n, s, d, side) for s, d, side in sides]
     with np.errstate(all="ignore"):
         finite = np.isfinite(call(operation, [a.astype(np.float64) for a in arrays], space=space)[0])
     finite &= ~np.isin(np.arange(16), (2, 6, 8, 9))
@@ -324,7 +323,7 @@ def assert_run(gpu, compared, case, n, run):
             arrays = [np.concatenate([a] * 3) for a in arrays]
             finite = np.concatenate([finite] * 3)
     keywords = {"space": space, "reduction": reduction, "return_grad": wanted or None}
-    if operation == "entropy":
+    if OPERATIONS[operation].single:
         keywords["return_grad"] = "x" if wanted else None
     if case["temperature"] != 1:
         keywords["temperature"] = case["temperature"]
@@ -433,7 +432,7 @@ def both(gpu, compared, operation, arrays, what="", **keywords):
 
 @pytest.mark.parametrize("n", [5, 300, 1500])
 @pytest.mark.parametrize("space", [p for p in oracle.PAIRS if "logits" in p and p[0] != p[1]])
-@pytest.mark.parametrize("operation", ["kl_div", "rel_entr"])
+@pytest.mark.parametrize("operation", RATIOS)
 def test_a_log_probability_that_overflows_float32(gpu, compared, operation, space, n):
     a, b = logits(6, n, "float32")
     (b if space[1] == "logits" else a)[::2, 1::9] = np.finfo("float32").min
@@ -470,7 +469,7 @@ def test_rows_that_are_held_or_read_again(gpu, compared, monkeypatch, operation,
     x[3, n - 1] = np.nan
     x[4] *= 100
     spaces = (space, space) if isinstance(space, str) else space
-    arrays = [into(a, s) for a, s in zip((x, y), spaces, strict=True)][: 1 if operation == "entropy" else 2]
+    arrays = [into(a, s) for a, s in zip((x, y), spaces, strict=True)][: len(OPERATIONS[operation].gradients)]
     arrays = [a.astype(DTYPES[dtype]) for a in arrays]
     keywords = {"space": space, "return_grad": gradient}
     monkeypatch.setattr(backend(".launches"), "_MOST_BLOCKS", 2 / backend(".devices").properties(0).multiprocessors)
@@ -505,7 +504,7 @@ def test_rows_side_by_side_that_are_read_again(gpu, compared, monkeypatch, opera
     arrays = [into(a, s).T.copy() for a, s in zip(logits(21, 2500, dtype), spaces, strict=True)]
     for seed in (0, 3) if gpu.emulated else (0,):
         with settings(gpu, seed=seed):
-            arguments = arrays[: 1 if operation == "entropy" else 2]
+            arguments = arrays[: len(OPERATIONS[operation].gradients)]
             both(gpu, compared, operation, arguments, space=space, axis=0, return_grad=gradient)
     assert set(used) == {"kl_units", "kl_fold"}
 
@@ -772,12 +771,11 @@ def test_a_bad_weight_on_the_device_makes_its_row_nan(gpu, compared, n, bad):
 # ---- against the definition, and two 16-bit inputs -------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", KINDS, ids=lambda k: f"{k[0]} {'/'.join(spaces_of(('', k[1])))}")
+@pytest.mark.parametrize("kind", KINDS, ids=lambda k: f"{k[0]} {'/'.join(k[1])}")
 def test_values_are_right(gpu, kind):
     """Not only the CPU's: of two 16-bit inputs, for which a GPU uses its own exponentials and reciprocals."""
-    operation, space = kind
-    single = operation == "entropy"
-    spaces = (space, space) if single else space
+    operation, spaces = kind
+    wanted = OPERATIONS[operation].gradients
     rng = np.random.default_rng(11)
     for n in (33, 300):
         a = rng.normal(size=(6, n)) * np.array([0.3, 1, 2, 2, 2, 3])[:, None]
@@ -786,8 +784,8 @@ def test_values_are_right(gpu, kind):
         x, y = (into(v, s).astype("float16") for v, s in zip((a, b), spaces, strict=True))
         if spaces[-1] == "probs":  # finite values and gradients only
             y = np.where(np.isinf(b), 0, np.maximum(y, 2.0**-14)).astype("float16")
-        arrays = (x,) if single else (x, y)
-        found = call(operation, [gpu.put(v) for v in arrays], space=space, return_grad="x" if single else PAIR)
+        arrays = [gpu.put(v) for v in (x, y)[: len(wanted)]]
+        found = call(operation, arrays, space=spaces, return_grad=wanted)
         true = oracle.exact(operation, x, y, spaces)
         for name, f in zip(("value", "dx", "dy"), map(gpu.get, found), strict=False):
             relative, absolute = oracle.tolerance(

@@ -9,6 +9,7 @@ import types
 
 import numpy as np
 import pytest
+from conftest import operands
 
 import klcore
 from klcore import _cpu
@@ -64,7 +65,7 @@ def test_backends_is_a_copy():
 def test_toy_backend(toy, operation):
     """It gets every argument of the public function."""
     x, y = array_class("toylib")(), array_class("toylib")()
-    arrays = (x,) if operation == "entropy" else (x, y)
+    arrays = operands(operation, x, y)
     keywords = {
         "space": "logits",
         "axis": 3,
@@ -85,9 +86,9 @@ def test_toy_backend(toy, operation):
 @pytest.mark.parametrize("operation", OPERATIONS)
 def test_defaults(toy, operation):
     x = array_class("toylib")()
-    arrays = (x,) if operation == "entropy" else (x, x)
+    arrays = operands(operation, x, x)
     getattr(klcore, operation)(*arrays)
-    expected = Call(OPERATIONS[operation], x, None if operation == "entropy" else x, "probs", -1, "row")
+    expected = Call(OPERATIONS[operation], *(*arrays, None)[:2], "probs", -1, "row")
     assert toy.calls == [expected._replace(weights=None, temperature=1.0, return_grad=None, out=None, device=None)]
 
 
@@ -182,7 +183,7 @@ def test_device_is_for_the_backend_to_honour(toy):
 @pytest.mark.parametrize("operation", OPERATIONS)
 def test_unknown_type(operation, device):
     unknown = array_class("strange.core", "Tensor")()
-    arrays = (unknown,) if operation == "entropy" else ([1.0], unknown)
+    arrays = operands(operation, unknown, unknown)
     with pytest.raises(TypeError) as raised:
         getattr(klcore, operation)(*arrays, device=device)
     for word in ("strange.core.Tensor", "numpy", "cupy", "lists", "register_backend"):
@@ -227,12 +228,13 @@ import sys
 import numpy as np
 sys.modules["cupy"] = None
 import klcore
+from klcore.operations import OPERATIONS
 out = np.full((), 7.0)
 for arrays in (([0.5, 0.5], [0.25, 0.75]), (np.ones(2), np.ones(2))):
-    for name in ("kl_div", "rel_entr", "cross_entropy", "entropy"):
+    for name, row in OPERATIONS.items():
         for device in ("cuda", "cuda:0", "cuda:1"):
             try:
-                getattr(klcore, name)(*(arrays[:1] if name == "entropy" else arrays), device=device, out=out)
+                getattr(klcore, name)(*arrays[: 2 - row.single], device=device, out=out)
             except klcore.BackendUnavailableError as error:
                 assert isinstance(error, RuntimeError)
                 print(error)
@@ -245,7 +247,7 @@ assert out == 7
 def test_no_other_device_is_used_instead(python):
     """What else may be missing, and how it is said: test_cuda.py."""
     messages = python(CUDA).splitlines()
-    assert len(messages) == 24
+    assert len(messages) == 2 * 3 * len(OPERATIONS)
     for message in messages:
         assert [word for word in ("CUDA", "CuPy", "pip install") if word not in message] == []
 

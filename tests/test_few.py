@@ -3,19 +3,21 @@
 Fewer than four rows are computed one by one, whatever their layout, so batches are compared with their rows in threes.
 """
 
+import functools
 import itertools
 
 import ml_dtypes
 import numpy as np
 import pytest
+from conftest import call, some_pairs
 
 import klcore
-from klcore import _cpu, operations
+from klcore import _cpu
+from klcore.operations import OPERATIONS
 
 DTYPES = {name: np.dtype(name) for name in ("float64", "float32", "float16")}
 DTYPES["bfloat16"] = np.dtype(ml_dtypes.bfloat16)
 SPACES = ("probs", "log_probs", "logits")
-OPERATIONS = tuple(operations.OPERATIONS)
 LENGTHS = (*range(1, 34), 64, 65, 80, 127, 128)
 ROWS = 70
 KINDS = 16
@@ -47,10 +49,6 @@ def numbers(n, space, dtype, side):
         return a.astype(dtype)
 
 
-def spaces_of(operation):
-    return SPACES if operation == "entropy" else tuple(itertools.product(SPACES, SPACES))
-
-
 def last(a):
     return a, -1
 
@@ -79,10 +77,9 @@ LAYOUTS = (last, first, middle, padded, strided)
 
 
 def compute(operation, arrays, space, axis, **arguments):
-    wanted = "x" if operation == "entropy" else ("x", "y")
-    f = getattr(klcore, operation)
-    with_gradients = f(*arrays, space=space, axis=axis, return_grad=wanted, reduction="row", **arguments)
-    terms = f(*arrays, space=space, axis=axis, reduction="none", **arguments)
+    f = functools.partial(call, operation, arrays[0], arrays[-1], space, axis=axis, **arguments)
+    with_gradients = f(return_grad=OPERATIONS[operation].gradients, reduction="row")
+    terms = f(reduction="none")
     return (*with_gradients, terms)
 
 
@@ -102,9 +99,8 @@ def as_bits(a):
 @pytest.mark.parametrize("operation", OPERATIONS)
 def test_which_rows_are_in_blocks(operation):
     """From four rows on, and up to 128 classes; so the tests below do compare two ways."""
-    code = OPERATIONS.index(operation)
-    for space, wide in itertools.product(spaces_of(operation), (False, True)):
-        pair = (space, space) if operation == "entropy" else space
+    code, pairs = OPERATIONS[operation].code, OPERATIONS[operation].pairs
+    for pair, wide in itertools.product(pairs, (False, True)):
         codes = [SPACES.index(s) for s in pair]
         at_once = {(rows, n): _cpu.few_at_once(code, *codes, wide, rows, n) for rows in (3, 4) for n in (1, 128, 129)}
         assert [k for k, count in at_once.items() if count] == [(4, 1), (4, 128)]
@@ -114,27 +110,26 @@ def test_which_rows_are_in_blocks(operation):
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda f: f.__name__)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_block_has_the_bits_of_its_rows(operation, layout, dtype):
-    for k, (n, space) in enumerate(itertools.product(LENGTHS, spaces_of(operation))):
+    for k, (n, pair) in enumerate(itertools.product(LENGTHS, some_pairs(operation))):
         if (k + LAYOUTS.index(layout)) % 5 and (n, layout) != (10, last):
             continue  # each layout has its share
         rows = ROWS if k % 3 else 4 + 2 * (7 * k % 31)
-        sides = 1 if operation == "entropy" else 2
-        pair = (space,) if operation == "entropy" else space
-        arrays = [numbers(n, s, DTYPES[dtype], side)[:rows] for side, s in zip(range(sides), pair, strict=True)]
+        sides = len(OPERATIONS[operation].gradients)
+        arrays = [numbers(n, s, DTYPES[dtype], side)[:rows] for side, s in enumerate(pair[:sides])]
         weights = None if k % 4 else np.array([1, 0, 0.5, 3])[np.arange(rows) % 4]
         temperature = 1.0 if "logits" not in pair or n % 2 else 0.7
         laid_out, axes = zip(*(layout(a) for a in arrays), strict=True)
         batch = weights if weights is None or layout is not middle else weights.reshape(2, -1)
-        found = in_rows(compute(operation, laid_out, space, axes[0], temperature=temperature, weights=batch), axes[0])
+        found = in_rows(compute(operation, laid_out, pair, axes[0], temperature=temperature, weights=batch), axes[0])
         for i in range(0, rows, 3):
             few = [a[i : i + 3] for a in arrays]
             w = None if weights is None else weights[i : i + 3]
-            expected = compute(operation, few, space, -1, temperature=temperature, weights=w)
+            expected = compute(operation, few, pair, -1, temperature=temperature, weights=w)
             for name, a, b in zip(
                 ("value", "dx", "dy", "terms") if sides == 2 else ("value", "dx", "terms"), found, expected, strict=True
             ):
                 np.testing.assert_array_equal(
-                    as_bits(a[i : i + 3]), as_bits(b), f"{name} {space} {n=} rows {i}.. of {rows}"
+                    as_bits(a[i : i + 3]), as_bits(b), f"{name} {pair} {n=} rows {i}.. of {rows}"
                 )
 
 
@@ -143,7 +138,7 @@ def test_a_block_has_the_bits_of_its_rows(operation, layout, dtype):
 def test_the_total_of_any_number_of_rows(operation, rows):
     """It is the sum of the rows' values, whichever of them the last block holds."""
     for n, space in itertools.product((2, 10, 33), SPACES):
-        sides = 1 if operation == "entropy" else 2
+        sides = len(OPERATIONS[operation].gradients)
         arrays = [np.resize(numbers(n, space, np.float64, side)[[0, 12, 13, 14]], (rows, n)) for side in range(sides)]
         f = getattr(klcore, operation)
         each = f(*arrays, space=space)

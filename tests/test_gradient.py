@@ -6,8 +6,10 @@ import ml_dtypes
 import numpy as np
 import oracle
 import pytest
+from conftest import call
 
 import klcore
+from klcore.operations import OPERATIONS
 
 PAIRS = oracle.CALLS
 REDUCTIONS = ["row", "none", "sum", "rowmean", "batchmean", "mean"]
@@ -18,14 +20,10 @@ def dtype_of(name):
     return np.dtype(ml_dtypes.bfloat16) if name == "bfloat16" else np.dtype(name)
 
 
-def call(operation, x, y, return_grad=("x", "y"), **options):
-    """(value, dx, dy), with None for what was not asked for."""
-    if operation == "entropy":
-        options["space"] = options["space"][0]
-        value, dx = klcore.entropy(x, return_grad="x", **options)
-        return value, dx, None
-    value, *gradients = getattr(klcore, operation)(x, y, return_grad=return_grad, **options)
-    names = return_grad if isinstance(return_grad, tuple) else (return_grad,)
+def with_gradients(operation, x, y, return_grad=None, **options):
+    """(value, dx, dy), with None for what was not asked for; or does not exist."""
+    names = tuple(return_grad or OPERATIONS[operation].gradients)
+    value, *gradients = call(operation, x, y, return_grad=names, **options)
     found = dict(zip(names, gradients, strict=True))
     return value, found.get("x"), found.get("y")
 
@@ -90,7 +88,7 @@ def test_against_oracle(operation, space, reduction, weighted, dtype):
     if weighted:
         weights[1, 1] = 0
     options = {"space": space, "reduction": reduction, "temperature": temperature_of(space), "weights": weights}
-    value, dx, dy = call(operation, x, y, **options)
+    value, dx, dy = with_gradients(operation, x, y, **options)
     assert dx.dtype == x.dtype
     true = oracle_rows(operation, x, y, space)
     scale = scale_of(reduction, x.shape, weights)
@@ -120,7 +118,7 @@ def test_lengths_and_distances(operation, space, n, dtype):
     choices = list(itertools.product((1e-6, 1e-3, 1.0, 10.0), (0.5, 5.0)))
     rows = [arguments(space, dtype, (1, n), *choice, seed=n + k) for k, choice in enumerate(choices)]
     x, y = map(np.concatenate, zip(*rows, strict=True))
-    got = call(operation, x, y, space=space, temperature=temperature_of(space))[1:]
+    got = with_gradients(operation, x, y, space=space, temperature=temperature_of(space))[1:]
     assert_gradients(got, oracle_rows(operation, x, y, space), operation, space, np.ones(len(rows)))
 
 
@@ -130,7 +128,7 @@ def test_against_differences(operation, space):
     n, h = 5, 1e-3
     x, y = arguments(space, "float64", (n,), scale=1.0)
     temperature = temperature_of(space)
-    _, dx, dy = call(operation, x, y, space=space, temperature=temperature)
+    _, dx, dy = with_gradients(operation, x, y, space=space, temperature=temperature)
     for which, gradient in enumerate((dx, dy)):
         if gradient is None:
             continue
@@ -139,10 +137,7 @@ def test_against_differences(operation, space):
         size = h * np.abs(arrays[which][0, 0]) if space[which] == "probs" else np.full(n, h)
         for i in range(n):
             arrays[which][i, :, i] += np.array(steps) * size[i]
-        if operation == "entropy":
-            v = klcore.entropy(arrays[0], space=space[0], temperature=temperature)
-        else:
-            v = getattr(klcore, operation)(*arrays, space=space, temperature=temperature)
+        v = call(operation, *arrays, space, temperature=temperature)
         difference = (v[:, 0] - 8 * v[:, 1] + 8 * v[:, 2] - v[:, 3]) / (12 * size)
         # truncation h^4 / 30 times the fifth derivative, and rounding eps / h
         np.testing.assert_allclose(difference, gradient, rtol=1e-10, atol=1e-10)
@@ -170,7 +165,7 @@ def test_broadcast_operand(operation, space, shapes, reduction, weighted, dtype)
     batch = np.broadcast_shapes(shapes[0], shapes[1])
     weights = rng.uniform(0.1, 3, batch[:-1]) if weighted else None
     options = {"space": space, "temperature": temperature_of(space), "reduction": reduction, "weights": weights}
-    _, dx, dy = call(operation, x, y, **options)
+    _, dx, dy = with_gradients(operation, x, y, **options)
     full_x, full_y = (np.broadcast_to(v, batch) for v in (x, y))
     true = oracle_rows(operation, full_x, full_y, space)
     scale = scale_of(reduction, batch, weights)
@@ -192,13 +187,11 @@ def test_broadcast_operand(operation, space, shapes, reduction, weighted, dtype)
 def test_same_bits_whatever_is_asked_for(operation, space, reduction, n, dtype):
     x, y = arguments(space, dtype, (3, n))
     options = {"space": space, "temperature": temperature_of(space), "reduction": reduction}
-    value, dx, dy = call(operation, x, y, **options)
-    if operation == "entropy":
-        plain = klcore.entropy(x, **{**options, "space": space[0]})
-    else:
-        plain = getattr(klcore, operation)(x, y, **options)
+    value, dx, dy = with_gradients(operation, x, y, **options)
+    plain = call(operation, x, y, **options)
+    if not OPERATIONS[operation].single:
         for which, both in (("x", dx), ("y", dy)):
-            alone = call(operation, x, y, return_grad=which, **options)
+            alone = with_gradients(operation, x, y, return_grad=which, **options)
             assert alone[0].tobytes() == value.tobytes()
             assert alone[1 if which == "x" else 2].tobytes() == both.tobytes()
     assert plain.tobytes() == value.tobytes()
@@ -229,7 +222,7 @@ def test_weight_zero(operation, space, reduction, dtype):
     x, y = arguments(space, dtype, (3, 7))
     x[1], y[1] = np.nan, np.nan
     options = {"space": space, "temperature": temperature_of(space), "reduction": reduction, "weights": [1.0, 0.0, 1.0]}
-    value, *gradients = call(operation, x, y, **options)
+    value, *gradients = with_gradients(operation, x, y, **options)
     assert np.isfinite(value).all()
     if value.ndim:
         assert not value[1].any()

@@ -8,6 +8,7 @@ import ml_dtypes
 import numpy as np
 import oracle
 import pytest
+from conftest import call
 
 jax = pytest.importorskip("jax", reason="JAX is not installed")
 
@@ -17,7 +18,7 @@ from jax.test_util import check_grads  # noqa: E402
 import klcore  # noqa: E402
 from klcore.backends import cpu  # noqa: E402
 from klcore.divergence import loss  # noqa: E402
-from klcore.operations import OPERATIONS, Call  # noqa: E402
+from klcore.operations import LOSSES, OPERATIONS, Call  # noqa: E402
 
 PAIRS = oracle.CALLS
 REDUCTIONS = ["row", "none", "sum", "rowmean", "batchmean", "mean"]
@@ -49,11 +50,9 @@ def on(operation, x, y, space, **options):
     """The public function on two arrays, or the first of them."""
     if "logits" in space:
         options.setdefault("temperature", 1.7)
-    if operation == "entropy":
-        if options.get("return_grad"):
-            options["return_grad"] = "x"
-        return klcore.entropy(x, space=space[0], **options)
-    return getattr(klcore, operation)(x, y, space=space, **options)
+    if options.get("return_grad") and OPERATIONS[operation].single:
+        options["return_grad"] = "x"
+    return call(operation, x, y, space, **options)
 
 
 def same(found, expected):
@@ -195,18 +194,18 @@ def test_gradients_are_the_engines(operation, space, reduction):
     """The bits of klcore's products of cotangent and Jacobian; of totals, multiplied afterwards."""
     x, y = arguments(space)
     value, back = jax.vjp(lambda x, y: on(operation, x, y, space, reduction=reduction), jnp.asarray(x), jnp.asarray(y))
-    names = ("x",) if operation == "entropy" else ("x", "y")
+    row = OPERATIONS[operation]
+    names = row.gradients
     found = back(jnp.ones_like(value))[: len(names)]
     if reduction in TOTALS:
         same(found, on(operation, x, y, space, reduction=reduction, return_grad=names)[1:])
         return
     cotangent = np.random.default_rng(1).normal(size=value.shape).astype(np.float32)
     found = back(jnp.asarray(cotangent))[: len(names)]
-    words = space[0] if operation == "entropy" else space
-    y = None if operation == "entropy" else y
+    words, y = (space[0], None) if row.single else (space, y)
     temperature = 1.7 if "logits" in space else 1.0
-    call = Call(OPERATIONS[operation], x, y, words, -1, reduction, None, temperature, names, cotangent=cotangent)
-    same(found, cpu.compute(call))
+    asked = Call(row, x, y, words, -1, reduction, None, temperature, names, cotangent=cotangent)
+    same(found, cpu.compute(asked))
 
 
 def test_cotangent_of_a_total():
@@ -390,16 +389,11 @@ def test_equal_calls_are_compiled_once(caplog):
 
 # ---- losses of other systems -----------------------------------------------------------------------------------------
 
-LOSSES = [
-    ("pytorch", ("probs", "log_probs")), ("pytorch", ("log_probs", "log_probs")), ("keras", ("probs", "probs")),
-    ("mxnet", ("probs", "log_probs")), ("mxnet", ("probs", "logits")), ("puzzlelib", ("probs", "logits")),
-]  # fmt: skip
-
 
 @X64
 @pytest.mark.parametrize("factors", [None, (3, 5), (4, 1, 1)], ids=str)
 @pytest.mark.parametrize("reduction", ["row", "sum", "none"])
-@pytest.mark.parametrize(("term", "space"), LOSSES)
+@pytest.mark.parametrize(("term", "space"), [(o.name, pair) for o in LOSSES.values() for pair in o.pairs])
 def test_loss(term, space, reduction, factors):
     """With operands that broadcast, over the classes as well: gradients are of each operand's own shape."""
     x, _ = arguments(space, (4, 3, 5), dtype=np.float64)

@@ -275,7 +275,7 @@ def compute(threads):
         for rows, n in shapes:
             x, y = (a.reshape(-1)[: rows * n].reshape(rows, n).astype(dtype) for a in (X, Y))
             masked = np.where(x > 0.8, dtype_lowest, x).astype(dtype)  # classes far apart
-            for f in (klcore.kl_div, klcore.rel_entr, klcore.cross_entropy):
+            for f in (getattr(klcore, o.name) for o in klcore.operations.OPERATIONS.values() if not o.single):
                 for space in ("probs", "log_probs", "logits", TWO, TWO[::-1], ("log_probs", "logits")):
                     for a, b in ((x, y), (masked, y)) if space == "logits" else ((x, y),):
                         for axis, reduction in ((1, "row"), (0, "none")):

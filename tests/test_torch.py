@@ -13,23 +13,18 @@ import threading
 import ml_dtypes
 import numpy as np
 import pytest
-from conftest import CHOSEN
+from conftest import CHOSEN, call
 from test_gradient import PAIRS, REDUCTIONS, arguments, temperature_of
 
 import klcore
+from klcore.operations import LOSSES, OPERATIONS
 
 torch = pytest.importorskip("torch", reason="no PyTorch: its adapter is not tested")
 private = importlib.import_module("klcore.backends.torch.private")
 cpu = importlib.import_module("klcore.backends.cpu")
 
 FLOATS = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
-LOSSES = [
-    ("pytorch", ("probs", "log_probs")),
-    ("pytorch", ("log_probs", "log_probs")),
-    ("keras", ("probs", "probs")),
-    ("mxnet", ("probs", "log_probs")),
-    ("mxnet", ("probs", "logits")),
-]
+WITH_DX = [(name, pair) for name, o in LOSSES.items() if "x" in o.gradients for pair in o.pairs]
 GPU = ["cuda"] if "cuda" in CHOSEN else []
 SCRIPT = "ignore:.torch.jit.script. is deprecated:DeprecationWarning"  # PyTorch's own, in its forward mode
 
@@ -53,11 +48,11 @@ def array(t):
 def operands(operation, space, dtype="float64", shape=(3, 2, 5), requires_grad=False):
     """What the operation is called with, as tensors."""
     both = [tensor(a, requires_grad) for a in arguments(space, dtype, shape)]
-    return both[:1] if operation == "entropy" else both
+    return both[: len(OPERATIONS[operation].gradients)]
 
 
 def options(operation, space, **others):
-    space = space[0] if operation == "entropy" or space[0] == space[1] else space
+    space = space[0] if OPERATIONS[operation].single or space[0] == space[1] else space
     return {"space": space, "temperature": temperature_of(space), **others}
 
 
@@ -89,7 +84,7 @@ def test_bits_of_numpy(operation, space, reduction, dtype, device):
     """On every road: plain, gradients asked for, backward, the operator."""
     tensors = [t.to(device) for t in operands(operation, space, dtype)]
     arrays = [array(t) for t in tensors]
-    which = "x" if operation == "entropy" else ("x", "y")
+    which = OPERATIONS[operation].gradients
     keywords = options(operation, space, reduction=reduction)
     function = getattr(klcore, operation)
     expected = function(*arrays, **keywords, return_grad=which)
@@ -136,7 +131,7 @@ def test_gradcheck_of_shapes(shapes, reduction):
 
 @pytest.mark.parametrize("reduction", ["row", "none", "sum"])
 @pytest.mark.parametrize("factors", [None, (2, 3), (2, 1), (1,), ()], ids=str)
-@pytest.mark.parametrize(("term", "space"), LOSSES)
+@pytest.mark.parametrize(("term", "space"), WITH_DX)
 def test_gradcheck_of_losses(term, space, factors, reduction):
     """With factors of the terms, of the rows, of all; they multiply gradients as they do values."""
     x, y = (tensor(a, True) for a in arguments(space, "float64", (2, 3)))
@@ -381,13 +376,13 @@ def test_saved_tensors_hooks():
     assert {t.data_ptr() for t in packed} == {x.data_ptr(), y.data_ptr()}
 
 
-@pytest.mark.parametrize("operation", ["kl_div", "rel_entr", "cross_entropy", "entropy", "keras"])
+@pytest.mark.parametrize("operation", [*OPERATIONS, "keras"])
 def test_second_derivatives_are_refused(operation):
     x = torch.full((3,), 0.3, dtype=torch.float64, requires_grad=True)
     if operation == "keras":
         value = klcore.divergence.loss("keras", x, x, space=("probs", "probs"), epsilon=1e-7)
     else:
-        value = getattr(klcore, operation)(*([x] if operation == "entropy" else [x, x.detach()]))
+        value = call(operation, x, x.detach())
     (dx,) = torch.autograd.grad(value, x, create_graph=True)
     with pytest.raises(RuntimeError, match=r"first derivatives .* this asks for a second one \(create_graph=True"):
         dx.sum().backward()
@@ -521,7 +516,7 @@ def test_opcheck(operation, space, reduction):
     torch.library.opcheck(torch.ops.klcore.value.default, (*words, None), test_utils=tests)
     value = torch.ops.klcore.value(*words, None).detach()
     words = [t.detach() if isinstance(t, torch.Tensor) else t for t in words]
-    of_y = operation != "entropy"
+    of_y = not OPERATIONS[operation].single
     torch.library.opcheck(
         torch.ops.klcore.gradients.default, (*words, torch.ones_like(value), True, of_y), test_utils=tests[:3]
     )

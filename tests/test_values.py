@@ -5,8 +5,10 @@ import functools
 import numpy as np
 import oracle
 import pytest
+from conftest import OF_TWO, RATIOS, call
 
 import klcore
+from klcore.operations import OPERATIONS
 
 DTYPES = ["float32", "float64"]
 INF, NAN = np.inf, np.nan
@@ -14,17 +16,10 @@ TINY = {"float32": 1e-45, "float64": 5e-324}
 HUGE = {"float32": 3e38, "float64": 1e308}
 
 
-def call(operation, x, y, **options):
-    if operation == "entropy":
-        return klcore.entropy(x, **options)
-    return getattr(klcore, operation)(x, y, **options)
-
-
 def with_gradients(operation, x, y, **options):
-    """(value, dx, dy); dy is None for entropy."""
-    if operation == "entropy":
-        return *klcore.entropy(x, return_grad="x", **options), None
-    return getattr(klcore, operation)(x, y, return_grad=("x", "y"), **options)
+    """(value, dx, dy); dy is None for an operation of one argument."""
+    found = call(operation, x, y, return_grad=OPERATIONS[operation].gradients, **options)
+    return (*found, None)[:3]
 
 
 # ---- the table, in probabilities -------------------------------------------------------------------------------------
@@ -77,7 +72,7 @@ def number(v, dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     ("operation", "x", "y", "expected"),
-    [(op, *row[:2], row[2 + k]) for k, op in enumerate(oracle.OPERATIONS[:3]) for row in TABLE]
+    [(op, *row[:2], row[2 + k]) for k, op in enumerate(("kl_div", "rel_entr", "cross_entropy")) for row in TABLE]
     + [("entropy", x, x, v) for x, v in [(0.0, 0.0), (-0.0, 0.0), (1.0, 0.0), (0.3, None), (7.7, None), ("tiny", None),
                                          ("huge", -INF), (-0.3, NAN), ("-tiny", NAN), (NAN, NAN), (-INF, NAN)]],
 )  # fmt: skip
@@ -115,10 +110,10 @@ def assert_rows(operation, x, y, space, temperature=1.0, rows=oracle.exact):
     """Value, terms and gradients of rows against the oracle."""
     x, y = np.atleast_2d(x, y)
     true = rows(operation, x, y, space, temperature)
-    options = {"space": space[0] if operation == "entropy" else space, "temperature": temperature}
+    options = {"space": space, "temperature": temperature}
     results = dict(zip(("value", "dx", "dy"), with_gradients(operation, x, y, **options), strict=True))
     results["terms"] = call(operation, x, y, reduction="none", **options)
-    if space[0] == "logits" and operation != "entropy":
+    if space[0] == "logits" and not OPERATIONS[operation].single:
         # an infinite value has no derivative by x that is one: any number there would look like one
         infinite = true.value == INF
         assert not np.isfinite(results["dx"][infinite]).any()
@@ -169,13 +164,13 @@ SPOILERS = {
 @pytest.mark.parametrize("spoiler", SPOILERS)
 @pytest.mark.parametrize(
     ("operation", "space", "side"),
-    [(op, pair, i) for op, pair in WITH_LOGITS for i in (0, 1) if pair[i] == "logits" and (op != "entropy" or i == 0)],
+    [(op, pair, i) for op, pair in WITH_LOGITS for i in (0, 1) if pair[i] == "logits" and OPERATIONS[op].gradients[i:]],
 )
 def test_undefined_logits(operation, space, side, spoiler, n):
     sides = [into(v, s) for v, s in zip(logits(n, "float32"), space, strict=True)]
     stacked = [np.stack([v, v, v]) for v in sides]
     stacked[side][1] = SPOILERS[spoiler](sides[side])
-    options = {"space": space[0] if operation == "entropy" else space}
+    options = {"space": space}
     results = with_gradients(operation, *stacked, **options)
     alone = with_gradients(operation, *sides, **options)
     for got, expected in zip(results, alone, strict=True):
@@ -224,7 +219,7 @@ def test_excluded_blocks(operation, space, blocks, temperature, dtype):
         (op, pair, m)
         for op, pair in WITH_LOGITS
         for m in ("x", "xy")
-        if m == "x" or (op != "entropy" and pair[1] == "logits")
+        if m == "x" or (op in OF_TWO and pair[1] == "logits")
     ],
 )
 def test_finite_masks(operation, space, masked, mask, count, dtype):
@@ -239,7 +234,7 @@ def test_finite_masks(operation, space, masked, mask, count, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("mask", [-1e4, -1e9, -1e30])
-@pytest.mark.parametrize("operation", ["kl_div", "rel_entr"])
+@pytest.mark.parametrize("operation", RATIOS)
 def test_finite_mask_on_y(operation, mask, dtype):
     """Only y's class masked: a large divergence, not an infinite one."""
     a, b = logits(7, dtype)
@@ -248,7 +243,7 @@ def test_finite_mask_on_y(operation, mask, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("operation", ["kl_div", "rel_entr"])
+@pytest.mark.parametrize("operation", RATIOS)
 def test_lowest_on_y(operation, dtype):
     """A mask at the end of the range: the divergence is at least as large as any ordinary one, and not NaN."""
     a, b = logits(7, dtype)
@@ -260,7 +255,7 @@ def test_lowest_on_y(operation, dtype):
 @pytest.mark.parametrize("n", [5, 200, 1100])
 @pytest.mark.parametrize("side", ["x", "y"])
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
-@pytest.mark.parametrize(("operation", "space"), [pair for pair in WITH_LOGITS if pair[0] != "entropy"])
+@pytest.mark.parametrize(("operation", "space"), [pair for pair in WITH_LOGITS if pair[0] in OF_TWO])
 def test_terms_of_undefined_rows(operation, space, bad, side, n, dtype):
     """A row of logits that holds NaN or +inf is no distribution: all its terms are NaN, as its value is."""
     a, b = logits(n, dtype)
@@ -308,7 +303,7 @@ def test_extreme_temperatures(operation, space, temperature, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("operation", ["kl_div", "rel_entr"])
+@pytest.mark.parametrize("operation", RATIOS)
 @pytest.mark.parametrize("magnitude", [80.0, 1e3, 1e5, 1e30])
 def test_large_logits(operation, magnitude, dtype):
     rng = np.random.default_rng(4)
@@ -321,7 +316,7 @@ def test_large_logits(operation, magnitude, dtype):
 @pytest.mark.parametrize(("operation", "space"), PAIRS)
 def test_no_classes(operation, space, shape, dtype):
     a = np.zeros(shape, dtype)
-    options = {"space": space[0] if operation == "entropy" else space}
+    options = {"space": space}
     value = call(operation, a, a, **options)
     assert value.shape == shape[:-1]
     assert value.dtype == dtype
@@ -335,7 +330,7 @@ def test_no_classes(operation, space, shape, dtype):
 @pytest.mark.parametrize(("operation", "space"), PAIRS)
 def test_no_rows(operation, space, shape, dtype):
     a = np.zeros(shape, dtype)
-    options = {"space": space[0] if operation == "entropy" else space}
+    options = {"space": space}
     assert call(operation, a, a, **options).shape == shape[:-1]
     assert call(operation, a, a, reduction="sum", **options) == 0
     for mean in ("rowmean", "mean"):
