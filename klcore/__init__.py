@@ -4,19 +4,27 @@ from klcore.backends import BackendUnavailableError, list_backends, register_bac
 from klcore.backends.threads import get_num_threads, set_num_threads, threads
 from klcore.config import show_config
 from klcore.divergence import cross_entropy, entropy, kl_div, rel_entr
+from klcore.family import alpha_div, chi2_div, js_div, mixed_kl_div, skew_kl_div, sq_hellinger, tv_dist
 from klcore.version import __version__
 
 __all__ = [
     "BackendUnavailableError",
     "__version__",
+    "alpha_div",
+    "chi2_div",
     "cross_entropy",
     "entropy",
     "get_num_threads",
+    "js_div",
     "kl_div",
     "list_backends",
+    "mixed_kl_div",
     "register_backend",
     "rel_entr",
     "set_num_threads",
     "show_config",
+    "skew_kl_div",
+    "sq_hellinger",
     "threads",
+    "tv_dist",
 ]

@@ -15,6 +15,7 @@ OPERATIONS: dict[str, tuple[int, int, int]]
 BY_TERM: int
 BY_RATIO: int
 BY_COST: int
+BY_CLASS: int
 SPACES: dict[str, int]
 DTYPES: dict[str, int]
 SIZES: dict[int, int]
@@ -43,7 +44,8 @@ def plan(
     gradient_scale: float,
     threads: int,
     factors: Any,
-    epsilon: float,
+    parameter: float,
+    factor: float,
     inner_axes: int = -1,
 ) -> Planned: ...
 def run(plans: list[Planned]) -> float: ...
@@ -74,6 +76,8 @@ def sweep(
     temperature: float,
     gradient_scale: float,
     threads: int,
+    parameter: float,
+    factor: float,
     stats: Any,
     states: Any,
     inner_axes: int = -1,
@@ -87,6 +91,8 @@ def merge(
     wide: bool,
     temperature: float,
     threads: int,
+    parameter: float,
+    factor: float,
     states: Any,
     count: int,
     stats: Any,

@@ -438,6 +438,6 @@ def loss(
             None,
             denominator,
             epsilon,
-            dtype,
+            dtype=dtype,
         )
     )

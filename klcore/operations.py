@@ -25,6 +25,7 @@ class Operation:
     is_loss: bool
     pairs: tuple[tuple[str, str], ...]  # the spaces of x and y that it is for
     gradients: tuple[str, ...]  # with respect to what
+    parameters: tuple[str, ...] = ()  # keywords that are its own
 
     def __reduce__(self) -> Any:
         return _row, (self.name,)
@@ -34,11 +35,11 @@ def _row(name: str) -> Operation:
     return OPERATIONS.get(name) or LOSSES[name]
 
 
-def _divergence(name: str) -> Operation:
+def _divergence(name: str, *parameters: str) -> Operation:
     code, form, arguments = _cpu.OPERATIONS[name]
     if arguments == 1:
         return Operation(name, code, form, True, False, tuple((s, s) for s in SPACES), ("x",))
-    return Operation(name, code, form, False, False, PAIRS, ("x", "y"))
+    return Operation(name, code, form, False, False, PAIRS, ("x", "y"), parameters)
 
 
 def _loss(name: str, *pairs: tuple[str, str], gradients: tuple[str, ...] = ("x", "y")) -> Operation:
@@ -51,7 +52,16 @@ REL_ENTR = _divergence("rel_entr")
 CROSS_ENTROPY = _divergence("cross_entropy")
 ENTROPY = _divergence("entropy")
 
-OPERATIONS = {o.name: o for o in (KL_DIV, REL_ENTR, CROSS_ENTROPY, ENTROPY)}
+JS_DIV = _divergence("js_div", "beta", "scaled")
+MIXED_KL_DIV = _divergence("mixed_kl_div", "forward")
+SKEW_KL_DIV = _divergence("skew_kl_div", "alpha")
+ALPHA_DIV = _divergence("alpha_div", "alpha")
+TV_DIST = _divergence("tv_dist")
+SQ_HELLINGER = _divergence("sq_hellinger")
+CHI2_DIV = _divergence("chi2_div")
+
+FAMILY = (JS_DIV, MIXED_KL_DIV, SKEW_KL_DIV, ALPHA_DIV, TV_DIST, SQ_HELLINGER, CHI2_DIV)
+OPERATIONS = {o.name: o for o in (KL_DIV, REL_ENTR, CROSS_ENTROPY, ENTROPY, *FAMILY)}
 LOSSES = {
     o.name: o
     for o in (
@@ -78,7 +88,8 @@ class Call(NamedTuple):
     return_grad: Any = None
     out: Any = None
     device: Any = None
-    denominator: Any = 1.0  # of a loss, as all that follows
-    epsilon: Any = 0.0
-    dtype: Any = None  # its name
+    denominator: Any = 1.0
+    parameter: Any = 0.0  # of the operations that take one: js_div's beta, say, or the epsilon of a loss
+    factor: Any = 1.0  # multiplies the value, and the gradients with it
+    dtype: Any = None  # a loss's: its name
     cotangent: Any = None  # not None: the gradients alone, of sum(cotangent * value), and `out` is for these

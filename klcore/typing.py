@@ -30,10 +30,13 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 __all__ = [
+    "AlphaOptions",
     "Array",
     "ArrayT",
+    "BetaOptions",
     "EntropyGrad",
     "EntropyOptions",
+    "ForwardOptions",
     "Options",
     "Reduction",
     "ReturnGrad",
@@ -87,10 +90,48 @@ class EntropyOptions(_CommonOptions, total=False):
     reduction: Reduction
 
 
+class BetaOptions(Options, total=False):
+    """Those of Options, and what js_div has beside them."""
+
+    beta: SupportsFloat
+    scaled: bool
+
+
+class ForwardOptions(Options, total=False):
+    """The same of mixed_kl_div."""
+
+    forward: SupportsFloat
+
+
+class AlphaOptions(Options, total=False):
+    """The same of skew_kl_div and alpha_div."""
+
+    alpha: SupportsFloat
+
+
 class TotalOptions(_CommonOptions, total=False):
     """Those of Options but `reduction`."""
 
     space: Spaces
+
+
+class BetaTotalOptions(TotalOptions, total=False):
+    """Those of BetaOptions but `reduction`."""
+
+    beta: SupportsFloat
+    scaled: bool
+
+
+class ForwardTotalOptions(TotalOptions, total=False):
+    """Those of ForwardOptions but `reduction`."""
+
+    forward: SupportsFloat
+
+
+class AlphaTotalOptions(TotalOptions, total=False):
+    """Those of AlphaOptions but `reduction`."""
+
+    alpha: SupportsFloat
 
 
 class EntropyTotalOptions(_CommonOptions, total=False):

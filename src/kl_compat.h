@@ -38,23 +38,23 @@ template <typename T> KL_FN T within(T x, T e, T d) {
   return x <= T(1) ? d : T(0);
 }
 template <> struct Term<KERAS, PROBS, PROBS> : Plain {
-  static constexpr bool takes_epsilon = true;
-  template <typename T> static KL_FN T value(T x, T y, T e) {
+  static constexpr bool takes_parameter = true;
+  template <typename T> static KL_FN T value(T x, T y, Given<T> e) {
     T c = clipped(x, e);
     return c * log(c / clipped(y, e));
   }
-  template <typename T> static KL_FN T dx(T x, T y, T e) {
+  template <typename T> static KL_FN T dx(T x, T y, Given<T> e) {
     return within(x, e, log(clipped(x, e) / clipped(y, e)) + T(1));
   }
-  template <typename T> static KL_FN T dy(T x, T y, T e) { return within(y, e, -(clipped(x, e) / clipped(y, e))); }
+  template <typename T> static KL_FN T dy(T x, T y, Given<T> e) { return within(y, e, -(clipped(x, e) / clipped(y, e))); }
 };
 
 // MXNet: x (log(x + e) - y)
 template <> struct Term<MXNET, PROBS, LOG_PROBS> : Plain {
-  static constexpr bool takes_epsilon = true;
-  template <typename T> static KL_FN T value(T x, T y, T e) { return x * (log(x + e) - y); }
-  template <typename T> static KL_FN T dx(T x, T y, T e) { return (log(x + e) - y) + x / (x + e); }
-  template <typename T> static KL_FN T dy(T x, T, T) { return -x; }
+  static constexpr bool takes_parameter = true;
+  template <typename T> static KL_FN T value(T x, T y, Given<T> e) { return x * (log(x + e) - y); }
+  template <typename T> static KL_FN T dx(T x, T y, Given<T> e) { return (log(x + e) - y) + x / (x + e); }
+  template <typename T> static KL_FN T dy(T x, T, Given<T>) { return -x; }
 };
 
 // PuzzleLib: x (log x - y) where x > 0; its "gradient" is x - e^y, the way down for normalised targets

@@ -27,6 +27,7 @@ cdef extern from "kl_batch.h" namespace "kl" nogil:
     int _BY_TERM "kl::BY_TERM"
     int _BY_RATIO "kl::BY_RATIO"
     int _BY_COST "kl::BY_COST"
+    int _BY_CLASS "kl::BY_CLASS"
     int OPERATION_COUNT
     cdef struct OperationRow:
         const char* name
@@ -41,7 +42,7 @@ cdef extern from "kl_batch.h" namespace "kl" nogil:
         int operation, space_x, space_y, output, wide, threads, ndim
         i64* shape
         i64 rows, n
-        double inverse_temperature, gradient_scale, epsilon, total
+        double inverse_temperature, gradient_scale, parameter, factor, total
         Array x, y, weights, factors, value, dx, dy
     cdef struct Isa:
         const char* name
@@ -94,7 +95,7 @@ OPERATIONS = {
     operation_rows[k].name.decode().lower(): (k, <int>operation_rows[k].form, operation_rows[k].arguments)
     for k in range(OPERATION_COUNT)
 }
-BY_TERM, BY_RATIO, BY_COST = _BY_TERM, _BY_RATIO, _BY_COST
+BY_TERM, BY_RATIO, BY_COST, BY_CLASS = _BY_TERM, _BY_RATIO, _BY_COST, _BY_CLASS
 SPACES = {"probs": PROBS, "log_probs": LOG_PROBS, "logits": LOGITS}
 DTYPES = {"float64": FLOAT64, "float32": FLOAT32, "float16": FLOAT16, "bfloat16": BFLOAT16}
 SIZES = {code: size_of(code) for code in DTYPES.values()}
@@ -222,7 +223,7 @@ cdef int _end(int found) except -1:
 
 cdef int _lay_out(Plan* p, _Borrowed b, int operation, int space_x, int space_y, int output, x, y, weights, value,
                   dx, dy, bint write_gradients, bint wide, double temperature, double gradient_scale,
-                  int threads) except -1:
+                  int threads, double parameter, double factor) except -1:
     """Fill in a plan."""
     cdef Py_buffer* v
     cdef int d
@@ -253,6 +254,8 @@ cdef int _lay_out(Plan* p, _Borrowed b, int operation, int space_x, int space_y,
     p.threads = threads
     p.inverse_temperature = 1.0 / temperature
     p.gradient_scale = gradient_scale
+    p.parameter = parameter
+    p.factor = factor
     return 0
 
 
@@ -264,7 +267,8 @@ cdef class Planned:
 
 
 def plan(int operation, int space_x, int space_y, int output, x, y, weights, value, dx, dy, bint wide,
-         double temperature, double gradient_scale, int threads, factors, double epsilon, int inner_axes=-1):
+         double temperature, double gradient_scale, int threads, factors, double parameter, double factor,
+         int inner_axes=-1):
     """What to compute, for `run`.
 
     x, y, factors, dx, dy and the terms have the shape batch + (n,); weights and row values the shape batch. Weights may
@@ -275,10 +279,9 @@ def plan(int operation, int space_x, int space_y, int output, x, y, weights, val
     cdef Planned c = Planned.__new__(Planned)
     c.arrays = _Borrowed.__new__(_Borrowed)
     _lay_out(&c.plan, c.arrays, operation, space_x, space_y, output, x, y, weights, value, dx, dy, True, wide,
-             temperature, gradient_scale, threads)
+             temperature, gradient_scale, threads, parameter, factor)
     if factors is not None:
         c.arrays.lend(factors, &c.plan.factors, True, False)
-    c.plan.epsilon = epsilon
     c.inner_axes = inner_axes
     return c
 
@@ -304,11 +307,15 @@ def run(list plans):
 
 
 def is_wide(int operation, int space_x, int space_y, double temperature):
-    """Whether float32 is computed in float64: what goes by terms from logits; and temperatures at which float32 has no
-    room for a logarithm, for the temperature or for its inverse."""
+    """Whether float32 is computed in float64: what goes by terms from logits, and by classes unless both are
+    probabilities, or both logits; and temperatures at which float32 has no room for a logarithm, for the temperature
+    or for its inverse."""
+    cdef int form = operation_rows[operation].form
+    if form == _BY_CLASS and not (space_x == space_y and space_x != LOG_PROBS):
+        return True
     if space_x != LOGITS and space_y != LOGITS:
         return False
-    return operation_rows[operation].form == _BY_TERM or not 2.0**-20 <= temperature <= 2.0**100
+    return form == _BY_TERM or not 2.0**-20 <= temperature <= 2.0**100
 
 
 cdef object _ndarray = numpy.ndarray
@@ -327,8 +334,8 @@ def plain(call, int threads):
     native float arrays of one shape and dtype, and contiguous where gradients are wanted. What it does not understand
     is for rows.py to understand, or to refuse.
     """
-    (of, x, y, space, axis, words, weights, temperature, return_grad, out, _device, divisor, epsilon, dtype,
-     cotangent) = <tuple>call
+    (of, x, y, space, axis, words, weights, temperature, return_grad, out, _device, divisor, parameter, factor,
+     dtype, cotangent) = <tuple>call
     if type(x) is not _ndarray or type(y) is not _ndarray or type(axis) is not int or axis != -1:
         return None
     if weights is not None or out is not None or dtype is not None:
@@ -413,7 +420,7 @@ def plain(call, int threads):
     p.wide = p.x.dtype == FLOAT64 or is_wide(operation, space_x, space_y, 1.0)
     p.threads = threads
     p.inverse_temperature = 1.0
-    p.epsilon = epsilon
+    p.parameter, p.factor = parameter, factor
     p.gradient_scale = 1.0 / denominator if denominator != 0 else NAN
     if cotangent is not None:
         p.gradient_scale *= <double>cotangent
@@ -522,8 +529,8 @@ def sweeps(int operation, int space_x, int space_y, bint wide, bint terms, bint 
 
 
 def sweep(int number, int operation, int space_x, int space_y, x, y, weights, terms, dx, dy, bint wide,
-          double temperature, double gradient_scale, int threads, const double[::1] stats, double[::1] states,
-          int inner_axes=-1):
+          double temperature, double gradient_scale, int threads, double parameter, double factor,
+          const double[::1] stats, double[::1] states, int inner_axes=-1):
     """One of these sweeps over a block of the classes.
 
     Arrays are those of `plan`. `stats` are the rows' after the sweeps before, MAX_STATS each, or None before the first.
@@ -538,7 +545,7 @@ def sweep(int number, int operation, int space_x, int space_y, x, y, weights, te
     if states is not None and left == NULL:
         return
     _lay_out(&p, b, operation, space_x, space_y, TOTAL if terms is None else TERMS, x, y, weights, terms, dx, dy,
-             left == NULL, wide, temperature, gradient_scale, threads)
+             left == NULL, wide, temperature, gradient_scale, threads, parameter, factor)
     cdef Ask ask = _ask()
     with nogil:
         found = sweep_plan(p, _isa.load()[0], number, known, left, inner_axes, ask)
@@ -546,7 +553,7 @@ def sweep(int number, int operation, int space_x, int space_y, x, y, weights, te
 
 
 def merge(int number, int operation, int space_x, int space_y, weights, bint wide, double temperature, int threads,
-          double[::1] states, i64 count, double[::1] stats):
+          double parameter, double factor, double[::1] states, i64 count, double[::1] stats):
     """The states that a sweep left of all blocks, `count` doubles a line, into the rows' stats; overwrites them.
 
     A row's stats begin with its value, once that is known, times its weight. `weights` has the batch shape.
@@ -570,6 +577,7 @@ def merge(int number, int operation, int space_x, int space_y, weights, bint wid
     p.output = TOTAL
     p.threads = threads
     p.inverse_temperature = 1.0 / temperature
+    p.parameter, p.factor = parameter, factor
     cdef Ask ask = _ask()
     with nogil:
         found = merge_plan(p, _isa.load()[0], number, &states[0] if states.shape[0] else NULL, count, &stats[0], ask)

@@ -1,6 +1,6 @@
 // All rows of a plan on the GPU: what kl_rows.h and kl_batch.h are for the CPU, with the same formulas (kl_math.h,
-// kl_logits.h) in the same order of addition (kl_tree.h), and so with the same bits. klcore.backends.cuda fills in a
-// plan and launches; its nvrtc.py compiles this file behind those headers, as one source, for one operation,
+// kl_logits.h, kl_family.h) in the same order of addition (kl_tree.h), and so with the same bits. klcore.backends.cuda fills
+// in a plan and launches; its nvrtc.py compiles this file behind those headers, as one source, for one operation,
 // pair of spaces and pair of dtypes, given as macros:
 //   KL_OPERATION, KL_SPACE_X, KL_SPACE_Y, KL_X, KL_Y (dtypes), KL_OUTPUTS (1: dx, 2: dy, 4: terms), KL_WIDE (compute in
 //   double), KL_TEMPERATURE (if it is not 1), KL_FACTORS (if there are any), KL_FAST16 (both
@@ -49,7 +49,8 @@ struct Plan {
   i64 rows_on, chunks_on;     // kl_units: from a warp's chunk to its next
   i64 inner;                  // kl_summed: rows that share one gradient row
   i64 any_weights;            // weights may be any numbers; else bad ones spoil their rows
-  double inverse_temperature, gradient_scale, scale, epsilon;
+  double inverse_temperature, gradient_scale, scale, parameter;
+  double factor;              // of all values and gradients: multiplies the rows' weights
   const double* denominator;  // of a weighted mean, and what multiplies its weights: known to the device only; or nullptr
   const double* cotangent;    // multiplies all gradients; likewise
   double *states, *stats, *sums;   // working memory: see the kernels
@@ -113,30 +114,32 @@ constexpr bool FACTORS = false;
 // the cancellation-free form is for the divergence of two rows of logits; other logits are normalised first
 constexpr bool OF_LOGITS = SX == LOGITS && SY == LOGITS && FORM == BY_RATIO && !FACTORS;
 constexpr bool OF_CROSS = (SX == LOGITS || SY == LOGITS) && FORM == BY_COST && !FACTORS;
-constexpr bool NORM_OF_X = !OF_LOGITS && !OF_CROSS && SX == LOGITS;
-constexpr bool NORM_OF_Y = !OF_LOGITS && !OF_CROSS && HAS_Y && SY == LOGITS;
+constexpr bool OF_MEMBERS = SX == LOGITS && SY == LOGITS && FORM == BY_CLASS && !FACTORS;
+constexpr bool NORM_OF_X = !OF_LOGITS && !OF_CROSS && !OF_MEMBERS && SX == LOGITS;
+constexpr bool NORM_OF_Y = !OF_LOGITS && !OF_CROSS && !OF_MEMBERS && HAS_Y && SY == LOGITS;
 constexpr bool NORMALISED = NORM_OF_X || NORM_OF_Y;
-constexpr bool ONE_SWEEP = !OF_LOGITS && !OF_CROSS && !NORMALISED;
+constexpr bool ONE_SWEEP = !OF_LOGITS && !OF_CROSS && !OF_MEMBERS && !NORMALISED;
 constexpr bool BESIDE = NORMALISED && !KL_WIDE;   // float32 logits beside another space: log-probabilities in two numbers
 constexpr int LOG_X = SX == LOGITS && !BESIDE ? LOG_PROBS : SX, LOG_Y = SY == LOGITS && !BESIDE ? LOG_PROBS : SY;
 typedef Term<OP, LOG_X, HAS_Y ? LOG_Y : LOG_X> TheTerm;
 
 enum { SUM_VALUE, SUM_DX, SUM_DY, SUM_STATES };   // of normalised rows' second sweep
 enum { NORM_X = 3, NORM_Y = 5 };                  // in stats: maximum and log S of x and of y, behind the three sums
-constexpr int MAX_STATES = OF_LOGITS ? LOGITS_STATES : OF_CROSS ? CROSS_STATES : NORMALISED ? 2 * NORM_STATES : 1;
+static_assert(MEMBER_STATES <= LOGITS_STATES);
+constexpr int MAX_STATES = OF_LOGITS || OF_MEMBERS ? LOGITS_STATES : OF_CROSS ? CROSS_STATES : NORMALISED ? 2 * NORM_STATES : 1;
 // Blocks of THREADS on a multiprocessor, for which registers have to suffice. The most warps are not the fastest: what is swept
 // several times wants its numbers in registers. (For compute capability 12.0 the compiler makes more of the same code, which would
 // spill.)
 constexpr bool LIGHT = !EXACT<T>;   // exponentials are the hardware's
 constexpr int THREADS = 128;
-constexpr int BLOCKS = KL_WIDE || BESIDE || (OF_LOGITS && KL_ARCH >= 1200) ? 2
+constexpr int BLOCKS = KL_WIDE || BESIDE || OF_MEMBERS || (OF_LOGITS && KL_ARCH >= 1200) ? 2
                        : LIGHT && ONE_SWEEP && KL_OUTPUTS == 0             ? 8
                        : LIGHT && ONE_SWEEP && !OUT_TERMS                  ? SX == PROBS && SY == PROBS ? 6 : 4
                        : LIGHT && OF_LOGITS && KL_OUTPUTS == 0             ? 5
                        : OF_LOGITS || OF_CROSS || OUT_DX || OUT_DY         ? 4
                                                                            : 6;
 constexpr bool ONCE = ONE_SWEEP || ((OF_LOGITS || OF_CROSS) && KL_OUTPUTS == 0);   // one sweep is all
-constexpr int VALUE_SWEEP = NORMALISED ? 1 : 0;
+constexpr int VALUE_SWEEP = NORMALISED || OF_MEMBERS ? 1 : 0;
 
 KL_DEVICE double inverse_temperature(const Plan& p) {   // multiplying by 1 changes nothing: the compiler leaves it out
 #if defined(KL_TEMPERATURE)
@@ -149,6 +152,7 @@ KL_DEVICE double inverse_temperature(const Plan& p) {   // multiplying by 1 chan
 KL_DEVICE int states_of(int sweep) {
   if (OF_LOGITS) return sweep == 0 ? LOGITS_STATES : 0;
   if (OF_CROSS) return sweep == 0 ? CROSS_STATES : 0;
+  if (OF_MEMBERS) return sweep == 0 ? LOGITS_STATES : sweep == 1 ? MEMBER_STATES : 0;
   if (NORMALISED) return sweep == 0 ? 2 * NORM_STATES : sweep == 1 ? (int)SUM_STATES : 0;
   return 1;
 }
@@ -418,21 +422,20 @@ template <class L> KL_DEVICE void multiply(const Plan& p, const L& at, int step,
 template <bool ALL, class L, class Sink>
 KL_DEVICE void terms(const Plan& p, const L& at, int step, const T* x, const T* y, const Slot& s, const Want& want,
                      const Sink& sink, T* v) {
-  T epsilon = (T)p.epsilon;
 #pragma unroll
-  for (int e = 0; e < L::E; e++) v[e] = value_of<TheTerm, ALL>(x[e], y[e], epsilon);
+  for (int e = 0; e < L::E; e++) v[e] = value_of<TheTerm, ALL>(x[e], y[e], p.parameter);
   multiply(p, at, step, s, v);
   if (want.dx) {
     T d[L::E];
 #pragma unroll
-    for (int e = 0; e < L::E; e++) d[e] = dx_of<TheTerm, ALL>(x[e], y[e], epsilon);
+    for (int e = 0; e < L::E; e++) d[e] = dx_of<TheTerm, ALL>(x[e], y[e], p.parameter);
     multiply(p, at, step, s, d);
     sink.dx(at, step, d, want.of_gradient);
   }
   if (want.dy) {
     T d[L::E];
 #pragma unroll
-    for (int e = 0; e < L::E; e++) d[e] = dy_of<TheTerm, ALL>(x[e], y[e], epsilon);
+    for (int e = 0; e < L::E; e++) d[e] = dy_of<TheTerm, ALL>(x[e], y[e], p.parameter);
     multiply(p, at, step, s, d);
     sink.dy(at, step, d, want.of_gradient);
   }
@@ -1070,12 +1073,12 @@ template <int S> KL_DEVICE auto normalised(T x, const double* at, const LogNorm<
 }
 
 template <bool ALL, class L, class P, class Q>
-KL_DEVICE void normalised_terms(const P (&x)[L::E], const Q (&y)[L::E], T epsilon, T* v, T* dx, T* dy) {
+KL_DEVICE void normalised_terms(const P (&x)[L::E], const Q (&y)[L::E], double parameter, T* v, T* dx, T* dy) {
 #pragma unroll
   for (int e = 0; e < L::E; e++) {
-    v[e] = value_of<TheTerm, ALL>(x[e], y[e], epsilon);
-    dx[e] = OUT_DX ? dx_of<TheTerm, ALL>(x[e], y[e], epsilon) : T(0);
-    dy[e] = OUT_DY ? dy_of<TheTerm, ALL>(x[e], y[e], epsilon) : T(0);
+    v[e] = value_of<TheTerm, ALL>(x[e], y[e], parameter);
+    dx[e] = OUT_DX ? dx_of<TheTerm, ALL>(x[e], y[e], parameter) : T(0);
+    dy[e] = OUT_DY ? dy_of<TheTerm, ALL>(x[e], y[e], parameter) : T(0);
   }
 }
 
@@ -1105,8 +1108,8 @@ KL_DEVICE void normalised_chunk(const Plan& p, const L& at, const Slot& s, int s
       if constexpr (BESIDE && TheTerm::has_ordinary) ordinary &= TheTerm::ordinary(number_of(x[e]), number_of(y[e]));
       if constexpr (BESIDE && NORM_OF_Y) overflowed |= overflows(y[e]);
     }
-    if (BESIDE && TheTerm::has_ordinary && at.every(ordinary)) normalised_terms<false, L>(x, y, (T)p.epsilon, v, dx, dy);
-    else normalised_terms<true, L>(x, y, (T)p.epsilon, v, dx, dy);
+    if (BESIDE && TheTerm::has_ordinary && at.every(ordinary)) normalised_terms<false, L>(x, y, p.parameter, v, dx, dy);
+    else normalised_terms<true, L>(x, y, p.parameter, v, dx, dy);
     if (BESIDE && NORM_OF_Y && at.any(overflowed)) {
 #pragma unroll
       for (int e = 0; e < L::E; e++) {
@@ -1144,6 +1147,96 @@ KL_DEVICE void normalised_chunk(const Plan& p, const L& at, const Slot& s, int s
   }
 }
 
+// The divergence's relatives, of two rows of logits: after its own first sweep, every class in double. Sweep 1 the sums, sweep 2
+// the gradients. `M`: Member<OP>, which other operations have not.
+template <class M> KL_DEVICE double score_x(const Class<double>& c, double k, bool far) {
+  if constexpr (M::saturates) return far ? M::dp_far(c, k) : M::dp(c, k);
+  return M::dp(c, k);
+}
+template <class M> KL_DEVICE double score_y(const Class<double>& c, double k, bool far) {
+  if constexpr (M::saturates) return far ? M::dq_far(c, k) : M::dq(c, k);
+  return M::dq(c, k);
+}
+// the first class of the largest logit, of x or of y
+template <bool OF_X, class L> KL_DEVICE int likeliest(const L& at, const Slot& s) {
+  double top = -infinity<double>(), first = -(double)at.n;
+#pragma unroll 1
+  for (int pass = 0; pass < 2; pass++) {
+#pragma unroll 1
+    for (int j = 0; j < at.steps() * L::E; j++) {
+      int i = at.index(j / L::E, j % L::E);
+      if (i >= at.n) continue;
+      double v = OF_X ? (double)x_of(s, i) : (double)y_of(s, i);
+      if (pass == 0) top = larger(v, top);
+      else if (v == top) first = larger(-(double)i, first);
+    }
+    if (pass == 0) top = at.max(top);
+  }
+  int found = (int)-at.max(first);
+  return found < at.n ? found : 0;
+}
+template <class M, class L, class Sink>
+KL_DEVICE void members_chunk(const Plan& p, const L& at, const Slot& s, int sweep, const double* stats, const Want& want,
+                             const Sink& sink, double* state) {
+  const double k = p.parameter;
+  MemberRow row = member_row(stats, inverse_temperature(p));
+  if (sweep == 1) {
+    if constexpr (OUT_DX) {
+      int top = likeliest<true>(at, s);
+      if (at.n > 0) {
+        Class<double> c = class_of((double)x_of(s, top), (double)y_of(s, top), row);
+        row.x = side_from(score_x<M>(c, k, false), score_x<M>(c, k, true));
+      }
+    }
+    if constexpr (OUT_DY) {
+      int top = likeliest<false>(at, s);
+      if (at.n > 0) {
+        Class<double> c = class_of((double)x_of(s, top), (double)y_of(s, top), row);
+        row.y = side_from(score_y<M>(c, k, false), score_y<M>(c, k, true));
+      }
+    }
+    __syncwarp();   // the state may lie where stats were read
+  }
+  typename L::template Sums<5, double> sums;
+#pragma unroll 1
+  for (int part = 0; part < at.steps() * (L::E / 4); part++) {   // four classes at a time
+    double v[5][4];
+#pragma unroll 1
+    for (int e = 0; e < 4; e++) {
+#pragma unroll
+      for (int q = 0; q < 5; q++) v[q][e] = 0.0;
+      int i = at.index(part * 4 / L::E, part * 4 % L::E + e);
+      if (i >= at.n) continue;
+      Class<double> c = class_of((double)x_of(s, i), (double)y_of(s, i), row);
+      if (sweep == 1) {
+        v[0][e] = M::value(c, k);
+        if (want.term) s.extra[i] = (T)v[0][e] * want.of_term;
+      }
+      if constexpr (OUT_DX) {
+        v[1][e] = centred_score(c.p, score_x<M>(c, k, row.x.far != 0), M::da(c, k), row.x.centre);
+        v[2][e] = c.p;
+      }
+      if constexpr (OUT_DY) {
+        v[3][e] = centred_score(c.q, score_y<M>(c, k, row.y.far != 0), M::db(c, k), row.y.centre);
+        v[4][e] = c.q;
+      }
+      if (sweep == 1) continue;
+      if constexpr (OUT_DX) sink.dx(i, (T)((v[1][e] - c.p * row.x.sum) * row.it) * want.of_gradient);
+      if constexpr (OUT_DY) sink.dy(i, (T)((v[3][e] - c.q * row.y.sum) * row.it) * want.of_gradient);
+    }
+#pragma unroll
+    for (int q = 0; q < 5; q++) sums.add_four(q, v[q]);
+  }
+  if (sweep != 1) return;
+  Members found = {0, row.x, row.y};
+  found.value = at.total(sums, 0);
+  found.x.sum = at.total(sums, 1);
+  found.x.mass = at.total(sums, 2);
+  found.y.sum = at.total(sums, 3);
+  found.y.mass = at.total(sums, 4);
+  if (at.leads()) *(Members*)state = found;
+}
+
 struct NeverAgain {   // nothing was kept in its place
   KL_DEVICE void operator()() const {}
 };
@@ -1160,6 +1253,9 @@ KL_DEVICE void chunk(const Plan& p, const L& at, const Slot& s, int sweep, const
   } else if constexpr (OF_CROSS) {
     if (sweep == 0) cross_state(at, s, it, state);
     else if constexpr (KL_OUTPUTS != 0) cross_outputs(at, s, local.stats, it, want, sink);
+  } else if constexpr (OF_MEMBERS) {
+    if (sweep == 0) spread_chunk(at, s, it, false, restage, state);
+    else members_chunk<Member<OP>>(p, at, s, sweep, local.stats, want, sink, state);
   } else if constexpr (NORMALISED) {
     if (sweep == 0) {
       Norm of_x = {}, of_y = {};
@@ -1178,8 +1274,8 @@ KL_DEVICE void chunk(const Plan& p, const L& at, const Slot& s, int sweep, const
   }
 }
 
-constexpr int TERM_SWEEP = OF_LOGITS || OF_CROSS || NORMALISED ? 1 : 0;
-constexpr int GRADIENT_SWEEP = OF_LOGITS || OF_CROSS ? 1 : NORMALISED ? 2 : 0;
+constexpr int TERM_SWEEP = ONE_SWEEP ? 0 : 1;
+constexpr int GRADIENT_SWEEP = ONE_SWEEP ? 0 : OF_LOGITS || OF_CROSS ? 1 : 2;
 
 // ---- states into one -------------------------------------------------------------------------------------------------------
 //
@@ -1278,6 +1374,7 @@ struct States {               // of `count` chunks: the k-th number of the i-th 
     return {get(i, 0), get(i, 1), get(i, 2), get(i, 3), get(i, 4), get(i, 5), get(i, 6), get(i, 7), get(i, 8)};
   }
   KL_DEVICE Cross cross(int i) const { return cross_at(from + i, pitch); }
+  KL_DEVICE Side side(int i, int base) const { return {get(i, base), get(i, base + 1), get(i, base + 2), get(i, base + 3)}; }
   KL_DEVICE Norm norm(int i, int base) const { return {get(i, base), get(i, base + 1), get(i, base + 2)}; }
 };
 
@@ -1349,11 +1446,39 @@ KL_DEVICE Norm fold_norms(const States& s, int base, double it) {
   return {top, sum[0], sum[1]};
 }
 
+// x's side of the states, at 1, or y's
+template <class Who> KL_DEVICE Side fold_sides(const Who& who, const States& s, int base, double limit) {
+  double top = -infinity<double>(), first = -(double)s.count, sum[2];
+#pragma unroll 1
+  for (int i = lane_of(); i < s.count; i += WARP) top = larger(s.get(i, base + 3), top);
+  top = lanes_max(top);
+#pragma unroll 1
+  for (int i = lane_of(); i < s.count; i += WARP)
+    if (s.get(i, base + 3) == top) first = larger(-(double)i, first);
+  int found = (int)-lanes_max(first);
+  Side all = s.side(found < s.count ? found : 0, base);
+  who.template sum<2>(s.count, [&](int i, double* v) {
+    Side k = s.side(i, base);
+    v[0] = moved_score(k, all, limit);
+    v[1] = k.mass;
+  }, sum);
+  return {all.far, all.centre, sum[0], sum[1]};
+}
+template <class M, class Who> KL_DEVICE Members fold_members(const Who& who, const States& s, double k) {
+  double value, x_limit = 0, y_limit = 0;
+  if constexpr (M::saturates) x_limit = M::p_limit(k), y_limit = M::q_limit(k);
+  who.template sum<1>(s.count, [&](int i, double* v) { v[0] = s.get(i, 0); }, &value);
+  return {value, fold_sides(who, s, 1, x_limit), fold_sides(who, s, 1 + SIDE_STATES, y_limit)};
+}
+
 template <class Who> KL_DEVICE void fold(const Plan& p, int sweep, const Who& who, const States& s, double* to) {
   if constexpr (OF_LOGITS) {
     *(Spread*)to = fold_spreads(who, s, inverse_temperature(p));
   } else if constexpr (OF_CROSS) {
     *(Cross*)to = fold_crosses(who, s, inverse_temperature(p));
+  } else if constexpr (OF_MEMBERS) {
+    if (sweep == 0) *(Spread*)to = fold_spreads(who, s, inverse_temperature(p));
+    else *(Members*)to = fold_members<Member<OP>>(who, s, p.parameter);
   } else if (NORMALISED && sweep == 0) {
     if constexpr (NORM_OF_X) *(Norm*)to = fold_norms(s, 0, inverse_temperature(p));
     if constexpr (NORM_OF_Y) *(Norm*)(to + NORM_STATES) = fold_norms(s, NORM_STATES, inverse_temperature(p));
@@ -1379,6 +1504,9 @@ KL_DEVICE void finish(const Plan& p, int sweep, const double* from, double* stat
   } else if constexpr (OF_CROSS) {
     const Cross& k = *(const Cross*)state;
     cross_finish<SX, CROSS_Y>(k, CROSS_Y == LOGITS ? log_norm({k.max_b, k.count, k.rest}) : 0.0, stats);
+  } else if constexpr (OF_MEMBERS) {
+    if (sweep == 0) members_begin(*(const Spread*)state, inverse_temperature(p), stats);
+    else members_finish(*(const Members*)state, stats);
   } else if (NORMALISED && sweep == 0) {
     if constexpr (NORM_OF_X) {
       stats[NORM_X] = state[0];
@@ -1422,9 +1550,10 @@ KL_DEVICE Row locate(const Plan& p, i64 r) {
     bool good = p.any_weights || (w >= 0 && w < infinity<double>());
     row.weight = good ? w : nan<double>();   // a bad weight spoils its row, visibly
   }
+  row.weight *= p.factor;
   return row;
 }
-KL_DEVICE double weight_of(const Plan& p, i64 r) { return p.weights.data ? locate(p, r).weight : 1.0; }
+KL_DEVICE double weight_of(const Plan& p, i64 r) { return p.weights.data ? locate(p, r).weight : p.factor; }
 
 // Of a mean, whose weights may lie at an end of the range: WEIGHT_FACTORS. It remains a weight, and its row counts.
 KL_DEVICE double scaled(const Plan& p, double weight) {
@@ -1549,7 +1678,7 @@ KL_DEVICE void pack_all(const Plan& p, const double* stats, double* states) {   
 
 // Wide: for each warp `slots` chunks of x and y, one of extra if there is use for it, a row's stats, and a chunk's state.
 constexpr int KNOWN = 2 * MAX_STATS;
-constexpr bool HAS_EXTRA = (OF_LOGITS && EXACT<T>) || OUT_TERMS;
+constexpr bool HAS_EXTRA = ((OF_LOGITS || OF_MEMBERS) && EXACT<T>) || OUT_TERMS;
 constexpr int SLOT_BYTES = CHUNK * (int)(sizeof(X) + (HAS_Y ? sizeof(Y) : 0));
 KL_DEVICE int warp_bytes(const Plan& p) {
   return (int)p.slots * SLOT_BYTES + (HAS_EXTRA ? CHUNK * (int)sizeof(T) : 0) + KNOWN * 8;
@@ -1802,7 +1931,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) kl_narrow(const Pl
 #pragma unroll 1
       for (int r = lane_of() / lanes; r - lane_of() / lanes < rows; r += side_by_side) {
         bool is_row = r < rows;
-        double weight = is_row && p.weights.data ? locate(p, r0 + r).weight : 1.0;
+        double weight = is_row && p.weights.data ? locate(p, r0 + r).weight : p.factor;
         bool live = is_row && weight != 0;
         int offset = live ? r * n : some;
         Slot row = {s.x + offset, s.y + offset, s.extra + offset, nullptr};

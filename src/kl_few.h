@@ -106,13 +106,16 @@ template <typename T> struct Rows {
 
   Rows(const Plan& plan, i64 r, int rows) : p(plan), first(r), n(plan.n), count(rows) {
     pitch = (rows + LEAST_LANES<T> - 1) / LEAST_LANES<T> * LEAST_LANES<T>;
-    if (!p.weights.data) return;
+    if (!weighs()) return;
     for (i64 k = 0; k < pitch; k++) weight[k] = 1;
-    runs(p, first, (int)count, [&](const Row&, int k, int m) {
-      auto read = p.weights.dtype <= BFLOAT16 ? widen_weights : read_weights;   // floats in vectors
-      read(p.weights.dtype, at_row(p, p.weights, first + k), step_of(p, p.weights), m, weight + k);
-    });
+    if (p.weights.data)
+      runs(p, first, (int)count, [&](const Row&, int k, int m) {
+        auto read = p.weights.dtype <= BFLOAT16 ? widen_weights : read_weights;   // floats in vectors
+        read(p.weights.dtype, at_row(p, p.weights, first + k), step_of(p, p.weights), m, weight + k);
+      });
+    for (i64 k = 0; k < pitch; k++) weight[k] *= p.factor;
   }
+  bool weighs() const { return p.weights.data || p.factor != 1; }
   int size() const { return (int)(n * pitch); }
 
   // Lanes beyond the last row repeat the first one.
@@ -123,7 +126,7 @@ template <typename T> struct Rows {
   }
   // times the rows' weights; overwrites both
   KL_APART void write(const Array& a, char* Row::*at, T* lanes, double scale, T* room) const {
-    if (p.weights.data) {
+    if (weighs()) {
       alignas(64) Lane<T> by;
       bool far = false;
       for (i64 r = 0; r < pitch; r++) {
@@ -143,7 +146,7 @@ template <typename T> struct Rows {
     });
   }
   KL_APART void write_values(double* values) const {
-    for (i64 r = 0; r < count && p.weights.data; r++) values[r] = weight[r] == 0 ? 0.0 : weight[r] == 1 ? values[r] : values[r] * weight[r];
+    for (i64 r = 0; r < count && weighs(); r++) values[r] = weight[r] == 0 ? 0.0 : weight[r] == 1 ? values[r] : values[r] * weight[r];
     if (p.output == PER_ROW)
       runs(p, first, (int)count, [&](const Row& row, int k, int m) {
         narrow_to(p.value.dtype, values + k, 1.0, m, row.value, step_of(p, p.value));
@@ -189,7 +192,7 @@ template <typename T> void few_terms(const Plan& p, i64 r, int count, double* va
   rows.read(p.x, &Row::x, s.x, s.a);
   T* y = has_y(p.operation) ? s.y : s.x;
   if (has_y(p.operation)) rows.read(p.y, &Row::y, s.y, s.a);
-  terms_of<T>(p)(s.x, y, nullptr, (T)p.epsilon, rows.size(), s.a, s.dx, s.dy);
+  terms_of<T>(p)(s.x, y, nullptr, p.parameter, rows.size(), s.a, s.dx, s.dy);
   if (p.dx.data) rows.write(p.dx, &Row::dx, s.dx, p.gradient_scale, s.x);
   if (p.dy.data) rows.write(p.dy, &Row::dy, s.dy, p.gradient_scale, s.x);
   if (p.output == TERMS) return rows.write(p.value, &Row::value, s.a, 1, s.x);
@@ -527,7 +530,7 @@ template <typename T> void few_mixed(const Plan& p, i64 r, int count, double* va
   rows.read(p.y, &Row::y, s.y, s.a);
   if (p.space_y == LOGITS) few_log_probs(s.y, n, pitch, it, doubles, low, s.room, k);
   const T *x = s.x, *y = s.y, *a = s.a;
-  terms_of<T>(p)(x, y, low, (T)p.epsilon, rows.size(), s.a, s.dx, s.dy);
+  terms_of<T>(p)(x, y, low, p.parameter, rows.size(), s.a, s.dx, s.dy);
   if (sizeof(T) == sizeof(float) && p.space_y == LOGITS)
     for (i64 i = 0; i < count; i++) alone[i] = k.odd[i] != 0;
   if (p.dx.data && p.space_x == LOGITS) few_through_softmax(s.dx, x, low, n, pitch, it, s.room);
@@ -541,7 +544,7 @@ template <typename T> void few_mixed(const Plan& p, i64 r, int count, double* va
 
 inline Few few(const Plan& p) {
   bool tempered = p.inverse_temperature != 1;
-  if (p.factors.data) return nullptr;
+  if (p.factors.data || of_members(p)) return nullptr;
   if (of_logits(p))
     return p.wide ? (tempered ? few_logits<double, true> : few_logits<double, false>)
                   : (tempered ? few_logits<float, true> : few_logits<float, false>);

@@ -29,7 +29,7 @@ KL_FN double kind_of(bool far, bool impossible) { return (far ? FAR : 0) + (impo
 // A row's stats: the value, then what the writing sweep needs, in the order of a state where they are a state's numbers. M and
 // shift are less max b - max a.
 enum { VALUE, ROW_MAX_A, ROW_S, ROW_M, ROW_M_LOW, ROW_MEAN_Z, ROW_SHIFT, ROW_MAX_B, ROW_Q, ROW_KIND, ROW_SHIFT_LOW };
-constexpr int MAX_STATS = 12;   // and one that is never used: what lies behind them stays 16-byte aligned
+constexpr int MAX_STATS = 16;   // of any kind of row; an even number: what lies behind them stays 16-byte aligned
 
 #if defined(KL_FAST16)
 template <typename T> constexpr bool EXACT = sizeof(T) == sizeof(double);   // else the low parts of numbers are left out

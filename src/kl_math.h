@@ -1,6 +1,6 @@
 // The maths of klcore, once: elementary functions, the terms of every divergence, and their derivatives.
 // Read by the C++ compiler (through kl_rows.h) and by NVRTC (in front of kl_cuda.cu). Includes nothing.
-// Only IEEE + - * / and fma, in a fixed order, so that every processor computes the same bits: compile without contraction
+// Only IEEE + - * /, fma and sqrt, in a fixed order, so that every processor computes the same bits: compile without contraction
 // and without fast-math. No branches: special cases are selects, the last one wins, each on one comparison, which is what
 // vectorisers take. The derivations are in docs/maths.md.
 #pragma once
@@ -72,6 +72,8 @@ template <> struct Real<double> {
 #if defined(__CUDA_ARCH__)
 KL_FN float fma(float a, float b, float c) { return __fmaf_rn(a, b, c); }
 KL_FN double fma(double a, double b, double c) { return __fma_rn(a, b, c); }
+KL_FN float sqrt(float x) { return __fsqrt_rn(x); }
+KL_FN double sqrt(double x) { return __dsqrt_rn(x); }
 KL_FN unsigned int bits(float x) { return __float_as_uint(x); }
 KL_FN unsigned long long bits(double x) { return (unsigned long long)__double_as_longlong(x); }
 KL_FN float real(unsigned int b) { return __uint_as_float(b); }
@@ -90,10 +92,14 @@ KL_FN float hardware_reciprocal(float x) {   // to 1 ulp
 #if defined(_MSC_VER) && !defined(__clang__)
 KL_FN float fma(float a, float b, float c) { return ::fmaf(a, b, c); }
 KL_FN double fma(double a, double b, double c) { return ::fma(a, b, c); }
+KL_FN float sqrt(float x) { return ::sqrtf(x); }
+KL_FN double sqrt(double x) { return ::sqrt(x); }
 #define KL_COPY memcpy
 #else
 KL_FN float fma(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
 KL_FN double fma(double a, double b, double c) { return __builtin_fma(a, b, c); }
+KL_FN float sqrt(float x) { return __builtin_sqrtf(x); }
+KL_FN double sqrt(double x) { return __builtin_sqrt(x); }
 #define KL_COPY __builtin_memcpy
 #endif
 KL_FN unsigned int bits(float x) { unsigned int b; KL_COPY(&b, &x, 4); return b; }
@@ -387,14 +393,18 @@ template <typename T> KL_FN T log1p(T x) {
 // What the numbers of an argument are. Logits reach a term as log-probabilities, which kl_rows.h and kl_cuda.cu make of them.
 enum Space { PROBS = 0, LOG_PROBS = 1, LOGITS = 2 };
 
-// How rows of logits are computed: by their terms, after the softmax; or by a form of kl_logits.h that needs no softmax:
-// of the ratio of both (Spread, Far), or of the cost of classes (Cross).
-enum Form { BY_TERM, BY_RATIO, BY_COST };
+// How rows of logits are computed: by their terms, after the softmax; or by a form of kl_logits.h that needs no softmax: of
+// the ratio of both (Spread, Far), or of the cost of classes (Cross); or by a class's p, q and their ratio, which Spread tells
+// (kl_family.h).
+enum Form { BY_TERM, BY_RATIO, BY_COST, BY_CLASS };
 
 // All operations, a name, a form and a number of arguments each: klcore's own, of any spaces, and the terms of other
 // systems. klcore.operations reads this list; switches over operations are made of it.
+#define KL_FAMILY(ROW) \
+  ROW(JS_DIV, BY_CLASS, 2) ROW(MIXED_KL_DIV, BY_CLASS, 2) ROW(SKEW_KL_DIV, BY_CLASS, 2) ROW(ALPHA_DIV, BY_CLASS, 2) \
+  ROW(TV_DIST, BY_CLASS, 2) ROW(SQ_HELLINGER, BY_CLASS, 2) ROW(CHI2_DIV, BY_CLASS, 2)
 #define KL_DIVERGENCES(ROW) \
-  ROW(KL_DIV, BY_RATIO, 2) ROW(REL_ENTR, BY_RATIO, 2) ROW(CROSS_ENTROPY, BY_COST, 2) ROW(ENTROPY, BY_COST, 1)
+  ROW(KL_DIV, BY_RATIO, 2) ROW(REL_ENTR, BY_RATIO, 2) ROW(CROSS_ENTROPY, BY_COST, 2) ROW(ENTROPY, BY_COST, 1) KL_FAMILY(ROW)
 #define KL_LOSSES(ROW) ROW(PYTORCH, BY_TERM, 2) ROW(KERAS, BY_TERM, 2) ROW(MXNET, BY_TERM, 2) ROW(PUZZLELIB, BY_TERM, 2)
 
 struct OperationRow {
@@ -412,10 +422,12 @@ KL_FN constexpr bool has_y(int operation) { return OPERATIONS[operation].argumen
 template <int OP, int SX, int SY> struct Term;
 
 // What there is to say of a term: whether it has a shorter form for ordinary arguments, and which these are; whether its
-// functions take an epsilon beside x and y; whether they take t, log q - log p, which `gap` computes; whether an argument is
+// functions take a parameter beside x and y; whether they take t, log q - log p, which `gap` computes; whether an argument is
 // an unevaluated pair. What most terms say:
+template <typename T> struct Same { typedef T Type; };
+template <typename T> using Given = typename Same<T>::Type;   // a parameter, as the type of x and y
 struct Plain {
-  static constexpr bool has_ordinary = false, takes_epsilon = false, has_gap = false, x_is_pair = false, y_is_pair = false;
+  static constexpr bool has_ordinary = false, takes_parameter = false, has_gap = false, x_is_pair = false, y_is_pair = false;
   template <typename T> static KL_FN bool ordinary(T, T) { return false; }
 };
 // Whether a term's dy is final even where y are logits: else it is a derivative with respect to log y, and has yet to go
@@ -613,7 +625,7 @@ template <int SX, int SY, bool ALL = true, typename X, typename Y> KL_FN auto lo
 
 // A term F that is computed from t, which is found first, and from the arguments
 template <class F, int SX, int SY> struct WithGap {
-  static constexpr bool has_ordinary = true, takes_epsilon = false, has_gap = true;
+  static constexpr bool has_ordinary = true, takes_parameter = false, has_gap = true;
   static constexpr bool x_is_pair = SX == LOGITS, y_is_pair = SY == LOGITS;
   template <typename T> static KL_FN bool ordinary(T x, T y) {
     if constexpr (SX != PROBS && SY != PROBS) return ordinary_logs(x, y);
@@ -727,18 +739,18 @@ template <int SX, int SY> struct Term<CROSS_ENTROPY, SX, SY> : Plain {
 
 // ---- all terms ------------------------------------------------------------------------------------------------------------
 // One way to call them all.
-template <class F, bool ALL, typename X, typename Y, typename T> KL_FN T value_of(X x, Y y, T e) {
-  if constexpr (F::takes_epsilon) return F::value(x, y, e);
+template <class F, bool ALL, typename X, typename Y> KL_FN auto value_of(X x, Y y, double e) {
+  if constexpr (F::takes_parameter) return F::value(x, y, e);
   else if constexpr (F::has_ordinary) return F::template value<ALL>(x, y);
   else return F::value(x, y);
 }
-template <class F, bool ALL, typename X, typename Y, typename T> KL_FN T dx_of(X x, Y y, T e) {
-  if constexpr (F::takes_epsilon) return F::dx(x, y, e);
+template <class F, bool ALL, typename X, typename Y> KL_FN auto dx_of(X x, Y y, double e) {
+  if constexpr (F::takes_parameter) return F::dx(x, y, e);
   else if constexpr (F::has_ordinary) return F::template dx<ALL>(x, y);
   else return F::dx(x, y);
 }
-template <class F, bool ALL, typename X, typename Y, typename T> KL_FN T dy_of(X x, Y y, T e) {
-  if constexpr (F::takes_epsilon) return F::dy(x, y, e);
+template <class F, bool ALL, typename X, typename Y> KL_FN auto dy_of(X x, Y y, double e) {
+  if constexpr (F::takes_parameter) return F::dy(x, y, e);
   else if constexpr (F::has_ordinary) return F::template dy<ALL>(x, y);
   else return F::dy(x, y);
 }

@@ -28,7 +28,8 @@ struct Plan {
   i64 shape[MAX_DIMS];
   i64 rows, n;
   double inverse_temperature, gradient_scale;
-  double epsilon;                    // of the terms that take one
+  double parameter;                  // of the operations that take one
+  double factor;                     // of all values and gradients: multiplies the rows' weights
   Array x, y, weights;               // weights: of any kl::Dtype or kl::WholeNumbers
   Array factors;                     // one a class, float64 or float32, which multiplies term and gradients
   Array value, dx, dy;               // dx and dy: one gradient row for every batch row
@@ -87,6 +88,7 @@ inline Row locate(const Plan& p, i64 r) {
     weight += i * p.weights.batch[d];
   }
   if (p.weights.data) read_weights(p.weights.dtype, weight, 0, 1, &row.weight);
+  row.weight *= p.factor;
   return row;
 }
 

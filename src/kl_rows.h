@@ -209,7 +209,7 @@ template <typename T> struct Buffers {
 // ---- terms ---------------------------------------------------------------------------------------------------------------
 
 template <typename T> struct Terms {   // value, and the derivatives asked for, of n pairs; `low`: of numbers in two parts
-  typedef void (*Map)(const T* x, const T* y, const T* low, T epsilon, int n, T* value, T* dx, T* dy);
+  typedef void (*Map)(const T* x, const T* y, const T* low, double parameter, int n, T* value, T* dx, T* dy);
 };
 template <bool PAIR, typename T> KL_FN auto number(const T* v, const T* low, i64 i) {
   if constexpr (PAIR) return Pair<T>{v[i], low[i]};
@@ -218,7 +218,7 @@ template <bool PAIR, typename T> KL_FN auto number(const T* v, const T* low, i64
 
 // A logarithm and an exponential in one loop are too long a chain for a processor to see the next one (see weigh_piece).
 template <class F, typename T, bool ALL, bool DX, bool DY>
-KL_FN void each_term(const T* __restrict x, const T* __restrict y, const T* __restrict low, T e, int n, T* __restrict value,
+KL_FN void each_term(const T* __restrict x, const T* __restrict y, const T* __restrict low, double e, int n, T* __restrict value,
                      T* __restrict dx, T* __restrict dy) {
   if constexpr (F::has_gap) {
     for (int i = 0; i < n; i++) value[i] = F::template gap<ALL>(number<F::x_is_pair>(x, low, i), number<F::y_is_pair>(y, low, i));
@@ -242,7 +242,7 @@ KL_FN void each_term(const T* __restrict x, const T* __restrict y, const T* __re
 // Ordinary arguments take the shorter form; the bits are those of the long one. Looked at beforehand, because what the
 // shorter form makes of a zero are subnormals, with which processors are slow.
 template <class F, typename T, bool DX, bool DY>
-void terms(const T* __restrict x, const T* __restrict y, const T* __restrict low, T e, int n, T* __restrict value,
+void terms(const T* __restrict x, const T* __restrict y, const T* __restrict low, double e, int n, T* __restrict value,
            T* __restrict dx, T* __restrict dy) {
   if constexpr (F::has_ordinary) {
     typename Real<T>::Bits others = 0;
@@ -250,6 +250,59 @@ void terms(const T* __restrict x, const T* __restrict y, const T* __restrict low
     if (!others) return each_term<F, T, false, DX, DY>(x, y, low, e, n, value, dx, dy);
   }
   each_term<F, T, true, DX, DY>(x, y, low, e, n, value, dx, dy);
+}
+
+// The divergence's relatives (kl_family.h): first what a class is to them, whose loops depend on the spaces alone; then each
+// output in a loop of its own, which depends on the operation alone. So there are few to compile, of long ones.
+template <typename T> struct Seen { alignas(64) T p[PIECE], q[PIECE], d[PIECE], t[PIECE]; };
+template <int SX, int SY, bool GAP, typename T> KL_APART void see(const T* __restrict x, const T* __restrict y, int m, Seen<T>& s) {
+  for (int i = 0; i < m; i++) {
+    Class<T> c = class_in<SX, SY, GAP>(x[i], y[i]);
+    s.p[i] = c.p;
+    s.q[i] = c.q;
+    s.d[i] = c.d;
+    s.t[i] = c.t;
+  }
+}
+enum { MEMBER_VALUE, MEMBER_DP, MEMBER_DQ, MEMBER_DA, MEMBER_DB, MEMBER_DP_FAR, MEMBER_DQ_FAR };
+template <bool TURNED, bool ABOVE, typename T> KL_APART void alpha_loop(const Seen<T>& s, int m, double k, T* __restrict v) {
+  for (int i = 0; i < m; i++) v[i] = Member<ALPHA_DIV>::value_in<TURNED, ABOVE>(Class<T>{s.p[i], s.q[i], s.d[i], s.t[i]}, k);
+}
+template <int OP, int OUT, typename T> KL_APART void member_loop(const Seen<T>& s, int m, double k, T* __restrict v) {
+  typedef Member<OP> M;
+  if constexpr (OP == ALPHA_DIV && OUT == MEMBER_VALUE) {   // a vectoriser takes no branches, whatever they depend on
+    if (k < 0.5) return k > 0 ? alpha_loop<true, true>(s, m, k, v) : alpha_loop<true, false>(s, m, k, v);
+    return k < 1 ? alpha_loop<false, true>(s, m, k, v) : alpha_loop<false, false>(s, m, k, v);
+  }
+  for (int i = 0; i < m; i++) {
+    Class<T> c = {s.p[i], s.q[i], s.d[i], s.t[i]};
+    if constexpr (OUT == MEMBER_VALUE) v[i] = M::value(c, k);
+    else if constexpr (OUT == MEMBER_DA) v[i] = M::da(c, k);
+    else if constexpr (OUT == MEMBER_DB) v[i] = M::db(c, k);
+    else if constexpr (OUT == MEMBER_DP_FAR && M::saturates) v[i] = M::dp_far(c, k);
+    else if constexpr (OUT == MEMBER_DQ_FAR && M::saturates) v[i] = M::dq_far(c, k);
+    else if constexpr (OUT == MEMBER_DP || OUT == MEMBER_DP_FAR) v[i] = M::dp(c, k);
+    else v[i] = M::dq(c, k);
+  }
+}
+template <int SX, int SY, typename T> KL_APART void spoil(const T* __restrict x, const T* __restrict y, int m, T* __restrict v) {
+  for (int i = 0; i < m; i++) v[i] = unless_undefined<SX, SY>(x[i], y[i], v[i]);
+}
+template <int OP, int SX, int SY, typename T, bool DX, bool DY>
+void member_terms(const T* x, const T* y, const T*, double k, int n, T* value, T* dx, T* dy) {
+  Seen<T> s;
+  for (int i = 0; i < n; i += PIECE) {
+    int m = n - i < PIECE ? n - i : PIECE;
+    see<SX, SY, SX == PROBS && SY == PROBS && Member<OP>::takes_gap>(x + i, y + i, m, s);
+    member_loop<OP, MEMBER_VALUE>(s, m, k, value + i);
+    spoil<SX, SY>(x + i, y + i, m, value + i);
+    if (DX) member_loop<OP, SX == PROBS ? MEMBER_DP : MEMBER_DA>(s, m, k, dx + i), spoil<SX, SY>(x + i, y + i, m, dx + i);
+    if (DY) member_loop<OP, SY == PROBS ? MEMBER_DQ : MEMBER_DB>(s, m, k, dy + i), spoil<SX, SY>(x + i, y + i, m, dy + i);
+  }
+}
+template <int OP, int SX, int SY, typename T> typename Terms<T>::Map member_terms_for(bool dx, bool dy) {
+  if (dx) return dy ? member_terms<OP, SX, SY, T, true, true> : member_terms<OP, SX, SY, T, true, false>;
+  return dy ? member_terms<OP, SX, SY, T, false, true> : member_terms<OP, SX, SY, T, false, false>;
 }
 
 template <class F, typename T> typename Terms<T>::Map terms_for(bool dx, bool dy) {
@@ -260,7 +313,11 @@ template <class F, typename T> typename Terms<T>::Map terms_for(bool dx, bool dy
 template <int SX, int SY, typename T> typename Terms<T>::Map terms_in(int operation, bool dx, bool dy) {
   switch (operation) {
 #define KL_CASE(name, form, arguments) \
-  case name: return terms_for<Term<name, SX, arguments == 1 ? SX : SY>, T>(dx, dy);
+  case name:                           \
+    if constexpr (form != BY_CLASS) return terms_for<Term<name, SX, arguments == 1 ? SX : SY>, T>(dx, dy);      \
+    else if constexpr (sizeof(T) == sizeof(double) || (SX == PROBS && SY == PROBS))   /* others are wide */      \
+      return member_terms_for<name, SX, SY, T>(dx, dy);                                                         \
+    break;
     KL_DIVERGENCES(KL_CASE)
 #undef KL_CASE
   }
@@ -336,7 +393,7 @@ void terms_chunk(const Plan& p, const Row& row, int, i64 start, int n, const dou
   const T* y = !has_y(p.operation) ? x : load(p.y, row.y, start, n, s.y);
   auto map = terms_of<T>(p);
   pieces<T>(x + CHUNK, y == x ? nullptr : y + CHUNK, (n + 15) & ~15,
-            [&](int i, int m) { map(x + i, y + i, nullptr, (T)p.epsilon, m, s.a + i, s.dx + i, s.dy + i); });
+            [&](int i, int m) { map(x + i, y + i, nullptr, p.parameter, m, s.a + i, s.dx + i, s.dy + i); });
   multiply(p, row, start, n, s, s.b);
   if (p.dx.data) store(p.dx, row.dx, start, n, s.dx, row.weight * p.gradient_scale, p.stream);
   if (p.dy.data) store(p.dy, row.dy, start, n, s.dy, row.weight * p.gradient_scale, p.stream);
@@ -855,7 +912,7 @@ void mixed_chunk(const Plan& p, const Row& row, int sweep, i64 start, int n, con
   } else {
     auto map = terms_of<T>(p);
     for (int i = 0; i < n16; i += COLUMNS)
-      map(x + i, y + i, s.b + i, (T)p.epsilon, n16 - i < COLUMNS ? n16 - i : COLUMNS, s.a + i, s.dx + i, s.dy + i);
+      map(x + i, y + i, s.b + i, p.parameter, n16 - i < COLUMNS ? n16 - i : COLUMNS, s.a + i, s.dx + i, s.dy + i);
     if (overflowed && p.space_y == LOGITS) {
       T logits[CHUNK];
       widen(p.y.dtype, row.y + start * p.y.stride, p.y.stride, n, logits);
@@ -902,10 +959,151 @@ inline void mixed_finish(const Plan& p, int sweep, const double* state, double* 
   }
 }
 
+// ---- the divergence's relatives, of two rows of logits (kl_family.h) -------------------------------------------------------------
+//
+// Its own first sweep; then every class in double: a sweep for the terms and what the gradients need, one for these.
+
+KL_APART inline void see_logits(const double* __restrict a, const double* __restrict b, int m, MemberRow row, Seen<double>& s) {
+  for (int i = 0; i < m; i++) {
+    Class<double> c = class_of(a[i], b[i], row);
+    s.p[i] = c.p;
+    s.q[i] = c.q;
+    s.d[i] = c.d;
+    s.t[i] = c.t;
+  }
+}
+typedef void (*MemberLoop)(const Seen<double>&, int m, double parameter, double* v);
+struct SideLoops { MemberLoop score[2], by_log; double limit; };   // score[far]
+struct MemberLoops { MemberLoop terms; SideLoops x, y; };
+template <int OP> MemberLoops member_loops(double k) {
+  typedef Member<OP> M;
+  SideLoops x = {{member_loop<OP, MEMBER_DP>, member_loop<OP, MEMBER_DP>}, member_loop<OP, MEMBER_DA>, 0};
+  SideLoops y = {{member_loop<OP, MEMBER_DQ>, member_loop<OP, MEMBER_DQ>}, member_loop<OP, MEMBER_DB>, 0};
+  if constexpr (M::saturates) {
+    x.score[1] = member_loop<OP, MEMBER_DP_FAR>, x.limit = M::p_limit(k);
+    y.score[1] = member_loop<OP, MEMBER_DQ_FAR>, y.limit = M::q_limit(k);
+  }
+  return {member_loop<OP, MEMBER_VALUE>, x, y};
+}
+inline MemberLoops member_loops(const Plan& p) {
+  switch (p.operation) {
+#define KL_CASE(name, form, arguments) \
+  case name: return member_loops<name>(p.parameter);
+    KL_FAMILY(KL_CASE)
+#undef KL_CASE
+  }
+  return {};
+}
+KL_APART inline bool any_vast(const double* __restrict s, int m) {
+  Real<double>::Bits found = 0;
+  for (int i = 0; i < m; i++) found |= is_vast(s[i]) ? 1 : 0;
+  return found;
+}
+// p (score - centre), of the scores and of p times these, if some are vast, whose place it takes
+KL_APART inline void centre_scores(const double* __restrict p, const double* __restrict s, int m, double centre,
+                                   double* __restrict v) {
+  for (int i = 0; i < m; i++) v[i] = centred_score(p[i], s[i], v[i], centre);
+}
+
+inline int likeliest(const double* t, int n) {   // the first of the largest
+  int found = 0;
+  for (int i = 1; i < n; i++) found = t[i] > t[found] || t[found] != t[found] ? i : found;
+  return found;
+}
+
+template <typename T, bool TEMPERED>
+void members_chunk(const Plan& p, const Row& row, int sweep, i64 start, int n, const double* stats, double* state, i64 pitch,
+                   void* scratch) {
+  if (sweep == 0) return logits_chunk<T, TEMPERED>(p, row, sweep, start, n, stats, state, pitch, scratch);
+  Buffers<double>& s = *(Buffers<double>*)scratch;
+  const double* a = load(p.x, row.x, start, n, s.x);
+  const double* b = load(p.y, row.y, start, n, s.y);
+  MemberRow known = member_row(stats, p.inverse_temperature);
+  MemberLoops loops = member_loops(p);
+  bool dx = p.dx.data, dy = p.dy.data;
+  T *out_x = (T*)(sweep == 1 ? s.a : s.dx), *out_y = (T*)s.dy;   // in sweep 1 the terms
+  Seen<double> seen;
+  alignas(64) double v[PIECE], score[PIECE];
+  auto begin = [&](const SideLoops& of, const double* likely) {
+    double s, far;
+    int top = likeliest(likely, n);
+    see_logits(a + top, b + top, 1, known, seen);
+    of.score[0](seen, 1, p.parameter, &s);
+    of.score[1](seen, 1, p.parameter, &far);
+    return side_from(s, far);
+  };
+  if (sweep == 1 && dx) known.x = begin(loops.x, a);
+  if (sweep == 1 && dy) known.y = begin(loops.y, b);
+  Columns<double> value, x, mass_x, y, mass_y;
+  for (int i = 0; i < n; i += PIECE) {
+    int left = n - i < PIECE ? n - i : PIECE, m = (left + 15) & ~15;
+    see_logits(a + i, b + i, m, known, seen);
+    if (sweep == 1) {
+      loops.terms(seen, m, p.parameter, v);
+      add_columns(v, left, value.at);
+      if (p.output == TERMS)
+        for (int j = 0; j < left; j++) out_x[i + j] = (T)v[j];
+    }
+    auto side = [&](const SideLoops& of, const Side& k, const double* mass, Columns<double>& sum, Columns<double>& masses,
+                    T* out) {
+      of.score[k.far != 0](seen, m, p.parameter, score);
+      if (any_vast(score, m)) of.by_log(seen, m, p.parameter, v);
+      centre_scores(mass, score, m, k.centre, v);
+      if (sweep == 1) {
+        add_columns(v, left, sum.at);
+        add_columns(mass, left, masses.at);
+      } else {
+        for (int j = 0; j < left; j++) out[i + j] = (T)((v[j] - mass[j] * k.sum) * known.it);   // by now a mean
+      }
+    };
+    if (dx) side(loops.x, known.x, seen.p, x, mass_x, out_x);
+    if (dy) side(loops.y, known.y, seen.q, y, mass_y, out_y);
+  }
+  if (sweep == 1) {
+    if (p.output == TERMS) store(p.value, row.value, start, n, out_x, row.weight, p.stream);
+    Members k = {value.total(), {known.x.far, known.x.centre, x.total(), mass_x.total()},
+                 {known.y.far, known.y.centre, y.total(), mass_y.total()}};
+    for (int i = 0; i < MEMBER_STATES; i++) state[i * pitch] = ((const double*)&k)[i];
+    return;
+  }
+  if (dx) store(p.dx, row.dx, start, n, out_x, row.weight * p.gradient_scale, p.stream);
+  if (dy) store(p.dy, row.dy, start, n, out_y, row.weight * p.gradient_scale, p.stream);
+}
+
+inline void members_fold(const Plan& p, int sweep, const double* from, int count, i64 pitch, double* to, i64 to_pitch) {
+  if (sweep == 0) return logits_fold(p, sweep, from, count, pitch, to, to_pitch);
+  if (sweep > 1) return;
+  alignas(64) double moved[CHUNK];
+  MemberLoops loops = member_loops(p);
+  to[0] = sum(from, count);
+  for (int k = 1; k < MEMBER_STATES; k += SIDE_STATES) {   // x, y
+    const double* mass = from + (k + 3) * pitch;
+    auto side = [&](int i) {
+      const double* at = from + k * pitch + i;
+      return Side{at[0], at[pitch], at[2 * pitch], at[3 * pitch]};
+    };
+    Side all = side(likeliest(mass, count));
+    for (int i = 0; i < count; i++) moved[i] = moved_score(side(i), all, k == 1 ? loops.x.limit : loops.y.limit);
+    all.sum = sum(moved, count);
+    all.mass = sum(mass, count);
+    for (int i = 0; i < SIDE_STATES; i++) to[(k + i) * to_pitch] = ((const double*)&all)[i];
+  }
+}
+
+inline void members_done(const Plan& p, int sweep, const double* s, double* stats) {
+  if (!s) return (void)std::fill(stats, stats + MAX_STATS, 0.0);
+  if (sweep == 0) members_begin(spread_at(s, 1), p.inverse_temperature, stats);
+  if (sweep == 1) members_finish(*(const Members*)s, stats);
+}
+
 // ---- the choice ----------------------------------------------------------------------------------------------------------------
 
 inline bool of_logits(const Plan& p) {   // the cancellation-free form is for the divergence of two rows of logits
   return p.space_x == LOGITS && p.space_y == LOGITS && OPERATIONS[p.operation].form == BY_RATIO && !p.factors.data;
+}
+
+inline bool of_members(const Plan& p) {
+  return p.space_x == LOGITS && p.space_y == LOGITS && OPERATIONS[p.operation].form == BY_CLASS && !p.factors.data;
 }
 
 inline bool of_cross(const Plan& p) {
@@ -921,6 +1119,13 @@ inline Kernel kernel(const Plan& p) {
                         : (tempered ? logits_chunk<float, true> : logits_chunk<float, false>);
     return {sweeps, {LOGITS_STATES, 0, 0}, chunk, logits_fold, logits_done,
             gradient && p.output != TERMS ? (p.wide ? sizeof(Kept<double>) : sizeof(Kept<float>)) : 0};
+  }
+  if (of_members(p)) {
+    bool tempered = p.inverse_temperature != 1;
+    return {gradient ? 3 : 2, {LOGITS_STATES, MEMBER_STATES, 0},
+            p.wide ? (tempered ? members_chunk<double, true> : members_chunk<double, false>)
+                   : (tempered ? members_chunk<float, true> : members_chunk<float, false>),
+            members_fold, members_done, 0};
   }
   if (of_cross(p)) return p.wide ? cross_kernel_of<double>(p) : cross_kernel_of<float>(p);
   if (p.space_x == LOGITS || p.space_y == LOGITS)

@@ -122,11 +122,15 @@ def pytest_terminal_summary(terminalreporter, config):
 
 # ---- operations by name ----------------------------------------------------------------------------------------------
 
-OF_TWO = [name for name, o in OPERATIONS.items() if not o.single]  # arguments
 RATIOS = [name for name, o in OPERATIONS.items() if o.form == _cpu.BY_RATIO]
 # What takes long is asked in every pair of spaces of the first operation of a form, and in some of those like it.
 FIRST = {(o.form, o.single): name for name, o in reversed(OPERATIONS.items())}.values()
 SOME = (("probs", "probs"), ("logits", "logits"), ("probs", "logits"))
+
+# Of the divergence's relatives, which are computed alike, the first stands for all; test_family.py asks for each.
+COMMON = {name: o for name, o in OPERATIONS.items() if o.form != _cpu.BY_CLASS or name in FIRST}
+
+OF_TWO = [name for name, o in COMMON.items() if not o.single]  # arguments
 
 
 def some_pairs(operation):

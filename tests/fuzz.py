@@ -28,7 +28,7 @@ import numpy as np
 import oracle
 import ranges
 import test_losses
-from conftest import OF_TWO, RATIOS
+from conftest import RATIOS
 
 import klcore
 import klcore.backends.cpu  # chooses the instruction set of klcore._cpu
@@ -64,7 +64,7 @@ def draw(rng):
     first = pick(1, 1, 2, 3, 5)
     batch = pick((rows,), (rows,), (first, -(-rows // first)), (rows, 1), (1, rows), (2, first, -(-rows // 2 // first)))
     p = {
-        "operation": pick(*OPERATIONS), "space": pick(*oracle.PAIRS), "kind": pick(*KINDS, *KINDS[:2]),
+        "operation": pick(*oracle.OPERATIONS), "space": pick(*oracle.PAIRS), "kind": pick(*KINDS, *KINDS[:2]),
         "dtypes": (pick(*DTYPES, "float32", "float64", "float32"),) * 2, "shape": "drawn", "n": n, "batch": batch,
         "axis": pick(-1, -1, *range(-len(batch) - 1, 0)), "broadcast": pick(None, None, None, "x", "y"),
         "reduction": pick(*REDUCTIONS), "grad": pick(None, "x", "y", ("x", "y"), ("x", "y")), "out": some(0.4),
@@ -78,7 +78,7 @@ def draw(rng):
     # what is rare by chance; the first of these once hid stale memory
     if some(0.04):
         p |= {"shape": "turned", "n": 1025 + n % 3000, "batch": (16 + rows % 9,), "axis": -2, "broadcast": None}
-        p |= {"reduction": "none", "grad": pick("x", "y", ("x", "y")), "operation": pick(*OF_TWO)}
+        p |= {"reduction": "none", "grad": pick("x", "y", ("x", "y")), "operation": pick(*oracle.OPERATIONS[:3])}
         p |= {"space": pick(("logits", "probs"), ("log_probs", "logits"), p["space"])}
     elif some(0.03):
         p |= {"shape": "long", "n": pick(8 * 1024 + 1, 20_500, 40_000, 120_001), "batch": (pick(1, 2, 3, 7),)}

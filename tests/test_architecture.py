@@ -29,15 +29,17 @@ REGISTRY_ERROR = "klcore.backends:BackendUnavailableError"  # an exception has t
 # the room of a module (the first pattern that matches) -> what it may import, beside the standard library
 ROOMS = {
     r"klcore": {
-        "klcore.divergence", "klcore.backends", "klcore.backends.threads", "klcore.config", "klcore.version",
+        "klcore.divergence", "klcore.family", "klcore.backends", "klcore.backends.threads", "klcore.config",
+        "klcore.version",
     },
     r"klcore\.operations": {"klcore._cpu"},
-    r"klcore\.divergence": {"klcore.backends", "klcore.operations", "klcore.typing"},
+    r"klcore\.(divergence|family)": {"klcore.backends", "klcore.operations", "klcore.typing"},
     r"klcore\.typing": {"numpy"},  # for type checkers
     r"klcore\.(version|exact)": set(),
     r"klcore\.__main__": {"klcore.config", "klcore.selftest"},
     r"klcore\.selftest": {
         "numpy", "ml_dtypes", "klcore._cpu", "klcore.backends.threads", "klcore.config", "klcore.divergence",
+        "klcore.family",
         "klcore.exact", "klcore.operations",
     },
     r"klcore\.config": {
@@ -267,8 +269,10 @@ def test_signatures_of_what_adapters_call():
 def test_public_signatures_are_alike(operation):
     like = inspect.signature(klcore.kl_div).parameters
     found = inspect.signature(getattr(klcore, operation)).parameters
-    assert list(found) == [n for n in like if n != "y" or not operations.OPERATIONS[operation].single]
-    assert all((found[n].kind, found[n].default) == (like[n].kind, like[n].default) for n in found)
+    row = operations.OPERATIONS[operation]
+    names = [n for n in like if n != "y" or not row.single]
+    assert list(found) == [*names[:2], *row.parameters, *names[2:]]
+    assert all((found[n].kind, found[n].default) == (like[n].kind, like[n].default) for n in names)
 
 
 # ---- native sources --------------------------------------------------------------------------------------------------
@@ -304,7 +308,8 @@ def test_no_elementary_function_but_our_own(name):
 
 
 def test_formulas_are_in_one_file():
-    """Terms and polynomials: whoever else needs one calls it. The terms of other systems have a file of their own."""
+    """Terms and polynomials: whoever else needs one calls it. The terms of other systems have a file of their own;
+    so have those of the divergence's relatives, of which terms are made in one place there."""
     assert re.search(r"struct Term<KL_DIV, PROBS, PROBS>[^{;]*{", CODE["kl_math.h"])
     assert len(re.findall(r"\bhorner\(", CODE["kl_math.h"])) > 4
     for name in CODE.keys() - {"kl_math.h"}:
@@ -316,8 +321,12 @@ def test_formulas_are_in_one_file():
             t
             for t in terms
             if (name, bool(re.fullmatch(losses, t))) not in {("kl_math.h", False), ("kl_compat.h", True)}
+            and (name, t) != ("kl_family.h", "name")
         ]
         assert wrong == [], name
+        members = re.findall(r"struct Member<(\w+)>[^{;]*{", CODE[name])
+        family = {o.name for o in operations.OPERATIONS.values() if o.form == _cpu.BY_CLASS}
+        assert {m.lower() for m in members} == (family if name == "kl_family.h" else set())
 
 
 def test_kl_math_includes_nothing():

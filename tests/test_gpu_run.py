@@ -14,6 +14,7 @@ import sys
 import time
 
 import numpy as np
+import oracle
 import pytest
 from conftest import DTYPES, as_here
 
@@ -22,7 +23,7 @@ from klcore.operations import OPERATIONS
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 SCRIPTS = ROOT / "benchmarks"
 SPACES = ("probs", "log_probs", "logits")
-KINDS = [(name, pair) for name, o in OPERATIONS.items() for pair in o.pairs]
+KINDS = oracle.CALLS
 TOOL = """#!/bin/bash
 while [[ $1 == -* ]]; do shift 2; done
 "$@"

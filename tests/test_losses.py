@@ -271,7 +271,7 @@ def test_product_with_the_jacobian_of_a_loss(named, reduction):
     keywords = {"space": named[1:], "reduction": reduction, "epsilon": 1e-7, "denominator": 3.0}
     cotangent = np.random.default_rng(9).normal(size=np.shape(loss(named[0], x, y, **keywords)))
     cpu = importlib.import_module("klcore.backends.cpu")
-    asked = Call(LOSSES_TABLE[named[0]], x, y, named[1:], -1, reduction, denominator=3.0, epsilon=1e-7)
+    asked = Call(LOSSES_TABLE[named[0]], x, y, named[1:], -1, reduction, denominator=3.0, parameter=1e-7)
     found = cpu.compute(asked._replace(cotangent=cotangent, return_grad=("x", "y")))
     expected = (
         jacobian_product(lambda a: loss(named[0], a, y, **keywords), x, cotangent),

@@ -15,6 +15,7 @@ import textwrap
 
 import oracle
 import pytest
+import relatives
 
 import klcore
 from klcore import _cpu, selftest
@@ -45,25 +46,34 @@ def test_every_operation_is_public(name):
     assert name in klcore.__all__, f"klcore/__init__.py does not export {name}"
     parameters = list(inspect.signature(getattr(klcore, name)).parameters)
     assert parameters[: 2 - OPERATIONS[name].single] == ["x", "y"][: 2 - OPERATIONS[name].single]
-    assert set(parameters) <= set(Call._fields)
+    assert set(parameters) <= {*Call._fields, *OPERATIONS[name].parameters}
     assert (OPERATIONS[name].pairs == PAIRS) != OPERATIONS[name].single
 
 
 def test_the_oracle_knows_all():
     """Whose definition is its own, apart from the table."""
-    table = {o.name: (o.single, o.form == _cpu.BY_COST) for o in OPERATIONS.values()}
+    relations = {o.name for o in OPERATIONS.values() if o.form == _cpu.BY_CLASS}
+    assert set(relatives.PARAMETERS) == relations, "tests/relatives.py: PARAMETERS, Definitions"
+    table = {o.name: (o.single, o.form == _cpu.BY_COST) for o in OPERATIONS.values() if o.name not in relations}
     assert {name: (d.single, d.cost) for name, d in oracle.DEFINITIONS.items()} == table, "tests/oracle.py: DEFINITIONS"
     assert oracle.SPACES == SPACES
 
 
 def test_the_self_test_knows_all():
     """`python -m klcore --selftest` says what it found in place of a digest that is missing."""
-    groups = {f"{name} {dtype}" for name, dtype in itertools.product(OPERATIONS, selftest.DTYPES)}
-    assert set(selftest.DIGESTS) == {"kernels", *groups}, "klcore/selftest.py: DIGESTS"
+    narrow = [name for name, o in OPERATIONS.items() if o.form != _cpu.BY_CLASS]
+    groups = [
+        *itertools.product(OPERATIONS, ("float64", "float32")),
+        *itertools.product(narrow, ("float16", "bfloat16")),
+    ]
+    assert set(selftest.DIGESTS) == {"kernels", *map(" ".join, groups)}, "klcore/selftest.py: DIGESTS"
 
 
-# __all__; definitions; a table with a column for each of three; an identity of three
-LISTS = {"klcore/__init__.py", "tests/oracle.py", "tests/test_values.py", "tests/test_properties.py"}
+# __all__; definitions; what zeros contribute; a table with a column for each of three; an identity of three; looks
+LISTS = {
+    "klcore/__init__.py", "tests/oracle.py", "tests/relatives.py", "tests/test_family.py", "tests/test_values.py",
+    "tests/test_properties.py", "benchmarks/plots.py",
+}  # fmt: skip
 
 
 @needs_repository
@@ -107,7 +117,7 @@ def test_every_loss_has_a_front_end(name):
 # What CONTRIBUTING says to add: a line of a list and a term, a row, a function and its name. Where, and what.
 TOY = {
     "src/kl_math.h": (
-        ("ROW(ENTROPY, BY_COST, 1)\n", "ROW(ENTROPY, BY_COST, 1) ROW(TOY_DIST, BY_TERM, 2)\n"),
+        ("ROW(ENTROPY, BY_COST, 1) KL", "ROW(ENTROPY, BY_COST, 1) ROW(TOY_DIST, BY_TERM, 2) KL"),
         (
             "// ---- all terms ---",
             """template <int SX, int SY> struct Term<TOY_DIST, SX, SY> : Plain {   // (x - y)^2 / 2
@@ -122,7 +132,7 @@ TOY = {
     ),
     "klcore/operations.py": (
         ("OPERATIONS = {o", 'TOY_DIST = _divergence("toy_dist")\nOPERATIONS = {o'),
-        ("CROSS_ENTROPY, ENTROPY)}", "CROSS_ENTROPY, ENTROPY, TOY_DIST)}"),
+        ("CROSS_ENTROPY, ENTROPY, *FAMILY)}", "CROSS_ENTROPY, ENTROPY, *FAMILY, TOY_DIST)}"),
     ),
     "klcore/divergence.py": (
         (

@@ -40,7 +40,7 @@ def test_the_pictures_show_the_newest_records(script, tmp_path):
     drawn = {path.name: texts(path) for path in script("plots").draw(tmp_path)}
     assert drawn == {path.name: texts(path) for path in (ROOT / "docs" / "plots").glob("*.svg")}
     assert len(drawn) >= 8
-    pages = "".join((ROOT / "docs" / f"{name}.md").read_text() for name in ("accuracy", "performance"))
+    pages = "".join((ROOT / "docs" / f"{name}.md").read_text() for name in ("accuracy", "performance", "choosing"))
     assert [name for name in drawn if f'"plots/{name}"' not in pages] == []
 
 
@@ -85,7 +85,7 @@ def test_a_record_of_a_gpu_is_drawn(script, tmp_path):
     ]
     record = {"benchmark": {"cases": cases}, "emulated": False, "date": "2027-01-01T00:00:00+00:00"}
     (tmp_path / "toy.json").write_text(json.dumps(record))
-    light, dark = script("plots").draw(tmp_path, tmp_path)
+    light, dark = script("plots").draw(tmp_path, tmp_path)[-2:]
     assert (light.name, dark.name) == ("gpu-light.svg", "gpu-dark.svg")
     assert light.read_text() != dark.read_text()
     found = texts(light)

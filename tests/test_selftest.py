@@ -186,7 +186,7 @@ def test_fault_of_an_operation(monkeypatch, operation):
     good, sentence = next(selftest._bits("cpu"))
     assert not good
     named = {name for name in selftest.DIGESTS if re.search(rf"[:,] {name} \(", sentence)}
-    assert named - {"kernels"} == {f"{operation} {dtype}" for dtype in selftest.DTYPES}
+    assert named - {"kernels"} == {name for name in selftest.DIGESTS if name.startswith(f"{operation} ")}
 
 
 def test_without_ml_dtypes(monkeypatch, kl_div_only):

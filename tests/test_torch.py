@@ -13,11 +13,11 @@ import threading
 import ml_dtypes
 import numpy as np
 import pytest
-from conftest import CHOSEN, call
+from conftest import CHOSEN, COMMON, call
 from test_gradient import PAIRS, REDUCTIONS, arguments, temperature_of
 
 import klcore
-from klcore.operations import LOSSES, OPERATIONS
+from klcore.operations import LOSSES
 
 torch = pytest.importorskip("torch", reason="no PyTorch: its adapter is not tested")
 private = importlib.import_module("klcore.backends.torch.private")
@@ -48,11 +48,11 @@ def array(t):
 def operands(operation, space, dtype="float64", shape=(3, 2, 5), requires_grad=False):
     """What the operation is called with, as tensors."""
     both = [tensor(a, requires_grad) for a in arguments(space, dtype, shape)]
-    return both[: len(OPERATIONS[operation].gradients)]
+    return both[: len(COMMON[operation].gradients)]
 
 
 def options(operation, space, **others):
-    space = space[0] if OPERATIONS[operation].single or space[0] == space[1] else space
+    space = space[0] if COMMON[operation].single or space[0] == space[1] else space
     return {"space": space, "temperature": temperature_of(space), **others}
 
 
@@ -84,7 +84,7 @@ def test_bits_of_numpy(operation, space, reduction, dtype, device):
     """On every road: plain, gradients asked for, backward, the operator."""
     tensors = [t.to(device) for t in operands(operation, space, dtype)]
     arrays = [array(t) for t in tensors]
-    which = OPERATIONS[operation].gradients
+    which = COMMON[operation].gradients
     keywords = options(operation, space, reduction=reduction)
     function = getattr(klcore, operation)
     expected = function(*arrays, **keywords, return_grad=which)
@@ -376,7 +376,7 @@ def test_saved_tensors_hooks():
     assert {t.data_ptr() for t in packed} == {x.data_ptr(), y.data_ptr()}
 
 
-@pytest.mark.parametrize("operation", [*OPERATIONS, "keras"])
+@pytest.mark.parametrize("operation", [*COMMON, "keras"])
 def test_second_derivatives_are_refused(operation):
     x = torch.full((3,), 0.3, dtype=torch.float64, requires_grad=True)
     if operation == "keras":
@@ -516,7 +516,7 @@ def test_opcheck(operation, space, reduction):
     torch.library.opcheck(torch.ops.klcore.value.default, (*words, None), test_utils=tests)
     value = torch.ops.klcore.value(*words, None).detach()
     words = [t.detach() if isinstance(t, torch.Tensor) else t for t in words]
-    of_y = not OPERATIONS[operation].single
+    of_y = not COMMON[operation].single
     torch.library.opcheck(
         torch.ops.klcore.gradients.default, (*words, torch.ones_like(value), True, of_y), test_utils=tests[:3]
     )

@@ -228,7 +228,9 @@ def test_words_are_those_of_rows() -> None:
 
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_options_are_the_keywords(name: str) -> None:
-    options = words.EntropyOptions if OPERATIONS[name].single else words.Options
+    row = OPERATIONS[name]
+    own = row.parameters[0].capitalize() if row.parameters else "Entropy" if row.single else ""
+    options = getattr(words, f"{own}Options")
     assert is_typeddict(options)
     keywords = [
         p.name for p in inspect.signature(getattr(klcore, name)).parameters.values() if p.kind == p.KEYWORD_ONLY

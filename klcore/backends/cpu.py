@@ -66,7 +66,7 @@ def _compute(task: rows.Task) -> Any:
         _cpu.plan(
             task.operation.code, *task.spaces, task.output, _lent(task.x), _lent(task.y), _lent(task.weights),
             _lent(task.value_view), direct.get("x"), direct.get("y"), task.wide, task.temperature, scale, threads,
-            task.factors, task.epsilon,
+            task.factors, task.parameter, task.factor,
         )
     ]  # fmt: skip
     for g in task.gradients:
@@ -112,7 +112,7 @@ def _summed_gradient(task: rows.Task, g: rows.Gradient, scale: float, threads: i
     return _cpu.plan(
         task.operation.code, *task.spaces, rows.PER_ROW, x, y, weights, None,
         to if g.of == "x" else None, to if g.of == "y" else None,
-        task.wide, task.temperature, scale, threads, factors, task.epsilon, len(g.inner),
+        task.wide, task.temperature, scale, threads, factors, task.parameter, task.factor, len(g.inner),
     )  # fmt: skip
 
 
@@ -181,15 +181,15 @@ def states(call: Call, number: int, stats: Any) -> Any:
     x, y = _lent(task.x), _lent(task.y)
     _cpu.sweep(
         number, operation, *task.spaces, x, y, _lent(task.weights), None, x if "x" in wanted else None,
-        y if "y" in wanted else None, task.wide, task.temperature, 1.0, get_num_threads(), _flat(stats),
-        left.reshape(-1),
+        y if "y" in wanted else None, task.wide, task.temperature, 1.0, get_num_threads(), task.parameter,
+        task.factor, _flat(stats), left.reshape(-1),
     )  # fmt: skip
     return left
 
 
 def merge(
     operation: Operation, number: int, states: Any, stats: Any, weights: Any, spaces: tuple[int, int], wide: bool,
-    temperature: float,
+    temperature: float, parameter: float, factor: float,
 ) -> Any:  # fmt: skip
     """The states of all blocks, joined along the chunks, into the rows' stats, of shape batch + (STATS,).
 
@@ -200,8 +200,8 @@ def merge(
     if weights is not None:
         weights = _lent(np.broadcast_to(_asarray(weights, "weights"), batch))
     _cpu.merge(
-        number, operation.code, *spaces, weights, wide, temperature, get_num_threads(), np.array(states).reshape(-1),
-        count, merged.reshape(-1),
+        number, operation.code, *spaces, weights, wide, temperature, get_num_threads(), parameter,
+        factor, np.array(states).reshape(-1), count, merged.reshape(-1),
     )  # fmt: skip
     return merged
 
@@ -217,7 +217,8 @@ def outputs(call: Call, number: int, stats: Any, denominator: float, shared: tup
     if direct or terms is not None:
         _cpu.sweep(
             number, operation, *task.spaces, _lent(task.x), _lent(task.y), _lent(task.weights), terms, direct.get("x"),
-            direct.get("y"), task.wide, task.temperature, scale, threads, _flat(stats), None,
+            direct.get("y"), task.wide, task.temperature, scale, threads, task.parameter, task.factor,
+            _flat(stats), None,
         )  # fmt: skip
     for g in task.gradients:
         if g.inner:
@@ -225,7 +226,8 @@ def outputs(call: Call, number: int, stats: Any, denominator: float, shared: tup
             known = None if stats is None else _flat(stats.transpose(*order, len(order)))
             _cpu.sweep(
                 number, operation, *task.spaces, x, y, weights, None, to if g.of == "x" else None,
-                to if g.of == "y" else None, task.wide, task.temperature, scale, threads, known, None, len(g.inner),
+                to if g.of == "y" else None, task.wide, task.temperature, scale, threads, task.parameter, task.factor,
+                known, None, len(g.inner),
             )  # fmt: skip
     return (task.value,) if terms is not None else tuple(g.array for g in task.gradients)
 

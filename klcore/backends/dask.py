@@ -388,7 +388,7 @@ def _by_parts(graph: _Graph, call: Call, scale: Any) -> tuple[Any, list[Any]]:
         merged = graph.layer(
             _merge, of_stats, (states, of_states), operands[2], stats[-1], dtype=np.float64, concatenate=True,
             number=number, operation=operation, spaces=task.spaces, wide=task.wide, temperature=task.temperature,
-            new_axes={graph.stats: cpu.STATS},
+            parameter=task.parameter, factor=task.factor, new_axes={graph.stats: cpu.STATS},
         )  # fmt: skip
         stats.append((merged, of_stats))
 

@@ -67,7 +67,8 @@ class Task:
     n: int
     denominator: float | None  # of a total, and of all gradients; None: the sum of the weights
     gradients: list[Gradient] = field(default_factory=list)
-    epsilon: float = 0.0
+    parameter: float = 0.0
+    factor: float = 1.0  # of the value, and of all gradients
     cotangent: Any = None  # a scalar that multiplies the gradients
     value_wanted: bool = True  # else the gradients only
 
@@ -166,6 +167,8 @@ def _arrange(xp: Any, asarray: Any, call: Call, factors: Any = None, signed: boo
         rows=rows,
         n=laid.n,
         denominator=_denominator(call.reduction, laid.terms, rows, laid.n, weights),
+        parameter=call.parameter,
+        factor=call.factor,
     )
     _arrange_results(xp, task, laid, call.out, wanted)
     return task
@@ -225,7 +228,7 @@ def _arrange_loss(xp: Any, asarray: Any, call: Call) -> Task:
     outs = {} if call.out is None else dict(zip(("value", *wanted), call.out, strict=True))
     into = tuple(None if name in spread else a for name, a in outs.items()) or None
     task = _arrange(xp, asarray, call._replace(x=x, y=y, axis=last, weights=weights, out=into), factors, signed=True)
-    task.denominator, task.epsilon = call.denominator, call.epsilon
+    task.denominator = call.denominator
     for g in task.gradients:
         if g.of in spread:
             g.spread, g.out = (last, operands[g.of]), outs.get(g.of)

@@ -82,7 +82,7 @@ def compute(call: Call) -> Any:
         read = (call.x, call.y, None, weights, cotangent)
     words = (
         call.operation.code, call.space, call.axis, call.reduction, call.temperature, call.return_grad,
-        call.denominator, call.epsilon, call.dtype,
+        call.denominator, call.parameter, call.factor, call.dtype,
     )  # fmt: skip
     out = call.out if cotangent is None or call.out is None else (None, *call.out)
     given = out if isinstance(out, tuple) else (out,)

@@ -26,7 +26,8 @@ def is_beside(operation: Operation, spaces: tuple[int, int]) -> bool:
 
 def is_fast(operation: Operation, spaces: tuple[int, int], dtypes: tuple[int, int], wide: bool) -> bool:
     """Whether exponentials are the hardware's: 16-bit inputs come faster than others could be computed."""
-    return not wide and not is_beside(operation, spaces) and max(_cpu.SIZES[d] for d in dtypes) == 2
+    beside = is_beside(operation, spaces) or operation.form == _cpu.BY_CLASS
+    return not wide and not beside and max(_cpu.SIZES[d] for d in dtypes) == 2
 
 
 def options(

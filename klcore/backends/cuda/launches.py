@@ -73,6 +73,10 @@ class Kind(NamedTuple):
         return self.spaces == (rows.LOGITS,) * 2 and self.operation.form == _cpu.BY_RATIO and not self.factors
 
     @property
+    def of_members(self) -> bool:
+        return self.spaces == (rows.LOGITS,) * 2 and self.operation.form == _cpu.BY_CLASS and not self.factors
+
+    @property
     def of_cross(self) -> bool:
         return rows.LOGITS in self.spaces and self.operation.form == _cpu.BY_COST and not self.factors
 
@@ -88,11 +92,12 @@ class Kind(NamedTuple):
 
     def extra_bytes(self) -> int:
         """A class beside its inputs: two rows of logits keep weights, terms are written from there."""
-        return self.number() if (self.of_logits and not self.fast) or self.outputs & kernels.TERMS else 0
+        weights = (self.of_logits and not self.fast) or self.of_members
+        return self.number() if weights or self.outputs & kernels.TERMS else 0
 
     def most_warps(self) -> int:
         """On a multiprocessor, with the registers that they want: four times BLOCKS in kl_cuda.cu (or 16)."""
-        if self.wide or kernels.is_beside(self.operation, self.spaces):
+        if self.wide or self.of_members or kernels.is_beside(self.operation, self.spaces):
             return 8
         if self.of_logits and devices.properties(self.device).arch >= 120:
             return 8

@@ -13,8 +13,8 @@ MAX_DIMS = 32
 _FIELDS = (
     ("shape", MAX_DIMS), *((name, 1) for name in (
         "ndim", "rows", "n", "chunks", "output", "first", "last", "columns", "dense", "slots", "count", "groups",
-        "rows_on", "chunks_on", "inner", "any_weights", "inverse_temperature", "gradient_scale", "scale", "epsilon",
-        "denominator", "cotangent", "states", "stats", "sums",
+        "rows_on", "chunks_on", "inner", "any_weights", "inverse_temperature", "gradient_scale", "scale",
+        "parameter", "factor", "denominator", "cotangent", "states", "stats", "sums",
     )),
     *((name, MAX_DIMS + 3) for name in ("x", "y", "weights", "factors", "value", "dx", "dy")),
 )  # fmt: skip
@@ -23,7 +23,7 @@ WORDS = sum(words for _, words in _FIELDS)
 # What has an address: what a call reads, in this order, then its value and gradients, then its working memory.
 READ = ("x", "y", "weights", "factors", "cotangent")
 _SCRATCH = -1  # the last address of all
-_DOUBLES = ("inverse_temperature", "gradient_scale", "scale", "epsilon")
+_DOUBLES = ("inverse_temperature", "gradient_scale", "scale", "parameter", "factor")
 
 
 class Place(NamedTuple):

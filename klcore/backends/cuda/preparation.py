@@ -63,7 +63,7 @@ def prepare(device: int, task: rows.Task, arrays: list[Any], results: list[Any])
     if task.by_weights:  # whose sum is known to the device only
         denominator = scratch.doubles(2)
         over = plans.layout_of(task.x.shape[:-1], 1, {"weights": views["weights"]})
-        plan = plans.plan_of(over, 1, sums=denominator, scale=divisor)
+        plan = plans.plan_of(over, 1, sums=denominator, scale=divisor, factor=1.0)
         launches += added_up(kind, "kl_weights", len(rows.WEIGHT_FACTORS), None, task.rows, plan, scratch)
     gradient_scale = 1.0 / divisor if divisor else math.nan
     if task.cotangent is not None and not cotangent:
@@ -71,7 +71,8 @@ def prepare(device: int, task: rows.Task, arrays: list[Any], results: list[Any])
     fields = {
         "output": task.output,
         "any_weights": task.signed,
-        "epsilon": task.epsilon,
+        "parameter": task.parameter,
+        "factor": task.factor,
         "inverse_temperature": 1.0 / task.temperature,
         "gradient_scale": gradient_scale,
         "scale": divisor,

@@ -35,7 +35,7 @@ def _backward(ctx: Any, cotangent: Any) -> tuple[Any, ...]:
     else:
         found = kernels.compute(call._replace(cotangent=cotangent, return_grad=operator.names(of_x, of_y)))
         dx, dy = found[0], found[-1]
-    return (None, dx if of_x else None, dy if of_y else None, *[None] * 9)
+    return (None, dx if of_x else None, dy if of_y else None, *[None] * (len(ctx.needs_input_grad) - 3))
 
 
 def _setup_second(ctx: Any, inputs: Sequence[Any], output: Any) -> None:
@@ -98,7 +98,7 @@ class _Value(torch.autograd.Function):
         if not cotangent.is_cpu or cotangent != 1:
             unit = [g.mul_(cotangent) for g in unit]
         _, of_x, of_y, *_ = ctx.needs_input_grad
-        return (None, unit[0] if of_x else None, unit[-1] if of_y else None, *[None] * 9)
+        return (None, unit[0] if of_x else None, unit[-1] if of_y else None, *[None] * (len(ctx.needs_input_grad) - 3))
 
 
 eager_value = _Value.apply

@@ -44,7 +44,8 @@ def lent(call: Call) -> Call:
     return Call(  # in half of the time that _replace takes
         call.operation, lend(call.x), lend(call.y), call.space, call.axis, call.reduction,
         None if weights is None else lend(weights), call.temperature, call.return_grad, out, None,
-        call.denominator, call.epsilon, call.dtype, None if cotangent is None else lend(cotangent),
+        call.denominator, call.parameter, call.factor, call.dtype,
+        None if cotangent is None else lend(cotangent),
     )  # fmt: skip
 
 

@@ -1,0 +1,692 @@
+"""The relatives of the divergence: a function each, with the parameters that are its own.
+
+All are sums over the classes of a function of p and q, whose terms are non-negative, and exactly 0 where both agree
+(src/kl_family.h). So no value is negative, whatever is rounded. `divergence.py` says what the other words mean.
+"""
+
+from typing import TYPE_CHECKING, Any, SupportsFloat, SupportsIndex, overload
+
+from klcore.backends import find
+from klcore.operations import (
+    ALPHA_DIV,
+    CHI2_DIV,
+    JS_DIV,
+    MIXED_KL_DIV,
+    SKEW_KL_DIV,
+    SQ_HELLINGER,
+    TV_DIST,
+    Call,
+    Operation,
+)
+from klcore.typing import ArrayT, BothGrads, OneGrad, Plain, ReturnGrad, Total
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack  # in typing from Python 3.11
+
+    from klcore.typing import (
+        AlphaOptions,
+        AlphaTotalOptions,
+        BetaOptions,
+        BetaTotalOptions,
+        ForwardOptions,
+        ForwardTotalOptions,
+        OfNumPy,
+        Options,
+        TotalOptions,
+    )
+
+
+# Parameters next to 0, but not 0: their products with probabilities would leave float32's range.
+_LEAST = 1e-20
+
+
+def _compute(
+    operation: Operation, x: Any, y: Any, words: tuple[Any, ...], parameter: float = 0.0, factor: float = 1.0
+) -> Any:
+    space, axis, reduction, weights, temperature, return_grad, out, device = words
+    return find(x, y, device).compute(
+        Call(
+            operation, x, y, space, axis, reduction, weights, temperature, return_grad, out, device,
+            parameter=parameter, factor=factor,
+        )
+    )  # fmt: skip
+
+
+def _number(value: Any, name: str) -> float:
+    if type(value) is float:
+        return value
+    try:
+        if not hasattr(value, "__float__") and not hasattr(value, "__index__"):  # strings have neither
+            raise TypeError
+        return float(value)
+    except OverflowError:  # an integer that no float holds
+        return float("inf") if value > 0 else -float("inf")
+    except (TypeError, ValueError):
+        raise TypeError(f"{name} must be a number, found one of the type {type(value).__name__}") from None
+
+
+@overload
+def js_div(
+    x: "OfNumPy", y: "OfNumPy", *, reduction: Total, return_grad: None = None, **options: "Unpack[BetaTotalOptions]"
+) -> Any: ...
+@overload
+def js_div(
+    x: "OfNumPy", y: "OfNumPy", *, reduction: Total, return_grad: OneGrad, **options: "Unpack[BetaTotalOptions]"
+) -> tuple[Any, Any]: ...
+@overload
+def js_div(
+    x: "OfNumPy", y: "OfNumPy", *, reduction: Total, return_grad: BothGrads, **options: "Unpack[BetaTotalOptions]"
+) -> tuple[Any, Any, Any]: ...
+@overload
+def js_div(x: Plain, y: Plain, *, return_grad: ReturnGrad | None = None, **options: "Unpack[BetaOptions]") -> Any: ...
+@overload
+def js_div(
+    x: ArrayT | Plain, y: ArrayT | Plain, *, return_grad: None = None, **options: "Unpack[BetaOptions]"
+) -> ArrayT: ...
+@overload
+def js_div(
+    x: ArrayT | Plain, y: ArrayT | Plain, *, return_grad: OneGrad, **options: "Unpack[BetaOptions]"
+) -> tuple[ArrayT, ArrayT]: ...
+@overload
+def js_div(
+    x: ArrayT | Plain, y: ArrayT | Plain, *, return_grad: BothGrads, **options: "Unpack[BetaOptions]"
+) -> tuple[ArrayT, ArrayT, ArrayT]: ...
+@overload
+def js_div(
+    x: ArrayT | Plain, y: ArrayT | Plain, *, return_grad: ReturnGrad | None, **options: "Unpack[BetaOptions]"
+) -> Any: ...
+def js_div(
+    x: Any,
+    y: Any,
+    *,
+    beta: SupportsFloat = 0.5,
+    scaled: bool = False,
+    space: str | tuple[str, str] = "probs",
+    axis: SupportsIndex = -1,
+    reduction: str = "row",
+    weights: Any = None,
+    temperature: SupportsFloat = 1.0,
+    return_grad: str | tuple[str, ...] | None = None,
+    out: Any = None,
+    device: str | None = None,
+) -> Any:
+    """Jensen-Shannon divergence beta KL(x || m) + (1 - beta) KL(y || m), where m = beta x + (1 - beta) y, in nats.
+
+    Parameters
+    ----------
+    x, y : array of shape (..., n, ...)
+        The truth and the model.
+    beta : float
+        The weight of x, between 0 and 1, and at least 1e-20: Lin's, and that of GKD, TRL and Liger-Kernel between
+        these.
+    scaled : bool
+        Divide by ``beta*(1 - beta)``. This is continuous: ``kl_div(x, y)`` at beta=0, ``kl_div(y, x)`` at beta=1.
+    space, axis, reduction, weights, temperature, return_grad, out, device
+        As for :func:`kl_div`.
+
+    Returns
+    -------
+    value, gradients
+        As of :func:`kl_div`. For distributions at most ``-beta*log(beta) - (1 - beta)*log(1 - beta)``, log(2) at 0.5;
+        finite also where one argument excludes what the other allows.
+
+    Raises
+    ------
+    ValueError
+        For a beta outside of the range; and as :func:`kl_div` does.
+
+    See Also
+    --------
+    kl_div : says what the other parameters mean, what is returned, and what raises.
+
+    Notes
+    -----
+    Term: ``beta D(p, m) + (1 - beta) D(q, m)``, with ``D(w, v) = w log(w/v) - w + v``. Domain, per class: x = 0
+    contributes ``-(1 - beta) log(1 - beta) y``, y = 0 ``-beta log(beta) x``; negative numbers and NaN make NaN.
+
+    References
+    ----------
+    .. [1] Lin, J., "Divergence Measures Based on the Shannon Entropy", IEEE Transactions on Information Theory 37
+       (1991).
+
+    Examples
+    --------
+    >>> import klcore
+    >>> print(round(float(klcore.js_div([0.5, 0.5], [0.9, 0.1])), 6))
+    0.101749
+    """
+    beta = _number(beta, "beta")
+    words = space, axis, reduction, weights, temperature, return_grad, out, device
+    if not (0 <= beta <= 1 if scaled else 0 < beta < 1):
+        if not scaled and beta in (0, 1):
+            pair = "x, y" if beta == 0 else "y, x"
+            raise ValueError(
+                f"beta={beta:g} is the limit 0 of the Jensen-Shannon divergence; TRL and Liger-Kernel mean "
+                f"kl_div({pair}) by it, which scaled=True gives as well"
+            )
+        raise ValueError(f"beta must be in {'[0, 1]' if scaled else '(0, 1)'}; found {beta!r}")
+    if 0 < beta < _LEAST:
+        raise ValueError(f"beta must be 0 with scaled=True, or at least {_LEAST:g}; found {beta!r}")
+    if not scaled:
+        return _compute(JS_DIV, x, y, words, beta)
+    if beta in (0, 1):
+        return _compute(MIXED_KL_DIV, x, y, words, 1 - beta)
+    return _compute(JS_DIV, x, y, words, beta, 1 / (beta * (1 - beta)))
+
+
+@overload
+def mixed_kl_div(
+    x: "OfNumPy", y: "OfNumPy", *, reduction: Total, return_grad: None = None, **options: "Unpack[ForwardTotalOptions]"
+) -> Any: ...
+@overload
+def mixed_kl_div(
+    x: "OfNumPy", y: "OfNumPy", *, reduction: Total, return_grad: OneGrad, **options: "Unpack[ForwardTotalOptions]"
+) -> tuple[Any, Any]: ...
+@overload
+def mixed_kl_div(
+    x: "OfNumPy", y: "OfNumPy", *, reduction: Total, return_grad: BothGrads, **options: "Unpack[ForwardTotalOptions]"
+) -> tuple[Any, Any, Any]: ...
+@overload
+def mixed_kl_div(
+    x: Plain, y: Plain, *, return_grad: ReturnGrad | None = None, **options: "Unpack[ForwardOptions]"
+) -> Any: ...
+@overload
+def mixed_kl_div(
+    x: ArrayT | Plain, y: ArrayT | Plain, *, return_grad: None = None, **options: "Unpack[ForwardOptions]"
+) -> ArrayT: ...
+@overload
+def mixed_kl_div(
+    x: ArrayT | Plain, y: ArrayT | Plain, *, return_grad: OneGrad, **options: "Unpack[ForwardOptions]"
+) -> tuple[ArrayT, ArrayT]: ...
+@overload
+def mixed_kl_div(
+    x: ArrayT | Plain, y: ArrayT | Plain, *, return_grad: BothGrads, **options: "Unpack[ForwardOptions]"
+) -> tuple[ArrayT, ArrayT, ArrayT]: ...
+@overload
+def mixed_kl_div(
+    x: ArrayT | Plain, y: ArrayT | Plain, *, return_grad: ReturnGrad | None, **options: "Unpack[ForwardOptions]"
+) -> Any: ...
+def mixed_kl_div(
+    x: Any,
+    y: Any,
+    *,
+    forward: SupportsFloat = 0.5,
+    space: str | tuple[str, str] = "probs",
+    axis: SupportsIndex = -1,
+    reduction: str = "row",
+    weights: Any = None,
+    temperature: SupportsFloat = 1.0,
+    return_grad: str | tuple[str, ...] | None = None,
+    out: Any = None,
+    device: str | None = None,
+) -> Any:
+    """Forward and reverse divergence, forward KL(x || y) + (1 - forward) KL(y || x), in nats.
+
+    Twice that at 0.5 is Jeffreys' divergence.
+
+    Parameters
+    ----------
+    x, y : array of shape (..., n, ...)
+        The truth and the model.
+    forward : float
+        The weight of KL(x || y), from 0 to 1. NeMo's ``mixed_kl_weight``, torchtune's ``sym_kd_ratio``.
+    space, axis, reduction, weights, temperature, return_grad, out, device
+        As for :func:`kl_div`.
+
+    Returns
+    -------
+    value, gradients
+        As of :func:`kl_div`.
+
+    Raises
+    ------
+    ValueError
+        For a weight outside of the range; and as :func:`kl_div` does.
+
+    See Also
+    --------
+    kl_div : says what the other parameters mean, what is returned, and what raises.
+
+    Notes
+    -----
+    Domain, per class: where one argument is 0 and the other is not, +inf, unless the weight of the divergence that is
+    infinite there is 0; negative numbers and NaN make NaN.
+
+    References
+    ----------
+    .. [1] Jeffreys, H., "An Invariant Form for the Prior Probability in Estimation Problems", Proceedings of the Royal
+       Society A 186 (1946).
+
+    Examples
+    --------
+    >>> import klcore
+    >>> print(round(float(klcore.mixed_kl_div([0.5, 0.5], [0.9, 0.1])), 6))
+    0.439445
+    """
+    forward = _number(forward, "forward")
+    if not 0 <= forward <= 1:
+        raise ValueError(f"forward must be in [0, 1]; found {forward!r}")
+    words = space, axis, reduction, weights, temperature, return_grad, out, device
+    return _compute(MIXED_KL_DIV, x, y, words, forward)
+
+
+@overload
+def skew_kl_div(
+    x: "OfNumPy", y: "OfNumPy", *, reduction: Total, return_grad: None = None, **options: "Unpack[AlphaTotalOptions]"
+) -> Any: ...
+@overload
+def skew_kl_div(
+    x: "OfNumPy", y: "OfNumPy", *, reduction: Total, return_grad: OneGrad, **options: "Unpack[AlphaTotalOptions]"
+) -> tuple[Any, Any]: ...
+@overload
+def skew_kl_div(
+    x: "OfNumPy", y: "OfNumPy", *, reduction: Total, return_grad: BothGrads, **options: "Unpack[AlphaTotalOptions]"
+) -> tuple[Any, Any, Any]: ...
+@overload
+def skew_kl_div(
+    x: Plain, y: Plain, *, return_grad: ReturnGrad | None = None, **options: "Unpack[AlphaOptions]"
+) -> Any: ...
+@overload
+def skew_kl_div(
+    x: ArrayT | Plain, y: ArrayT | Plain, *, return_grad: None = None, **options: "Unpack[AlphaOptions]"
+) -> ArrayT: ...
+@overload
+def skew_kl_div(
+    x: ArrayT | Plain, y: ArrayT | Plain, *, return_grad: OneGrad, **options: "Unpack[AlphaOptions]"
+) -> tuple[ArrayT, ArrayT]: ...
+@overload
+def skew_kl_div(
+    x: ArrayT | Plain, y: ArrayT | Plain, *, return_grad: BothGrads, **options: "Unpack[AlphaOptions]"
+) -> tuple[ArrayT, ArrayT, ArrayT]: ...
+@overload
+def skew_kl_div(
+    x: ArrayT | Plain, y: ArrayT | Plain, *, return_grad: ReturnGrad | None, **options: "Unpack[AlphaOptions]"
+) -> Any: ...
+def skew_kl_div(
+    x: Any,
+    y: Any,
+    *,
+    alpha: SupportsFloat = 0.1,
+    space: str | tuple[str, str] = "probs",
+    axis: SupportsIndex = -1,
+    reduction: str = "row",
+    weights: Any = None,
+    temperature: SupportsFloat = 1.0,
+    return_grad: str | tuple[str, ...] | None = None,
+    out: Any = None,
+    device: str | None = None,
+) -> Any:
+    """Skew divergence KL(x || m), where m = alpha x + (1 - alpha) y, in nats.
+
+    Parameters
+    ----------
+    x, y : array of shape (..., n, ...)
+        The truth and the model.
+    alpha : float
+        The weight of x in m, from 0, which is ``kl_div(x, y)``, to below 1. DistiLLM's reverse one is
+        ``skew_kl_div(y, x)``.
+    space, axis, reduction, weights, temperature, return_grad, out, device
+        As for :func:`kl_div`.
+
+    Returns
+    -------
+    value, gradients
+        As of :func:`kl_div`. For distributions at most ``-log(alpha)``.
+
+    Raises
+    ------
+    ValueError
+        For an alpha outside of the range; and as :func:`kl_div` does.
+
+    See Also
+    --------
+    kl_div : says what the other parameters mean, what is returned, and what raises.
+
+    Notes
+    -----
+    Domain, per class: x = 0 contributes ``(1 - alpha) y``, y = 0 ``(alpha - 1 - log(alpha)) x``; negative numbers and
+    NaN make NaN.
+
+    References
+    ----------
+    .. [1] Lee, L., "On the Effectiveness of the Skew Divergence for Statistical Language Analysis", AISTATS (2001).
+    .. [2] Ko, J., et al., "DistiLLM: Towards Streamlined Distillation for Large Language Models", ICML (2024).
+
+    Examples
+    --------
+    >>> import klcore
+    >>> print(round(float(klcore.skew_kl_div([0.5, 0.5], [0.9, 0.1])), 6))
+    0.365321
+    """
+    alpha = _number(alpha, "alpha")
+    if not 0 <= alpha < 1:
+        raise ValueError(f"alpha must be in [0, 1); found {alpha!r}")
+    if 0 < alpha < _LEAST:
+        raise ValueError(f"alpha must be 0, or at least {_LEAST:g}; found {alpha!r}")
+    words = space, axis, reduction, weights, temperature, return_grad, out, device
+    if alpha == 0:
+        return _compute(MIXED_KL_DIV, x, y, words, 1.0)
+    return _compute(SKEW_KL_DIV, x, y, words, alpha)
+
+
+@overload
+def alpha_div(
+    x: "OfNumPy", y: "OfNumPy", *, reduction: Total, return_grad: None = None, **options: "Unpack[AlphaTotalOptions]"
+) -> Any: ...
+@overload
+def alpha_div(
+    x: "OfNumPy", y: "OfNumPy", *, reduction: Total, return_grad: OneGrad, **options: "Unpack[AlphaTotalOptions]"
+) -> tuple[Any, Any]: ...
+@overload
+def alpha_div(
+    x: "OfNumPy", y: "OfNumPy", *, reduction: Total, return_grad: BothGrads, **options: "Unpack[AlphaTotalOptions]"
+) -> tuple[Any, Any, Any]: ...
+@overload
+def alpha_div(
+    x: Plain, y: Plain, *, return_grad: ReturnGrad | None = None, **options: "Unpack[AlphaOptions]"
+) -> Any: ...
+@overload
+def alpha_div(
+    x: ArrayT | Plain, y: ArrayT | Plain, *, return_grad: None = None, **options: "Unpack[AlphaOptions]"
+) -> ArrayT: ...
+@overload
+def alpha_div(
+    x: ArrayT | Plain, y: ArrayT | Plain, *, return_grad: OneGrad, **options: "Unpack[AlphaOptions]"
+) -> tuple[ArrayT, ArrayT]: ...
+@overload
+def alpha_div(
+    x: ArrayT | Plain, y: ArrayT | Plain, *, return_grad: BothGrads, **options: "Unpack[AlphaOptions]"
+) -> tuple[ArrayT, ArrayT, ArrayT]: ...
+@overload
+def alpha_div(
+    x: ArrayT | Plain, y: ArrayT | Plain, *, return_grad: ReturnGrad | None, **options: "Unpack[AlphaOptions]"
+) -> Any: ...
+def alpha_div(
+    x: Any,
+    y: Any,
+    *,
+    alpha: SupportsFloat = 0.5,
+    space: str | tuple[str, str] = "probs",
+    axis: SupportsIndex = -1,
+    reduction: str = "row",
+    weights: Any = None,
+    temperature: SupportsFloat = 1.0,
+    return_grad: str | tuple[str, ...] | None = None,
+    out: Any = None,
+    device: str | None = None,
+) -> Any:
+    """Alpha divergence (sum(x**alpha * y**(1 - alpha)) - 1)/(alpha*(alpha - 1)), Amari's and Cressie and Read's.
+
+    KL(x || y) at alpha=1 and KL(y || x) at alpha=0, continuously; 4 times :func:`sq_hellinger` at 0.5, half of
+    :func:`chi2_div` at 2. Tsallis' relative entropy is alpha times this.
+
+    Parameters
+    ----------
+    x, y : array of shape (..., n, ...)
+        The truth and the model.
+    alpha : float
+        Any number, of magnitude 1e-20 to 1e20 if it is not 0.
+    space, axis, reduction, weights, temperature, return_grad, out, device
+        As for :func:`kl_div`.
+
+    Returns
+    -------
+    value, gradients
+        As of :func:`kl_div`. For distributions and 0 < alpha < 1 at most ``1/(alpha*(1 - alpha))``.
+
+    Raises
+    ------
+    ValueError
+        For an alpha that is not finite; and as :func:`kl_div` does.
+
+    See Also
+    --------
+    kl_div : says what the other parameters mean, what is returned, and what raises.
+
+    Notes
+    -----
+    Of numbers that are no distributions the sum of ``(p**a q**(1-a) - a p - (1-a) q)/(a (a-1))`` is taken, which is
+    never negative. Domain, per class: x = 0 contributes ``y/alpha``, +inf for alpha <= 0; y = 0 ``x/(1 - alpha)``,
+    +inf for alpha >= 1; negative numbers and NaN make NaN.
+
+    References
+    ----------
+    .. [1] Cressie, N., and Read, T. R. C., "Multinomial Goodness-of-Fit Tests", Journal of the Royal Statistical
+       Society B 46 (1984).
+    .. [2] Amari, S., "Differential-Geometrical Methods in Statistics", Springer (1985).
+
+    Examples
+    --------
+    >>> import klcore
+    >>> print(round(float(klcore.alpha_div([0.5, 0.5], [0.9, 0.1])), 6))
+    0.422291
+    """
+    alpha = _number(alpha, "alpha")
+    if not (alpha == 0 or _LEAST <= abs(alpha) <= 1 / _LEAST):
+        raise ValueError(f"alpha must be 0, or a number of magnitude {_LEAST:g} to {1 / _LEAST:g}; found {alpha!r}")
+    words = space, axis, reduction, weights, temperature, return_grad, out, device
+    return _compute(ALPHA_DIV, x, y, words, alpha)
+
+
+@overload
+def tv_dist(
+    x: "OfNumPy", y: "OfNumPy", *, reduction: Total, return_grad: None = None, **options: "Unpack[TotalOptions]"
+) -> Any: ...
+@overload
+def tv_dist(
+    x: "OfNumPy", y: "OfNumPy", *, reduction: Total, return_grad: OneGrad, **options: "Unpack[TotalOptions]"
+) -> tuple[Any, Any]: ...
+@overload
+def tv_dist(
+    x: "OfNumPy", y: "OfNumPy", *, reduction: Total, return_grad: BothGrads, **options: "Unpack[TotalOptions]"
+) -> tuple[Any, Any, Any]: ...
+@overload
+def tv_dist(x: Plain, y: Plain, *, return_grad: ReturnGrad | None = None, **options: "Unpack[Options]") -> Any: ...
+@overload
+def tv_dist(
+    x: ArrayT | Plain, y: ArrayT | Plain, *, return_grad: None = None, **options: "Unpack[Options]"
+) -> ArrayT: ...
+@overload
+def tv_dist(
+    x: ArrayT | Plain, y: ArrayT | Plain, *, return_grad: OneGrad, **options: "Unpack[Options]"
+) -> tuple[ArrayT, ArrayT]: ...
+@overload
+def tv_dist(
+    x: ArrayT | Plain, y: ArrayT | Plain, *, return_grad: BothGrads, **options: "Unpack[Options]"
+) -> tuple[ArrayT, ArrayT, ArrayT]: ...
+@overload
+def tv_dist(
+    x: ArrayT | Plain, y: ArrayT | Plain, *, return_grad: ReturnGrad | None, **options: "Unpack[Options]"
+) -> Any: ...
+def tv_dist(
+    x: Any,
+    y: Any,
+    *,
+    space: str | tuple[str, str] = "probs",
+    axis: SupportsIndex = -1,
+    reduction: str = "row",
+    weights: Any = None,
+    temperature: SupportsFloat = 1.0,
+    return_grad: str | tuple[str, ...] | None = None,
+    out: Any = None,
+    device: str | None = None,
+) -> Any:
+    """Total variation distance sum(abs(x - y))/2.
+
+    Of a draft model and its target, 1 less this is the rate at which speculative decoding accepts.
+
+    Parameters
+    ----------
+    x, y : array of shape (..., n, ...)
+        The truth and the model.
+    space, axis, reduction, weights, temperature, return_grad, out, device
+        As for :func:`kl_div`.
+
+    Returns
+    -------
+    value, gradients
+        As of :func:`kl_div`. For distributions at most 1. The derivative of a term is 0 where both agree.
+
+    See Also
+    --------
+    kl_div : says what the other parameters mean, what is returned, and what raises.
+
+    Examples
+    --------
+    >>> import klcore
+    >>> print(round(float(klcore.tv_dist([0.5, 0.5], [0.9, 0.1])), 6))
+    0.4
+    """
+    words = space, axis, reduction, weights, temperature, return_grad, out, device
+    return _compute(TV_DIST, x, y, words)
+
+
+@overload
+def sq_hellinger(
+    x: "OfNumPy", y: "OfNumPy", *, reduction: Total, return_grad: None = None, **options: "Unpack[TotalOptions]"
+) -> Any: ...
+@overload
+def sq_hellinger(
+    x: "OfNumPy", y: "OfNumPy", *, reduction: Total, return_grad: OneGrad, **options: "Unpack[TotalOptions]"
+) -> tuple[Any, Any]: ...
+@overload
+def sq_hellinger(
+    x: "OfNumPy", y: "OfNumPy", *, reduction: Total, return_grad: BothGrads, **options: "Unpack[TotalOptions]"
+) -> tuple[Any, Any, Any]: ...
+@overload
+def sq_hellinger(x: Plain, y: Plain, *, return_grad: ReturnGrad | None = None, **options: "Unpack[Options]") -> Any: ...
+@overload
+def sq_hellinger(
+    x: ArrayT | Plain, y: ArrayT | Plain, *, return_grad: None = None, **options: "Unpack[Options]"
+) -> ArrayT: ...
+@overload
+def sq_hellinger(
+    x: ArrayT | Plain, y: ArrayT | Plain, *, return_grad: OneGrad, **options: "Unpack[Options]"
+) -> tuple[ArrayT, ArrayT]: ...
+@overload
+def sq_hellinger(
+    x: ArrayT | Plain, y: ArrayT | Plain, *, return_grad: BothGrads, **options: "Unpack[Options]"
+) -> tuple[ArrayT, ArrayT, ArrayT]: ...
+@overload
+def sq_hellinger(
+    x: ArrayT | Plain, y: ArrayT | Plain, *, return_grad: ReturnGrad | None, **options: "Unpack[Options]"
+) -> Any: ...
+def sq_hellinger(
+    x: Any,
+    y: Any,
+    *,
+    space: str | tuple[str, str] = "probs",
+    axis: SupportsIndex = -1,
+    reduction: str = "row",
+    weights: Any = None,
+    temperature: SupportsFloat = 1.0,
+    return_grad: str | tuple[str, ...] | None = None,
+    out: Any = None,
+    device: str | None = None,
+) -> Any:
+    """Squared Hellinger distance sum((sqrt(x) - sqrt(y))**2)/2, which is 1 - sum(sqrt(x*y)) for distributions.
+
+    Parameters
+    ----------
+    x, y : array of shape (..., n, ...)
+        The truth and the model.
+    space, axis, reduction, weights, temperature, return_grad, out, device
+        As for :func:`kl_div`.
+
+    Returns
+    -------
+    value, gradients
+        As of :func:`kl_div`. For distributions at most 1, and never more than :func:`tv_dist`.
+
+    See Also
+    --------
+    kl_div : says what the other parameters mean, what is returned, and what raises.
+
+    Examples
+    --------
+    >>> import klcore
+    >>> print(round(float(klcore.sq_hellinger([0.5, 0.5], [0.9, 0.1])), 6))
+    0.105573
+    """
+    words = space, axis, reduction, weights, temperature, return_grad, out, device
+    return _compute(SQ_HELLINGER, x, y, words)
+
+
+@overload
+def chi2_div(
+    x: "OfNumPy", y: "OfNumPy", *, reduction: Total, return_grad: None = None, **options: "Unpack[TotalOptions]"
+) -> Any: ...
+@overload
+def chi2_div(
+    x: "OfNumPy", y: "OfNumPy", *, reduction: Total, return_grad: OneGrad, **options: "Unpack[TotalOptions]"
+) -> tuple[Any, Any]: ...
+@overload
+def chi2_div(
+    x: "OfNumPy", y: "OfNumPy", *, reduction: Total, return_grad: BothGrads, **options: "Unpack[TotalOptions]"
+) -> tuple[Any, Any, Any]: ...
+@overload
+def chi2_div(x: Plain, y: Plain, *, return_grad: ReturnGrad | None = None, **options: "Unpack[Options]") -> Any: ...
+@overload
+def chi2_div(
+    x: ArrayT | Plain, y: ArrayT | Plain, *, return_grad: None = None, **options: "Unpack[Options]"
+) -> ArrayT: ...
+@overload
+def chi2_div(
+    x: ArrayT | Plain, y: ArrayT | Plain, *, return_grad: OneGrad, **options: "Unpack[Options]"
+) -> tuple[ArrayT, ArrayT]: ...
+@overload
+def chi2_div(
+    x: ArrayT | Plain, y: ArrayT | Plain, *, return_grad: BothGrads, **options: "Unpack[Options]"
+) -> tuple[ArrayT, ArrayT, ArrayT]: ...
+@overload
+def chi2_div(
+    x: ArrayT | Plain, y: ArrayT | Plain, *, return_grad: ReturnGrad | None, **options: "Unpack[Options]"
+) -> Any: ...
+def chi2_div(
+    x: Any,
+    y: Any,
+    *,
+    space: str | tuple[str, str] = "probs",
+    axis: SupportsIndex = -1,
+    reduction: str = "row",
+    weights: Any = None,
+    temperature: SupportsFloat = 1.0,
+    return_grad: str | tuple[str, ...] | None = None,
+    out: Any = None,
+    device: str | None = None,
+) -> Any:
+    """Pearson's chi-squared divergence sum((x - y)**2 / y): y is the model.
+
+    Parameters
+    ----------
+    x, y : array of shape (..., n, ...)
+        The truth and the model.
+    space, axis, reduction, weights, temperature, return_grad, out, device
+        As for :func:`kl_div`.
+
+    Returns
+    -------
+    value, gradients
+        As of :func:`kl_div`.
+
+    See Also
+    --------
+    kl_div : says what the other parameters mean, what is returned, and what raises.
+
+    Notes
+    -----
+    Domain, per class: x = 0 contributes y; x > 0 with y = 0 makes +inf; negative numbers and NaN make NaN.
+
+    References
+    ----------
+    .. [1] Pearson, K., "On the Criterion that a Given System of Deviations from the Probable ...", Philosophical
+       Magazine 50 (1900).
+
+    Examples
+    --------
+    >>> import klcore
+    >>> print(round(float(klcore.chi2_div([0.5, 0.5], [0.9, 0.1])), 6))
+    1.777778
+    """
+    words = space, axis, reduction, weights, temperature, return_grad, out, device
+    return _compute(CHI2_DIV, x, y, words)

@@ -1,0 +1,357 @@
+// The relatives of the Kullback-Leibler divergence: Jensen-Shannon's, total variation and others, as terms, and as rows of
+// logits. Shared by the CPU and the GPU, as kl_math.h and kl_logits.h are, whose functions they are made of. Each is a sum
+// over classes of a function of p and q that is homogeneous, of degree one: so it is without a row's other classes, and its
+// derivatives depend on q/p alone. No term is formed as a difference of what nearly agrees. Derived in docs/maths.md.
+#pragma once
+
+#include "kl_logits.h"
+
+namespace kl {
+
+// ---- what a class is to them -------------------------------------------------------------------------------------------
+// d = q - p and t = log q - log p are known better than p and q tell. Where one of these is an exact zero, t is infinite; for
+// two it is 0, and the class counts nothing.
+template <typename T> struct Class { T p, q, d, t; };
+
+// The same of log_ratio in kl_math.h for y = x + d, and of zeros: log(y/x), and x log(x/y) - x + y
+template <typename T> KL_FN LogRatio<T> log_ratio(T x, T y, T d) {
+  typedef Real<T> R;
+  Ratio<T> q = ratio(x, y);
+  T same = x < R::tiny ? d * R::up : d;      // as `from` and `to` are scaled
+  same = x >= R::huge ? d * R::down : same;
+  bool near = absolute(same) <= T(0.25) * q.from;   // else y is not so much rounded that it would matter
+  T to = near ? q.from + same : q.to, k = near ? T(0) : q.k;
+  T e = k == T(0) ? same : to - q.from, s = e / (to + q.from), t = atanh_tail(s * s);
+  T value = fma(k, R::ln2, fma(s, t, s + s)), at_hand = s * fma(-q.from, t, e);
+  at_hand = x < R::tiny ? at_hand * R::down : at_hand;
+  at_hand = x >= R::huge ? at_hand * R::up : at_hand;
+  T deviance = k == T(0) ? at_hand : fma(-x, value, d);
+  value = y == T(0) ? -infinity<T>() : value;
+  deviance = y == T(0) ? infinity<T>() : deviance;
+  value = x == T(0) ? infinity<T>() : value;
+  deviance = x == T(0) ? y : deviance;
+  value = x + y == T(0) ? T(0) : value;
+  return {d == d ? value : d, d == d ? deviance : d};
+}
+
+// m (e^z - 1) and m (e^z - 1 - z), wherever these are in range; 0 for m = 0
+template <typename T> KL_FN T times_expm1(T m, T z) {
+  T far = times_exp(m, z) - m, near = m * expm1(z);
+  return m == T(0) ? T(0) : z > Real<T>::far ? far : near;
+}
+template <typename T> KL_FN T times_growth(T m, T z) {
+  T in_range = z > Real<T>::far ? T(0) : z, far = (times_exp(m, z) - m) - m * z, near = m * expm1_minus(in_range);
+  return m == T(0) ? T(0) : z > Real<T>::far ? far : near;
+}
+// p (e^t - 1 - t): the divergence's own term
+template <typename T> KL_FN T deviance_of(T p, T q, T t) {
+  T far = (q - p) - p * t, near = p * expm1_minus(t > Real<T>::far ? T(0) : t), v = t > Real<T>::far ? far : near;
+  v = t < -Real<T>::huge ? infinity<T>() : v;   // excluded by q,
+  return t > Real<T>::huge ? q : v;             // by p
+}
+
+// ---- the members ---------------------------------------------------------------------------------------------------------
+// value, and its derivatives: by the probabilities, dp and dq, and by their logarithms, da and db. `k` is the member's
+// parameter. `takes_gap`: t is used. `saturates`: where p is nothing beside q, dq tends to a limit, and dp where q is; dp_far and
+// dq_far are what is left of these, and p_limit and q_limit the limits.
+template <int OP> struct Member;
+
+// k p + (1 - k) q, which for 0 < k < 1 is not 0 unless p and q are
+template <typename T> KL_FN T middle(const Class<T>& c, double k) {
+  T m = fma((T)k, c.p, (T)(1 - k) * c.q), least = k > 0 ? real((typename Real<T>::Bits)1) : T(0);
+  least = c.p + c.q > T(0) ? least : T(0);
+  return m < least ? least : m;
+}
+template <typename T> KL_FN T unless_zero(T p, T d) { return p == T(0) ? T(0) : d; }   // p d, where d may be infinite
+
+// b KL(p || m) + (1 - b) KL(q || m), m = b p + (1 - b) q
+template <> struct Member<JS_DIV> {
+  static constexpr bool takes_gap = false, saturates = true;
+  template <typename T> static KL_FN LogRatio<T> of_p(const Class<T>& c, double k) {
+    return log_ratio(c.p, middle(c, k), (T)(1 - k) * c.d);
+  }
+  template <typename T> static KL_FN LogRatio<T> of_q(const Class<T>& c, double k) {
+    return log_ratio(c.q, middle(c, k), -(T)k * c.d);
+  }
+  template <typename T> static KL_FN T value(const Class<T>& c, double k) {
+    return fma((T)k, of_p(c, k).deviance, (T)(1 - k) * of_q(c, k).deviance);
+  }
+  template <typename T> static KL_FN T dp(const Class<T>& c, double k) { return T(0) - (T)k * of_p(c, k).value; }
+  template <typename T> static KL_FN T dq(const Class<T>& c, double k) { return T(0) - (T)(1 - k) * of_q(c, k).value; }
+  template <typename T> static KL_FN T da(const Class<T>& c, double k) { return unless_zero(c.p, c.p * dp(c, k)); }
+  template <typename T> static KL_FN T db(const Class<T>& c, double k) { return unless_zero(c.q, c.q * dq(c, k)); }
+  template <typename T> static KL_FN T dp_far(const Class<T>& c, double k) {
+    T b = (T)k, rest = (T)(1 - k);
+    return -b * log_ratio(b * c.p, middle(c, k), rest * c.q).value;
+  }
+  template <typename T> static KL_FN T dq_far(const Class<T>& c, double k) {
+    T b = (T)k, rest = (T)(1 - k);
+    return -rest * log_ratio(rest * c.q, middle(c, k), b * c.p).value;
+  }
+  static KL_FN double p_limit(double k) { return -k * log(k); }
+  static KL_FN double q_limit(double k) { return p_limit(1 - k); }
+};
+
+// KL(p || m), m = a p + (1 - a) q, for a > 0
+template <> struct Member<SKEW_KL_DIV> {
+  static constexpr bool takes_gap = false, saturates = true;
+  template <typename T> static KL_FN T apart(const Class<T>& c, double k) { return (T)(1 - k) * c.d; }   // m - p
+  template <typename T> static KL_FN T over_middle(T d, const Class<T>& c, double k) {
+    T s = d / middle(c, k);
+    return d == T(0) ? T(0) : s;
+  }
+  template <typename T> static KL_FN T value(const Class<T>& c, double k) {
+    return log_ratio(c.p, middle(c, k), apart(c, k)).deviance;
+  }
+  // a (m - p)/m - log(m/p), which cancels where a is near 1, but for what log(m/p) is more than (m - p)/m
+  template <typename T> static KL_FN T dp(const Class<T>& c, double k) {
+    T more = log_ratio(middle(c, k), c.p, -apart(c, k)).deviance;
+    return T(0) - fma((T)(1 - k), over_middle(apart(c, k), c, k), over_middle(more, c, k));
+  }
+  template <typename T> static KL_FN T dq(const Class<T>& c, double k) { return (T)(1 - k) * over_middle(apart(c, k), c, k); }
+  template <typename T> static KL_FN T da(const Class<T>& c, double k) { return unless_zero(c.p, c.p * dp(c, k)); }
+  template <typename T> static KL_FN T db(const Class<T>& c, double k) { return c.q * dq(c, k); }
+  template <typename T> static KL_FN T dp_far(const Class<T>& c, double k) {
+    T of_q = (T)(1 - k) * c.q;
+    return over_middle(of_q, c, k) - log_ratio((T)k * c.p, middle(c, k), of_q).value;
+  }
+  template <typename T> static KL_FN T dq_far(const Class<T>& c, double k) { return (T)(k - 1) * over_middle(c.p, c, k); }
+  static KL_FN double p_limit(double k) { return (k - 1) - log(k); }
+  static KL_FN double q_limit(double k) { return 1 - k; }
+};
+
+// w KL(p || q) + (1 - w) KL(q || p)
+template <> struct Member<MIXED_KL_DIV> {
+  static constexpr bool takes_gap = true, saturates = false;
+  template <typename T> static KL_FN T mix(double k, T forward, T backward) {   // 0 times infinity is nothing here
+    T v = fma((T)k, forward, (T)(1 - k) * backward);
+    v = k == 0 ? backward : v;
+    return k == 1 ? forward : v;
+  }
+  template <typename T> static KL_FN T value(const Class<T>& c, double k) {
+    return mix(k, deviance_of(c.p, c.q, c.t), deviance_of(c.q, c.p, -c.t));
+  }
+  template <typename T> static KL_FN T dp(const Class<T>& c, double k) { return mix(k, -c.t, T(0) - expm1(c.t)); }
+  template <typename T> static KL_FN T dq(const Class<T>& c, double k) { return mix(k, T(0) - expm1(-c.t), c.t); }
+  template <typename T> static KL_FN T da(const Class<T>& c, double k) { return mix(k, unless_zero(c.p, -c.p * c.t), -c.d); }
+  template <typename T> static KL_FN T db(const Class<T>& c, double k) { return mix(k, c.d, unless_zero(c.q, c.q * c.t)); }
+};
+
+// |p - q|/2
+template <> struct Member<TV_DIST> {
+  static constexpr bool takes_gap = false, saturates = false;
+  template <typename T> static KL_FN T value(const Class<T>& c, double) { return T(0.5) * absolute(c.d); }
+  template <typename T> static KL_FN T dp(const Class<T>& c, double k) { return T(0) - dq(c, k); }
+  template <typename T> static KL_FN T dq(const Class<T>& c, double) {
+    T s = c.d > T(0) ? T(0.5) : T(0);
+    s = c.d < T(0) ? T(-0.5) : s;
+    return c.d == c.d ? s : c.d;
+  }
+  template <typename T> static KL_FN T da(const Class<T>& c, double k) { return c.p * dp(c, k); }
+  template <typename T> static KL_FN T db(const Class<T>& c, double k) { return c.q * dq(c, k); }
+};
+
+// (sqrt p - sqrt q)^2/2
+template <> struct Member<SQ_HELLINGER> {
+  static constexpr bool takes_gap = false, saturates = true;
+  template <typename T> static KL_FN T apart(const Class<T>& c) {   // sqrt q - sqrt p
+    T s = c.d / (sqrt(c.p) + sqrt(c.q));
+    return c.d == T(0) ? T(0) : s;
+  }
+  template <typename T> static KL_FN T half(T d, T root) {
+    T s = T(0.5) * (d / root);
+    return d == T(0) ? T(0) : s;
+  }
+  template <typename T> static KL_FN T value(const Class<T>& c, double) {
+    T d = apart(c);
+    return (T(0.5) * d) * d;
+  }
+  template <typename T> static KL_FN T dp(const Class<T>& c, double) { return half(-apart(c), sqrt(c.p)); }
+  template <typename T> static KL_FN T dq(const Class<T>& c, double) { return half(apart(c), sqrt(c.q)); }
+  template <typename T> static KL_FN T da(const Class<T>& c, double) { return (T(-0.5) * apart(c)) * sqrt(c.p); }
+  template <typename T> static KL_FN T db(const Class<T>& c, double) { return (T(0.5) * apart(c)) * sqrt(c.q); }
+  template <typename T> static KL_FN T rest(T p, T q) {
+    T s = T(-0.5) * (sqrt(p) / sqrt(q));
+    return p == T(0) ? T(0) : s;
+  }
+  template <typename T> static KL_FN T dp_far(const Class<T>& c, double) { return rest(c.q, c.p); }
+  template <typename T> static KL_FN T dq_far(const Class<T>& c, double) { return rest(c.p, c.q); }
+  static KL_FN double p_limit(double) { return 0.5; }
+  static KL_FN double q_limit(double) { return 0.5; }
+};
+
+// (p - q)^2/q
+template <> struct Member<CHI2_DIV> {
+  static constexpr bool takes_gap = false, saturates = false;
+  template <typename T> static KL_FN T share(const Class<T>& c) {   // (q - p)/q; by t where q may be out of range
+    T by_t = T(0) - expm1(-c.t), s = c.t == T(0) ? c.d / c.q : by_t;
+    return c.d == T(0) ? T(0) : s;
+  }
+  template <typename T> static KL_FN T value(const Class<T>& c, double) {
+    T e = expm1(c.t), far = times_exp(c.p, -c.t) * (e * e), near = c.d * share(c);
+    near = c.t < T(-1) ? far : near;
+    return c.t < -Real<T>::huge ? infinity<T>() : near;
+  }
+  template <typename T> static KL_FN T dp(const Class<T>& c, double) { return T(-2) * share(c); }
+  template <typename T> static KL_FN T dq(const Class<T>& c, double) {
+    T s = share(c);
+    return s * (T(2) - s);
+  }
+  template <typename T> static KL_FN T da(const Class<T>& c, double) { return T(2) * times_expm1(c.p, -c.t); }
+  template <typename T> static KL_FN T db(const Class<T>& c, double) { return c.d - times_expm1(c.p, -c.t); }
+};
+
+// (p^a q^(1-a) - a p - (1 - a) q)/(a (a - 1)), and its limits, KL(p || q) at a = 1 and KL(q || p) at 0. By l = 1 - a <= 1/2:
+// beyond, with p and q exchanged.
+template <> struct Member<ALPHA_DIV> {
+  static constexpr bool takes_gap = true, saturates = true;
+  template <typename T> static KL_FN T above(const Class<T>& c, T t, T l) {   // for l > 0, times 1 - l
+    T small = absolute(t) <= T(1) ? t : T(0), near = c.p * (expm1_minus(small) - expm1_minus(l * small) / l);
+    T far = c.d - times_expm1(c.p, l * t) / l, v = absolute(t) <= T(1) ? near : far;
+    return c.t < -Real<T>::huge ? c.p / l * (T(1) - l) : v;
+  }
+  template <typename T> static KL_FN T below(const Class<T>& c, T t, T l) {   // for l <= 0
+    T over = l < T(0) ? T(-1) / l : T(0), v = times_growth(c.p * over, l * t) + deviance_of(c.p, c.q, t);
+    return c.t < -Real<T>::huge ? infinity<T>() : v;
+  }
+  template <bool TURNED, bool ABOVE, typename T> static KL_FN T value_in(const Class<T>& c, double k) {
+    Class<T> of = {TURNED ? c.q : c.p, TURNED ? c.p : c.q, TURNED ? -c.d : c.d, TURNED ? -c.t : c.t};
+    T l = (T)(TURNED ? k : 1 - k), rest = (T)(TURNED ? 1 - k : k), t = absolute(of.t) < Real<T>::huge ? of.t : T(0), v;
+    if constexpr (ABOVE) v = above(of, t, l);
+    else v = below(of, t, l);
+    v = of.t > Real<T>::huge ? of.q : v;
+    return v / rest;
+  }
+  template <typename T> static KL_FN T value(const Class<T>& c, double k) {
+    if (k < 0.5) return k > 0 ? value_in<true, true>(c, k) : value_in<true, false>(c, k);
+    return k < 1 ? value_in<false, true>(c, k) : value_in<false, false>(c, k);
+  }
+  template <typename T> static KL_FN T slope(T t, T l) {   // -(e^(l t) - 1)/l
+    T s = expm1(l * t) / -l;
+    return l == T(0) ? -t : s;
+  }
+  // times p: (p - p e^(l t))/l, where p e^(l t) = q e^(-(1 - l) t) may be in range where p is not; rest = 1 - l
+  template <typename T> static KL_FN T log_slope(T p, T q, T d, T t, T l, T rest) {
+    bool by_q = l > T(0.5);
+    T z = l * t, w = times_exp(by_q ? q : p, by_q ? -(rest * t) : z), near = unless_zero(p, p * expm1(z));
+    T s = ((by_q ? t : z) > Real<T>::far ? w - p : near) / -l, at_0 = unless_zero(p, -p * t);
+    s = l == T(0) ? at_0 : s;
+    return rest == T(0) ? -d : s;
+  }
+  template <typename T> static KL_FN T dp(const Class<T>& c, double k) { return slope(c.t, (T)(1 - k)); }
+  template <typename T> static KL_FN T dq(const Class<T>& c, double k) { return slope(-c.t, (T)k); }
+  template <typename T> static KL_FN T da(const Class<T>& c, double k) { return log_slope(c.p, c.q, c.d, c.t, (T)(1 - k), (T)k); }
+  template <typename T> static KL_FN T db(const Class<T>& c, double k) { return log_slope(c.q, c.p, -c.d, -c.t, (T)k, (T)(1 - k)); }
+  template <typename T> static KL_FN T rest(T t, T l) {   // for l > 0
+    T s = exp(l * t) / -l;
+    return l > T(0) ? s : infinity<T>();
+  }
+  template <typename T> static KL_FN T dp_far(const Class<T>& c, double k) { return rest(c.t, (T)(1 - k)); }
+  template <typename T> static KL_FN T dq_far(const Class<T>& c, double k) { return rest(-c.t, (T)k); }
+  static KL_FN double p_limit(double k) { return 1 / (1 - k); }
+  static KL_FN double q_limit(double k) { return 1 / k; }
+};
+
+// ---- as terms ------------------------------------------------------------------------------------------------------------
+
+template <int SX, int SY, bool GAP, typename T> KL_FN Class<T> class_in(T x, T y) {
+  T p = prob<SX>(x), q = prob<SY>(y);
+  if constexpr (SX == PROBS && SY == PROBS) return {p, q, q - p, GAP ? log_ratio(p, q, q - p).value : T(0)};
+  else {
+    bool no_p = excluded<SX>(x), no_q = excluded<SY>(y);
+    T t;
+    if constexpr (SX != PROBS && SY != PROBS) t = y - x;
+    else t = log_gap<SX, SY>(x, y);
+    t = no_q ? -infinity<T>() : t;
+    t = no_p ? infinity<T>() : t;
+    t = no_p & no_q ? T(0) : t;
+    T near = p * expm1(t > Real<T>::far ? T(0) : t);
+    return {p, q, t > Real<T>::far ? q - p : near, t};
+  }
+}
+
+template <int OP, int SX, int SY> struct MemberTerm : Plain {
+  static constexpr bool takes_parameter = true;
+  typedef Member<OP> M;
+  template <typename T> static KL_FN T value(T x, T y, double k) {
+    return unless_undefined<SX, SY>(x, y, M::value(class_in<SX, SY, M::takes_gap>(x, y), k));
+  }
+  template <typename T> static KL_FN T dx(T x, T y, double k) {
+    Class<T> c = class_in<SX, SY, M::takes_gap>(x, y);
+    return unless_undefined<SX, SY>(x, y, SX == PROBS ? M::dp(c, k) : M::da(c, k));
+  }
+  template <typename T> static KL_FN T dy(T x, T y, double k) {
+    Class<T> c = class_in<SX, SY, M::takes_gap>(x, y);
+    return unless_undefined<SX, SY>(x, y, SY == PROBS ? M::dq(c, k) : M::db(c, k));
+  }
+};
+#define KL_CASE(name, form, arguments) \
+  template <int SX, int SY> struct Term<name, SX, SY> : MemberTerm<name, SX, SY> {};
+KL_FAMILY(KL_CASE)
+#undef KL_CASE
+
+// ---- as rows of logits -----------------------------------------------------------------------------------------------------
+//
+// The first sweep is the divergence's own (Spread), and finds the t of every class. The second one adds up terms and, where a
+// gradient is wanted, the scores' mean: the derivative by a logit is p (s - E s), s that by its probability. Where p is nearly
+// one this cancels, so scores are measured from that of the likeliest class: of each chunk's, until all are known; and all of
+// them from their limit, where that class's is nearer to it than to 0. All in double.
+struct Side { double far, centre, sum, mass; };   // 1 or 0; of p (s - centre); of p
+struct Members { double value; Side x, y; };      // of a chunk
+constexpr int MEMBER_STATES = sizeof(Members) / sizeof(double), SIDE_STATES = sizeof(Side) / sizeof(double);
+// A row's stats: Members, with means for sums; and behind them what the first sweep found, log q - log p = (c - shift)/T
+enum { MEMBER_MAX_A = MEMBER_STATES, MEMBER_INV_S, MEMBER_MAX_B, MEMBER_INV_Q, MEMBER_SHIFT, MEMBER_SHIFT_LOW };
+static_assert(MEMBER_SHIFT_LOW < MAX_STATS);
+
+KL_FN void members_begin(const Spread& s, double it, double* stats) {   // as logits_finish
+  double found[MAX_STATS];
+  logits_finish(s, it, found);
+  FarRow row = far_row(found, it);
+  for (int k = 0; k < MAX_STATS; k++) stats[k] = 0;
+  stats[MEMBER_MAX_A] = row.max_a;
+  stats[MEMBER_INV_S] = row.inv_s;
+  stats[MEMBER_MAX_B] = row.max_b;
+  stats[MEMBER_INV_Q] = row.inv_q;
+  stats[MEMBER_SHIFT] = row.shift.value;
+  stats[MEMBER_SHIFT_LOW] = row.shift.low;
+}
+
+struct MemberRow { double max_a, inv_s, max_b, inv_q; Pair<double> shift; double it; Side x, y; };
+KL_FN MemberRow member_row(const double* stats, double it) {
+  return {stats[MEMBER_MAX_A], stats[MEMBER_INV_S], stats[MEMBER_MAX_B], stats[MEMBER_INV_Q],
+          {stats[MEMBER_SHIFT], stats[MEMBER_SHIFT_LOW]}, it, *(const Side*)(stats + VALUE + 1),
+          *(const Side*)(stats + VALUE + 1 + SIDE_STATES)};
+}
+KL_FN Class<double> class_of(double a, double b, const MemberRow& k) {   // as far_class
+  double p = softmax_weight((a - k.max_a) * k.it) * k.inv_s, q = softmax_weight((b - k.max_b) * k.it) * k.inv_q;
+  p = excluded(a) ? 0 * k.inv_s : p;
+  q = excluded(b) ? 0 * k.inv_s : q;
+  double t = limited(minus(from_tops(a, b, top_of(k.max_a), top_of(k.max_b)), k.shift) * k.it);
+  t = excluded(b) ? -infinity<double>() : t;
+  t = excluded(a) ? infinity<double>() : t;
+  t = excluded(a) & excluded(b) ? 0.0 : t;
+  double near = p * expm1(t > Real<double>::far ? 0.0 : t);
+  return {p, q, t > Real<double>::far ? q - p : near, t};
+}
+// p (s - centre), or where the score is beyond all bounds, by its product with p
+KL_FN bool is_vast(double s) { return !(absolute(s) < VAST); }
+KL_FN double centred_score(double p, double s, double ps, double centre) {
+  double vast = ps - p * centre, v = p * (s - centre);
+  return is_vast(s) ? vast : v;
+}
+// where a chunk's scores are measured from, by those of its likeliest class
+KL_FN Side side_from(double s, double far) {
+  bool is_far = absolute(far) < absolute(s);
+  double centre = is_far ? far : s;
+  return {is_far ? 1.0 : 0.0, absolute(centre) < VAST ? centre : 0.0, 0.0, 0.0};
+}
+// a chunk's sum, measured as that of another one
+KL_FN double moved_score(const Side& k, const Side& to, double limit) {
+  double limits = k.far == to.far ? 0.0 : (k.far - to.far) * limit;
+  return k.sum + k.mass * ((k.centre - to.centre) + limits);
+}
+KL_FN void members_finish(const Members& m, double* stats) {
+  *(Members*)stats = {m.value, {m.x.far, m.x.centre, m.x.sum / m.x.mass, m.x.mass}, {m.y.far, m.y.centre, m.y.sum / m.y.mass, m.y.mass}};
+}
+
+}  // namespace kl
