@@ -41,8 +41,10 @@ wheel-test: wheel
 bench: .venv/bench
 	$(BIN)/python benchmarks/side_by_side.py
 	$(BIN)/python benchmarks/adapters.py
+	$(BIN)/python benchmarks/family.py speed
 accuracy: .venv/accuracy
 	$(BIN)/python benchmarks/accuracy.py
+	$(BIN)/python benchmarks/family.py accuracy
 plots: .venv/plots
 	$(BIN)/python benchmarks/plots.py
 # Commits as git names them ("RANGE=main~5..main"), or NEW: since the last measured ones. Each is built and installed in

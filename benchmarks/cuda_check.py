@@ -44,6 +44,7 @@ from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
+from klcore import _cpu
 from klcore.backends.cuda import kernels, nvrtc
 from klcore.operations import LOSSES, OPERATIONS
 
@@ -75,6 +76,13 @@ def every_build() -> Iterator[Build]:
             wide = dtype == "float64" or rows.is_wide(operation, spaces)
             build = functools.partial(kernels.options, operation, spaces, (code, code), wide)
             hot = () if wide or (not operation.is_loss and kernels.is_beside(operation, spaces)) else sweeping
+            if operation.form == _cpu.BY_CLASS:  # alike, and many
+                label = f"{operation.name} {sx}/{sy} {dtype}"
+                if sx == sy and dtype in ("float64", "float32"):
+                    yield Build(f"{label} value", build(0, sweeping), sweeping, ())
+                    yield Build(f"{label} terms dx dy", build(7, sweeping), sweeping, ())
+                    yield Build(f"{label} summed", build(1, folding), folding, ())
+                continue
             if operation.is_loss:
                 label = f"{operation.name} {sx}/{sy} {dtype}"
                 yield Build(f"{label} value", build(0, sweeping), sweeping, hot)

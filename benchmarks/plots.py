@@ -1,10 +1,11 @@
-"""The plots of docs/accuracy.md and docs/performance.md, from the newest records in docs/benchmarks: ``make plots``.
+"""The plots of docs/accuracy.md, docs/performance.md and docs/choosing.md: ``make plots``.
 
     python benchmarks/plots.py
 
 writes docs/plots/NAME-light.svg and NAME-dark.svg, for white and for dark pages, and the tables of docs/accuracy.md. It
-measures nothing. accuracy.py, side_by_side.py and gpu_report.py make the records. Readable on a telephone: seven inches
-wide, panels one above the other, large letters. The same record gives the same file.
+measures nothing: it draws the newest records in docs/benchmarks, which accuracy.py, side_by_side.py and gpu_report.py
+make, and the divergences as klcore computes them. Readable on a telephone: seven inches wide, panels one above the
+other, large letters. The same record gives the same file.
 """
 
 import functools
@@ -21,6 +22,8 @@ from gpu_report import OURS, PERCENT, RECORDS, benchmark_of, markdown, marked, n
 from matplotlib import pyplot
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+
+import klcore
 
 PLOTS = RECORDS.parent / "plots"
 PAGE = RECORDS.parent / "accuracy.md"
@@ -241,6 +244,45 @@ def gpu(record: dict[str, Any], theme: Theme) -> Figure:
     return ratios(times, "GPU", "a copy", theme)
 
 
+# ---- the divergences -------------------------------------------------------------------------------------------------
+
+HEIGHT = 1.5  # nats
+# colour, line, and where the name stands: behind the line's right end, or above the end where it leaves the picture
+MEMBERS = {
+    "chi2_div": ("orange", "-", "right"),
+    "kl_div": ("blue", "-", "left"),
+    "mixed_kl_div": ("pink", "--", "far right"),
+    "alpha_div": ("green", "-", ""),
+    "skew_kl_div": ("blue", "--", ""),
+    "tv_dist": ("yellow", "-", ""),
+    "sq_hellinger": ("green", "--", ""),
+    "js_div": ("pink", "-", ""),
+}
+
+
+def family(theme: Theme) -> Figure:
+    """All divergences of (1/2, 1/2) from (s, 1 - s), with the parameters that are the default."""
+    s = np.linspace(0, 1, 2001)
+    y = np.stack([s, 1 - s], -1)
+    figure, panel = pyplot.subplots(figsize=(WIDTH, 5), layout="constrained")
+    for name, (colour, line, place) in MEMBERS.items():
+        values = getattr(klcore, name)([0.5, 0.5], y)
+        style = {"color": theme[colour], "linestyle": line}
+        panel.plot(s, np.where(values <= HEIGHT, values, np.nan), linewidth=2.4 if name == "kl_div" else 1.8, **style)
+        words = {"text": name, "color": theme[colour], "textcoords": "offset points", "annotation_clip": False}
+        if place:
+            inside = s[values <= HEIGHT]
+            at = inside[0] if place == "left" else inside[-1]
+            sides = {"left": "left", "right": "center", "far right": "left"}
+            panel.annotate(xy=(at, HEIGHT), xytext=(0, 5), ha=sides[place], va="bottom", **words)
+        else:
+            up = -3 if name == "js_div" else 3 if name == "sq_hellinger" else 0  # whose ends are next to each other
+            panel.annotate(xy=(1, values[-1]), xytext=(6, up), ha="left", va="center", **words)
+    panel.set(xlim=(0, 1), ylim=(0, HEIGHT), xlabel="s", ylabel="nats, or no unit")
+    panel.set_title("Divergences of (1/2, 1/2) from (s, 1 - s)", loc="left", pad=26, size=13, weight="bold")
+    return figure
+
+
 # ---- the tables of docs/accuracy.md ----------------------------------------------------------------------------------
 
 SHOWN = (-12, -6, 0)  # decades
@@ -301,8 +343,9 @@ def newest_accuracy(folder: Path) -> Path | None:
     return max(folder.glob("accuracy-*.json"), default=None)
 
 
-def plots(folder: Path = RECORDS) -> Iterator[tuple[str, Path, Callable[[Theme], Figure]]]:
-    """Name, record and drawing of every plot that there is a record for."""
+def plots(folder: Path = RECORDS) -> Iterator[tuple[str, Path | None, Callable[[Theme], Figure]]]:
+    """Name, record and drawing of every plot that there is a record for, or that needs none."""
+    yield "family", None, family
     for path, drawings in (
         (newest_accuracy(folder), {
             "elementary": elementary,
@@ -321,7 +364,9 @@ def draw(folder: Path, records: Path = RECORDS) -> list[Path]:
     """All plots, each for light and for dark pages, as SVG with text as text."""
     written = []
     for name, record, drawing in plots(records):
-        source = f"{record.name}, sha256 {hashlib.sha256(record.read_text().encode()).hexdigest()}"
+        source = "klcore"
+        if record:
+            source = f"{record.name}, sha256 {hashlib.sha256(record.read_text().encode()).hexdigest()}"
         for kind, theme in THEMES.items():
             ink, grid = theme["ink"], theme["grid"]
             style = {
