@@ -16,7 +16,6 @@ from klcore.operations import (
     SQ_HELLINGER,
     TV_DIST,
     Call,
-    Operation,
 )
 from klcore.typing import ArrayT, BothGrads, OneGrad, Plain, ReturnGrad, Total
 
@@ -38,18 +37,6 @@ if TYPE_CHECKING:
 
 # Parameters next to 0, but not 0: their products with probabilities would leave float32's range.
 _LEAST = 1e-20
-
-
-def _compute(
-    operation: Operation, x: Any, y: Any, words: tuple[Any, ...], parameter: float = 0.0, factor: float = 1.0
-) -> Any:
-    space, axis, reduction, weights, temperature, return_grad, out, device = words
-    return find(x, y, device).compute(
-        Call(
-            operation, x, y, space, axis, reduction, weights, temperature, return_grad, out, device,
-            parameter=parameter, factor=factor,
-        )
-    )  # fmt: skip
 
 
 def _number(value: Any, name: str) -> float:
@@ -133,7 +120,7 @@ def js_div(
     Raises
     ------
     ValueError
-        For a beta outside of the range; and as :func:`kl_div` does.
+        For a beta outside of the range, or next to 0; and as :func:`kl_div` does.
 
     See Also
     --------
@@ -156,7 +143,6 @@ def js_div(
     0.101749
     """
     beta = _number(beta, "beta")
-    words = space, axis, reduction, weights, temperature, return_grad, out, device
     if not (0 <= beta <= 1 if scaled else 0 < beta < 1):
         if not scaled and beta in (0, 1):
             pair = "x, y" if beta == 0 else "y, x"
@@ -167,11 +153,29 @@ def js_div(
         raise ValueError(f"beta must be in {'[0, 1]' if scaled else '(0, 1)'}; found {beta!r}")
     if 0 < beta < _LEAST:
         raise ValueError(f"beta must be 0 with scaled=True, or at least {_LEAST:g}; found {beta!r}")
-    if not scaled:
-        return _compute(JS_DIV, x, y, words, beta)
-    if beta in (0, 1):
-        return _compute(MIXED_KL_DIV, x, y, words, 1 - beta)
-    return _compute(JS_DIV, x, y, words, beta, 1 / (beta * (1 - beta)))
+    operation, parameter, factor = JS_DIV, beta, 1.0
+    if scaled and beta in (0, 1):
+        operation, parameter = MIXED_KL_DIV, 1 - beta
+    elif scaled:
+        factor = 1 / (beta * (1 - beta))
+    return find(x, y, device).compute(
+        Call(
+            operation,
+            x,
+            y,
+            space,
+            axis,
+            reduction,
+            weights,
+            temperature,
+            return_grad,
+            out,
+            device,
+            1.0,
+            parameter,
+            factor,
+        )
+    )
 
 
 @overload
@@ -266,8 +270,9 @@ def mixed_kl_div(
     forward = _number(forward, "forward")
     if not 0 <= forward <= 1:
         raise ValueError(f"forward must be in [0, 1]; found {forward!r}")
-    words = space, axis, reduction, weights, temperature, return_grad, out, device
-    return _compute(MIXED_KL_DIV, x, y, words, forward)
+    return find(x, y, device).compute(
+        Call(MIXED_KL_DIV, x, y, space, axis, reduction, weights, temperature, return_grad, out, device, 1.0, forward)
+    )
 
 
 @overload
@@ -323,7 +328,7 @@ def skew_kl_div(
     x, y : array of shape (..., n, ...)
         The truth and the model.
     alpha : float
-        The weight of x in m, from 0, which is ``kl_div(x, y)``, to below 1. DistiLLM's reverse one is
+        The weight of x in m, from 0, which is ``kl_div(x, y)``, or 1e-20, to below 1. DistiLLM's reverse one is
         ``skew_kl_div(y, x)``.
     space, axis, reduction, weights, temperature, return_grad, out, device
         As for :func:`kl_div`.
@@ -363,10 +368,10 @@ def skew_kl_div(
         raise ValueError(f"alpha must be in [0, 1); found {alpha!r}")
     if 0 < alpha < _LEAST:
         raise ValueError(f"alpha must be 0, or at least {_LEAST:g}; found {alpha!r}")
-    words = space, axis, reduction, weights, temperature, return_grad, out, device
-    if alpha == 0:
-        return _compute(MIXED_KL_DIV, x, y, words, 1.0)
-    return _compute(SKEW_KL_DIV, x, y, words, alpha)
+    operation, parameter = (SKEW_KL_DIV, alpha) if alpha else (MIXED_KL_DIV, 1.0)
+    return find(x, y, device).compute(
+        Call(operation, x, y, space, axis, reduction, weights, temperature, return_grad, out, device, 1.0, parameter)
+    )
 
 
 @overload
@@ -437,7 +442,7 @@ def alpha_div(
     Raises
     ------
     ValueError
-        For an alpha that is not finite; and as :func:`kl_div` does.
+        For an alpha outside of the range; and as :func:`kl_div` does.
 
     See Also
     --------
@@ -464,8 +469,9 @@ def alpha_div(
     alpha = _number(alpha, "alpha")
     if not (alpha == 0 or _LEAST <= abs(alpha) <= 1 / _LEAST):
         raise ValueError(f"alpha must be 0, or a number of magnitude {_LEAST:g} to {1 / _LEAST:g}; found {alpha!r}")
-    words = space, axis, reduction, weights, temperature, return_grad, out, device
-    return _compute(ALPHA_DIV, x, y, words, alpha)
+    return find(x, y, device).compute(
+        Call(ALPHA_DIV, x, y, space, axis, reduction, weights, temperature, return_grad, out, device, 1.0, alpha)
+    )
 
 
 @overload
@@ -537,8 +543,9 @@ def tv_dist(
     >>> print(round(float(klcore.tv_dist([0.5, 0.5], [0.9, 0.1])), 6))
     0.4
     """
-    words = space, axis, reduction, weights, temperature, return_grad, out, device
-    return _compute(TV_DIST, x, y, words)
+    return find(x, y, device).compute(
+        Call(TV_DIST, x, y, space, axis, reduction, weights, temperature, return_grad, out, device)
+    )
 
 
 @overload
@@ -608,8 +615,9 @@ def sq_hellinger(
     >>> print(round(float(klcore.sq_hellinger([0.5, 0.5], [0.9, 0.1])), 6))
     0.105573
     """
-    words = space, axis, reduction, weights, temperature, return_grad, out, device
-    return _compute(SQ_HELLINGER, x, y, words)
+    return find(x, y, device).compute(
+        Call(SQ_HELLINGER, x, y, space, axis, reduction, weights, temperature, return_grad, out, device)
+    )
 
 
 @overload
@@ -688,5 +696,6 @@ def chi2_div(
     >>> print(round(float(klcore.chi2_div([0.5, 0.5], [0.9, 0.1])), 6))
     1.777778
     """
-    words = space, axis, reduction, weights, temperature, return_grad, out, device
-    return _compute(CHI2_DIV, x, y, words)
+    return find(x, y, device).compute(
+        Call(CHI2_DIV, x, y, space, axis, reduction, weights, temperature, return_grad, out, device)
+    )

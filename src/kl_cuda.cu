@@ -1225,7 +1225,8 @@ KL_DEVICE void members_chunk(const Plan& p, const L& at, const Slot& s, int swee
       if constexpr (OUT_DY) sink.dy(i, (T)((v[3][e] - c.q * row.y.sum) * row.it) * want.of_gradient);
     }
 #pragma unroll
-    for (int q = 0; q < 5; q++) sums.add_four(q, v[q]);
+    for (int q = 0; q < 5; q++)
+      if (sweep == 1) sums.add_four(q, v[q]);
   }
   if (sweep != 1) return;
   Members found = {0, row.x, row.y};
@@ -1530,6 +1531,13 @@ struct Row {
   double weight;
 };
 
+// Of a mean, whose weights may lie at an end of the range: WEIGHT_FACTORS. It remains a weight, and its row counts.
+KL_DEVICE double scaled(const Plan& p, double weight) {
+  if (!p.denominator) return weight;
+  double w = weight * p.denominator[1];
+  return (w == 0) & (weight != 0) ? 0x1p-1074 : w;
+}
+
 KL_DEVICE Row locate(const Plan& p, i64 r) {
   Row row = {p.x.data, p.y.data, p.factors.data, p.value.data, p.dx.data, p.dy.data, 1.0};
   const char* weight = p.weights.data;
@@ -1550,17 +1558,10 @@ KL_DEVICE Row locate(const Plan& p, i64 r) {
     bool good = p.any_weights || (w >= 0 && w < infinity<double>());
     row.weight = good ? w : nan<double>();   // a bad weight spoils its row, visibly
   }
-  row.weight *= p.factor;
+  row.weight = scaled(p, row.weight) * p.factor;
   return row;
 }
 KL_DEVICE double weight_of(const Plan& p, i64 r) { return p.weights.data ? locate(p, r).weight : p.factor; }
-
-// Of a mean, whose weights may lie at an end of the range: WEIGHT_FACTORS. It remains a weight, and its row counts.
-KL_DEVICE double scaled(const Plan& p, double weight) {
-  if (!p.denominator) return weight;
-  double w = weight * p.denominator[1];
-  return (w == 0) & (weight != 0) ? 0x1p-1074 : w;
-}
 
 KL_DEVICE double gradient_scale(const Plan& p) {
   double scale = !p.denominator ? p.gradient_scale : *p.denominator != 0 ? 1.0 / *p.denominator : nan<double>();
@@ -1576,11 +1577,10 @@ KL_DEVICE void write_number(i64 dtype, char* at, double v) {
 
 KL_DEVICE Want wanted(const Plan& p, int sweep, double weight) {
   return {OUT_TERMS && sweep == TERM_SWEEP, OUT_DX && sweep == GRADIENT_SWEEP, OUT_DY && sweep == GRADIENT_SWEEP,
-          weight, scaled(p, weight) * gradient_scale(p)};
+          weight, weight * gradient_scale(p)};
 }
 
 KL_DEVICE void write_value(const Plan& p, char* at, double weight, double value) {
-  weight = scaled(p, weight);
   double v = weight == 0 ? 0.0 : weight == 1 ? value : value * weight;
   write_number(p.value.dtype, at, v);
 }
@@ -1678,6 +1678,7 @@ KL_DEVICE void pack_all(const Plan& p, const double* stats, double* states) {   
 
 // Wide: for each warp `slots` chunks of x and y, one of extra if there is use for it, a row's stats, and a chunk's state.
 constexpr int KNOWN = 2 * MAX_STATS;
+static_assert(KNOWN <= WARP && MAX_STATS % 2 == 0);   // a lane for each; what lies behind them is aligned
 constexpr bool HAS_EXTRA = ((OF_LOGITS || OF_MEMBERS) && EXACT<T>) || OUT_TERMS;
 constexpr int SLOT_BYTES = CHUNK * (int)(sizeof(X) + (HAS_Y ? sizeof(Y) : 0));
 KL_DEVICE int warp_bytes(const Plan& p) {

@@ -222,7 +222,7 @@ template <> struct Member<ALPHA_DIV> {
     v = of.t > Real<T>::huge ? of.q : v;
     return v / rest;
   }
-  template <typename T> static KL_FN T value(const Class<T>& c, double k) {
+  template <typename T> static KL_FN T value(const Class<T>& c, double k) {   // kl_rows.h takes these branches out of its loop
     if (k < 0.5) return k > 0 ? value_in<true, true>(c, k) : value_in<true, false>(c, k);
     return k < 1 ? value_in<false, true>(c, k) : value_in<false, false>(c, k);
   }

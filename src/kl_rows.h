@@ -1011,10 +1011,10 @@ inline int likeliest(const double* t, int n) {   // the first of the largest
   return found;
 }
 
-template <typename T, bool TEMPERED>
-void members_chunk(const Plan& p, const Row& row, int sweep, i64 start, int n, const double* stats, double* state, i64 pitch,
-                   void* scratch) {
-  if (sweep == 0) return logits_chunk<T, TEMPERED>(p, row, sweep, start, n, stats, state, pitch, scratch);
+static_assert(MEMBER_STATES <= MAX_STATES);
+template <typename T>   // the sweeps after the first, which must not add to the stack that this one takes
+KL_APART void members_later(const Plan& p, const Row& row, int sweep, i64 start, int n, const double* stats, double* state,
+                            i64 pitch, void* scratch) {
   Buffers<double>& s = *(Buffers<double>*)scratch;
   const double* a = load(p.x, row.x, start, n, s.x);
   const double* b = load(p.y, row.y, start, n, s.y);
@@ -1068,6 +1068,13 @@ void members_chunk(const Plan& p, const Row& row, int sweep, i64 start, int n, c
   }
   if (dx) store(p.dx, row.dx, start, n, out_x, row.weight * p.gradient_scale, p.stream);
   if (dy) store(p.dy, row.dy, start, n, out_y, row.weight * p.gradient_scale, p.stream);
+}
+
+template <typename T, bool TEMPERED>
+void members_chunk(const Plan& p, const Row& row, int sweep, i64 start, int n, const double* stats, double* state, i64 pitch,
+                   void* scratch) {
+  if (sweep == 0) logits_chunk<T, TEMPERED>(p, row, sweep, start, n, stats, state, pitch, scratch);
+  else members_later<T>(p, row, sweep, start, n, stats, state, pitch, scratch);
 }
 
 inline void members_fold(const Plan& p, int sweep, const double* from, int count, i64 pitch, double* to, i64 to_pitch) {

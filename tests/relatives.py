@@ -1,7 +1,8 @@
 """What the divergence's relatives should be: their definitions, literally, in 60 digits; imports nothing of klcore.
 
-A derivative is a central difference of the definition, which at that precision is exact to 30 digits. So no formula of
-a derivative stands here, and none of the rearrangements that klcore needs.
+A derivative is a central difference of the definition, which is exact to 30 digits where it is not below 1e-60 itself:
+rows of logits that are further apart want more digits. So no formula of a derivative stands here, and none of the
+rearrangements that klcore needs.
 """
 
 from dataclasses import dataclass

@@ -420,6 +420,18 @@ def test_bits_of_the_gpu(gpu, name, dtype):
         alike([gpu.get(terms)], [call(name, x, y, reduction="none", **options)])
 
 
+def test_weights_of_any_size(gpu):
+    """A factor of the result, and weights whose sum is out of range, which are moved to its middle first."""
+    x, y = in_space("logits", *logits(0.5, 5, 3), dtype="float32")
+    for size in (5e-324, 1.0, 1e308):
+        options = {"beta": 0.3, "scaled": True, "space": "logits", "reduction": "rowmean", "return_grad": ("x", "y")}
+        weights = np.array([1.0, 1.0, 0.0]) * size
+        expected = klcore.js_div(x, y, weights=weights, **options)
+        found = klcore.js_div(gpu.put(x), gpu.put(y), weights=gpu.put(weights), **options)
+        alike(map(gpu.get, found), expected)
+        np.testing.assert_allclose(expected[0], klcore.js_div(x[:2], y[:2], **options)[0], rtol=2e-7)
+
+
 @names
 def test_pytorch(name):
     torch = pytest.importorskip("torch", reason="torch is not installed")

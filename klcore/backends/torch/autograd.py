@@ -70,7 +70,7 @@ def _backward_second(ctx: Any, of_dx: Any, of_dy: Any) -> tuple[Any, ...]:
 
     with torch.enable_grad():
         second = torch.func.vjp(first, x, y, cotangent)[1]((of_dx,) * wants_x + (of_dy,) * wants_y)
-    return (None, second[0], second[1], *[None] * 8, second[2], None, None)
+    return (None, second[0], second[1], *[None] * (len(ctx.needs_input_grad) - 6), second[2], None, None)
 
 
 class _Value(torch.autograd.Function):
