@@ -9,17 +9,16 @@ import types
 
 import numpy as np
 import pytest
-from conftest import DEVICES, DTYPES, computing_on, some_pairs
+from conftest import COMMON, DEVICES, DTYPES, computing_on, some_pairs
 from test_gradient import REDUCTIONS
 from test_torch import array, kl, logits, operands, options, same
 
 import klcore
-from klcore.operations import OPERATIONS
 
 torch = pytest.importorskip("torch", reason="no PyTorch: its adapter is not tested")
 adapter = importlib.import_module("klcore.backends.torch")
 STREAM = 7
-SAME = [(op, pair) for op in OPERATIONS for pair in some_pairs(op) if pair[0] == pair[1]]
+SAME = [(op, pair) for op in COMMON for pair in some_pairs(op) if pair[0] == pair[1]]
 
 
 def pose_as_cuda(monkeypatch):
@@ -50,7 +49,7 @@ def posing(emulated, monkeypatch):
 def test_bits_of_cupy(emulated, monkeypatch, operation, space, reduction, dtype):
     """On every road of eager code: plain, gradients asked for, out=, backward."""
     tensors = operands(operation, space, dtype)
-    keywords = options(operation, space, reduction=reduction, return_grad=OPERATIONS[operation].gradients)
+    keywords = options(operation, space, reduction=reduction, return_grad=COMMON[operation].gradients)
     function = getattr(klcore, operation)
     expected = tuple(map(emulated.get, function(*(emulated.put(array(t)) for t in tensors), **keywords)))
     pose_as_cuda(monkeypatch)
