@@ -27,7 +27,7 @@ namespace kl {
 
 typedef long long i64;
 
-// ---- what a call asks for: the same layout as _FIELDS in klcore/backends/cuda/plans.py -----------------------------------
+// ---- what a call asks for: klcore/backends/cuda/plans.py reads here how a plan is laid out ----------------------------------
 constexpr int MAX_DIMS = 32;
 
 struct Array {                // strides in bytes, of any sign; data == nullptr: absent

@@ -61,7 +61,9 @@ ROOMS = {
         "klcore._cpu", "klcore.backends.rows", "klcore.backends.cuda.devices", "klcore.backends.cuda.nvrtc",
         "klcore.operations",
     },
-    r"klcore\.backends\.cuda\.plans": {"numpy", "klcore._cpu", "klcore.backends.cuda.devices"},
+    r"klcore\.backends\.cuda\.plans": {
+        "numpy", "klcore._cpu", "klcore.backends.cuda.devices", "klcore.backends.cuda.nvrtc",
+    },
     r"klcore\.backends\.cuda\.launches": {
         "klcore._cpu", "klcore.backends.rows", "klcore.backends.cuda.devices", "klcore.backends.cuda.kernels",
         "klcore.backends.cuda.plans", "klcore.operations",

@@ -6,24 +6,36 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from klcore import _cpu
-from klcore.backends.cuda import devices
+from klcore.backends.cuda import devices, nvrtc
 
-MAX_DIMS = 32
-# kl::Plan, in words of eight bytes
-_FIELDS = (
-    ("shape", MAX_DIMS), *((name, 1) for name in (
-        "ndim", "rows", "n", "chunks", "output", "first", "last", "columns", "dense", "slots", "count", "groups",
-        "rows_on", "chunks_on", "inner", "any_weights", "inverse_temperature", "gradient_scale", "scale",
-        "parameter", "factor", "denominator", "cotangent", "states", "stats", "sums",
-    )),
-    *((name, MAX_DIMS + 3) for name in ("x", "y", "weights", "factors", "value", "dx", "dy")),
-)  # fmt: skip
-AT = {name: sum(words for _, words in _FIELDS[:k]) for k, (name, _) in enumerate(_FIELDS)}
-WORDS = sum(words for _, words in _FIELDS)
+
+class _Field(NamedTuple):
+    name: str
+    words: int  # of eight bytes
+    double: bool  # else an integer or an address
+
+
+def _fields(struct: str) -> list[_Field]:
+    """The members of a struct of src/kl_cuda.cu, where alone its layout stands; all are whole words."""
+    body = nvrtc.source().partition(f"struct {struct} {{")[2].partition("\n};")[0]
+    found = []
+    for line in body.splitlines()[1:]:
+        kind, _, names = line.partition(";")[0].removeprefix("  const ").strip().partition(" ")
+        for name in names.split(", "):
+            words = _ARRAY if kind == "Array" else MAX_DIMS if "[MAX_DIMS]" in name else 1
+            found.append(_Field(name.strip("*").partition("[")[0], words, kind == "double" and "*" not in name))
+    return found
+
+
+MAX_DIMS = int(nvrtc.source().partition("constexpr int MAX_DIMS = ")[2].partition(";")[0])
+_ARRAY = sum(field.words for field in _fields("Array"))
+_FIELDS = _fields("Plan")
+AT = {field.name: sum(f.words for f in _FIELDS[:k]) for k, field in enumerate(_FIELDS)}
+WORDS = sum(field.words for field in _FIELDS)
+_DOUBLES = {field.name for field in _FIELDS if field.double}
 # What has an address: what a call reads, in this order, then its value and gradients, then its working memory.
 READ = ("x", "y", "weights", "factors", "cotangent")
 _SCRATCH = -1  # the last address of all
-_DOUBLES = ("inverse_temperature", "gradient_scale", "scale", "parameter", "factor")
 
 
 class Place(NamedTuple):
