@@ -3,7 +3,6 @@
 What all operations have in common (bits, layouts, weights, errors) other files ask of the first of them, js_div.
 """
 
-import importlib
 import itertools
 
 import numpy as np
@@ -475,7 +474,7 @@ def test_jax(name):
 @names
 def test_dask(name):
     """Chunks along the classes, too: of whole chunks of klcore's, so the bits are those of whole rows."""
-    da = importlib.import_module("dask.array") if importlib.util.find_spec("dask") else pytest.skip("no dask")
+    da = pytest.importorskip("dask.array", reason="dask is not installed")
     parameters = relatives.PARAMETERS[name][0]
     x, y = in_space("logits", *logits(0.5, 2500, 3))
     a, b = (da.from_array(v, chunks=(2, 1024)) for v in (x, y))
