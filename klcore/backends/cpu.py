@@ -129,8 +129,8 @@ def _turned(task: rows.Task, g: rows.Gradient) -> tuple[Any, tuple[Any, ...], tu
 
 # ---- blocks of arrays that are never in one place, for backends/dask.py ----------------------------------------------
 #
-# `shared`: the operands of which other blocks hold copies; their
-# gradients are yet to be added up, and come as float64, of shape batch + (n,) with a 1 where they are broadcast.
+# `shared`: the operands of which other blocks hold copies; their gradients are yet to be added up, and come as float64,
+# of shape batch + (n,) with a 1 where they are broadcast.
 
 STATS = _cpu.MAX_STATS  # numbers that say what the outputs of a row need
 
