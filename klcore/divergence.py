@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, SupportsFloat, SupportsIndex, overload
 
 from klcore.backends import compute, find
 from klcore.operations import CROSS_ENTROPY, ENTROPY, KL_DIV, LOSSES, REL_ENTR, Call
+from klcore.parameters import units_per_nat
 from klcore.typing import ArrayT, BothGrads, EntropyGrad, OneGrad, Plain, ReturnGrad, Total
 
 if TYPE_CHECKING:
@@ -54,7 +55,9 @@ def kl_div(
     axis: SupportsIndex = -1,
     reduction: str = "row",
     weights: Any = None,
+    denominator: Any = None,
     temperature: SupportsFloat = 1.0,
+    base: SupportsFloat | None = None,
     return_grad: str | tuple[str, ...] | None = None,
     out: Any = None,
     device: str | None = None,
@@ -87,14 +90,21 @@ def kl_div(
         One weight >= 0 a row, broadcastable to the batch shape; a boolean mask, say. Rows are multiplied by them,
         "rowmean" is divided by their sum, the other denominators are those without weights. A row of weight 0 is not
         read, and yields 0, even if it holds NaN.
+    denominator : float or 0-d array, optional
+        Divides the value, and the gradients with it; only with "sum". The number of tokens of a batch whose parts are
+        computed one after the other, say, or that number divided by the temperature's square. An array of the GPU is
+        read there, and nothing waits for it. The result is NaN where it is 0.
     temperature : float
         Divides the logits; only with logits. Nothing is multiplied by its square.
+    base : float, optional
+        Of the logarithms, above 1: the value and the gradients are in its unit, as in bits for 2. None: nats.
     return_grad : {"x", "y", ("x", "y")}, optional
         Also return the derivative of the value (for "row" and "none": of the sum of what is returned) with respect to
         these arguments as they were given, computed in the same pass. PyTorch's autograd and ``jax.grad`` need no such
         word.
     out : array or tuple of arrays, optional
-        Where to write the value, or (value, gradients...). Must not overlap an input, nor itself.
+        Where to write the value, or (value, gradients...). Must not overlap an input, nor itself; but the gradient for
+        y from logits may be written over y: ``out=(None, y)``.
     device : {"cpu", "cuda", "cuda:N"}, optional
         Where to compute, and where the result stays. None: where the arrays are.
 
@@ -147,9 +157,10 @@ def kl_div(
     >>> print(round(float(loss), 6), dy.round(6).tolist())
     0.327813 [[-0.380797, 0.380797], [0.0, 0.0]]
     """
-    return find(x, y, device).compute(
-        Call(KL_DIV, x, y, space, axis, reduction, weights, temperature, return_grad, out, device)
-    )
+    return find(x, y, device).compute(Call(
+        KL_DIV, x, y, space, axis, reduction, weights, temperature, return_grad, out, device, denominator, 0.0,
+        units_per_nat(base),
+    ))  # fmt: skip
 
 
 @overload
@@ -190,7 +201,9 @@ def rel_entr(
     axis: SupportsIndex = -1,
     reduction: str = "row",
     weights: Any = None,
+    denominator: Any = None,
     temperature: SupportsFloat = 1.0,
+    base: SupportsFloat | None = None,
     return_grad: str | tuple[str, ...] | None = None,
     out: Any = None,
     device: str | None = None,
@@ -205,7 +218,7 @@ def rel_entr(
     ----------
     x, y : array of shape (..., n, ...)
         The truth and the model.
-    space, axis, reduction, weights, temperature, return_grad, out, device
+    space, axis, reduction, weights, denominator, temperature, base, return_grad, out, device
         As for :func:`kl_div`.
 
     Returns
@@ -228,9 +241,10 @@ def rel_entr(
     >>> print(klcore.rel_entr([1.0, 2.0], [2.0, 1.0]))
     0.6931471805599453
     """
-    return find(x, y, device).compute(
-        Call(REL_ENTR, x, y, space, axis, reduction, weights, temperature, return_grad, out, device)
-    )
+    return find(x, y, device).compute(Call(
+        REL_ENTR, x, y, space, axis, reduction, weights, temperature, return_grad, out, device, denominator,
+        0.0, units_per_nat(base),
+    ))  # fmt: skip
 
 
 @overload
@@ -273,7 +287,9 @@ def cross_entropy(
     axis: SupportsIndex = -1,
     reduction: str = "row",
     weights: Any = None,
+    denominator: Any = None,
     temperature: SupportsFloat = 1.0,
+    base: SupportsFloat | None = None,
     return_grad: str | tuple[str, ...] | None = None,
     out: Any = None,
     device: str | None = None,
@@ -284,7 +300,7 @@ def cross_entropy(
     ----------
     x, y : array of shape (..., n, ...)
         The truth and the model.
-    space, axis, reduction, weights, temperature, return_grad, out, device
+    space, axis, reduction, weights, denominator, temperature, base, return_grad, out, device
         As for :func:`kl_div`.
 
     Returns
@@ -307,9 +323,10 @@ def cross_entropy(
     >>> print(klcore.cross_entropy([0.5, 0.5], [0.25, 0.75]))
     0.8369882167858358
     """
-    return find(x, y, device).compute(
-        Call(CROSS_ENTROPY, x, y, space, axis, reduction, weights, temperature, return_grad, out, device)
-    )
+    return find(x, y, device).compute(Call(
+        CROSS_ENTROPY, x, y, space, axis, reduction, weights, temperature, return_grad, out, device,
+        denominator, 0.0, units_per_nat(base),
+    ))  # fmt: skip
 
 
 @overload
@@ -335,7 +352,9 @@ def entropy(
     axis: SupportsIndex = -1,
     reduction: str = "row",
     weights: Any = None,
+    denominator: Any = None,
     temperature: SupportsFloat = 1.0,
+    base: SupportsFloat | None = None,
     return_grad: str | tuple[str] | None = None,
     out: Any = None,
     device: str | None = None,
@@ -348,7 +367,7 @@ def entropy(
         The distribution.
     space : {"probs", "log_probs", "logits"}
         What the numbers are.
-    axis, reduction, weights, temperature, return_grad, out, device
+    axis, reduction, weights, denominator, temperature, base, return_grad, out, device
         As for :func:`kl_div`.
 
     Returns
@@ -370,9 +389,10 @@ def entropy(
     >>> print(klcore.entropy([0.25, 0.25, 0.25, 0.25]))
     1.3862943611198906
     """
-    return find(x, x, device).compute(
-        Call(ENTROPY, x, None, space, axis, reduction, weights, temperature, return_grad, out, device)
-    )
+    return find(x, x, device).compute(Call(
+        ENTROPY, x, None, space, axis, reduction, weights, temperature, return_grad, out, device, denominator,
+        0.0, units_per_nat(base),
+    ))  # fmt: skip
 
 
 def loss(
@@ -384,7 +404,7 @@ def loss(
     axis: int = -1,
     reduction: str = "row",
     factors: Any = None,
-    denominator: float = 1.0,
+    denominator: float | None = None,
     epsilon: float = 0.0,
     dtype: str | None = None,
     return_grad: str | tuple[str, str] | None = None,
@@ -408,7 +428,7 @@ def loss(
     factors : array, optional
         Multiplies the terms, and the gradients with them: any numbers, of a shape that broadcasts to the terms'. A row
         whose factor, the same for all its classes, is 0 is not read, and yields 0.
-    denominator : float
+    denominator : float, optional
         Divides the result, and the gradients with it.
     epsilon : float
         What "keras" clips at, and "mxnet" adds within the logarithm.

@@ -17,6 +17,7 @@ from klcore.operations import (
     TV_DIST,
     Call,
 )
+from klcore.parameters import number, refuse_base, units_per_nat
 from klcore.typing import ArrayT, BothGrads, OneGrad, Plain, ReturnGrad, Total
 
 if TYPE_CHECKING:
@@ -37,19 +38,6 @@ if TYPE_CHECKING:
 
 # Parameters next to 0, but not 0: their products with probabilities would leave float32's range.
 _LEAST = 1e-20
-
-
-def _number(value: Any, name: str) -> float:
-    if type(value) is float:
-        return value
-    try:
-        if not hasattr(value, "__float__") and not hasattr(value, "__index__"):  # strings have neither
-            raise TypeError
-        return float(value)
-    except OverflowError:  # an integer that no float holds
-        return float("inf") if value > 0 else -float("inf")
-    except (TypeError, ValueError):
-        raise TypeError(f"{name} must be a number, found one of the type {type(value).__name__}") from None
 
 
 @overload
@@ -92,7 +80,9 @@ def js_div(
     axis: SupportsIndex = -1,
     reduction: str = "row",
     weights: Any = None,
+    denominator: Any = None,
     temperature: SupportsFloat = 1.0,
+    base: SupportsFloat | None = None,
     return_grad: str | tuple[str, ...] | None = None,
     out: Any = None,
     device: str | None = None,
@@ -108,7 +98,7 @@ def js_div(
         these.
     scaled : bool
         Divide by ``beta*(1 - beta)``. This is continuous: ``kl_div(x, y)`` at beta=0, ``kl_div(y, x)`` at beta=1.
-    space, axis, reduction, weights, temperature, return_grad, out, device
+    space, axis, reduction, weights, denominator, temperature, base, return_grad, out, device
         As for :func:`kl_div`.
 
     Returns
@@ -142,7 +132,7 @@ def js_div(
     >>> print(round(float(klcore.js_div([0.5, 0.5], [0.9, 0.1])), 6))
     0.101749
     """
-    beta = _number(beta, "beta")
+    beta = number(beta, "beta")
     if not (0 <= beta <= 1 if scaled else 0 < beta < 1):
         if not scaled and beta in (0, 1):
             pair = "x, y" if beta == 0 else "y, x"
@@ -153,29 +143,15 @@ def js_div(
         raise ValueError(f"beta must be in {'[0, 1]' if scaled else '(0, 1)'}; found {beta!r}")
     if 0 < beta < _LEAST:
         raise ValueError(f"beta must be 0 with scaled=True, or at least {_LEAST:g}; found {beta!r}")
-    operation, parameter, factor = JS_DIV, beta, 1.0
+    operation, parameter, factor = JS_DIV, beta, units_per_nat(base)
     if scaled and beta in (0, 1):
         operation, parameter = MIXED_KL_DIV, 1 - beta
     elif scaled:
-        factor = 1 / (beta * (1 - beta))
-    return find(x, y, device).compute(
-        Call(
-            operation,
-            x,
-            y,
-            space,
-            axis,
-            reduction,
-            weights,
-            temperature,
-            return_grad,
-            out,
-            device,
-            1.0,
-            parameter,
-            factor,
-        )
-    )
+        factor /= beta * (1 - beta)
+    return find(x, y, device).compute(Call(
+        operation, x, y, space, axis, reduction, weights, temperature, return_grad, out, device, denominator,
+        parameter, factor,
+    ))  # fmt: skip
 
 
 @overload
@@ -219,7 +195,9 @@ def mixed_kl_div(
     axis: SupportsIndex = -1,
     reduction: str = "row",
     weights: Any = None,
+    denominator: Any = None,
     temperature: SupportsFloat = 1.0,
+    base: SupportsFloat | None = None,
     return_grad: str | tuple[str, ...] | None = None,
     out: Any = None,
     device: str | None = None,
@@ -234,7 +212,7 @@ def mixed_kl_div(
         The truth and the model.
     forward : float
         The weight of KL(x || y), from 0 to 1. NeMo's ``mixed_kl_weight``, torchtune's ``sym_kd_ratio``.
-    space, axis, reduction, weights, temperature, return_grad, out, device
+    space, axis, reduction, weights, denominator, temperature, base, return_grad, out, device
         As for :func:`kl_div`.
 
     Returns
@@ -267,12 +245,13 @@ def mixed_kl_div(
     >>> print(round(float(klcore.mixed_kl_div([0.5, 0.5], [0.9, 0.1])), 6))
     0.439445
     """
-    forward = _number(forward, "forward")
+    forward = number(forward, "forward")
     if not 0 <= forward <= 1:
         raise ValueError(f"forward must be in [0, 1]; found {forward!r}")
-    return find(x, y, device).compute(
-        Call(MIXED_KL_DIV, x, y, space, axis, reduction, weights, temperature, return_grad, out, device, 1.0, forward)
-    )
+    return find(x, y, device).compute(Call(
+        MIXED_KL_DIV, x, y, space, axis, reduction, weights, temperature, return_grad, out, device, denominator,
+        forward, units_per_nat(base),
+    ))  # fmt: skip
 
 
 @overload
@@ -316,7 +295,9 @@ def skew_kl_div(
     axis: SupportsIndex = -1,
     reduction: str = "row",
     weights: Any = None,
+    denominator: Any = None,
     temperature: SupportsFloat = 1.0,
+    base: SupportsFloat | None = None,
     return_grad: str | tuple[str, ...] | None = None,
     out: Any = None,
     device: str | None = None,
@@ -330,7 +311,7 @@ def skew_kl_div(
     alpha : float
         The weight of x in m, from 0, which is ``kl_div(x, y)``, or 1e-20, to below 1. DistiLLM's reverse one is
         ``skew_kl_div(y, x)``.
-    space, axis, reduction, weights, temperature, return_grad, out, device
+    space, axis, reduction, weights, denominator, temperature, base, return_grad, out, device
         As for :func:`kl_div`.
 
     Returns
@@ -363,15 +344,16 @@ def skew_kl_div(
     >>> print(round(float(klcore.skew_kl_div([0.5, 0.5], [0.9, 0.1])), 6))
     0.365321
     """
-    alpha = _number(alpha, "alpha")
+    alpha = number(alpha, "alpha")
     if not 0 <= alpha < 1:
         raise ValueError(f"alpha must be in [0, 1); found {alpha!r}")
     if 0 < alpha < _LEAST:
         raise ValueError(f"alpha must be 0, or at least {_LEAST:g}; found {alpha!r}")
     operation, parameter = (SKEW_KL_DIV, alpha) if alpha else (MIXED_KL_DIV, 1.0)
-    return find(x, y, device).compute(
-        Call(operation, x, y, space, axis, reduction, weights, temperature, return_grad, out, device, 1.0, parameter)
-    )
+    return find(x, y, device).compute(Call(
+        operation, x, y, space, axis, reduction, weights, temperature, return_grad, out, device, denominator,
+        parameter, units_per_nat(base),
+    ))  # fmt: skip
 
 
 @overload
@@ -415,7 +397,9 @@ def alpha_div(
     axis: SupportsIndex = -1,
     reduction: str = "row",
     weights: Any = None,
+    denominator: Any = None,
     temperature: SupportsFloat = 1.0,
+    base: Any = None,
     return_grad: str | tuple[str, ...] | None = None,
     out: Any = None,
     device: str | None = None,
@@ -431,7 +415,7 @@ def alpha_div(
         The truth and the model.
     alpha : float
         Any number, of magnitude 1e-20 to 1e20 if it is not 0.
-    space, axis, reduction, weights, temperature, return_grad, out, device
+    space, axis, reduction, weights, denominator, temperature, base, return_grad, out, device
         As for :func:`kl_div`.
 
     Returns
@@ -466,12 +450,14 @@ def alpha_div(
     >>> print(round(float(klcore.alpha_div([0.5, 0.5], [0.9, 0.1])), 6))
     0.422291
     """
-    alpha = _number(alpha, "alpha")
+    refuse_base(base, "alpha_div")
+    alpha = number(alpha, "alpha")
     if not (alpha == 0 or _LEAST <= abs(alpha) <= 1 / _LEAST):
         raise ValueError(f"alpha must be 0, or a number of magnitude {_LEAST:g} to {1 / _LEAST:g}; found {alpha!r}")
-    return find(x, y, device).compute(
-        Call(ALPHA_DIV, x, y, space, axis, reduction, weights, temperature, return_grad, out, device, 1.0, alpha)
-    )
+    return find(x, y, device).compute(Call(
+        ALPHA_DIV, x, y, space, axis, reduction, weights, temperature, return_grad, out, device, denominator,
+        alpha,
+    ))  # fmt: skip
 
 
 @overload
@@ -512,7 +498,9 @@ def tv_dist(
     axis: SupportsIndex = -1,
     reduction: str = "row",
     weights: Any = None,
+    denominator: Any = None,
     temperature: SupportsFloat = 1.0,
+    base: Any = None,
     return_grad: str | tuple[str, ...] | None = None,
     out: Any = None,
     device: str | None = None,
@@ -525,7 +513,7 @@ def tv_dist(
     ----------
     x, y : array of shape (..., n, ...)
         The truth and the model.
-    space, axis, reduction, weights, temperature, return_grad, out, device
+    space, axis, reduction, weights, denominator, temperature, base, return_grad, out, device
         As for :func:`kl_div`.
 
     Returns
@@ -543,9 +531,10 @@ def tv_dist(
     >>> print(round(float(klcore.tv_dist([0.5, 0.5], [0.9, 0.1])), 6))
     0.4
     """
-    return find(x, y, device).compute(
-        Call(TV_DIST, x, y, space, axis, reduction, weights, temperature, return_grad, out, device)
-    )
+    refuse_base(base, "tv_dist")
+    return find(x, y, device).compute(Call(
+        TV_DIST, x, y, space, axis, reduction, weights, temperature, return_grad, out, device, denominator,
+    ))  # fmt: skip
 
 
 @overload
@@ -586,7 +575,9 @@ def sq_hellinger(
     axis: SupportsIndex = -1,
     reduction: str = "row",
     weights: Any = None,
+    denominator: Any = None,
     temperature: SupportsFloat = 1.0,
+    base: Any = None,
     return_grad: str | tuple[str, ...] | None = None,
     out: Any = None,
     device: str | None = None,
@@ -597,7 +588,7 @@ def sq_hellinger(
     ----------
     x, y : array of shape (..., n, ...)
         The truth and the model.
-    space, axis, reduction, weights, temperature, return_grad, out, device
+    space, axis, reduction, weights, denominator, temperature, base, return_grad, out, device
         As for :func:`kl_div`.
 
     Returns
@@ -615,9 +606,10 @@ def sq_hellinger(
     >>> print(round(float(klcore.sq_hellinger([0.5, 0.5], [0.9, 0.1])), 6))
     0.105573
     """
-    return find(x, y, device).compute(
-        Call(SQ_HELLINGER, x, y, space, axis, reduction, weights, temperature, return_grad, out, device)
-    )
+    refuse_base(base, "sq_hellinger")
+    return find(x, y, device).compute(Call(
+        SQ_HELLINGER, x, y, space, axis, reduction, weights, temperature, return_grad, out, device, denominator,
+    ))  # fmt: skip
 
 
 @overload
@@ -658,7 +650,9 @@ def chi2_div(
     axis: SupportsIndex = -1,
     reduction: str = "row",
     weights: Any = None,
+    denominator: Any = None,
     temperature: SupportsFloat = 1.0,
+    base: Any = None,
     return_grad: str | tuple[str, ...] | None = None,
     out: Any = None,
     device: str | None = None,
@@ -669,7 +663,7 @@ def chi2_div(
     ----------
     x, y : array of shape (..., n, ...)
         The truth and the model.
-    space, axis, reduction, weights, temperature, return_grad, out, device
+    space, axis, reduction, weights, denominator, temperature, base, return_grad, out, device
         As for :func:`kl_div`.
 
     Returns
@@ -696,6 +690,7 @@ def chi2_div(
     >>> print(round(float(klcore.chi2_div([0.5, 0.5], [0.9, 0.1])), 6))
     1.777778
     """
-    return find(x, y, device).compute(
-        Call(CHI2_DIV, x, y, space, axis, reduction, weights, temperature, return_grad, out, device)
-    )
+    refuse_base(base, "chi2_div")
+    return find(x, y, device).compute(Call(
+        CHI2_DIV, x, y, space, axis, reduction, weights, temperature, return_grad, out, device, denominator,
+    ))  # fmt: skip

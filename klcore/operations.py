@@ -88,7 +88,7 @@ class Call(NamedTuple):
     return_grad: Any = None
     out: Any = None
     device: Any = None
-    denominator: Any = 1.0  # of a loss
+    denominator: Any = None  # divides a sum, and its gradients; of a loss, whatever is returned
     parameter: Any = 0.0  # of the operations that take one: js_div's beta, say, or the epsilon of a loss
     factor: Any = 1.0  # multiplies the value, and the gradients with it
     dtype: Any = None  # a loss's: its name

@@ -71,7 +71,9 @@ EntropyGrad = Literal["x"] | tuple[Literal["x"]]
 class _CommonOptions(TypedDict, total=False):
     axis: SupportsIndex
     weights: Any
+    denominator: Any
     temperature: SupportsFloat
+    base: SupportsFloat | None
     out: Any
     device: str | None
 

@@ -87,7 +87,7 @@ ctypedef const Isa* ChosenIsa
 cdef atomic[ChosenIsa] _isa           # atomic: one thread may choose while others compute, without the GIL
 _isa.store(isa_table())               # until klcore.backends.cpu chooses: the one that every processor has
 
-cdef double NAN = float("nan")
+cdef double NAN = float("nan"), INFINITY = float("inf")
 
 # What Python reads of the kernels' headers: the codes, forms and numbers of arguments of all operations, the codes of
 # spaces, dtypes and outputs, bytes of dtypes; classes in a chunk, and of rows that are taken several at once.
@@ -360,8 +360,14 @@ def plain(call, int threads):
         return None
     if cotangent is not None and reduction == ROW:
         return None
+    if divisor is not None and (type(divisor) not in (float, int) or not (of.is_loss or reduction == SUM)):
+        return None
     cdef int operation = of.code, space_x = SPACES[space[0]], space_y = SPACES[space[1]]
-    cdef double denominator = divisor
+    cdef double denominator = 1.0
+    if divisor is not None:
+        denominator = divisor
+        if not of.is_loss and not 0 <= denominator < INFINITY:
+            return None
     cdef Plan p
     cdef _Borrowed b = _Borrowed.__new__(_Borrowed)
     cdef Py_buffer* vx
@@ -431,8 +437,8 @@ def plain(call, int threads):
     _end(found)
     if reduction == ROW:
         value = value if p.ndim else value[()]
-        if divisor != 1:
-            value = value / divisor
+        if denominator != 1:
+            value = value / denominator
     else:
         p.total = p.total / denominator if denominator != 0 else NAN
         value = dtype.type(p.total if p.x.dtype == FLOAT64 else <float>p.total)

@@ -2136,7 +2136,8 @@ extern "C" __global__ void __launch_bounds__(256) kl_weights(const Plan p) {
       double sum = total[0], factor = factors[0];
       if (total[0] > 0x1p500) sum = total[1], factor = factors[1];
       if (total[0] > 0 && total[0] < 0x1p-500) sum = total[2], factor = factors[2];
-      p.sums[0] = p.scale != 0 ? p.scale * factor : sum;
+      double given = p.denominator ? *p.denominator : p.scale;
+      p.sums[0] = p.denominator || given != 0 ? given * factor : sum;
       p.sums[1] = factor;
     }
   }

@@ -595,6 +595,15 @@ void logits_chunk(const Plan& p, const Row& row, int sweep, i64 start, int n, co
   }
   Slopes<T> along = slopes<T>((double)k.at.max_a, (double)k.at.max_b, mean_of(k.at), stats, temperature);
   FarRow far = k.far || p.output == TERMS ? far_row(stats, temperature) : FarRow{};
+  if (p.output == TERMS) {   // before a gradient, which may be written over b
+    T* term = s.dx;
+    if (k.far)
+      for (int i = 0; i < n; i++) term[i] = (T)(literal ? far_class<LITERAL> : far_class<DEVIANCE>)(a[i], b[i], far).term;
+    else
+      (literal ? write_terms<T, LITERAL, TEMPERED> : write_terms<T, DEVIANCE, TEMPERED>)(a, b, k.weight, n, it, k.at, along,
+                                                                                        far, term);
+    store(p.value, row.value, start, n, term, row.weight, p.stream);
+  }
   if (k.far && (dx || dy)) {
     write_far(a, b, n, far, dx ? s.dx : nullptr, dy ? s.dy : nullptr);
   } else {
@@ -603,14 +612,6 @@ void logits_chunk(const Plan& p, const Row& row, int sweep, i64 start, int n, co
   }
   if (dx) store(p.dx, row.dx, start, n, s.dx, row.weight * p.gradient_scale, p.stream);
   if (dy) store(p.dy, row.dy, start, n, s.dy, row.weight * p.gradient_scale, p.stream);
-  if (p.output != TERMS) return;
-  T* term = s.dx;
-  if (k.far)
-    for (int i = 0; i < n; i++) term[i] = (T)(literal ? far_class<LITERAL> : far_class<DEVIANCE>)(a[i], b[i], far).term;
-  else
-    (literal ? write_terms<T, LITERAL, TEMPERED> : write_terms<T, DEVIANCE, TEMPERED>)(a, b, k.weight, n, it, k.at, along,
-                                                                                      far, term);
-  store(p.value, row.value, start, n, term, row.weight, p.stream);
 }
 
 inline void logits_fold(const Plan& p, int sweep, const double* from, int count, i64 pitch, double* to, i64 to_pitch) {

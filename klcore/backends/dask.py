@@ -328,7 +328,13 @@ def compute(call: Call) -> Any:
             f"x has chunks of {_library(x)} and y of {_library(y)}; move one of them, as with "
             "x.map_blocks(cupy.asarray)"
         )
+    rows.check_reduction(call.reduction)
+    rows.check_denominator(call)
+    divisor = call.denominator if isinstance(call.denominator, da.Array) else None
+    if divisor is not None:
+        call = call._replace(denominator=None)
     task = _arrange(call._replace(x=x, y=y, weights=w), given[2])
+    task.divisor = divisor
     axis = operator.index(call.axis)
     if labels.are_there(*given):
         labels.check(axis if axis < 0 else axis - max(a.ndim for a in (x, y) if a is not None), *given)
@@ -336,16 +342,22 @@ def compute(call: Call) -> Any:
     if scalar:  # one class
         x, y = (a if a is None else a.reshape(1) for a in (x, y))
     graph = _Graph(task, x, y, w, axis)
-    denominator = task.denominator
+    denominator = task.denominator if divisor is None else divisor
     if task.by_weights:
         factor = graph.move_weights() if task.weights.dtype.itemsize == 8 else 1.0
         denominator = graph.sum_of_weights() if denominator is None else denominator * factor
-    scale = (denominator, () if task.by_weights else None)
+    scale = (denominator, () if isinstance(denominator, da.Array) else None)
     by = _by_rows if len(graph.chunks[graph.classes]) == 1 else _by_parts
     last = graph.classes - len(graph.all)
     # the call of a block, which gets its own arrays; Python's numbers, so that equal calls have equal keys
     block = call._replace(
-        x=None, y=None, weights=None, axis=last, temperature=task.temperature, return_grad=_wanted(task)
+        x=None,
+        y=None,
+        weights=None,
+        axis=last,
+        temperature=task.temperature,
+        return_grad=_wanted(task),
+        denominator=None,
     )
     value, gradients = by(graph, block, scale)
     if task.output == rows.TOTAL:  # so far its sums

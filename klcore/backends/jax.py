@@ -57,7 +57,7 @@ class _Program:
         return *value, *(result(operands[name].shape, operands[name].dtype) for name in self.gradients)
 
     def __call__(self, context: Any, out: Any, *arguments: Any) -> None:
-        """Called by XLA, where it runs: compute `out` from x, y, weights and cotangent, all of them buffers."""
+        """Called by XLA, where it runs: compute `out` from the arguments of `_execute`, all of them buffers."""
         kind, number = arguments[0].__dlpack_device__()
         if kind == _ON_CPU:
             self._on(cpu, np, np.asarray, out, arguments)
@@ -83,12 +83,13 @@ class _Program:
         else:  # more rows
             self._compute(backend, results, *arrays)
 
-    def _compute(self, backend: Any, out: list[Any], x: Any, y: Any, weights: Any, cotangent: Any) -> None:
+    def _compute(
+        self, backend: Any, out: list[Any], x: Any, y: Any, weights: Any, divisor: Any, cotangent: Any
+    ) -> None:
+        call = self.call if divisor is None else self.call._replace(denominator=_denominator(divisor))
         to: Any = tuple(out) if sum(o.nbytes for o in out) > _SMALL else None
         results = backend.compute(
-            self.call._replace(
-                x=x, y=y, weights=weights, cotangent=cotangent, return_grad=self.gradients or None, out=to
-            )
+            call._replace(x=x, y=y, weights=weights, cotangent=cotangent, return_grad=self.gradients or None, out=to)
         )
         for o, result in zip(out, results if self.gradients else (results,), strict=True):
             if result is not o:
@@ -98,9 +99,24 @@ class _Program:
 # ---- what JAX knows of it --------------------------------------------------------------------------------------------
 
 
+def _divisor(call: Call) -> Any:
+    """The denominator as an argument of a program, which is then one for all numbers: what is not JAX' own as the bits
+    of a float64, which JAX itself may not have."""
+    if call.denominator is None or isinstance(call.denominator, jax.Array):
+        return call.denominator
+    return np.array([rows.denominator_of(call)]).view(np.uint32)
+
+
+def _denominator(divisor: Any) -> Any:
+    """What it was."""
+    d = divisor.view(np.float64)[0] if divisor.ndim else divisor
+    return float(d) if isinstance(d, (np.ndarray, np.generic)) else d
+
+
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _execute(program: _Program, x: Any, y: Any, weights: Any, cotangent: Any) -> Any:
-    return buffer_callback(program, program.results(x, y), vmap_method="expand_dims")(x, y, weights, cotangent)
+def _execute(program: _Program, x: Any, y: Any, weights: Any, divisor: Any, cotangent: Any) -> Any:
+    call = buffer_callback(program, program.results(x, y), vmap_method="expand_dims")
+    return call(x, y, weights, divisor, cotangent)
 
 
 @_execute.defjvp
@@ -112,32 +128,34 @@ def _no_second_derivative(program: _Program, primals: Any, tangents: Any) -> Any
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _value(program: _Program, x: Any, y: Any, weights: Any) -> Any:
+def _value(program: _Program, x: Any, y: Any, weights: Any, divisor: Any) -> Any:
     """The value and the gradients that `program` names."""
-    return _execute(program, x, y, weights, None)
+    return _execute(program, x, y, weights, divisor, None)
 
 
-def _forward(program: _Program, x: Any, y: Any, weights: Any) -> Any:
+def _forward(program: _Program, x: Any, y: Any, weights: Any, divisor: Any) -> Any:
     if program.call.operation.name == "puzzlelib":
         raise NotImplementedError(
             "PuzzleLib's loss returns a direction of descent, which is not its derivative; use that, or klcore.kl_div"
         )
-    if weights is not None and weights.perturbed:
-        raise NotImplementedError(
-            f"klcore.{program.call.operation.name} has no derivative with respect to weights; pass "
-            "jax.lax.stop_gradient(weights)"
-        )
+    for name, a in (("weights", weights), ("denominator", divisor)):
+        if a is not None and a.perturbed:
+            raise NotImplementedError(
+                f"klcore.{program.call.operation.name} has no derivative with respect to {name}; pass "
+                f"jax.lax.stop_gradient({name})"
+            )
     wanted = tuple(name for name, a in (("x", x), ("y", y)) if a is not None and a.perturbed)
-    x, y, weights = (None if a is None else a.value for a in (x, y, weights))
+    x, y, weights, divisor = (None if a is None else a.value for a in (x, y, weights, divisor))
     # The gradients of a total come in the same pass, and are multiplied by its cotangent afterwards. Not so those of 16
     # bits: what the cotangent (a loss scale) is to save from underflow would be lost by then.
     if program.total and all(a is None or a.dtype.itemsize > 2 for a in (x, y)):
         both = tuple(name for name in "xy" if name in wanted or name in program.gradients)
-        value, *gradients = _execute(replace(program, gradients=both), x, y, weights, None)
+        value, *gradients = _execute(replace(program, gradients=both), x, y, weights, divisor, None)
         found = dict(zip(both, gradients, strict=True))
         return (value, *(found[name] for name in program.gradients)), ({name: found[name] for name in wanted}, None)
     # what is kept has to be arrays, but for the keys
-    return _execute(program, x, y, weights, None), (dict.fromkeys(wanted), (x, y, weights))
+    arguments = x, y, weights, divisor
+    return _execute(program, *arguments, None), (dict.fromkeys(wanted), arguments)
 
 
 def _backward(program: _Program, kept: Any, cotangents: Any) -> Any:
@@ -146,13 +164,13 @@ def _backward(program: _Program, kept: Any, cotangents: Any) -> Any:
     if not all(isinstance(other, SymbolicZero) for other in others):
         _no_second_derivative(program, None, None)
     if isinstance(cotangent, SymbolicZero):
-        return None, None, None
+        return None, None, None, None
     if arguments is None:
         found = {name: cotangent.astype(gradient.dtype) * gradient for name, gradient in found.items()}
     else:
         gradients = _execute(replace(program, gradients=tuple(found), pull=True), *arguments, cotangent)
         found = dict(zip(found, gradients, strict=True))
-    return found.get("x"), found.get("y"), None
+    return found.get("x"), found.get("y"), None, None
 
 
 _value.defvjp(_forward, _backward, symbolic_zeros=True)
@@ -176,7 +194,7 @@ def _arranged(call: Call, x: Any, y: Any, weights: Any) -> rows.Task:
 
 
 @partial(jax.jit, static_argnums=0)
-def _compute(call: Call, x: Any, y: Any, weights: Any) -> tuple[Any, ...]:
+def _compute(call: Call, x: Any, y: Any, weights: Any, divisor: Any) -> tuple[Any, ...]:
     """The value and the gradients asked for; what is wrong with the arguments is raised while JAX traces this."""
     task = _arranged(call, *(_stand_in(a) for a in (x, y, weights)))
     shape = () if task.output == rows.TOTAL else task.value.shape
@@ -191,7 +209,7 @@ def _compute(call: Call, x: Any, y: Any, weights: Any) -> tuple[Any, ...]:
     # the value's dtype is what JAX has, of a loss and a row of integers alike
     of_call = call._replace(axis=axis, dtype=of_value.name if call.operation.is_loss else None)
     wanted = tuple(g.of for g in task.gradients)
-    value, *gradients = _value(_Program(of_call, ndim, value_shape, of_value, wanted), a, b, weights)
+    value, *gradients = _value(_Program(of_call, ndim, value_shape, of_value, wanted), a, b, weights, divisor)
     shapes = {"x": x.shape, "y": None if y is None else y.shape}
     return value.reshape(shape), *(g.reshape(shapes[n]) for n, g in zip(wanted, gradients, strict=True))
 
@@ -267,15 +285,18 @@ def compute(call: Call) -> Any:
     # gradients in bfloat16, which JAX does not take over without a copy.
     operands = [a for a in (x, y) if a is not None]
     here = jax.default_backend() == "cpu" and jax.device_count() == 1
-    here = here and not any(isinstance(a, jax.core.Tracer) for a in (*operands, weights))
+    here = here and not any(isinstance(a, jax.core.Tracer) for a in (*operands, weights, call.denominator))
     here = here and any(a.nbytes > _SMALL for a in operands)
     if here and not (wanted and any(a.dtype.kind == "V" for a in operands)):
         return _in_this_thread(call, x, y, weights)
+    divisor = None
+    if not call.operation.is_loss:  # not a word of the program
+        divisor, call = _divisor(call), call._replace(denominator=None)
     if _platform(weights) == "cpu":  # compiled code would raise JAX's own error
         _arranged(call, _stand_in(x), _stand_in(y), None if weights is None else np.asarray(weights))
     if "gpu" in (_platform(x), _platform(y)):
         import_module("klcore.backends.cuda").ready()
-    results = _compute(call, x, y, weights)
+    results = _compute(call, x, y, weights, divisor)
     return results if len(results) > 1 else results[0]
 
 

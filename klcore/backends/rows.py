@@ -16,6 +16,7 @@ import numpy as np
 from klcore import _cpu
 from klcore.backends import labels
 from klcore.operations import Call, Operation
+from klcore.parameters import number
 
 FLOATS = tuple(_cpu.DTYPES)  # by name, in the order of their codes
 SPACES, CODES = _cpu.SPACES, _cpu.DTYPES
@@ -71,13 +72,16 @@ class Task:
     factor: float = 1.0  # of the value, and of all gradients
     cotangent: Any = None  # a scalar that multiplies the gradients
     value_wanted: bool = True  # else the gradients only
+    over_y: bool = False  # whether the gradient for y may be written where y is
+    divisor: Any = None  # instead of a denominator of 1: one that is known where the arrays are, or later
 
     @property
     def by_weights(self) -> bool:
         """Whether the sum of the weights must be known: a mean divides by it, or may be in range where it is not."""
         if self.denominator is None:
             return True
-        mean = self.output == TOTAL and self.denominator != 1 and not self.signed
+        divided = self.divisor is not None or self.denominator != 1
+        mean = self.output == TOTAL and divided and not self.signed
         return mean and self.weights is not None and self.weights.dtype == np.float64
 
 
@@ -166,7 +170,7 @@ def _arrange(xp: Any, asarray: Any, call: Call, factors: Any = None, signed: boo
         temperature=temperature,
         rows=rows,
         n=laid.n,
-        denominator=_denominator(call.reduction, laid.terms, rows, laid.n, weights),
+        denominator=_denominator(call, laid.terms, rows, laid.n, weights),
         parameter=call.parameter,
         factor=call.factor,
     )
@@ -186,7 +190,9 @@ def _arrange_results(xp: Any, task: Task, laid: _Laid, out: Any, wanted: tuple[s
                 operand = laid.operands[name]
                 _check_out(xp, result, f"the gradient with respect to {name}", operand.shape, operand.dtype)
         inputs = [a for a in (*laid.operands.values(), task.weights) if a is not None]
-        check_overlap([a for a in (value, *gradients) if a is not None], inputs)
+        whole = all(laid.operands[name].shape == laid.terms for name in wanted)
+        task.over_y = "y" in wanted and task.spaces[1] == LOGITS and whole
+        check_overlap([a for a in (value, *gradients) if a is not None], inputs, gradients[-1] if task.over_y else None)
 
     if task.output == TOTAL:
         task.out = value
@@ -228,7 +234,8 @@ def _arrange_loss(xp: Any, asarray: Any, call: Call) -> Task:
     outs = {} if call.out is None else dict(zip(("value", *wanted), call.out, strict=True))
     into = tuple(None if name in spread else a for name, a in outs.items()) or None
     task = _arrange(xp, asarray, call._replace(x=x, y=y, axis=last, weights=weights, out=into), factors, signed=True)
-    task.denominator = call.denominator
+    if call.denominator is not None:
+        task.denominator = call.denominator
     for g in task.gradients:
         if g.of in spread:
             g.spread, g.out = (last, operands[g.of]), outs.get(g.of)
@@ -443,6 +450,7 @@ def words(call: Call) -> tuple[tuple[int, int], float, tuple[str, ...]]:
     spaces = space_pair(call.space, operation)
     temperature = _temperature(call.temperature, spaces)
     check_reduction(call.reduction)
+    check_denominator(call)
     return spaces, temperature, _wanted(call.return_grad, operation)
 
 
@@ -458,6 +466,28 @@ def shown(value: Any) -> str:
 def check_reduction(reduction: Any) -> None:
     if not isinstance(reduction, str) or reduction not in REDUCTIONS:
         raise ValueError(f"reduction must be one of {_list(REDUCTIONS)}; found {shown(reduction)}")
+
+
+def check_denominator(call: Call) -> None:
+    """All but its value."""
+    d = call.denominator
+    if d is None or call.operation.is_loss:
+        return
+    if call.reduction != "sum":
+        raise ValueError(
+            f"denominator divides a sum: it goes with reduction='sum'; found reduction={call.reduction!r}, and "
+            f"denominator={shown(d)}"
+        )
+    if getattr(d, "shape", ()) != ():
+        raise ValueError(f"denominator must be a number or a 0-d array; found one of the shape {tuple(d.shape)}")
+
+
+def denominator_of(call: Call) -> float:
+    """Its value."""
+    d = number(call.denominator, "denominator")
+    if not 0 <= d < math.inf:
+        raise ValueError(f"denominator must be finite and >= 0; found {d!r}")
+    return d
 
 
 def class_axis(x: Any, y: Any, axis: Any) -> int:
@@ -601,7 +631,10 @@ def _weights(xp: Any, asarray: Any, weights: Any, batch: tuple[int, ...], signed
     return view
 
 
-def _denominator(reduction: str, shape: tuple[int, ...], rows: int, n: int, weights: Any) -> float | None:
+def _denominator(call: Call, shape: tuple[int, ...], rows: int, n: int, weights: Any) -> float | None:
+    reduction = call.reduction
+    if call.denominator is not None and not call.operation.is_loss:
+        return denominator_of(call)
     if reduction == "rowmean":
         return float(rows) if weights is None else None
     if reduction == "batchmean":
@@ -663,11 +696,15 @@ def shares_with_itself(shape: Any, strides: Any, size: int) -> bool:
     return False
 
 
-def check_overlap(outs: list[Any], inputs: list[Any]) -> None:
-    """Raise ValueError if results would be written over an input, or over each other."""
+def check_overlap(outs: list[Any], inputs: list[Any], over_y: Any = None) -> None:
+    """Raise ValueError if results would be written over an input, or over each other. `over_y`: one of the results that
+    may be the second input, whose shape and dtype it has."""
     for i, out in enumerate(outs):
-        if any(_overlap(out, a) for a in inputs):
-            raise ValueError("out overlaps the memory of an input; pass an array of its own")
+        if any(_overlap(out, a) and not (k == 1 and out is over_y and _is_same(out, a)) for k, a in enumerate(inputs)):
+            raise ValueError(
+                "out overlaps the memory of an input; pass an array of its own (only the gradient for y from logits "
+                "may be y itself, where neither x nor y is broadcast)"
+            )
         if any(_overlap(out, other) for other in outs[:i]):
             raise ValueError("two arrays of out overlap; pass separate ones")
 
@@ -680,6 +717,12 @@ def _overlap(a: Any, b: Any) -> bool:
         return bool(np.shares_memory(a, b, max_work=100_000))  # type: ignore[arg-type]  # any integer will do
     except Exception:  # too hard to decide exactly
         return True
+
+
+def _is_same(a: Any, b: Any) -> bool:
+    """Of two arrays of one shape and dtype."""
+    a, b = _memory(a).__array_interface__, _memory(b).__array_interface__
+    return a["data"][0] == b["data"][0] and a["strides"] == b["strides"]
 
 
 class _memory_of:

@@ -69,17 +69,23 @@ def compute(call: Call) -> Any:
     cupy = ready()
     total = call.cotangent is not None and call.reduction not in ("row", "none")
     weights = devices.as_read(cupy, call.weights)
+    divisor = None
+    if hasattr(call.denominator, "__cuda_array_interface__"):
+        rows.check_denominator(call)
+        divisor = _divisor(cupy, call.denominator)
+        call = call._replace(denominator=None)
     cotangent = devices.as_read(cupy, call.cotangent, devices.FLOAT64 if total else None)
     call = call._replace(
         weights=weights, cotangent=cotangent, axis=_integer(call.axis), temperature=_number(call.temperature)
     )
     # the arrays that kernels read, in the order of READ, and what there is beside them
-    read: tuple[Any, ...] = (call.x, call.y, weights, None, cotangent)
+    read: tuple[Any, ...] = (call.x, call.y, weights, None, cotangent, divisor)
     if cotangent is not None and weights is None and not total:  # it multiplies each row, or each term
         by_row = call.reduction == "row"
-        read = (call.x, call.y, cotangent, None, None) if by_row else (call.x, call.y, None, cotangent, None)
+        read = (call.x, call.y, cotangent, None, None, None)
+        read = read if by_row else (call.x, call.y, None, cotangent, None, None)
     elif call.operation.is_loss:
-        read = (call.x, call.y, None, weights, cotangent)
+        read = (call.x, call.y, None, weights, cotangent, None)
     words = (
         call.operation.code, call.space, call.axis, call.reduction, call.temperature, call.return_grad,
         call.denominator, call.parameter, call.factor, call.dtype,
@@ -103,12 +109,22 @@ def compute(call: Call) -> Any:
     number = devices.choose(cupy, call.device, dict(zip(READ, read, strict=True)), given)
     with cupy.cuda.Device(number):
         task = rows.arrange(cupy, partial(devices.asarray, cupy, number), call)
+        task.divisor = divisor if divisor is None or divisor.device.id == number else cupy.array(divisor)
         value, prepared, arrays = _compute(cupy, number, task)
         if key is not None and prepared is not None and _can_be_kept(task, arrays, read):
             if len(_kept) >= _MOST_KEPT:
                 _kept.clear()
             _kept[key] = prepared
         return rows.result(task, value) if task.value_wanted else rows.gradients(task)
+
+
+def _divisor(cupy: Any, denominator: Any) -> Any:
+    """As kernels read it, beside what multiplies weights; whoever waits for it, this does not."""
+    denominator = cupy.asarray(denominator)
+    with denominator.device:
+        pair = cupy.ones(2)
+        pair[0] = denominator
+    return pair
 
 
 def _can_be_kept(task: rows.Task, arrays: list[Any], read: tuple[Any, ...]) -> bool:
@@ -150,7 +166,7 @@ def _check_overlap(prepared: Prepared, arrays: list[Any], addresses: list[int], 
             for j in (*range(_CHECKED), *range(first, k)):
                 if start < ends[j] and starts[j] < end:
                     inputs = [b for b in arrays[:_CHECKED] if b is not None]
-                    rows.check_overlap(arrays[first : k + 1], inputs)
+                    rows.check_overlap(arrays[first : k + 1], inputs, arrays[-1] if prepared.over_y else None)
 
 
 def _execute(cupy: Any, prepared: Prepared, addresses: list[int]) -> None:
@@ -181,6 +197,8 @@ def _compute(cupy: Any, device: int, task: rows.Task) -> tuple[Any, Prepared | N
         of = task.denominator
         if task.output != rows.TOTAL:
             value[...] = 0
+        elif task.divisor is not None:
+            value[...] = cupy.where(task.divisor[0] == 0, math.nan, 0.0)
         elif of is not None:
             value[...] = 0 if of else math.nan
         else:
@@ -192,7 +210,8 @@ def _compute(cupy: Any, device: int, task: rows.Task) -> tuple[Any, Prepared | N
     cotangent = task.cotangent
     if cotangent is not None and (task.by_weights or devices.is_here(cotangent, cupy)):
         cotangent = task.cotangent = cupy.asarray(cotangent, np.float64)  # multiplied where the denominator is known
-    arrays = [task.x, task.y, task.weights, task.factors, cotangent if devices.is_here(cotangent, cupy) else None]
+    here = cotangent if devices.is_here(cotangent, cupy) else None
+    arrays = [task.x, task.y, task.weights, task.factors, here, task.divisor]
     results = [value, *(g.array for g in task.gradients)]
     prepared = prepare(device, task, arrays, results)
     _execute(cupy, prepared, [0 if a is None else a.data.ptr for a in (*arrays, *results)])

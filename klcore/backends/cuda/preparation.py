@@ -20,6 +20,7 @@ class Prepared(NamedTuple):
     scratch: int  # bytes of working memory
     results: tuple[tuple[Any, Any, int | None], ...]  # shape, dtype, and which argument each is laid out like
     spans: tuple[tuple[int, int], ...]  # by _span, of arguments and results
+    over_y: bool  # rows.Task's
 
 
 def _span(a: Any) -> tuple[int, int]:
@@ -59,11 +60,11 @@ def prepare(device: int, task: rows.Task, arrays: list[Any], results: list[Any])
     )  # fmt: skip
 
     launches: list[Planned] = []
-    divisor, denominator = task.denominator or 0.0, None
+    divisor, denominator = task.denominator or 0.0, places["divisor"] if task.divisor is not None else None
     if task.by_weights:  # whose sum is known to the device only
-        denominator = scratch.doubles(2)
+        known, denominator = denominator, scratch.doubles(2)
         over = plans.layout_of(task.x.shape[:-1], 1, {"weights": views["weights"]})
-        plan = plans.plan_of(over, 1, sums=denominator, scale=divisor, factor=1.0)
+        plan = plans.plan_of(over, 1, sums=denominator, scale=divisor, denominator=known, factor=1.0)
         launches += added_up(kind, "kl_weights", len(rows.WEIGHT_FACTORS), None, task.rows, plan, scratch)
     gradient_scale = 1.0 / divisor if divisor else math.nan
     if task.cotangent is not None and not cotangent:
@@ -103,6 +104,7 @@ def prepare(device: int, task: rows.Task, arrays: list[Any], results: list[Any])
         scratch.nbytes,
         tuple((a.shape, a.dtype, of) for a, of in zip(results, like, strict=True)),
         tuple((0, 0) if a is None else _span(a) for a in (*arrays, *results)),
+        task.over_y,
     )
 
 

@@ -35,6 +35,14 @@ def compute(call: Call) -> Any:
             t if t is a or t is None or isinstance(a, torch.Tensor) else t.clone()
             for t, a in zip((x, y, weights), given, strict=True)
         )
+    if isinstance(call.denominator, torch.Tensor):
+        rows.check_denominator(call)
+        if call.denominator.requires_grad and torch.is_grad_enabled():
+            raise TypeError(
+                "denominator requires a gradient, and klcore gives none with respect to it; divide the sum by it "
+                "instead"
+            )
+        call = call._replace(denominator=call.denominator.detach())
     if isinstance(call.temperature, torch.Tensor):
         if call.temperature.requires_grad and torch.is_grad_enabled():
             raise TypeError(
@@ -58,6 +66,7 @@ def _history_or_not(call: Call) -> Any:
     if eager and (call.return_grad is not None or not _needs_grad(x, y)):
         return kernels.compute(call)
     rows.check_reduction(call.reduction)
+    rows.check_denominator(call)
     rows.space_pair(call.space, call.operation)
     wanted: tuple[str, ...] = ()
     if not eager:

@@ -10,12 +10,23 @@ from typing import Any
 import torch
 
 from klcore.backends.torch import kernels, operator, private
+from klcore.operations import Call
 
 
 def _setup(ctx: Any, inputs: Sequence[Any], output: Any) -> None:
-    call = operator.call_of(*inputs[:-1])
-    ctx.save_for_backward(call.x, call.y, call.weights)
-    ctx.call = call._replace(x=None, y=None, weights=None)
+    ctx.call = _save(ctx, operator.call_of(*inputs[:-1]))
+
+
+def _save(ctx: Any, call: Call, *others: Any) -> Call:
+    """Keep the call's tensors, and `others`; the call without them."""
+    divisor = call.denominator if isinstance(call.denominator, torch.Tensor) else None
+    ctx.save_for_backward(call.x, call.y, call.weights, divisor, *others)
+    return call._replace(x=None, y=None, weights=None, denominator=call.denominator if divisor is None else None)
+
+
+def _saved(call: Call, x: Any, y: Any, weights: Any, divisor: Any) -> Call:
+    call = call._replace(x=x, y=y, weights=weights)
+    return call if divisor is None else call._replace(denominator=divisor)
 
 
 def traceable(name: str) -> Any:
@@ -26,8 +37,8 @@ def traceable(name: str) -> Any:
 
 
 def _backward(ctx: Any, cotangent: Any) -> tuple[Any, ...]:
-    x, y, weights = ctx.saved_tensors
-    call = ctx.call._replace(x=x, y=y, weights=weights)
+    call = _saved(ctx.call, *ctx.saved_tensors)
+    x = call.x
     _, of_x, of_y, *_ = ctx.needs_input_grad
     if torch.is_grad_enabled() or not private.is_eager(x, cotangent) or private.is_batched(cotangent):
         # the operator keeps the history that a second derivative needs, or refuses one
@@ -40,9 +51,7 @@ def _backward(ctx: Any, cotangent: Any) -> tuple[Any, ...]:
 
 def _setup_second(ctx: Any, inputs: Sequence[Any], output: Any) -> None:
     *rest, cotangent, of_x, of_y = inputs
-    call = operator.call_of(*rest)
-    ctx.save_for_backward(call.x, call.y, call.weights, cotangent)
-    ctx.call, ctx.wants = call._replace(x=None, y=None, weights=None), (of_x, of_y)
+    ctx.call, ctx.wants = _save(ctx, operator.call_of(*rest), cotangent), (of_x, of_y)
 
 
 def _backward_second(ctx: Any, of_dx: Any, of_dy: Any) -> tuple[Any, ...]:
@@ -52,7 +61,7 @@ def _backward_second(ctx: Any, of_dx: Any, of_dy: Any) -> tuple[Any, ...]:
             "klcore gives first derivatives of its divergences, and this asks for a second one (create_graph=True, or "
             "a gradient of a gradient)"
         )
-    x, y, factors, cotangent = (t if t is None or torch.is_grad_enabled() else t.detach() for t in ctx.saved_tensors)
+    x, y, factors, _, cotangent = (t if t is None or torch.is_grad_enabled() else t.detach() for t in ctx.saved_tensors)
 
     def value(x: Any, y: Any) -> Any:  # PyTorch's own loss, in the precision of klcore's
         wide = torch.promote_types(torch.promote_types(x.dtype, y.dtype), torch.float32)
@@ -62,7 +71,7 @@ def _backward_second(ctx: Any, of_dx: Any, of_dy: Any) -> tuple[Any, ...]:
         terms = terms if factors is None else terms * factors
         if call.reduction != "none" and terms.ndim:
             terms = terms.sum(call.axis) if call.reduction == "row" else terms.sum()
-        return (terms / call.denominator).to(cotangent.dtype)
+        return (terms / (1 if call.denominator is None else call.denominator)).to(cotangent.dtype)
 
     def first(x: Any, y: Any, cotangent: Any) -> Any:
         of_x, of_y = torch.func.vjp(value, x, y)[1](cotangent)

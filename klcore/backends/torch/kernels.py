@@ -38,13 +38,15 @@ def lent(call: Call) -> Call:
     """The call of the kernels' library."""
     if call.dtype == "bfloat16":
         bfloat16()  # or what to install
-    weights, out, cotangent = call.weights, call.out, call.cotangent
+    weights, out, cotangent, denominator = call.weights, call.out, call.cotangent, call.denominator
+    if isinstance(denominator, torch.Tensor):
+        denominator = float(denominator) if denominator.is_cpu or call.x.is_cpu else lend(denominator)
     if out is not None:
         out = tuple(map(lend, out)) if isinstance(out, tuple) else lend(out)
     return Call(  # in half of the time that _replace takes
         call.operation, lend(call.x), lend(call.y), call.space, call.axis, call.reduction,
         None if weights is None else lend(weights), call.temperature, call.return_grad, out, None,
-        call.denominator, call.parameter, call.factor, call.dtype,
+        denominator, call.parameter, call.factor, call.dtype,
         None if cotangent is None else lend(cotangent),
     )  # fmt: skip
 
