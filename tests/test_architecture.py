@@ -33,9 +33,11 @@ ROOMS = {
         "klcore.version",
     },
     r"klcore\.operations": {"klcore._cpu"},
-    r"klcore\.(divergence|family)": {"klcore.backends", "klcore.operations", "klcore.typing"},
+    r"klcore\.(divergence|family)": {
+        "klcore.backends", "klcore.operations", "klcore.parameters", "klcore.typing",
+    },
     r"klcore\.typing": {"numpy"},  # for type checkers
-    r"klcore\.(version|exact)": set(),
+    r"klcore\.(version|exact|parameters)": set(),
     r"klcore\.__main__": {"klcore.config", "klcore.selftest"},
     r"klcore\.selftest": {
         "numpy", "ml_dtypes", "klcore._cpu", "klcore.backends.threads", "klcore.config", "klcore.divergence",
@@ -48,7 +50,9 @@ ROOMS = {
     },
     r"klcore\.backends": {"klcore.backends.torch", "klcore.operations"},  # within a function, and for type checkers
     r"klcore\.backends\.labels": {"numpy"},
-    r"klcore\.backends\.rows": {"numpy", "klcore._cpu", "klcore.backends.labels", "klcore.operations"},
+    r"klcore\.backends\.rows": {
+        "numpy", "klcore._cpu", "klcore.backends.labels", "klcore.operations", "klcore.parameters",
+    },
     r"klcore\.backends\.threads": set(),
     r"klcore\.backends\.cpu": {
         "numpy", "klcore._cpu", "klcore.backends.rows", "klcore.backends.threads", "klcore.operations",
@@ -91,6 +95,7 @@ ROOMS = {
     r"klcore\.backends\.torch\.operator": {"torch", "klcore.backends.torch.kernels", "klcore.operations"},
     r"klcore\.backends\.torch\.autograd": {
         "torch", "klcore.backends.torch.kernels", "klcore.backends.torch.operator", "klcore.backends.torch.private",
+        "klcore.operations",
     },
     r"klcore\.backends\.torch": {
         "torch", "klcore.backends.cpu", "klcore.backends.labels", "klcore.backends.rows", "klcore.operations",
