@@ -121,6 +121,10 @@ ROOMS = {
         *(f"klcore.compat.keras.{name}" for name in ("functions", "loss", "metric", "registration")),
     },
     r"klcore\.compat\.pytorch": {"torch", "klcore.divergence", "klcore.compat._arguments"},
+    r"klcore\.compat\._distillation": {"torch", "klcore.family", "klcore.compat._arguments"},
+    r"klcore\.compat\.(trl|liger)": {
+        "klcore.divergence", "klcore.family", "klcore.compat._arguments", "klcore.compat._distillation",
+    },
     r"klcore\.compat\.\w+": {"numpy", "klcore.divergence", "klcore.compat._arguments"},
     r"klcore\._src": set(),
 }  # fmt: skip

@@ -478,7 +478,7 @@ def check_denominator(call: Call) -> None:
             f"denominator divides a sum: it goes with reduction='sum'; found reduction={call.reduction!r}, and "
             f"denominator={shown(d)}"
         )
-    if getattr(d, "shape", ()) != ():
+    if not isinstance(d, (int, float)) and getattr(d, "shape", ()) != ():  # torch.compile asks no symbol for a shape
         raise ValueError(f"denominator must be a number or a 0-d array; found one of the shape {tuple(d.shape)}")
 
 
