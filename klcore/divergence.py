@@ -95,7 +95,8 @@ def kl_div(
     denominator : float or 0-d array, optional
         Divides the value, and the gradients with it; only with "sum". The number of tokens of a batch whose parts are
         computed one after the other, say, or that number divided by the temperature's square. An array of the GPU is
-        read there, and nothing waits for it. The result is NaN where it is 0.
+        read there, and nothing waits for it: so one that is negative, infinite or NaN raises on the CPU only. The
+        result is NaN where it is 0.
     temperature : float
         Divides the logits; only with logits. Nothing is multiplied by its square.
     base : float, optional
@@ -106,7 +107,8 @@ def kl_div(
         word.
     out : array or tuple of arrays, optional
         Where to write the value, or (value, gradients...). Must not overlap an input, nor itself; but the gradient for
-        y from logits may be written over y: ``out=(None, y)``.
+        y from logits may be written over y, ``out=(None, y)``, unless y is x, or one of them is broadcast whose
+        gradient is asked for.
     device : {"cpu", "cuda", "cuda:N"}, optional
         Where to compute, and where the result stays. None: where the arrays are.
 

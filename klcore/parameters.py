@@ -8,14 +8,24 @@ def number(value: Any, name: str) -> float:
     """A float, of whatever stands for a number, or TypeError."""
     if type(value) is float:
         return value
+    if getattr(value, "requires_grad", False):
+        raise TypeError(f"{name} requires a gradient, and klcore gives none with respect to it; pass {name}.detach()")
     try:
-        if not hasattr(value, "__float__") and not hasattr(value, "__index__"):  # strings have neither
-            raise TypeError
+        if not is_number(value):
+            raise TypeError("no number")
         return float(value)
     except OverflowError:  # an integer that no float holds
         return math.inf if value > 0 else -math.inf
     except (TypeError, ValueError):
         raise TypeError(f"{name} must be a number, found one of the type {type(value).__name__}") from None
+
+
+def is_number(value: Any) -> bool:
+    """Or a 0-d array of such: what float() takes, but for strings and complex numbers."""
+    dtype = getattr(value, "dtype", None)
+    odd = getattr(dtype, "kind", "f") in "cSUOMm" or getattr(dtype, "is_complex", False)
+    takes = hasattr(value, "__float__") or hasattr(value, "__index__")
+    return takes and not odd and getattr(value, "shape", ()) == () and not isinstance(value, (str, complex))
 
 
 def units_per_nat(base: Any) -> float:

@@ -362,7 +362,7 @@ def plain(call, int threads):
         return None
     if cotangent is not None and reduction == ROW:
         return None
-    if divisor is not None and (type(divisor) not in (float, int) or not (of.is_loss or reduction == SUM)):
+    if divisor is not None and (type(divisor) is not float or not (of.is_loss or reduction == SUM)):
         return None
     cdef int operation = of.code, space_x = SPACES[space[0]], space_y = SPACES[space[1]]
     cdef double denominator = 1.0

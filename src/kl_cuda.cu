@@ -124,7 +124,7 @@ constexpr int term_space(int space) { return space == LOGITS && !BESIDE ? LOG_PR
 typedef Term<OP, term_space(SX), term_space(HAS_Y ? SY : SX)> TheTerm;
 
 enum { SUM_VALUE, SUM_DX, SUM_DY, SUM_STATES };   // of normalised rows' second sweep
-enum { NORM_X = 3, NORM_Y = 5 };                  // in stats: maximum and log S, or scale and share, behind the three sums
+enum { NORM_X = 3, NORM_Y = 6 };                  // in stats: maximum and log S, or what tally_finish leaves
 static_assert(MEMBER_STATES <= LOGITS_STATES);
 constexpr int MAX_STATES = OF_LOGITS || OF_MEMBERS ? LOGITS_STATES : OF_CROSS ? CROSS_STATES : NORMALISED ? 2 * NORM_STATES : 1;
 // Blocks of THREADS on a multiprocessor, for which registers have to suffice. The most warps are not the fastest: what is swept
@@ -2191,7 +2191,7 @@ extern "C" __global__ void __launch_bounds__(256) kl_weights(const Plan p) {
       if (total[0] > 0x1p500) sum = total[1], factor = factors[1];
       if (total[0] > 0 && total[0] < 0x1p-500) sum = total[2], factor = factors[2];
       double given = p.denominator ? *p.denominator : p.scale;
-      p.sums[0] = p.denominator || given != 0 ? given * factor : sum;
+      p.sums[0] = p.denominator || given == given ? given * factor : sum;
       p.sums[1] = factor;
     }
   }

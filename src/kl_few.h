@@ -545,11 +545,12 @@ template <typename T> void few_mixed(const Plan& p, i64 r, int count, double* va
 inline Few few(const Plan& p) {
   bool tempered = p.inverse_temperature != 1;
   if (p.factors.data || of_members(p)) return nullptr;
+  if (p.dy.data && p.dy.data == p.y.data) return nullptr;   // rows that are odd are read again, after all are written
   if (of_logits(p))
     return p.wide ? (tempered ? few_logits<double, true> : few_logits<double, false>)
                   : (tempered ? few_logits<float, true> : few_logits<float, false>);
   if (of_cross(p)) return p.wide ? few_cross_of<double>(p) : few_cross_of<float>(p);
-  if (p.space_x == COUNTS || p.space_y == COUNTS) return nullptr;
+  if (p.space_x == COUNTS || p.space_y == COUNTS) return nullptr;   // no form for few classes was written for these
   if (p.space_x == LOGITS || p.space_y == LOGITS) return p.wide ? few_mixed<double> : few_mixed<float>;
   return p.wide ? few_terms<double> : few_terms<float>;
 }

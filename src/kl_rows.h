@@ -808,7 +808,7 @@ template <typename T> Kernel cross_kernel_of(const Plan& p) {
 // two numbers; all else is wide.
 
 enum { SUM_VALUE, SUM_DX, SUM_DY, SUM_STATES };
-enum { NORM_X = 3, NORM_Y = 5 };   // stats: [0..2] the sums; then maximum and log S, or scale and share, of x and of y
+enum { NORM_X = 3, NORM_Y = 6 };   // stats: [0..2] the sums; then maximum and log S of x and of y, or what tally_finish leaves
 
 template <typename T>
 KL_APART void norm_piece(const T* __restrict x, int n, int m, double max, double zero, double it, double* __restrict rest) {
@@ -1057,10 +1057,18 @@ KL_APART inline void centre_scores(const double* __restrict p, const double* __r
   for (int i = 0; i < m; i++) v[i] = centred_score(p[i], s[i], v[i], centre);
 }
 
-inline int likeliest(const double* t, int n) {   // the first of the largest
+inline int likeliest(const double* t, int n) {   // the first of the largest; 0 if all are NaN
+  double top = maximum(t, n & ~15);
+  for (int i = n & ~15; i < n; i++) top = t[i] > top ? t[i] : top;
+  auto in = [=](int i) KL_LAMBDA {
+    int found = 0;
+    for (int j = 0; j < 16; j++) found |= t[i + j] == top ? 1 : 0;
+    return found;
+  };
   int found = 0;
-  for (int i = 1; i < n; i++) found = t[i] > t[found] || t[found] != t[found] ? i : found;
-  return found;
+  while (found + 16 <= n && !in(found)) found += 16;
+  while (found < n && !(t[found] == top)) found++;
+  return found < n ? found : 0;
 }
 
 static_assert(MEMBER_STATES <= MAX_STATES);
@@ -1068,20 +1076,22 @@ template <typename T>   // the sweeps after the first, which must not add to the
 KL_APART void members_later(const Plan& p, const Row& row, int sweep, i64 start, int n, const double* stats, double* state,
                             i64 pitch, void* scratch) {
   Buffers<double>& s = *(Buffers<double>*)scratch;
-  const double* a = load(p.x, row.x, start, n, s.x);
-  const double* b = load(p.y, row.y, start, n, s.y);
+  Seen<double>* kept = row.kept ? (Seen<double>*)row.kept + start / PIECE : nullptr;   // by sweep 1 for sweep 2, if there is room
+  bool look = sweep == 1 || !kept;
+  const double* a = look ? load(p.x, row.x, start, n, s.x) : nullptr;
+  const double* b = look ? load(p.y, row.y, start, n, s.y) : nullptr;
   MemberRow known = member_row(stats, p.inverse_temperature);
   MemberLoops loops = member_loops(p);
   bool dx = p.dx.data, dy = p.dy.data;
   T *out_x = (T*)(sweep == 1 ? s.a : s.dx), *out_y = (T*)s.dy;   // in sweep 1 the terms
-  Seen<double> seen;
+  Seen<double> local;
   alignas(64) double v[PIECE], score[PIECE];
   auto begin = [&](const SideLoops& of, const double* likely) {
     double s, far;
     int top = likeliest(likely, n);
-    see_logits(a + top, b + top, 1, known, seen);
-    of.score[0](seen, 1, p.parameter, &s);
-    of.score[1](seen, 1, p.parameter, &far);
+    see_logits(a + top, b + top, 1, known, local);
+    of.score[0](local, 1, p.parameter, &s);
+    of.score[1](local, 1, p.parameter, &far);
     return side_from(s, far);
   };
   if (sweep == 1 && dx) known.x = begin(loops.x, a);
@@ -1089,7 +1099,8 @@ KL_APART void members_later(const Plan& p, const Row& row, int sweep, i64 start,
   Columns<double> value, x, mass_x, y, mass_y;
   for (int i = 0; i < n; i += PIECE) {
     int left = n - i < PIECE ? n - i : PIECE, m = (left + 15) & ~15;
-    see_logits(a + i, b + i, m, known, seen);
+    Seen<double>& seen = kept ? kept[i / PIECE] : local;
+    if (look) see_logits(a + i, b + i, m, known, seen);
     if (sweep == 1) {
       loops.terms(seen, m, p.parameter, v);
       add_columns(v, left, value.at);
@@ -1185,7 +1196,7 @@ inline Kernel kernel(const Plan& p) {
     return {gradient ? 3 : 2, {LOGITS_STATES, MEMBER_STATES, 0},
             p.wide ? (tempered ? members_chunk<double, true> : members_chunk<double, false>)
                    : (tempered ? members_chunk<float, true> : members_chunk<float, false>),
-            members_fold, members_done, 0};
+            members_fold, members_done, gradient ? sizeof(Seen<double>) * (CHUNK / PIECE) : 0};
   }
   if (of_cross(p)) return p.wide ? cross_kernel_of<double>(p) : cross_kernel_of<float>(p);
   if (is_unnormalised(p.space_x) || is_unnormalised(p.space_y))

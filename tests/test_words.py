@@ -1,6 +1,7 @@
 """The words that say how a result is measured and where it goes: base=, denominator=, and out= that is y itself."""
 
 import importlib
+import itertools
 import math
 
 import numpy as np
@@ -69,7 +70,7 @@ def test_wrong_base(name, base):
         call(name, ("probs", "probs"), rows(("probs", "probs")), base=base)
 
 
-@pytest.mark.parametrize("base", ["2", [2], b"e", 2j])
+@pytest.mark.parametrize("base", ["2", [2], b"e", 2j, np.complex128(2), np.str_("2"), np.array([2.0])])
 def test_base_that_is_no_number(base):
     with pytest.raises(TypeError, match="base must be a number"):
         klcore.kl_div([1.0], [1.0], base=base)
@@ -139,9 +140,13 @@ def test_denominator_of_weights_at_an_end_of_the_range(device, tiny):
 def test_a_denominator_of_0(device, shape):
     x = device.put(np.ones(shape))
     for denominator in (0, 0.0, np.array(0), device.put(np.array(0))):
-        value, dy = klcore.kl_div(x, 2 * x, reduction="sum", denominator=denominator, return_grad="y")
-        assert np.isnan(device.get(value))
-        assert np.isnan(device.get(dy)).all()
+        for weights in (None, np.ones(shape[0], bool), np.full(shape[0], 0.5), np.zeros(shape[0])):
+            value, dy = klcore.kl_div(
+                x, 2 * x, reduction="sum", denominator=denominator, return_grad="y",
+                weights=None if weights is None else device.put(weights),
+            )  # fmt: skip
+            assert np.isnan(device.get(value))
+            assert np.isnan(device.get(dy)).all() or not weights.any()
 
 
 def test_denominators_of_nothing(device):
@@ -170,6 +175,10 @@ def test_denominator_goes_with_a_sum(device, reduction, return_grad):
         (np.array([4]), ValueError, r"a number or a 0-d array; found one of the shape \(1,\)"),
         (np.ones((2, 2)), ValueError, r"found one of the shape \(2, 2\)"),
         (4j, TypeError, "denominator must be a number"),
+        (np.complex64(4), TypeError, "denominator must be a number"),
+        (np.str_("4"), TypeError, "denominator must be a number"),
+        (np.array("4", object), TypeError, "denominator must be a number"),
+        (10**400, ValueError, "finite and >= 0; found inf"),
     ],
 )
 def test_wrong_denominators(device, denominator, error, message):
@@ -226,6 +235,20 @@ def test_pytorch():
         klcore.kl_div(torch.from_numpy(x).requires_grad_(), torch.from_numpy(y), denominator=torch.tensor(3))
     with pytest.raises(ValueError, match="it goes with reduction='sum'"):
         klcore.kl_div(torch.from_numpy(x).requires_grad_(), torch.from_numpy(y), denominator=3)
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")
+def test_pytorch_has_no_derivative_by_the_words():
+    torch = pytest.importorskip("torch")
+    x, y = (torch.from_numpy(a) for a in rows(("logits", "logits")))
+    d = torch.tensor(2.0)
+    with pytest.raises(NotImplementedError, match="no derivatives in forward mode"):
+        torch.func.jvp(
+            lambda d: klcore.kl_div(x, y, space="logits", reduction="sum", denominator=d), (d,), (torch.ones(()),)
+        )
+    for name, word in (("kl_div", "base"), ("js_div", "beta"), ("mixed_kl_div", "forward"), ("alpha_div", "alpha")):
+        with pytest.raises(TypeError, match=f"{word} requires a gradient"):
+            getattr(klcore, name)(x, y, space="logits", **{word: torch.tensor(0.5, requires_grad=True)})
 
 
 def test_pytorch_saves_the_denominator():
@@ -358,6 +381,26 @@ def test_out_over_y_of_any_layout(device, shape):
             found = klcore.kl_div(x, over, out=(None, over), **options)
             for a, b in zip(found, expected, strict=True):
                 same(device.get(a), device.get(b))
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+@pytest.mark.parametrize("name", OF_Y)
+def test_out_over_y_of_hard_rows(device, name, dtype):
+    """Also of few classes: rows that the common form leaves out are computed once more."""
+    low = np.finfo(dtype).min
+    for space_x, scale in itertools.product(("logits", "probs"), (30, 800)):
+        for n in (2, 5, 70, 300):
+            x, y = rows((space_x, "logits"), (40, n), dtype=dtype)
+            y = y * np.asarray(scale, dtype)
+            x = x * np.asarray(scale, dtype) if space_x == "logits" else x
+            y[::7, 0], y[1::7, 0], y[2::7, 1] = -np.inf, low, low / 2
+            for temperature in (1.0, 0.5):
+                options = {"return_grad": "y", "temperature": temperature}
+                expected = call(name, (space_x, "logits"), (x, y), **options)
+                over = device.put(y.copy())
+                found = call(name, (space_x, "logits"), (device.put(x), over), out=(None, over), **options)
+                for a, b in zip(found, expected, strict=True):
+                    np.testing.assert_array_equal(device.get(a), b)
 
 
 def test_out_over_y_with_threads():

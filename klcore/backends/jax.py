@@ -102,8 +102,10 @@ class _Program:
 def _divisor(call: Call) -> Any:
     """The denominator as an argument of a program, which is then one for all numbers: what is not JAX' own as the bits
     of a float64, which JAX itself may not have."""
-    if call.denominator is None or isinstance(call.denominator, jax.Array):
+    if isinstance(call.denominator, jax.Array) and _platform(call.denominator) != "cpu":  # not waited for
         return call.denominator
+    if call.denominator is None:
+        return None
     return np.array([rows.denominator_of(call)]).view(np.uint32)
 
 

@@ -16,7 +16,7 @@ import numpy as np
 from klcore import _cpu
 from klcore.backends import labels
 from klcore.operations import Call, Operation
-from klcore.parameters import number
+from klcore.parameters import is_number, number
 
 FLOATS = tuple(_cpu.DTYPES)  # by name, in the order of their codes
 SPACES, CODES = _cpu.SPACES, _cpu.DTYPES
@@ -478,8 +478,12 @@ def check_denominator(call: Call) -> None:
             f"denominator divides a sum: it goes with reduction='sum'; found reduction={call.reduction!r}, and "
             f"denominator={shown(d)}"
         )
-    if not isinstance(d, (int, float)) and getattr(d, "shape", ()) != ():  # torch.compile asks no symbol for a shape
+    if isinstance(d, (int, float)):  # torch.compile asks no symbol for a shape
+        return
+    if getattr(d, "shape", ()) != ():
         raise ValueError(f"denominator must be a number or a 0-d array; found one of the shape {tuple(d.shape)}")
+    if not is_number(d):
+        raise TypeError(f"denominator must be a number, found one of the type {type(d).__name__}")
 
 
 def denominator_of(call: Call) -> float:
@@ -703,7 +707,7 @@ def check_overlap(outs: list[Any], inputs: list[Any], over_y: Any = None) -> Non
         if any(_overlap(out, a) and not (k == 1 and out is over_y and _is_same(out, a)) for k, a in enumerate(inputs)):
             raise ValueError(
                 "out overlaps the memory of an input; pass an array of its own (only the gradient for y from logits "
-                "may be y itself, where neither x nor y is broadcast)"
+                "may be y itself, where neither is broadcast over the other's batch)"
             )
         if any(_overlap(out, other) for other in outs[:i]):
             raise ValueError("two arrays of out overlap; pass separate ones")

@@ -60,7 +60,8 @@ def prepare(device: int, task: rows.Task, arrays: list[Any], results: list[Any])
     )  # fmt: skip
 
     launches: list[Planned] = []
-    divisor, denominator = task.denominator or 0.0, places["divisor"] if task.divisor is not None else None
+    divisor = math.nan if task.denominator is None else task.denominator  # NaN: the sum of the weights
+    denominator = None if task.divisor is None else places["divisor"]
     if task.by_weights:  # whose sum is known to the device only
         known, denominator = denominator, scratch.doubles(2)
         over = plans.layout_of(task.x.shape[:-1], 1, {"weights": views["weights"]})

@@ -42,7 +42,8 @@ def compute(call: Call) -> Any:
                 "denominator requires a gradient, and klcore gives none with respect to it; divide the sum by it "
                 "instead"
             )
-        call = call._replace(denominator=call.denominator.detach())
+        if call.denominator.requires_grad:
+            call = call._replace(denominator=call.denominator.detach())
     if isinstance(call.temperature, torch.Tensor):
         if call.temperature.requires_grad and torch.is_grad_enabled():
             raise TypeError(
