@@ -183,7 +183,7 @@ def _number(a: Any, name: str, device: Any) -> Any:
 
 
 def weights_beside(weights: Any, like: Any, device: str | None, name: str, estimate: str | None = None) -> Any:
-    """On the tensors' device. `estimate`: what to multiply by such as require a gradient, if there is but one thing."""
+    """On the tensors' device. `estimate`: of an estimator, how its result is written, for a message."""
     if weights is None or (_is_ordinary(weights) and like.is_cpu and not weights.requires_grad):
         return weights
     if isinstance(weights, torch.Tensor):
