@@ -28,6 +28,7 @@ nitpicky = True
 myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 3
 autodoc_typehints = "none"  # numpydoc's sections say what the types are
+autodoc_mock_imports = ["torch"]  # which klcore.compat.trl and .liger import, and which is large
 autosummary_generate = True
 autosummary_ignore_module_all = False
 numpydoc_show_class_members = False

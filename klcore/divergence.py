@@ -76,9 +76,11 @@ def kl_div(
         class.
     y : array
         The second: the model, the student. The same number of classes; the batch axes of x and y broadcast.
-    space : {"probs", "log_probs", "logits"} or a pair of them
-        What the numbers are, which cannot be seen from them: a wrong space is a wrong result. Logits are unnormalised:
-        their softmax over `axis` is part of the computation. A pair is (space of x, space of y).
+    space : {"probs", "log_probs", "logits", "counts"} or a pair of them
+        What the numbers are, which cannot be seen from them: a wrong space is a wrong result. Logits and counts are
+        unnormalised: the softmax over `axis` of the ones, and the division by their sum of the others (histograms, word
+        counts: any numbers >= 0), are part of the computation, and of the derivative. A pair is (space of x, space of
+        y).
     axis : int
         The class axis; all others are the batch. Counted in the shape to which x and y broadcast: a negative number
         means the same axis of both.
@@ -130,8 +132,9 @@ def kl_div(
     Notes
     -----
     Domain, per class: x = 0 contributes y; x > 0 with y = 0 makes +inf; equal finite numbers contribute exactly 0;
-    negative numbers and NaN make NaN. In the other spaces -inf is an exact zero. A row of logits that is all -inf, or
-    holds +inf or NaN, is NaN. No row affects another.
+    negative numbers and NaN make NaN. Of log-probabilities and logits -inf is an exact zero. A row of logits that is all
+    -inf, or holds +inf or NaN, is NaN, and so is a row of counts that is all 0, or holds a negative number, +inf or NaN.
+    No row affects another.
 
     Accuracy and the order of addition are part of the contract (docs/maths.md): the same input gives the same bits for
     any number of threads, instruction set, batch and memory layout.
@@ -365,7 +368,7 @@ def entropy(
     ----------
     x : array of shape (..., n, ...)
         The distribution.
-    space : {"probs", "log_probs", "logits"}
+    space : {"probs", "log_probs", "logits", "counts"}
         What the numbers are.
     axis, reduction, weights, denominator, temperature, base, return_grad, out, device
         As for :func:`kl_div`.

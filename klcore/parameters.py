@@ -37,7 +37,8 @@ def check_divides(denominator: Any, reduction: Any) -> None:
             f"denominator divides a sum: it goes with reduction='sum'; found reduction={reduction!r}, and "
             f"denominator={shown(denominator)}"
         )
-    if getattr(denominator, "shape", ()) != ():
+    # torch.compile asks no symbol for a shape
+    if not isinstance(denominator, (int, float)) and getattr(denominator, "shape", ()) != ():
         shape = tuple(denominator.shape)
         raise ValueError(f"denominator must be a number or a 0-d array; found one of the shape {shape}")
 

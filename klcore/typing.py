@@ -61,7 +61,7 @@ ArrayT = TypeVar("ArrayT", bound=Array)
 Plain: TypeAlias = float | Sequence[Any]  # taken as float64
 OfNumPy: TypeAlias = "NDArray[Any] | np.generic | Plain"
 
-Space = Literal["probs", "log_probs", "logits"]
+Space = Literal["probs", "log_probs", "logits", "counts"]
 Spaces = Space | tuple[Space, Space]
 Total = Literal["sum", "rowmean", "batchmean", "mean"]
 Reduction = Literal["row", "sum", "rowmean", "none", "batchmean", "mean"]

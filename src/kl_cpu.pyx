@@ -20,7 +20,7 @@ cdef extern from "kl_batch.h" namespace "kl" nogil:
     int PER_ROW, TERMS, TOTAL
     int FLOAT64, FLOAT32, FLOAT16, BFLOAT16
     int INT8, UINT8
-    int PROBS, LOG_PROBS, LOGITS
+    int PROBS, LOG_PROBS, LOGITS, COUNTS
     int _CHUNK "kl::CHUNK"
     int _COLUMNS "kl::COLUMNS"
     int size_of(int)
@@ -96,7 +96,7 @@ OPERATIONS = {
     for k in range(OPERATION_COUNT)
 }
 BY_TERM, BY_RATIO, BY_COST, BY_CLASS = _BY_TERM, _BY_RATIO, _BY_COST, _BY_CLASS
-SPACES = {"probs": PROBS, "log_probs": LOG_PROBS, "logits": LOGITS}
+SPACES = {"probs": PROBS, "log_probs": LOG_PROBS, "logits": LOGITS, "counts": COUNTS}
 DTYPES = {"float64": FLOAT64, "float32": FLOAT32, "float16": FLOAT16, "bfloat16": BFLOAT16}
 SIZES = {code: size_of(code) for code in DTYPES.values()}
 OUTPUTS = {"row": PER_ROW, "none": TERMS, "total": TOTAL}
@@ -307,10 +307,12 @@ def run(list plans):
 
 
 def is_wide(int operation, int space_x, int space_y, double temperature):
-    """Whether float32 is computed in float64: what goes by terms from logits, and by classes unless both are
+    """Whether float32 is computed in float64: counts; what goes by terms from logits, and by classes unless both are
     probabilities, or both logits; and temperatures at which float32 has no room for a logarithm, for the temperature
     or for its inverse."""
     cdef int form = operation_rows[operation].form
+    if space_x == COUNTS or space_y == COUNTS:
+        return True
     if form == _BY_CLASS and not (space_x == space_y and space_x != LOG_PROBS):
         return True
     if space_x != LOGITS and space_y != LOGITS:

@@ -113,18 +113,18 @@ constexpr bool FACTORS = false;
 #endif
 // the cancellation-free form is for the divergence of two rows of logits; other logits are normalised first
 constexpr bool OF_LOGITS = SX == LOGITS && SY == LOGITS && FORM == BY_RATIO && !FACTORS;
-constexpr bool OF_CROSS = (SX == LOGITS || SY == LOGITS) && FORM == BY_COST && !FACTORS;
+constexpr bool OF_CROSS = (SX == LOGITS || SY == LOGITS) && SX != COUNTS && SY != COUNTS && FORM == BY_COST && !FACTORS;
 constexpr bool OF_MEMBERS = SX == LOGITS && SY == LOGITS && FORM == BY_CLASS && !FACTORS;
-constexpr bool NORM_OF_X = !OF_LOGITS && !OF_CROSS && !OF_MEMBERS && SX == LOGITS;
-constexpr bool NORM_OF_Y = !OF_LOGITS && !OF_CROSS && !OF_MEMBERS && HAS_Y && SY == LOGITS;
+constexpr bool NORM_OF_X = !OF_LOGITS && !OF_CROSS && !OF_MEMBERS && is_unnormalised(SX);
+constexpr bool NORM_OF_Y = !OF_LOGITS && !OF_CROSS && !OF_MEMBERS && HAS_Y && is_unnormalised(SY);
 constexpr bool NORMALISED = NORM_OF_X || NORM_OF_Y;
 constexpr bool ONE_SWEEP = !OF_LOGITS && !OF_CROSS && !OF_MEMBERS && !NORMALISED;
 constexpr bool BESIDE = NORMALISED && !KL_WIDE;   // float32 logits beside another space: log-probabilities in two numbers
-constexpr int LOG_X = SX == LOGITS && !BESIDE ? LOG_PROBS : SX, LOG_Y = SY == LOGITS && !BESIDE ? LOG_PROBS : SY;
-typedef Term<OP, LOG_X, HAS_Y ? LOG_Y : LOG_X> TheTerm;
+constexpr int term_space(int space) { return space == LOGITS && !BESIDE ? LOG_PROBS : space == COUNTS ? PROBS : space; }
+typedef Term<OP, term_space(SX), term_space(HAS_Y ? SY : SX)> TheTerm;
 
 enum { SUM_VALUE, SUM_DX, SUM_DY, SUM_STATES };   // of normalised rows' second sweep
-enum { NORM_X = 3, NORM_Y = 5 };                  // in stats: maximum and log S of x and of y, behind the three sums
+enum { NORM_X = 3, NORM_Y = 5 };                  // in stats: maximum and log S, or scale and sum, behind the three sums
 static_assert(MEMBER_STATES <= LOGITS_STATES);
 constexpr int MAX_STATES = OF_LOGITS || OF_MEMBERS ? LOGITS_STATES : OF_CROSS ? CROSS_STATES : NORMALISED ? 2 * NORM_STATES : 1;
 // Blocks of THREADS on a multiprocessor, for which registers have to suffice. The most warps are not the fastest: what is swept
@@ -1033,7 +1033,7 @@ KL_DEVICE void cross_outputs(const L& at, const Slot& s, const double* stats, do
   }
 }
 
-// logits to be normalised: sweep 0 their norms, in double, sweep 1 the sums, sweep 2 the gradients
+// logits and counts to be normalised: sweep 0 their norms, in double, sweep 1 the sums, sweep 2 the gradients
 template <int D, class L> KL_DEVICE Norm norm_chunk(const L& at, const typename Stored<D>::Type* slot, double it) {
   T m = -infinity<T>();
 #pragma unroll 1
@@ -1065,11 +1065,54 @@ template <int D, class L> KL_DEVICE Norm norm_chunk(const L& at, const typename 
   return {(double)m, excluded((double)m) ? 0.0 : count, rest};
 }
 
-// A class's number as the term takes it. In `at`: the row's norm, if these are logits.
+template <int D, class L> KL_DEVICE Tally tally_chunk(const L& at, const typename Stored<D>::Type* slot) {
+  typename L::template Sums<2, double> sums;
+#pragma unroll 1
+  for (int step = 0; step < at.steps(); step++) {
+    T x[L::E];
+    double c[L::E], fewer[L::E];
+    at.template read<D>(slot, step, x);
+#pragma unroll
+    for (int e = 0; e < L::E; e++) {
+      c[e] = count_of((double)x[e]);
+      fewer[e] = c[e] * FEWER;
+    }
+    mask(at, step, c);
+    mask(at, step, fewer);
+    sums.add(0, c);
+    sums.add(1, fewer);
+  }
+  double sum = at.total(sums, 0), small = at.total(sums, 1);
+  return {sum, small, 0.0};
+}
+template <int S, int D, class L> KL_DEVICE void side_chunk(const L& at, const typename Stored<D>::Type* slot, double it, double* to) {
+  if constexpr (S == LOGITS) {
+    Norm found = norm_chunk<D>(at, slot, it);
+    if (at.leads()) *(Norm*)to = found;
+  } else {
+    Tally found = tally_chunk<D>(at, slot);
+    if (at.leads()) *(Tally*)to = found;
+  }
+}
+
+// A class's number as the term takes it. In `at`: the row's norm, if these are logits or counts.
 template <int S> KL_DEVICE auto normalised(T x, const double* at, const LogNorm<T>& norm, double it) {
   if constexpr (S == LOGITS && BESIDE) return log_prob_of(x, norm);
   else if constexpr (S == LOGITS) return log_prob_of(x, at[0], at[1], it);
+  else if constexpr (S == COUNTS) return share_of(x, at);
   else return x;
+}
+
+// a derivative by a normalised number, by that which was normalised
+template <int S, class P> KL_DEVICE T through(T d, P x, const double* at, double sum, double it) {
+  if constexpr (S == LOGITS) return through_softmax(d, x, softmax_of_sum<T>(sum, it));
+  else return through_share(d, sum, at);
+}
+template <int S, class L, class P> KL_DEVICE void weigh_shares(const P (&x)[L::E], T* d) {   // for their mean
+  if constexpr (S == COUNTS) {
+#pragma unroll
+    for (int e = 0; e < L::E; e++) d[e] = share_times(x[e], d[e]);
+  }
 }
 
 template <bool ALL, class L, class P, class Q>
@@ -1122,6 +1165,8 @@ KL_DEVICE void normalised_chunk(const Plan& p, const L& at, const Slot& s, int s
     if (OUT_DY) multiply(p, at, step, s, dy);
     if (sweep == 1) {
       if (want.term) at.template write<code_of<T>()>(s.extra, step, v, want.of_term);
+      if (OUT_DX) weigh_shares<SX, L>(x, dx);
+      if (OUT_DY && !is_final(OP)) weigh_shares<HAS_Y ? SY : SX, L>(y, dy);
       mask(at, step, v);
       mask(at, step, dx);
       mask(at, step, dy);
@@ -1131,9 +1176,8 @@ KL_DEVICE void normalised_chunk(const Plan& p, const L& at, const Slot& s, int s
     } else {
 #pragma unroll
       for (int e = 0; e < L::E; e++) {
-        if constexpr (NORM_OF_X) dx[e] = through_softmax(dx[e], x[e], softmax_of_sum<T>(stats[SUM_DX], it));
-        if constexpr (NORM_OF_Y && !is_final(OP))
-          dy[e] = through_softmax(dy[e], y[e], softmax_of_sum<T>(stats[SUM_DY], it));
+        if constexpr (NORM_OF_X) dx[e] = through<SX>(dx[e], x[e], stats + NORM_X, stats[SUM_DX], it);
+        if constexpr (NORM_OF_Y && !is_final(OP)) dy[e] = through<SY>(dy[e], y[e], stats + NORM_Y, stats[SUM_DY], it);
       }
       if (want.dx) sink.dx(at, step, dx, want.of_gradient);
       if (want.dy) sink.dy(at, step, dy, want.of_gradient);
@@ -1259,13 +1303,9 @@ KL_DEVICE void chunk(const Plan& p, const L& at, const Slot& s, int sweep, const
     else members_chunk<Member<OP>>(p, at, s, sweep, local.stats, want, sink, state);
   } else if constexpr (NORMALISED) {
     if (sweep == 0) {
-      Norm of_x = {}, of_y = {};
-      if constexpr (NORM_OF_X) of_x = norm_chunk<DX>(at, s.x, it);
-      if constexpr (NORM_OF_Y) of_y = norm_chunk<DY>(at, s.y, it);
-      if (at.leads()) {
-        *(Norm*)state = of_x;
-        *(Norm*)(state + NORM_STATES) = of_y;
-      }
+      if (at.leads()) *(Norm*)state = *(Norm*)(state + NORM_STATES) = {};
+      if constexpr (NORM_OF_X) side_chunk<SX, DX>(at, s.x, it, state);
+      if constexpr (NORM_OF_Y) side_chunk<SY, DY>(at, s.y, it, state + NORM_STATES);
     } else {
       normalised_chunk(p, at, s, sweep, local.stats, want, sink, state);
     }
@@ -1447,6 +1487,26 @@ KL_DEVICE Norm fold_norms(const States& s, int base, double it) {
   return {top, sum[0], sum[1]};
 }
 
+template <int S> KL_DEVICE void fold_side(const States& s, int base, double it, double* to) {
+  if constexpr (S == LOGITS) {
+    *(Norm*)to = fold_norms(s, base, it);
+  } else {
+    sum_states<2>(s.count, [&](int i, double* v) {
+      v[0] = s.get(i, base);
+      v[1] = s.get(i, base + 1);
+    }, to);
+    to[2] = 0.0;
+  }
+}
+template <int S> KL_DEVICE void finish_side(const double* state, double* norm) {
+  if constexpr (S == LOGITS) {
+    norm[0] = state[0];
+    norm[1] = log_norm(*(const Norm*)state);
+  } else {
+    tally_finish(*(const Tally*)state, norm);
+  }
+}
+
 // x's side of the states, at 1, or y's
 template <class Who> KL_DEVICE Side fold_sides(const Who& who, const States& s, int base, double limit) {
   double top = -infinity<double>(), first = -(double)s.count, sum[2];
@@ -1481,8 +1541,8 @@ template <class Who> KL_DEVICE void fold(const Plan& p, int sweep, const Who& wh
     if (sweep == 0) *(Spread*)to = fold_spreads(who, s, inverse_temperature(p));
     else *(Members*)to = fold_members<Member<OP>>(who, s, p.parameter);
   } else if (NORMALISED && sweep == 0) {
-    if constexpr (NORM_OF_X) *(Norm*)to = fold_norms(s, 0, inverse_temperature(p));
-    if constexpr (NORM_OF_Y) *(Norm*)(to + NORM_STATES) = fold_norms(s, NORM_STATES, inverse_temperature(p));
+    if constexpr (NORM_OF_X) fold_side<SX>(s, 0, inverse_temperature(p), to);
+    if constexpr (NORM_OF_Y) fold_side<SY>(s, NORM_STATES, inverse_temperature(p), to + NORM_STATES);
   } else {
     constexpr int Q = NORMALISED ? (int)SUM_STATES : 1;
     sum_states<Q>(s.count, [&](int i, double* v) {
@@ -1509,14 +1569,8 @@ KL_DEVICE void finish(const Plan& p, int sweep, const double* from, double* stat
     if (sweep == 0) members_begin(*(const Spread*)state, inverse_temperature(p), stats);
     else members_finish(*(const Members*)state, stats);
   } else if (NORMALISED && sweep == 0) {
-    if constexpr (NORM_OF_X) {
-      stats[NORM_X] = state[0];
-      stats[NORM_X + 1] = log_norm(*(const Norm*)state);
-    }
-    if constexpr (NORM_OF_Y) {
-      stats[NORM_Y] = state[NORM_STATES];
-      stats[NORM_Y + 1] = log_norm(*(const Norm*)(state + NORM_STATES));
-    }
+    if constexpr (NORM_OF_X) finish_side<SX>(state, stats + NORM_X);
+    if constexpr (NORM_OF_Y) finish_side<SY>(state + NORM_STATES, stats + NORM_Y);
   } else {
 #pragma unroll
     for (int k = 0; k < (NORMALISED ? (int)SUM_STATES : 1); k++) stats[k] = state[k];

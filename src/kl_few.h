@@ -549,6 +549,7 @@ inline Few few(const Plan& p) {
     return p.wide ? (tempered ? few_logits<double, true> : few_logits<double, false>)
                   : (tempered ? few_logits<float, true> : few_logits<float, false>);
   if (of_cross(p)) return p.wide ? few_cross_of<double>(p) : few_cross_of<float>(p);
+  if (p.space_x == COUNTS || p.space_y == COUNTS) return nullptr;
   if (p.space_x == LOGITS || p.space_y == LOGITS) return p.wide ? few_mixed<double> : few_mixed<float>;
   return p.wide ? few_terms<double> : few_terms<float>;
 }

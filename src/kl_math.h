@@ -391,7 +391,8 @@ template <typename T> KL_FN T log1p(T x) {
 
 // ---- the terms ----------------------------------------------------------------------------------------------------------
 // What the numbers of an argument are. Logits reach a term as log-probabilities, which kl_rows.h and kl_cuda.cu make of them.
-enum Space { PROBS = 0, LOG_PROBS = 1, LOGITS = 2 };
+enum Space { PROBS = 0, LOG_PROBS = 1, LOGITS = 2, COUNTS = 3 };
+KL_FN constexpr bool is_unnormalised(int space) { return space >= LOGITS; }
 
 // How rows of logits are computed: by their terms, after the softmax; or by a form of kl_logits.h that needs no softmax: of
 // the ratio of both (Spread, Far), or of the cost of classes (Cross); or by a class's p, q and their ratio, which Spread tells

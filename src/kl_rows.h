@@ -337,7 +337,7 @@ template <int SX, int SY, typename T> typename Terms<T>::Map terms_beside_logits
   return nullptr;
 }
 
-inline int term_space(int space) { return space == LOGITS ? LOG_PROBS : space; }
+inline int term_space(int space) { return space == LOGITS ? LOG_PROBS : space == COUNTS ? PROBS : space; }
 
 // f(Spaces) of the two spaces of a plan, of which one is logits; `alone`: there is only x
 template <int SX, int SY, bool SAME = false> struct Spaces {
@@ -805,13 +805,13 @@ template <typename T> Kernel cross_kernel_of(const Plan& p) {
   return cross_pair(p, [&](auto s) { return cross_kernel<T, decltype(s)::x, decltype(s)::y, decltype(s)::alone>(p); });
 }
 
-// ---- all else with logits: normalise, then treat as log-probabilities ----------------------------------------------------------
+// ---- all else with logits, and counts: normalise, then treat as log-probabilities and probabilities ----------------------------
 //
 // What normalises a row is always found in double. float32 beside another space goes on in float, with log-probabilities in
 // two numbers; all else is wide.
 
 enum { SUM_VALUE, SUM_DX, SUM_DY, SUM_STATES };
-enum { NORM_X = 3, NORM_Y = 5 };   // stats: [0..2] the sums; then maximum and log S of x and of y
+enum { NORM_X = 3, NORM_Y = 5 };   // stats: [0..2] the sums; then maximum and log S, or scale and sum, of x and of y
 
 template <typename T>
 KL_APART void norm_piece(const T* __restrict x, int n, int m, double max, double zero, double it, double* __restrict rest) {
@@ -839,6 +839,15 @@ void norm_chunk(const Array& a, const char* row, i64 start, int n, double it, do
   state[2 * pitch] = undefined ? nan<double>() : rest.total();
 }
 
+inline void tally_chunk(const Array& a, const char* row, i64 start, int n, double* state, i64 pitch, Buffers<double>& s) {
+  const double* x = load(a, row, start, n, s.x);
+  alignas(64) double c[CHUNK], fewer[CHUNK];
+  for (int i = 0; i < n; i++) c[i] = count_of(x[i]);
+  for (int i = 0; i < n; i++) fewer[i] = c[i] * FEWER;
+  state[0] = sum(c, n);
+  state[pitch] = sum(fewer, n);
+}
+
 inline void norm_fold(double it, const double* from, int count, i64 pitch, double* to, i64 to_pitch) {
   alignas(64) double ties[CHUNK], rest[CHUNK];
   double top = -infinity<double>();
@@ -854,9 +863,24 @@ inline void norm_fold(double it, const double* from, int count, i64 pitch, doubl
   to[2 * to_pitch] = sum(rest, count);
 }
 
+template <typename T>   // what normalises a side, in a space that is not normalised yet
+void side_chunk(int space, const Array& a, const char* row, i64 start, int n, double it, double* state, i64 pitch, Buffers<T>& s) {
+  if (space == LOGITS) norm_chunk(a, row, start, n, it, state, pitch, s);
+  if constexpr (sizeof(T) == sizeof(double))
+    if (space == COUNTS) tally_chunk(a, row, start, n, state, pitch, s);
+}
+inline void side_fold(int space, double it, const double* from, int count, i64 pitch, double* to, i64 to_pitch) {
+  if (space == LOGITS) norm_fold(it, from, count, pitch, to, to_pitch);
+  for (int k = 0; space == COUNTS && k < NORM_STATES; k++) to[k * to_pitch] = sum(from + k * pitch, count);
+}
+
 inline void norm_finish(const double* state, double* max_and_log) {
   max_and_log[0] = state[0];
   max_and_log[1] = log_norm({state[0], state[1], state[2]});
+}
+inline void side_finish(int space, const double* state, double* norm) {
+  if (space == LOGITS) norm_finish(state, norm);
+  if (space == COUNTS) tally_finish(*(const Tally*)state, norm);
 }
 
 // What the second sweep leaves for the third of a chunk: derivatives that have yet to go through the softmax
@@ -864,18 +888,20 @@ template <typename T> struct alignas(64) MixedKept {
   T dx[CHUNK + 192 / sizeof(T)], dy[CHUNK + 192 / sizeof(T)];
 };
 
-// The chunk's numbers: those of logits normalised, into the buffer and, in float, into `low`. `overflowed`: whether some did.
+// The chunk's numbers, normalised into the buffer and, in float, logits into `low` too. `overflowed`: whether some did.
 template <typename T>
-const T* log_probs(const Array& a, const char* row, int space, i64 start, int n, double it, const double* max_and_log, T* buffer,
-                   T* low, bool& overflowed) {
+const T* normalised(const Array& a, const char* row, int space, i64 start, int n, double it, const double* norm, T* buffer,
+                    T* low, bool& overflowed) {
   const T* x = load(a, row, start, n, buffer);
-  if (space != LOGITS) return x;
+  if (!is_unnormalised(space)) return x;
   int n16 = (n + 15) & ~15;
   if constexpr (sizeof(T) == sizeof(double)) {
-    double m = max_and_log[0], l = max_and_log[1];
+    double m = norm[0], l = norm[1];
+    for (int i = 0; space == COUNTS && i < n16; i++) buffer[i] = share_of(x[i], norm);
+    if (space == COUNTS) return buffer;
     for (int i = 0; i < n16; i++) buffer[i] = log_prob_of(x[i], m, l, it);
   } else {
-    LogNorm<T> k = log_norm_of<T>(max_and_log, it);
+    LogNorm<T> k = log_norm_of<T>(norm, it);
     typename Real<T>::Bits others = 0;
     for (int i = 0; i < n16; i++) {
       Pair<T> l = log_prob_of(x[i], k);
@@ -893,20 +919,31 @@ template <typename T> KL_APART void write_through_softmax(const T* d, const T* l
   for (int i = 0; i < n; i++) out[i] = through_softmax(d[i], number<PAIRED<T>>(l, low, i), k);
 }
 
+inline void write_through_share(const double* d, int n, double mean, const double* norm, double* out) {
+  for (int i = 0; i < n; i++) out[i] = through_share(d[i], mean, norm);
+}
+// of derivatives by probabilities, their mean
+inline double mean_of_shares(const double* p, const double* d, int n) {
+  alignas(64) double v[CHUNK];
+  for (int i = 0; i < n; i++) v[i] = share_times(p[i], d[i]);
+  return sum(v, n);
+}
+
 template <typename T>
 void mixed_chunk(const Plan& p, const Row& row, int sweep, i64 start, int n, const double* stats, double* state, i64 pitch,
                  void* scratch) {
   Buffers<T>& s = *(Buffers<T>*)scratch;
   double it = p.inverse_temperature;
   bool both = has_y(p.operation), overflowed = false;
-  bool of_x = p.dx.data && p.space_x == LOGITS, of_y = p.dy.data && p.space_y == LOGITS && !is_final(p.operation);
+  bool of_x = p.dx.data && is_unnormalised(p.space_x);
+  bool of_y = p.dy.data && is_unnormalised(p.space_y) && !is_final(p.operation);
   if (sweep == 0) {
-    if (p.space_x == LOGITS) norm_chunk(p.x, row.x, start, n, it, state, pitch, s);
-    if (both && p.space_y == LOGITS) norm_chunk(p.y, row.y, start, n, it, state + NORM_STATES * pitch, pitch, s);
+    side_chunk(p.space_x, p.x, row.x, start, n, it, state, pitch, s);
+    if (both) side_chunk(p.space_y, p.y, row.y, start, n, it, state + NORM_STATES * pitch, pitch, s);
     return;
   }
-  const T* x = log_probs(p.x, row.x, p.space_x, start, n, it, stats + NORM_X, s.x, s.b, overflowed);
-  const T* y = both ? log_probs(p.y, row.y, p.space_y, start, n, it, stats + NORM_Y, s.y, s.b, overflowed) : x;
+  const T* x = normalised(p.x, row.x, p.space_x, start, n, it, stats + NORM_X, s.x, s.b, overflowed);
+  const T* y = both ? normalised(p.y, row.y, p.space_y, start, n, it, stats + NORM_Y, s.y, s.b, overflowed) : x;
   int n16 = (n + 15) & ~15;
   MixedKept<T>* kept = row.kept ? (MixedKept<T>*)row.kept + start / CHUNK : nullptr;
   T *dx = s.dx, *dy = s.dy;
@@ -931,22 +968,32 @@ void mixed_chunk(const Plan& p, const Row& row, int sweep, i64 start, int n, con
     state[SUM_VALUE * pitch] = sum(s.a, n);
     state[SUM_DX * pitch] = p.dx.data ? sum(s.dx, n) : 0.0;
     state[SUM_DY * pitch] = p.dy.data ? sum(s.dy, n) : 0.0;
+    if constexpr (sizeof(T) == sizeof(double)) {
+      if (of_x && p.space_x == COUNTS) state[SUM_DX * pitch] = mean_of_shares(x, s.dx, n);
+      if (of_y && p.space_y == COUNTS) state[SUM_DY * pitch] = mean_of_shares(y, s.dy, n);
+    }
     if (kept && p.dx.data) std::copy(dx, dx + n16, kept->dx);
     if (kept && p.dy.data) std::copy(dy, dy + n16, kept->dy);
     return;
   }
   double scale = row.weight * p.gradient_scale;
-  if (of_x) write_through_softmax(dx, x, s.b, n16, softmax_of_sum<T>(stats[SUM_DX], it), s.dx);
-  if (of_y) write_through_softmax(dy, y, s.b, n16, softmax_of_sum<T>(stats[SUM_DY], it), s.dy);
+  auto through = [&](int space, const T* d, const T* l, int of, int norm, T* out) {
+    if (space == LOGITS) write_through_softmax(d, l, s.b, n16, softmax_of_sum<T>(stats[of], it), out);
+    if constexpr (sizeof(T) == sizeof(double))
+      if (space == COUNTS) write_through_share(d, n16, stats[of], stats + norm, out);
+  };
+  if (of_x) through(p.space_x, dx, x, SUM_DX, NORM_X, s.dx);
+  if (of_y) through(p.space_y, dy, y, SUM_DY, NORM_Y, s.dy);
   if (p.dx.data) store(p.dx, row.dx, start, n, of_x ? s.dx : dx, scale, p.stream);
   if (p.dy.data) store(p.dy, row.dy, start, n, of_y ? s.dy : dy, scale, p.stream);
 }
 
 inline void mixed_fold(const Plan& p, int sweep, const double* from, int count, i64 pitch, double* to, i64 to_pitch) {
   if (sweep == 0) {
-    if (p.space_x == LOGITS) norm_fold(p.inverse_temperature, from, count, pitch, to, to_pitch);
-    if (has_y(p.operation) && p.space_y == LOGITS)
-      norm_fold(p.inverse_temperature, from + NORM_STATES * pitch, count, pitch, to + NORM_STATES * to_pitch, to_pitch);
+    double it = p.inverse_temperature;
+    side_fold(p.space_x, it, from, count, pitch, to, to_pitch);
+    if (has_y(p.operation))
+      side_fold(p.space_y, it, from + NORM_STATES * pitch, count, pitch, to + NORM_STATES * to_pitch, to_pitch);
   } else if (sweep == 1) {
     for (int k = 0; k < SUM_STATES; k++) to[k * to_pitch] = sum(from + k * pitch, count);
   }
@@ -956,8 +1003,8 @@ inline void mixed_finish(const Plan& p, int sweep, const double* state, double* 
   if (!state) {
     for (int k = 0; k < MAX_STATS; k++) stats[k] = 0;
   } else if (sweep == 0) {
-    if (p.space_x == LOGITS) norm_finish(state, stats + NORM_X);
-    if (has_y(p.operation) && p.space_y == LOGITS) norm_finish(state + NORM_STATES, stats + NORM_Y);
+    side_finish(p.space_x, state, stats + NORM_X);
+    if (has_y(p.operation)) side_finish(p.space_y, state + NORM_STATES, stats + NORM_Y);
   } else if (sweep == 1) {
     for (int k = 0; k < SUM_STATES; k++) stats[k] = state[k];
   }
@@ -1118,7 +1165,8 @@ inline bool of_members(const Plan& p) {
 }
 
 inline bool of_cross(const Plan& p) {
-  return (p.space_x == LOGITS || p.space_y == LOGITS) && OPERATIONS[p.operation].form == BY_COST && !p.factors.data;
+  return (p.space_x == LOGITS || p.space_y == LOGITS) && p.space_x != COUNTS && p.space_y != COUNTS &&
+         OPERATIONS[p.operation].form == BY_COST && !p.factors.data;
 }
 
 inline Kernel kernel(const Plan& p) {
@@ -1139,7 +1187,7 @@ inline Kernel kernel(const Plan& p) {
             members_fold, members_done, 0};
   }
   if (of_cross(p)) return p.wide ? cross_kernel_of<double>(p) : cross_kernel_of<float>(p);
-  if (p.space_x == LOGITS || p.space_y == LOGITS)
+  if (is_unnormalised(p.space_x) || is_unnormalised(p.space_y))
     return {gradient ? 3 : 2, {2 * NORM_STATES, SUM_STATES, 0}, p.wide ? mixed_chunk<double> : mixed_chunk<float>, mixed_fold,
             mixed_finish, !gradient ? 0 : p.wide ? sizeof(MixedKept<double>) : sizeof(MixedKept<float>)};
   if (p.wide) return {1, {1, 0, 0}, terms_chunk<double>, terms_fold, terms_finish, 0};

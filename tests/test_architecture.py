@@ -50,7 +50,9 @@ ROOMS = {
     },
     r"klcore\.backends": {"klcore.backends.torch", "klcore.operations"},  # within a function, and for type checkers
     r"klcore\.backends\.labels": {"numpy"},
-    r"klcore\.backends\.rows": {"numpy", "klcore._cpu", "klcore.backends.labels", "klcore.operations"},
+    r"klcore\.backends\.rows": {
+        "numpy", "klcore._cpu", "klcore.backends.labels", "klcore.operations", "klcore.parameters",
+    },
     r"klcore\.backends\.threads": set(),
     r"klcore\.backends\.cpu": {
         "numpy", "klcore._cpu", "klcore.backends.rows", "klcore.backends.threads", "klcore.operations",
@@ -93,6 +95,7 @@ ROOMS = {
     r"klcore\.backends\.torch\.operator": {"torch", "klcore.backends.torch.kernels", "klcore.operations"},
     r"klcore\.backends\.torch\.autograd": {
         "torch", "klcore.backends.torch.kernels", "klcore.backends.torch.operator", "klcore.backends.torch.private",
+        "klcore.operations",
     },
     r"klcore\.backends\.torch": {
         "torch", "klcore.backends.cpu", "klcore.backends.labels", "klcore.backends.rows", "klcore.operations",
@@ -118,6 +121,10 @@ ROOMS = {
         *(f"klcore.compat.keras.{name}" for name in ("functions", "loss", "metric", "registration")),
     },
     r"klcore\.compat\.pytorch": {"torch", "klcore.divergence", "klcore.compat._arguments"},
+    r"klcore\.compat\._distillation": {"torch", "klcore.family", "klcore.compat._arguments"},
+    r"klcore\.compat\.(trl|liger)": {
+        "klcore.divergence", "klcore.family", "klcore.compat._arguments", "klcore.compat._distillation",
+    },
     r"klcore\.compat\.\w+": {"numpy", "klcore.divergence", "klcore.compat._arguments"},
     r"klcore\._src": set(),
 }  # fmt: skip

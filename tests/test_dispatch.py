@@ -71,7 +71,9 @@ def test_toy_backend(toy, operation):
         "axis": 3,
         "reduction": "rowmean",
         "weights": object(),
+        "denominator": object(),
         "temperature": 2.5,
+        "base": None,
         "return_grad": "x",
         "out": object(),
         "device": None,
@@ -79,7 +81,9 @@ def test_toy_backend(toy, operation):
     assert getattr(klcore, operation)(*arrays, **keywords) == ("computed", operation)
     x, y = arrays if len(arrays) == 2 else (*arrays, None)
     row = OPERATIONS[operation]
-    assert [c._replace(parameter=0.0) for c in toy.calls] == [Call(row, x, y, **keywords)]
+    assert [c._replace(parameter=0.0) for c in toy.calls] == [
+        Call(row, x, y, **{k: v for k, v in keywords.items() if k != "base"})
+    ]
     public = [name for name in inspect.signature(getattr(klcore, operation)).parameters if name not in "xy"]
     assert public == [*row.parameters, *keywords]
 

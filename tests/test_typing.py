@@ -236,6 +236,21 @@ def test_losses_are_of_those_libraries() -> None:
         pytorch.KLDivLoss(reductions="sum")  # type: ignore[call-arg]
 
 
+def test_losses_between_language_models() -> None:
+    """Where there is no PyTorch they cannot be imported: nothing runs here."""
+
+    def distil(student: "torch.Tensor", teacher: "torch.Tensor", labels: "torch.Tensor") -> "torch.Tensor":
+        from klcore.compat import liger, trl
+
+        loss: torch.nn.Module = liger.LigerJSD(beta=0.1)
+        original: torch.nn.KLDivLoss = liger.LigerKLDIVLoss(reduction="batchmean")
+        assert_type(liger.liger_tvd(student, teacher, labels, "sum"), torch.Tensor)
+        liger.liger_jsd(X, Y)  # type: ignore[arg-type]
+        return trl.generalized_jsd_loss(student, teacher, labels) + loss(student, teacher) + original(student, teacher)
+
+    assert callable(distil)
+
+
 # ---- the words -------------------------------------------------------------------------------------------------------
 
 

@@ -1,6 +1,7 @@
-"""The KL losses of five systems, rebuilt: a module each, with the names, arguments and numbers of the original.
+"""The losses of seven systems, rebuilt: a module each, with the names, arguments and numbers of the original.
 
-`pytorch`, `rtorch`, `keras`, `mxnet` and `puzzlelib` are imported by name, and import none of those libraries. They
-handle arguments: words, checks, dtypes, weights. The terms are in src/kl_compat.h, and the engine adds them up, for
-arrays of NumPy, CuPy, PyTorch and JAX.
+All are imported by name, and handle arguments: words, checks, dtypes, weights. `pytorch`, `rtorch`, `keras`, `mxnet`
+and `puzzlelib` import none of those libraries. The terms are in src/kl_compat.h, and the engine adds them up, for
+arrays of NumPy, CuPy, PyTorch and JAX. `trl` and `liger` are for PyTorch's tensors, and import it. Their losses are
+klcore's public functions.
 """
