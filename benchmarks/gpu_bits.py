@@ -52,8 +52,8 @@ def numbers(rows: int, n: int, space: str, dtype: str, side: int) -> np.ndarray:
     if space != "logits":
         z = z - z.max(axis=1, keepdims=True)
         z -= np.log(np.exp(z).sum(axis=1, keepdims=True))
-    if space == "probs":
-        z = np.exp(z)
+    if space in ("probs", "counts"):
+        z = np.exp(z) * (50 if space == "counts" else 1)
     if rows > 6:
         z[6, rng.integers(n)] = np.nan
     return z.astype(numpy_dtype(dtype))
@@ -63,9 +63,9 @@ def groups() -> list[str]:
     """The names that check_group takes; those that matter most come first."""
     names = []
     for dtype, operation in itertools.product(("float32", "bfloat16", "float64", "float16"), OPERATIONS):
-        pairs = sorted(OPERATIONS[operation].pairs, key=lambda pair: pair[0] != pair[1])
+        pairs = sorted(OPERATIONS[operation].pairs, key=lambda pair: (pair[0] != pair[1], "counts" in pair))
         if OPERATIONS[operation].form == _cpu.BY_CLASS:  # alike, and many: in double but for pairs of one space
-            pairs = pairs[:3] if dtype == "float32" else []
+            pairs = pairs[:4] if dtype == "float32" else []
         names += [f"{operation} {sx} {sy} {dtype}" for sx, sy in pairs]
     return names
 

@@ -132,9 +132,9 @@ def kl_div(
     Notes
     -----
     Domain, per class: x = 0 contributes y; x > 0 with y = 0 makes +inf; equal finite numbers contribute exactly 0;
-    negative numbers and NaN make NaN. Of log-probabilities and logits -inf is an exact zero. A row of logits that is all
-    -inf, or holds +inf or NaN, is NaN, and so is a row of counts that is all 0, or holds a negative number, +inf or NaN.
-    No row affects another.
+    negative numbers and NaN make NaN. Of log-probabilities and logits -inf is an exact zero. A row of logits that is
+    all -inf, or holds +inf or NaN, is NaN, and so is a row of counts that is all 0, or holds a negative number, +inf
+    or NaN. No row affects another.
 
     Accuracy and the order of addition are part of the contract (docs/maths.md): the same input gives the same bits for
     any number of threads, instruction set, batch and memory layout.

@@ -124,7 +124,7 @@ constexpr int term_space(int space) { return space == LOGITS && !BESIDE ? LOG_PR
 typedef Term<OP, term_space(SX), term_space(HAS_Y ? SY : SX)> TheTerm;
 
 enum { SUM_VALUE, SUM_DX, SUM_DY, SUM_STATES };   // of normalised rows' second sweep
-enum { NORM_X = 3, NORM_Y = 5 };                  // in stats: maximum and log S, or scale and sum, behind the three sums
+enum { NORM_X = 3, NORM_Y = 5 };                  // in stats: maximum and log S, or scale and share, behind the three sums
 static_assert(MEMBER_STATES <= LOGITS_STATES);
 constexpr int MAX_STATES = OF_LOGITS || OF_MEMBERS ? LOGITS_STATES : OF_CROSS ? CROSS_STATES : NORMALISED ? 2 * NORM_STATES : 1;
 // Blocks of THREADS on a multiprocessor, for which registers have to suffice. The most warps are not the fastest: what is swept
@@ -1066,24 +1066,25 @@ template <int D, class L> KL_DEVICE Norm norm_chunk(const L& at, const typename 
 }
 
 template <int D, class L> KL_DEVICE Tally tally_chunk(const L& at, const typename Stored<D>::Type* slot) {
-  typename L::template Sums<2, double> sums;
+  constexpr int Q = D == FLOAT64 ? 3 : 1;
+  typename L::template Sums<Q, double> sums;
 #pragma unroll 1
   for (int step = 0; step < at.steps(); step++) {
     T x[L::E];
-    double c[L::E], fewer[L::E];
+    double c[L::E];
     at.template read<D>(slot, step, x);
 #pragma unroll
-    for (int e = 0; e < L::E; e++) {
-      c[e] = count_of((double)x[e]);
-      fewer[e] = c[e] * FEWER;
+    for (int q = 0; q < Q; q++) {
+#pragma unroll
+      for (int e = 0; e < L::E; e++) c[e] = count_of((double)x[e]) * (q == 0 ? 1.0 : q == 1 ? FEWER : MORE);
+      mask(at, step, c);
+      sums.add(q, c);
     }
-    mask(at, step, c);
-    mask(at, step, fewer);
-    sums.add(0, c);
-    sums.add(1, fewer);
   }
-  double sum = at.total(sums, 0), small = at.total(sums, 1);
-  return {sum, small, 0.0};
+  double sum = at.total(sums, 0);
+  if constexpr (Q == 1) return {sum, sum, sum};
+  double fewer = at.total(sums, 1), more = at.total(sums, 2);
+  return {sum, fewer, more};
 }
 template <int S, int D, class L> KL_DEVICE void side_chunk(const L& at, const typename Stored<D>::Type* slot, double it, double* to) {
   if constexpr (S == LOGITS) {
@@ -1491,11 +1492,10 @@ template <int S> KL_DEVICE void fold_side(const States& s, int base, double it, 
   if constexpr (S == LOGITS) {
     *(Norm*)to = fold_norms(s, base, it);
   } else {
-    sum_states<2>(s.count, [&](int i, double* v) {
-      v[0] = s.get(i, base);
-      v[1] = s.get(i, base + 1);
+    sum_states<NORM_STATES>(s.count, [&](int i, double* v) {
+#pragma unroll
+      for (int q = 0; q < NORM_STATES; q++) v[q] = s.get(i, base + q);
     }, to);
-    to[2] = 0.0;
   }
 }
 template <int S> KL_DEVICE void finish_side(const double* state, double* norm) {

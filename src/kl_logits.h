@@ -315,27 +315,28 @@ template <typename T, typename L> KL_FN T through_softmax(T d, const L& l, const
 
 // ---- normalising: counts to probabilities ----------------------------------------------------------------------------------
 //
-// A row's sum, and that of numbers 2^-600 times as large, for where it is infinite itself. Always in double.
-struct Tally { double sum, small, unused; };
+// A row's sum, in double. Of float64 that of numbers 2^-600 and 2^600 times as large as well, for where it is infinite itself, or
+// its reciprocal might be.
+struct Tally { double sum, fewer, more; };
 static_assert(sizeof(Tally) == sizeof(Norm));
-constexpr double FEWER = 0x1p-600;
+constexpr double FEWER = 0x1p-600, MORE = 0x1p600;
 
 KL_FN double count_of(double c) {   // what is no count spoils its row
   double v = c >= 0 ? c : nan<double>();
   return v < infinity<double>() ? v : nan<double>();
 }
-KL_FN void tally_finish(const Tally& t, double* scale_and_sum) {
-  bool vast = t.sum == infinity<double>();
-  scale_and_sum[0] = vast ? FEWER : 1.0;
-  scale_and_sum[1] = vast ? t.small : t.sum;
+KL_FN void tally_finish(const Tally& t, double* scale_and_share) {   // and the share of one count
+  bool vast = t.sum == infinity<double>(), little = t.sum < 0x1p-500;
+  scale_and_share[0] = vast ? FEWER : little ? MORE : 1.0;
+  scale_and_share[1] = 1.0 / (vast ? t.fewer : little ? t.more : t.sum);
 }
-KL_FN double share_of(double c, const double* scale_and_sum) { return (c * scale_and_sum[0]) / scale_and_sum[1]; }
+KL_FN double share_of(double c, const double* k) { return (c * k[0]) * k[1]; }
 KL_FN double share_times(double p, double d) {   // a derivative by a probability of 0 may be infinite
   double v = p * d;
   return p == 0 ? 0.0 : v;
 }
-KL_FN double through_share(double d, double mean, const double* scale_and_sum) {
-  return ((d - mean) + 0.0 * mean) / scale_and_sum[1] * scale_and_sum[0];   // none where the mean is infinite
+KL_FN double through_share(double d, double mean, const double* k) {
+  return (((d - mean) + 0.0 * mean) * k[1]) * k[0];   // none where the mean is infinite
 }
 
 // In float, beside another space: log-probabilities in two numbers. What overflows is the lowest number, and not excluded.

@@ -811,7 +811,7 @@ template <typename T> Kernel cross_kernel_of(const Plan& p) {
 // two numbers; all else is wide.
 
 enum { SUM_VALUE, SUM_DX, SUM_DY, SUM_STATES };
-enum { NORM_X = 3, NORM_Y = 5 };   // stats: [0..2] the sums; then maximum and log S, or scale and sum, of x and of y
+enum { NORM_X = 3, NORM_Y = 5 };   // stats: [0..2] the sums; then maximum and log S, or scale and share, of x and of y
 
 template <typename T>
 KL_APART void norm_piece(const T* __restrict x, int n, int m, double max, double zero, double it, double* __restrict rest) {
@@ -841,11 +841,15 @@ void norm_chunk(const Array& a, const char* row, i64 start, int n, double it, do
 
 inline void tally_chunk(const Array& a, const char* row, i64 start, int n, double* state, i64 pitch, Buffers<double>& s) {
   const double* x = load(a, row, start, n, s.x);
-  alignas(64) double c[CHUNK], fewer[CHUNK];
+  alignas(64) double c[CHUNK];
   for (int i = 0; i < n; i++) c[i] = count_of(x[i]);
-  for (int i = 0; i < n; i++) fewer[i] = c[i] * FEWER;
   state[0] = sum(c, n);
-  state[pitch] = sum(fewer, n);
+  state[pitch] = state[2 * pitch] = state[0];
+  if (a.dtype != FLOAT64) return;
+  for (int i = 0; i < n; i++) c[i] *= FEWER;
+  state[pitch] = sum(c, n);
+  for (int i = 0; i < n; i++) c[i] = count_of(x[i]) * MORE;
+  state[2 * pitch] = sum(c, n);
 }
 
 inline void norm_fold(double it, const double* from, int count, i64 pitch, double* to, i64 to_pitch) {

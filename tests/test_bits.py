@@ -54,10 +54,10 @@ def numbers(rows, n, space, dtype, side):
         top = z.max(axis=1, keepdims=True)
         e = np.exp(z - top)
         total = e.sum(axis=1, keepdims=True)
-        a = e / total if space == "probs" else z - top - np.log(total)
+        a = z - top - np.log(total) if space == "log_probs" else e if space == "counts" else e / total
     if rows > 9:
         a[8, rng.random(n) < 0.2] = np.nan
-        a[9] = -1.0 if space == "probs" else -np.inf
+        a[9] = -1.0 if space in ("probs", "counts") else -np.inf
     a = a.astype(DTYPES[dtype])
     a.flags.writeable = False
     return a
@@ -190,7 +190,7 @@ def digest(results):
 def small(operation, arrangement, dtype):
     """Digests of small batches, one for each length and space, in one arrangement (None: contiguous rows)."""
     found = {}
-    for n, space in itertools.product(LENGTHS, COMMON[operation].pairs):
+    for n, space in itertools.product(LENGTHS, conftest.pairs(operation)):
         arrays = both(operation, 10, n, space, dtype)
         results = ARRANGEMENTS[arrangement](operation, arrays, space) if arrangement else call(operation, arrays, space)
         found[f"{space} n={n}"] = digest(results)
@@ -200,7 +200,7 @@ def small(operation, arrangement, dtype):
 def terms(operation, arrangement, dtype):
     """The same for reduction="none", rows computed with and without gradients."""
     found = {}
-    for n, space in itertools.product((17, 128, 1025), COMMON[operation].pairs):
+    for n, space in itertools.product((17, 128, 1025), conftest.pairs(operation)):
         arrays = [LAYOUTS[arrangement](a) if arrangement else a for a in both(operation, 10, n, space, dtype)]
         found[f"{space} n={n}"] = digest(call(operation, arrays, space, reduction="none"))
         found[f"{space} n={n} terms"] = digest(call(operation, arrays, space, reduction="none", gradient=()))
@@ -268,7 +268,7 @@ def test_terms_in_any_layout(operation, layout, dtype):
 @pytest.mark.parametrize("operation", COMMON)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_value_is_the_same_with_and_without_gradients(operation, dtype):
-    for n, space in itertools.product(LENGTHS, COMMON[operation].pairs):
+    for n, space in itertools.product(LENGTHS, conftest.pairs(operation)):
         arrays = both(operation, 10, n, space, dtype)
         value, *gradients = call(operation, arrays, space)
         assert digest(call(operation, arrays, space, gradient=())) == digest([value]), (n, space)
@@ -281,7 +281,7 @@ def test_value_is_the_same_with_and_without_gradients(operation, dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("operand", [0, 1])
 def test_broadcast_operand(operation, dtype, operand):
-    for n, space in itertools.product(LENGTHS, COMMON[operation].pairs):
+    for n, space in itertools.product(LENGTHS, conftest.pairs(operation)):
         arrays = both(operation, 10, n, space, dtype)
         row = arrays[operand][3]
         other = "xy"[1 - operand]
@@ -406,7 +406,7 @@ def assert_plain(operation, space, case, place=laid_out, get=np.asarray):
         assert digest([f]) == digest([e]), f"result {k} of {operation} {space} {case}"
 
 
-@pytest.mark.parametrize(("operation", "space"), [(op, pair) for op in COMMON for pair in COMMON[op].pairs])
+@pytest.mark.parametrize(("operation", "space"), [(op, pair) for op in COMMON for pair in conftest.pairs(op)])
 def test_all_that_can_be_asked(operation, space):
     for case in cases(operation, f"{operation} {space}", deals=4):
         with klcore.threads(case["threads"]):
@@ -510,7 +510,7 @@ def test_negative_zero_is_added_to_missing_positive_zeros():
 SUMMED = [
     (operation, space, dtype)
     for operation in COMMON
-    for space in COMMON[operation].pairs
+    for space in conftest.pairs(operation)
     for dtype in DTYPES
     if "logits" not in space  # of which a row's value is not the sum of its terms
     and not _cpu.is_wide(

@@ -43,11 +43,11 @@ def test_rows_are_found_again(operation):
 
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_every_operation_is_public(name):
-    """A function of its name, whose keywords are fields of a call."""
+    """A function of its name, whose keywords are fields of a call, and a unit, which becomes a factor."""
     assert name in klcore.__all__, f"klcore/__init__.py does not export {name}"
     parameters = list(inspect.signature(getattr(klcore, name)).parameters)
     assert parameters[: 2 - OPERATIONS[name].single] == ["x", "y"][: 2 - OPERATIONS[name].single]
-    assert set(parameters) <= {*Call._fields, *OPERATIONS[name].parameters}
+    assert set(parameters) <= {*Call._fields, "base", *OPERATIONS[name].parameters}
     assert (OPERATIONS[name].pairs == PAIRS) != OPERATIONS[name].single
 
 
@@ -57,7 +57,7 @@ def test_the_oracle_knows_all():
     assert set(relatives.PARAMETERS) == relations, "tests/relatives.py: PARAMETERS, Definitions"
     table = {o.name: (o.single, o.form == _cpu.BY_COST) for o in OPERATIONS.values() if o.name not in relations}
     assert {name: (d.single, d.cost) for name, d in oracle.DEFINITIONS.items()} == table, "tests/oracle.py: DEFINITIONS"
-    assert oracle.SPACES == SPACES
+    assert (*oracle.SPACES, "counts") == SPACES, "tests/oracle.py; test_counts.py has an oracle of its own"
 
 
 def test_the_self_test_knows_all():
@@ -70,10 +70,10 @@ def test_the_self_test_knows_all():
     assert set(selftest.DIGESTS) == {"kernels", *map(" ".join, groups)}, "klcore/selftest.py: DIGESTS"
 
 
-# __all__; definitions; what zeros contribute; a table with a column for each of three; an identity of three; looks
+# __all__; definitions; what zeros contribute; columns for each of three; an identity of three; looks; what has no unit
 LISTS = {
     "klcore/__init__.py", "tests/oracle.py", "tests/relatives.py", "tests/test_family.py", "tests/test_values.py",
-    "tests/test_properties.py", "benchmarks/plots.py",
+    "tests/test_properties.py", "benchmarks/plots.py", "tests/test_words.py",
 }  # fmt: skip
 
 
