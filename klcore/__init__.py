@@ -4,6 +4,7 @@ from klcore.backends import BackendUnavailableError, list_backends, register_bac
 from klcore.backends.threads import get_num_threads, set_num_threads, threads
 from klcore.config import show_config
 from klcore.divergence import cross_entropy, entropy, kl_div, rel_entr
+from klcore.estimate import kl_estimate
 from klcore.family import alpha_div, chi2_div, js_div, mixed_kl_div, skew_kl_div, sq_hellinger, tv_dist
 from klcore.version import __version__
 
@@ -17,6 +18,7 @@ __all__ = [
     "get_num_threads",
     "js_div",
     "kl_div",
+    "kl_estimate",
     "list_backends",
     "mixed_kl_div",
     "register_backend",

@@ -1,8 +1,8 @@
 """The table of operations, and the call of one: what the public functions hand to a backend.
 
 Whatever goes over all operations, in backends, tests, self-test, benchmarks and pages, reads OPERATIONS (the public
-functions) and LOSSES (the terms of other systems, for klcore.compat). What kernels are told of an operation stands in
-src/kl_math.h.
+functions), LOSSES (the terms of other systems, for klcore.compat) and ESTIMATORS (of the divergence, from a token each,
+for klcore.kl_estimate). What kernels are told of an operation stands in src/kl_math.h.
 """
 
 from dataclasses import dataclass
@@ -26,13 +26,20 @@ class Operation:
     pairs: tuple[tuple[str, str], ...]  # the spaces of x and y that it is for
     gradients: tuple[str, ...]  # with respect to what
     parameters: tuple[str, ...] = ()  # keywords that are its own
+    is_estimator: bool = False  # each number is a row of its own, of one class: there is no class axis
+
+    @property
+    def function(self) -> str:
+        """Whose operation it is, for messages."""
+        return "kl_estimate" if self.is_estimator else self.name
 
     def __reduce__(self) -> Any:
-        return _row, (self.name,)
+        return named, (self.name,)
 
 
-def _row(name: str) -> Operation:
-    return OPERATIONS.get(name) or LOSSES[name]
+def named(name: str) -> Operation:
+    """The row of that name, of whichever table."""
+    return OPERATIONS.get(name) or LOSSES.get(name) or ESTIMATORS[name]
 
 
 def _divergence(name: str, *parameters: str) -> Operation:
@@ -45,6 +52,12 @@ def _divergence(name: str, *parameters: str) -> Operation:
 def _loss(name: str, *pairs: tuple[str, str], gradients: tuple[str, ...] = ("x", "y")) -> Operation:
     code, form, _ = _cpu.OPERATIONS[name]
     return Operation(name, code, form, False, True, pairs, gradients)
+
+
+def _estimator(name: str) -> Operation:
+    code, form, _ = _cpu.OPERATIONS[name]
+    pairs = (("log_probs", "log_probs"),)
+    return Operation(name, code, form, False, False, pairs, ("x", "y"), ("ratio", "limit"), True)
 
 
 KL_DIV = _divergence("kl_div")
@@ -71,6 +84,7 @@ LOSSES = {
         _loss("puzzlelib", ("probs", "logits"), ("logits", "logits"), gradients=("y",)),
     )
 }
+ESTIMATORS = {name: _estimator(name) for name in ("k1", "k2", "k3")}
 
 
 class Call(NamedTuple):
@@ -93,3 +107,4 @@ class Call(NamedTuple):
     factor: Any = 1.0  # multiplies the value, and the gradients with it
     dtype: Any = None  # a loss's: its name
     cotangent: Any = None  # not None: the gradients alone, of sum(cotangent * value), and `out` is for these
+    ratio: Any = None  # an estimator's: multiplies the terms as their weights do, but no mean is divided by it

@@ -38,6 +38,33 @@ def units_per_nat(base: Any) -> float:
     return 1 / math.log(b)
 
 
+def check_divides(denominator: Any, reduction: Any) -> None:
+    """All of a denominator but its value."""
+    if denominator is None:
+        return
+    if reduction != "sum":
+        raise ValueError(
+            f"denominator divides a sum: it goes with reduction='sum'; found reduction={reduction!r}, and "
+            f"denominator={shown(denominator)}"
+        )
+    if isinstance(denominator, (int, float)):  # torch.compile asks no symbol for a shape
+        return
+    if getattr(denominator, "shape", ()) != ():
+        shape = tuple(denominator.shape)
+        raise ValueError(f"denominator must be a number or a 0-d array; found one of the shape {shape}")
+    if not is_number(denominator):
+        raise TypeError(f"denominator must be a number, found one of the type {type(denominator).__name__}")
+
+
+def shown(value: Any) -> str:
+    """What was found, for a message: its repr, unless that is long, or fails, as that of a huge integer does."""
+    try:
+        text = repr(value)
+    except Exception:
+        return f"a {type(value).__name__}"
+    return text if len(text) <= 200 else text[:200] + "..."
+
+
 def refuse_base(base: Any, name: str) -> None:
     """For functions that contain no logarithm."""
     if base is not None:

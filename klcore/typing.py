@@ -36,6 +36,9 @@ __all__ = [
     "BetaOptions",
     "EntropyGrad",
     "EntropyOptions",
+    "EstimateOptions",
+    "EstimateReduction",
+    "Estimator",
     "ForwardOptions",
     "Options",
     "Reduction",
@@ -62,6 +65,9 @@ Space = Literal["probs", "log_probs", "logits", "counts"]
 Spaces = Space | tuple[Space, Space]
 Total = Literal["sum", "rowmean", "batchmean", "mean"]
 Reduction = Literal["row", "sum", "rowmean", "none", "batchmean", "mean"]
+Estimator = Literal["k1", "k2", "k3"]
+EstimateTotal = Literal["sum", "mean"]
+EstimateReduction = Literal["none", "sum", "mean"]
 OneGrad = Literal["x", "y"] | tuple[Literal["x", "y"]]
 BothGrads = tuple[Literal["x"], Literal["y"]]
 ReturnGrad = OneGrad | BothGrads
@@ -140,3 +146,22 @@ class EntropyTotalOptions(_CommonOptions, total=False):
     """Those of EntropyOptions but `reduction`."""
 
     space: Space
+
+
+class EstimateTotalOptions(TypedDict, total=False):
+    """Those of EstimateOptions but `reduction`."""
+
+    kind: Estimator
+    ratio: Any
+    limit: SupportsFloat | None
+    weights: Any
+    denominator: Any
+    base: SupportsFloat | None
+    out: Any
+    device: str | None
+
+
+class EstimateOptions(EstimateTotalOptions, total=False):
+    """Those of kl_estimate but `return_grad`."""
+
+    reduction: EstimateReduction

@@ -9,6 +9,7 @@
 
 #include "kl_math.h"
 #include "kl_compat.h"
+#include "kl_estimate.h"
 #include "kl_tree.h"
 #include "kl_store.h"
 #include "kl_logits.h"

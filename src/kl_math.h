@@ -399,14 +399,16 @@ KL_FN constexpr bool is_unnormalised(int space) { return space >= LOGITS; }
 // (kl_family.h).
 enum Form { BY_TERM, BY_RATIO, BY_COST, BY_CLASS };
 
-// All operations, a name, a form and a number of arguments each: klcore's own, of any spaces, and the terms of other
-// systems. klcore.operations reads this list; switches over operations are made of it.
+// All operations, a name, a form and a number of arguments each: klcore's own, of any spaces; the terms of other systems; and
+// the estimators of a token. klcore.operations reads this list; switches over operations are made of it.
 #define KL_FAMILY(ROW) \
   ROW(JS_DIV, BY_CLASS, 2) ROW(MIXED_KL_DIV, BY_CLASS, 2) ROW(SKEW_KL_DIV, BY_CLASS, 2) ROW(ALPHA_DIV, BY_CLASS, 2) \
   ROW(TV_DIST, BY_CLASS, 2) ROW(SQ_HELLINGER, BY_CLASS, 2) ROW(CHI2_DIV, BY_CLASS, 2)
 #define KL_DIVERGENCES(ROW) \
   ROW(KL_DIV, BY_RATIO, 2) ROW(REL_ENTR, BY_RATIO, 2) ROW(CROSS_ENTROPY, BY_COST, 2) ROW(ENTROPY, BY_COST, 1) KL_FAMILY(ROW)
 #define KL_LOSSES(ROW) ROW(PYTORCH, BY_TERM, 2) ROW(KERAS, BY_TERM, 2) ROW(MXNET, BY_TERM, 2) ROW(PUZZLELIB, BY_TERM, 2)
+#define KL_ESTIMATORS(ROW) ROW(K1, BY_TERM, 2) ROW(K2, BY_TERM, 2) ROW(K3, BY_TERM, 2)
+#define KL_OPERATIONS(ROW) KL_DIVERGENCES(ROW) KL_LOSSES(ROW) KL_ESTIMATORS(ROW)
 
 struct OperationRow {
   const char* name;
@@ -415,8 +417,8 @@ struct OperationRow {
 };
 #define KL_CODE(name, form, arguments) name,
 #define KL_ROW(name, form, arguments) {#name, form, arguments},
-enum Operation { KL_DIVERGENCES(KL_CODE) KL_LOSSES(KL_CODE) OPERATION_COUNT };
-constexpr OperationRow OPERATIONS[] = {KL_DIVERGENCES(KL_ROW) KL_LOSSES(KL_ROW)};
+enum Operation { KL_OPERATIONS(KL_CODE) OPERATION_COUNT };
+constexpr OperationRow OPERATIONS[] = {KL_OPERATIONS(KL_ROW)};
 KL_FN constexpr bool has_y(int operation) { return OPERATIONS[operation].arguments > 1; }
 
 // value, dx and dy of one term; x and y in the spaces SX and SY. What has one argument ignores y.

@@ -29,11 +29,11 @@ REGISTRY_ERROR = "klcore.backends:BackendUnavailableError"  # an exception has t
 # the room of a module (the first pattern that matches) -> what it may import, beside the standard library
 ROOMS = {
     r"klcore": {
-        "klcore.divergence", "klcore.family", "klcore.backends", "klcore.backends.threads", "klcore.config",
-        "klcore.version",
+        "klcore.divergence", "klcore.estimate", "klcore.family", "klcore.backends", "klcore.backends.threads",
+        "klcore.config", "klcore.version",
     },
     r"klcore\.operations": {"klcore._cpu"},
-    r"klcore\.(divergence|family)": {
+    r"klcore\.(divergence|estimate|family)": {
         "klcore.backends", "klcore.operations", "klcore.parameters", "klcore.typing",
     },
     r"klcore\.typing": {"numpy"},  # for type checkers
@@ -102,7 +102,7 @@ ROOMS = {
         *(f"klcore.backends.torch.{name}" for name in ("autograd", "kernels", "memory", "operator", "private")),
     },
     r"klcore\.compat": {"klcore.compat"},
-    r"klcore\.compat\._arguments": {"numpy", "klcore.backends.rows"},
+    r"klcore\.compat\._arguments": {"numpy", "klcore.backends.rows", "klcore.parameters"},
     r"klcore\.compat\.rtorch": {"klcore.compat._arguments", "klcore.compat.pytorch"},  # one library in R as well
     # a library is named for type checkers alone: see what an import of it brings
     r"klcore\.compat\.keras\.registration": set(),
@@ -319,21 +319,17 @@ def test_no_elementary_function_but_our_own(name):
 
 
 def test_formulas_are_in_one_file():
-    """Terms and polynomials: whoever else needs one calls it. The terms of other systems have a file of their own;
-    so have those of the divergence's relatives, of which terms are made in one place there."""
+    """Terms and polynomials: whoever else needs one calls it. The terms of other systems have a file of their own, and
+    so have those of estimators; and those of the divergence's relatives, of which terms are made in one place there."""
     assert re.search(r"struct Term<KL_DIV, PROBS, PROBS>[^{;]*{", CODE["kl_math.h"])
     assert len(re.findall(r"\bhorner\(", CODE["kl_math.h"])) > 4
     for name in CODE.keys() - {"kl_math.h"}:
         assert re.findall(r"\bhorner\(|0x1\.[0-9a-f]{4,}p", CODE[name]) == [], name
-    losses = "|".join(name.upper() for name in operations.LOSSES)
+    tables = {"kl_compat.h": operations.LOSSES, "kl_estimate.h": operations.ESTIMATORS}
+    files = {name.upper(): file for file, table in tables.items() for name in table}
     for name in CODE:
         terms = re.findall(r"struct Term<(\w+)[^>]*>[^{;]*{", CODE[name])
-        wrong = [
-            t
-            for t in terms
-            if (name, bool(re.fullmatch(losses, t))) not in {("kl_math.h", False), ("kl_compat.h", True)}
-            and (name, t) != ("kl_family.h", "name")
-        ]
+        wrong = [t for t in terms if name != files.get(t, "kl_math.h") and (name, t) != ("kl_family.h", "name")]
         assert wrong == [], name
         members = re.findall(r"struct Member<(\w+)>[^{;]*{", CODE[name])
         family = {o.name for o in operations.OPERATIONS.values() if o.form == _cpu.BY_CLASS}

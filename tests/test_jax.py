@@ -576,7 +576,7 @@ def test_buffers_on_a_gpu(gpu, monkeypatch):
     call = Call(OPERATIONS["kl_div"], None, None, ("logits", "probs"), -1, "sum", temperature=2.0)
     results = [buffer(value), buffer(dy)]
     adapter._Program(call, 2, (), np.dtype("float32"), ("y",))(
-        types.SimpleNamespace(stream=7), results, buffer(x), buffer(y), None, None, None
+        types.SimpleNamespace(stream=7), results, buffer(x), buffer(y), *[None] * 4
     )
     assert seen == [(7, 0)]
     for i in range(2):

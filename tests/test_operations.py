@@ -19,9 +19,10 @@ import relatives
 
 import klcore
 from klcore import _cpu, selftest
-from klcore.operations import LOSSES, OPERATIONS, PAIRS, SPACES, Call
+from klcore.operations import ESTIMATORS, LOSSES, OPERATIONS, PAIRS, SPACES, Call
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[1]
+ROWS = [o for table in (OPERATIONS, LOSSES, ESTIMATORS) for o in table.values()]
 needs_repository = pytest.mark.skipif(
     not (REPOSITORY / "docs").is_dir(), reason="klcore is tested without its repository"
 )
@@ -31,11 +32,11 @@ needs_repository = pytest.mark.skipif(
 
 
 def test_every_kernel_has_a_row():
-    assert {o.name for o in (*OPERATIONS.values(), *LOSSES.values())} == set(_cpu.OPERATIONS)
-    assert len({o.code for o in (*OPERATIONS.values(), *LOSSES.values())}) == len(_cpu.OPERATIONS)
+    assert {o.name for o in ROWS} == set(_cpu.OPERATIONS)
+    assert len({o.code for o in ROWS}) == len(_cpu.OPERATIONS)
 
 
-@pytest.mark.parametrize("operation", [*OPERATIONS.values(), *LOSSES.values()], ids=lambda o: o.name)
+@pytest.mark.parametrize("operation", ROWS, ids=lambda o: o.name)
 def test_rows_are_found_again(operation):
     assert pickle.loads(pickle.dumps(operation)) is copy.deepcopy(operation) is operation
 

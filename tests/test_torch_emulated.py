@@ -10,6 +10,7 @@ import types
 import numpy as np
 import pytest
 from conftest import COMMON, DEVICES, DTYPES, computing_on, some_pairs
+from test_estimate import tokens
 from test_gradient import REDUCTIONS
 from test_torch import array, kl, logits, operands, options, same
 
@@ -254,3 +255,26 @@ print("lent")
 def test_memory_as_cupy_itself_takes_it(python):
     """CuPy makes arrays of memory that is not its own without a driver; nothing here is the emulator's."""
     assert python(CUPY_ITSELF).strip() in ("lent", "")
+
+
+@pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
+def test_estimates(emulated, monkeypatch, reduction):
+    """Of tokens, with weights and ratios, and a denominator that is there, too: the bits of CuPy's arrays."""
+    x, y = tokens((30, 40), dtype="float32")
+    arrays = {"weights": x > -2, "ratio": np.exp(x)}
+    if reduction == "sum":
+        arrays["denominator"] = np.array(3.0)
+    options = {"reduction": reduction, "limit": 2.0}
+    there = {name: emulated.put(a) for name, a in arrays.items()}
+    found = klcore.kl_estimate(emulated.put(x), emulated.put(y), **there, **options, return_grad=("x", "y"))
+    expected = tuple(map(emulated.get, found))
+    pose_as_cuda(monkeypatch)
+    tensors = {name: torch.tensor(a) for name, a in arrays.items()}
+    x, y = (torch.tensor(a, requires_grad=True) for a in (x, y))
+    asked = klcore.kl_estimate(x.detach(), y.detach(), **tensors, **options, return_grad=("x", "y"))
+    for got, a in zip(asked, expected, strict=True):
+        same(got, a)
+    value = klcore.kl_estimate(x, y, **tensors, **options)
+    same(value.detach(), expected[0])
+    value.backward(torch.ones_like(value))
+    np.testing.assert_allclose(x.grad, expected[1], rtol=1e-6)

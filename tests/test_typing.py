@@ -15,7 +15,7 @@ import klcore
 from klcore import typing as words
 from klcore.backends import rows
 from klcore.compat import keras, mxnet, puzzlelib, pytorch, rtorch
-from klcore.operations import OPERATIONS
+from klcore.operations import ESTIMATORS, OPERATIONS
 
 if TYPE_CHECKING:
     import jax
@@ -171,6 +171,27 @@ def test_configuration() -> None:
         klcore.register_backend("library", np)  # type: ignore[arg-type]
 
 
+def test_estimates() -> None:
+    assert_type(klcore.kl_estimate(X, Y, kind="k1", ratio=X, limit=2), "NumPy")
+    assert_type(klcore.kl_estimate(X, Y, reduction="none", return_grad="x"), "tuple[NumPy, NumPy]")
+    assert_type(klcore.kl_estimate(X, Y, reduction="mean"), Any)
+    assert_type(klcore.kl_estimate(X, Y, reduction="sum", denominator=3, return_grad=("x", "y")), tuple[Any, Any, Any])
+    assert_type(klcore.kl_estimate(0.5, 0.25), Any)
+
+    def of_torch(x: "torch.Tensor", y: "torch.Tensor") -> "torch.Tensor":
+        return klcore.kl_estimate(x, y, reduction="mean", weights=x)
+
+    def of_any(x: words.ArrayT, y: words.ArrayT, **options: Unpack[words.EstimateOptions]) -> words.ArrayT:
+        return klcore.kl_estimate(x, y, **options)
+
+    assert callable(of_torch)
+    assert of_any(X, Y, kind="k2").shape == X.shape
+    with pytest.raises(ValueError, match="kind must be one of"):
+        klcore.kl_estimate(X, Y, kind="k4")  # type: ignore[call-overload]
+    with pytest.raises(ValueError, match="reduction must be one of"):
+        klcore.kl_estimate(X, Y, reduction="row")  # type: ignore[call-overload]
+
+
 # ---- klcore.compat ---------------------------------------------------------------------------------------------------
 
 Pair = tuple[Any, tuple[Any, Any]]
@@ -239,6 +260,14 @@ def test_words_are_those_of_rows() -> None:
     one, two = (get_args(get_args(words.ReturnGrad)[k]) for k in (0, 2))
     assert {*one, *((name,) for name in one), ("x", "y"), None} == rows.GRADIENTS.keys()
     assert [get_args(name) for name in two] == [("x",), ("y",)]
+
+
+def test_words_of_estimates() -> None:
+    assert get_args(words.Estimator) == tuple(ESTIMATORS)
+    assert {"none", *get_args(words.EstimateTotal)} == {*get_args(words.EstimateReduction)}
+    signature = inspect.signature(klcore.kl_estimate)
+    keywords = {p.name for p in signature.parameters.values() if p.kind == p.KEYWORD_ONLY}
+    assert words.EstimateOptions.__annotations__.keys() | {"return_grad"} == keywords
 
 
 @pytest.mark.parametrize("name", OPERATIONS)

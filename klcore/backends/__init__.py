@@ -1,7 +1,8 @@
 """The registry: which module computes for which arrays.
 
 A backend is a module with a function ``compute(call)``: it gets a ``klcore.operations.Call`` with arrays of its
-library, and returns what ``klcore.kl_div`` says, as arrays of its library. Calls of losses come from ``klcore.compat``.
+library, and returns what ``klcore.kl_div`` says, as arrays of its library. Calls of losses come from ``klcore.compat``,
+those of estimators from ``klcore.kl_estimate``.
 What cpu.py and cuda/ take besides (a cotangent) or offer (`block`) is for the adapters, which lend them their arrays.
 
 A backend is imported when the first array of its library arrives: a library may be absent, heavy or broken, and nobody
@@ -163,8 +164,9 @@ def register_backend(library: str, module: str) -> None:
         The first word of the module that defines the array type, as ``"torch"`` for ``torch.Tensor``.
     module : str
         Import path of a module with a function ``compute(call)``, which takes a ``klcore.operations.Call`` and returns
-        what the public function of its operation does. If ``call.operation.is_loss`` it comes from ``klcore.compat``:
-        a backend without these raises TypeError. It is imported when the first such array arrives.
+        what the public function of its operation does. If ``call.operation.is_loss`` it comes from ``klcore.compat``,
+        if ``is_estimator`` from ``klcore.kl_estimate``: a backend without these raises TypeError. It is imported when
+        the first such array arrives.
 
     Raises
     ------

@@ -94,11 +94,12 @@ def _weigh(task: rows.Task) -> float:
     factor = 1.0
     largest = float(np.max(task.weights, initial=0))
     if task.denominator is None or not 2.0**-400 < largest < 2.0**400:  # else their sum is fine
-        total = _sum(task.weights)
+        counted = task.weights if task.counted is None else task.counted
+        total = _sum(counted)
         factor = rows.weight_factor(total)
         if factor != 1:
             task.weights = rows.scaled_weights(task.weights, factor)
-            total = _sum(task.weights)
+            total = _sum(task.weights if task.counted is None else rows.scaled_weights(counted, factor))
     return total if task.denominator is None else task.denominator * factor
 
 

@@ -307,6 +307,11 @@ def compute(call: Call) -> Any:
             "klcore.compat takes arrays of NumPy, CuPy, PyTorch and JAX, not dask's: map its functions over the chunks "
             "with dask.array.map_blocks, or use klcore.kl_div"
         )
+    if call.operation.is_estimator:
+        raise TypeError(
+            "klcore.kl_estimate takes arrays of NumPy, CuPy, PyTorch and JAX, not dask's: map it over the chunks, as "
+            "with dask.array.map_blocks(klcore.kl_estimate, log_x, log_y, dtype='float32'), and let dask sum the result"
+        )
     if call.out is not None:
         raise TypeError(
             "out= cannot be a dask array's: it is computed later, and holds no memory to write into; use the result, "

@@ -119,7 +119,12 @@ def compute(call: Call) -> Any:
     backend = _backend({"x": x, "y": y}, call.device)
     found = backend.compute(
         call._replace(
-            x=_lend(x, "x"), y=_lend(y, "y"), weights=_lend(call.weights, "weights"), out=_outs(out), device=None
+            x=_lend(x, "x"),
+            y=_lend(y, "y"),
+            weights=_lend(call.weights, "weights"),
+            out=_outs(out),
+            device=None,
+            ratio=_lend(call.ratio, "ratio"),
         )
     )
     return _results(found, out, x if _lends(x) else y)

@@ -84,12 +84,14 @@ class _Program:
             self._compute(backend, results, *arrays)
 
     def _compute(
-        self, backend: Any, out: list[Any], x: Any, y: Any, weights: Any, divisor: Any, cotangent: Any
+        self, backend: Any, out: list[Any], x: Any, y: Any, weights: Any, ratio: Any, divisor: Any, cotangent: Any
     ) -> None:
         call = self.call if divisor is None else self.call._replace(denominator=_denominator(divisor))
         to: Any = tuple(out) if sum(o.nbytes for o in out) > _SMALL else None
         results = backend.compute(
-            call._replace(x=x, y=y, weights=weights, cotangent=cotangent, return_grad=self.gradients or None, out=to)
+            call._replace(
+                x=x, y=y, weights=weights, ratio=ratio, cotangent=cotangent, return_grad=self.gradients or None, out=to
+            )
         )
         for o, result in zip(out, results if self.gradients else (results,), strict=True):
             if result is not o:
@@ -116,47 +118,47 @@ def _denominator(divisor: Any) -> Any:
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _execute(program: _Program, x: Any, y: Any, weights: Any, divisor: Any, cotangent: Any) -> Any:
+def _execute(program: _Program, x: Any, y: Any, weights: Any, ratio: Any, divisor: Any, cotangent: Any) -> Any:
     call = buffer_callback(program, program.results(x, y), vmap_method="expand_dims")
-    return call(x, y, weights, divisor, cotangent)
+    return call(x, y, weights, ratio, divisor, cotangent)
 
 
 @_execute.defjvp
 def _no_second_derivative(program: _Program, primals: Any, tangents: Any) -> Any:
     raise NotImplementedError(
-        f"klcore.{program.call.operation.name} has first derivatives only; second ones (jax.hessian, grad of grad) are "
-        "not available"
+        f"klcore.{program.call.operation.function} has first derivatives only; second ones (jax.hessian, grad of grad) "
+        "are not available"
     )
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _value(program: _Program, x: Any, y: Any, weights: Any, divisor: Any) -> Any:
+def _value(program: _Program, x: Any, y: Any, weights: Any, ratio: Any, divisor: Any) -> Any:
     """The value and the gradients that `program` names."""
-    return _execute(program, x, y, weights, divisor, None)
+    return _execute(program, x, y, weights, ratio, divisor, None)
 
 
-def _forward(program: _Program, x: Any, y: Any, weights: Any, divisor: Any) -> Any:
+def _forward(program: _Program, x: Any, y: Any, weights: Any, ratio: Any, divisor: Any) -> Any:
     if program.call.operation.name == "puzzlelib":
         raise NotImplementedError(
             "PuzzleLib's loss returns a direction of descent, which is not its derivative; use that, or klcore.kl_div"
         )
-    for name, a in (("weights", weights), ("denominator", divisor)):
+    for name, a in (("weights", weights), ("ratio", ratio), ("denominator", divisor)):
         if a is not None and a.perturbed:
             raise NotImplementedError(
-                f"klcore.{program.call.operation.name} has no derivative with respect to {name}; pass "
+                f"klcore.{program.call.operation.function} has no derivative with respect to {name}; pass "
                 f"jax.lax.stop_gradient({name})"
             )
     wanted = tuple(name for name, a in (("x", x), ("y", y)) if a is not None and a.perturbed)
-    x, y, weights, divisor = (None if a is None else a.value for a in (x, y, weights, divisor))
+    arguments = tuple(None if a is None else a.value for a in (x, y, weights, ratio, divisor))
+    x, y, *_ = arguments
     # The gradients of a total come in the same pass, and are multiplied by its cotangent afterwards. Not so those of 16
     # bits: what the cotangent (a loss scale) is to save from underflow would be lost by then.
     if program.total and all(a is None or a.dtype.itemsize > 2 for a in (x, y)):
         both = tuple(name for name in "xy" if name in wanted or name in program.gradients)
-        value, *gradients = _execute(replace(program, gradients=both), x, y, weights, divisor, None)
+        value, *gradients = _execute(replace(program, gradients=both), *arguments, None)
         found = dict(zip(both, gradients, strict=True))
         return (value, *(found[name] for name in program.gradients)), ({name: found[name] for name in wanted}, None)
     # what is kept has to be arrays, but for the keys
-    arguments = x, y, weights, divisor
     return _execute(program, *arguments, None), (dict.fromkeys(wanted), arguments)
 
 
@@ -166,13 +168,13 @@ def _backward(program: _Program, kept: Any, cotangents: Any) -> Any:
     if not all(isinstance(other, SymbolicZero) for other in others):
         _no_second_derivative(program, None, None)
     if isinstance(cotangent, SymbolicZero):
-        return None, None, None, None
+        return (None,) * 5
     if arguments is None:
         found = {name: cotangent.astype(gradient.dtype) * gradient for name, gradient in found.items()}
     else:
         gradients = _execute(replace(program, gradients=tuple(found), pull=True), *arguments, cotangent)
         found = dict(zip(found, gradients, strict=True))
-    return found.get("x"), found.get("y"), None, None
+    return found.get("x"), found.get("y"), None, None, None
 
 
 _value.defvjp(_forward, _backward, symbolic_zeros=True)
@@ -186,32 +188,33 @@ def _stand_in(a: Any) -> Any:
     return None if a is None else np.broadcast_to(np.ones((), a.dtype), a.shape)
 
 
-def _arranged(call: Call, x: Any, y: Any, weights: Any) -> rows.Task:
+def _arranged(call: Call, x: Any, y: Any, weights: Any, ratio: Any = None) -> rows.Task:
     """A call's arguments, checked as those of NumPy arrays are."""
 
     def asis(a: Any, name: str) -> Any:
         return a
 
-    return rows.arrange(np, asis, call._replace(x=x, y=y, weights=weights))
+    return rows.arrange(np, asis, call._replace(x=x, y=y, weights=weights, ratio=ratio))
 
 
 @partial(jax.jit, static_argnums=0)
-def _compute(call: Call, x: Any, y: Any, weights: Any, divisor: Any) -> tuple[Any, ...]:
+def _compute(call: Call, x: Any, y: Any, weights: Any, ratio: Any, divisor: Any) -> tuple[Any, ...]:
     """The value and the gradients asked for; what is wrong with the arguments is raised while JAX traces this."""
-    task = _arranged(call, *(_stand_in(a) for a in (x, y, weights)))
+    task = _arranged(call, *(_stand_in(a) for a in (x, y, weights, ratio)))
     shape = () if task.output == rows.TOTAL else task.value.shape
-    ndim = max(1, x.ndim, 0 if y is None else y.ndim)
+    least = 0 if call.operation.is_estimator else 1
+    ndim = max(least, x.ndim, 0 if y is None else y.ndim)
     # vmap puts axes in front: those that broadcast have to be there already. A number is one class.
     a, b = (None if v is None else v.reshape((1,) * (ndim - v.ndim) + v.shape) for v in (x, y))
-    if weights is not None:
-        weights = weights.reshape((1,) * (ndim - (not call.operation.is_loss) - weights.ndim) + weights.shape)
+    of_rows = ndim if call.operation.is_loss or call.operation.is_estimator else ndim - 1
+    weights, ratio = (None if v is None else v.reshape((1,) * (of_rows - v.ndim) + v.shape) for v in (weights, ratio))
     value_shape = (1,) if call.reduction == "none" and not shape else shape
     of_value = jax.dtypes.canonicalize_dtype(task.scalar_dtype)
     axis = call.axis if call.axis < 0 else call.axis - ndim
     # the value's dtype is what JAX has, of a loss and a row of integers alike
     of_call = call._replace(axis=axis, dtype=of_value.name if call.operation.is_loss else None)
     wanted = tuple(g.of for g in task.gradients)
-    value, *gradients = _value(_Program(of_call, ndim, value_shape, of_value, wanted), a, b, weights, divisor)
+    value, *gradients = _value(_Program(of_call, ndim, value_shape, of_value, wanted), a, b, weights, ratio, divisor)
     shapes = {"x": x.shape, "y": None if y is None else y.shape}
     return value.reshape(shape), *(g.reshape(shapes[n]) for n, g in zip(wanted, gradients, strict=True))
 
@@ -267,30 +270,30 @@ def compute(call: Call) -> Any:
             "temperature is traced by JAX, and klcore needs its number; divide the logits by it instead, or make it a "
             "static argument"
         )
-    given, device = (call.x, call.y, call.weights), call.device
+    given, device = (call.x, call.y, call.weights, call.ratio), call.device
     # JAX looks calls up among those of the programs it has compiled: what equals a right one is to be refused first
     _, temperature, wanted = rows.words(call)
     call = call._replace(
-        x=None, y=None, weights=None, device=None,
+        x=None, y=None, weights=None, ratio=None, device=None,
         space=call.space if isinstance(call.space, str) else tuple(call.space),
         axis=rows.integer(call.axis, "axis"), temperature=temperature, return_grad=wanted or None,
     )  # fmt: skip
-    x, y, weights = (
-        None if a is None else _array(a, name) for a, name in zip(given, ("x", "y", "weights"), strict=True)
+    x, y, weights, ratio = (
+        None if a is None else _array(a, name) for a, name in zip(given, ("x", "y", "weights", "ratio"), strict=True)
     )
     if labels.are_there(*given):
-        labels.check(rows.class_axis(x, y, call.axis), *given)
+        labels.check(rows.class_axis_of(call, x, y), *given)
     if device is not None:
-        x, y, weights = _moved(device, [x, y, weights])
+        x, y, weights, ratio = _moved(device, [x, y, weights, ratio])
     # In this thread a signal ends the call: JAX does not look for any while its programs run. Only where there is one
     # device, to which results are bound; not for little, of which JAX' own way takes a third of the time, nor for
     # gradients in bfloat16, which JAX does not take over without a copy.
     operands = [a for a in (x, y) if a is not None]
     here = jax.default_backend() == "cpu" and jax.device_count() == 1
-    here = here and not any(isinstance(a, jax.core.Tracer) for a in (*operands, weights, call.denominator))
+    here = here and not any(isinstance(a, jax.core.Tracer) for a in (*operands, weights, ratio, call.denominator))
     here = here and any(a.nbytes > _SMALL for a in operands)
     if here and not (wanted and any(a.dtype.kind == "V" for a in operands)):
-        return _in_this_thread(call, x, y, weights)
+        return _in_this_thread(call, x, y, weights, ratio)
     divisor = None
     if not call.operation.is_loss:  # not a word of the program
         divisor, call = _divisor(call), call._replace(denominator=None)
@@ -298,18 +301,18 @@ def compute(call: Call) -> Any:
         _arranged(call, _stand_in(x), _stand_in(y), None if weights is None else np.asarray(weights))
     if "gpu" in (_platform(x), _platform(y)):
         import_module("klcore.backends.cuda").ready()
-    results = _compute(call, x, y, weights, divisor)
+    results = _compute(call, x, y, weights, ratio, divisor)
     return results if len(results) > 1 else results[0]
 
 
-def _in_this_thread(call: Call, x: Any, y: Any, weights: Any) -> Any:
+def _in_this_thread(call: Call, x: Any, y: Any, weights: Any, ratio: Any) -> Any:
     """The same for arrays of numbers on the CPU, outside of JAX' programs."""
-    x, y, weights = (None if a is None else np.asarray(a) for a in (x, y, weights))
+    x, y, weights, ratio = (None if a is None else np.asarray(a) for a in (x, y, weights, ratio))
     task = _arranged(call, _stand_in(x), _stand_in(y), None)
     out = [None if task.value is None else _to_be_taken_over(task.value.shape, task.scalar_dtype)]
     out += [_to_be_taken_over(a.shape, a.dtype) for a in (x if g.of == "x" else y for g in task.gradients)]
     to = None if all(a is None for a in out) else tuple(out)
-    found = cpu.compute(call._replace(x=x, y=y, weights=weights, out=to))
+    found = cpu.compute(call._replace(x=x, y=y, weights=weights, ratio=ratio, out=to))
     results = found if isinstance(found, tuple) else (found,)
     given = tuple(jnp.asarray(a) if b is None else jax.dlpack.from_dlpack(b) for a, b in zip(results, out, strict=True))
     return given if isinstance(found, tuple) else given[0]

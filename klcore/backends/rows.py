@@ -16,7 +16,7 @@ import numpy as np
 from klcore import _cpu
 from klcore.backends import labels
 from klcore.operations import Call, Operation
-from klcore.parameters import is_number, number
+from klcore.parameters import check_divides, number, shown
 
 FLOATS = tuple(_cpu.DTYPES)  # by name, in the order of their codes
 SPACES, CODES = _cpu.SPACES, _cpu.DTYPES
@@ -74,6 +74,7 @@ class Task:
     value_wanted: bool = True  # else the gradients only
     over_y: bool = False  # whether the gradient for y may be written where y is
     divisor: Any = None  # instead of a denominator of 1: one that is known where the arrays are, or later
+    counted: Any = None  # the weights that a mean is divided by, where others multiply the rows
 
     @property
     def by_weights(self) -> bool:
@@ -113,13 +114,24 @@ class _Laid(NamedTuple):
     last: int  # the class axis, counted from the end
     scalar: bool  # one class: neither has a dimension
     terms: tuple[int, ...]  # the shape of the terms, the classes where the caller has them
+    alone: bool = False  # every number is a row
 
     def classes_last(self, a: Any) -> Any:
         """An array of the terms' shape, as kernels see it."""
-        return _classes_last(a.reshape(1) if self.scalar else a, self.last)
+        return a[..., None] if self.alone else _classes_last(a.reshape(1) if self.scalar else a, self.last)
+
+
+def _lay_alone(xp: Any, asarray: Any, call: Call) -> _Laid:
+    """Every number as a row of one class."""
+    x, y = asarray(call.x, "x"), asarray(call.y, "y")
+    batch = estimate_shape(x, y)
+    xs, ys = (_broadcast(xp, a[..., None], (*batch, 1)) for a in (x, y))
+    return _Laid({"x": x, "y": y}, xs, ys, batch, 1, -1, False, batch, True)
 
 
 def _lay(xp: Any, asarray: Any, call: Call) -> _Laid:
+    if call.operation.is_estimator:
+        return _lay_alone(xp, asarray, call)
     x = asarray(call.x, "x")
     y = x if call.operation.single else asarray(call.y, "y")
     scalar = x.ndim == 0 and y.ndim == 0
@@ -143,21 +155,24 @@ def _arrange(xp: Any, asarray: Any, call: Call, factors: Any = None, signed: boo
     """`factors`, of every term, broadcast to their shape; `signed`: weights may be any numbers."""
     spaces, temperature, wanted = words(call)
     laid = _lay(xp, asarray, call)
-    weights = _weights(xp, asarray, call.weights, laid.batch, signed)
-    if labels.are_there(call.x, call.y, call.weights):
-        labels.check(laid.last, call.x, call.y, call.weights)
+    weights = by = _weights(xp, asarray, call.weights, laid.batch, signed)
+    if call.ratio is not None:
+        by = _times_ratio(xp, weights, _over_rows(xp, _multiplier(asarray, call.ratio, "ratio"), laid.batch, "ratio"))
+    if labels.are_there(call.x, call.y, call.weights, call.ratio):
+        labels.check(0 if laid.alone else laid.last, call.x, call.y, call.weights, call.ratio)
     if factors is not None:
         factors = laid.classes_last(_broadcast(xp, _multiplier(asarray, factors, "factors"), laid.terms))
     double = max(a.dtype.itemsize for a in laid.operands.values()) == 8
     dtype = call.dtype or ("float64" if double else "float32")
     wide = double or is_wide(call.operation, spaces, temperature) or (factors is not None and LOGITS in spaces)
     rows = math.prod(laid.batch)
+    denominator = _denominator(call, laid.terms, rows, laid.n, weights)
     task = Task(
         operation=call.operation,
         x=laid.x,
         y=laid.y,
         spaces=spaces,
-        weights=weights,
+        weights=by,
         factors=factors,
         output=PER_ROW if call.reduction == "row" else TERMS if call.reduction == "none" else TOTAL,
         value=None,
@@ -170,9 +185,10 @@ def _arrange(xp: Any, asarray: Any, call: Call, factors: Any = None, signed: boo
         temperature=temperature,
         rows=rows,
         n=laid.n,
-        denominator=_denominator(call, laid.terms, rows, laid.n, weights),
+        denominator=denominator,
         parameter=call.parameter,
         factor=call.factor,
+        counted=weights if denominator is None and by is not weights else None,
     )
     _arrange_results(xp, task, laid, call.out, wanted)
     return task
@@ -454,15 +470,6 @@ def words(call: Call) -> tuple[tuple[int, int], float, tuple[str, ...]]:
     return spaces, temperature, _wanted(call.return_grad, operation)
 
 
-def shown(value: Any) -> str:
-    """What was found, for a message: its repr, unless that is long, or fails, as that of a huge integer does."""
-    try:
-        text = repr(value)
-    except Exception:
-        return f"a {type(value).__name__}"
-    return text if len(text) <= 200 else text[:200] + "..."
-
-
 def check_reduction(reduction: Any) -> None:
     if not isinstance(reduction, str) or reduction not in REDUCTIONS:
         raise ValueError(f"reduction must be one of {_list(REDUCTIONS)}; found {shown(reduction)}")
@@ -470,20 +477,8 @@ def check_reduction(reduction: Any) -> None:
 
 def check_denominator(call: Call) -> None:
     """All but its value."""
-    d = call.denominator
-    if d is None or call.operation.is_loss:
-        return
-    if call.reduction != "sum":
-        raise ValueError(
-            f"denominator divides a sum: it goes with reduction='sum'; found reduction={call.reduction!r}, and "
-            f"denominator={shown(d)}"
-        )
-    if isinstance(d, (int, float)):  # torch.compile asks no symbol for a shape
-        return
-    if getattr(d, "shape", ()) != ():
-        raise ValueError(f"denominator must be a number or a 0-d array; found one of the shape {tuple(d.shape)}")
-    if not is_number(d):
-        raise TypeError(f"denominator must be a number, found one of the type {type(d).__name__}")
+    if not call.operation.is_loss:
+        check_divides(call.denominator, call.reduction)
 
 
 def denominator_of(call: Call) -> float:
@@ -507,6 +502,24 @@ def class_axis(x: Any, y: Any, axis: Any) -> int:
             f"found {n} and {m} (shapes {shapes[0]} and {shapes[1]})"
         )
     return last
+
+
+def class_axis_of(call: Call, x: Any, y: Any) -> int:
+    """That of a call, of whose arguments adapters have made arrays; 0 where every number is a row."""
+    if not call.operation.is_estimator:
+        return class_axis(x, y, call.axis)
+    estimate_shape(x, y)
+    return 0
+
+
+def estimate_shape(x: Any, y: Any) -> tuple[int, ...]:
+    """That of an estimator's values."""
+    try:
+        return broadcast_shapes(x.shape, y.shape)
+    except ValueError:
+        raise ValueError(
+            f"log_x and log_y must have shapes that broadcast; found {tuple(x.shape)} and {tuple(y.shape)}"
+        ) from None
 
 
 def batches_differ(x: Any, y: Any, axis: Any) -> ValueError:
@@ -618,10 +631,7 @@ def _weights(xp: Any, asarray: Any, weights: Any, batch: tuple[int, ...], signed
     if weights is None:
         return None
     w = asarray(weights, "weights")
-    try:
-        view = xp.broadcast_to(w, batch)
-    except ValueError:
-        raise ValueError(f"weights of shape {w.shape} do not broadcast to the batch shape {batch}") from None
+    view = _over_rows(xp, w, batch, "weights")
     if signed:
         return view
     # On a GPU they are not looked at, which would mean to wait for it: a bad weight makes its row NaN there.
@@ -633,6 +643,22 @@ def _weights(xp: Any, asarray: Any, weights: Any, batch: tuple[int, ...], signed
         found = f"{host[at]!s}{f' at index {at}' if at else ''}{f', and {len(bad) - 1} more' if len(bad) > 1 else ''}"
         raise ValueError(f"weights must be finite and >= 0; found {found}")
     return view
+
+
+def _over_rows(xp: Any, a: Any, batch: tuple[int, ...], name: str) -> Any:
+    try:
+        return xp.broadcast_to(a, batch)
+    except ValueError:
+        do = "do" if name == "weights" else "does"
+        raise ValueError(f"{name} of shape {a.shape} {do} not broadcast to the batch shape {batch}") from None
+
+
+def _times_ratio(xp: Any, weights: Any, ratio: Any) -> Any:
+    """What multiplies an estimator's rows: NaN where the ratio is none, which a GPU need not be waited for to find out.
+    A row of weight 0 is left out, whatever its ratio."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        product = xp.where((ratio >= 0) & (ratio < math.inf), ratio, math.nan).astype("float64")
+        return product if weights is None else xp.where(weights == 0, 0, product * weights)
 
 
 def _denominator(call: Call, shape: tuple[int, ...], rows: int, n: int, weights: Any) -> float | None:

@@ -12,7 +12,7 @@ from typing import Any, ParamSpec, Protocol, TypeVar
 import numpy as np
 
 from klcore.backends.rows import TABLES, broadcast_shapes
-from klcore.backends.rows import shown as shown  # for the front-ends, too
+from klcore.parameters import shown as shown  # for the front-ends, too
 
 FLOATS = ("float16", "bfloat16", "float32", "float64")
 F = TypeVar("F", bound=Callable[..., Any])

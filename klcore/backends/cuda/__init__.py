@@ -79,13 +79,13 @@ def compute(call: Call) -> Any:
         weights=weights, cotangent=cotangent, axis=_integer(call.axis), temperature=_number(call.temperature)
     )
     # the arrays that kernels read, in the order of READ, and what there is beside them
-    read: tuple[Any, ...] = (call.x, call.y, weights, None, cotangent, divisor)
+    read: tuple[Any, ...] = (call.x, call.y, weights, None, cotangent, divisor, None)
     if cotangent is not None and weights is None and not total:  # it multiplies each row, or each term
         by_row = call.reduction == "row"
-        read = (call.x, call.y, cotangent, None, None, None)
-        read = read if by_row else (call.x, call.y, None, cotangent, None, None)
+        read = (call.x, call.y, cotangent, None, None, None, None)
+        read = read if by_row else (call.x, call.y, None, cotangent, None, None, None)
     elif call.operation.is_loss:
-        read = (call.x, call.y, None, weights, cotangent, None)
+        read = (call.x, call.y, None, weights, cotangent, None, None)
     words = (
         call.operation.code, call.space, call.axis, call.reduction, call.temperature, call.return_grad,
         call.denominator, call.parameter, call.factor, call.dtype,
@@ -94,7 +94,7 @@ def compute(call: Call) -> Any:
     given = out if isinstance(out, tuple) else (out,)
     types = tuple(map(type, words))
     key = None
-    if _WORDS_OF.issuperset(types):
+    if _WORDS_OF.issuperset(types) and call.ratio is None:  # whose product with the weights is new each time
         key = _key(cupy, (call.device, given is out, cotangent is None, words, types), (*read, *given))
     try:
         prepared = _kept.get(key)
@@ -106,7 +106,7 @@ def compute(call: Call) -> Any:
         with cupy.cuda.Device(prepared.device):
             return _again(cupy, prepared, read, given, cotangent is None)
 
-    number = devices.choose(cupy, call.device, dict(zip(READ, read, strict=True)), given)
+    number = devices.choose(cupy, call.device, {**dict(zip(READ, read, strict=True)), "ratio": call.ratio}, given)
     with cupy.cuda.Device(number):
         task = rows.arrange(cupy, partial(devices.asarray, cupy, number), call)
         task.divisor = divisor if divisor is None or divisor.device.id == number else cupy.array(divisor)
@@ -202,7 +202,7 @@ def _compute(cupy: Any, device: int, task: rows.Task) -> tuple[Any, Prepared | N
         elif of is not None:
             value[...] = 0 if of else math.nan
         else:
-            value[...] = 0.0 / task.weights.sum()
+            value[...] = 0.0 / (task.weights if task.counted is None else task.counted).sum()
         for g in task.gradients:
             g.array[...] = 0
         return value, None, []
@@ -211,7 +211,7 @@ def _compute(cupy: Any, device: int, task: rows.Task) -> tuple[Any, Prepared | N
     if cotangent is not None and (task.by_weights or devices.is_here(cotangent, cupy)):
         cotangent = task.cotangent = cupy.asarray(cotangent, np.float64)  # multiplied where the denominator is known
     here = cotangent if devices.is_here(cotangent, cupy) else None
-    arrays = [task.x, task.y, task.weights, task.factors, here, task.divisor]
+    arrays = [task.x, task.y, task.weights, task.factors, here, task.divisor, task.counted]
     results = [value, *(g.array for g in task.gradients)]
     prepared = prepare(device, task, arrays, results)
     _execute(cupy, prepared, [0 if a is None else a.data.ptr for a in (*arrays, *results)])

@@ -64,7 +64,10 @@ def prepare(device: int, task: rows.Task, arrays: list[Any], results: list[Any])
     denominator = None if task.divisor is None else places["divisor"]
     if task.by_weights:  # whose sum is known to the device only
         known, denominator = denominator, scratch.doubles(2)
-        over = plans.layout_of(task.x.shape[:-1], 1, {"weights": views["weights"]})
+        counted = views["weights"]
+        if task.counted is not None:
+            counted = plans.view_of(task.counted, places["counted"], False)
+        over = plans.layout_of(task.x.shape[:-1], 1, {"weights": counted})
         plan = plans.plan_of(over, 1, sums=denominator, scale=divisor, denominator=known, factor=1.0)
         launches += added_up(kind, "kl_weights", len(rows.WEIGHT_FACTORS), None, task.rows, plan, scratch)
     gradient_scale = 1.0 / divisor if divisor else math.nan

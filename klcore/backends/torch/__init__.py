@@ -22,18 +22,21 @@ _HALVES = ("float16", "bfloat16")
 
 
 def compute(call: Call) -> Any:
-    given = call.x, call.y, call.weights
+    given = call.x, call.y, call.weights, call.ratio
     x, y = memory.operands(*given[:2], call.device)
     if call.operation.name == "puzzlelib":  # its gradient is none: autograd would descend where it should ascend
         x, y = x.detach(), y.detach()
-    weights = memory.weights_beside(given[2], x, call.device, "factors" if call.operation.is_loss else "weights")
-    as_given = x is given[0] and y is given[1] and weights is given[2]
+    estimate = "klcore.kl_estimate(...)" if call.operation.is_estimator else None
+    name = "factors" if call.operation.is_loss else "weights"
+    weights = memory.weights_beside(given[2], x, call.device, name, estimate)
+    ratio = memory.weights_beside(given[3], x, call.device, "ratio", estimate)
+    as_given = x is given[0] and y is given[1] and weights is given[2] and ratio is given[3]
     if not as_given and not torch.compiler.is_compiling() and labels.are_there(*given):
-        labels.check(rows.class_axis(x, y, call.axis), *given)
+        labels.check(rows.class_axis_of(call, x, y), *given)
     if not as_given and _needs_grad(x, y):  # a NumPy array may change before backward looks at it again
-        x, y, weights = (
+        x, y, weights, ratio = (
             t if t is a or t is None or isinstance(a, torch.Tensor) else t.clone()
-            for t, a in zip((x, y, weights), given, strict=True)
+            for t, a in zip((x, y, weights, ratio), given, strict=True)
         )
     if isinstance(call.denominator, torch.Tensor):
         rows.check_denominator(call)
@@ -55,13 +58,13 @@ def compute(call: Call) -> Any:
     if call.operation.name == "pytorch" and of_value in _HALVES and torch.is_autocast_enabled(x.device.type):
         of_value = "float32"  # autocast has PyTorch's own loss compute in it
     if not as_given or call.device is not None or of_value is not call.dtype:
-        call = call._replace(x=x, y=y, weights=weights, device=None, dtype=of_value)
+        call = call._replace(x=x, y=y, weights=weights, ratio=ratio, device=None, dtype=of_value)
     return _history_or_not(call) if call.out is None else _into(call)
 
 
 def _history_or_not(call: Call) -> Any:
-    x, y, weights = call.x, call.y, call.weights
-    eager = private.is_eager(x, y, weights)
+    x, y = call.x, call.y
+    eager = private.is_eager(x, y, call.weights, call.ratio)
     if eager and isinstance(call.temperature, torch.Tensor) and call.temperature.numel() == 1:
         call = call._replace(temperature=float(call.temperature))  # that of now: backward comes later
     if eager and (call.return_grad is not None or not _needs_grad(x, y)):
@@ -72,7 +75,7 @@ def _history_or_not(call: Call) -> Any:
     wanted: tuple[str, ...] = ()
     if not eager:
         _, temperature, wanted = rows.words(call)
-        axis = call.axis if call.operation.is_loss else rows.class_axis(x, y, call.axis)
+        axis = call.axis if call.operation.is_loss else rows.class_axis_of(call, x, y)
         call = call._replace(temperature=temperature, axis=axis)
     dtype = None if call.dtype is None else getattr(torch, call.dtype)
     if call.return_grad is None:
@@ -93,7 +96,7 @@ def _needs_grad(x: Any, y: Any) -> bool:
 
 def _into(call: Call) -> Any:
     """The same, into tensors of the caller's."""
-    x, y, weights, out = call.x, call.y, call.weights, call.out
+    x, y, out = call.x, call.y, call.out
     if _needs_grad(x, y):
         raise TypeError(
             "out= has no place in autograd's history, and an argument requires a gradient; leave out= away, or detach "
@@ -110,7 +113,7 @@ def _into(call: Call) -> Any:
                 raise ValueError("out is a view whose elements share memory; pass a tensor of its own")
             if t.requires_grad and torch.is_grad_enabled():
                 raise TypeError("out requires a gradient, and its history would not know of the call; pass another")
-    if not private.is_eager(x, y, weights, *outs) or any(t is not None and t.is_neg() for t in outs):
+    if not private.is_eager(x, y, call.weights, call.ratio, *outs) or any(t is not None and t.is_neg() for t in outs):
         return _copied(_history_or_not(call._replace(out=None)), out, outs)
     if not x.is_cpu:  # all results are to be PyTorch's own memory
         new = kernels.outs_of(call)

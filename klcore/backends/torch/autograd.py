@@ -20,12 +20,13 @@ def _setup(ctx: Any, inputs: Sequence[Any], output: Any) -> None:
 def _save(ctx: Any, call: Call, *others: Any) -> Call:
     """Keep the call's tensors, and `others`; the call without them."""
     divisor = call.denominator if isinstance(call.denominator, torch.Tensor) else None
-    ctx.save_for_backward(call.x, call.y, call.weights, divisor, *others)
-    return call._replace(x=None, y=None, weights=None, denominator=call.denominator if divisor is None else None)
+    ctx.save_for_backward(call.x, call.y, call.weights, call.ratio, divisor, *others)
+    denominator = call.denominator if divisor is None else None
+    return call._replace(x=None, y=None, weights=None, ratio=None, denominator=denominator)
 
 
-def _saved(call: Call, x: Any, y: Any, weights: Any, divisor: Any) -> Call:
-    call = call._replace(x=x, y=y, weights=weights)
+def _saved(call: Call, x: Any, y: Any, weights: Any, ratio: Any, divisor: Any) -> Call:
+    call = call._replace(x=x, y=y, weights=weights, ratio=ratio)
     return call if divisor is None else call._replace(denominator=divisor)
 
 
@@ -61,7 +62,9 @@ def _backward_second(ctx: Any, of_dx: Any, of_dy: Any) -> tuple[Any, ...]:
             "klcore gives first derivatives of its divergences, and this asks for a second one (create_graph=True, or "
             "a gradient of a gradient)"
         )
-    x, y, factors, _, cotangent = (t if t is None or torch.is_grad_enabled() else t.detach() for t in ctx.saved_tensors)
+    x, y, factors, *_, cotangent = (
+        t if t is None or torch.is_grad_enabled() else t.detach() for t in ctx.saved_tensors
+    )
 
     def value(x: Any, y: Any) -> Any:  # PyTorch's own loss, in the precision of klcore's
         wide = torch.promote_types(torch.promote_types(x.dtype, y.dtype), torch.float32)

@@ -16,12 +16,13 @@ def value_like(call: Call) -> tuple[tuple[int, ...], torch.dtype]:
         try:
             shape = torch.broadcast_shapes(shape, y.shape)
         except RuntimeError:
+            rows.class_axis_of(call, x, y)
             raise rows.batches_differ(x, y, call.axis) from None
     dtype = None if call.dtype is None else getattr(torch, call.dtype)
     if dtype is None:
         wide = [t.dtype not in FLOATS[1:] for t in ((x,) if y is None else (x, y))]
         dtype = torch.float64 if any(wide) else torch.float32
-    if call.reduction == "none":
+    if call.reduction == "none" or (call.reduction == "row" and call.operation.is_estimator):
         return tuple(shape), dtype
     if call.reduction != "row" or not shape:
         return (), dtype
@@ -39,6 +40,7 @@ def lent(call: Call) -> Call:
     if call.dtype == "bfloat16":
         bfloat16()  # or what to install
     weights, out, cotangent, denominator = call.weights, call.out, call.cotangent, call.denominator
+    ratio = call.ratio
     if isinstance(denominator, torch.Tensor):
         denominator = float(denominator) if denominator.is_cpu or call.x.is_cpu else lend(denominator)
     if out is not None:
@@ -47,7 +49,7 @@ def lent(call: Call) -> Call:
         call.operation, lend(call.x), lend(call.y), call.space, call.axis, call.reduction,
         None if weights is None else lend(weights), call.temperature, call.return_grad, out, None,
         denominator, call.parameter, call.factor, call.dtype,
-        None if cotangent is None else lend(cotangent),
+        None if cotangent is None else lend(cotangent), None if ratio is None else lend(ratio),
     )  # fmt: skip
 
 
@@ -66,7 +68,7 @@ def outs_of(call: Call) -> list[Any]:
     """New tensors for the results of a call, whose words are checked."""
     wanted = rows.words(call)[2]
     if not call.operation.is_loss:
-        rows.class_axis(call.x, call.y, call.axis)
+        rows.class_axis_of(call, call.x, call.y)
     gradients = [gradient_like(call.x if of == "x" else call.y) for of in wanted]
     if call.cotangent is not None:
         return gradients

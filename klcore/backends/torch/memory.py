@@ -182,14 +182,16 @@ def _number(a: Any, name: str, device: Any) -> Any:
     return _lent_by(a, name).to(device)
 
 
-def weights_beside(weights: Any, like: Any, device: str | None, name: str = "weights") -> Any:
+def weights_beside(weights: Any, like: Any, device: str | None, name: str, estimate: str | None = None) -> Any:
+    """On the tensors' device. `estimate`: of an estimator, how its result is written, for a message."""
     if weights is None or (_is_ordinary(weights) and like.is_cpu and not weights.requires_grad):
         return weights
     if isinstance(weights, torch.Tensor):
         check(weights, name)
         if weights.requires_grad and torch.is_grad_enabled():
+            instead = f"result by it instead: {name} * {estimate}" if estimate else 'values of reduction="row" by them'
             raise TypeError(
                 f"{name} must not require a gradient: klcore gives none with respect to {name}; pass {name}.detach(), "
-                'or multiply the values of reduction="row" by them'
+                f"or multiply the {instead}"
             )
     return _on(like.device, weights, name, device)

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 
 from klcore.backends.torch import kernels
-from klcore.operations import LOSSES, OPERATIONS, Call
+from klcore.operations import Call, named
 
 _ARGUMENTS = (
     "str operation, Tensor x, Tensor? y, str space_x, str space_y, int axis, str reduction, Tensor? weights, "
-    "float temperature, Scalar? denominator, Tensor? divisor, float parameter, float factor"
+    "Tensor? ratio, float temperature, Scalar? denominator, Tensor? divisor, float parameter, float factor"
 )
 LIBRARY = torch.library.Library("klcore", "DEF")
 LIBRARY.define(f"value({_ARGUMENTS}, ScalarType? dtype) -> Tensor")
@@ -21,15 +21,16 @@ LIBRARY.define(f"gradients({_ARGUMENTS}, Tensor cotangent, bool of_x, bool of_y)
 
 def call_of(
     operation: str, x: Any, y: Any, space_x: str, space_y: str, axis: int, reduction: str, weights: Any,
-    temperature: float, denominator: float | None, divisor: Any, parameter: float, factor: float,
+    ratio: Any, temperature: float, denominator: float | None, divisor: Any, parameter: float, factor: float,
 ) -> Call:  # fmt: skip
     """The call that the operator's arguments stand for."""
     space = space_x if space_x == space_y else (space_x, space_y)
-    found = OPERATIONS.get(operation) or LOSSES[operation]
+    found = named(operation)
     space = (space_x, space_y) if found.is_loss else space
     return Call(
         found, x, y, space, axis, reduction, weights, temperature,
         denominator=denominator if divisor is None else divisor, parameter=parameter, factor=factor,
+        ratio=ratio,
     )  # fmt: skip
 
 
@@ -40,7 +41,7 @@ def arguments_of(call: Call) -> tuple[Any, ...]:
     number, divisor = (None, of) if isinstance(of, torch.Tensor) else (of, None)
     return (
         call.operation.name, call.x, call.y, space_x, space_y, call.axis, call.reduction, call.weights,
-        call.temperature, number, divisor, call.parameter, call.factor,
+        call.ratio, call.temperature, number, divisor, call.parameter, call.factor,
     )  # fmt: skip
 
 
