@@ -124,7 +124,7 @@ constexpr int term_space(int space) { return space == LOGITS && !BESIDE ? LOG_PR
 typedef Term<OP, term_space(SX), term_space(HAS_Y ? SY : SX)> TheTerm;
 
 enum { SUM_VALUE, SUM_DX, SUM_DY, SUM_STATES };   // of normalised rows' second sweep
-enum { NORM_X = 3, NORM_Y = 6 };                  // in stats: maximum and log S, or what tally_finish leaves
+enum { NORM_X = 3, NORM_Y = 5 };                  // in stats: maximum and log S, or what tally_finish leaves
 static_assert(MEMBER_STATES <= LOGITS_STATES);
 constexpr int MAX_STATES = OF_LOGITS || OF_MEMBERS ? LOGITS_STATES : OF_CROSS ? CROSS_STATES : NORMALISED ? 2 * NORM_STATES : 1;
 // Blocks of THREADS on a multiprocessor, for which registers have to suffice. The most warps are not the fastest: what is swept

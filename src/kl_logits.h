@@ -315,8 +315,8 @@ template <typename T, typename L> KL_FN T through_softmax(T d, const L& l, const
 
 // ---- normalising: counts to probabilities ----------------------------------------------------------------------------------
 //
-// A row's sum, in double. Of float64 that of numbers 2^-600 and 2^600 times as large as well, for where it, or its reciprocal,
-// is out of range.
+// A row's sum, in double. Of float64 that of numbers 2^-600 and 2^600 times as large as well, for where it is at an end of the
+// range.
 struct Tally { double sum, fewer, more; };
 static_assert(sizeof(Tally) == sizeof(Norm));
 constexpr double FEWER = 0x1p-600, MORE = 0x1p600;
@@ -325,23 +325,19 @@ KL_FN double count_of(double c) {   // what is no count spoils its row
   double v = c >= 0 ? c : nan<double>();
   return v < infinity<double>() ? v : nan<double>();
 }
-enum { SCALE, SHARE, SUM };   // of a row: what multiplies its counts; then the share of one of these, and their sum
+enum { SCALE, SUM };   // of a row: what multiplies its counts; and the sum of these
 KL_FN void tally_finish(const Tally& t, double* k) {
   bool vast = t.sum > 0x1p500, little = t.sum < 0x1p-500;
   k[SCALE] = vast ? FEWER : little ? MORE : 1.0;
   k[SUM] = vast ? t.fewer : little ? t.more : t.sum;
-  k[SHARE] = 1.0 / k[SUM];
 }
-KL_FN double share_of(double c, const double* k) {   // divided, to the last bit or nearly: that of the sum itself is 1
-  double scaled = c * k[SCALE], share = scaled * k[SHARE];
-  return fma(fma(-share, k[SUM], scaled), k[SHARE], share);
-}
+KL_FN double share_of(double c, const double* k) { return c * k[SCALE] / k[SUM]; }   // that of the sum itself is 1
 KL_FN double share_times(double p, double d) {   // a derivative by a probability of 0 may be infinite
   double v = p * d;
   return p == 0 ? 0.0 : v;
 }
 KL_FN double through_share(double d, double mean, const double* k) {
-  return (((d - mean) + 0.0 * mean) * k[SHARE]) * k[SCALE];   // none where the mean is infinite
+  return ((d - mean) + 0.0 * mean) / k[SUM] * k[SCALE];   // none where the mean is infinite
 }
 
 // In float, beside another space: log-probabilities in two numbers. What overflows is the lowest number, and not excluded.

@@ -811,7 +811,7 @@ template <typename T> Kernel cross_kernel_of(const Plan& p) {
 // two numbers; all else is wide.
 
 enum { SUM_VALUE, SUM_DX, SUM_DY, SUM_STATES };
-enum { NORM_X = 3, NORM_Y = 6 };   // stats: [0..2] the sums; then maximum and log S of x and of y, or what tally_finish leaves
+enum { NORM_X = 3, NORM_Y = 5 };   // stats: [0..2] the sums; then maximum and log S of x and of y, or what tally_finish leaves
 
 template <typename T>
 KL_APART void norm_piece(const T* __restrict x, int n, int m, double max, double zero, double it, double* __restrict rest) {
