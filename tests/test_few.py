@@ -17,7 +17,7 @@ from klcore.operations import OPERATIONS
 
 DTYPES = {name: np.dtype(name) for name in ("float64", "float32", "float16")}
 DTYPES["bfloat16"] = np.dtype(ml_dtypes.bfloat16)
-SPACES = ("probs", "log_probs", "logits")
+SPACES = tuple(_cpu.SPACES)
 LENGTHS = (*range(1, 34), 64, 65, 80, 127, 128)
 ROWS = 70
 KINDS = 16
@@ -33,7 +33,7 @@ def numbers(n, space, dtype, side):
     a[kind == 2] += 3e4
     a[(kind == 3) & (side == 0)] = 0.0
     a[kind == 4] = np.where(rng.random((ROWS, n)) < 0.5, 0.0, -0.0)[kind == 4]
-    if space == "probs":
+    if space in ("probs", "counts"):
         a = np.exp(a - a.max(axis=1, keepdims=True)) / n
         a[(kind == 5)[:, None] & some] = 0
         a[(kind == 7) & (side == 0), 0] = -1
@@ -98,12 +98,13 @@ def as_bits(a):
 
 @pytest.mark.parametrize("operation", OPERATIONS)
 def test_which_rows_are_in_blocks(operation):
-    """From four rows on, and up to 128 classes; so the tests below do compare two ways. Not logits class by class."""
+    """From four rows on, and up to 128 classes; so the tests below do compare two ways. Not logits class by class, nor
+    counts."""
     code, pairs, form = (getattr(OPERATIONS[operation], k) for k in ("code", "pairs", "form"))
     for pair, wide in itertools.product(pairs, (False, True)):
         codes = [SPACES.index(s) for s in pair]
         at_once = {(rows, n): _cpu.few_at_once(code, *codes, wide, rows, n) for rows in (3, 4) for n in (1, 128, 129)}
-        alone = form == _cpu.BY_CLASS and pair == ("logits", "logits")
+        alone = "counts" in pair or (form == _cpu.BY_CLASS and pair == ("logits", "logits"))
         assert [k for k, count in at_once.items() if count] == ([] if alone else [(4, 1), (4, 128)])
 
 
