@@ -368,9 +368,10 @@ template <typename T> typename Terms<T>::Map terms_of(const Plan& p) {
         return sx == PROBS ? terms_for<Term<PUZZLELIB, PROBS, LOG_PROBS>, T>(dx, dy)
                            : terms_for<Term<PUZZLELIB, LOG_PROBS, LOG_PROBS>, T>(dx, dy);
       return nullptr;
-    case K1: return terms_for<Term<K1, LOG_PROBS, LOG_PROBS>, T>(dx, dy);
-    case K2: return terms_for<Term<K2, LOG_PROBS, LOG_PROBS>, T>(dx, dy);
-    case K3: return terms_for<Term<K3, LOG_PROBS, LOG_PROBS>, T>(dx, dy);
+#define KL_CASE(name, form, arguments) \
+    case name: return terms_for<Term<name, LOG_PROBS, LOG_PROBS>, T>(dx, dy);
+    KL_ESTIMATORS(KL_CASE)
+#undef KL_CASE
   }
   if (sx == sy)
     return sx == PROBS ? terms_in<PROBS, PROBS, T>(p.operation, dx, dy) : terms_in<LOG_PROBS, LOG_PROBS, T>(p.operation, dx, dy);
