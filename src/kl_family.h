@@ -26,6 +26,7 @@ template <typename T> KL_FN LogRatio<T> log_ratio(T x, T y, T d) {
   at_hand = x < R::tiny ? at_hand * R::down : at_hand;
   at_hand = x >= R::huge ? at_hand * R::up : at_hand;
   T deviance = k == T(0) ? at_hand : fma(-x, value, d);
+  deviance = deviance < T(0) ? T(0) : deviance;   // of subnormals, which are rounded by as much as they differ
   value = y == T(0) ? -infinity<T>() : value;
   deviance = y == T(0) ? infinity<T>() : deviance;
   value = x == T(0) ? infinity<T>() : value;
@@ -255,7 +256,7 @@ template <> struct Member<ALPHA_DIV> {
 // ---- as terms ------------------------------------------------------------------------------------------------------------
 
 template <int SX, int SY, bool GAP, typename T> KL_FN Class<T> class_in(T x, T y) {
-  T p = prob<SX>(x), q = prob<SY>(y);
+  T p = prob<SX>(x) + T(0), q = prob<SY>(y) + T(0);   // -0 is 0: what is divided by it is to be +inf
   if constexpr (SX == PROBS && SY == PROBS) return {p, q, q - p, GAP ? log_ratio(p, q, q - p).value : T(0)};
   else {
     bool no_p = excluded<SX>(x), no_q = excluded<SY>(y);
@@ -307,11 +308,12 @@ KL_FN void members_begin(const Spread& s, double it, double* stats) {   // as lo
   double found[MAX_STATS];
   logits_finish(s, it, found);
   FarRow row = far_row(found, it);
+  double undefined = 0 * row.inv_s + 0 * row.inv_q;   // NaN where a row excludes everything: then both are made so
   for (int k = 0; k < MAX_STATS; k++) stats[k] = 0;
   stats[MEMBER_MAX_A] = row.max_a;
-  stats[MEMBER_INV_S] = row.inv_s;
+  stats[MEMBER_INV_S] = row.inv_s + undefined;
   stats[MEMBER_MAX_B] = row.max_b;
-  stats[MEMBER_INV_Q] = row.inv_q;
+  stats[MEMBER_INV_Q] = row.inv_q + undefined;
   stats[MEMBER_SHIFT] = row.shift.value;
   stats[MEMBER_SHIFT_LOW] = row.shift.low;
 }
@@ -330,6 +332,7 @@ KL_FN Class<double> class_of(double a, double b, const MemberRow& k) {   // as f
   t = excluded(b) ? -infinity<double>() : t;
   t = excluded(a) ? infinity<double>() : t;
   t = excluded(a) & excluded(b) ? 0.0 : t;
+  t = q == q ? t : q;
   double near = p * expm1(t > Real<double>::far ? 0.0 : t);
   return {p, q, t > Real<double>::far ? q - p : near, t};
 }

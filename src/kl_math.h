@@ -448,8 +448,8 @@ template <typename T> KL_FN T on_probs(T x, T y, T v) {
   v = x >= T(0) ? v : nan<T>();
   return y >= T(0) ? v : nan<T>();
 }
-template <typename T> KL_FN T zero_over(T x, T y) {   // -x/y with 0/0 = 0
-  T d = T(0) - x / y;
+template <typename T> KL_FN T zero_over(T x, T y) {   // -x/y with 0/0 = 0, and -0 the same as 0
+  T d = T(0) - x / (y + T(0));
   return x == T(0) ? T(0) : d;
 }
 
@@ -475,6 +475,7 @@ template <> struct Term<KL_DIV, PROBS, PROBS> : Plain {
   template <bool ALL = true, typename T> static KL_FN T dy(T x, T y) {   // 1 - x/y
     T d = quotient<ALL>(y - x, y);
     if constexpr (!ALL) return d;
+    d = y == T(0) ? -infinity<T>() : d;   // also of -0
     d = (y == infinity<T>()) & (x < y) ? T(1) : d;
     d = x == T(0) ? T(1) : d;
     return on_probs(x, y, d);

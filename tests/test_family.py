@@ -182,6 +182,59 @@ def test_bad_numbers(name, space):
         np.testing.assert_array_equal(arrays, before)
 
 
+def assert_undefined_beside_nothing(name, n, parameters, put=np.asarray, get=np.asarray):
+    row, nothing = np.arange(n, dtype=float), np.full(n, -np.inf)
+    for first, second in ((row, nothing), (nothing, row), (nothing, nothing)):
+        x, y = (put(np.array([a, row])) for a in (first, second))
+        for reduction in ("row", "none"):
+            options = {"space": "logits", "reduction": reduction, "return_grad": ("x", "y"), **parameters}
+            for found in map(get, call(name, x, y, **options)):
+                assert np.isnan(found[0]).all()
+                assert not np.any(found[1])
+
+
+@cases
+@pytest.mark.parametrize("n", [1, 3, 1500])
+def test_rows_of_logits_that_exclude_everything(case, n):
+    """Are undefined, beside whatever other row; the next one is as it was."""
+    name, parameters = case
+    assert_undefined_beside_nothing(name, n, parameters)
+
+
+@names
+def test_rows_that_exclude_everything_on_the_gpu(gpu, name):
+    assert_undefined_beside_nothing(name, 3, relatives.PARAMETERS[name][0], gpu.put, gpu.get)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("space", [("probs", "probs"), ("counts", "counts"), ("counts", "probs")])
+@pytest.mark.parametrize(
+    "case", [*CASES, *((name, {}) for name, o in OPERATIONS.items() if not o.single and name not in FAMILY)], ids=shown
+)
+def test_negative_zeros(case, space, dtype):
+    """Are zeros."""
+    name, parameters = case
+    x, y = np.array([[[0.5, 0.5, 0.0, 0.0]], [[0.5, 0.0, 0.5, 0.0]]], dtype)
+    options = {"space": space, "reduction": "none", "return_grad": ("x", "y"), **parameters}
+    expected = call(name, x, y, **options)
+    found = call(name, *(np.where(a == 0, -a, a) for a in (x, y)), **options)
+    for a, b in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@cases
+def test_never_negative_among_the_smallest(case, dtype):
+    """Subnormals, which are rounded by as much as they differ."""
+    name, parameters = case
+    small = np.arange(6, dtype=dtype) * np.finfo(dtype).smallest_subnormal
+    x, y = (a.ravel()[:, None] for a in np.meshgrid(small, small))
+    logs = np.log(np.where(y == 0, 1, y), where=y != 0, out=np.full_like(y, -1e4))  # 0 after an exponential, too
+    for space, b in (("probs", y), (("probs", "log_probs"), logs)):
+        value = call(name, x, b, space=space, **parameters)
+        assert (value >= 0).all(), (space, x[value < 0], b[value < 0])
+
+
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_probabilities_out_of_range(dtype):
     """Logits so far apart that p or q is 0 as a float: excluded are no more classes than are said to be."""
