@@ -25,13 +25,25 @@ PARAMETERS: dict[str, tuple[dict[str, Any], ...]] = {
 
 
 class Definitions:
-    """Terms of one class; p and q are positive mpmath numbers."""
+    """Terms of one class; p and q are positive mpmath numbers. Those of tests/oracle.py are here as well, for what it
+    knows not of: counts, and cotangents."""
 
     def __init__(self, mp: Any) -> None:
         self.mp = mp
 
     def kl(self, p: Any, q: Any) -> Any:
         return p * self.mp.log(p / q) - p + q
+
+    kl_div = kl
+
+    def rel_entr(self, p: Any, q: Any) -> Any:
+        return p * self.mp.log(p / q)
+
+    def cross_entropy(self, p: Any, q: Any) -> Any:
+        return -p * self.mp.log(q)
+
+    def entropy(self, p: Any, q: Any) -> Any:
+        return -p * self.mp.log(p)
 
     def js_div(self, p: Any, q: Any, beta: float = 0.5, scaled: bool = False) -> Any:
         b = self.mp.mpf(beta)
@@ -73,21 +85,31 @@ class Answer:
     terms: np.ndarray
     dx: np.ndarray
     dy: np.ndarray
+    slope: np.ndarray  # of the value, by all log p and log q together: how far errors of these take it
 
 
-@cache
-def _digits() -> oracle.Digits:
-    return oracle.Digits(90)
+_digits = cache(oracle.Digits)
 
 
-def exact(operation: str, x: Any, y: Any, space: Any = "probs", temperature: float = 1.0, **parameters: Any) -> Answer:
-    """Of rows of numbers that are positive as probabilities, shape (rows, n)."""
-    ar = _digits()
+def exact(
+    operation: str, x: Any, y: Any, space: Any = "probs", temperature: float = 1.0, cotangent: Any = None,
+    digits: int = 90, **parameters: Any,
+) -> Answer:  # fmt: skip
+    """Of rows of numbers, shape (rows, n), and with `cotangent` the derivatives of the sums of cotangent * terms. A zero
+    is as good as a limit; the derivative by a probability that is one is left to others, and by one below 1e-25 takes as
+    many digits more."""
+    ar = _digits(digits)
     sx, sy = (space, space) if isinstance(space, str) else space
     x, y = np.broadcast_arrays(*(np.atleast_2d(np.asarray(v).astype(np.float64)) for v in (x, y)))
-    p, q = (oracle._side(ar, a, s, temperature).p for a, s in ((x, sx), (y, sy)))
     term = getattr(Definitions(ar.mp), operation)
     step = ar.mp.mpf(10) ** -30
+    least = ar.mp.mpf(10) ** -(10**700)  # even its logarithm is more than float64 holds
+
+    def side(a: np.ndarray, space: str) -> Any:
+        p = ar.number(a) / ar.sum(ar.number(a)) if space == "counts" else oracle._side(ar, a, space, temperature).p
+        return np.where(p == 0, least, p)
+
+    p, q = side(x, sx), side(y, sy)
 
     def of(p: Any, q: Any) -> Any:
         return term(p, q, **parameters)
@@ -98,9 +120,12 @@ def exact(operation: str, x: Any, y: Any, space: Any = "probs", temperature: flo
     def by_log_q(p: Any, q: Any) -> Any:
         return (of(p, q * (1 + step)) - of(p, q * (1 - step))) / (2 * step)
 
-    def through(d: Any, p: Any, space: str) -> np.ndarray:
+    def through(d: Any, a: np.ndarray, p: Any, space: str) -> np.ndarray:
+        d = d if cotangent is None else d * ar.number(cotangent)
         if space == "logits":
             d = (d - p * ar.sum(d)) / ar.mp.mpf(temperature)
+        if space == "counts":
+            return ar.double((d / p - ar.sum(d)) / ar.sum(ar.number(a)))
         return ar.double(d / p if space == "probs" else d)
 
     terms = np.frompyfunc(of, 2, 1)(p, q)
@@ -108,4 +133,5 @@ def exact(operation: str, x: Any, y: Any, space: Any = "probs", temperature: flo
     if operation == "tv_dist":  # of no derivative where both agree, klcore says 0
         dx, dy = (np.where(p == q, ar.mp.mpf(0), d) for d in (dx, dy))
     value = ar.double(ar.sum(terms))[..., 0]
-    return Answer(value, ar.double(terms), through(dx, p, sx), through(dy, q, sy))
+    slope = ar.double(ar.sum(abs(dx) + abs(dy)))[..., 0]
+    return Answer(value, ar.double(terms), through(dx, x, p, sx), through(dy, y, q, sy), slope)

@@ -50,22 +50,6 @@ def rows(pair, shape=(3, 7), seed=0, dtype="float64", far=1.0):
 # ---- the oracle ------------------------------------------------------------------------------------------------------
 
 
-class Literal(Definitions):
-    """Of the operations that are no relatives as well."""
-
-    def kl_div(self, p, q):
-        return self.kl(p, q)
-
-    def rel_entr(self, p, q):
-        return p * self.mp.log(p / q)
-
-    def cross_entropy(self, p, q):
-        return -p * self.mp.log(q)
-
-    def entropy(self, p, q):
-        return -p * self.mp.log(p)
-
-
 def side(space, row):
     numbers = [MP.mpf(float(v)) for v in row]
     if space == "probs":
@@ -78,7 +62,7 @@ def side(space, row):
 
 def exact(name, pair, x, y, options):
     """The value of one row and its derivatives, by central differences."""
-    term = getattr(Literal(MP), name)
+    term = getattr(Definitions(MP), name)
 
     def value(x, y):
         pairs = zip(side(pair[0], x), side(pair[1], y), strict=True)
