@@ -3,9 +3,12 @@
 import math
 from typing import Any
 
+import numpy as np
+
 
 def number(value: Any, name: str) -> float:
     """A float, of whatever stands for a number, or TypeError."""
+    value = _plain(value) if isinstance(value, np.ndarray) else value
     if type(value) is float:
         return value
     if getattr(value, "requires_grad", False):
@@ -17,7 +20,26 @@ def number(value: Any, name: str) -> float:
     except OverflowError:  # an integer that no float holds
         return math.inf if value > 0 else -math.inf
     except (TypeError, ValueError):
+        refuse_traced(value, name)
         raise TypeError(f"{name} must be a number, found one of the type {type(value).__name__}") from None
+
+
+def _plain(value: Any) -> Any:
+    """Of a 0-d array its number: torch.compile shows no dtype of such, and floor refuses what is none."""
+    try:
+        np.floor(value)
+        return float(value) if value.shape == () else value
+    except TypeError:
+        return value
+
+
+def refuse_traced(value: Any, name: str) -> None:
+    """For what a call has to know before JAX compiles it."""
+    if type(value).__name__.endswith("Tracer"):
+        raise TypeError(
+            f"{name} is traced by JAX (jit, grad, vmap), and has to be known when klcore is called; make it a static "
+            f"argument, as in jax.jit(function, static_argnames={name!r})"
+        ) from None
 
 
 def is_number(value: Any) -> bool:
@@ -52,7 +74,7 @@ def check_divides(denominator: Any, reduction: Any) -> None:
     if getattr(denominator, "shape", ()) != ():
         shape = tuple(denominator.shape)
         raise ValueError(f"denominator must be a number or a 0-d array; found one of the shape {shape}")
-    if not is_number(denominator):
+    if not is_number(_plain(denominator) if isinstance(denominator, np.ndarray) else denominator):
         raise TypeError(f"denominator must be a number, found one of the type {type(denominator).__name__}")
 
 

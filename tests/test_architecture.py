@@ -37,12 +37,12 @@ ROOMS = {
         "klcore.backends", "klcore.operations", "klcore.parameters", "klcore.typing",
     },
     r"klcore\.typing": {"numpy"},  # for type checkers
-    r"klcore\.(version|exact|parameters)": set(),
+    r"klcore\.(version|exact)": set(),
+    r"klcore\.parameters": {"numpy"},
     r"klcore\.__main__": {"klcore.config", "klcore.selftest"},
     r"klcore\.selftest": {
         "numpy", "ml_dtypes", "klcore._cpu", "klcore.backends.threads", "klcore.config", "klcore.divergence",
-        "klcore.family",
-        "klcore.exact", "klcore.operations",
+        "klcore.estimate", "klcore.exact", "klcore.family", "klcore.operations",
     },
     r"klcore\.config": {
         "numpy", "cupy", "klcore._cpu", "klcore.backends", "klcore.backends.threads", "klcore.backends.cpu",

@@ -503,6 +503,34 @@ def test_traced_temperature_is_refused():
         jax.jit(lambda t: klcore.kl_div(x, x, space="logits", temperature=t))(2.0)
 
 
+@pytest.mark.parametrize("transform", [jax.jit, jax.grad, jax.vmap])
+@pytest.mark.parametrize(
+    ("function", "name"),
+    [
+        ("kl_div", "base"), ("js_div", "beta"), ("alpha_div", "alpha"), ("mixed_kl_div", "forward"),
+        ("kl_estimate", "limit"), ("kl_estimate", "base"),
+    ],
+)  # fmt: skip
+def test_numbers_that_are_traced(function, name, transform):
+    """Are refused with what to do, and that helps."""
+    x, y = jnp.array([0.2, 0.8]), jnp.array([0.5, 0.5])
+
+    def f(**number):
+        return getattr(klcore, function)(x, y, reduction="sum", **number)
+
+    one = jnp.array([0.5]) if transform is jax.vmap else 0.5
+    with pytest.raises(TypeError, match=rf"{name} is traced by JAX.*static_argnames='{name}'"):
+        transform(lambda number: f(**{name: number}))(one)
+    np.testing.assert_array_equal(jax.jit(f, static_argnames=name)(**{name: 1.5 if name == "base" else 0.5}),
+                                  f(**{name: 1.5 if name == "base" else 0.5}))  # fmt: skip
+
+
+def test_an_axis_that_is_traced():
+    x = jnp.ones((2, 3))
+    with pytest.raises(TypeError, match="axis is traced by JAX"):
+        jax.jit(lambda axis: klcore.kl_div(x, x, axis=axis))(0)
+
+
 # ---- devices ---------------------------------------------------------------------------------------------------------
 
 

@@ -683,6 +683,29 @@ def compiled():
     torch._dynamo.reset()
 
 
+@pytest.mark.parametrize("of", [float, np.array, np.float64, lambda v: torch.tensor(v, dtype=torch.float64)],
+                         ids=["float", "array", "scalar", "tensor"])  # fmt: skip
+@pytest.mark.parametrize(
+    ("function", "name"),
+    [
+        ("kl_div", "denominator"), ("kl_div", "temperature"), ("kl_div", "base"), ("js_div", "beta"),
+        ("kl_estimate", "limit"), ("kl_estimate", "ratio"),
+    ],
+)  # fmt: skip
+def test_compile_with_numbers_of_any_kind(compiled, function, name, of):
+    """0-d arrays too, and with another value than the one that was there when it was compiled."""
+    x, y = torch.tensor([[0.2, 0.8]]), torch.tensor([[0.5, 0.6]])
+    space = {"space": "logits"} if name == "temperature" else {}
+
+    def f(number):
+        return getattr(klcore, function)(x, y, reduction="sum", **{name: number}, **space)
+
+    g = compiled(f)
+    base = 1.5 if name == "base" else 0
+    for value in (base + 0.25, base + 0.5):
+        assert g(of(value)) == f(of(value)) == f(value)
+
+
 @pytest.mark.parametrize("dynamic", [None, True, False])
 @pytest.mark.parametrize("operation", ["kl_div", "entropy", "pytorch"])
 def test_compile(compiled, operation, dynamic):

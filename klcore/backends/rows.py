@@ -16,7 +16,7 @@ import numpy as np
 from klcore import _cpu
 from klcore.backends import labels
 from klcore.operations import Call, Operation
-from klcore.parameters import check_divides, number, shown
+from klcore.parameters import check_divides, number, refuse_traced, shown
 
 FLOATS = tuple(_cpu.DTYPES)  # by name, in the order of their codes
 SPACES, CODES = _cpu.SPACES, _cpu.DTYPES
@@ -590,6 +590,7 @@ def integer(axis: Any, name: str) -> int:
             raise TypeError
         return int(operator.index(axis))
     except TypeError:
+        refuse_traced(axis, name)
         raise TypeError(f"{name} must be an integer, found {type(axis).__name__}") from None
 
 

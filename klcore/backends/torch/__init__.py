@@ -12,6 +12,7 @@ kernels.py, operator.py, autograd.py.
 import contextlib
 from typing import Any
 
+import numpy as np
 import torch
 
 from klcore.backends import cpu, labels, rows
@@ -38,6 +39,8 @@ def compute(call: Call) -> Any:
             t if t is a or t is None or isinstance(a, torch.Tensor) else t.clone()
             for t, a in zip((x, y, weights, ratio), given, strict=True)
         )
+    if isinstance(call.denominator, np.ndarray) and torch.compiler.is_compiling():  # a tensor of the program, too
+        call = call._replace(denominator=torch.as_tensor(call.denominator))
     if isinstance(call.denominator, torch.Tensor):
         rows.check_denominator(call)
         if call.denominator.requires_grad and torch.is_grad_enabled():
@@ -53,7 +56,8 @@ def compute(call: Call) -> Any:
                 "temperature requires a gradient, and klcore gives none with respect to it; divide the logits by it "
                 "instead"
             )
-        call = call._replace(temperature=call.temperature.detach())
+        if call.temperature.requires_grad:
+            call = call._replace(temperature=call.temperature.detach())
     of_value = call.dtype
     if call.operation.name == "pytorch" and of_value in _HALVES and torch.is_autocast_enabled(x.device.type):
         of_value = "float32"  # autocast has PyTorch's own loss compute in it
