@@ -74,7 +74,7 @@ def own(rng, operation):
         if takes(operation, **drawn):
             break
     base = float(rng.choice([2, 10, 1.0001, 1e300]))
-    return drawn | ({"base": base} if rng.random() < 0.2 and takes(operation, base=base) else {})
+    return drawn | ({"base": base} if rng.random() < 0.2 and takes(operation, base=base, **drawn) else {})
 
 
 def draw(rng):
@@ -131,7 +131,7 @@ def draw(rng):
     if OPERATIONS[p["operation"]].single:
         p |= {"space": (p["space"][0],) * 2, "grad": p["grad"] and "x", "broadcast": None}
     p["own"] = own(rng, p["operation"])
-    p["terms"] = takes(p["operation"], reduction="none")
+    p["terms"] = OPERATIONS[p["operation"]].has_terms
     p["reduction"] = p["reduction"] if p["terms"] or p["reduction"] != "none" else "row"
     p["denominator"] = p["denominator"] if p["reduction"] == "sum" else None
     if "logits" not in p["space"]:
