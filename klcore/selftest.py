@@ -15,12 +15,13 @@ from typing import Any
 
 import numpy as np
 
-from klcore import _cpu, divergence, family
+from klcore import _cpu, divergence, estimate, family
 from klcore.backends.threads import get_num_threads, threads
 from klcore.config import show_config
 from klcore.exact import ANSWERS
-from klcore.operations import OPERATIONS
+from klcore.operations import ESTIMATORS, OPERATIONS, Operation
 
+FUNCTIONS = vars(divergence) | vars(family) | vars(estimate)
 SPACES = ("probs", "log_probs", "logits")
 DTYPES = ("float64", "float32", "float16", "bfloat16")
 # On a GPU each pair of spaces, dtype and way to go over rows is a kernel of its own, compiled for a second: these pairs
@@ -84,6 +85,14 @@ DIGESTS = {
     "tv_dist float32": "e7a3ec25c80e8b57",
     "sq_hellinger float32": "f61e0cc5244608b3",
     "chi2_div float32": "59acb6b2ccd645e9",
+    "counts float64": "a6a0801822c60b05",
+    "k1 float64": "18b6fc8cf7970175",
+    "k2 float64": "f13179a9aacaba7d",
+    "k3 float64": "25d70d58c422e5bf",
+    "counts float32": "4b32146e6ef7bc24",
+    "k1 float32": "43ee428f8970f745",
+    "k2 float32": "19006c24204d778c",
+    "k3 float32": "f9d0f9b1fcba0dbd",
 }
 
 Call = tuple[str, list[Any], dict[str, Any]]
@@ -147,8 +156,8 @@ def _arrays(shape: tuple[int, int], spaces: tuple[str, ...], dtype: str) -> list
     excluded[:, 0] = False
     arrays = []
     for numbers, space, some in zip((u, v), spaces, (excluded, excluded & (u < 0.5)), strict=False):
-        a = numbers if space == "probs" else numbers * -16 if space == "log_probs" else numbers * 32 - 16
-        a = np.where(some, 0.0 if space == "probs" else -INF, a)
+        a = numbers if space in ("probs", "counts") else numbers * -16 if space == "log_probs" else numbers * 32 - 16
+        a = np.where(some, 0.0 if space in ("probs", "counts") else -INF, a)
         if dtype == "bfloat16":
             arrays.append(a.astype(np.float32).astype(importlib.import_module("ml_dtypes").bfloat16))
         else:
@@ -156,13 +165,16 @@ def _arrays(shape: tuple[int, int], spaces: tuple[str, ...], dtype: str) -> list
     return arrays
 
 
+def _options(row: Operation, pair: tuple[str, str]) -> dict[str, Any]:
+    options = {"space": pair[0] if row.single else pair, "return_grad": row.gradients}
+    return options if row.has_terms else options | {"alpha": 0.5}  # renyi_div's, which has no default
+
+
 def _calls(operation: str, dtype: str) -> Iterator[Call]:
     """Every pair of spaces over short and longer rows; reductions, weights, temperature, broadcasting, a long row."""
     row = OPERATIONS[operation]
     for pair in (pair for pair in row.pairs if "counts" not in pair):
-        options = {"space": pair[0] if row.single else pair, "return_grad": row.gradients}
-        if not row.has_terms:
-            options |= {"alpha": 0.5}  # renyi_div's, which has no default
+        options = _options(row, pair)
         of = pair[: len(row.gradients)]
         for shape in ((8, 1), (8, 17), (8, 130), (4, 1025)):
             yield operation, _arrays(shape, of, dtype), options
@@ -176,6 +188,27 @@ def _calls(operation: str, dtype: str) -> Iterator[Call]:
             yield operation, [x, *y], {**options, "reduction": "batchmean", "temperature": 2.5}
         if dtype == "float32":
             yield operation, _arrays((1, 140_001), of, dtype), {**options, "reduction": "sum"}
+
+
+def _counts(dtype: str) -> Iterator[Call]:
+    """Of every operation; of kl_div beside all other spaces."""
+    for row in OPERATIONS.values():
+        for pair in row.pairs:
+            if pair == ("counts", "counts") or ("counts" in pair and row.name == "kl_div"):
+                for shape in ((8, 17), (4, 1025)):
+                    yield row.name, _arrays(shape, pair[: len(row.gradients)], dtype), _options(row, pair)
+
+
+def _estimates(kind: str, dtype: str) -> Iterator[Call]:
+    """Tokens of which r = log_y - log_x is next to 0, about 1, and far from 0; masks, ratios and limits."""
+    u, v = _uniform(1, (60, 70)), _uniform(2, (60, 70))
+    size = 2.0 ** np.array([-20.0, 1.0, 6.0])[np.arange(60) % 3, None]
+    arrays = [a.astype(dtype) for a in (u * -16, u * -16 + (v - 0.5) * size)]
+    options = {"kind": kind, "return_grad": ("x", "y")}
+    by = {"weights": np.arange(70) % 3 / 2, "ratio": u * 2}
+    yield "kl_estimate", arrays, options
+    yield "kl_estimate", arrays, {**options, **by, "limit": 3.0, "reduction": "mean"}
+    yield "kl_estimate", [arrays[0], arrays[1][:1]], {**options, **by, "denominator": 3, "reduction": "sum"}
 
 
 def _kernels() -> Iterator[Call]:
@@ -195,9 +228,7 @@ def _kernels() -> Iterator[Call]:
 def _compute(device: str, call: Call) -> tuple[Any, ...]:
     """What klcore returns, as NumPy arrays."""
     operation, arrays, options = call
-    found = getattr(divergence if hasattr(divergence, operation) else family, operation)(
-        *arrays, device=device, **options
-    )
+    found = FUNCTIONS[operation](*arrays, device=device, **options)
     results = found if isinstance(found, tuple) else (found,)
     return tuple(a.get() if hasattr(a, "get") else np.asarray(a) for a in results)
 
@@ -268,6 +299,9 @@ def _bits(device: str) -> Iterator[Line]:
     for operation, dtype in product(OPERATIONS, DTYPES if bfloat16 else DTYPES[:3]):
         if OPERATIONS[operation].form != _cpu.BY_CLASS or dtype in DTYPES[:2]:  # 16 bits of these: as float32
             groups[f"{operation} {dtype}"] = partial(_calls, operation, dtype)
+    for dtype in DTYPES[:2]:  # 16 bits: as float32
+        groups[f"counts {dtype}"] = partial(_counts, dtype)
+        groups |= {f"{kind} {dtype}": partial(_estimates, kind, dtype) for kind in ESTIMATORS}
     in_use = _cpu.instruction_set()
     try:
         for name, usable in _cpu.instruction_sets().items():

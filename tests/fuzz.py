@@ -386,7 +386,8 @@ def judge_by_digits(results, x, y, weights, p, rng, cotangent=None):
             if of == "gradient":
                 own, space = (a, p["space"][0]) if name == "dx" else (b, p["space"][1])
                 counted = (own != 0) | (space not in ("probs", "counts"))
-                counted &= np.isfinite(true.terms if space in ("probs", "log_probs") else true.value[:, None])
+                by_class = p["terms"] and space in ("probs", "log_probs")
+                counted &= np.isfinite(true.terms if by_class else true.value[:, None])
                 # of terms: what a softmax takes away from their derivatives may be nearly all of these
                 off = n if c is None else np.abs(c).max(-1, keepdims=True) * np.maximum(n, true.slope[by_row])
                 off = off / (own.sum(-1, keepdims=True) if space == "counts" else 1) / min(1, p["temperature"])
@@ -511,7 +512,7 @@ def check(p, rng):
     if p["terms"]:
         plain["terms"] = terms
     judged = judge(plain, *of, each, p, rng, 30_000)
-    if p["operation"] not in SIGNED:
+    if p["operation"] not in SIGNED and (p["terms"] or {"logits", "counts"} >= set(p["space"])):  # else: distributions
         values = [v for v in (value, terms) if v is not None]
         assert not any((v < 0).any() for v in values), "negative"
         if p["kind"] == "equal" and x.shape == y.shape and p["space"][0] == p["space"][1]:

@@ -179,14 +179,15 @@ def test_fault_of_an_instruction_set(monkeypatch, kl_div_only, capsys):
     assert failed(capsys) == ["bits with generic instructions"]
 
 
-@pytest.mark.parametrize("operation", selftest.OPERATIONS)
+@pytest.mark.parametrize("operation", [*selftest.OPERATIONS, *selftest.ESTIMATORS])
 def test_fault_of_an_operation(monkeypatch, operation):
-    """One bit of each result: every dtype's digest has seen it, and that of no other operation."""
+    """One bit of each result: every dtype's digest has seen it, also of counts, and that of no other operation."""
     fault(monkeypatch, cpu, ulp, name=operation)
     good, sentence = next(selftest._bits("cpu"))
     assert not good
     named = {name for name in selftest.DIGESTS if re.search(rf"[:,] {name} \(", sentence)}
-    assert named - {"kernels"} == {name for name in selftest.DIGESTS if name.startswith(f"{operation} ")}
+    own = (f"{operation} ", "counts ") if operation in selftest.OPERATIONS else (f"{operation} ",)
+    assert named - {"kernels"} == {name for name in selftest.DIGESTS if name.startswith(own)}
 
 
 def test_without_ml_dtypes(monkeypatch, kl_div_only):
