@@ -160,9 +160,7 @@ def _calls(operation: str, dtype: str) -> Iterator[Call]:
     """Every pair of spaces over short and longer rows; reductions, weights, temperature, broadcasting, a long row."""
     row = OPERATIONS[operation]
     for pair in (pair for pair in row.pairs if "counts" not in pair):
-        options = {"space": pair[0] if row.single else pair, "return_grad": row.gradients}
-        if not row.has_terms:
-            options |= {"alpha": 0.5}  # renyi_div's, which has no default
+        options = {"space": pair[0] if row.single else pair, "return_grad": row.gradients, **row.needed}
         of = pair[: len(row.gradients)]
         for shape in ((8, 1), (8, 17), (8, 130), (4, 1025)):
             yield operation, _arrays(shape, of, dtype), options
@@ -171,7 +169,11 @@ def _calls(operation: str, dtype: str) -> Iterator[Call]:
         x, *y = _arrays((200, 257), of, dtype)
         yield operation, [x, *y], {**options, "reduction": "rowmean", "weights": np.arange(200) % 3 / 2}
         yield operation, [x, *(a[:1] for a in y)], {**options, "reduction": "mean"}
-        yield operation, [a[:, ::-3].T for a in (x, *y)], {**options, "reduction": "none" if row.has_terms else "row", "axis": 0}
+        yield (
+            operation,
+            [a[:, ::-3].T for a in (x, *y)],
+            {**options, "reduction": "none" if row.has_terms else "row", "axis": 0},
+        )
         if "logits" in pair:
             yield operation, [x, *y], {**options, "reduction": "batchmean", "temperature": 2.5}
         if dtype == "float32":
