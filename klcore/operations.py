@@ -5,7 +5,7 @@ functions), LOSSES (the terms of other systems, for klcore.compat) and ESTIMATOR
 for klcore.kl_estimate). What kernels are told of an operation stands in src/kl_math.h.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 from klcore import _cpu
@@ -26,6 +26,7 @@ class Operation:
     pairs: tuple[tuple[str, str], ...]  # the spaces of x and y that it is for
     gradients: tuple[str, ...]  # with respect to what
     parameters: tuple[str, ...] = ()  # keywords that are its own
+    needed: dict[str, float] = field(default_factory=dict)  # the keywords without a default, with a value to try
     has_terms: bool = True  # a row's value is their sum
     is_estimator: bool = False  # each number is a row of its own, of one class: there is no class axis
 
@@ -70,7 +71,7 @@ JS_DIV = _divergence("js_div", "beta", "scaled")
 MIXED_KL_DIV = _divergence("mixed_kl_div", "forward")
 SKEW_KL_DIV = _divergence("skew_kl_div", "alpha")
 ALPHA_DIV = _divergence("alpha_div", "alpha")
-RENYI_DIV = replace(_divergence("renyi_div", "alpha"), has_terms=False)
+RENYI_DIV = replace(_divergence("renyi_div", "alpha"), needed={"alpha": 0.5}, has_terms=False)
 TV_DIST = _divergence("tv_dist")
 SQ_HELLINGER = _divergence("sq_hellinger")
 CHI2_DIV = _divergence("chi2_div")

@@ -166,8 +166,7 @@ def _arrays(shape: tuple[int, int], spaces: tuple[str, ...], dtype: str) -> list
 
 
 def _options(row: Operation, pair: tuple[str, str]) -> dict[str, Any]:
-    options = {"space": pair[0] if row.single else pair, "return_grad": row.gradients}
-    return options if row.has_terms else options | {"alpha": 0.5}  # renyi_div's, which has no default
+    return {"space": pair[0] if row.single else pair, "return_grad": row.gradients, **row.needed}
 
 
 def _calls(operation: str, dtype: str) -> Iterator[Call]:
@@ -183,7 +182,11 @@ def _calls(operation: str, dtype: str) -> Iterator[Call]:
         x, *y = _arrays((200, 257), of, dtype)
         yield operation, [x, *y], {**options, "reduction": "rowmean", "weights": np.arange(200) % 3 / 2}
         yield operation, [x, *(a[:1] for a in y)], {**options, "reduction": "mean"}
-        yield operation, [a[:, ::-3].T for a in (x, *y)], {**options, "reduction": "none" if row.has_terms else "row", "axis": 0}
+        yield (
+            operation,
+            [a[:, ::-3].T for a in (x, *y)],
+            {**options, "reduction": "none" if row.has_terms else "row", "axis": 0},
+        )
         if "logits" in pair:
             yield operation, [x, *y], {**options, "reduction": "batchmean", "temperature": 2.5}
         if dtype == "float32":
