@@ -351,7 +351,7 @@ def judge_by_digits(results, x, y, weights, p, rng, cotangent=None):
     if not x.size:
         return 0
     rows = np.unique(rng.integers(0, len(x), max(1, 60 // n)))
-    if n > 150 and rng.random() > 60 / n or any(ranges.beyond(v[rows]).any() for v in (x, y)):
+    if (n > 150 and rng.random() > 60 / n) or any(ranges.beyond(v[rows]).any() for v in (x, y)):
         return 0
     a, b, w = x[rows].astype("f8"), y[rows].astype("f8"), multipliers(weights, p, rows)
     bad = (w != 0) & (undefined(a, p["space"][0]) | undefined(b, p["space"][1]))
@@ -528,7 +528,9 @@ def check(p, rng):
         for name, got in zip(("value", "dx", "dy"), alone, strict=False):
             same(got, plain[name][r], f"{name} of row {r} alone")
         if p["terms"]:
-            same(klcore_call(p, [v[r] for v in of], reduction="none", weights=w)[0], terms[r], f"terms of row {r} alone")
+            same(
+                klcore_call(p, [v[r] for v in of], reduction="none", weights=w)[0], terms[r], f"terms of row {r} alone"
+            )
 
     # the call
     _cpu.use_instruction_set(sets[rng.integers(len(sets))])
@@ -580,7 +582,12 @@ def check(p, rng):
     elif p["reduction"] == "none":
         same(found[0], moved(terms.reshape(*batch, n)) if p["shape"] != "scalar" else terms.reshape(()), "terms")
     total = float(rows) if each is None else float(each.sum())
-    by = {"sum": 1.0 if p["denominator"] is None else float(p["denominator"]), "rowmean": total, "batchmean": float(terms_shape[0]) if terms_shape else 1.0, "mean": float(rows * n)}
+    by = {
+        "sum": 1.0 if p["denominator"] is None else float(p["denominator"]),
+        "rowmean": total,
+        "batchmean": float(terms_shape[0]) if terms_shape else 1.0,
+        "mean": float(rows * n),
+    }
     denominator = np.float64(by.get(p["reduction"], 1.0))
     with np.errstate(all="ignore"):
         if p["reduction"] not in ("row", "none"):
@@ -735,7 +742,9 @@ def check_estimate(rng):
     x, y = pick((x, y), (x, y), (thinned(x), y), (x, thinned(y)))
     batch = np.broadcast_shapes(x.shape, y.shape)
     like = np.zeros(batch)
-    weights = thinned(rng.choice([0, 1, 0.3, 5], like.shape)).astype(pick("f8", "f4", "?")) if rng.random() < 0.5 else None
+    weights = (
+        thinned(rng.choice([0, 1, 0.3, 5], like.shape)).astype(pick("f8", "f4", "?")) if rng.random() < 0.5 else None
+    )
     ratio = thinned(rng.choice([0, 1, 1.3, 20], like.shape)).astype(pick("f8", "f4")) if rng.random() < 0.5 else None
     reduction, limit = pick("none", "sum", "mean"), pick(None, None, 0.5, 20.0, 1e-3)
     base = pick(None, None, 2, 1.5)

@@ -125,9 +125,11 @@ def exact(
     operation: str, x: Any, y: Any, space: Any = "probs", temperature: float = 1.0, cotangent: Any = None,
     digits: int = 90, **parameters: Any,
 ) -> Answer:  # fmt: skip
-    """Of rows of numbers, shape (rows, n), and with `cotangent` the derivatives of the sums of cotangent * terms. A zero
-    is as good as a limit; the derivative by a probability that is one is left to others, and by one below 1e-25 takes as
-    many digits more."""
+    """Of rows of numbers, shape (rows, n); with `cotangent` the derivatives of the sums of cotangent * terms.
+
+    A zero is as good as a limit. The derivative by a probability that is 0 is left to others, and the one by a
+    probability below 1e-25 takes as many digits more.
+    """
     ar = _digits(digits)
     sx, sy = (space, space) if isinstance(space, str) else space
     x, y = np.broadcast_arrays(*(np.atleast_2d(np.asarray(v).astype(np.float64)) for v in (x, y)))

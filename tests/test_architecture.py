@@ -98,7 +98,7 @@ ROOMS = {
         "klcore.operations",
     },
     r"klcore\.backends\.torch": {
-        "torch", "klcore.backends.cpu", "klcore.backends.labels", "klcore.backends.rows", "klcore.operations",
+        "numpy", "torch", "klcore.backends.cpu", "klcore.backends.labels", "klcore.backends.rows", "klcore.operations",
         *(f"klcore.backends.torch.{name}" for name in ("autograd", "kernels", "memory", "operator", "private")),
     },
     r"klcore\.compat": {"klcore.compat"},

@@ -4,6 +4,7 @@ What all operations have in common (bits, layouts, weights, errors) other files 
 """
 
 import itertools
+from unittest import mock
 
 import numpy as np
 import oracle
@@ -15,6 +16,7 @@ from hypothesis.extra import numpy as hnp
 
 import klcore
 from klcore import _cpu
+from klcore.backends import cpu
 from klcore.operations import OPERATIONS
 
 FAMILY = [name for name, o in OPERATIONS.items() if o.form == _cpu.BY_CLASS]
@@ -280,6 +282,24 @@ def test_skew_next_to_1(dtype):
         a, b = (x, y) if space == "probs" else (np.log(x), np.log(y))
         got = klcore.skew_kl_div(a, b, alpha=alpha, space=space, return_grad=("x", "y"))
         assert_right("skew_kl_div", {"alpha": alpha}, a, b, space, got)
+
+
+@pytest.mark.parametrize("name", ["kl_div", *WITH_TERMS])
+def test_gradients_of_terms_of_rows_that_are_nearly_one_hot(name):
+    """The bound of docs/accuracy.md, for a cotangent a term; both rows have the same likeliest class, or not."""
+    rng = np.random.default_rng(0)
+    parameters = relatives.PARAMETERS.get(name, ({},))[0]
+    for lead, other in itertools.product((0, 20, 40), (2, 4)):
+        x, y, c = rng.normal(size=(3, 1, 6))
+        x[:, 2] += lead
+        y[:, other] += lead
+        with mock.patch.object(cpu, "compute") as asked:
+            call(name, x, y, space="logits", reduction="none", return_grad=("x", "y"), **parameters)
+        found = cpu.compute(asked.call_args.args[0]._replace(cotangent=c))
+        right = relatives.exact(name, x, y, "logits", 1.0, c, **parameters)
+        bound = 4 * oracle.EPS64 * abs(c).max(-1) * right.slope * (lead + 10)
+        for got, expected in zip(found, (right.dx, right.dy), strict=True):
+            assert (abs(got - expected).sum(-1) <= bound).all()
 
 
 # ---- Rényi's divergence, which is no sum -----------------------------------------------------------------------------
