@@ -79,8 +79,9 @@ def kl_estimate(
     Parameters
     ----------
     log_x : array
-        The log-probabilities of the tokens under x, which sampled them. Of any shape; of the libraries and dtypes that
-        :func:`kl_div` takes, but dask's.
+        The log-probabilities of the tokens under x, which sampled them: one number a token, of the class that was
+        drawn, and not of the whole vocabulary. Of any shape; of the libraries and dtypes that :func:`kl_div` takes, but
+        dask's.
     log_y : array
         Those of the same tokens under y. Both broadcast.
     kind : {"k3", "k1", "k2"}

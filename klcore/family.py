@@ -122,7 +122,8 @@ def js_div(
     Notes
     -----
     Term: ``beta D(p, m) + (1 - beta) D(q, m)``, with ``D(w, v) = w log(w/v) - w + v``. Domain, per class: x = 0
-    contributes ``-(1 - beta) log(1 - beta) y``, y = 0 ``-beta log(beta) x``; negative numbers and NaN make NaN.
+    contributes ``-(1 - beta) log(1 - beta) y``, y = 0 ``-beta log(beta) x``; negative numbers and NaN make NaN. SciPy's
+    ``jensenshannon`` is a distance: the square root of this at 0.5, of arguments that it normalises first.
 
     References
     ----------

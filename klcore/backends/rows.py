@@ -700,18 +700,21 @@ def results_in(out: Any, wanted: tuple[str, ...]) -> tuple[Any, ...]:
     """Where the value and the gradients go; None for those to allocate."""
     results = out if isinstance(out, tuple) else (out, *[None] * len(wanted))
     if len(results) != 1 + len(wanted):
+        count = len(wanted)
+        asked = f"asks for {count} gradient{'s' * (count > 1)}" if wanted else "is None"
         raise ValueError(
-            f"out must be an array for the value, or a tuple of {1 + len(wanted)} (value, then gradients; None to "
-            f"allocate); found a tuple of {len(results)}"
+            f"out must be an array for the value, or a tuple of {1 + count} (value, then gradients; None to allocate), "
+            f"since return_grad {asked}; found a tuple of {len(results)}"
         )
     return results
 
 
 def _check_out(xp: Any, out: Any, what: str, shape: tuple[int, ...], dtype: Any) -> None:
+    hint = "; where a gradient goes is said by a tuple, as out=(None, array)" if what == "the value" else ""
     if not isinstance(out, xp.ndarray) or hasattr(out, "mask") or _has_meaning(type(out)):
-        raise TypeError(f"out for {what} must be a plain {xp.__name__}.ndarray, found {type(out).__name__}")
+        raise TypeError(f"out for {what} must be a plain {xp.__name__}.ndarray, found {type(out).__name__}{hint}")
     if out.shape != shape:
-        raise ValueError(f"out for {what} must have the shape {shape}, found {out.shape}")
+        raise ValueError(f"out for {what} must have the shape {shape}, found {out.shape}{hint}")
     if out.dtype != dtype:
         raise ValueError(f"out for {what} must have the dtype {dtype}, found {out.dtype}")
     flags = getattr(out.flags, "writeable", True)
