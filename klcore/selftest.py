@@ -73,7 +73,7 @@ DIGESTS = {
     "mixed_kl_div float64": "998421b1964f4639",
     "skew_kl_div float64": "6ac22a83b826cb1c",
     "alpha_div float64": "7d6e923081c111a4",
-    "renyi_div float64": "6258220ec884dbe6",
+    "renyi_div float64": "6c5ecf91d1006a59",
     "tv_dist float64": "b7b06209acc06f4e",
     "sq_hellinger float64": "b9600ca1aacbe131",
     "chi2_div float64": "d9029f8b0d369f3e",

@@ -1325,7 +1325,7 @@ template <class L> KL_DEVICE void tilt_chunk(const Plan& p, const L& at, const S
   double it = inverse_temperature(p);
   const double *of_x = stats + (OF_MEMBERS ? (int)MEMBER_MAX_A : (int)NORM_X), *of_y = stats + (OF_MEMBERS ? (int)MEMBER_MAX_B : (int)NORM_Y);
   Norm u = norm_of(at, 1.0, [&](int i) {
-    return tilt_of(rough_log(SX, (double)x_of(s, i), of_x, it), rough_log(SY, (double)y_of(s, i), of_y, it), p.parameter);
+    return tilt_of(rough(SX, SY, (double)x_of(s, i), (double)y_of(s, i), of_x, of_y, it), p.parameter);
   });
   Norm x = {}, y = {};
   if constexpr (OF_MEMBERS) {
@@ -1655,10 +1655,9 @@ KL_DEVICE void finish(const Plan& p, int sweep, const double* from, double* stat
     for (int k = 0; k < MAX_STATS; k++) stats[k] = 0.0;   // all of them are read, the unused ones too
   if (IS_RENYI && sweep == VALUE_SWEEP) {
     if (!is_tilted(stats)) return renyi_finish(p.parameter, stats);   // no state was left
-    if constexpr (OF_MEMBERS) {
-      finish_side<LOGITS>(state + NORM_STATES, stats + NORM_X);
-      finish_side<LOGITS>(state + 2 * NORM_STATES, stats + NORM_Y);
-    }
+#pragma unroll
+    for (int k = NORM_STATES, to = NORM_X; k < TILT_STATES; k += NORM_STATES, to += NORM_Y - NORM_X)   // x and y
+      finish_side<LOGITS>(state + k, stats + to);
     return tilt_finish(SX, SY, p.parameter, *(const Norm*)state, stats);
   }
   if constexpr (OF_LOGITS) {

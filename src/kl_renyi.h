@@ -31,16 +31,29 @@ KL_FN void renyi_finish(double alpha, double* stats) {
 
 // ---- tilted rows -----------------------------------------------------------------------------------------------------------
 
-// log p but for a constant of the row: that of logits, whose largest is at norm[0]. `norm`, of counts: what tally_finish leaves.
+// log p and log q but for a constant of the row each, and t, their difference: of logits, whose largest is at norm[0]. `norm`, of
+// counts: what tally_finish leaves.
+struct Rough { double log_p, log_q, t; };
+KL_FN double share_or_prob(int space, double v, const double* norm) { return space == COUNTS ? share_of(v, norm) : v; }
 KL_FN double rough_log(int space, double v, const double* norm, double it) {
   if (space == LOG_PROBS) return v;
-  if (space != LOGITS) return log(space == COUNTS ? share_of(v, norm) : v);
+  if (space != LOGITS) return log(share_or_prob(space, v, norm));
   double u = limited((v - top_of(norm[0])) * it);
   return excluded(v) ? v : u;
 }
-KL_FN double tilt_of(double log_p, double log_q, double alpha) {   // a log p + (1 - a) log q
-  double u = fma(1 - alpha, log_q - log_p, log_p);
-  return excluded(log_p) ? log_p : u;
+KL_FN bool has_ratio(int space) { return space == PROBS || space == COUNTS; }
+KL_FN Rough rough(int space_x, int space_y, double x, double y, const double* norm_x, const double* norm_y, double it) {
+  Rough k = {rough_log(space_x, x, norm_x, it), rough_log(space_y, y, norm_y, it), 0.0};
+  k.t = k.log_q - k.log_p;
+  if (has_ratio(space_x) & has_ratio(space_y)) {
+    double p = share_or_prob(space_x, x, norm_x), q = share_or_prob(space_y, y, norm_y);
+    k.t = log_ratio(p, q, q - p).value;
+  }
+  return k;
+}
+KL_FN double tilt_of(const Rough& k, double alpha) {   // a log p + (1 - a) log q
+  double u = fma(1 - alpha, k.t, k.log_p);
+  return excluded(k.log_p) ? k.log_p : u;
 }
 
 struct TiltRow { double alpha, rest, log_s_x, log_s_y, max_u, log_s_u, level; };
@@ -69,12 +82,12 @@ KL_FN double tilt_slope(int space, double log_q, double to_r, double log_r, cons
 }
 struct TiltSlopes { double dx, dy; };
 KL_FN TiltSlopes tilt_slopes(int space_x, int space_y, double x, double y, const TiltRow& k, const double* stats, double it) {
-  double of_x = rough_log(space_x, x, stats + NORM_X, it), of_y = rough_log(space_y, y, stats + NORM_Y, it);
-  double log_p = of_x - k.log_s_x, log_q = of_y - k.log_s_y, log_r = (tilt_of(of_x, of_y, k.alpha) - k.max_u) - k.log_s_u;
-  double t = log_q - log_p;
+  Rough of = rough(space_x, space_y, x, y, stats + NORM_X, stats + NORM_Y, it);
+  double log_p = of.log_p - k.log_s_x, log_q = of.log_q - k.log_s_y, log_r = (tilt_of(of, k.alpha) - k.max_u) - k.log_s_u;
+  double t = of.t - (k.log_s_y - k.log_s_x);
   double dx = tilt_slope(space_x, log_p, k.rest * t - k.level, log_r, stats + NORM_X, it) * (k.alpha / k.rest);
   double dy = tilt_slope(space_y, log_q, -(k.alpha * t) - k.level, log_r, stats + NORM_Y, it);
-  bool nothing = excluded(of_x) & excluded(of_y);
+  bool nothing = excluded(of.log_p) & excluded(of.log_q);
   return {nothing ? 0 * k.level : dx, nothing ? 0 * k.level : dy};
 }
 
