@@ -104,10 +104,13 @@ template <> struct Member<SKEW_KL_DIV> {
   template <typename T> static KL_FN T value(const Class<T>& c, double k) {
     return log_ratio(c.p, middle(c, k), apart(c, k)).deviance;
   }
-  // a (m - p)/m - log(m/p), which cancels where a is near 1, but for what log(m/p) is more than (m - p)/m
+  // a (m - p)/m - log(m/p). Where m is near p (or a near 1) that cancels, but for what log(m/p) is more than (m - p)/m; where p
+  // is far above m, and a next to 0, it is this which cancels.
   template <typename T> static KL_FN T dp(const Class<T>& c, double k) {
-    T more = log_ratio(middle(c, k), c.p, -apart(c, k)).deviance;
-    return T(0) - fma((T)(1 - k), over_middle(apart(c, k), c, k), over_middle(more, c, k));
+    LogRatio<T> up = log_ratio(middle(c, k), c.p, -apart(c, k));
+    T s = over_middle(apart(c, k), c, k), near = T(0) - fma((T)(1 - k), s, over_middle(up.deviance, c, k));
+    T far = fma((T)k, s, up.value);
+    return s < T(-0.5) ? far : near;
   }
   template <typename T> static KL_FN T dq(const Class<T>& c, double k) { return (T)(1 - k) * over_middle(apart(c, k), c, k); }
   template <typename T> static KL_FN T da(const Class<T>& c, double k) { return unless_zero(c.p, c.p * dp(c, k)); }

@@ -303,6 +303,16 @@ def test_gradients_of_terms_of_rows_that_are_nearly_one_hot(name):
             assert (abs(got - expected).sum(-1) <= bound).all()
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_skew_next_to_0(dtype):
+    """Where x allows what y has next to nothing of, and the derivative cancels if it is formed as next to 1."""
+    x, y = np.array([[0.2, 0.3, 0.5]], dtype), np.array([[1e-30, 0.3, 0.7]], dtype)
+    for alpha, space in itertools.product((1e-3, 1e-6, 1e-10, 1e-19), SAME):
+        a, b = (x, y) if space == "probs" else (np.log(x), np.log(y))
+        got = klcore.skew_kl_div(a, b, alpha=alpha, space=space, return_grad=("x", "y"))
+        assert_right("skew_kl_div", {"alpha": alpha}, a, b, space, got)
+
+
 # ---- Rényi's divergence, which is no sum -----------------------------------------------------------------------------
 
 
