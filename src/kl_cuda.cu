@@ -1239,7 +1239,8 @@ KL_DEVICE NearFound near_chunk(const L& at, const Slot& s, double k, const Membe
   found.part = near_part(row, (double)found.max_a);
   Scores x = {}, y = {};
 #pragma unroll 1
-  for (int pass = 0; pass < (OUT_DX || OUT_DY ? 2 : 1); pass++) {   // about 0, then about the mean
+  for (int pass = 0; pass < 2; pass++) {   // scores about 0; and about their mean, where they do not balance
+    if (pass == 1 && !__any_sync(ALL_LANES, !(are_balanced(x) && are_balanced(y)))) break;
     typename L::template Sums<7> sums;
     T centre_x = pass == 0 ? T(0) : centre_of(x), centre_y = pass == 0 ? T(0) : centre_of(y);
 #pragma unroll 1
@@ -1272,8 +1273,8 @@ KL_DEVICE NearFound near_chunk(const L& at, const Slot& s, double k, const Membe
     }
     auto finish = [&](int q, Scores& all, Side& to, bool& apart) {
       double mass = at.total(sums, q), sum = at.total(sums, q + 1), size = at.total(sums, q + 2);
-      if (pass == 0) all = {mass, sum, size};
-      else to = near_side(sum, all, found.part), apart = are_apart(size, all, APART<OP>);
+      if (pass == 0) all = {mass, sum, size}, to = near_side(all, 0.0, sum, found.part);
+      else if (!are_balanced(all)) to = near_side(all, centre_of(all), sum, found.part), apart = are_apart(size, all, APART<OP>);
     };
     if (pass == 0) found.sums.value = at.total(sums, 0) * found.part;
     if (OUT_DX) finish(1, x, found.sums.x, found.x);

@@ -205,7 +205,8 @@ template <> struct Member<SQ_HELLINGER> {
 // (p - q)^2/q
 template <> struct Member<CHI2_DIV> {
   static constexpr bool takes_gap = false, saturates = false;
-  template <typename T, template <typename> class C> static KL_FN T share(const C<T>& c) {   // (q - p)/q; by t where q may be out of range
+  // (q - p)/q; by t where q may be out of range
+  template <typename T, template <typename> class C> static KL_FN T share(const C<T>& c) {
     if constexpr (C<T>::ordinary) return c.d / c.q;
     T by_t = T(0) - expm1(-c.t), s = c.t == T(0) ? c.d / c.q : by_t;
     return c.d == T(0) ? T(0) : s;
@@ -231,7 +232,8 @@ template <> struct Member<ALPHA_DIV> {
   static constexpr bool takes_gap = true, saturates = true;
   template <typename T, template <typename> class C> static KL_FN T above(const C<T>& c, T t, T l) {   // for l > 0, times 1 - l
     if constexpr (C<T>::ordinary) {
-      T g = expm1_minus<false>(l * t), near = c.p * (expm1_minus<false>(t) - g / l), far = c.d - c.p * ((g + l * t) / l);
+      T over = T(1) / l, z = l * t, g = expm1_minus<false>(z);
+      T near = c.p * (expm1_minus<false>(t) - g * over), far = c.d - c.p * ((g + z) * over);
       return absolute(t) <= T(1) ? near : far;
     }
     T small = absolute(t) <= T(1) ? t : T(0), near = c.p * (expm1_minus(small) - expm1_minus(l * small) / l);
@@ -250,17 +252,19 @@ template <> struct Member<ALPHA_DIV> {
     T l = (T)(TURNED ? k : 1 - k), rest = (T)(TURNED ? 1 - k : k), t = absolute(of.t) < Real<T>::huge ? of.t : T(0), v;
     if constexpr (ABOVE) v = above(of, t, l);
     else v = below(of, t, l);
+    if constexpr (C<T>::ordinary) return v * (T(1) / rest);
     v = of.t > Real<T>::huge ? of.q : v;
     return v / rest;
   }
-  template <typename T, template <typename> class C> static KL_FN T value(const C<T>& c, double k) {   // kl_rows.h takes these
-    if (k < 0.5) return k > 0 ? value_in<true, true>(c, k) : value_in<true, false>(c, k);              // branches out of its loop
+  // kl_rows.h takes these branches out of its loop
+  template <typename T, template <typename> class C> static KL_FN T value(const C<T>& c, double k) {
+    if (k < 0.5) return k > 0 ? value_in<true, true>(c, k) : value_in<true, false>(c, k);
     return k < 1 ? value_in<false, true>(c, k) : value_in<false, false>(c, k);
   }
   template <bool ALL, typename T> static KL_FN T slope(T t, T l) {   // -(e^(l t) - 1)/l
     T z = l * t, s;
     if constexpr (ALL) s = expm1(z) / -l;
-    else s = (expm1_minus<false>(z) + z) / -l;
+    else s = (expm1_minus<false>(z) + z) * (T(-1) / l);
     return l == T(0) ? -t : s;
   }
   // times p: (p - p e^(l t))/l, where p e^(l t) = q e^(-(1 - l) t) may be in range where p is not; rest = 1 - l
@@ -332,7 +336,7 @@ KL_FAMILY(KL_CASE)
 // The first sweep is the divergence's own (Spread), and finds the t of every class. The second one adds up terms and, where a
 // gradient is wanted, the scores' mean: the derivative by a logit is p (s - E s), s that by its probability. Where p is nearly
 // one this cancels, so scores are measured from that of the likeliest class: of each chunk's, until all are known; and all of
-// them from their limit, where that class's is nearer to it than to 0. All in double.
+// them from their limit, where that class's is nearer to it than to 0. In double, but for what the next section is of.
 struct Side { double far, centre, sum, mass; };   // 1 or 0; of p (s - centre); of p
 struct Members { double value; Side x, y; };      // of a chunk
 constexpr int MEMBER_STATES = sizeof(Members) / sizeof(double), SIDE_STATES = sizeof(Side) / sizeof(double);
@@ -418,13 +422,14 @@ template <typename T> KL_FN Ordinary<T> near_class(T t) {
 }
 
 // A float score s is wrong by a few eps of itself, and the gradient p (s - mean) is not much more so unless nearly all scores
-// are the same. They are measured from their chunk's mean, and looked at: where they are apart by less than a sixteenth of
-// themselves, the chunk's gradient goes in double. Those of tv_dist are exact.
+// are the same. Where they do not balance they are measured from their chunk's mean, and looked at: if they are apart by less
+// than a sixteenth of themselves, the chunk's gradient goes in double. Those of tv_dist are exact.
 template <int OP> constexpr double APART = OP == TV_DIST ? 0.0 : 0.0625;
 struct Scores { double mass, sum, size; };   // sums of w, w s and w |s|
+KL_FN bool are_balanced(const Scores& k) { return absolute(k.sum) <= 0.5 * k.size; }   // apart by half of themselves, at least
 KL_FN float centre_of(const Scores& k) { return k.mass > 0 ? (float)(k.sum / k.mass) : 0.f; }
 KL_FN bool are_apart(double size, const Scores& k, double apart) { return size >= apart * k.size; }   // size: from the centre
-KL_FN Side near_side(double sum, const Scores& k, double part) { return {0.0, centre_of(k), sum * part, k.mass * part}; }
+KL_FN Side near_side(const Scores& k, double centre, double sum, double part) { return {0.0, centre, sum * part, k.mass * part}; }
 // p (s - mean)/T, of a row's mean
 template <typename T> struct Slope { T mean, low, scale; };
 template <typename T> KL_FN Slope<T> near_slope(const MemberRow& k, const Side& side, double limit, double part) {

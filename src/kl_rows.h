@@ -1017,7 +1017,8 @@ inline void mixed_finish(const Plan& p, int sweep, const double* state, double* 
 
 // ---- the divergence's relatives, of two rows of logits (kl_family.h) -------------------------------------------------------------
 //
-// Its own first sweep; then every class in double: a sweep for the terms and what the gradients need, one for these.
+// Its own first sweep; then one for the terms and what the gradients need, and one for these. Of float32 a chunk whose classes
+// are all near goes in float, and everything else in double.
 
 KL_APART inline void see_logits(const double* __restrict a, const double* __restrict b, int m, MemberRow row, Seen<double>& s) {
   for (int i = 0; i < m; i++) {
@@ -1135,19 +1136,20 @@ KL_APART inline void add_centred(const float* __restrict w, const float* __restr
   });
 }
 
-// What sweeps leave for later ones of a chunk, if there is room: sweep 0 its weights, sweep 1 for each side that is wanted what
-// weighs a class's score, and the score.
+// What sweeps leave of a float32 chunk for later ones, if there is room: sweep 0 its weights, sweep 1 for each side that is wanted
+// what weighs a class's score, and the score.
 struct NearWeights {
   alignas(64) float weight[CHUNK + 32];   // offsets within a page as in Buffers
   float max_a;
 };
 struct NearSide : NearWeights {
   alignas(64) float score[CHUNK + 32];
-  bool apart;   // the scores are, so they will do
+  bool apart;   // the scores are: they will do
 };
 inline size_t near_kept(const Plan& p) {
   int sides = (p.dx.data ? 1 : 0) + (p.dy.data ? 1 : 0);
-  return sides ? sides * sizeof(NearSide) : sizeof(NearWeights);
+  if (!sides) return p.n <= 128 * CHUNK ? sizeof(NearWeights) : 0;   // a value is to take little memory
+  return sides * sizeof(NearSide);
 }
 template <bool TEMPERED>
 KL_APART void weigh_near(const float* __restrict a, int n, Inverse<float> it, NearWeights& k) {
@@ -1157,11 +1159,14 @@ KL_APART void weigh_near(const float* __restrict a, int n, Inverse<float> it, Ne
 struct NearSums { Columns<float> mass, sum, size; };
 inline Side centre(NearSide& k, int n, const NearSums& sums, double part, double apart) {
   Scores all = {sums.mass.total(), sums.sum.total(), sums.size.total()};
+  k.apart = are_balanced(all);
+  if (k.apart) return near_side(all, 0.0, all.sum, part);
+  float from = centre_of(all);
   Columns<float> sum, size;
   for (int i = 0; i < n; i += PIECE)
-    add_centred(k.weight + i, k.score + i, n - i < PIECE ? n - i : PIECE, centre_of(all), sum.at, size.at);
+    add_centred(k.weight + i, k.score + i, n - i < PIECE ? n - i : PIECE, from, sum.at, size.at);
   k.apart = are_apart(size.total(), all, apart);
-  return near_side(sum.total(), all, part);
+  return near_side(all, from, sum.total(), part);
 }
 KL_APART inline void write_near(const NearSide& k, int n, Slope<float> by, float* __restrict out) {
   for (int i = 0; i < n; i++) out[i] = near_derivative(k.weight[i], k.score[i], by);
@@ -1172,8 +1177,8 @@ struct Left { bool value, dx, dy; };   // what a chunk has still to find
 // A chunk in float, if all its classes are near: its value, whose terms are left in s.dx, and its sides. Those of a
 // side may take the place of its weights.
 template <bool TEMPERED>
-KL_APART void near_chunk(const Plan& p, const Row& row, i64 start, int n, const MemberRow& known, Buffers<double>& s, NearWeights& k,
-                         NearSide* x, NearSide* y, Left& left, Members& found) {
+KL_APART void near_chunk(const Plan& p, const Row& row, i64 start, int n, const MemberRow& known, Buffers<double>& s,
+                         NearWeights& k, NearSide* x, NearSide* y, Left& left, Members& found) {
   const float* a = load(p.x, row.x, start, n, (float*)s.x);
   const float* b = load(p.y, row.y, start, n, (float*)s.y);
   NearRow<float> by = near_row<float>(known, p.parameter);
@@ -1206,13 +1211,12 @@ KL_APART void near_chunk(const Plan& p, const Row& row, i64 start, int n, const 
 
 static_assert(MEMBER_STATES <= MAX_STATES);
 template <typename T>   // what is left in the sweeps after the first, which must not add to the stack that this one takes
-KL_APART void members_later(const Plan& p, const Row& row, int sweep, i64 start, int n, const MemberRow& row_known, Left left,
+KL_APART void members_later(const Plan& p, const Row& row, int sweep, i64 start, int n, MemberRow known, Left wanted,
                             Buffers<double>& s, Members& found) {
-  Seen<double>* kept = sizeof(T) == sizeof(double) && row.kept ? (Seen<double>*)row.kept + start / PIECE : nullptr;   // as NearSide
+  Seen<double>* kept = p.wide && row.kept ? (Seen<double>*)row.kept + start / PIECE : nullptr;   // by sweep 1 for sweep 2
   bool look = sweep == 1 || !kept;
   const double* a = look ? load(p.x, row.x, start, n, s.x) : nullptr;
   const double* b = look ? load(p.y, row.y, start, n, s.y) : nullptr;
-  MemberRow known = row_known;
   MemberLoops loops = member_loops(p);
   T *out_x = (T*)s.dx, *out_y = (T*)s.dy;   // in sweep 1 the terms
   Seen<double> local;
@@ -1225,18 +1229,18 @@ KL_APART void members_later(const Plan& p, const Row& row, int sweep, i64 start,
     of.score[1](local, 1, p.parameter, &far);
     return side_from(s, far);
   };
-  if (sweep == 1 && left.dx) known.x = begin(loops.x, a);
-  if (sweep == 1 && left.dy) known.y = begin(loops.y, b);
+  if (sweep == 1 && wanted.dx) known.x = begin(loops.x, a);
+  if (sweep == 1 && wanted.dy) known.y = begin(loops.y, b);
   Columns<double> value, x, mass_x, y, mass_y;
   for (int i = 0; i < n; i += PIECE) {
-    int left_n = n - i < PIECE ? n - i : PIECE, m = (left_n + 15) & ~15;
+    int left = n - i < PIECE ? n - i : PIECE, m = (left + 15) & ~15;
     Seen<double>& seen = kept ? kept[i / PIECE] : local;
     if (look) see_logits(a + i, b + i, m, known, seen);
-    if (left.value) {
+    if (wanted.value) {
       loops.terms(seen, m, p.parameter, v);
-      add_columns(v, left_n, value.at);
+      add_columns(v, left, value.at);
       if (p.output == TERMS)
-        for (int j = 0; j < left_n; j++) out_x[i + j] = (T)v[j];
+        for (int j = 0; j < left; j++) out_x[i + j] = (T)v[j];
     }
     auto side = [&](const SideLoops& of, const Side& k, const double* mass, Columns<double>& sum, Columns<double>& masses,
                     T* out) {
@@ -1244,18 +1248,18 @@ KL_APART void members_later(const Plan& p, const Row& row, int sweep, i64 start,
       if (any_vast(score, m)) of.by_log(seen, m, p.parameter, v);
       centre_scores(mass, score, m, k.centre, v);
       if (sweep == 1) {
-        add_columns(v, left_n, sum.at);
-        add_columns(mass, left_n, masses.at);
+        add_columns(v, left, sum.at);
+        add_columns(mass, left, masses.at);
       } else {
-        for (int j = 0; j < left_n; j++) out[i + j] = (T)((v[j] - mass[j] * k.sum) * known.it);   // by now a mean
+        for (int j = 0; j < left; j++) out[i + j] = (T)((v[j] - mass[j] * k.sum) * known.it);   // by now a mean
       }
     };
-    if (left.dx) side(loops.x, known.x, seen.p, x, mass_x, out_x);
-    if (left.dy) side(loops.y, known.y, seen.q, y, mass_y, out_y);
+    if (wanted.dx) side(loops.x, known.x, seen.p, x, mass_x, out_x);
+    if (wanted.dy) side(loops.y, known.y, seen.q, y, mass_y, out_y);
   }
-  if (left.value) found.value = value.total();
-  if (left.dx) found.x = {known.x.far, known.x.centre, x.total(), mass_x.total()};
-  if (left.dy) found.y = {known.y.far, known.y.centre, y.total(), mass_y.total()};
+  if (wanted.value) found.value = value.total();
+  if (wanted.dx) found.x = {known.x.far, known.x.centre, x.total(), mass_x.total()};
+  if (wanted.dy) found.y = {known.y.far, known.y.centre, y.total(), mass_y.total()};
 }
 
 template <typename T, bool TEMPERED>
