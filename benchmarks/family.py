@@ -71,7 +71,7 @@ def tvd(a: Any, b: Any) -> Any:
 
 
 def ours(name: str) -> Callable[[Any, Any], Any]:
-    return lambda a, b: getattr(klcore, name)(a.numpy(), b.numpy(), space="logits")
+    return lambda a, b: getattr(klcore, name)(a.numpy(), b.numpy(), space="logits", **OPERATIONS[name].needed)
 
 
 CONTENDERS = {
@@ -152,7 +152,7 @@ def speed(rows: int, n: int, rounds: int) -> None:
     for space, x, y in (("logits", a, b), ("probs", p, q)):
         calls: dict[str, Callable[[], Any]] = {}
         for name in NAMES:
-            f = getattr(klcore, name)
+            f = partial(getattr(klcore, name), **OPERATIONS[name].needed)
             calls[name] = partial(f, x, y, space=space)
             calls[f"{name}, y"] = partial(f, x, y, space=space, return_grad="y")
         if space == "logits":

@@ -24,6 +24,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 import klcore
+from klcore.operations import OPERATIONS
 
 PLOTS = RECORDS.parent / "plots"
 PAGE = RECORDS.parent / "accuracy.md"
@@ -256,6 +257,7 @@ MEMBERS = {
     "skew_kl_div": ("blue", "--", ""),
     "tv_dist": ("yellow", "-", ""),
     "sq_hellinger": ("green", "--", ""),
+    "renyi_div": ("orange", "--", ""),
     "js_div": ("pink", "-", ""),
 }
 
@@ -266,7 +268,7 @@ def family(theme: Theme) -> Figure:
     y = np.stack([s, 1 - s], -1)
     figure, panel = pyplot.subplots(figsize=(WIDTH, 5), layout="constrained")
     for name, (colour, line, place) in MEMBERS.items():
-        values = getattr(klcore, name)([0.5, 0.5], y)
+        values = getattr(klcore, name)([0.5, 0.5], y, **OPERATIONS[name].needed)
         style = {"color": theme[colour], "linestyle": line}
         panel.plot(s, np.where(values <= HEIGHT, values, np.nan), linewidth=2.4 if name == "kl_div" else 1.8, **style)
         words = {"text": name, "color": theme[colour], "textcoords": "offset points", "annotation_clip": False}

@@ -5,7 +5,7 @@ from klcore.backends.threads import get_num_threads, set_num_threads, threads
 from klcore.config import show_config
 from klcore.divergence import cross_entropy, entropy, kl_div, rel_entr
 from klcore.estimate import kl_estimate
-from klcore.family import alpha_div, chi2_div, js_div, mixed_kl_div, skew_kl_div, sq_hellinger, tv_dist
+from klcore.family import alpha_div, chi2_div, js_div, mixed_kl_div, renyi_div, skew_kl_div, sq_hellinger, tv_dist
 from klcore.version import __version__
 
 __all__ = [
@@ -23,6 +23,7 @@ __all__ = [
     "mixed_kl_div",
     "register_backend",
     "rel_entr",
+    "renyi_div",
     "set_num_threads",
     "show_config",
     "skew_kl_div",

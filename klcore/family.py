@@ -12,6 +12,7 @@ from klcore.operations import (
     CHI2_DIV,
     JS_DIV,
     MIXED_KL_DIV,
+    RENYI_DIV,
     SKEW_KL_DIV,
     SQ_HELLINGER,
     TV_DIST,
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
         ForwardTotalOptions,
         OfNumPy,
         Options,
+        RenyiOptions,
+        RenyiTotalOptions,
         TotalOptions,
     )
 
@@ -457,6 +460,112 @@ def alpha_div(
     return find(x, y, device).compute(Call(
         ALPHA_DIV, x, y, space, axis, reduction, weights, temperature, return_grad, out, device, denominator,
         alpha,
+    ))  # fmt: skip
+
+
+@overload
+def renyi_div(
+    x: "OfNumPy", y: "OfNumPy", *, reduction: Total, return_grad: None = None, **options: "Unpack[RenyiTotalOptions]"
+) -> Any: ...
+@overload
+def renyi_div(
+    x: "OfNumPy", y: "OfNumPy", *, reduction: Total, return_grad: OneGrad, **options: "Unpack[RenyiTotalOptions]"
+) -> tuple[Any, Any]: ...
+@overload
+def renyi_div(
+    x: "OfNumPy", y: "OfNumPy", *, reduction: Total, return_grad: BothGrads, **options: "Unpack[RenyiTotalOptions]"
+) -> tuple[Any, Any, Any]: ...
+@overload
+def renyi_div(
+    x: Plain, y: Plain, *, return_grad: ReturnGrad | None = None, **options: "Unpack[RenyiOptions]"
+) -> Any: ...
+@overload
+def renyi_div(
+    x: ArrayT | Plain, y: ArrayT | Plain, *, return_grad: None = None, **options: "Unpack[RenyiOptions]"
+) -> ArrayT: ...
+@overload
+def renyi_div(
+    x: ArrayT | Plain, y: ArrayT | Plain, *, return_grad: OneGrad, **options: "Unpack[RenyiOptions]"
+) -> tuple[ArrayT, ArrayT]: ...
+@overload
+def renyi_div(
+    x: ArrayT | Plain, y: ArrayT | Plain, *, return_grad: BothGrads, **options: "Unpack[RenyiOptions]"
+) -> tuple[ArrayT, ArrayT, ArrayT]: ...
+@overload
+def renyi_div(
+    x: ArrayT | Plain, y: ArrayT | Plain, *, return_grad: ReturnGrad | None, **options: "Unpack[RenyiOptions]"
+) -> Any: ...
+def renyi_div(
+    x: Any,
+    y: Any,
+    *,
+    alpha: SupportsFloat,
+    space: str | tuple[str, str] = "probs",
+    axis: SupportsIndex = -1,
+    reduction: str = "row",
+    weights: Any = None,
+    denominator: Any = None,
+    temperature: SupportsFloat = 1.0,
+    base: SupportsFloat | None = None,
+    return_grad: str | tuple[str, ...] | None = None,
+    out: Any = None,
+    device: str | None = None,
+) -> Any:
+    """Rényi divergence log(sum(x**alpha * y**(1 - alpha)))/(alpha - 1), in nats.
+
+    KL(x || y) at alpha=1, continuously; ``-2*log(1 - sq_hellinger(x, y))`` at 0.5, ``log(1 + chi2_div(x, y))`` at 2.
+
+    Parameters
+    ----------
+    x, y : array of shape (..., n, ...)
+        The truth and the model: distributions.
+    alpha : float
+        From 1e-20 to 1e20. It has no default.
+    space, axis, weights, denominator, temperature, base, return_grad, out, device
+        As for :func:`kl_div`.
+    reduction : {'row', 'sum', 'rowmean', 'batchmean', 'mean'}
+        As for :func:`kl_div`. There is no 'none': this is no sum over classes.
+
+    Returns
+    -------
+    value, gradients
+        As of :func:`kl_div`. The value does not fall as alpha grows.
+
+    Raises
+    ------
+    ValueError
+        For an alpha outside of the range, for ``reduction='none'``, and as :func:`kl_div` does.
+
+    See Also
+    --------
+    kl_div : says what the other parameters mean, what is returned, and what raises.
+    alpha_div : of which this is a function.
+
+    Notes
+    -----
+    Computed as ``log1p(alpha*(alpha - 1)*A)/(alpha - 1)`` with A = ``alpha_div(x, y, alpha=alpha)``, which is as exact
+    as A where x and y are close; where that sum is below 1/2 or out of range, by the logarithm of
+    ``sum(x**alpha * y**(1 - alpha))`` itself. Domain: +inf for alpha < 1 where x and y have no class in common, for
+    alpha >= 1 where y is 0 and x is not; negative numbers and NaN make NaN.
+
+    References
+    ----------
+    .. [1] Rényi, A., "On Measures of Entropy and Information", Proceedings of the 4th Berkeley Symposium (1961).
+    .. [2] van Erven, T., and Harremoës, P., "Rényi Divergence and Kullback-Leibler Divergence", IEEE Transactions on
+       Information Theory 60 (2014).
+
+    Examples
+    --------
+    >>> import klcore
+    >>> print(round(float(klcore.renyi_div([0.5, 0.5], [0.9, 0.1], alpha=2.0)), 6))
+    1.021651
+    """
+    alpha = number(alpha, "alpha")
+    if not _LEAST <= alpha <= 1 / _LEAST:
+        raise ValueError(f"alpha must be a number from {_LEAST:g} to {1 / _LEAST:g}; found {alpha!r}")
+    return find(x, y, device).compute(Call(
+        RENYI_DIV, x, y, space, axis, reduction, weights, temperature, return_grad, out, device, denominator,
+        alpha, units_per_nat(base),
     ))  # fmt: skip
 
 

@@ -5,7 +5,7 @@ functions), LOSSES (the terms of other systems, for klcore.compat) and ESTIMATOR
 for klcore.kl_estimate). What kernels are told of an operation stands in src/kl_math.h.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 from klcore import _cpu
@@ -26,6 +26,8 @@ class Operation:
     pairs: tuple[tuple[str, str], ...]  # the spaces of x and y that it is for
     gradients: tuple[str, ...]  # with respect to what
     parameters: tuple[str, ...] = ()  # keywords that are its own
+    needed: dict[str, float] = field(default_factory=dict)  # the keywords without a default, with a value to try
+    has_terms: bool = True  # a row's value is their sum
     is_estimator: bool = False  # each number is a row of its own, of one class: there is no class axis
 
     @property
@@ -57,7 +59,7 @@ def _loss(name: str, *pairs: tuple[str, str], gradients: tuple[str, ...] = ("x",
 def _estimator(name: str) -> Operation:
     code, form, _ = _cpu.OPERATIONS[name]
     pairs = (("log_probs", "log_probs"),)
-    return Operation(name, code, form, False, False, pairs, ("x", "y"), ("ratio", "limit"), True)
+    return Operation(name, code, form, False, False, pairs, ("x", "y"), ("ratio", "limit"), is_estimator=True)
 
 
 KL_DIV = _divergence("kl_div")
@@ -69,11 +71,12 @@ JS_DIV = _divergence("js_div", "beta", "scaled")
 MIXED_KL_DIV = _divergence("mixed_kl_div", "forward")
 SKEW_KL_DIV = _divergence("skew_kl_div", "alpha")
 ALPHA_DIV = _divergence("alpha_div", "alpha")
+RENYI_DIV = replace(_divergence("renyi_div", "alpha"), needed={"alpha": 0.5}, has_terms=False)
 TV_DIST = _divergence("tv_dist")
 SQ_HELLINGER = _divergence("sq_hellinger")
 CHI2_DIV = _divergence("chi2_div")
 
-FAMILY = (JS_DIV, MIXED_KL_DIV, SKEW_KL_DIV, ALPHA_DIV, TV_DIST, SQ_HELLINGER, CHI2_DIV)
+FAMILY = (JS_DIV, MIXED_KL_DIV, SKEW_KL_DIV, ALPHA_DIV, RENYI_DIV, TV_DIST, SQ_HELLINGER, CHI2_DIV)
 OPERATIONS = {o.name: o for o in (KL_DIV, REL_ENTR, CROSS_ENTROPY, ENTROPY, *FAMILY)}
 LOSSES = {
     o.name: o

@@ -72,6 +72,7 @@ DIGESTS = {
     "mixed_kl_div float64": "998421b1964f4639",
     "skew_kl_div float64": "6ac22a83b826cb1c",
     "alpha_div float64": "7d6e923081c111a4",
+    "renyi_div float64": "6258220ec884dbe6",
     "tv_dist float64": "b7b06209acc06f4e",
     "sq_hellinger float64": "b9600ca1aacbe131",
     "chi2_div float64": "d9029f8b0d369f3e",
@@ -79,6 +80,7 @@ DIGESTS = {
     "mixed_kl_div float32": "42eb733004c41814",
     "skew_kl_div float32": "b90e60003043dc96",
     "alpha_div float32": "e06145c3502f5edd",
+    "renyi_div float32": "67d5b7b26d46e741",
     "tv_dist float32": "e7a3ec25c80e8b57",
     "sq_hellinger float32": "f61e0cc5244608b3",
     "chi2_div float32": "59acb6b2ccd645e9",
@@ -158,7 +160,7 @@ def _calls(operation: str, dtype: str) -> Iterator[Call]:
     """Every pair of spaces over short and longer rows; reductions, weights, temperature, broadcasting, a long row."""
     row = OPERATIONS[operation]
     for pair in (pair for pair in row.pairs if "counts" not in pair):
-        options = {"space": pair[0] if row.single else pair, "return_grad": row.gradients}
+        options = {"space": pair[0] if row.single else pair, "return_grad": row.gradients, **row.needed}
         of = pair[: len(row.gradients)]
         for shape in ((8, 1), (8, 17), (8, 130), (4, 1025)):
             yield operation, _arrays(shape, of, dtype), options
@@ -167,7 +169,11 @@ def _calls(operation: str, dtype: str) -> Iterator[Call]:
         x, *y = _arrays((200, 257), of, dtype)
         yield operation, [x, *y], {**options, "reduction": "rowmean", "weights": np.arange(200) % 3 / 2}
         yield operation, [x, *(a[:1] for a in y)], {**options, "reduction": "mean"}
-        yield operation, [a[:, ::-3].T for a in (x, *y)], {**options, "reduction": "none", "axis": 0}
+        yield (
+            operation,
+            [a[:, ::-3].T for a in (x, *y)],
+            {**options, "reduction": "none" if row.has_terms else "row", "axis": 0},
+        )
         if "logits" in pair:
             yield operation, [x, *y], {**options, "reduction": "batchmean", "temperature": 2.5}
         if dtype == "float32":

@@ -42,6 +42,7 @@ __all__ = [
     "ForwardOptions",
     "Options",
     "Reduction",
+    "RenyiOptions",
     "ReturnGrad",
     "Space",
     "Spaces",
@@ -140,6 +141,20 @@ class AlphaTotalOptions(TotalOptions, total=False):
     """Those of AlphaOptions but `reduction`."""
 
     alpha: SupportsFloat
+
+
+class _Alpha(TypedDict):
+    alpha: SupportsFloat
+
+
+class RenyiTotalOptions(TotalOptions, _Alpha):
+    """Those of RenyiOptions but `reduction`."""
+
+
+class RenyiOptions(RenyiTotalOptions, total=False):
+    """The same as AlphaOptions of renyi_div, which has no default for alpha, and is no sum of terms."""
+
+    reduction: Literal["row"] | Total
 
 
 class EntropyTotalOptions(_CommonOptions, total=False):

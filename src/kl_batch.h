@@ -147,7 +147,7 @@ struct Batch {
             p.y.stride == size;
     panel = std::min<i64>(CHUNK, (std::max<i64>(chunks, 1) + 7) & ~(i64)7);
     panels = (chunks + CHUNK - 1) / CHUNK;
-    per_row = (panel + panels) * *std::max_element(kernel.states, kernel.states + 3);
+    per_row = (panel + panels) * *std::max_element(std::begin(kernel.states), std::end(kernel.states));
     rows_at = SCRATCH + sizeof(double) * (size_t)(per_row * (few_rows ? 1 : group));
     bytes = (rows_at + (size_t)group * (sizeof(Row) + sizeof(double) * (MAX_STATS + 1) + 1) + 63) & ~(size_t)63;
     if (whole && group == 1 && kernel.kept > 0 && (i64)kernel.kept * chunks <= KEPT) {

@@ -1,5 +1,5 @@
 // All rows of a plan on the GPU: what kl_rows.h and kl_batch.h are for the CPU, with the same formulas (kl_math.h,
-// kl_logits.h, kl_family.h) in the same order of addition (kl_tree.h), and so with the same bits. klcore.backends.cuda fills
+// kl_logits.h, kl_family.h, kl_renyi.h) in the same order of addition (kl_tree.h), and so with the same bits. klcore.backends.cuda fills
 // in a plan and launches; its nvrtc.py compiles this file behind those headers, as one source, for one operation,
 // pair of spaces and pair of dtypes, given as macros:
 //   KL_OPERATION, KL_SPACE_X, KL_SPACE_Y, KL_X, KL_Y (dtypes), KL_OUTPUTS (1: dx, 2: dy, 4: terms), KL_WIDE (compute in
@@ -118,15 +118,16 @@ constexpr bool OF_MEMBERS = SX == LOGITS && SY == LOGITS && FORM == BY_CLASS && 
 constexpr bool NORM_OF_X = !OF_LOGITS && !OF_CROSS && !OF_MEMBERS && is_unnormalised(SX);
 constexpr bool NORM_OF_Y = !OF_LOGITS && !OF_CROSS && !OF_MEMBERS && HAS_Y && is_unnormalised(SY);
 constexpr bool NORMALISED = NORM_OF_X || NORM_OF_Y;
-constexpr bool ONE_SWEEP = !OF_LOGITS && !OF_CROSS && !OF_MEMBERS && !NORMALISED;
+constexpr bool IS_RENYI = OP == RENYI_DIV;
+constexpr bool ONE_SWEEP = !OF_LOGITS && !OF_CROSS && !OF_MEMBERS && !NORMALISED && !IS_RENYI;
 constexpr bool BESIDE = NORMALISED && !KL_WIDE;   // float32 logits beside another space: log-probabilities in two numbers
 constexpr int term_space(int space) { return space == LOGITS && !BESIDE ? LOG_PROBS : space == COUNTS ? PROBS : space; }
-typedef Term<OP, term_space(SX), term_space(HAS_Y ? SY : SX)> TheTerm;
+typedef Term<summed(OP), term_space(SX), term_space(HAS_Y ? SY : SX)> TheTerm;
 
 enum { SUM_VALUE, SUM_DX, SUM_DY, SUM_STATES };   // of normalised rows' second sweep
-enum { NORM_X = 3, NORM_Y = 5 };                  // in stats: maximum and log S, or what tally_finish leaves
-static_assert(MEMBER_STATES <= LOGITS_STATES);
-constexpr int MAX_STATES = OF_LOGITS || OF_MEMBERS ? LOGITS_STATES : OF_CROSS ? CROSS_STATES : NORMALISED ? 2 * NORM_STATES : 1;
+constexpr int TILT_STATES = OF_MEMBERS ? 3 * NORM_STATES : NORM_STATES;   // of u; and of x and y, where nothing else has normalised them
+static_assert(MEMBER_STATES <= LOGITS_STATES && 3 * NORM_STATES <= LOGITS_STATES);
+constexpr int MAX_STATES = OF_LOGITS || OF_MEMBERS ? LOGITS_STATES : OF_CROSS ? CROSS_STATES : NORMALISED ? 2 * NORM_STATES : IS_RENYI ? NORM_STATES : 1;
 // Blocks of THREADS on a multiprocessor, for which registers have to suffice. The most warps are not the fastest: what is swept
 // several times wants its numbers in registers. (For compute capability 12.0 the compiler makes more of the same code, which would
 // spill.)
@@ -139,7 +140,8 @@ constexpr int BLOCKS = KL_WIDE || BESIDE || OF_MEMBERS || (OF_LOGITS && KL_ARCH 
                        : OF_LOGITS || OF_CROSS || OUT_DX || OUT_DY         ? 4
                                                                            : 6;
 constexpr bool ONCE = ONE_SWEEP || ((OF_LOGITS || OF_CROSS) && KL_OUTPUTS == 0);   // one sweep is all
-constexpr int VALUE_SWEEP = NORMALISED || OF_MEMBERS ? 1 : 0;
+constexpr int SUM_SWEEP = NORMALISED || OF_MEMBERS ? 1 : 0;          // which finds the sum that the value is, or Rényi's is made of,
+constexpr int VALUE_SWEEP = IS_RENYI ? SUM_SWEEP + 1 : SUM_SWEEP;   // after one more for rows that are tilted
 
 KL_DEVICE double inverse_temperature(const Plan& p) {   // multiplying by 1 changes nothing: the compiler leaves it out
 #if defined(KL_TEMPERATURE)
@@ -149,7 +151,13 @@ KL_DEVICE double inverse_temperature(const Plan& p) {   // multiplying by 1 chan
 #endif
 }
 
+KL_DEVICE double gradient_scale(const Plan& p) {
+  double scale = !p.denominator ? p.gradient_scale : *p.denominator != 0 ? 1.0 / *p.denominator : nan<double>();
+  return p.cotangent ? scale * *p.cotangent : scale;
+}
+
 KL_DEVICE int states_of(int sweep) {
+  if (IS_RENYI && sweep > SUM_SWEEP) return sweep == VALUE_SWEEP ? TILT_STATES : 0;
   if (OF_LOGITS) return sweep == 0 ? LOGITS_STATES : 0;
   if (OF_CROSS) return sweep == 0 ? CROSS_STATES : 0;
   if (OF_MEMBERS) return sweep == 0 ? LOGITS_STATES : sweep == 1 ? MEMBER_STATES : 0;
@@ -377,6 +385,7 @@ constexpr int CROSS_Y = HAS_Y ? SY : SX;
 struct Want {                 // what a sweep is to write, and times what
   bool term, dx, dy;
   Scale<T> of_term, of_gradient;
+  double weight;              // the row's
 };
 
 // Gradients take the place of their inputs, or their own at once;
@@ -1065,6 +1074,34 @@ template <int D, class L> KL_DEVICE Norm norm_chunk(const L& at, const typename 
   return {(double)m, excluded((double)m) ? 0.0 : count, rest};
 }
 
+// the same of numbers that are computed: norm_of(at, of), of(i) that of class i
+template <class L, class Of> KL_DEVICE Norm norm_of(const L& at, double it, const Of& of) {
+  double m = -infinity<double>();
+  typename L::template Sums<2, double> sums;
+#pragma unroll 1
+  for (int pass = 0; pass < 2; pass++) {
+#pragma unroll 1
+    for (int part = 0; part < at.steps() * (L::E / 4); part++) {   // four classes at a time
+      double ties[4], rest[4];
+#pragma unroll 1
+      for (int e = 0; e < 4; e++) {
+        int i = at.index(part * 4 / L::E, part * 4 % L::E + e);
+        ties[e] = rest[e] = 0.0;
+        if (i >= at.n) continue;
+        double v = of(i);
+        if (pass == 0) m = larger(v, m);
+        else ties[e] = v == m ? 1.0 : 0.0, rest[e] = v == v ? norm_rest(v, m, top_of(m), it) : v;
+      }
+      if (pass == 0) continue;
+      sums.add_four(0, ties);
+      sums.add_four(1, rest);
+    }
+    if (pass == 0) m = at.max(m);
+  }
+  double count = at.total(sums, 0), rest = at.total(sums, 1);
+  return {m, excluded(m) ? 0.0 : count, rest};
+}
+
 template <int D, class L> KL_DEVICE Tally tally_chunk(const L& at, const typename Stored<D>::Type* slot) {
   constexpr int Q = D == FLOAT64 ? 3 : 1;
   typename L::template Sums<Q, double> sums;
@@ -1379,6 +1416,36 @@ KL_DEVICE void members_chunk(const Plan& p, const L& at, const Slot& s, int swee
   if (at.leads()) *(Members*)state = found;
 }
 
+// Rényi's divergence: the norms of tilted rows, and their gradients
+template <class L> KL_DEVICE void tilt_chunk(const Plan& p, const L& at, const Slot& s, const double* stats, bool mine, double* state) {
+  double it = inverse_temperature(p);
+  const double *of_x = stats + (OF_MEMBERS ? (int)MEMBER_MAX_A : (int)NORM_X), *of_y = stats + (OF_MEMBERS ? (int)MEMBER_MAX_B : (int)NORM_Y);
+  Norm u = norm_of(at, 1.0, [&](int i) {
+    return tilt_of(rough_log(SX, (double)x_of(s, i), of_x, it), rough_log(SY, (double)y_of(s, i), of_y, it), p.parameter);
+  });
+  Norm x = {}, y = {};
+  if constexpr (OF_MEMBERS) {
+    x = norm_of(at, it, [&](int i) { return (double)x_of(s, i); });
+    y = norm_of(at, it, [&](int i) { return (double)y_of(s, i); });
+  }
+  __syncwarp();   // the state may lie where stats were read
+  if (!mine) return;
+  ((Norm*)state)[0] = u;
+  if constexpr (OF_MEMBERS) ((Norm*)state)[1] = x, ((Norm*)state)[2] = y;
+}
+template <class L, class Sink>
+KL_DEVICE void tilt_outputs(const Plan& p, const L& at, const Slot& s, const double* stats, const Want& want, const Sink& sink) {
+  TiltRow row = tilt_row(SX, SY, p.parameter, stats);
+#pragma unroll 1
+  for (int j = 0; j < at.steps() * L::E; j++) {
+    int i = at.index(j / L::E, j % L::E);
+    if (i >= at.n) continue;
+    TiltSlopes d = tilt_slopes(SX, SY, (double)x_of(s, i), (double)y_of(s, i), row, stats, inverse_temperature(p));
+    if (want.dx) sink.dx(i, (T)d.dx * want.of_gradient);
+    if (want.dy) sink.dy(i, (T)d.dy * want.of_gradient);
+  }
+}
+
 struct NeverAgain {   // nothing was kept in its place
   KL_DEVICE void operator()() const {}
 };
@@ -1386,8 +1453,8 @@ struct NeverAgain {   // nothing was kept in its place
 // One chunk of one row. The sweep leaves its state in shared memory, its outputs in the slot. `keep`: both sweeps of two rows
 // of logits find the same slot.
 template <class L, class Sink, class Restage>
-KL_DEVICE void chunk(const Plan& p, const L& at, const Slot& s, int sweep, const Local& local, const Want& want,
-                     const Sink& sink, double* state, bool keep, const Restage& restage) {
+KL_DEVICE void sums_chunk(const Plan& p, const L& at, const Slot& s, int sweep, const Local& local, const Want& want,
+                          const Sink& sink, double* state, bool keep, const Restage& restage) {
   double it = inverse_temperature(p);
   if constexpr (OF_LOGITS) {
     if (sweep == 0) spread_chunk(at, s, it, keep, restage, state);
@@ -1397,7 +1464,7 @@ KL_DEVICE void chunk(const Plan& p, const L& at, const Slot& s, int sweep, const
     else if constexpr (KL_OUTPUTS != 0) cross_outputs(at, s, local.stats, it, want, sink);
   } else if constexpr (OF_MEMBERS) {
     if (sweep == 0) spread_chunk(at, s, it, false, restage, state);
-    else members_chunk<Member<OP>>(p, at, s, sweep, local.stats, want, sink, state);
+    else members_chunk<Member<summed(OP)>>(p, at, s, sweep, local.stats, want, sink, state);
   } else if constexpr (NORMALISED) {
     if (sweep == 0) {
       if (at.leads()) *(Norm*)state = *(Norm*)(state + NORM_STATES) = {};
@@ -1408,12 +1475,34 @@ KL_DEVICE void chunk(const Plan& p, const L& at, const Slot& s, int sweep, const
     }
   } else {
     double sum = terms_chunk(p, at, s, want, sink);
-    if (at.leads()) state[0] = sum;
+    if (at.leads() && sweep == 0) state[0] = sum;
   }
 }
 
+// The same, of any operation. A warp may have rows of which some are tilted: each step is for all of its lanes, but has no
+// classes where it is not for their row.
+template <class L, class Sink, class Restage>
+KL_DEVICE void chunk(const Plan& p, const L& at, const Slot& s, int sweep, const Local& local, const Want& want,
+                     const Sink& sink, double* state, bool keep, const Restage& restage) {
+  if (!IS_RENYI || sweep <= SUM_SWEEP) return sums_chunk(p, at, s, sweep, local, want, sink, state, keep, restage);
+  bool tilted = is_tilted(local.stats) & (at.n > 0);
+  double slope = local.stats[RENYI_SLOPE];
+  L here = at, others = at;
+  here.n = tilted ? at.n : 0;
+  others.n = tilted ? 0 : at.n;
+  if (sweep == VALUE_SWEEP) {
+    if (__any_sync(ALL_LANES, tilted)) tilt_chunk(p, here, s, local.stats, tilted && at.leads(), state);
+    return;
+  }
+  if (__any_sync(ALL_LANES, tilted)) tilt_outputs(p, here, s, local.stats, want, sink);
+  Want scaled = want;
+  scaled.of_gradient = want.weight * slope * gradient_scale(p);
+  if (__any_sync(ALL_LANES, others.n > 0))
+    sums_chunk(p, others, s, SUM_SWEEP + 1, local, scaled, sink, state, keep, restage);
+}
+
 constexpr int TERM_SWEEP = ONE_SWEEP ? 0 : 1;
-constexpr int GRADIENT_SWEEP = ONE_SWEEP ? 0 : OF_LOGITS || OF_CROSS ? 1 : 2;
+constexpr int GRADIENT_SWEEP = ONE_SWEEP ? 0 : OF_LOGITS || OF_CROSS ? 1 : VALUE_SWEEP + 1;
 
 // ---- states into one -------------------------------------------------------------------------------------------------------
 //
@@ -1629,13 +1718,17 @@ template <class M, class Who> KL_DEVICE Members fold_members(const Who& who, con
 }
 
 template <class Who> KL_DEVICE void fold(const Plan& p, int sweep, const Who& who, const States& s, double* to) {
+  if (IS_RENYI && sweep == VALUE_SWEEP) {
+    for (int k = 0; k < TILT_STATES; k += NORM_STATES) fold_side<LOGITS>(s, k, k == 0 ? 1.0 : inverse_temperature(p), to + k);
+    return;
+  }
   if constexpr (OF_LOGITS) {
     *(Spread*)to = fold_spreads(who, s, inverse_temperature(p));
   } else if constexpr (OF_CROSS) {
     *(Cross*)to = fold_crosses(who, s, inverse_temperature(p));
   } else if constexpr (OF_MEMBERS) {
     if (sweep == 0) *(Spread*)to = fold_spreads(who, s, inverse_temperature(p));
-    else *(Members*)to = fold_members<Member<OP>>(who, s, p.parameter);
+    else *(Members*)to = fold_members<Member<summed(OP)>>(who, s, p.parameter);
   } else if (NORMALISED && sweep == 0) {
     if constexpr (NORM_OF_X) fold_side<SX>(s, 0, inverse_temperature(p), to);
     if constexpr (NORM_OF_Y) fold_side<SY>(s, NORM_STATES, inverse_temperature(p), to + NORM_STATES);
@@ -1656,6 +1749,14 @@ KL_DEVICE void finish(const Plan& p, int sweep, const double* from, double* stat
     if (k < states_of(sweep)) state[k] = from[k];
   if (sweep == 0)
     for (int k = 0; k < MAX_STATS; k++) stats[k] = 0.0;   // all of them are read, the unused ones too
+  if (IS_RENYI && sweep == VALUE_SWEEP) {
+    if (!is_tilted(stats)) return renyi_finish(p.parameter, stats);   // no state was left
+    if constexpr (OF_MEMBERS) {
+      finish_side<LOGITS>(state + NORM_STATES, stats + NORM_X);
+      finish_side<LOGITS>(state + 2 * NORM_STATES, stats + NORM_Y);
+    }
+    return tilt_finish(SX, SY, p.parameter, *(const Norm*)state, stats);
+  }
   if constexpr (OF_LOGITS) {
     logits_finish(*(const Spread*)state, inverse_temperature(p), stats);
   } else if constexpr (OF_CROSS) {
@@ -1671,6 +1772,7 @@ KL_DEVICE void finish(const Plan& p, int sweep, const double* from, double* stat
 #pragma unroll
     for (int k = 0; k < (NORMALISED ? (int)SUM_STATES : 1); k++) stats[k] = state[k];
   }
+  if (IS_RENYI && sweep == SUM_SWEEP) renyi_begin(p.parameter, stats);
 }
 
 // ---- rows in global memory -------------------------------------------------------------------------------------------------
@@ -1713,11 +1815,6 @@ KL_DEVICE Row locate(const Plan& p, i64 r) {
 }
 KL_DEVICE double weight_of(const Plan& p, i64 r) { return p.weights.data ? locate(p, r).weight : p.factor; }
 
-KL_DEVICE double gradient_scale(const Plan& p) {
-  double scale = !p.denominator ? p.gradient_scale : *p.denominator != 0 ? 1.0 / *p.denominator : nan<double>();
-  return p.cotangent ? scale * *p.cotangent : scale;
-}
-
 KL_DEVICE void write_number(i64 dtype, char* at, double v) {
   if (dtype == FLOAT32) *(float*)at = (float)v;
   else if (dtype == FLOAT64) *(double*)at = v;
@@ -1727,7 +1824,7 @@ KL_DEVICE void write_number(i64 dtype, char* at, double v) {
 
 KL_DEVICE Want wanted(const Plan& p, int sweep, double weight) {
   return {OUT_TERMS && sweep == TERM_SWEEP, OUT_DX && sweep == GRADIENT_SWEEP, OUT_DY && sweep == GRADIENT_SWEEP,
-          weight, weight * gradient_scale(p)};
+          weight, weight * gradient_scale(p), weight};
 }
 
 KL_DEVICE void write_value(const Plan& p, char* at, double weight, double value) {

@@ -327,7 +327,7 @@ template <int OP, int SX, int SY> struct MemberTerm : Plain {
   }
 };
 #define KL_CASE(name, form, arguments) \
-  template <int SX, int SY> struct Term<name, SX, SY> : MemberTerm<name, SX, SY> {};
+  template <int SX, int SY> struct Term<name, SX, SY> : MemberTerm<summed(name), SX, SY> {};
 KL_FAMILY(KL_CASE)
 #undef KL_CASE
 

@@ -13,7 +13,7 @@
 #include "kl_tree.h"
 #include "kl_store.h"
 #include "kl_logits.h"
-#include "kl_family.h"
+#include "kl_renyi.h"
 #include "kl_plan.h"
 #include "kl_turn.h"
 

@@ -281,6 +281,8 @@ template <int TERM> KL_FN Outputs far_class(double a, double b, const FarRow& k)
 // log S of a row is kept as (max, how many classes attain it, the rest of the sum), so that log S is precise near 0.
 struct Norm { double max, count, rest; };
 constexpr int NORM_STATES = sizeof(Norm) / sizeof(double);
+// A row's stats, beside another space: [0..2] sums, then of x and of y the maximum and log S, or what tally_finish leaves
+enum { NORM_X = 3, NORM_Y = 5 };
 
 template <typename T> KL_FN T lowest() { return -real(bits(infinity<T>()) - 1); }
 KL_FN double norm_rest(double x, double max, double zero, double it) {   // not for NaN

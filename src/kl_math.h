@@ -403,7 +403,7 @@ enum Form { BY_TERM, BY_RATIO, BY_COST, BY_CLASS };
 // the estimators of a token. klcore.operations reads this list; switches over operations are made of it.
 #define KL_FAMILY(ROW) \
   ROW(JS_DIV, BY_CLASS, 2) ROW(MIXED_KL_DIV, BY_CLASS, 2) ROW(SKEW_KL_DIV, BY_CLASS, 2) ROW(ALPHA_DIV, BY_CLASS, 2) \
-  ROW(TV_DIST, BY_CLASS, 2) ROW(SQ_HELLINGER, BY_CLASS, 2) ROW(CHI2_DIV, BY_CLASS, 2)
+  ROW(RENYI_DIV, BY_CLASS, 2) ROW(TV_DIST, BY_CLASS, 2) ROW(SQ_HELLINGER, BY_CLASS, 2) ROW(CHI2_DIV, BY_CLASS, 2)
 #define KL_DIVERGENCES(ROW) \
   ROW(KL_DIV, BY_RATIO, 2) ROW(REL_ENTR, BY_RATIO, 2) ROW(CROSS_ENTROPY, BY_COST, 2) ROW(ENTROPY, BY_COST, 1) KL_FAMILY(ROW)
 #define KL_LOSSES(ROW) ROW(PYTORCH, BY_TERM, 2) ROW(KERAS, BY_TERM, 2) ROW(MXNET, BY_TERM, 2) ROW(PUZZLELIB, BY_TERM, 2)
@@ -419,6 +419,7 @@ struct OperationRow {
 #define KL_ROW(name, form, arguments) {#name, form, arguments},
 enum Operation { KL_OPERATIONS(KL_CODE) OPERATION_COUNT };
 constexpr OperationRow OPERATIONS[] = {KL_OPERATIONS(KL_ROW)};
+KL_FN constexpr int summed(int operation) { return operation == RENYI_DIV ? ALPHA_DIV : operation; }   // whose terms are
 KL_FN constexpr bool has_y(int operation) { return OPERATIONS[operation].arguments > 1; }
 
 // value, dx and dy of one term; x and y in the spaces SX and SY. What has one argument ignores y.

@@ -84,8 +84,8 @@ inline void sweep_summed(Plan& p, const Isa& isa, int s, const double* stats, in
   });
 }
 
-// The states that sweep `s` left of all blocks, `count` a line, into the rows' stats. stats[0] becomes what the row adds
-// to a total: its value times its weight. Overwrites the states. The plan has no classes, only rows and their weights.
+// The states that sweep `s` left of all blocks, `count` a line, into the rows' stats. After the last one
+// stats[0] becomes what the row adds to a total: its value times its weight. Overwrites the states. The plan has no classes, only rows and their weights.
 inline void merge_here(Plan& p, const Isa& isa, int s, double* states, i64 count, double* stats, Watch& watch) {
   collapse(p);
   Batch b(p, isa);
@@ -96,7 +96,7 @@ inline void merge_here(Plan& p, const Isa& isa, int s, double* states, i64 count
     Row row = locate(p, r);
     double* to = stats + r * MAX_STATS;
     if (row.weight != 0) b.finish_states(s, states + r * width * count, count, count, to);
-    to[0] = b.finish(row, to, worker);
+    if (s + 1 == b.kernel.sweeps) to[0] = b.finish(row, to, worker);   // none without outputs: the value is known
   });
 }
 

@@ -99,7 +99,7 @@ inline Row locate(const Plan& p, i64 r) {
 constexpr int MAX_STATES = 9;
 struct Kernel {
   int sweeps;
-  int states[3];
+  int states[4];
   void (*chunk)(const Plan&, const Row&, int sweep, i64 start, int n, const double* stats, double* state, i64 pitch,
                 void* scratch);
   void (*fold)(const Plan&, int sweep, const double* from, int count, i64 from_pitch, double* to, i64 to_pitch);

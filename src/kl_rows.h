@@ -316,7 +316,7 @@ template <int SX, int SY, typename T> typename Terms<T>::Map terms_in(int operat
   case name:                           \
     if constexpr (form != BY_CLASS) return terms_for<Term<name, SX, arguments == 1 ? SX : SY>, T>(dx, dy);      \
     else if constexpr (sizeof(T) == sizeof(double) || (SX == PROBS && SY == PROBS))   /* others are wide */      \
-      return member_terms_for<name, SX, SY, T>(dx, dy);                                                         \
+      return member_terms_for<summed(name), SX, SY, T>(dx, dy);                                                         \
     break;
     KL_DIVERGENCES(KL_CASE)
 #undef KL_CASE
@@ -812,7 +812,6 @@ template <typename T> Kernel cross_kernel_of(const Plan& p) {
 // two numbers; all else is wide.
 
 enum { SUM_VALUE, SUM_DX, SUM_DY, SUM_STATES };
-enum { NORM_X = 3, NORM_Y = 5 };   // stats: [0..2] the sums; then maximum and log S of x and of y, or what tally_finish leaves
 
 template <typename T>
 KL_APART void norm_piece(const T* __restrict x, int n, int m, double max, double zero, double it, double* __restrict rest) {
@@ -821,9 +820,7 @@ KL_APART void norm_piece(const T* __restrict x, int n, int m, double max, double
   for (int i = n; i < m; i++) e[i] = 0.0;
   down(m, [=, &e](int j, int i) KL_LAMBDA { rest[j] += e[i]; });
 }
-template <typename T>
-void norm_chunk(const Array& a, const char* row, i64 start, int n, double it, double* state, i64 pitch, Buffers<T>& s) {
-  const T* x = load(a, row, start, n, s.x);
+template <typename T> void norm_of(const T* x, int n, double it, double* state, i64 pitch) {
   int n16 = (n + 15) & ~15, count = 0, undefined = 0;
   T m = maximum(x, n16);
   Columns<double> rest;
@@ -870,7 +867,7 @@ inline void norm_fold(double it, const double* from, int count, i64 pitch, doubl
 
 template <typename T>   // what normalises a side, in a space that is not normalised yet
 void side_chunk(int space, const Array& a, const char* row, i64 start, int n, double it, double* state, i64 pitch, Buffers<T>& s) {
-  if (space == LOGITS) norm_chunk(a, row, start, n, it, state, pitch, s);
+  if (space == LOGITS) norm_of(load(a, row, start, n, s.x), n, it, state, pitch);
   if constexpr (sizeof(T) == sizeof(double))
     if (space == COUNTS) tally_chunk(a, row, start, n, state, pitch, s);
 }
@@ -1085,7 +1082,7 @@ template <int OP> MemberLoops member_loops(double k) {
 inline MemberLoops member_loops(const Plan& p) {
   switch (p.operation) {
 #define KL_CASE(name, form, arguments) \
-  case name: return member_loops<name>(p.parameter);
+  case name: return member_loops<summed(name)>(p.parameter);
     KL_FAMILY(KL_CASE)
 #undef KL_CASE
   }
@@ -1334,14 +1331,104 @@ inline void members_done(const Plan& p, int sweep, const double* s, double* stat
   if (sweep == 1) members_finish(*(const Members*)s, stats);
 }
 
+// ---- Rényi's divergence (kl_renyi.h) ---------------------------------------------------------------------------------------------
+//
+// The sweeps of alpha_div's value, one for rows that are tilted, and that of the gradient.
+
+Kernel sums_kernel(const Plan& p);
+inline bool of_members(const Plan& p) {
+  return p.space_x == LOGITS && p.space_y == LOGITS && OPERATIONS[p.operation].form == BY_CLASS && !p.factors.data;
+}
+inline int sums_of(const Plan& p) { return is_unnormalised(p.space_x) || is_unnormalised(p.space_y) ? 2 : 1; }
+constexpr int TILT_STATES = 3 * NORM_STATES;   // of u; and of x and y, where nothing else has normalised them
+
+inline void tilt_chunk(const Plan& p, const Row& row, i64 start, int n, const double* stats, double* state, i64 pitch,
+                       Buffers<double>& s) {
+  double it = p.inverse_temperature;
+  const double *x = load(p.x, row.x, start, n, s.x), *y = load(p.y, row.y, start, n, s.y);
+  const double *of_x = stats + NORM_X, *of_y = stats + NORM_Y;
+  if (of_members(p)) {
+    of_x = stats + MEMBER_MAX_A;
+    of_y = stats + MEMBER_MAX_B;
+    norm_of(x, n, it, state + NORM_STATES * pitch, pitch);
+    norm_of(y, n, it, state + 2 * NORM_STATES * pitch, pitch);
+  }
+  for (int i = 0; i < (n + 15) / 16 * 16; i++)
+    s.a[i] = tilt_of(rough_log(p.space_x, x[i], of_x, it), rough_log(p.space_y, y[i], of_y, it), p.parameter);
+  norm_of(s.a, n, 1.0, state, pitch);
+}
+template <typename T> void tilt_outputs(const Plan& p, const Row& row, i64 start, int n, const double* stats, Buffers<double>& s) {
+  const double *x = load(p.x, row.x, start, n, s.x), *y = load(p.y, row.y, start, n, s.y);
+  TiltRow known = tilt_row(p.space_x, p.space_y, p.parameter, stats);
+  T *dx = (T*)s.dx, *dy = (T*)s.dy;
+  for (int i = 0; i < n; i++) {
+    TiltSlopes d = tilt_slopes(p.space_x, p.space_y, x[i], y[i], known, stats, p.inverse_temperature);
+    dx[i] = (T)d.dx;
+    dy[i] = (T)d.dy;
+  }
+  if (p.dx.data) store(p.dx, row.dx, start, n, dx, row.weight * p.gradient_scale, p.stream);
+  if (p.dy.data) store(p.dy, row.dy, start, n, dy, row.weight * p.gradient_scale, p.stream);
+}
+
+template <typename T>
+void renyi_chunk(const Plan& p, const Row& row, int sweep, i64 start, int n, const double* stats, double* state, i64 pitch,
+                 void* scratch) {
+  int sums = sums_of(p);
+  if (sweep < sums) {
+    if (sums > 1) return sums_kernel(p).chunk(p, row, sweep, start, n, stats, state, pitch, scratch);
+    Plan value = p;   // the sweep that would write the gradients too
+    value.dx.data = value.dy.data = nullptr;
+    return sums_kernel(p).chunk(value, row, sweep, start, n, stats, state, pitch, scratch);
+  }
+  if (sweep == sums) {
+    for (int k = 0; k < TILT_STATES; k++)
+      if (k < NORM_STATES || of_members(p)) state[k * pitch] = 0;
+    if (is_tilted(stats)) tilt_chunk(p, row, start, n, stats, state, pitch, *(Buffers<double>*)scratch);
+    return;
+  }
+  if (is_tilted(stats)) return tilt_outputs<T>(p, row, start, n, stats, *(Buffers<double>*)scratch);
+  double unused;
+  Row scaled = row;
+  scaled.weight *= stats[RENYI_SLOPE];
+  sums_kernel(p).chunk(p, scaled, sums > 1 ? sums : 0, start, n, stats, &unused, 1, scratch);
+}
+
+inline void renyi_fold(const Plan& p, int sweep, const double* from, int count, i64 pitch, double* to, i64 to_pitch) {
+  if (sweep < sums_of(p)) return sums_kernel(p).fold(p, sweep, from, count, pitch, to, to_pitch);
+  if (sweep > sums_of(p)) return;
+  for (int k = 0; k < (of_members(p) ? TILT_STATES : NORM_STATES); k += NORM_STATES)
+    norm_fold(k == 0 ? 1.0 : p.inverse_temperature, from + k * pitch, count, pitch, to + k * to_pitch, to_pitch);
+}
+
+inline void renyi_done(const Plan& p, int sweep, const double* state, double* stats) {
+  int sums = sums_of(p);
+  if (sweep < sums) sums_kernel(p).finish(p, sweep, state, stats);
+  if (sweep == sums - 1) renyi_begin(p.parameter, stats);
+  if (sweep != sums) return;
+  if (!is_tilted(stats)) return renyi_finish(p.parameter, stats);
+  if (of_members(p)) {
+    norm_finish(state + NORM_STATES, stats + NORM_X);
+    norm_finish(state + 2 * NORM_STATES, stats + NORM_Y);
+  }
+  tilt_finish(p.space_x, p.space_y, p.parameter, {state[0], state[1], state[2]}, stats);
+}
+
+inline Kernel renyi_kernel(const Plan& p) {
+  Kernel k = sums_kernel(p);
+  int sums = sums_of(p);
+  k.states[sums] = of_members(p) ? TILT_STATES : NORM_STATES;
+  k.states[sums + 1] = 0;
+  k.sweeps = sums + (p.dx.data || p.dy.data ? 2 : 1);
+  k.chunk = p.wide ? renyi_chunk<double> : renyi_chunk<float>;
+  k.fold = renyi_fold;
+  k.finish = renyi_done;
+  return k;
+}
+
 // ---- the choice ----------------------------------------------------------------------------------------------------------------
 
 inline bool of_logits(const Plan& p) {   // the cancellation-free form is for the divergence of two rows of logits
   return p.space_x == LOGITS && p.space_y == LOGITS && OPERATIONS[p.operation].form == BY_RATIO && !p.factors.data;
-}
-
-inline bool of_members(const Plan& p) {
-  return p.space_x == LOGITS && p.space_y == LOGITS && OPERATIONS[p.operation].form == BY_CLASS && !p.factors.data;
 }
 
 inline bool of_cross(const Plan& p) {
@@ -1349,7 +1436,7 @@ inline bool of_cross(const Plan& p) {
          OPERATIONS[p.operation].form == BY_COST && !p.factors.data;
 }
 
-inline Kernel kernel(const Plan& p) {
+inline Kernel sums_kernel(const Plan& p) {
   bool gradient = p.dx.data || p.dy.data;
   if (of_logits(p)) {
     int sweeps = gradient || p.output == TERMS ? 2 : 1;
@@ -1374,6 +1461,7 @@ inline Kernel kernel(const Plan& p) {
   if (p.wide) return {1, {1, 0, 0}, terms_chunk<double>, terms_fold, terms_finish, 0};
   return {1, {1, 0, 0}, terms_chunk<float>, terms_fold, terms_finish, 0};
 }
+inline Kernel kernel(const Plan& p) { return p.operation == RENYI_DIV ? renyi_kernel(p) : sums_kernel(p); }
 
 // klcore's own elementary functions over arrays, for the tests
 template <typename T> void elementary(int function, const T* x, T* out, i64 n) {

@@ -149,6 +149,7 @@ def operands(operation, x, y):
 def call(operation, x, y, space="probs", **options):
     """The public function of that name; of one argument, with x and its space."""
     space = space[0] if OPERATIONS[operation].single and not isinstance(space, str) else space
+    options = {**OPERATIONS[operation].needed, **options}
     return getattr(klcore, operation)(*operands(operation, x, y), space=space, **options)
 
 

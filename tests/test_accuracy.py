@@ -448,7 +448,7 @@ def test_every_number_of_sixteen_bits_is_widened_exactly(dtype):
     """Subnormal ones, infinities and NaN included: the terms are those of the same numbers in float32."""
     x = np.arange(1 << 16, dtype=np.uint16).view(getattr(ml_dtypes, dtype, dtype))
     wide = x.astype("float32")
-    for operation in OPERATIONS:
+    for operation in (name for name, o in OPERATIONS.items() if o.has_terms):
         terms = call(operation, x, x[::-1], reduction="none")
         np.testing.assert_array_equal(terms, call(operation, wide, wide[::-1], reduction="none"))
     value = klcore.entropy(x[:, None])

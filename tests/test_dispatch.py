@@ -78,7 +78,7 @@ def test_toy_backend(toy, operation):
         "out": object(),
         "device": None,
     }
-    assert getattr(klcore, operation)(*arrays, **keywords) == ("computed", operation)
+    assert getattr(klcore, operation)(*arrays, **keywords, **OPERATIONS[operation].needed) == ("computed", operation)
     x, y = arrays if len(arrays) == 2 else (*arrays, None)
     row = OPERATIONS[operation]
     assert [c._replace(parameter=0.0) for c in toy.calls] == [
@@ -92,7 +92,7 @@ def test_toy_backend(toy, operation):
 def test_defaults(toy, operation):
     x = array_class("toylib")()
     arrays = operands(operation, x, x)
-    getattr(klcore, operation)(*arrays)
+    getattr(klcore, operation)(*arrays, **OPERATIONS[operation].needed)
     expected = Call(OPERATIONS[operation], *(*arrays, None)[:2], "probs", -1, "row")
     expected = expected._replace(weights=None, temperature=1.0, return_grad=None, out=None, device=None)
     assert [c._replace(parameter=0.0) for c in toy.calls] == [expected]
@@ -191,7 +191,7 @@ def test_unknown_type(operation, device):
     unknown = array_class("strange.core", "Tensor")()
     arrays = operands(operation, unknown, unknown)
     with pytest.raises(TypeError) as raised:
-        getattr(klcore, operation)(*arrays, device=device)
+        getattr(klcore, operation)(*arrays, device=device, **OPERATIONS[operation].needed)
     for word in ("strange.core.Tensor", "numpy", "cupy", "lists", "register_backend"):
         assert word in str(raised.value)
 
@@ -240,7 +240,7 @@ for arrays in (([0.5, 0.5], [0.25, 0.75]), (np.ones(2), np.ones(2))):
     for name, row in OPERATIONS.items():
         for device in ("cuda", "cuda:0", "cuda:1"):
             try:
-                getattr(klcore, name)(*arrays[: 2 - row.single], device=device, out=out)
+                getattr(klcore, name)(*arrays[: 2 - row.single], device=device, out=out, **row.needed)
             except klcore.BackendUnavailableError as error:
                 assert isinstance(error, RuntimeError)
                 print(error)

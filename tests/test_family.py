@@ -19,6 +19,7 @@ from klcore.operations import OPERATIONS
 
 FAMILY = [name for name, o in OPERATIONS.items() if o.form == _cpu.BY_CLASS]
 CASES = [(name, p) for name in FAMILY for p in relatives.PARAMETERS[name]]
+WITH_TERMS = [name for name in FAMILY if OPERATIONS[name].has_terms]
 SAME = ("probs", "log_probs", "logits")
 
 
@@ -48,11 +49,16 @@ def softmax(a):
     return p / p.sum(-1, keepdims=True)
 
 
+def log_sum_exp(v):
+    top = v.max(-1, keepdims=True)
+    return (top + np.log(np.exp(v - top).sum(-1, keepdims=True)))[..., 0]
+
+
 def in_space(space, *arrays, dtype="float64"):
     pair = (space,) * 2 if isinstance(space, str) else space
     made = []
     for a, s in zip(arrays, pair, strict=True):
-        v = a if s == "logits" else softmax(a) if s == "probs" else np.log(softmax(a))
+        v = a if s == "logits" else softmax(a) if s == "probs" else a - log_sum_exp(a)[..., None]
         # a probability that is subnormal as float32 has lost digits, and an underflow is an exact zero
         made.append(np.maximum(v, np.finfo(dtype).tiny).astype(dtype) if s == "probs" else v.astype(dtype))
     return made
@@ -158,7 +164,7 @@ MORE_ZEROS = [  # the weight of an infinite part may be 0; signs of alpha
     ("alpha_div", 1.0, np.inf, {"alpha": 1.0}),
     ("alpha_div", np.inf, 1.0, {"alpha": 0.0}),
 ]
-ZEROS = [(name, *AT_ZERO.get(name, ())) for name in FAMILY] + MORE_ZEROS
+ZEROS = [(name, *AT_ZERO.get(name, ())) for name in WITH_TERMS] + MORE_ZEROS
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
@@ -193,10 +199,12 @@ def test_bad_numbers(name, space):
         arrays = [x.copy(), y.copy()]
         arrays[of][0, 2] = bad
         before = [a.copy() for a in arrays]
-        terms, dx, dy = call(name, *arrays, space=space, reduction="none", return_grad=("x", "y"))
-        for found in (terms, dx, dy):
+        terms = "none" if name in WITH_TERMS else "row"
+        options = {"space": space, "return_grad": ("x", "y"), **relatives.PARAMETERS[name][0]}
+        for found in call(name, *arrays, reduction=terms, **options):
             spoiled = np.isnan(found)
-            assert spoiled[0].all() if space == "logits" else spoiled[0].tolist() == [k == 2 for k in range(7)]
+            of_terms = space != "logits" and terms == "none"
+            assert spoiled[0].tolist() == [k == 2 for k in range(7)] if of_terms else spoiled[0].all()
             assert not spoiled[1].any()
         np.testing.assert_array_equal(arrays, before)
 
@@ -240,6 +248,96 @@ def test_skew_next_to_1(dtype):
         assert_right("skew_kl_div", {"alpha": alpha}, a, b, space, got)
 
 
+# ---- Rényi's divergence, which is no sum -----------------------------------------------------------------------------
+
+
+def tilted_rows(n, rows=6, dtype="float32", seed=0):
+    """Logits of near rows and, every other one, of rows so far apart that the sum tells the value no more."""
+    rng = np.random.default_rng(seed)
+    a = rng.normal(0, 3, (rows, n)).astype(dtype)
+    b = a + rng.normal(0, 0.3, (rows, n)).astype(dtype)
+    for r in range(1, rows, 2):
+        b[r] = rng.normal(0, 10.0**r, n)
+    return a, b
+
+
+@pytest.mark.parametrize("alpha", [0.1, 0.5, 1.5, 30.0])
+@pytest.mark.parametrize("space", SAME)
+def test_renyi_of_rows_far_apart(space, alpha):
+    """Where alpha_div is next to its bound, or beyond float64, against its definition by NumPy."""
+    x, y = in_space(space, *tilted_rows(6, dtype="float64"))
+    with np.errstate(divide="ignore"):
+        log_p, log_q = (np.log(v) if space == "probs" else v - log_sum_exp(v)[..., None] for v in (x, y))
+        expected = log_sum_exp(alpha * log_p + (1 - alpha) * log_q) / (alpha - 1)
+    got = klcore.renyi_div(x, y, alpha=alpha, space=space)
+    np.testing.assert_allclose(got[1::2], expected[1::2], rtol=1e-12)
+    assert np.isfinite(got).all()
+
+
+@pytest.mark.parametrize("alpha", [0.25, 2.0])
+@pytest.mark.parametrize("space", [*SAME, "counts", ("probs", "logits")], ids=str)
+def test_renyi_at_zeros(space, alpha):
+    p, q = np.array([[0.25, 0.0, 0.75, 0.0]] * 2), np.array([[0.5, 0.25, 0.25, 0.0], [0.5, 0.5, 0.0, 0.0]])
+    pair = (space, space) if isinstance(space, str) else space
+    with np.errstate(divide="ignore"):
+        made = {"probs": p, "counts": 8 * p, "logits": np.log(p) + 3, "log_probs": np.log(p)}[pair[0]]
+        other = {"probs": q, "counts": 8 * q, "logits": np.log(q) + 3, "log_probs": np.log(q)}[pair[1]]
+        terms = np.where(p > 0, p**alpha * np.where(q > 0, q, 1) ** (1 - alpha), 0)
+        terms = np.where((p > 0) & (q == 0), np.inf if alpha > 1 else 0.0, terms)
+        expected = np.log(terms.sum(-1)) / (alpha - 1)
+    np.testing.assert_allclose(klcore.renyi_div(made, other, alpha=alpha, space=space), expected, rtol=1e-13)
+    apart = klcore.renyi_div([[1.0, 0.0]], [[0.0, 1.0]], alpha=alpha, return_grad=("x", "y"))
+    assert apart[0] == np.inf
+    assert np.isnan(apart[1:]).all()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("space", ["logits", "counts", "probs", "log_probs", ("counts", "logits")], ids=str)
+def test_renyi_by_differences(space, dtype):
+    """The gradient of tilted rows, in every space: that of the value."""
+    pair = (space, space) if isinstance(space, str) else space
+    x, y = (np.abs(a) + 0.1 if s == "counts" else a for a, s in zip(tilted_rows(5, 2), pair, strict=True))
+    x, y = (
+        softmax(a) if s == "probs" else np.log(softmax(a)) if s == "log_probs" else a
+        for a, s in zip((x, y), pair, strict=True)
+    )
+    x, y = x.astype(dtype).astype("float64"), y.astype(dtype).astype("float64")
+    if pair[0] == "probs":
+        y = np.maximum(y, 1e-9)
+    for alpha in (0.1, 3.0):
+
+        def value(x, y, alpha=alpha):
+            return klcore.renyi_div(x, y, alpha=alpha, space=space)
+
+        found = klcore.renyi_div(x.astype(dtype), y.astype(dtype), alpha=alpha, space=space, return_grad=("x", "y"))
+        for of, got in enumerate(found[1:]):
+            expected = np.zeros_like(x)
+            by = (x, y)[of] if pair[of] in ("probs", "counts") else np.ones_like(x)  # of these, by the logarithm
+            for i in range(x.shape[-1]):
+                step = np.zeros_like(x)
+                step[:, i] = 1e-6 * by[:, i]
+                up, down = [x, y], [x, y]
+                up[of], down[of] = up[of] + step, down[of] - step
+                expected[:, i] = (value(*up) - value(*down)) / 2e-6
+            scale = np.abs(expected).sum(-1, keepdims=True)
+            np.testing.assert_allclose(got * by / scale, expected / scale, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("n", [5, 300, 2100])
+def test_renyi_on_the_gpu(gpu, n):
+    """A warp that has tilted rows beside others; chunks of tilted rows, merged."""
+    for space, alpha in itertools.product(("logits", "probs", "counts", ("probs", "logits")), (0.1, 4.0)):
+        pair = (space, space) if isinstance(space, str) else space
+        made = (
+            np.abs(a) if s == "counts" else softmax(a) if s == "probs" else a
+            for a, s in zip(tilted_rows(n), pair, strict=True)
+        )
+        x, y = (a.astype("float32") for a in made)
+        options = {"alpha": alpha, "space": space, "return_grad": ("x", "y"), "reduction": "mean"}
+        expected = klcore.renyi_div(x, y, **options)
+        alike(map(gpu.get, klcore.renyi_div(gpu.put(x), gpu.put(y), **options)), expected)
+
+
 # ---- what they promise -----------------------------------------------------------------------------------------------
 
 rows_of_logits = hnp.arrays(
@@ -260,8 +358,9 @@ def test_never_negative(case, rows, space):
     x, y = made.astype(rows.dtype)
     value, dx, dy = call(name, x, y, space=space, return_grad=("x", "y"), **parameters)
     assert value >= 0
-    terms = call(name, x, y, space=space, reduction="none", **parameters)
-    assert (terms >= 0).all()
+    if name in WITH_TERMS:
+        terms = call(name, x, y, space=space, reduction="none", **parameters)
+        assert (terms >= 0).all()
     value, dx, dy = call(name, x, x, space=space, return_grad=("x", "y"), **parameters)
     assert value == 0
     inside = (x > 0) if space == "probs" else np.isfinite(x)
@@ -287,6 +386,12 @@ def test_what_is_bounded_by_what(seed, far, beta):
     np.testing.assert_allclose(alpha[0.5], 4 * hellinger, rtol=1e-12)
     np.testing.assert_allclose(alpha[2.0], klcore.chi2_div(a, b, space="logits") / 2, rtol=1e-12)
     np.testing.assert_allclose(klcore.alpha_div(b, a, alpha=0.7, space="logits"), alpha[0.3], rtol=1e-12)
+    renyi = {k: klcore.renyi_div(a, b, alpha=k, space="logits") for k in (0.3, 0.5, 0.7, 1.0, 2.0)}
+    np.testing.assert_allclose(renyi[0.5], -2 * np.log1p(-hellinger), rtol=1e-9 if far == "far" else 1e-12)
+    np.testing.assert_allclose(renyi[2.0], np.log1p(2 * alpha[2.0]), rtol=1e-12)
+    swapped = klcore.renyi_div(b, a, alpha=0.7, space="logits")
+    np.testing.assert_allclose(renyi[0.3] / 0.3, swapped / 0.7, rtol=1e-12)
+    assert all((np.diff([renyi[k] for k in sorted(renyi)], axis=0) >= -1e-12 * renyi[2.0]).ravel())
     skew = beta * klcore.skew_kl_div(a, b, alpha=beta, space="logits")
     skew = skew + (1 - beta) * klcore.skew_kl_div(b, a, alpha=1 - beta, space="logits")
     np.testing.assert_allclose(skew, js, rtol=1e-12)
@@ -302,6 +407,9 @@ def test_limits():
     for parameter, expected in ((1, kl), (0, reverse), (1 + 1e-12, kl), (1 - 1e-12, kl), (1e-12, reverse)):
         got = klcore.alpha_div(a, b, alpha=parameter, space="logits")
         np.testing.assert_allclose(got, expected, rtol=1e-11 if parameter % 1 else 1e-14)
+    for parameter in (1, 1 - 1e-12, 1 + 1e-12):
+        got = klcore.renyi_div(a, b, alpha=parameter, space="logits")
+        np.testing.assert_allclose(got, kl, rtol=1e-11 if parameter % 1 else 1e-14)
     np.testing.assert_allclose(klcore.skew_kl_div(a, b, alpha=0, space="logits"), kl, rtol=1e-14)
     np.testing.assert_allclose(klcore.mixed_kl_div(a, b, space="logits"), (kl + reverse) / 2, rtol=1e-14)
 
@@ -313,9 +421,11 @@ def test_words(name):
     x, y = (a.reshape(2, 3, 8) for a in in_space("logits", *logits(0.5, 8, 6)))
     options = {"space": "logits", **parameters}
     by_row = call(name, x, y, **options)
-    terms = call(name, x, y, reduction="none", **options)
-    assert (by_row.shape, terms.shape) == ((2, 3), x.shape)
-    np.testing.assert_allclose(terms.sum(-1), by_row, rtol=1e-12)
+    assert by_row.shape == (2, 3)
+    if name in WITH_TERMS:
+        terms = call(name, x, y, reduction="none", **options)
+        assert terms.shape == x.shape
+        np.testing.assert_allclose(terms.sum(-1), by_row, rtol=1e-12)
     weights = np.array([[1.0, 0.0, 2.5], [0.5, 1.0, 0.0]])
     spoiled = np.where(weights[..., None] == 0, np.nan, x)  # rows of weight 0 are not read
     wanted = {"sum": 1, "rowmean": weights.sum(), "batchmean": 2, "mean": x.size}
@@ -342,8 +452,9 @@ def test_narrow_numbers(name):
     bfloat16 = pytest.importorskip("ml_dtypes", reason="ml_dtypes is not installed").bfloat16
     for space, dtype in itertools.product(SAME, (np.float16, bfloat16)):
         x, y = (a.astype(dtype) for a in in_space(space, *logits(0.5), dtype="float32"))
-        got = call(name, x, y, space=space, return_grad=("x", "y"))
-        like = call(name, x.astype("float32"), y.astype("float32"), space=space, return_grad=("x", "y"))
+        options = {"space": space, "return_grad": ("x", "y"), **relatives.PARAMETERS[name][0]}
+        got = call(name, x, y, **options)
+        like = call(name, x.astype("float32"), y.astype("float32"), **options)
         np.testing.assert_array_equal(got[0], like[0])
         for a, b in zip(got[1:], like[1:], strict=True):
             assert a.dtype == dtype
@@ -367,6 +478,14 @@ def test_narrow_numbers(name):
         ("alpha_div", {"alpha": 10**400}, "alpha must be 0, or a number of magnitude"),
         ("js_div", {"beta": 1e-50, "scaled": True}, "beta must be 0 with scaled=True, or at least 1e-20; found 1e-50"),
         ("skew_kl_div", {"alpha": 1e-50}, "alpha must be 0, or at least 1e-20; found 1e-50"),
+        ("renyi_div", {"alpha": 0}, "alpha must be a number from 1e-20 to 1e.20; found 0.0"),
+        ("renyi_div", {"alpha": float("inf")}, "alpha must be a number from 1e-20 to 1e.20; found inf"),
+        ("renyi_div", {"alpha": 2, "reduction": "none"}, "renyi_div is no sum over classes, so it has no terms for "),
+        (
+            "renyi_div",
+            {"alpha": 2, "reduction": "each"},
+            "must be one of 'row', 'sum', 'rowmean', 'batchmean', 'mean'; found 'each'",
+        ),
     ],
 )
 def test_wrong_parameters(name, parameters, message):
@@ -434,8 +553,9 @@ def test_bits_of_the_gpu(gpu, name, dtype):
         expected = call(name, x, y, return_grad=("x", "y"), **options)
         there = gpu.put(x), gpu.put(y)
         alike(map(gpu.get, call(name, *there, return_grad=("x", "y"), **options)), expected)
-        terms = call(name, *there, reduction="none", **options)
-        alike([gpu.get(terms)], [call(name, x, y, reduction="none", **options)])
+        if name in WITH_TERMS:
+            terms = call(name, *there, reduction="none", **options)
+            alike([gpu.get(terms)], [call(name, x, y, reduction="none", **options)])
 
 
 def test_weights_of_any_size(gpu):
@@ -502,4 +622,6 @@ def test_dask(name):
         expected = call(name, x, y, reduction=reduction, return_grad=("x", "y"), **options)
         found = call(name, a, b, reduction=reduction, return_grad=("x", "y"), **options)
         alike([v.compute() for v in found], expected)
-    alike([call(name, a, b, reduction="none", **options).compute()], [call(name, x, y, reduction="none", **options)])
+    if name in WITH_TERMS:
+        expected = call(name, x, y, reduction="none", **options)
+        alike([call(name, a, b, reduction="none", **options).compute()], [expected])

@@ -266,6 +266,7 @@ def test_threads_that_cannot_be_made(same, limit, room):
 
 
 SMALL_STACKS = """
+from functools import partial
 TWO = ("probs", "logits")
 shapes = [(300, 20), (20, 2100)]  # few classes, and some chunks
 
@@ -275,10 +276,11 @@ def compute(threads):
         for rows, n in shapes:
             x, y = (a.reshape(-1)[: rows * n].reshape(rows, n).astype(dtype) for a in (X, Y))
             masked = np.where(x > 0.8, dtype_lowest, x).astype(dtype)  # classes far apart
-            for f in (getattr(klcore, o.name) for o in klcore.operations.OPERATIONS.values() if not o.single):
+            for o in (o for o in klcore.operations.OPERATIONS.values() if not o.single):
+                f, by_class = partial(getattr(klcore, o.name), **o.needed), "none" if o.has_terms else "row"
                 for space in ("probs", "log_probs", "logits", TWO, TWO[::-1], ("log_probs", "logits")):
                     for a, b in ((x, y), (masked, y)) if space == "logits" else ((x, y),):
-                        for axis, reduction in ((1, "row"), (0, "none")):
+                        for axis, reduction in ((1, "row"), (0, by_class)):
                             for r in f(a, b, space=space, axis=axis, reduction=reduction, return_grad=("x", "y")):
                                 sha.update(r.tobytes())
                         sha.update(f(a, b[0], space=space, return_grad="y")[1].tobytes())

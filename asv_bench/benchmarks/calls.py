@@ -39,7 +39,10 @@ OPERATIONS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
     "axis 0": (klcore.kl_div, {"axis": 0}),
 }
 OTHERS = {  # than kl_div: value and gradient of each
-    f"{row.name}, {space}": (getattr(klcore, row.name), {"space": space, "return_grad": row.gradients[-1]})
+    f"{row.name}, {space}": (
+        getattr(klcore, row.name),
+        {"space": space, "return_grad": row.gradients[-1], **row.needed},
+    )
     for row in operations.OPERATIONS.values()
     for space in ("probs", "logits")
     if row.name != "kl_div"

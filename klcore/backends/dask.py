@@ -333,7 +333,7 @@ def compute(call: Call) -> Any:
             f"x has chunks of {_library(x)} and y of {_library(y)}; move one of them, as with "
             "x.map_blocks(cupy.asarray)"
         )
-    rows.check_reduction(call.reduction)
+    rows.check_reduction(call.reduction, call.operation)
     rows.check_denominator(call)
     divisor = call.denominator if isinstance(call.denominator, da.Array) else None
     if divisor is not None:

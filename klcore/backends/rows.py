@@ -465,14 +465,21 @@ def words(call: Call) -> tuple[tuple[int, int], float, tuple[str, ...]]:
     operation = call.operation
     spaces = space_pair(call.space, operation)
     temperature = _temperature(call.temperature, spaces)
-    check_reduction(call.reduction)
+    check_reduction(call.reduction, operation)
     check_denominator(call)
     return spaces, temperature, _wanted(call.return_grad, operation)
 
 
-def check_reduction(reduction: Any) -> None:
-    if not isinstance(reduction, str) or reduction not in REDUCTIONS:
-        raise ValueError(f"reduction must be one of {_list(REDUCTIONS)}; found {shown(reduction)}")
+def check_reduction(reduction: Any, operation: Operation) -> None:
+    known = tuple(r for r in REDUCTIONS if operation.has_terms or r != "none")
+    if isinstance(reduction, str) and reduction in known:
+        return
+    if isinstance(reduction, str) and reduction in REDUCTIONS:
+        raise ValueError(
+            f"{operation.name} is no sum over classes, so it has no terms for reduction='none'; "
+            f"take one of {_list(known)}"
+        )
+    raise ValueError(f"reduction must be one of {_list(known)}; found {shown(reduction)}")
 
 
 def check_denominator(call: Call) -> None:

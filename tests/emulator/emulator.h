@@ -81,9 +81,9 @@ struct Error { std::string text; };
 constexpr unsigned WARP = 32;
 constexpr std::size_t GUARD = 1024;   // bytes around a block's shared memory that nobody may touch; keeps its alignment
 #if defined(__SANITIZE_ADDRESS__)
-constexpr std::size_t STACK = 256 << 10;
+constexpr std::size_t STACK = 512 << 10;
 #else
-constexpr std::size_t STACK = 128 << 10;
+constexpr std::size_t STACK = 256 << 10;
 #endif
 
 // ---- fibers ---------------------------------------------------------------------------------------------------------

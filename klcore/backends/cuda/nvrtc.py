@@ -26,7 +26,8 @@ from typing import Any
 from klcore.backends import BackendUnavailableError
 
 SOURCES = (
-    "kl_math.h", "kl_compat.h", "kl_estimate.h", "kl_tree.h", "kl_store.h", "kl_logits.h", "kl_family.h", "kl_cuda.cu",
+    "kl_math.h", "kl_compat.h", "kl_estimate.h", "kl_tree.h", "kl_store.h", "kl_logits.h", "kl_family.h", "kl_renyi.h",
+    "kl_cuda.cu",
 )  # fmt: skip
 
 # Put behind the caller's, so that none of those can undo them: the last one wins.

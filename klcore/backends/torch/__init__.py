@@ -69,7 +69,7 @@ def _history_or_not(call: Call) -> Any:
         call = call._replace(temperature=float(call.temperature))  # that of now: backward comes later
     if eager and (call.return_grad is not None or not _needs_grad(x, y)):
         return kernels.compute(call)
-    rows.check_reduction(call.reduction)
+    rows.check_reduction(call.reduction, call.operation)
     rows.check_denominator(call)
     rows.space_pair(call.space, call.operation)
     wanted: tuple[str, ...] = ()
