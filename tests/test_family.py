@@ -117,7 +117,7 @@ def test_accuracy_of_long_rows(name):
 
 @names
 def test_float_and_double(name, gpu):
-    """Of chunks of float32 logits: near ones, one with a class that is not, and one whose scores are all but the same."""
+    """Chunks of float32 logits: near ones, one with a class that is not, and one whose scores are all but the same."""
     parameters = relatives.PARAMETERS[name][0]
     a, b = logits(0.1, 3072, 3)
     b[1, 1500] -= 30
