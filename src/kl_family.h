@@ -411,7 +411,7 @@ template <typename T> KL_FN NearRow<T> near_row(const MemberRow& k, double param
 KL_FN double near_part(const MemberRow& k, double max_a) { return exp_flushed((max_a - k.max_a) * k.it) * k.inv_s; }
 template <bool TEMPERED, typename T> KL_FN T near_gap(T a, T b, const NearRow<T>& k) {   // t
   T low, c = difference(b, a, low);
-  Pair<T> t = cooled<TEMPERED>((c - k.at.m) - k.at.low, low - k.rest, k.it);
+  Pair<T> t = cooled<TEMPERED>(((c - k.at.m) - k.at.low) + low, -k.rest, k.it);   // exact up to here where t is small
   return t.value + t.low;
 }
 template <typename T> KL_FN bool is_near(T t, const NearRow<T>& k) { return absolute(t) < k.bound; }   // NaN is not

@@ -116,6 +116,19 @@ def test_accuracy_of_long_rows(name):
 
 
 @names
+def test_accuracy_of_nearly_one_hot_rows(name):
+    """Where log q - log p of the class that has nearly all is tiny, and counts as much as the others'."""
+    parameters = relatives.PARAMETERS[name][0]
+    for far, offset in itertools.product((1e-10, 1e-6, 1.0), (0.0, 37.0, 1e4)):
+        a, b = logits(far, 9)
+        a[:, 4] += 25
+        b[:, 4] += 25
+        x, y = in_space("logits", a, b + offset, dtype="float32")
+        got = call(name, x, y, space="logits", return_grad=("x", "y"), **parameters)
+        assert_right(name, parameters, x, y, "logits", got)
+
+
+@names
 def test_float_and_double(name, gpu):
     """Chunks of float32 logits: near ones, one with a class that is not, and one whose scores are all but the same."""
     parameters = relatives.PARAMETERS[name][0]
