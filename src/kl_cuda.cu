@@ -1229,8 +1229,8 @@ KL_DEVICE void normalised_chunk(const Plan& p, const L& at, const Slot& s, int s
   }
 }
 
-// The divergence's relatives, of two rows of logits: after its own first sweep, every class in double. Sweep 1 the sums, sweep 2
-// the gradients. `M`: Member<OP>, which other operations have not.
+// The divergence's relatives, of two rows of logits: after its own first sweep, near chunks in float, others in double. Sweep 1
+// the sums, sweep 2 the gradients. `M`: Member<OP>, which other operations have not.
 template <class M> KL_DEVICE double score_x(const Class<double>& c, double k, bool far) {
   if constexpr (M::saturates) return far ? M::dp_far(c, k) : M::dp(c, k);
   return M::dp(c, k);
@@ -1257,12 +1257,89 @@ template <bool OF_X, class L> KL_DEVICE int likeliest(const L& at, const Slot& s
   int found = (int)-at.max(first);
   return found < at.n ? found : 0;
 }
+// A chunk's sums in float, where all classes are near; which sides' scores are apart enough for it
+constexpr bool GOES_NEAR = sizeof(T) == sizeof(float);
+struct NearFound { bool near, x, y; double part; T max_a; Members sums; };
+struct NearClass { T w_x, w_y, value, x, y; };   // weights and scores
+template <class M> KL_DEVICE bool near_class_at(T a, T b, T max_a, const NearRow<T>& by, double k, NearClass& found) {
+  T t = near_gap<TEMPERED>(a, b, by);
+  Ordinary<T> c = near_class(t);
+  T w = weight<TEMPERED>(a, max_a, by.it);
+  found = {w, w * c.q, M::value(c, k), OUT_DX ? M::dp(c, k) : T(0), OUT_DY ? M::dq(c, k) : T(0)};
+  return is_near(t, by);
+}
+template <class M, class L>
+KL_DEVICE NearFound near_chunk(const L& at, const Slot& s, double k, const MemberRow& row, const NearRow<T>& by, const Want& want) {
+  NearFound found = {true, true, true, 0, T(0), {}};
+  T max_b;
+  maxima(at, s, found.max_a, max_b);
+  found.part = near_part(row, (double)found.max_a);
+  Scores x = {}, y = {};
+#pragma unroll 1
+  for (int pass = 0; pass < 2; pass++) {   // scores about 0; and about their mean, where they do not balance
+    if (pass == 1 && !__any_sync(ALL_LANES, !(are_balanced(x) && are_balanced(y)))) break;
+    typename L::template Sums<7> sums;
+    T centre_x = pass == 0 ? T(0) : centre_of(x), centre_y = pass == 0 ? T(0) : centre_of(y);
+#pragma unroll 1
+    for (int part = 0; part < at.steps() * (L::E / 4); part++) {   // four classes at a time
+      T w_x[4], w_y[4], v[4], d_x[4], d_y[4];
+#pragma unroll
+      for (int e = 0; e < 4; e++) {
+        w_x[e] = w_y[e] = v[e] = d_x[e] = d_y[e] = T(0);
+        int i = at.index(part * 4 / L::E, part * 4 % L::E + e);
+        if (i >= at.n) continue;
+        NearClass c;
+        found.near &= near_class_at<M>(x_of(s, i), y_of(s, i), found.max_a, by, k, c);
+        w_x[e] = c.w_x;
+        w_y[e] = c.w_y;
+        v[e] = c.value;
+        d_x[e] = c.x - centre_x;
+        d_y[e] = c.y - centre_y;
+        if (want.term) s.extra[i] = ((c.w_x * c.value) * (T)found.part) * want.of_term;
+      }
+      auto side = [&](int q, const T* w, T* d) {
+        if (pass == 0) sums.add_four(q, w);
+        sums.add_four_products(q + 1, w, d);
+#pragma unroll
+        for (int e = 0; e < 4; e++) d[e] = absolute(d[e]);
+        sums.add_four_products(q + 2, w, d);
+      };
+      sums.add_four_products(0, w_x, v);
+      if (OUT_DX) side(1, w_x, d_x);
+      if (OUT_DY) side(4, w_y, d_y);
+    }
+    auto finish = [&](int q, Scores& all, Side& to, bool& apart) {
+      double mass = at.total(sums, q), sum = at.total(sums, q + 1), size = at.total(sums, q + 2);
+      if (pass == 0) all = {mass, sum, size}, to = near_side(all, 0.0, sum, found.part);
+      else if (!are_balanced(all)) to = near_side(all, centre_of(all), sum, found.part), apart = are_apart(size, all, APART<OP>);
+    };
+    if (pass == 0) found.sums.value = at.total(sums, 0) * found.part;
+    if (OUT_DX) finish(1, x, found.sums.x, found.x);
+    if (OUT_DY) finish(4, y, found.sums.y, found.y);
+  }
+  found.near = at.every(found.near);
+  found.x &= found.near;
+  found.y &= found.near;
+  return found;
+}
+
 template <class M, class L, class Sink>
 KL_DEVICE void members_chunk(const Plan& p, const L& at, const Slot& s, int sweep, const double* stats, const Want& want,
                              const Sink& sink, double* state) {
   const double k = p.parameter;
   MemberRow row = member_row(stats, inverse_temperature(p));
-  if (sweep == 1) {
+  NearFound near = {};
+  NearRow<T> by = {};
+  if constexpr (GOES_NEAR) {
+    by = near_row<T>(row, k);
+    Want terms = want;
+    terms.term &= sweep == 1;
+    near = near_chunk<M>(at, s, k, row, by, terms);
+  }
+  bool left_x = OUT_DX && !near.x, left_y = OUT_DY && !near.y;   // what goes in double
+  bool in_double = __any_sync(ALL_LANES, at.n > 0 && (!near.near || left_x || left_y));
+  Members found = near.sums;
+  if (sweep == 1 && in_double) {
     if constexpr (OUT_DX) {
       int top = likeliest<true>(at, s);
       if (at.n > 0) {
@@ -1277,11 +1354,18 @@ KL_DEVICE void members_chunk(const Plan& p, const L& at, const Slot& s, int swee
         row.y = side_from(score_y<M>(c, k, false), score_y<M>(c, k, true));
       }
     }
-    __syncwarp();   // the state may lie where stats were read
+  }
+  if (sweep == 1) __syncwarp();   // the state may lie where stats were read
+  Slope<T> slope_x = {}, slope_y = {};
+  if constexpr (GOES_NEAR) {
+    double x_limit = 0, y_limit = 0;
+    if constexpr (M::saturates) x_limit = M::p_limit(k), y_limit = M::q_limit(k);
+    slope_x = near_slope<T>(row, row.x, x_limit, near.part);
+    slope_y = near_slope<T>(row, row.y, y_limit, near.part);
   }
   typename L::template Sums<5, double> sums;
 #pragma unroll 1
-  for (int part = 0; part < at.steps() * (L::E / 4); part++) {   // four classes at a time
+  for (int part = 0; (in_double || sweep > 1) && part < at.steps() * (L::E / 4); part++) {   // four classes at a time
     double v[5][4];
 #pragma unroll 1
     for (int e = 0; e < 4; e++) {
@@ -1289,10 +1373,20 @@ KL_DEVICE void members_chunk(const Plan& p, const L& at, const Slot& s, int swee
       for (int q = 0; q < 5; q++) v[q][e] = 0.0;
       int i = at.index(part * 4 / L::E, part * 4 % L::E + e);
       if (i >= at.n) continue;
-      Class<double> c = class_of((double)x_of(s, i), (double)y_of(s, i), row);
+      T a = x_of(s, i), b = y_of(s, i);   // whose places gradients may take
+      if (sweep > 1 && (near.x || near.y)) {
+        if constexpr (GOES_NEAR) {
+          NearClass c;
+          near_class_at<M>(a, b, near.max_a, by, k, c);
+          if (OUT_DX && near.x) sink.dx(i, near_derivative(c.w_x, c.x, slope_x) * want.of_gradient);
+          if (OUT_DY && near.y) sink.dy(i, near_derivative(c.w_y, c.y, slope_y) * want.of_gradient);
+        }
+        if (!left_x && !left_y) continue;
+      }
+      Class<double> c = class_of((double)a, (double)b, row);
       if (sweep == 1) {
         v[0][e] = M::value(c, k);
-        if (want.term) s.extra[i] = (T)v[0][e] * want.of_term;
+        if (want.term && !near.near) s.extra[i] = (T)v[0][e] * want.of_term;
       }
       if constexpr (OUT_DX) {
         v[1][e] = centred_score(c.p, score_x<M>(c, k, row.x.far != 0), M::da(c, k), row.x.centre);
@@ -1303,20 +1397,22 @@ KL_DEVICE void members_chunk(const Plan& p, const L& at, const Slot& s, int swee
         v[4][e] = c.q;
       }
       if (sweep == 1) continue;
-      if constexpr (OUT_DX) sink.dx(i, (T)((v[1][e] - c.p * row.x.sum) * row.it) * want.of_gradient);
-      if constexpr (OUT_DY) sink.dy(i, (T)((v[3][e] - c.q * row.y.sum) * row.it) * want.of_gradient);
+      if (left_x) sink.dx(i, (T)((v[1][e] - c.p * row.x.sum) * row.it) * want.of_gradient);
+      if (left_y) sink.dy(i, (T)((v[3][e] - c.q * row.y.sum) * row.it) * want.of_gradient);
     }
 #pragma unroll
     for (int q = 0; q < 5; q++)
       if (sweep == 1) sums.add_four(q, v[q]);
   }
   if (sweep != 1) return;
-  Members found = {0, row.x, row.y};
-  found.value = at.total(sums, 0);
-  found.x.sum = at.total(sums, 1);
-  found.x.mass = at.total(sums, 2);
-  found.y.sum = at.total(sums, 3);
-  found.y.mass = at.total(sums, 4);
+  if (in_double) {
+    double value = at.total(sums, 0);
+    Side x = {row.x.far, row.x.centre, at.total(sums, 1), at.total(sums, 2)};
+    Side y = {row.y.far, row.y.centre, at.total(sums, 3), at.total(sums, 4)};
+    if (!near.near) found.value = value;
+    if (left_x) found.x = x;
+    if (left_y) found.y = y;
+  }
   if (at.leads()) *(Members*)state = found;
 }
 

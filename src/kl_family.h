@@ -11,21 +11,27 @@ namespace kl {
 // ---- what a class is to them -------------------------------------------------------------------------------------------
 // d = q - p and t = log q - log p are known better than p and q tell. Where one of these is an exact zero, t is infinite; for
 // two it is 0, and the class counts nothing.
-template <typename T> struct Class { T p, q, d, t; };
+template <typename T> struct Class {
+  static constexpr bool ordinary = false;
+  T p, q, d, t;
+};
+// One of p = 1 and |t| < far: none of its numbers is out of range. Members take shorter forms of it.
+template <typename T> struct Ordinary : Class<T> { static constexpr bool ordinary = true; };
 
 // The same of log_ratio in kl_math.h for y = x + d, and of zeros: log(y/x), and x log(x/y) - x + y
-template <typename T> KL_FN LogRatio<T> log_ratio(T x, T y, T d) {
+template <bool ALL = true, typename T> KL_FN LogRatio<T> log_ratio(T x, T y, T d) {
   typedef Real<T> R;
-  Ratio<T> q = ratio(x, y);
-  T same = x < R::tiny ? d * R::up : d;      // as `from` and `to` are scaled
-  same = x >= R::huge ? d * R::down : same;
+  Ratio<T> q = ratio<ALL>(x, y);
+  T same = ALL & (x < R::tiny) ? d * R::up : d;   // as `from` and `to` are scaled
+  same = ALL & (x >= R::huge) ? d * R::down : same;
   bool near = absolute(same) <= T(0.25) * q.from;   // else y is not so much rounded that it would matter
   T to = near ? q.from + same : q.to, k = near ? T(0) : q.k;
   T e = k == T(0) ? same : to - q.from, s = e / (to + q.from), t = atanh_tail(s * s);
   T value = fma(k, R::ln2, fma(s, t, s + s)), at_hand = s * fma(-q.from, t, e);
-  at_hand = x < R::tiny ? at_hand * R::down : at_hand;
-  at_hand = x >= R::huge ? at_hand * R::up : at_hand;
+  at_hand = ALL & (x < R::tiny) ? at_hand * R::down : at_hand;
+  at_hand = ALL & (x >= R::huge) ? at_hand * R::up : at_hand;
   T deviance = k == T(0) ? at_hand : fma(-x, value, d);
+  if constexpr (!ALL) return {value, deviance};
   deviance = deviance < T(0) ? T(0) : deviance;   // of subnormals, which are rounded by as much as they differ
   value = y == T(0) ? -infinity<T>() : value;
   deviance = y == T(0) ? infinity<T>() : deviance;
@@ -58,8 +64,10 @@ template <typename T> KL_FN T deviance_of(T p, T q, T t) {
 template <int OP> struct Member;
 
 // k p + (1 - k) q, which for 0 < k < 1 is not 0 unless p and q are
-template <typename T> KL_FN T middle(const Class<T>& c, double k) {
-  T m = fma((T)k, c.p, (T)(1 - k) * c.q), least = k > 0 ? real((typename Real<T>::Bits)1) : T(0);
+template <typename T, template <typename> class C> KL_FN T middle(const C<T>& c, double k) {
+  T m = fma((T)k, c.p, (T)(1 - k) * c.q);
+  if constexpr (C<T>::ordinary) return m;
+  T least = k > 0 ? real((typename Real<T>::Bits)1) : T(0);
   least = c.p + c.q > T(0) ? least : T(0);
   return m < least ? least : m;
 }
@@ -68,17 +76,21 @@ template <typename T> KL_FN T unless_zero(T p, T d) { return p == T(0) ? T(0) : 
 // b KL(p || m) + (1 - b) KL(q || m), m = b p + (1 - b) q
 template <> struct Member<JS_DIV> {
   static constexpr bool takes_gap = false, saturates = true;
-  template <typename T> static KL_FN LogRatio<T> of_p(const Class<T>& c, double k) {
-    return log_ratio(c.p, middle(c, k), (T)(1 - k) * c.d);
+  template <typename T, template <typename> class C> static KL_FN LogRatio<T> of_p(const C<T>& c, double k) {
+    return log_ratio<!C<T>::ordinary>(c.p, middle(c, k), (T)(1 - k) * c.d);
   }
-  template <typename T> static KL_FN LogRatio<T> of_q(const Class<T>& c, double k) {
-    return log_ratio(c.q, middle(c, k), -(T)k * c.d);
+  template <typename T, template <typename> class C> static KL_FN LogRatio<T> of_q(const C<T>& c, double k) {
+    return log_ratio<!C<T>::ordinary>(c.q, middle(c, k), -(T)k * c.d);
   }
-  template <typename T> static KL_FN T value(const Class<T>& c, double k) {
+  template <typename T, template <typename> class C> static KL_FN T value(const C<T>& c, double k) {
     return fma((T)k, of_p(c, k).deviance, (T)(1 - k) * of_q(c, k).deviance);
   }
-  template <typename T> static KL_FN T dp(const Class<T>& c, double k) { return T(0) - (T)k * of_p(c, k).value; }
-  template <typename T> static KL_FN T dq(const Class<T>& c, double k) { return T(0) - (T)(1 - k) * of_q(c, k).value; }
+  template <typename T, template <typename> class C> static KL_FN T dp(const C<T>& c, double k) {
+    return T(0) - (T)k * of_p(c, k).value;
+  }
+  template <typename T, template <typename> class C> static KL_FN T dq(const C<T>& c, double k) {
+    return T(0) - (T)(1 - k) * of_q(c, k).value;
+  }
   template <typename T> static KL_FN T da(const Class<T>& c, double k) { return unless_zero(c.p, c.p * dp(c, k)); }
   template <typename T> static KL_FN T db(const Class<T>& c, double k) { return unless_zero(c.q, c.q * dq(c, k)); }
   template <typename T> static KL_FN T dp_far(const Class<T>& c, double k) {
@@ -97,22 +109,24 @@ template <> struct Member<JS_DIV> {
 template <> struct Member<SKEW_KL_DIV> {
   static constexpr bool takes_gap = false, saturates = true;
   template <typename T> static KL_FN T apart(const Class<T>& c, double k) { return (T)(1 - k) * c.d; }   // m - p
-  template <typename T> static KL_FN T over_middle(T d, const Class<T>& c, double k) {
+  template <typename T, template <typename> class C> static KL_FN T over_middle(T d, const C<T>& c, double k) {
     T s = d / middle(c, k);
     return d == T(0) ? T(0) : s;
   }
-  template <typename T> static KL_FN T value(const Class<T>& c, double k) {
-    return log_ratio(c.p, middle(c, k), apart(c, k)).deviance;
+  template <typename T, template <typename> class C> static KL_FN T value(const C<T>& c, double k) {
+    return log_ratio<!C<T>::ordinary>(c.p, middle(c, k), apart(c, k)).deviance;
   }
   // a (m - p)/m - log(m/p). Where m is near p (or a near 1) that cancels, but for what log(m/p) is more than (m - p)/m; where p
   // is far above m, and a next to 0, it is this which cancels.
-  template <typename T> static KL_FN T dp(const Class<T>& c, double k) {
-    LogRatio<T> up = log_ratio(middle(c, k), c.p, -apart(c, k));
+  template <typename T, template <typename> class C> static KL_FN T dp(const C<T>& c, double k) {
+    LogRatio<T> up = log_ratio<!C<T>::ordinary>(middle(c, k), c.p, -apart(c, k));
     T s = over_middle(apart(c, k), c, k), near = T(0) - fma((T)(1 - k), s, over_middle(up.deviance, c, k));
     T far = fma((T)k, s, up.value);
     return s < T(-0.5) ? far : near;
   }
-  template <typename T> static KL_FN T dq(const Class<T>& c, double k) { return (T)(1 - k) * over_middle(apart(c, k), c, k); }
+  template <typename T, template <typename> class C> static KL_FN T dq(const C<T>& c, double k) {
+    return (T)(1 - k) * over_middle(apart(c, k), c, k);
+  }
   template <typename T> static KL_FN T da(const Class<T>& c, double k) { return unless_zero(c.p, c.p * dp(c, k)); }
   template <typename T> static KL_FN T db(const Class<T>& c, double k) { return c.q * dq(c, k); }
   template <typename T> static KL_FN T dp_far(const Class<T>& c, double k) {
@@ -132,11 +146,19 @@ template <> struct Member<MIXED_KL_DIV> {
     v = k == 0 ? backward : v;
     return k == 1 ? forward : v;
   }
-  template <typename T> static KL_FN T value(const Class<T>& c, double k) {
-    return mix(k, deviance_of(c.p, c.q, c.t), deviance_of(c.q, c.p, -c.t));
+  template <typename T, template <typename> class C> static KL_FN T value(const C<T>& c, double k) {
+    if constexpr (!C<T>::ordinary) return mix(k, deviance_of(c.p, c.q, c.t), deviance_of(c.q, c.p, -c.t));
+    T g = expm1_minus<false>(c.t), near = fma(c.t, c.d, -g), far = fma(c.t, c.q, -c.d);
+    return mix(k, g, absolute(c.t) < T(1) ? near : far);
   }
-  template <typename T> static KL_FN T dp(const Class<T>& c, double k) { return mix(k, -c.t, T(0) - expm1(c.t)); }
-  template <typename T> static KL_FN T dq(const Class<T>& c, double k) { return mix(k, T(0) - expm1(-c.t), c.t); }
+  template <typename T, template <typename> class C> static KL_FN T dp(const C<T>& c, double k) {
+    if constexpr (C<T>::ordinary) return mix(k, -c.t, -c.d);
+    return mix(k, -c.t, T(0) - expm1(c.t));
+  }
+  template <typename T, template <typename> class C> static KL_FN T dq(const C<T>& c, double k) {
+    if constexpr (C<T>::ordinary) return mix(k, c.d / c.q, c.t);
+    return mix(k, T(0) - expm1(-c.t), c.t);
+  }
   template <typename T> static KL_FN T da(const Class<T>& c, double k) { return mix(k, unless_zero(c.p, -c.p * c.t), -c.d); }
   template <typename T> static KL_FN T db(const Class<T>& c, double k) { return mix(k, c.d, unless_zero(c.q, c.q * c.t)); }
 };
@@ -187,17 +209,20 @@ template <> struct Member<SQ_HELLINGER> {
 // (p - q)^2/q
 template <> struct Member<CHI2_DIV> {
   static constexpr bool takes_gap = false, saturates = false;
-  template <typename T> static KL_FN T share(const Class<T>& c) {   // (q - p)/q; by t where q may be out of range
+  // (q - p)/q; by t where q may be out of range
+  template <typename T, template <typename> class C> static KL_FN T share(const C<T>& c) {
+    if constexpr (C<T>::ordinary) return c.d / c.q;
     T by_t = T(0) - expm1(-c.t), s = c.t == T(0) ? c.d / c.q : by_t;
     return c.d == T(0) ? T(0) : s;
   }
-  template <typename T> static KL_FN T value(const Class<T>& c, double) {
+  template <typename T, template <typename> class C> static KL_FN T value(const C<T>& c, double) {
+    if constexpr (C<T>::ordinary) return c.d * share(c);
     T e = expm1(c.t), far = times_exp(c.p, -c.t) * (e * e), near = c.d * share(c);
     near = c.t < T(-1) ? far : near;
     return c.t < -Real<T>::huge ? infinity<T>() : near;
   }
-  template <typename T> static KL_FN T dp(const Class<T>& c, double) { return T(-2) * share(c); }
-  template <typename T> static KL_FN T dq(const Class<T>& c, double) {
+  template <typename T, template <typename> class C> static KL_FN T dp(const C<T>& c, double) { return T(-2) * share(c); }
+  template <typename T, template <typename> class C> static KL_FN T dq(const C<T>& c, double) {
     T s = share(c);
     return s * (T(2) - s);
   }
@@ -209,29 +234,41 @@ template <> struct Member<CHI2_DIV> {
 // beyond, with p and q exchanged.
 template <> struct Member<ALPHA_DIV> {
   static constexpr bool takes_gap = true, saturates = true;
-  template <typename T> static KL_FN T above(const Class<T>& c, T t, T l) {   // for l > 0, times 1 - l
+  template <typename T, template <typename> class C> static KL_FN T above(const C<T>& c, T t, T l) {   // for l > 0, times 1 - l
+    if constexpr (C<T>::ordinary) {
+      T over = T(1) / l, z = l * t, g = expm1_minus<false>(z);
+      T near = c.p * (expm1_minus<false>(t) - g * over), far = c.d - c.p * ((g + z) * over);
+      return absolute(t) <= T(1) ? near : far;
+    }
     T small = absolute(t) <= T(1) ? t : T(0), near = c.p * (expm1_minus(small) - expm1_minus(l * small) / l);
     T far = c.d - times_expm1(c.p, l * t) / l, v = absolute(t) <= T(1) ? near : far;
     return c.t < -Real<T>::huge ? c.p / l * (T(1) - l) : v;
   }
-  template <typename T> static KL_FN T below(const Class<T>& c, T t, T l) {   // for l <= 0
-    T over = l < T(0) ? T(-1) / l : T(0), v = times_growth(c.p * over, l * t) + deviance_of(c.p, c.q, t);
+  template <typename T, template <typename> class C> static KL_FN T below(const C<T>& c, T t, T l) {   // for l <= 0
+    T over = l < T(0) ? T(-1) / l : T(0);
+    if constexpr (C<T>::ordinary) return c.p * fma(over, expm1_minus<false>(l * t), expm1_minus<false>(t));
+    T v = times_growth(c.p * over, l * t) + deviance_of(c.p, c.q, t);
     return c.t < -Real<T>::huge ? infinity<T>() : v;
   }
-  template <bool TURNED, bool ABOVE, typename T> static KL_FN T value_in(const Class<T>& c, double k) {
-    Class<T> of = {TURNED ? c.q : c.p, TURNED ? c.p : c.q, TURNED ? -c.d : c.d, TURNED ? -c.t : c.t};
+  template <bool TURNED, bool ABOVE, typename T, template <typename> class C> static KL_FN T value_in(const C<T>& c, double k) {
+    C<T> of = c;
+    if constexpr (TURNED) of.p = c.q, of.q = c.p, of.d = -c.d, of.t = -c.t;
     T l = (T)(TURNED ? k : 1 - k), rest = (T)(TURNED ? 1 - k : k), t = absolute(of.t) < Real<T>::huge ? of.t : T(0), v;
     if constexpr (ABOVE) v = above(of, t, l);
     else v = below(of, t, l);
+    if constexpr (C<T>::ordinary) return v * (T(1) / rest);
     v = of.t > Real<T>::huge ? of.q : v;
     return v / rest;
   }
-  template <typename T> static KL_FN T value(const Class<T>& c, double k) {   // kl_rows.h takes these branches out of its loop
+  // kl_rows.h takes these branches out of its loop
+  template <typename T, template <typename> class C> static KL_FN T value(const C<T>& c, double k) {
     if (k < 0.5) return k > 0 ? value_in<true, true>(c, k) : value_in<true, false>(c, k);
     return k < 1 ? value_in<false, true>(c, k) : value_in<false, false>(c, k);
   }
-  template <typename T> static KL_FN T slope(T t, T l) {   // -(e^(l t) - 1)/l
-    T s = expm1(l * t) / -l;
+  template <bool ALL, typename T> static KL_FN T slope(T t, T l) {   // -(e^(l t) - 1)/l
+    T z = l * t, s;
+    if constexpr (ALL) s = expm1(z) / -l;
+    else s = (expm1_minus<false>(z) + z) * (T(-1) / l);
     return l == T(0) ? -t : s;
   }
   // times p: (p - p e^(l t))/l, where p e^(l t) = q e^(-(1 - l) t) may be in range where p is not; rest = 1 - l
@@ -242,8 +279,12 @@ template <> struct Member<ALPHA_DIV> {
     s = l == T(0) ? at_0 : s;
     return rest == T(0) ? -d : s;
   }
-  template <typename T> static KL_FN T dp(const Class<T>& c, double k) { return slope(c.t, (T)(1 - k)); }
-  template <typename T> static KL_FN T dq(const Class<T>& c, double k) { return slope(-c.t, (T)k); }
+  template <typename T, template <typename> class C> static KL_FN T dp(const C<T>& c, double k) {
+    return slope<!C<T>::ordinary>(c.t, (T)(1 - k));
+  }
+  template <typename T, template <typename> class C> static KL_FN T dq(const C<T>& c, double k) {
+    return slope<!C<T>::ordinary>(-c.t, (T)k);
+  }
   template <typename T> static KL_FN T da(const Class<T>& c, double k) { return log_slope(c.p, c.q, c.d, c.t, (T)(1 - k), (T)k); }
   template <typename T> static KL_FN T db(const Class<T>& c, double k) { return log_slope(c.q, c.p, -c.d, -c.t, (T)k, (T)(1 - k)); }
   template <typename T> static KL_FN T rest(T t, T l) {   // for l > 0
@@ -299,7 +340,7 @@ KL_FAMILY(KL_CASE)
 // The first sweep is the divergence's own (Spread), and finds the t of every class. The second one adds up terms and, where a
 // gradient is wanted, the scores' mean: the derivative by a logit is p (s - E s), s that by its probability. Where p is nearly
 // one this cancels, so scores are measured from that of the likeliest class: of each chunk's, until all are known; and all of
-// them from their limit, where that class's is nearer to it than to 0. All in double.
+// them from their limit, where that class's is nearer to it than to 0. In double, but for what the next section is of.
 struct Side { double far, centre, sum, mass; };   // 1 or 0; of p (s - centre); of p
 struct Members { double value; Side x, y; };      // of a chunk
 constexpr int MEMBER_STATES = sizeof(Members) / sizeof(double), SIDE_STATES = sizeof(Side) / sizeof(double);
@@ -359,5 +400,49 @@ KL_FN double moved_score(const Side& k, const Side& to, double limit) {
 KL_FN void members_finish(const Members& m, double* stats) {
   *(Members*)stats = {m.value, {m.x.far, m.x.centre, m.x.sum / m.x.mass, m.x.mass}, {m.y.far, m.y.centre, m.y.sum / m.y.mass, m.y.mass}};
 }
+
+// ---- the same, of near classes in float -----------------------------------------------------------------------------------
+//
+// A chunk of float32 logits whose classes are all near, |t| < 16, goes in float. Terms are of degree one: each is its weight w
+// times that of a class of 1 and e^t, which is out of range nowhere. t comes of b - a by an anchor at the row's shift and what
+// that left, so it is as exact, relatively, as float allows. Weights are the first sweep's, measured from the chunk's own maximum;
+// what makes probabilities of them multiplies totals.
+template <typename T> struct NearRow { Anchor<T> at; T rest, bound; Inverse<T> it; };
+template <typename T> KL_FN NearRow<T> near_row(const MemberRow& k, double parameter) {
+  Anchor<T> at = anchor((T)k.max_a, (T)k.max_b, k.shift.value);
+  double rest = minus(k.shift, mean_of(at)), most = absolute(parameter);   // e^(alpha t) is to be in range as well
+  most = absolute(1 - parameter) > most ? absolute(1 - parameter) : most;
+  return {at, (T)(usable((double)at.mean) ? rest : infinity<double>()), (T)(16 / (most > 1 ? most : 1.0)), inverse<T>(k.it)};
+}
+KL_FN double near_part(const MemberRow& k, double max_a) { return exp_flushed((max_a - k.max_a) * k.it) * k.inv_s; }
+template <bool TEMPERED, typename T> KL_FN T near_gap(T a, T b, const NearRow<T>& k) {   // t
+  T low, c = difference(b, a, low);
+  Pair<T> t = cooled<TEMPERED>(((c - k.at.m) - k.at.low) + low, -k.rest, k.it);   // exact up to here where t is small
+  return t.value + t.low;
+}
+template <typename T> KL_FN bool is_near(T t, const NearRow<T>& k) { return absolute(t) < k.bound; }   // NaN is not
+template <typename T> KL_FN Ordinary<T> near_class(T t) {
+  Octave<T> o = octave(t);
+  T s = power_of_two(o.k), y = fma(o.r * o.r, exp_tail(o.r), o.r);
+  return {{T(1), fma(s, y, s), fma(s, y, s - T(1)), t}};
+}
+
+// A float score s is wrong by a few eps of itself, and the gradient p (s - mean) is not much more so unless nearly all scores
+// are the same. Where they do not balance they are measured from their chunk's mean, and looked at: if they are apart by less
+// than a sixteenth of themselves, the chunk's gradient goes in double. Those of tv_dist are exact.
+template <int OP> constexpr double APART = OP == TV_DIST ? 0.0 : 0.0625;
+struct Scores { double mass, sum, size; };   // sums of w, w s and w |s|
+KL_FN bool are_balanced(const Scores& k) { return absolute(k.sum) <= 0.5 * k.size; }   // apart by half of themselves, at least
+KL_FN float centre_of(const Scores& k) { return k.mass > 0 ? (float)(k.sum / k.mass) : 0.f; }
+KL_FN bool are_apart(double size, const Scores& k, double apart) { return size >= apart * k.size; }   // size: from the centre
+KL_FN Side near_side(const Scores& k, double centre, double sum, double part) { return {0.0, centre, sum * part, k.mass * part}; }
+// p (s - mean)/T, of a row's mean
+template <typename T> struct Slope { T mean, low, scale; };
+template <typename T> KL_FN Slope<T> near_slope(const MemberRow& k, const Side& side, double limit, double part) {
+  double mean = (side.centre + side.sum) + (side.far != 0 ? limit : 0.0);
+  T high = (T)mean;
+  return {high, (T)(mean - (double)high), (T)(part * k.it)};
+}
+template <typename T> KL_FN T near_derivative(T w, T s, const Slope<T>& k) { return (w * ((s - k.mean) - k.low)) * k.scale; }
 
 }  // namespace kl

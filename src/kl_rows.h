@@ -1014,7 +1014,8 @@ inline void mixed_finish(const Plan& p, int sweep, const double* state, double* 
 
 // ---- the divergence's relatives, of two rows of logits (kl_family.h) -------------------------------------------------------------
 //
-// Its own first sweep; then every class in double: a sweep for the terms and what the gradients need, one for these.
+// Its own first sweep; then one for the terms and what the gradients need, and one for these. Of float32 a chunk whose classes
+// are all near goes in float, and everything else in double.
 
 KL_APART inline void see_logits(const double* __restrict a, const double* __restrict b, int m, MemberRow row, Seen<double>& s) {
   for (int i = 0; i < m; i++) {
@@ -1025,9 +1026,47 @@ KL_APART inline void see_logits(const double* __restrict a, const double* __rest
     s.t[i] = c.t;
   }
 }
+// The classes of a piece of a near chunk, in float. Returns whether all are near.
+struct Near { alignas(64) float q[PIECE], d[PIECE], t[PIECE]; };
+template <bool TEMPERED>
+KL_APART bool see_near(const float* __restrict a, const float* __restrict b, int m, NearRow<float> row, Near& s) {
+  Real<float>::Bits others = 0;
+  for (int i = 0; i < m; i++) {
+    s.t[i] = near_gap<TEMPERED>(a[i], b[i], row);
+    others |= is_near(s.t[i], row) ? 0 : 1;
+  }
+  if (others) return false;
+  for (int i = 0; i < m; i++) {
+    Ordinary<float> c = near_class(s.t[i]);
+    s.q[i] = c.q;
+    s.d[i] = c.d;
+  }
+  return true;
+}
+KL_FN Ordinary<float> class_at(const Near& s, int i) { return {{1.f, s.q[i], s.d[i], s.t[i]}}; }
+template <bool TURNED, bool ABOVE> KL_APART void near_alpha(const Near& s, int m, double k, float* __restrict v) {
+  for (int i = 0; i < m; i++) v[i] = Member<ALPHA_DIV>::value_in<TURNED, ABOVE>(class_at(s, i), k);
+}
+// Terms and the scores that are asked for in one loop: they have much in common
+template <int OP, bool DX, bool DY>
+KL_APART void near_loop(const Near& s, int m, double k, float* __restrict v, float* __restrict dx, float* __restrict dy) {
+  typedef Member<OP> M;
+  if constexpr (OP == ALPHA_DIV) {   // as member_loop
+    if (k < 0.5) k > 0 ? near_alpha<true, true>(s, m, k, v) : near_alpha<true, false>(s, m, k, v);
+    else k < 1 ? near_alpha<false, true>(s, m, k, v) : near_alpha<false, false>(s, m, k, v);
+  }
+  for (int i = 0; i < m; i++) {
+    Ordinary<float> c = class_at(s, i);
+    if constexpr (OP != ALPHA_DIV) v[i] = M::value(c, k);
+    if constexpr (DX) dx[i] = M::dp(c, k);
+    if constexpr (DY) dy[i] = M::dq(c, k);
+  }
+}
+
 typedef void (*MemberLoop)(const Seen<double>&, int m, double parameter, double* v);
+typedef void (*NearLoop)(const Near&, int m, double parameter, float* v, float* dx, float* dy);
 struct SideLoops { MemberLoop score[2], by_log; double limit; };   // score[far]
-struct MemberLoops { MemberLoop terms; SideLoops x, y; };
+struct MemberLoops { MemberLoop terms; SideLoops x, y; NearLoop near[2][2]; double apart; };   // near[dx][dy]
 template <int OP> MemberLoops member_loops(double k) {
   typedef Member<OP> M;
   SideLoops x = {{member_loop<OP, MEMBER_DP>, member_loop<OP, MEMBER_DP>}, member_loop<OP, MEMBER_DA>, 0};
@@ -1036,7 +1075,9 @@ template <int OP> MemberLoops member_loops(double k) {
     x.score[1] = member_loop<OP, MEMBER_DP_FAR>, x.limit = M::p_limit(k);
     y.score[1] = member_loop<OP, MEMBER_DQ_FAR>, y.limit = M::q_limit(k);
   }
-  return {member_loop<OP, MEMBER_VALUE>, x, y};
+  return {member_loop<OP, MEMBER_VALUE>, x, y,
+          {{near_loop<OP, false, false>, near_loop<OP, false, true>}, {near_loop<OP, true, false>, near_loop<OP, true, true>}},
+          APART<OP>};
 }
 inline MemberLoops member_loops(const Plan& p) {
   switch (p.operation) {
@@ -1072,19 +1113,109 @@ inline int likeliest(const double* t, int n) {   // the first of the largest; 0 
   return found < n ? found : 0;
 }
 
+KL_APART inline void add_products(const float* __restrict w, const float* __restrict v, int m, float* __restrict s) {
+  down(m, [=](int j, int i) KL_LAMBDA { s[j] = fma(w[i], v[i], s[j]); });
+}
+KL_APART inline void add_scores(const float* __restrict w, const float* __restrict v, int m, float* __restrict mass,
+                                float* __restrict sum, float* __restrict size) {
+  down(m, [=](int j, int i) KL_LAMBDA {
+    mass[j] += w[i];
+    sum[j] = fma(w[i], v[i], sum[j]);
+    size[j] = fma(w[i], absolute(v[i]), size[j]);
+  });
+}
+KL_APART inline void add_centred(const float* __restrict w, const float* __restrict v, int m, float centre, float* __restrict sum,
+                                 float* __restrict size) {
+  down(m, [=](int j, int i) KL_LAMBDA {
+    float d = v[i] - centre;
+    sum[j] = fma(w[i], d, sum[j]);
+    size[j] = fma(w[i], absolute(d), size[j]);
+  });
+}
+
+// What sweeps leave of a float32 chunk for later ones, if there is room: sweep 0 its weights, sweep 1 for each side that is wanted
+// what weighs a class's score, and the score.
+struct NearWeights {
+  alignas(64) float weight[CHUNK + 32];   // offsets within a page as in Buffers
+  float max_a;
+};
+struct NearSide : NearWeights {
+  alignas(64) float score[CHUNK + 32];
+  bool apart;   // the scores are: they will do
+};
+inline size_t near_kept(const Plan& p) {
+  int sides = (p.dx.data ? 1 : 0) + (p.dy.data ? 1 : 0);
+  if (!sides) return p.n <= 128 * CHUNK ? sizeof(NearWeights) : 0;   // a value is to take little memory
+  return sides * sizeof(NearSide);
+}
+template <bool TEMPERED>
+KL_APART void weigh_near(const float* __restrict a, int n, Inverse<float> it, NearWeights& k) {
+  float max_a = k.max_a = maximum(a, n);
+  for (int i = 0; i < n; i++) k.weight[i] = weight<TEMPERED>(a[i], max_a, it);
+}
+struct NearSums { Columns<float> mass, sum, size; };
+inline Side centre(NearSide& k, int n, const NearSums& sums, double part, double apart) {
+  Scores all = {sums.mass.total(), sums.sum.total(), sums.size.total()};
+  k.apart = are_balanced(all);
+  if (k.apart) return near_side(all, 0.0, all.sum, part);
+  float from = centre_of(all);
+  Columns<float> sum, size;
+  for (int i = 0; i < n; i += PIECE)
+    add_centred(k.weight + i, k.score + i, n - i < PIECE ? n - i : PIECE, from, sum.at, size.at);
+  k.apart = are_apart(size.total(), all, apart);
+  return near_side(all, from, sum.total(), part);
+}
+KL_APART inline void write_near(const NearSide& k, int n, Slope<float> by, float* __restrict out) {
+  for (int i = 0; i < n; i++) out[i] = near_derivative(k.weight[i], k.score[i], by);
+}
+
+struct Left { bool value, dx, dy; };   // what a chunk has still to find
+
+// A chunk in float, if all its classes are near: its value, whose terms are left in s.dx, and its sides. Those of a
+// side may take the place of its weights.
+template <bool TEMPERED>
+KL_APART void near_chunk(const Plan& p, const Row& row, i64 start, int n, const MemberRow& known, Buffers<double>& s,
+                         NearWeights& k, NearSide* x, NearSide* y, Left& left, Members& found) {
+  const float* a = load(p.x, row.x, start, n, (float*)s.x);
+  const float* b = load(p.y, row.y, start, n, (float*)s.y);
+  NearRow<float> by = near_row<float>(known, p.parameter);
+  if (!row.kept) weigh_near<TEMPERED>(a, (n + 15) & ~15, by.it, k);
+  MemberLoops loops = member_loops(p);
+  double part = near_part(known, k.max_a);
+  float* w = k.weight;
+  Near seen;
+  alignas(64) float v[PIECE];
+  Columns<float> value;
+  NearSums of_x, of_y;
+  for (int i = 0; i < n; i += PIECE) {
+    int m = n - i < PIECE ? n - i : PIECE, m16 = (m + 15) & ~15;
+    if (!see_near<TEMPERED>(a + i, b + i, m16, by, seen)) return;
+    loops.near[x != nullptr][y != nullptr](seen, m16, p.parameter, v, x ? x->score + i : nullptr, y ? y->score + i : nullptr);
+    add_products(w + i, v, m, value.at);
+    if (p.output == TERMS)
+      for (int j = 0; j < m; j++) ((float*)s.dx)[i + j] = (w[i + j] * v[j]) * (float)part;
+    if (x) add_scores(w + i, x->score + i, m, of_x.mass.at, of_x.sum.at, of_x.size.at);
+    if (y) {
+      for (int j = 0; j < m16; j++) y->weight[i + j] = w[i + j] * seen.q[j];
+      add_scores(y->weight + i, y->score + i, m, of_y.mass.at, of_y.sum.at, of_y.size.at);
+    }
+  }
+  found.value = value.total() * part;
+  if (x) found.x = centre(*x, n, of_x, part, loops.apart);
+  if (y) found.y = centre(*y, n, of_y, part, loops.apart);
+  left = {false, x && !x->apart, y && !y->apart};
+}
+
 static_assert(MEMBER_STATES <= MAX_STATES);
-template <typename T>   // the sweeps after the first, which must not add to the stack that this one takes
-KL_APART void members_later(const Plan& p, const Row& row, int sweep, i64 start, int n, const double* stats, double* state,
-                            i64 pitch, void* scratch) {
-  Buffers<double>& s = *(Buffers<double>*)scratch;
-  Seen<double>* kept = row.kept ? (Seen<double>*)row.kept + start / PIECE : nullptr;   // by sweep 1 for sweep 2, if there is room
+template <typename T>   // what is left in the sweeps after the first, which must not add to the stack that this one takes
+KL_APART void members_later(const Plan& p, const Row& row, int sweep, i64 start, int n, MemberRow known, Left wanted,
+                            Buffers<double>& s, Members& found) {
+  Seen<double>* kept = p.wide && row.kept ? (Seen<double>*)row.kept + start / PIECE : nullptr;   // by sweep 1 for sweep 2
   bool look = sweep == 1 || !kept;
   const double* a = look ? load(p.x, row.x, start, n, s.x) : nullptr;
   const double* b = look ? load(p.y, row.y, start, n, s.y) : nullptr;
-  MemberRow known = member_row(stats, p.inverse_temperature);
   MemberLoops loops = member_loops(p);
-  bool dx = p.dx.data, dy = p.dy.data;
-  T *out_x = (T*)(sweep == 1 ? s.a : s.dx), *out_y = (T*)s.dy;   // in sweep 1 the terms
+  T *out_x = (T*)s.dx, *out_y = (T*)s.dy;   // in sweep 1 the terms
   Seen<double> local;
   alignas(64) double v[PIECE], score[PIECE];
   auto begin = [&](const SideLoops& of, const double* likely) {
@@ -1095,14 +1226,14 @@ KL_APART void members_later(const Plan& p, const Row& row, int sweep, i64 start,
     of.score[1](local, 1, p.parameter, &far);
     return side_from(s, far);
   };
-  if (sweep == 1 && dx) known.x = begin(loops.x, a);
-  if (sweep == 1 && dy) known.y = begin(loops.y, b);
+  if (sweep == 1 && wanted.dx) known.x = begin(loops.x, a);
+  if (sweep == 1 && wanted.dy) known.y = begin(loops.y, b);
   Columns<double> value, x, mass_x, y, mass_y;
   for (int i = 0; i < n; i += PIECE) {
     int left = n - i < PIECE ? n - i : PIECE, m = (left + 15) & ~15;
     Seen<double>& seen = kept ? kept[i / PIECE] : local;
     if (look) see_logits(a + i, b + i, m, known, seen);
-    if (sweep == 1) {
+    if (wanted.value) {
       loops.terms(seen, m, p.parameter, v);
       add_columns(v, left, value.at);
       if (p.output == TERMS)
@@ -1120,25 +1251,58 @@ KL_APART void members_later(const Plan& p, const Row& row, int sweep, i64 start,
         for (int j = 0; j < left; j++) out[i + j] = (T)((v[j] - mass[j] * k.sum) * known.it);   // by now a mean
       }
     };
-    if (dx) side(loops.x, known.x, seen.p, x, mass_x, out_x);
-    if (dy) side(loops.y, known.y, seen.q, y, mass_y, out_y);
+    if (wanted.dx) side(loops.x, known.x, seen.p, x, mass_x, out_x);
+    if (wanted.dy) side(loops.y, known.y, seen.q, y, mass_y, out_y);
   }
-  if (sweep == 1) {
-    if (p.output == TERMS) store(p.value, row.value, start, n, out_x, row.weight, p.stream);
-    Members k = {value.total(), {known.x.far, known.x.centre, x.total(), mass_x.total()},
-                 {known.y.far, known.y.centre, y.total(), mass_y.total()}};
-    for (int i = 0; i < MEMBER_STATES; i++) state[i * pitch] = ((const double*)&k)[i];
-    return;
-  }
-  if (dx) store(p.dx, row.dx, start, n, out_x, row.weight * p.gradient_scale, p.stream);
-  if (dy) store(p.dy, row.dy, start, n, out_y, row.weight * p.gradient_scale, p.stream);
+  if (wanted.value) found.value = value.total();
+  if (wanted.dx) found.x = {known.x.far, known.x.centre, x.total(), mass_x.total()};
+  if (wanted.dy) found.y = {known.y.far, known.y.centre, y.total(), mass_y.total()};
 }
 
 template <typename T, bool TEMPERED>
 void members_chunk(const Plan& p, const Row& row, int sweep, i64 start, int n, const double* stats, double* state, i64 pitch,
                    void* scratch) {
-  if (sweep == 0) logits_chunk<T, TEMPERED>(p, row, sweep, start, n, stats, state, pitch, scratch);
-  else members_later<T>(p, row, sweep, start, n, stats, state, pitch, scratch);
+  char* kept = row.kept && !p.wide ? row.kept + start / CHUNK * near_kept(p) : nullptr;
+  if (sweep == 0) {
+    Row alone = row;
+    alone.kept = nullptr;
+    logits_chunk<T, TEMPERED>(p, alone, sweep, start, n, stats, state, pitch, scratch);
+    if (!kept) return;
+    const Kept<T>& k = *(Kept<T>*)((Buffers<T>*)scratch)->a;
+    std::memcpy(((NearWeights*)kept)->weight, k.weight, sizeof(float) * ((n + 15) & ~15));
+    ((NearWeights*)kept)->max_a = (float)k.at.max_a;
+    return;
+  }
+  Buffers<double>& s = *(Buffers<double>*)scratch;
+  MemberRow known = member_row(stats, p.inverse_temperature);
+  T *out_x = (T*)s.dx, *out_y = (T*)s.dy;
+  Left left = {sweep == 1, p.dx.data != nullptr, p.dy.data != nullptr};
+  Members found = {};
+  if constexpr (sizeof(T) == sizeof(float)) {
+    static_assert(2 * sizeof(NearSide) <= sizeof s.a + sizeof s.b);
+    NearSide* sides = kept ? (NearSide*)kept : (NearSide*)s.a;
+    NearSide *x = left.dx ? sides : nullptr, *y = left.dy ? sides + left.dx : nullptr;
+    if (sweep == 1 || !kept) {
+      if (x) x->apart = false;
+      if (y) y->apart = false;
+      near_chunk<TEMPERED>(p, row, start, n, known, s, *sides, x, y, left, found);
+    }
+    if (sweep > 1) {
+      MemberLoops loops = member_loops(p);
+      double part = near_part(known, sides->max_a);
+      left = {false, x && !x->apart, y && !y->apart};
+      if (x && x->apart) write_near(*x, n, near_slope<float>(known, known.x, loops.x.limit, part), out_x);
+      if (y && y->apart) write_near(*y, n, near_slope<float>(known, known.y, loops.y.limit, part), out_y);
+    }
+  }
+  if (left.value || left.dx || left.dy) members_later<T>(p, row, sweep, start, n, known, left, s, found);
+  if (sweep == 1) {
+    if (p.output == TERMS) store(p.value, row.value, start, n, out_x, row.weight, p.stream);
+    for (int i = 0; i < MEMBER_STATES; i++) state[i * pitch] = ((const double*)&found)[i];
+    return;
+  }
+  if (p.dx.data) store(p.dx, row.dx, start, n, out_x, row.weight * p.gradient_scale, p.stream);
+  if (p.dy.data) store(p.dy, row.dy, start, n, out_y, row.weight * p.gradient_scale, p.stream);
 }
 
 inline void members_fold(const Plan& p, int sweep, const double* from, int count, i64 pitch, double* to, i64 to_pitch) {
@@ -1287,7 +1451,8 @@ inline Kernel sums_kernel(const Plan& p) {
     return {gradient ? 3 : 2, {LOGITS_STATES, MEMBER_STATES, 0},
             p.wide ? (tempered ? members_chunk<double, true> : members_chunk<double, false>)
                    : (tempered ? members_chunk<float, true> : members_chunk<float, false>),
-            members_fold, members_done, gradient ? sizeof(Seen<double>) * (CHUNK / PIECE) : 0};
+            members_fold, members_done,
+            !p.wide ? near_kept(p) : gradient ? sizeof(Seen<double>) * (CHUNK / PIECE) : 0};
   }
   if (of_cross(p)) return p.wide ? cross_kernel_of<double>(p) : cross_kernel_of<float>(p);
   if (is_unnormalised(p.space_x) || is_unnormalised(p.space_y))

@@ -118,6 +118,38 @@ def test_accuracy_of_long_rows(name):
 
 
 @names
+def test_accuracy_of_nearly_one_hot_rows(name):
+    """Where log q - log p of the class that has nearly all is tiny, and counts as much as the others'."""
+    parameters = relatives.PARAMETERS[name][0]
+    for far, offset in itertools.product((1e-10, 1e-6, 1.0), (0.0, 37.0, 1e4)):
+        a, b = logits(far, 9)
+        a[:, 4] += 25
+        b[:, 4] += 25
+        x, y = in_space("logits", a, b + offset, dtype="float32")
+        got = call(name, x, y, space="logits", return_grad=("x", "y"), **parameters)
+        assert_right(name, parameters, x, y, "logits", got)
+
+
+@names
+def test_float_and_double(name, gpu):
+    """Chunks of float32 logits: near ones, one with a class that is not, and one whose scores are all but the same."""
+    parameters = relatives.PARAMETERS[name][0]
+    a, b = logits(0.1, 3072, 3)
+    b[1, 1500] -= 30
+    b[:2, 2048:] = a[:2, 2048:] + 1 + 1e-4 * (b - a)[:2, 2048:]
+    b[2] = a[2] + 1e-5 * (b - a)[2]
+    b[2, 7] += 9
+    x, y = in_space("logits", a, b + 37, dtype="float32")
+    got = call(name, x, y, space="logits", return_grad=("x", "y"), **parameters)
+    assert_right(name, parameters, x, y, "logits", got)
+    np.testing.assert_array_equal(call(name, x, y, space="logits", **parameters), got[0])
+    there = call(name, gpu.put(x), gpu.put(y), space="logits", return_grad=("x", "y"), **parameters)
+    alike(map(gpu.get, there), got)
+    for k, of in enumerate("xy", 1):  # a side by itself
+        alike(call(name, x, y, space="logits", return_grad=of, **parameters), (got[0], got[k]))
+
+
+@names
 def test_temperature(name):
     parameters = relatives.PARAMETERS[name][0]
     for dtype, temperature in (("float32", 2.5), ("float64", 0.3)):
