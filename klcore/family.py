@@ -519,7 +519,8 @@ def renyi_div(
     Parameters
     ----------
     x, y : array of shape (..., n, ...)
-        The truth and the model: distributions.
+        The truth and the model: distributions. Numbers that do not sum to 1 may give any value; of counts,
+        ``space='counts'`` takes shares.
     alpha : float
         From 1e-20 to 1e20. It has no default.
     space, axis, weights, denominator, temperature, base, return_grad, out, device

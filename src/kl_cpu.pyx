@@ -33,6 +33,7 @@ cdef extern from "kl_batch.h" namespace "kl" nogil:
         const char* name
         int form, arguments
     const OperationRow* operation_rows "kl::OPERATIONS"
+    int summed(int)
     cdef struct Array:
         char* data
         i64 stride
@@ -308,12 +309,15 @@ def run(list plans):
 
 def is_wide(int operation, int space_x, int space_y, double temperature):
     """Whether float32 is computed in float64: counts; what goes by terms from logits, and by classes unless both are
-    probabilities, or both logits; and temperatures at which float32 has no room for a logarithm, for the temperature
+    probabilities, or both logits; probabilities of what is a function of a sum, which multiplies derivatives that are
+    larger than the result; and temperatures at which float32 has no room for a logarithm, for the temperature
     or for its inverse."""
     cdef int form = operation_rows[operation].form
     if space_x == COUNTS or space_y == COUNTS:
         return True
     if form == _BY_CLASS and not (space_x == space_y and space_x != LOG_PROBS):
+        return True
+    if summed(operation) != operation and space_x == PROBS:
         return True
     if space_x != LOGITS and space_y != LOGITS:
         return False
