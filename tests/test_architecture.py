@@ -30,14 +30,18 @@ REGISTRY_ERROR = "klcore.backends:BackendUnavailableError"  # an exception has t
 ROOMS = {
     r"klcore": {
         "klcore.divergence", "klcore.estimate", "klcore.family", "klcore.backends", "klcore.backends.threads",
-        "klcore.config", "klcore.version",
+        "klcore.config", "klcore.summary", "klcore.version",
+    },
+    # within a function: what makes a summary of dask's arrays lazy
+    r"klcore\.summary": {
+        "numpy", "klcore.backends.host", "klcore.backends.dask", "klcore.parameters", "klcore.student",
     },
     r"klcore\.operations": {"klcore._cpu"},
     r"klcore\.(divergence|estimate|family)": {
         "klcore.backends", "klcore.operations", "klcore.parameters", "klcore.typing",
     },
     r"klcore\.typing": {"numpy"},  # for type checkers
-    r"klcore\.(version|exact|parameters)": set(),
+    r"klcore\.(version|exact|parameters|student)": set(),
     r"klcore\.__main__": {"klcore.config", "klcore.selftest"},
     r"klcore\.selftest": {
         "numpy", "ml_dtypes", "klcore._cpu", "klcore.backends.threads", "klcore.config", "klcore.divergence",
@@ -49,6 +53,10 @@ ROOMS = {
         "klcore.backends.cuda", "klcore.backends.cuda.nvrtc", "klcore.version",
     },
     r"klcore\.backends": {"klcore.backends.torch", "klcore.operations"},  # within a function, and for type checkers
+    r"klcore\.backends\.host": {
+        "numpy", "klcore.backends:library", "klcore.backends.rows", "klcore.backends.torch.memory",
+        "klcore.backends.dlpack",
+    },
     r"klcore\.backends\.labels": {"numpy"},
     r"klcore\.backends\.rows": {
         "numpy", "klcore._cpu", "klcore.backends.labels", "klcore.operations", "klcore.parameters",
