@@ -410,14 +410,41 @@ class Summary:
         found = (ends[0] + (at - low) * (ends[1] - ends[0])).reshape(fractions.shape)
         return found if fractions.ndim else float(found)
 
-    def _ordered(self, ranks: Any) -> Any:
-        """The order statistics of these ranks, from 0, as the histogram knows them."""
+    def histogram(self, edges: Any) -> Any:
+        """How many finite values are between each two of these edges.
+
+        Parameters
+        ----------
+        edges : array of float of shape (n + 1,)
+            Increasing. Each is moved to the next edge of a bin of the summary's, by less than 2^-9 of itself.
+
+        Returns
+        -------
+        array of int of shape (n,)
+            Of the values at an edge or above it, and below the next.
+        """
+        histogram = self._kept()
+        with np.errstate(over="ignore"):
+            bits = np.asarray(edges, np.float64).astype(np.float32).view(np.int32)
+        bins = (bits & 0x7FFFFFFF) >> _SHIFT
+        if self.signed:
+            bins = np.where(bits < 0, _BINS - bins, _BINS + bins)
+        elif (bits < 0).any():
+            raise ValueError("edges must not be negative; this summary has no such values")
+        below = np.concatenate([[0], np.cumsum(histogram)])
+        return np.diff(below[np.minimum(bins, histogram.size)])
+
+    def _kept(self) -> Any:
         if self._histogram is None:
             raise ValueError("this summary keeps no histogram; make it with quantiles=True")
-        ranks = np.asarray(ranks)
+        return self._histogram
+
+    def _ordered(self, ranks: Any) -> Any:
+        """The order statistics of these ranks, from 0, as the histogram knows them."""
+        histogram, ranks = self._kept(), np.asarray(ranks)
         if not self.count:
             return np.full(ranks.shape, math.nan)
-        bins = np.searchsorted(np.cumsum(self._histogram), ranks, side="right")
+        bins = np.searchsorted(np.cumsum(histogram), ranks, side="right")
         values = np.clip(_middles(bins - _BINS if self.signed else bins), self.min, self.max)
         return np.where(ranks == 0, self.min, np.where(ranks == self.count - 1, self.max, values))
 

@@ -42,7 +42,34 @@ ROOMS = {
     },
     r"klcore\.typing": {"numpy"},  # for type checkers
     r"klcore\.(version|exact|parameters|student)": set(),
-    r"klcore\.__main__": {"klcore.config", "klcore.selftest"},
+    r"klcore\.__main__": {"klcore.config", "klcore.selftest", "klcore.compare.command"},
+    # klcore compare, which stands above the public functions; libraries of files and pictures within functions
+    r"klcore\.compare(\.errors)?": set(),
+    r"klcore\.compare\.files": {"numpy", "safetensors", "ml_dtypes", "klcore.compare.errors"},
+    r"klcore\.compare\.llama": {"numpy", "klcore.compare.errors", "klcore.compare.files"},
+    r"klcore\.compare\.figures": {
+        "numpy", "klcore.backends.threads", "klcore.compare.llama", "klcore.divergence", "klcore.family",
+    },
+    r"klcore\.compare\.tally": {"numpy", "klcore.compare.figures", "klcore.summary"},
+    r"klcore\.compare\.comparison": {
+        "numpy", "klcore.backends.threads",
+        *(f"klcore.compare.{name}" for name in ("errors", "figures", "files", "llama", "tally")),
+    },
+    r"klcore\.compare\.report": {
+        *(f"klcore.compare.{name}" for name in ("comparison", "figures", "tally")), "klcore.summary", "klcore.version",
+    },
+    r"klcore\.compare\.plots": {
+        "numpy", "matplotlib", "matplotlib.pyplot",
+        *(f"klcore.compare.{name}" for name in ("errors", "report", "tally")),
+    },
+    r"klcore\.compare\.page": {"klcore.compare.report"},
+    r"klcore\.compare\.outputs": {"numpy", "klcore.compare.errors"},
+    r"klcore\.compare\.command": {
+        "numpy", "tqdm", "klcore.backends.threads", "klcore.compare",
+        *(f"klcore.compare.{name}" for name in (
+            "comparison", "errors", "figures", "files", "llama", "outputs", "page", "plots", "report", "tally",
+        )),
+    },
     r"klcore\.selftest": {
         "numpy", "ml_dtypes", "klcore._cpu", "klcore.backends.threads", "klcore.config", "klcore.divergence",
         "klcore.family",
