@@ -83,7 +83,10 @@ def _rows(axes: Any, tally: Tally, marked: tuple[float, ...], colours: dict[str,
     axes.grid(axis="y")
     outside = kl.count - int(counts.sum())
     if outside:
-        axes.text(0.01, 0.78, f"{outside:,} rows further left", transform=axes.transAxes, fontsize=9)
+        axes.text(
+            0.01, 0.72, f"{outside:,} rows further left", transform=axes.transAxes, fontsize=9,
+            bbox={"facecolor": colours["paper"], "edgecolor": "none", "pad": 1},
+        )  # fmt: skip
     for step, (q, value) in enumerate(zip(marked, kl.quantile(list(marked)).tolist(), strict=True)):
         if value >= edges[0]:
             axes.axvline(value, color=colours["second"], linewidth=1.4, ymax=0.8)
@@ -95,11 +98,12 @@ def _rows(axes: Any, tally: Tally, marked: tuple[float, ...], colours: dict[str,
 
 def _along(axes: Any, tally: Tally, report: dict[str, Any], colours: dict[str, str]) -> None:
     """The mean KL along the text, or the file, with twice its standard error."""
-    where = "text" if report["texts"] and "position" in (report["worst"] or [{}])[0] else "file"
+    where = report["along"]
     axes.set_title(f"Mean KL along the {where}")
     axes.set_xlabel(f"place in the {where}")
     axes.set_ylabel("nats")
-    found = [((k + 0.5) / PLACES, s.mean, s.stderr()) for k, s in enumerate(tally.places) if s.count]
+    of_texts = where == "text"  # else a place is of one text, of which nothing is known but its rows
+    found = [((k + 0.5) / PLACES, s.mean, s.stderr(of_texts)) for k, s in enumerate(tally.places) if s.count]
     place, mean, error = np.array(found).reshape(-1, 3).T
     error = np.nan_to_num(error)  # of a place with one text
     axes.fill_between(place, np.maximum(mean - 2 * error, 0), mean + 2 * error, color=colours["main"], alpha=0.25, lw=0)

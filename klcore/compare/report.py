@@ -40,6 +40,7 @@ def make_report(comparison: Comparison, tally: Tally, command: str) -> dict[str,
         "rows_nan": kl.n_nan,
         "vocab": c.vocab,
         "texts": kl.n_groups or None,
+        "along": "text" if c.per_group else "file",
         "space": list(c.measure.spaces),
         "temperature": c.measure.temperature,
         "notes": list(_notes(c, tally)),
@@ -153,7 +154,9 @@ def figure(value: float | None, width: int = 0) -> str:
 
 def share(value: float | None, width: int = 0, digits: int = 2) -> str:
     """Of one, in percent."""
-    return f"{'-' if value is None else f'{100 * value:.{digits}f} %':>{width}}"
+    if value is None:
+        return f"{'-':>{width}}"
+    return f"{f'{round(100 * value, digits) + 0.0:.{digits}f} %':>{width}}"  # -0 is 0
 
 
 def _lines(r: dict[str, Any]) -> Iterator[str]:
