@@ -10,14 +10,13 @@ import importlib
 import math
 import operator
 from collections.abc import Iterable
-from statistics import NormalDist
 from typing import Any, SupportsFloat, SupportsIndex
 
 import numpy as np
 
 from klcore.backends.host import to_numpy
+from klcore.normal import normal_quantile, t_quantile
 from klcore.parameters import number
-from klcore.student import t_quantile
 
 _UNIT = 149  # 2^-149 is the smallest float32: all finite ones are multiples of it
 _SHIFT = 14  # lower bits of a float32 that the histogram does not see
@@ -374,7 +373,7 @@ class Summary:
         upper = (1 + level) / 2
         if quantile is not None:
             f, n = _fraction(quantile, "quantile"), self.count
-            reach = NormalDist().inv_cdf(upper) * math.sqrt(n * f * (1 - f))
+            reach = normal_quantile(upper) * math.sqrt(n * f * (1 - f))
             low, high = math.floor(n * f - reach), math.ceil(n * f + reach)
             lowest = -math.inf if self.signed else 0.0
             ends = self._ordered([min(max(low, 1), n) - 1, min(max(high + 1, 1), n) - 1])
@@ -383,7 +382,7 @@ class Summary:
         error, mean = self.stderr(clustered), self.mean
         if math.isnan(error):
             return math.nan, math.nan
-        reach = t_quantile(upper, self.n_groups - 1) if clustered else NormalDist().inv_cdf(upper)
+        reach = t_quantile(upper, self.n_groups - 1) if clustered else normal_quantile(upper)
         return mean - reach * error, mean + reach * error
 
     def quantile(self, q: Any) -> Any:

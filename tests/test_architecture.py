@@ -34,14 +34,14 @@ ROOMS = {
     },
     # within a function: what makes a summary of dask's arrays lazy
     r"klcore\.summary": {
-        "numpy", "klcore.backends.host", "klcore.backends.dask", "klcore.parameters", "klcore.student",
+        "numpy", "klcore.backends.host", "klcore.backends.dask", "klcore.parameters", "klcore.normal",
     },
     r"klcore\.operations": {"klcore._cpu"},
     r"klcore\.(divergence|estimate|family)": {
         "klcore.backends", "klcore.operations", "klcore.parameters", "klcore.typing",
     },
     r"klcore\.typing": {"numpy"},  # for type checkers
-    r"klcore\.(version|exact|parameters|student)": set(),
+    r"klcore\.(version|exact|parameters|normal)": set(),
     r"klcore\.__main__": {"klcore.config", "klcore.selftest", "klcore.compare.command"},
     # klcore compare, which stands above the public functions; libraries of files and pictures within functions
     r"klcore\.compare(\.errors)?": set(),

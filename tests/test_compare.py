@@ -3,17 +3,20 @@
 The oracle of figures is the textbook formula in float64; nothing here calls what is tested to know what to expect.
 """
 
+import importlib
 import io
 import json
 import math
 import os
 import re
+import select
 import signal
 import struct
 import subprocess
 import sys
 import time
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import oracle
@@ -802,6 +805,40 @@ sys.exit(main(["compare", *sys.argv[1:]]))
     assert sorted(p.name for p in folder.iterdir()) == ["base.npy", "quant.npy", "rows.npy", "tokens.npy"]
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
+@pytest.mark.parametrize("where", ["full", "closed"])
+def test_standard_output_that_takes_nothing(folder, where):
+    paths = [str(folder / name) for name in ("base.npy", "quant.npy")]
+    read, write = os.pipe()
+    os.close(read)
+    with open("/dev/full", "w") if where == "full" else os.fdopen(write, "w") as out:
+        done = subprocess.run(
+            [sys.executable, "-m", "klcore", "compare", *paths],
+            stdout=out, stderr=subprocess.PIPE, text=True, timeout=60, **as_here(),
+        )  # fmt: skip
+    assert done.returncode == 2
+    assert re.fullmatch(r"klcore compare: standard output cannot be written: .*\n", done.stderr)
+
+
+def test_a_bar_on_a_terminal(folder):
+    """And the report without anything that only terminals understand."""
+    pty, fcntl, termios = (pytest.importorskip(name) for name in ("pty", "fcntl", "termios"))
+    pytest.importorskip("tqdm")
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("4H", 24, 80, 0, 0))
+    paths = [str(folder / name) for name in ("base.npy", "quant.npy")]
+    here = as_here()
+    here["env"] = {name: value for name, value in here["env"].items() if not name.startswith("TQDM_")}
+    command = [sys.executable, "-m", "klcore", "compare", *paths]
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=theirs, timeout=60, **here)
+    assert done.returncode == 0
+    assert select.select([ours], [], [], 0)[0], "nothing was said"
+    assert b"/60.0 [" in os.read(ours, 10_000)
+    assert b"\x1b" not in done.stdout
+    os.close(theirs)
+    os.close(ours)
+
+
 def test_a_file_that_shrinks_meanwhile(capsys, folder, monkeypatch):
     plain = outputs.check_outputs
 
@@ -829,3 +866,41 @@ def test_packages_that_are_missing(capsys, folder, pair, monkeypatch, package):
 
 def test_the_command_itself(python):
     assert "BASE QUANT" in python("from klcore.__main__ import main; main(['compare', '--help'])")
+
+
+# ---- the demo --------------------------------------------------------------------------------------------------------
+
+DEMO = Path(__file__).parents[1] / "examples" / "compare_quantised.py"
+
+
+@pytest.mark.skipif(not DEMO.exists(), reason="no examples beside the tests: these are of an installed package")
+def test_the_demo_quantises(monkeypatch):
+    monkeypatch.syspath_prepend(DEMO.parent)
+    demo = importlib.import_module(DEMO.stem)
+    weights = np.random.default_rng(0).normal(size=(96, 5)).astype(np.float32)
+    for bits in (4, 8):
+        for block in (32, 96):
+            found = demo.rounded(weights, bits, block)
+            for column, of in zip(weights.T.reshape(-1, block), found.T.reshape(-1, block), strict=True):
+                scale = np.abs(column).max() / (2 ** (bits - 1) - 1)
+                assert np.abs(column - of).max() <= scale / 2 * (1 + 1e-5)
+                assert len(np.unique(np.rint(of / scale))) == len(np.unique(of)) <= 2**bits - 1
+    assert (demo.rounded(np.zeros((32, 1), np.float32), 4, 32) == 0).all()
+
+
+@pytest.mark.skipif(not DEMO.exists(), reason="no examples beside the tests: these are of an installed package")
+def test_the_demo_learns(monkeypatch):
+    """Its gradients are those of its loss, by differences."""
+    monkeypatch.syspath_prepend(DEMO.parent)
+    demo = importlib.import_module(DEMO.stem)
+    model = {name: a.astype(np.float64) for name, a in demo.new_model().items()}
+    before, after = demo.windows(np.random.default_rng(1).integers(0, demo.VOCAB, 30))
+    _, found = demo.gradients(model, before, after)
+    for name, g in found.items():
+        at = np.unravel_index(np.abs(g).argmax(), g.shape)
+        values = []
+        for step in (1e-4, -1e-4):
+            moved = model | {name: model[name].copy()}
+            moved[name][at] += step
+            values.append(demo.gradients(moved, before, after)[0])
+        assert (values[0] - values[1]) / 2e-4 == pytest.approx(g[at], rel=1e-5)

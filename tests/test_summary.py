@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 import klcore
-from klcore.student import t_quantile
+from klcore.normal import t_quantile
 
 checked = settings(max_examples=100, deadline=None, derandomize=True)
 ORDER = oracle.TOLERANCES["order statistic", "float32"]

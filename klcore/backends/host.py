@@ -6,7 +6,6 @@ from typing import Any
 import numpy as np
 
 from klcore.backends import library
-from klcore.backends.rows import as_numpy, refuse
 
 
 def to_numpy(a: Any, name: str) -> "np.ndarray[Any, Any]":
@@ -19,6 +18,7 @@ def to_numpy(a: Any, name: str) -> "np.ndarray[Any, Any]":
     elif of == "dlpack":
         a = importlib.import_module("klcore.backends.dlpack").lend(a, name)
         a = a.get() if hasattr(a, "get") else a
-    a = as_numpy(a, name)
-    refuse(a, name)
+    rows = importlib.import_module("klcore.backends.rows")  # with the first array, as backends are
+    a = rows.as_numpy(a, name)
+    rows.refuse(a, name)
     return a

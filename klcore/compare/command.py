@@ -318,13 +318,12 @@ def _check_outputs(a: argparse.Namespace, inputs: list[Any]) -> None:
 def _write(a: argparse.Namespace, report: dict[str, Any], tally: Tally) -> None:
     text = json.dumps(report, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     if a.json == "-":
-        sys.stdout.write(text)
+        outputs.say(text)
     else:
-        sys.stdout.write(as_text(report))
+        outputs.say(as_text(report))
         if a.llama:
             columns = {name: tally.column(f"llama {name}") for name in llama.COLUMNS}
-            sys.stdout.write("\n" + llama.tool_report(columns) + "\n")
-    sys.stdout.flush()
+            outputs.say("\n" + llama.tool_report(columns) + "\n")
     if a.json and a.json != "-":
         outputs.write(a.json, text.encode())
     if a.rows:

@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import os
+import sys
 import tempfile
 import zipfile
 from collections.abc import Iterable
@@ -53,6 +54,17 @@ def write(text: str | Path, content: bytes) -> None:
             with contextlib.suppress(OSError):
                 os.unlink(temporary)
         raise InputError(f"{path} cannot be written: {error.strerror or error}") from error
+
+
+def say(text: str) -> None:
+    """To standard output, which may be a file on a disk that is full, or a pipe that nobody reads any more."""
+    try:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    except OSError as error:
+        with contextlib.suppress(OSError, ValueError):  # else Python tries again when it ends, and complains
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise InputError(f"standard output cannot be written: {error.strerror or error}") from error
 
 
 def npy_bytes(array: Any) -> bytes:

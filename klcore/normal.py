@@ -1,9 +1,14 @@
-"""Quantiles of Student's t distribution, for klcore.Summary's intervals."""
+"""Quantiles of the normal and of Student's t distribution, for klcore.Summary's intervals."""
 
+import importlib
 import math
-from statistics import NormalDist
 
 _FEW = 300  # degrees of freedom up to which the sum is evaluated
+
+
+def normal_quantile(probability: float) -> float:
+    """By Wichura's AS241, of the standard library, whose import takes longer than that of klcore may."""
+    return float(importlib.import_module("statistics").NormalDist().inv_cdf(probability))
 
 
 def t_quantile(probability: float, degrees: int) -> float:
@@ -22,7 +27,7 @@ def t_quantile(probability: float, degrees: int) -> float:
             middle = (low + high) / 2
             low, high = (middle, high) if _within(middle, degrees) < 2 * probability - 1 else (low, middle)
         return math.tan(low) * math.sqrt(degrees)
-    z = NormalDist().inv_cdf(probability)
+    z = normal_quantile(probability)
     terms = (
         z,
         (z**3 + z) / 4,
