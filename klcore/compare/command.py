@@ -81,9 +81,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     how.add_argument(
         "--chunk-bytes",
         type=_bytes,
-        default=16 << 20,
+        default=8 << 20,
         metavar="SIZE",
-        help="of both files, in memory for each thread (16M)",
+        help="of both files, in memory for each thread (8M)",
     )
     how.add_argument("--threads", type=_positive, metavar="N", help="as klcore.set_num_threads")  # fmt: skip
 

@@ -74,10 +74,15 @@ class Measure:
             turned = options | {"space": options["space"][::-1]}
             found = {"kl": kl_div(x, y, **options)}
             if not self.quick:
+                # of probabilities in double, which these two share: half the time that they take from logits
+                p, q = (
+                    self._probabilities(a, space, self.own(name, a.shape, np.float64))
+                    for a, space, name in zip((x, y), options["space"], "pq", strict=True)
+                )
                 found |= {
                     "reverse_kl": kl_div(y, x, **turned),
-                    "js": js_div(x, y, **options),
-                    "tv": tv_dist(x, y, **options),
+                    "js": js_div(p, q),
+                    "tv": tv_dist(p, q),
                     "base_entropy": of_x.entropy(),
                     "quant_entropy": of_y.entropy(),
                 }
@@ -92,11 +97,25 @@ class Measure:
                     found[name] = np.where(known, nll, np.nan)
         return found
 
-    def zeros(self, shape: tuple[int, ...]) -> Any:
-        """An array of zeros of this thread's own, to be left as it was."""
-        last = getattr(self._own, "zeros", None)
+    def _probabilities(self, a: Any, space: str, out: Any) -> Any:
+        """Of float64, in `out`; what is given as probabilities is taken as it is."""
+        if space == "probs":
+            return a
+        with np.errstate(invalid="ignore"):  # rows of -inf, or with +inf, become NaN
+            np.subtract(a, a.max(1, keepdims=True) if space == "logits" else 0, out=out, dtype=np.float64)
+            if space == "logits" and self.temperature != 1:
+                out /= self.temperature
+            np.exp(out, out=out)
+            if space == "logits":
+                out *= 1 / out.sum(1, keepdims=True)
+        return out
+
+    def own(self, name: str, shape: tuple[int, ...], dtype: Any) -> Any:
+        """An array of this thread's own, as it left it; zeros at first. New ones would be paged in for each chunk."""
+        last = getattr(self._own, name, None)
         if last is None or last.shape != shape:
-            last = self._own.zeros = np.zeros(shape, np.float32)
+            last = np.zeros(shape, dtype)
+            setattr(self._own, name, last)
         return last
 
 
@@ -111,7 +130,7 @@ class _Row:
         self._index = np.arange(len(a))
         self.top = a.argmax(1)
         if space == "logits":  # the cross-entropy with "it is this one"
-            certain = measure.zeros(a.shape)
+            certain = measure.own("certain", a.shape, np.float32)
             certain[self._index, self.top] = 1
             self.log_top = -cross_entropy(certain, a, space=("probs", "logits"), **self._options).astype(np.float64)
             certain[self._index, self.top] = 0
