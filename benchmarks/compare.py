@@ -49,13 +49,22 @@ def forget(paths):
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
+# In an interpreter that has nothing in memory: what a parent has, counts as its child's peak.
+WATCH = """
+import json, os, resource, subprocess, sys, time
+started = time.perf_counter()
+status = subprocess.run(sys.argv[1:], stdout=subprocess.DEVNULL).returncode
+seconds, used = time.perf_counter() - started, resource.getrusage(resource.RUSAGE_CHILDREN)
+print(json.dumps([status, seconds, used.ru_utime + used.ru_stime, used.ru_maxrss / 1024]))
+"""
+
+
 def run(command):
     """Seconds, seconds of all processors, and megabytes at the peak."""
-    started = time.perf_counter()
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-    _, status, usage = os.wait4(process.pid, 0)
+    watched = subprocess.run([sys.executable, "-S", "-c", WATCH, *command], stdout=subprocess.PIPE, check=True)
+    status, *found = json.loads(watched.stdout)
     assert status == 0, command
-    return time.perf_counter() - started, usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 1024
+    return found
 
 
 def numpy_loop(x, y):
@@ -156,9 +165,13 @@ def main():
     parser.add_argument("--loop-rows", type=int, default=512)
     parser.add_argument("--json", type=Path, help="write a record there")
     a = parser.parse_args()
+    config = klcore.show_config(mode="dicts")
+    versions, processor = config["libraries"], config["cpu"]
     record = {
-        "klcore": klcore.show_config(mode="dicts"),
+        "klcore": klcore.__version__,
         "python": platform.python_version(),
+        **{name: versions[name] for name in ("numpy", "torch")},
+        **{name: processor[name] for name in ("processor", "instruction set in use", "threads")},
         "load before": os.getloadavg(),
         "summary": summary(),
         "files": files(a.folder, a.gigabytes, a.loop_rows),
