@@ -386,6 +386,8 @@ def test_llama_file_beside_itself(capsys, folder, base_file):
     assert report["kl"]["max"] < (base_file[3] / 65535) ** 2
     report = report_of(capsys, "base.kld", "base.kld")
     assert report["kl"]["max"] < 1e-12
+    assert "quant is stored above a floor too" in report["notes"][1]
+    refused(capsys, "base.kld is stored above a floor, so BASE must be", "z.npy", "base.kld")
 
 
 def test_second_format(capsys, folder, base_file):

@@ -204,9 +204,11 @@ def _prepare(a: argparse.Namespace) -> tuple[Comparison, tuple[str, ...]]:
             raise InputError(f"the token of row {row} is {targets[row]}, and there are {vocab:,} classes")
     if a.llama:
         _check_llama(opened, spaces, targets, mask)
-    floored = isinstance(opened[0], llama.LlamaFile) and opened[0].has_floor
+    floored, quant_floored = (isinstance(f, llama.LlamaFile) and f.has_floor for f in opened)
+    if quant_floored and not floored:
+        raise InputError(f"{quant.name} is stored above a floor, so BASE must be a _logits_ file of llama.cpp too")
     measure = Measure((spaces[0], spaces[1]), a.temperature, floored, a.quick)
-    comparison = Comparison(base, quant, rows, vocab, measure, targets, mask, groups, per_group, a.llama)
+    comparison = Comparison(base, quant, rows, vocab, measure, targets, mask, groups, per_group, a.llama, quant_floored)
     tool = tuple(f"llama {name}" for name in llama.COLUMNS) if a.llama else ()
     return comparison, (*(("kl",) if a.rows else ()), *tool)
 

@@ -38,6 +38,8 @@ class Comparison:
         Rows of a text, where all have as many.
     with_tool : bool
         Also compute what llama.cpp does.
+    quant_floored : bool
+        The quant is a file of llama.cpp with a floor as well.
     """
 
     base: Source
@@ -50,6 +52,7 @@ class Comparison:
     groups: Any = None
     per_group: int | None = None
     with_tool: bool = False
+    quant_floored: bool = False
 
     def figures(self, start: int, stop: int) -> dict[str, Any]:
         """Of these rows; several threads may ask at once."""

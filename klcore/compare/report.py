@@ -134,6 +134,8 @@ def _notes(c: Comparison, tally: Tally) -> Iterator[str]:
         yield f"{rows} with an infinite KL, where quant excludes what base does not; in no mean of the KL"
     if c.measure.floored:
         yield "base is stored above a floor: divergences go over the classes above it, and are lower bounds"
+    if c.quant_floored:
+        yield "quant is stored above a floor too, as which smaller log-probabilities of it read: again a lower bound"
     if not kl.n_groups:
         yield "errors take rows to be independent, which those of a text are not: say --groups"
 
