@@ -3,12 +3,14 @@ PYTHON ?= python3
 BIN := .venv/bin
 SOURCES := setup.py pyproject.toml $(wildcard src/*.h src/*.pyx)
 
-.PHONY: build demo examples test fuzz lint docs wheel wheel-test bench accuracy plots asv asv-check asv-compare cuda-check \
+.PHONY: build demo demo-compare examples test fuzz lint docs wheel wheel-test bench accuracy plots asv asv-check asv-compare cuda-check \
 	gpu-check gpu-carry gpu-report minimax clean
 
 build: .venv/core
 demo: .venv/demo
 	$(BIN)/python examples/distill_digits.py
+demo-compare: .venv/compare
+	$(BIN)/python examples/compare_quantised.py
 examples: .venv/examples
 	$(BIN)/python examples/torch_distill.py
 	$(BIN)/python examples/keras_cnn.py

@@ -114,6 +114,11 @@ TOLERANCES = {
     ("absolute", "float32"): 2.0**-150,
     ("absolute", "float16"): 2.0**-25,
     ("absolute", "bfloat16"): 2.0**-134,
+    # klcore.Summary: half of a bin of the histogram, of which there are 512 for every factor of two; and a quotient
+    ("order statistic", "float32"): 2.0**-10,
+    ("rounding", "float64 quotient"): 0.5 * EPS64,
+    # the textbook's formula in float64, absolute: terms of order 1 that cancel, a few thousand of them at most
+    ("textbook", "float64"): 1e-12,
     # klcore's elementary functions, in units in the last place of the exact result
     ("elementary", "float32"): 1.0,
     ("elementary", "float64"): 1.0,

@@ -30,16 +30,47 @@ REGISTRY_ERROR = "klcore.backends:BackendUnavailableError"  # an exception has t
 ROOMS = {
     r"klcore": {
         "klcore.divergence", "klcore.estimate", "klcore.family", "klcore.backends", "klcore.backends.threads",
-        "klcore.config", "klcore.version",
+        "klcore.config", "klcore.summary", "klcore.version",
+    },
+    # within a function: what makes a summary of dask's arrays lazy
+    r"klcore\.summary": {
+        "numpy", "klcore.backends.host", "klcore.backends.dask", "klcore.parameters", "klcore.normal",
     },
     r"klcore\.operations": {"klcore._cpu"},
     r"klcore\.(divergence|estimate|family)": {
         "klcore.backends", "klcore.operations", "klcore.parameters", "klcore.typing",
     },
     r"klcore\.typing": {"numpy"},  # for type checkers
-    r"klcore\.(version|exact)": set(),
+    r"klcore\.(version|exact|normal)": set(),
     r"klcore\.parameters": {"numpy"},
-    r"klcore\.__main__": {"klcore.config", "klcore.selftest"},
+    r"klcore\.__main__": {"klcore.config", "klcore.selftest", "klcore.compare.command"},
+    # klcore compare, which stands above the public functions; libraries of files and pictures within functions
+    r"klcore\.compare(\.errors)?": set(),
+    r"klcore\.compare\.files": {"numpy", "safetensors", "ml_dtypes", "klcore.compare.errors"},
+    r"klcore\.compare\.llama": {"numpy", "klcore.compare.errors", "klcore.compare.files"},
+    r"klcore\.compare\.figures": {
+        "numpy", "klcore.backends.threads", "klcore.compare.llama", "klcore.divergence", "klcore.family",
+    },
+    r"klcore\.compare\.tally": {"numpy", "klcore.compare.figures", "klcore.summary"},
+    r"klcore\.compare\.comparison": {
+        "numpy", "klcore.backends.threads",
+        *(f"klcore.compare.{name}" for name in ("errors", "figures", "files", "llama", "tally")),
+    },
+    r"klcore\.compare\.report": {
+        *(f"klcore.compare.{name}" for name in ("comparison", "figures", "tally")), "klcore.summary", "klcore.version",
+    },
+    r"klcore\.compare\.plots": {
+        "numpy", "matplotlib", "matplotlib.pyplot",
+        *(f"klcore.compare.{name}" for name in ("errors", "report", "tally")),
+    },
+    r"klcore\.compare\.page": {"klcore.compare.report"},
+    r"klcore\.compare\.outputs": {"numpy", "klcore.compare.errors"},
+    r"klcore\.compare\.command": {
+        "numpy", "tqdm", "klcore.backends.threads", "klcore.compare",
+        *(f"klcore.compare.{name}" for name in (
+            "comparison", "errors", "figures", "files", "llama", "outputs", "page", "plots", "report", "tally",
+        )),
+    },
     r"klcore\.selftest": {
         "numpy", "ml_dtypes", "klcore._cpu", "klcore.backends.threads", "klcore.config", "klcore.divergence",
         "klcore.estimate", "klcore.exact", "klcore.family", "klcore.operations",
@@ -49,6 +80,10 @@ ROOMS = {
         "klcore.backends.cuda", "klcore.backends.cuda.nvrtc", "klcore.version",
     },
     r"klcore\.backends": {"klcore.backends.torch", "klcore.operations"},  # within a function, and for type checkers
+    r"klcore\.backends\.host": {
+        "numpy", "klcore.backends:library", "klcore.backends.rows", "klcore.backends.torch.memory",
+        "klcore.backends.dlpack",
+    },
     r"klcore\.backends\.labels": {"numpy"},
     r"klcore\.backends\.rows": {
         "numpy", "klcore._cpu", "klcore.backends.labels", "klcore.operations", "klcore.parameters",

@@ -76,6 +76,11 @@ def compute(call: "Call") -> Any:
     return find(call.x, call.x if call.y is None else call.y, call.device).compute(call)
 
 
+def library(array: object, name: str) -> str | None:
+    """The word of the registry under which the array's library is, or TypeError; None for numbers and sequences."""
+    return _library(type(array), name)
+
+
 def _library(cls: type, name: str) -> str | None:
     """The library an array type belongs to, looking through its base classes; None for numbers and sequences."""
     libraries, tensors = _libraries, _tensors

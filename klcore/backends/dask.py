@@ -12,6 +12,7 @@ Which worker computes what, and when, never changes a bit; how the arrays are ch
 """
 
 import importlib
+import itertools
 import math
 import operator
 import threading
@@ -21,6 +22,7 @@ from typing import Any
 
 import dask.array as da
 import numpy as np
+from dask import delayed
 from dask.array.utils import meta_from_array
 
 from klcore.backends import cpu, labels, rows
@@ -438,3 +440,41 @@ def _wanted(task: rows.Task) -> tuple[str, ...] | None:
 
 def _shared(task: rows.Task) -> tuple[str, ...]:
     return tuple(g.of for g in task.gradients if g.inner)
+
+
+# ---- summaries -------------------------------------------------------------------------------------------------------
+
+_BRANCHES = 8  # of the tree: so many summaries meet at a time
+
+
+def reduced(values: Any, beside: dict[str, Any], leaf: Any, join: Any) -> Any:
+    """Something of every chunk, joined in a tree: a dask.delayed.Delayed.
+
+    ``leaf(chunk, *beside, origin=, shape=)`` gets a chunk of `values`, the parts of the other arrays that belong to it
+    (or None), and where it is; ``join`` gets a list of what leaves, or joins, returned.
+    """
+    values = _array(values, "values")
+    if any(math.isnan(n) for n in values.shape):
+        raise ValueError(
+            "values has chunks of unknown sizes, and positions need them; call compute_chunk_sizes() first"
+        )
+    arrays: list[Any] = [values]
+    for name, a in beside.items():
+        if a is not None:
+            a = a if isinstance(a, da.Array) else da.from_array(rows.as_numpy(a, name), chunks=-1)
+            try:
+                a = da.broadcast_to(a, values.shape).rechunk(values.chunks)
+            except ValueError:
+                raise ValueError(
+                    f"{name} has shape {a.shape}, which does not go with values of shape {values.shape}"
+                ) from None
+        arrays.append(a)
+    parts = [None if a is None else a.to_delayed().ravel() for a in arrays]
+    origins = itertools.product(*([0, *itertools.accumulate(sizes[:-1])] for sizes in values.chunks))
+    level = [
+        delayed(leaf)(*(None if p is None else p[k] for p in parts), origin=origin, shape=values.shape)
+        for k, origin in enumerate(origins)
+    ]
+    while len(level) > 1:
+        level = [delayed(join)(level[k : k + _BRANCHES]) for k in range(0, len(level), _BRANCHES)]
+    return level[0]

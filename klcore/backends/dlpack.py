@@ -30,7 +30,7 @@ def _lends(a: Any) -> bool:
     return hasattr(a, "__dlpack__") and _library(a) not in ("numpy", "cupy")
 
 
-def _lend(a: Any, name: str) -> Any:
+def lend(a: Any, name: str) -> Any:
     """The array's memory as a NumPy or CuPy array; numbers, lists and None as they are."""
     if not _lends(a):
         return a
@@ -97,7 +97,7 @@ def _outs(out: Any) -> Any:
     """`out` with its arrays lent for writing."""
     if isinstance(out, tuple):
         return tuple(_outs(a) for a in out)
-    lent = _lend(out, "out")
+    lent = lend(out, "out")
     if _lends(out) and not getattr(lent.flags, "writeable", True):
         raise TypeError(
             f"out, an array of {_library(out)}, lends its memory read-only through DLPack; leave out= away and use the "
@@ -119,12 +119,12 @@ def compute(call: Call) -> Any:
     backend = _backend({"x": x, "y": y}, call.device)
     found = backend.compute(
         call._replace(
-            x=_lend(x, "x"),
-            y=_lend(y, "y"),
-            weights=_lend(call.weights, "weights"),
+            x=lend(x, "x"),
+            y=lend(y, "y"),
+            weights=lend(call.weights, "weights"),
             out=_outs(out),
             device=None,
-            ratio=_lend(call.ratio, "ratio"),
+            ratio=lend(call.ratio, "ratio"),
         )
     )
     return _results(found, out, x if _lends(x) else y)

@@ -1,0 +1,24 @@
+"""Arrays of any library copied to the host, as NumPy's: for what is computed of few numbers, as klcore.Summary."""
+
+import importlib
+from typing import Any
+
+import numpy as np
+
+from klcore.backends import library
+
+
+def to_numpy(a: Any, name: str) -> "np.ndarray[Any, Any]":
+    """The array's numbers, in a NumPy array of a dtype that klcore computes with; TypeError, by name, for others."""
+    of = library(a, name)
+    if of == "torch":
+        a = importlib.import_module("klcore.backends.torch.memory").lend(a.detach().cpu())
+    elif of == "cupy":
+        a = a.get()
+    elif of == "dlpack":
+        a = importlib.import_module("klcore.backends.dlpack").lend(a, name)
+        a = a.get() if hasattr(a, "get") else a
+    rows = importlib.import_module("klcore.backends.rows")  # with the first array, as backends are
+    a = rows.as_numpy(a, name)
+    rows.refuse(a, name)
+    return a

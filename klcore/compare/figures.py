@@ -1,0 +1,170 @@
+"""What two models say of a token, as a row of figures each: divergences, agreement, confidence, and the target's loss.
+
+All divergences are klcore's public functions, on rows that are still in the cache when the next one reads them.
+"""
+
+import threading
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from klcore.backends.threads import threads
+from klcore.compare.llama import is_below
+from klcore.divergence import cross_entropy, entropy, kl_div
+from klcore.family import js_div, tv_dist
+
+# name -> what it is; the order of reports
+DIVERGENCES = {
+    "kl": "KL(base || quant)",
+    "reverse_kl": "KL(quant || base)",
+    "js": "Jensen-Shannon",
+    "tv": "total variation",
+}
+QUICK = ("kl",)  # the only divergence with --quick
+
+
+@dataclass(frozen=True)
+class Measure:
+    """How rows become figures.
+
+    Attributes
+    ----------
+    spaces : tuple of str
+        Of base and quant.
+    temperature : float
+        Of logits.
+    floored : bool
+        The base is a file of llama.cpp with a floor: divergences go over the classes above it, in both models, as
+        nothing is known of the others. They are then lower bounds.
+    quick : bool
+        KL, agreement and confidence alone.
+    """
+
+    spaces: tuple[str, str] = ("logits", "logits")
+    temperature: float = 1.0
+    floored: bool = False
+    quick: bool = False
+    _own: threading.local = field(default_factory=threading.local, repr=False, compare=False)
+
+    def __call__(self, base: Any, quant: Any, targets: Any = None) -> dict[str, Any]:
+        """The figures of some rows, by one thread.
+
+        Parameters
+        ----------
+        base, quant : array of shape (rows, vocab)
+        targets : array of int of shape (rows,), optional
+            The token that came; a negative one is none.
+
+        Returns
+        -------
+        dict of str to array of shape (rows,)
+            Divergences and entropies in nats. `same_top`: 1 where both have the same most likely token, the first of
+            equals. `base_confidence`: the probability of the base's most likely token; `quant_confidence`: what the
+            quant gives that token. With targets `base_nll` and `quant_nll`, NaN where there is none.
+        """
+        x, y = (a.astype(np.float32) if a.dtype.itemsize == 2 else a for a in (base, quant))
+        with threads(1):
+            of_x, of_y = (_Row(self, a, space) for a, space in zip((x, y), self.spaces, strict=True))
+            options: dict[str, Any] = {"space": self.spaces}
+            if self.floored:
+                x, y, options = _above_floor(x, of_y, options)
+            if "logits" in options["space"]:
+                options["temperature"] = self.temperature
+            turned = options | {"space": options["space"][::-1]}
+            found = {"kl": kl_div(x, y, **options)}
+            if not self.quick:
+                # of probabilities in double, which these two share: half the time that they take from logits
+                p, q = (
+                    self._probabilities(a, space, self.own(name, a.shape, np.float64))
+                    for a, space, name in zip((x, y), options["space"], "pq", strict=True)
+                )
+                found |= {
+                    "reverse_kl": kl_div(y, x, **turned),
+                    "js": js_div(p, q),
+                    "tv": tv_dist(p, q),
+                    "base_entropy": of_x.entropy(),
+                    "quant_entropy": of_y.entropy(),
+                }
+            found["same_top"] = (of_x.top == of_y.top).astype(np.float32)
+            found["base_confidence"] = np.exp(of_x.log_top)
+            found["quant_confidence"] = np.exp(of_y.log_at(of_x.top))
+            if targets is not None:
+                known = targets >= 0
+                for name, row in (("base_nll", of_x), ("quant_nll", of_y)):
+                    # a probability of 1 may have come out a little larger
+                    nll = np.maximum(-row.log_at(np.where(known, targets, 0)), 0)
+                    found[name] = np.where(known, nll, np.nan)
+        return found
+
+    def _probabilities(self, a: Any, space: str, out: Any) -> Any:
+        """Of float64, in `out`; what is given as probabilities is taken as it is."""
+        if space == "probs":
+            return a
+        with np.errstate(invalid="ignore"):  # rows of -inf, or with +inf, become NaN
+            np.subtract(a, a.max(1, keepdims=True) if space == "logits" else 0, out=out, dtype=np.float64)
+            if space == "logits" and self.temperature != 1:
+                out /= self.temperature
+            np.exp(out, out=out)
+            if space == "logits":
+                out *= 1 / out.sum(1, keepdims=True)
+        return out
+
+    def own(self, name: str, shape: tuple[int, ...], dtype: Any) -> Any:
+        """An array of this thread's own, as it left it; zeros at first. New ones would be paged in for each chunk."""
+        last = getattr(self._own, name, None)
+        if last is None or last.shape != shape:
+            last = np.zeros(shape, dtype)
+            setattr(self._own, name, last)
+        return last
+
+
+class _Row:
+    """Rows of one model: the most likely token, its log-probability and those of others."""
+
+    def __init__(self, measure: Measure, a: Any, space: str) -> None:
+        self.a = a
+        self.space: Any = space
+        self._options: dict[str, Any] = {"temperature": measure.temperature} if space == "logits" else {}
+        self._temperature = measure.temperature if space == "logits" else 1.0
+        self._index = np.arange(len(a))
+        self.top = a.argmax(1)
+        if space == "logits":  # the cross-entropy with "it is this one"
+            certain = measure.own("certain", a.shape, np.float32)
+            certain[self._index, self.top] = 1
+            self.log_top = -cross_entropy(certain, a, space=("probs", "logits"), **self._options).astype(np.float64)
+            certain[self._index, self.top] = 0
+        else:
+            self.log_top = self.log_at(self.top)
+
+    def log_at(self, tokens: Any) -> Any:
+        """The log-probability of one token a row, float64."""
+        at = self.a[self._index, tokens].astype(np.float64)
+        if self.space == "logits":
+            with np.errstate(invalid="ignore"):  # rows of -inf, which are NaN in all figures
+                return self.log_top - (self.a[self._index, self.top] - at) / self._temperature
+        if self.space == "log_probs":
+            return at
+        with np.errstate(divide="ignore", invalid="ignore"):  # of 0, and of less, which is NaN
+            return np.log(at)
+
+    def entropy(self) -> Any:
+        return entropy(self.a, space=self.space, **self._options)
+
+    def log_probs(self) -> Any:
+        """All of them, in a new array."""
+        if self.space == "log_probs":
+            return self.a.copy()
+        if self.space == "probs":
+            with np.errstate(divide="ignore", invalid="ignore"):
+                return np.log(self.a)
+        top = self.a[self._index, self.top].astype(np.float64)
+        return self.a / self._temperature + (self.log_top - top / self._temperature)[:, None].astype(self.a.dtype)
+
+
+def _above_floor(x: Any, of_y: _Row, options: dict[str, Any]) -> tuple[Any, Any, dict[str, Any]]:
+    """Both as log-probabilities, -inf where x is at its floor: there a class counts nothing in any divergence."""
+    below = is_below(x)
+    x, y = x.copy(), of_y.log_probs()
+    x[below] = y[below] = -np.inf
+    return x, y, options | {"space": ("log_probs", "log_probs")}

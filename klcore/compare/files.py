@@ -1,0 +1,368 @@
+"""Files of one distribution a row, read a few rows at a time: .npy, .npz, .safetensors, folders of these, raw numbers.
+
+What a file is, its first bytes say, not its name. Nothing is ever unpickled. Rows are read by `readinto` into arrays of
+the caller's thread, not mapped: memory stays bounded whatever the system keeps, and a file that shrinks meanwhile is a
+sentence, where a map would end the process. Formats of llama.cpp are in llama.py.
+"""
+
+import contextlib
+import importlib
+import math
+import os
+import re
+import shutil
+import tempfile
+import zipfile
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from klcore.compare.errors import InputError
+
+FLOATS = ("float64", "float32", "float16", "bfloat16")
+Array = Any
+
+
+@dataclass(frozen=True)
+class Source:
+    """Rows of a file, or of several, one after the other.
+
+    Attributes
+    ----------
+    name : str
+        What messages call it.
+    rows, vocab : int
+    promised : int
+        Rows that its header speaks of; more than `rows` if it was cut off.
+    dtype : str
+    read : callable
+        ``read(start, stop)``: array of shape (stop - start, vocab), native byte order. Threads may call it together.
+    parts : tuple of Path
+        The files it is in.
+    """
+
+    name: str
+    rows: int
+    vocab: int
+    promised: int
+    dtype: str
+    read: Callable[[int, int], Array]
+    parts: tuple[Path, ...]
+
+    def check_whole(self) -> None:
+        if self.rows < self.promised:
+            raise InputError(
+                f"{self.name} is cut off after row {self.rows - 1}: it says that it has {self.promised:,} rows, and "
+                f"{self.rows:,} are whole; --partial compares these"
+                if self.rows
+                else f"{self.name} is cut off in its first row: it says that it has {self.promised:,}"
+            )
+
+
+def split_member(text: str) -> tuple[Path, str | None]:
+    """A path, and the name of an array in that file: FILE, or FILE:NAME."""
+    path = Path(text)
+    head, colon, member = text.rpartition(":")
+    if not path.exists() and colon and member and Path(head).exists():
+        return Path(head), member
+    return path, None
+
+
+def first_bytes(path: Path, count: int = 16) -> bytes:
+    try:
+        with open(path, "rb") as file:
+            return file.read(count)
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror or error}") from error
+
+
+def open_source(text: str, shape: tuple[int, int] | None, dtype: str | None) -> Source:
+    """What FILE or FILE:NAME holds; `shape` and `dtype` are those of files without a header."""
+    path, member = split_member(text)
+    if path.is_dir():
+        return _folder(path, member or "logits")
+    start = first_bytes(path)
+    if start.startswith(b"\x93NUMPY"):
+        return _npy(path, dtype)
+    if start.startswith(b"PK\x03\x04"):
+        return _npz(path, member, dtype)
+    if _is_safetensors(path, start):
+        return _safetensors(path, member)
+    if re.match(rb"\x80[\x02-\x05]", start):
+        raise InputError(
+            f"{path} is a pickle, which can run any code when it is read; save the logits as .npy or .safetensors"
+        )
+    if shape and dtype:
+        return _raw(path, shape, dtype)
+    if not start:
+        raise InputError(f"{path} is empty")
+    raise InputError(
+        f"{path} is none of .npy, .npz, .safetensors and llama.cpp's logits; of raw numbers say --shape ROWS,VOCAB and "
+        "--dtype"
+    )
+
+
+# ---- dtypes and shapes -----------------------------------------------------------------------------------------------
+
+
+def _dtype(found: Any, named: str | None, name: str) -> Any:
+    """That of the numbers; `named` says what two bytes without a meaning are: NumPy writes bfloat16 so."""
+    if named == "bfloat16" and found in (np.dtype("V2"), np.dtype("u2"), np.dtype("i2")):
+        return bfloat16(name)
+    if found.name not in FLOATS:
+        hint = "; if these are bfloat16, say --dtype bfloat16" if found == np.dtype("V2") else ""
+        raise InputError(f"{name} has dtype {found}, and logits are one of {', '.join(FLOATS)}{hint}")
+    return found
+
+
+def bfloat16(name: str) -> Any:
+    try:
+        return np.dtype(importlib.import_module("ml_dtypes").bfloat16)
+    except ImportError as error:
+        raise InputError(
+            f"{name} holds bfloat16, which needs the package ml_dtypes: pip install 'klcore[compare]'"
+        ) from error
+
+
+def _two_axes(shape: tuple[int, ...], name: str) -> tuple[int, int]:
+    if len(shape) < 2:
+        raise InputError(f"{name} has shape {shape}; logits have two axes or more, of which the last is the vocabulary")
+    if 0 in shape:
+        raise InputError(f"{name} has shape {shape}: there is nothing in it")
+    return math.prod(shape[:-1]), shape[-1]
+
+
+# ---- numbers in a row in a file --------------------------------------------------------------------------------------
+
+
+def read_into(path: Path, offset: int, array: Array) -> None:
+    """Fill an array with what stands at that place of the file."""
+    memory = memoryview(array.reshape(-1).view(np.uint8))
+    with open(path, "rb", buffering=0) as file:
+        file.seek(offset)
+        while memory:
+            got = file.readinto(memory)
+            if not got:
+                raise InputError(f"{path} has become shorter while it was read")
+            memory = memory[got:]
+
+
+def _plain(name: str, path: Path, offset: int, size: int, shape: tuple[int, int], dtype: Any) -> Source:
+    """Rows one behind the other, from an offset; `size` bytes are there."""
+    promised, vocab = shape
+    row = vocab * dtype.itemsize
+
+    def read(start: int, stop: int) -> Array:
+        found = np.empty((stop - start, vocab), dtype)
+        read_into(path, offset + start * row, found)
+        return found if dtype.isnative else found.astype(dtype.newbyteorder("="))
+
+    return Source(name, min(promised, max(size, 0) // row), vocab, promised, dtype.name, read, (path,))
+
+
+def _npy(path: Path, named: str | None, name: str | None = None) -> Source:
+    name = name or str(path)
+    with open(path, "rb") as file:
+        shape, dtype, offset = _npy_header(file, name)
+        size = os.fstat(file.fileno()).st_size - offset
+    dtype = _dtype(dtype, named, name)
+    return _plain(name, path, offset, size, _two_axes(shape, name), dtype)
+
+
+def _npy_header(file: BinaryIO, name: str) -> tuple[tuple[int, ...], Any, int]:
+    """Shape, dtype, and where the numbers begin."""
+    try:
+        version = np.lib.format.read_magic(file)
+        read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+        shape, by_columns, dtype = read[min(version, (2, 0))](file)
+    except (ValueError, KeyError, EOFError) as error:
+        raise InputError(f"{name} begins as a .npy file, and has no header of one: {error}") from error
+    if dtype.hasobject:
+        raise InputError(
+            f"{name} holds Python objects, which would have to be unpickled; save it with a dtype of numbers"
+        )
+    if by_columns and len(shape) > 1 and min(shape) > 1:
+        raise InputError(
+            f"{name} is in Fortran's order, so that no row lies in one piece; save numpy.ascontiguousarray"
+        )
+    return shape, dtype, file.tell()
+
+
+def _raw(path: Path, shape: tuple[int, int], dtype: str) -> Source:
+    kind = bfloat16(str(path)) if dtype == "bfloat16" else np.dtype(dtype)
+    size, wanted = path.stat().st_size, shape[0] * shape[1] * kind.itemsize
+    if size > wanted:
+        raise InputError(
+            f"{path} has {size:,} bytes, and {shape[0]:,} rows of {shape[1]:,} {dtype} are {wanted:,}: --shape or "
+            "--dtype is not that of the file"
+        )
+    return _plain(str(path), path, 0, size, shape, kind)
+
+
+# ---- archives --------------------------------------------------------------------------------------------------------
+
+
+def _npz(path: Path, member: str | None, named: str | None) -> Source:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
+            if any(name.rpartition("/")[2] == "data.pkl" for name in names):
+                raise InputError(
+                    f"{path} is a file of torch.save, which is a pickle and can run any code when it is read; save the "
+                    "logits as .npy or .safetensors"
+                )
+            chosen = _choose(path, [n.removesuffix(".npy") for n in names if n.endswith(".npy")], member)
+            info = archive.getinfo(f"{chosen}.npy")
+            name = f"{path}:{chosen}"
+            if info.compress_type == zipfile.ZIP_STORED:
+                with open(path, "rb") as file:
+                    start = _start_of(file, info)
+                    file.seek(start)
+                    shape, dtype, offset = _npy_header(file, name)
+                dtype = _dtype(dtype, named, name)
+                return _plain(name, path, offset, start + info.file_size - offset, _two_axes(shape, name), dtype)
+            # compressed: rows cannot be found in it, so it is unpacked once, into a file that goes with this process
+            with archive.open(info) as packed:
+                return _npy(_unpacked(packed), named, name)
+    except (zipfile.BadZipFile, EOFError) as error:
+        raise InputError(f"{path} is a .npz file that is not whole: {error}") from error
+
+
+def _start_of(file: BinaryIO, info: zipfile.ZipInfo) -> int:
+    """Where a member's bytes begin: behind its own header, whose names may be longer than the directory says."""
+    file.seek(info.header_offset + 26)
+    lengths = np.frombuffer(file.read(4), "<u2")
+    return info.header_offset + 30 + int(lengths.sum())
+
+
+_temporary = contextlib.ExitStack()
+
+
+def _unpacked(packed: Any) -> Path:
+    folder = Path(_temporary.enter_context(tempfile.TemporaryDirectory(prefix="klcore-")))
+    path = folder / "member.npy"
+    with open(path, "wb") as file:
+        shutil.copyfileobj(packed, file, 1 << 20)
+    return path
+
+
+def remove_temporary() -> None:
+    """Files that were unpacked."""
+    _temporary.close()
+
+
+def _choose(path: Path, names: list[str], member: str | None) -> str:
+    """The array that was asked for, or the only one."""
+    if member in names:
+        return str(member)
+    found = ", ".join(sorted(names)[:8]) + (" ..." if len(names) > 8 else "")
+    if member is not None:
+        raise InputError(f"{path} has no array {member!r}; it has {found or 'none'}")
+    if len(names) != 1:
+        raise InputError(
+            f"{path} has {len(names)} arrays ({found}); name one, as {path}:NAME" if names else f"{path} is empty"
+        )
+    return names[0]
+
+
+# ---- safetensors, and folders of them --------------------------------------------------------------------------------
+
+
+def _is_safetensors(path: Path, start: bytes) -> bool:
+    """Eight bytes with the length of a header in JSON, and that."""
+    length = int.from_bytes(start[:8], "little")
+    return len(start) > 8 and start[8:9] == b"{" and 2 <= length <= max(path.stat().st_size, 1 << 27)
+
+
+def _safe_open(path: Path) -> Any:
+    try:
+        library = importlib.import_module("safetensors")
+    except ImportError as error:
+        raise InputError(f"{path} needs the package safetensors: pip install 'klcore[compare]'") from error
+    with contextlib.suppress(ImportError):  # NumPy knows bfloat16 once this is there
+        importlib.import_module("ml_dtypes")
+    try:
+        return library.safe_open(path, "np")
+    except Exception as error:  # of the library's own kind
+        raise InputError(f"{path} is no whole .safetensors file: {error}") from error
+
+
+_SAFETENSORS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+
+
+def _safetensors(path: Path, member: str | None) -> Source:
+    with _safe_open(path) as file:
+        chosen = _choose(path, list(file.keys()), member)
+        part = file.get_slice(chosen)
+        name, shape, code = f"{path}:{chosen}", tuple(part.get_shape()), part.get_dtype()
+    if code not in _SAFETENSORS:
+        raise InputError(f"{name} has dtype {code}, and logits are one of {', '.join(_SAFETENSORS)}")
+    if code == "BF16":
+        bfloat16(name)
+    rows, vocab = _two_axes(shape, name)
+    inner = math.prod(shape[1:-1])  # rows for each index of the first axis, along which the library cuts
+
+    def read(start: int, stop: int) -> Array:
+        first, last = start // inner, -(-stop // inner)
+        with _safe_open(path) as file:
+            found = file.get_slice(chosen)[first:last].reshape(-1, vocab)
+        return found[start - first * inner : stop - first * inner]
+
+    return Source(name, rows, vocab, rows, _SAFETENSORS[code], read, (path,))
+
+
+def _folder(path: Path, member: str) -> Source:
+    """Of EXL3's tools: row_000000.safetensors and so on, each with the logits of a text."""
+    files = sorted(path.glob("row_*.safetensors"))
+    if not files:
+        raise InputError(f"{path} is a folder without files row_*.safetensors")
+    return joined(str(path), [_safetensors(file, member) for file in files])
+
+
+def joined(name: str, sources: list[Source]) -> Source:
+    """One source of several, which must be alike."""
+    for source in sources:
+        if (source.vocab, source.dtype) != (sources[0].vocab, sources[0].dtype):
+            raise InputError(
+                f"{source.name} has {source.vocab:,} classes of {source.dtype}, and {sources[0].name} has "
+                f"{sources[0].vocab:,} of {sources[0].dtype}"
+            )
+    ends = np.cumsum([s.rows for s in sources])
+
+    def read(start: int, stop: int) -> Array:
+        return np.concatenate(list(_overlapping(start, stop)))
+
+    def _overlapping(start: int, stop: int) -> Iterable[Array]:
+        for source, end in zip(sources, ends.tolist(), strict=True):
+            low, high = max(start, end - source.rows), min(stop, end)
+            if low < high:
+                yield source.read(low - end + source.rows, high - end + source.rows)
+
+    rows = int(ends[-1])
+    return Source(
+        name, rows, sources[0].vocab, rows, sources[0].dtype, read, tuple(p for s in sources for p in s.parts)
+    )
+
+
+# ---- small arrays, one number a row ----------------------------------------------------------------------------------
+
+
+def read_small(text: str, what: str, kinds: str, rows: int) -> Array:
+    """A .npy file of `rows` numbers, of one of NumPy's kinds."""
+    path = Path(text)
+    if not first_bytes(path).startswith(b"\x93NUMPY"):
+        raise InputError(f"{path}, for {what}, is no .npy file")
+    try:
+        found = np.load(path, allow_pickle=False)
+    except (ValueError, EOFError, OSError) as error:
+        raise InputError(f"{path}, for {what}, cannot be read: {error}") from error
+    if found.dtype.kind not in kinds:
+        raise InputError(
+            f"{path}, for {what}, has dtype {found.dtype}; it must hold {'booleans' if kinds == 'b' else 'integers'}"
+        )
+    if found.size != rows:
+        raise InputError(f"{path}, for {what}, has {found.size:,} numbers, and there are {rows:,} rows")
+    return found.reshape(-1)

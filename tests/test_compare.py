@@ -1,0 +1,908 @@
+"""`klcore compare`: its figures beside NumPy's, llama.cpp's beside loops; its files, what it writes and refuses.
+
+The oracle of figures is the textbook formula in float64; nothing here calls what is tested to know what to expect.
+"""
+
+import importlib
+import io
+import json
+import math
+import os
+import re
+import select
+import signal
+import struct
+import subprocess
+import sys
+import time
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import oracle
+import pytest
+from conftest import as_here
+
+from klcore.__main__ import main
+from klcore.compare import outputs
+from klcore.compare.comparison import Comparison
+from klcore.compare.page import as_page
+
+RELATIVE = oracle.TOLERANCES["kl", "float32"] + oracle.TOLERANCES["rounding", "float32"]
+ABSOLUTE = oracle.TOLERANCES["textbook", "float64"]
+ROWS, VOCAB, TEXT = 60, 37, 10
+
+
+def softmax(z):
+    e = np.exp(z - z.max(1, keepdims=True))
+    return e / e.sum(1, keepdims=True)
+
+
+@pytest.fixture(scope="module")
+def pair():
+    """Logits of a base and of a quant, float32, which agree more and less; and tokens."""
+    rng = np.random.default_rng(0)
+    x = (2 * rng.normal(size=(ROWS, VOCAB))).astype(np.float32)
+    x[np.arange(ROWS), rng.integers(0, VOCAB, ROWS)] += np.linspace(0, 12, ROWS, dtype=np.float32)
+    y = x + np.geomspace(0.01, 1, ROWS, dtype=np.float32)[:, None] * rng.normal(size=x.shape).astype(np.float32)
+    return x, y, rng.integers(0, VOCAB, ROWS)
+
+
+@pytest.fixture
+def folder(pair, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name, a in zip(("base", "quant", "tokens"), pair, strict=True):
+        np.save(f"{name}.npy", a)
+    return tmp_path
+
+
+def compare(capsys, *arguments):
+    """Exit status, what was printed, and what was said of errors."""
+    capsys.readouterr()
+    try:
+        status = main(["compare", *map(str, arguments)])
+    except SystemExit as error:  # of argparse
+        status = error.code
+    out, err = capsys.readouterr()
+    return status, out, err
+
+
+def report_of(capsys, *arguments):
+    status, out, err = compare(capsys, *arguments, "--json", "-")
+    assert (status, err) == (0, "")
+    return json.loads(out)
+
+
+def kl_of(report):
+    return report["kl"]["mean"]
+
+
+# ---- figures ---------------------------------------------------------------------------------------------------------
+
+
+def expected_rows(x, y, tokens, temperature=1.0):
+    """The textbook's, row by row."""
+    p, q = (softmax(a.astype(np.float64) / temperature) for a in (x, y))
+    m, row, top = (p + q) / 2, np.arange(len(p)), p.argmax(1)
+
+    def kl(a, b):
+        return np.where(a > 0, a * (np.log(np.where(a > 0, a, 1)) - np.log(b)), 0).sum(1)
+
+    return {
+        "kl": kl(p, q),
+        "reverse_kl": kl(q, p),
+        "js": (kl(p, m) + kl(q, m)) / 2,
+        "tv": np.abs(p - q).sum(1) / 2,
+        "base_entropy": -(p * np.log(p)).sum(1),
+        "quant_entropy": -(q * np.log(q)).sum(1),
+        "same_top": (top == q.argmax(1)).astype(float),
+        "base_confidence": p.max(1),
+        "quant_confidence": q[row, top],
+        "base_nll": -np.log(p[row, tokens]),
+        "quant_nll": -np.log(q[row, tokens]),
+    }
+
+
+def close(found, expected):
+    np.testing.assert_allclose(found, expected, rtol=RELATIVE, atol=ABSOLUTE)
+
+
+def assert_report(report, rows, groups=None):
+    """That the report says of rows what NumPy does."""
+    n = len(rows["kl"])
+    for name in ("kl", "reverse_kl", "js", "tv", "base_entropy", "quant_entropy"):
+        found, values = report[name], rows[name]
+        close(found["mean"], values.mean())
+        close(found["stderr_iid"], values.std(ddof=1) / math.sqrt(n))
+        close([found["min"], found["max"]], [values.min(), values.max()])
+        assert found["row_of_max"] == values.argmax()
+        quantiles = np.quantile(values, [float(q) for q in found["quantiles"]])
+        order = oracle.TOLERANCES["order statistic", "float32"]
+        np.testing.assert_allclose(list(found["quantiles"].values()), quantiles, rtol=order + RELATIVE, atol=ABSOLUTE)
+        if groups is not None:
+            close(found["stderr"], clustered(values, groups))
+    close(report["same_top"]["mean"], rows["same_top"].mean())
+    close(report["acceptance"]["mean"], 1 - rows["tv"].mean())
+    edges = [0, 0.25, 0.5, 0.75, 0.95, 1.0]
+    for k, bucket in enumerate(report["confidence"]):
+        inside = (rows["base_confidence"] >= edges[k]) & ((rows["base_confidence"] < edges[k + 1]) | (k == 4))
+        assert bucket["rows"] == inside.sum()
+        for name in ("kl", "same_top", "base_confidence", "quant_confidence"):
+            if inside.any():
+                close(bucket[name]["mean"], rows[name][inside].mean())
+    order = np.argsort(-rows["kl"])[: len(report["worst"])]
+    assert [w["row"] for w in report["worst"]] == order.tolist()
+    close([w["kl"] for w in report["worst"]], rows["kl"][order])
+
+
+def clustered(values, groups):
+    k, n = len(np.unique(groups)), len(values)
+    gaps = [(values[groups == g] - values.mean()).sum() for g in np.unique(groups)]
+    return math.sqrt(k / (k - 1) * sum(g**2 for g in gaps)) / n
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+@pytest.mark.parametrize("chunk", ["1", "2k", "16M"])
+def test_figures_of_logits(capsys, folder, pair, chunk, temperature):
+    x, y, tokens = pair
+    options = ("--tokens", "tokens.npy", "--groups", TEXT, "--chunk-bytes", chunk, "--temperature", temperature)
+    report = report_of(capsys, "base.npy", "quant.npy", *options)
+    rows = expected_rows(x, y, tokens, temperature)
+    assert_report(report, rows, np.arange(ROWS) // TEXT)
+    assert report["texts"] == ROWS // TEXT
+    assert [(w["text"], w["position"]) for w in report["worst"]] == [divmod(w["row"], TEXT) for w in report["worst"]]
+    found = report["tokens"]
+    for name in ("base", "quant"):
+        close(found[f"{name}_perplexity"]["mean"], np.exp(rows[f"{name}_nll"].mean()))
+    ratio = rows["quant_nll"] - rows["base_nll"]
+    np.testing.assert_allclose(found["log_ratio"]["mean"], ratio.mean(), rtol=1e-5)
+    np.testing.assert_allclose(found["ratio"]["mean"], np.exp(ratio.mean()), rtol=1e-5)
+    np.testing.assert_allclose(found["log_ratio"]["stderr"], clustered(ratio, np.arange(ROWS) // TEXT), rtol=1e-5)
+    gap = np.exp(-rows["quant_nll"]) - np.exp(-rows["base_nll"])
+    np.testing.assert_allclose(found["delta_p"]["rms"], np.sqrt((gap**2).mean()), rtol=1e-5)
+    np.testing.assert_allclose(found["delta_p"]["quantiles"]["0.5"], np.median(gap), rtol=1e-3)
+
+
+@pytest.mark.parametrize("spaces", ["probs", "log_probs", "probs,logits", "logits,log_probs"])
+def test_figures_of_other_spaces(capsys, folder, pair, spaces):
+    x, y = (a.astype(np.float64) for a in pair[:2])
+    into = {"logits": lambda z: z, "probs": softmax, "log_probs": lambda z: np.log(softmax(z))}
+    of = spaces.split(",")
+    np.save("a.npy", into[of[0]](x))
+    np.save("b.npy", into[of[-1]](y))
+    report = report_of(capsys, "a.npy", "b.npy", "--space", spaces, "--tokens", "tokens.npy")
+    assert report["space"] == [of[0], of[-1]]
+    assert_report(report, expected_rows(*pair))
+    assert "say --groups" in report["notes"][0]
+
+
+def test_against_itself(capsys, folder):
+    report = report_of(capsys, "base.npy", "base.npy", "--tokens", "tokens.npy")
+    for name in ("kl", "reverse_kl", "js", "tv"):
+        values = report[name]
+        assert {values["mean"], values["min"], values["max"], values["stderr"], *values["quantiles"].values()} == {0}
+    assert report["same_top"]["mean"] == report["acceptance"]["mean"] == report["tokens"]["ratio"]["mean"] == 1
+
+
+def test_the_bits_of_any_split(capsys, folder):
+    reports = []
+    for options in (("--chunk-bytes", 1), ("--chunk-bytes", "5k", "--threads", 1), ("--threads", 2)):
+        report = report_of(
+            capsys, "base.npy", "quant.npy", "--tokens", "tokens.npy", "--groups", 7, "--partial", *options
+        )
+        reports.append({k: v for k, v in report.items() if k != "command"})
+    assert reports[0] == reports[1] == reports[2]
+
+
+def test_masked_and_infinite_rows(capsys, folder, pair):
+    x, y, tokens = (a.copy() for a in pair)
+    mask = np.arange(ROWS) % 3 > 0
+    x[0] = np.nan  # masked
+    y[1, x[1].argmax()] = -np.inf  # KL is infinite
+    tokens[4:20] = -100
+    np.save("base.npy", x), np.save("quant.npy", y), np.save("tokens.npy", tokens), np.save("mask.npy", mask)
+    report = report_of(capsys, "base.npy", "quant.npy", "--mask", "mask.npy", "--tokens", "tokens.npy", "--worst", 2)
+    rows = expected_rows(x[mask][1:], y[mask][1:], pair[2][mask][1:])
+    close(kl_of(report), rows["kl"].mean())
+    assert (report["rows_infinite"], report["rows_nan"], report["rows_counted"]) == (1, 0, mask.sum() - 1)
+    assert report["worst"][0] == {"row": 1, "kl": None}
+    assert report["notes"][0].startswith("1 row with an infinite KL")
+    known = mask & (tokens >= 0)
+    nll = expected_rows(x[known], x[known], tokens[known])["base_nll"]
+    close(report["tokens"]["base_perplexity"]["mean"], np.exp(nll.mean()))
+    status, _, err = compare(capsys, "base.npy", "quant.npy", "--mask", "mask.npy", "--max-mean", 100)
+    assert status == 1
+    assert "infinite" in err
+
+
+def test_rows_of_nan(capsys, folder, pair):
+    x = pair[0].copy()
+    x[7, 3] = x[9, 0] = np.nan
+    np.save("base.npy", x)
+    status, out, err = compare(capsys, "base.npy", "quant.npy")
+    assert status == 2
+    assert err.count("\n") == 1
+    assert "2 rows are NaN, the first of them row 7" in err
+    assert "58 of 37 classes" in out
+    assert compare(capsys, "base.npy", "quant.npy", "--skip-nan")[0] == 0
+
+
+def test_quick(capsys, folder, pair):
+    report = report_of(capsys, "base.npy", "quant.npy", "--quick")
+    close(kl_of(report), expected_rows(*pair)["kl"].mean())
+    assert report["same_top"]["mean"] > 0.5
+    assert not {"js", "acceptance", "base_entropy"} & report.keys()
+
+
+def test_vocab_cuts_padding(capsys, folder, pair):
+    x, y, tokens = pair
+    np.save("padded.npy", np.pad(y, ((0, 0), (0, 3)), constant_values=50))
+    report = report_of(capsys, "base.npy", "padded.npy", "--vocab", VOCAB)
+    close(kl_of(report), expected_rows(x, y, tokens)["kl"].mean())
+
+
+# ---- files -----------------------------------------------------------------------------------------------------------
+
+
+def save_npz(path, a):
+    np.savez(path, logits=a, other=a[:1])
+
+
+def save_packed(path, a):
+    np.savez_compressed(path, logits=a)
+
+
+def save_raw(path, a):
+    a.tofile(path)
+
+
+def save_safetensors(path, a):
+    pytest.importorskip("safetensors.numpy").save_file({"logits": a, "other": a[:1].copy()}, path)
+
+
+def save_cube(path, a):
+    pytest.importorskip("safetensors.numpy").save_file({"logits": a.reshape(ROWS // TEXT, TEXT, VOCAB)}, path)
+
+
+def save_folder(path, a):
+    path.mkdir()
+    save = pytest.importorskip("safetensors.numpy").save_file
+    for k, part in enumerate(np.split(a, [17, 40])):
+        save({"logits": part[None]}, path / f"row_{k:06d}.safetensors")
+
+
+def save_swapped(path, a):
+    np.save(path, a.astype(a.dtype.newbyteorder(">")))
+
+
+FILES = {
+    "f.npy": np.save,
+    "cube.npy": lambda path, a: np.save(path, a.reshape(ROWS // TEXT, TEXT, VOCAB)),
+    "swapped.npy": save_swapped,
+    "f.npz:logits": save_npz,
+    "packed.npz": save_packed,
+    "f.safetensors:logits": save_safetensors,
+    "cube.safetensors": save_cube,
+    "folder": save_folder,
+    "f.bin": save_raw,
+}
+
+
+DTYPES = ("float64", "float32", "float16", "bfloat16")
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [(n, d) for n in FILES for d in DTYPES if (n, d) != ("swapped.npy", "bfloat16")],  # of which NumPy knows no bytes
+)
+def test_what_a_file_holds(capsys, folder, pair, name, dtype):
+    if dtype == "bfloat16":
+        dtype = pytest.importorskip("ml_dtypes").bfloat16
+    y = pair[1].astype(dtype)
+    FILES[name](folder / name.partition(":")[0], y)
+    options = ["--dtype", y.dtype.name] if name == "f.bin" or y.dtype.name == "bfloat16" else []
+    options += ["--shape", f"{ROWS},{VOCAB}"] if name == "f.bin" else []
+    report = report_of(capsys, "base.npy", name, *options, "--rows", "rows.npy", "--chunk-bytes", "1k")
+    expected = expected_rows(pair[0], y.astype(np.float64), pair[2])["kl"]
+    close(kl_of(report), expected.mean())
+    close(np.load("rows.npy"), expected)
+
+
+def test_cut_off_files(capsys, folder, pair):
+    whole = (folder / "quant.npy").read_bytes()
+    (folder / "quant.npy").write_bytes(whole[: -3 * 4 * VOCAB - 1])
+    status, _, err = compare(capsys, "base.npy", "quant.npy")
+    assert status == 2
+    assert (
+        f"quant.npy is cut off after row {ROWS - 5}: it says that it has {ROWS} rows, and {ROWS - 4} are whole" in err
+    )
+    report = report_of(capsys, "base.npy", "quant.npy", "--partial")
+    assert report["rows"] == ROWS - 4
+    close(kl_of(report), expected_rows(*pair)["kl"][:-4].mean())
+
+
+# ---- llama.cpp -------------------------------------------------------------------------------------------------------
+
+
+def llama_bytes(logits, tokens, floor=16, second=False):
+    """A file, written row by row from the description of the format."""
+    n_chunk, n_ctx = tokens.shape
+    vocab = logits.shape[1]
+    out = io.BytesIO()
+    out.write(b"_logits2" if second else b"_logits_")
+    out.write(struct.pack("<3i", n_ctx, vocab, n_chunk) + tokens.astype("<i4").tobytes())
+    for z in logits.astype(np.float64):
+        top = z.max()
+        low = z.min() if second else max(z.min(), top - floor)
+        steps = 65534 if second else 65535
+        scale = (top - low) / steps
+        log_total = math.log(np.exp(z - top).sum())
+        code = np.maximum(np.rint((z - low) / scale), 0).astype(int) + second
+        out.write(struct.pack("<2f", scale, low - top - log_total))
+        out.write(code.astype("<u2").tobytes() + b"\0\0" * (vocab % 2))
+    return out.getvalue()
+
+
+CHUNKS, CONTEXT = 6, 20  # of tokens; 9 rows a chunk
+
+
+@pytest.fixture(params=[(16, 37), (24, 36), (16, 1001)], ids=str)
+def base_file(request, folder):
+    """Odd and even vocabularies, and both floors; logits that go far below these."""
+    floor, vocab = request.param
+    rng = np.random.default_rng(1)
+    n = CHUNKS * (CONTEXT - 1 - CONTEXT // 2)
+    z = (6 * rng.normal(size=(n, vocab))).astype(np.float32)
+    tokens = rng.integers(0, vocab, (CHUNKS, CONTEXT))
+    (folder / "base.kld").write_bytes(llama_bytes(z, tokens, floor))
+    y = z + (0.1 * rng.normal(size=z.shape)).astype(np.float32)
+    np.save("y.npy", y)
+    return z, y, tokens[:, CONTEXT // 2 + 1 :].reshape(-1), floor
+
+
+def test_llama_files(capsys, folder, base_file):
+    z, y, targets, floor = base_file
+    report = report_of(capsys, "base.kld", "y.npy")
+    assert report["texts"] == CHUNKS
+    assert "lower bounds" in report["notes"][0]
+    p, q = (softmax(a.astype(np.float64)) for a in (z, y))
+    stored = z > z.max(1, keepdims=True) - np.float32(floor)
+    exact = np.where(stored, p * np.log(p / q) - p + q, 0).sum(1)
+    # codes are steps of floor/65535, so a log-probability is off by half of one: to first order of the root of the KL
+    step = floor / 65535
+    assert abs(kl_of(report) - exact.mean()) <= step * np.sqrt(2 * exact).mean() + step**2
+    rows = expected_rows(z, y, targets)
+    close(report["tokens"]["quant_perplexity"]["mean"], np.exp(rows["quant_nll"].mean()))
+    above = np.minimum(rows["base_nll"], -np.log(p.max(1)) + floor)  # what is below the floor reads as it
+    assert abs(math.log(report["tokens"]["base_perplexity"]["mean"]) - above.mean()) <= step + RELATIVE * above.mean()
+
+
+def test_llama_file_beside_itself(capsys, folder, base_file):
+    """The tool prints negative values here."""
+    np.save("z.npy", base_file[0])
+    report = report_of(capsys, "base.kld", "z.npy")
+    for name in ("kl", "reverse_kl", "js", "tv"):
+        assert report[name]["min"] >= 0
+    assert report["kl"]["max"] < (base_file[3] / 65535) ** 2
+    report = report_of(capsys, "base.kld", "base.kld")
+    assert report["kl"]["max"] < 1e-12
+    assert "quant is stored above a floor too" in report["notes"][1]
+    refused(capsys, "base.kld is stored above a floor, so BASE must be", "z.npy", "base.kld")
+
+
+def test_second_format(capsys, folder, base_file):
+    z, y, targets, _ = base_file
+    tokens = np.zeros((CHUNKS, CONTEXT), int)
+    tokens[:, CONTEXT // 2 + 1 :] = targets.reshape(CHUNKS, -1)
+    (folder / "base2.kld").write_bytes(llama_bytes(z, tokens, second=True))
+    report = report_of(capsys, "base2.kld", "y.npy")
+    exact = expected_rows(z, y, targets)
+    step = (z.max() - z.min()) / 65534
+    assert abs(kl_of(report) - exact["kl"].mean()) <= step * np.sqrt(2 * exact["kl"]).mean() + step**2
+    assert abs(math.log(report["tokens"]["base_perplexity"]["mean"]) - exact["base_nll"].mean()) <= step
+    assert not any("lower bounds" in note for note in report["notes"])
+    assert report_of(capsys, "y.npy", "base2.kld", "--tokens", save(targets))["space"] == ["logits", "log_probs"]
+
+
+def save(a):
+    np.save("saved.npy", a)
+    return "saved.npy"
+
+
+def tool_row(stored, vocab, logits, target):
+    """llama.cpp's figures of one row, a class at a time: from the bytes as they are stored."""
+    f = np.float32
+    scale, least = struct.unpack("<2f", stored[:8])
+    codes = struct.unpack(f"<{vocab}H", stored[8 : 8 + 2 * vocab])
+    top = max(f(v) for v in logits)
+    total = sum(float(np.exp(f(v) - top)) for v in logits)
+    log_total = f(math.log(total))
+    kld, best = 0.0, (-math.inf, 0)
+    for k, (code, logit) in enumerate(zip(codes, logits, strict=True)):
+        log_p = f(f(scale) * f(code) + f(least))
+        best = max(best, (float(log_p), -k))
+        if log_p > -16:
+            kld += float(f(np.exp(log_p)) * f(log_p - f(logit) + top + log_total))
+    nll = f(top + log_total - f(logits[target]))
+    nll_base = -f(f(scale) * f(codes[target]) + f(least))
+    return kld, float(np.exp(-nll) - np.exp(-nll_base)), nll, nll_base, int(np.argmax(logits)) == -best[1]
+
+
+def test_llama_block(capsys, folder, base_file):
+    z, y, targets, _ = base_file
+    status, out, err = compare(capsys, "base.kld", "y.npy", "--llama")
+    assert (status, err) == (0, "")
+    data, vocab = (folder / "base.kld").read_bytes(), z.shape[1]
+    start, size = 20 + 4 * CHUNKS * CONTEXT, 2 * (2 * ((vocab + 1) // 2) + 4)
+    rows = [tool_row(data[start + size * k :][:size], vocab, y[k], targets[k]) for k in range(len(y))]
+    kld, p_diff, nll, nll_base, same = (np.array(c, np.float64) for c in zip(*rows, strict=True))
+    n = len(kld)
+    said = {
+        re.sub(r"\s+", " ", label).strip(): [float(v) for v in re.findall(r"-?\d+\.\d+", rest)]
+        for label, _, rest in (line.partition(":") for line in out[out.index("====") :].splitlines())
+    }
+
+    def error(v):
+        return math.sqrt(((v**2).mean() - v.mean() ** 2) / (n - 1))
+
+    cov = ((nll * nll_base).mean() - nll.mean() * nll_base.mean()) / (n - 1)
+    ratio, d_ratio = (nll - nll_base).mean(), math.sqrt(error(nll) ** 2 + error(nll_base) ** 2 - 2 * cov)
+    expected = {
+        "Mean PPL(Q)": [np.exp(nll.mean()), np.exp(nll.mean()) * error(nll)],
+        "Mean PPL(base)": [np.exp(nll_base.mean()), np.exp(nll_base.mean()) * error(nll_base)],
+        "Mean ln(PPL(Q)/PPL(base))": [ratio, d_ratio],
+        "Mean PPL(Q)/PPL(base)": [np.exp(ratio), np.exp(ratio) * d_ratio],
+        "Cor(ln(PPL(Q)), ln(PPL(base)))": [100 * cov / error(nll) / error(nll_base)],
+        "Mean KLD": [kld.mean(), error(kld)],
+        "Maximum KLD": [kld.max()],
+        "Median KLD": [np.median(kld)],
+        "Minimum KLD": [kld.min()],
+        "99.9% KLD": [np.quantile(kld, 0.999)],
+        "0.1% KLD": [np.quantile(kld, 0.001)],
+        "Mean Δp": [100 * p_diff.mean(), 100 * error(p_diff)],
+        "75.0% Δp": [100 * np.quantile(p_diff, 0.75)],
+        "RMS Δp": [100 * np.sqrt((p_diff**2).mean()), 50 * error(p_diff**2) / np.sqrt((p_diff**2).mean())],
+        "Same top p": [100 * same.mean(), 100 * math.sqrt(same.mean() * (1 - same.mean()) / (n - 1))],
+    }
+    for label, numbers in expected.items():
+        # as printed: six digits or three; and float32, whose sums and exponentials are off by some eps
+        digits = 0.51e-6 if "KLD" in label or label.startswith("Mean PPL") or "ln(" in label else 0.51e-3
+        digits = 0.51e-2 if label.startswith("Cor") else digits
+        np.testing.assert_allclose(
+            said[label], numbers, rtol=oracle.TOLERANCES["golden", "float32"], atol=digits + 1e-6, err_msg=label
+        )
+    shape = [re.sub(r"\s*-?\d+\.\d+", "N", line) for line in out[out.index("====") :].splitlines()]
+    assert shape == LAYOUT
+
+
+LAYOUT = """\
+====== Perplexity statistics ======
+Mean PPL(Q)                   :N ±N
+Mean PPL(base)                :N ±N
+Cor(ln(PPL(Q)), ln(PPL(base))):N%
+Mean ln(PPL(Q)/PPL(base))     :N ±N
+Mean PPL(Q)/PPL(base)         :N ±N
+Mean PPL(Q)-PPL(base)         :N ±N
+
+====== KL divergence statistics ======
+Mean    KLD:N ±N
+Maximum KLD:N
+N%   KLD:N
+N%   KLD:N
+N%   KLD:N
+N%   KLD:N
+Median  KLD:N
+N%   KLD:N
+N%   KLD:N
+N%   KLD:N
+N%   KLD:N
+Minimum KLD:N
+
+====== Token probability statistics ======
+Mean    Δp:N ±N %
+Maximum Δp:N%
+N%   Δp:N%
+N%   Δp:N%
+N%   Δp:N%
+N%   Δp:N%
+N%   Δp:N%
+Median  Δp:N%
+N%   Δp:N%
+N%   Δp:N%
+N%   Δp:N%
+N%   Δp:N%
+N%   Δp:N%
+Minimum Δp:N%
+RMS Δp    :N ±N %
+Same top p:N ±N %""".splitlines()
+
+
+# ---- what is written -------------------------------------------------------------------------------------------------
+
+
+def test_the_table(capsys, folder):
+    """80 columns, no colours, and the figures of the JSON."""
+    status, out, err = compare(capsys, "base.npy", "quant.npy", "--tokens", "tokens.npy", "--groups", TEXT)
+    assert (status, err) == (0, "")
+    assert max(map(len, out.splitlines())) <= 80
+    assert "\x1b" not in out
+    assert "nan" not in out
+    report = report_of(capsys, "base.npy", "quant.npy", "--tokens", "tokens.npy", "--groups", TEXT)
+    for name in ("kl", "js", "tv"):
+        assert f"{report[name]['mean']:.4g} ± {report[name]['stderr']:.4g}" in out
+    assert f"{100 * report['same_top']['mean']:.2f} %" in out
+    assert f"{report['tokens']['ratio']['mean']:.4g} ± {report['tokens']['ratio']['stderr']:.4g}" in out
+    assert all(f"{w['row']}" in out for w in report["worst"])
+
+
+def test_the_files(capsys, folder, pair):
+    pytest.importorskip("matplotlib")
+    written = ("--json", "r.json", "--rows", "rows.npy", "--plot", "p.png", "--html", "r.html")
+    status, _, err = compare(capsys, "base.npy", "quant.npy", "--groups", TEXT, *written)
+    assert (status, err) == (0, "")
+    assert json.loads((folder / "r.json").read_text()) == report_of(
+        capsys, "base.npy", "quant.npy", "--groups", TEXT
+    ) | {"command": f"klcore compare base.npy quant.npy --groups {TEXT} {' '.join(written)}"}
+    rows = np.load("rows.npy")
+    assert rows.dtype == np.float32
+    close(rows, expected_rows(*pair)["kl"])
+    assert (folder / "p.png").read_bytes().startswith(b"\x89PNG")
+    page = (folder / "r.html").read_text()
+    assert page.count("data:image/svg+xml;base64,") == 4  # light and dark, wide and narrow
+    assert re.findall(r"(?:src|srcset|href)=['\"](?!data:)", page) == []  # nothing from elsewhere
+    assert "prefers-color-scheme: dark" in page
+    assert "klcore compare base.npy quant.npy" in page
+    assert sorted(p.name for p in folder.iterdir()) == [
+        "base.npy", "p.png", "quant.npy", "r.html", "r.json", "rows.npy", "tokens.npy"
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(("what", "suffix"), [("alike", ".png"), ("one row", ".svg"), ("excluded", ".pdf")])
+def test_pictures_of_odd_comparisons(capsys, folder, pair, what, suffix):
+    pytest.importorskip("matplotlib")
+    x, y = pair[0], pair[1].copy()
+    if what == "alike":
+        y = x
+    elif what == "one row":
+        x, y = x[:1], y[:1]
+    else:
+        y[:, 3] = -np.inf
+    np.save("base.npy", x), np.save("quant.npy", y)
+    status, _, err = compare(capsys, "base.npy", "quant.npy", "--plot", f"p{suffix}")
+    assert (status, err) == (0, "")
+    first = (folder / f"p{suffix}").read_bytes()
+    compare(capsys, "base.npy", "quant.npy", "--plot", f"p{suffix}", "--force")
+    assert (folder / f"p{suffix}").read_bytes() == first
+
+
+def test_a_name_is_no_html(capsys, folder):
+    (folder / "base.npy").rename(folder / "<b>&.npy")
+    page = as_page(report_of(capsys, "<b>&.npy", "quant.npy"), dict.fromkeys(PICTURES, b""))
+    assert "&lt;b&gt;&amp;.npy" in page
+    assert "<b>&" not in page
+    assert "<li>errors take rows to be independent" in page
+
+
+PICTURES = [(theme, narrow) for theme in ("light", "dark") for narrow in (False, True)]
+
+
+@pytest.mark.parametrize(
+    ("limits", "status", "words"),
+    [
+        (("--max-mean", "10", "--max-q99", "100"), 0, ""),
+        (("--max-mean", "1e-9"), 1, "the mean KL is .* above --max-mean 1e-09"),
+        (("--max-mean", "10", "--max-q99", "1e-9"), 1, "the KL of 99 % of the rows is .* above --max-q99 1e-09"),
+        (("--max-mean", "nan"), 1, "above --max-mean nan"),
+    ],
+)
+def test_limits(capsys, folder, limits, status, words):
+    found, out, err = compare(capsys, "base.npy", "quant.npy", *limits)
+    assert found == status
+    assert re.search(words, err)
+    assert err.count("\n") == status
+    assert "KL(base || quant)" in out
+
+
+# ---- interrupted, and gone on with -----------------------------------------------------------------------------------
+
+
+def test_interrupted_and_resumed(capsys, folder, monkeypatch):
+    """Ctrl-C after some chunks: the figures of these, status 130; then the rest, and the report of one run."""
+    options = ("--tokens", "tokens.npy", "--groups", TEXT, "--worst", 3)
+    whole = report_of(capsys, "base.npy", "quant.npy", *options, "--rows", "whole.npy")
+    plain, calls = Comparison._add, []
+
+    def until(self, *arguments):
+        plain(self, *arguments)
+        calls.append(arguments)
+        if len(calls) == 4:
+            signal.raise_signal(signal.SIGINT)
+
+    resumed = (*options, "--chunk-bytes", 1500, "--resume", "state", "--rows", "rows.npy", "--force")
+    with monkeypatch.context() as patch:
+        patch.setattr(Comparison, "_add", until)
+        status, out, _ = compare(capsys, "base.npy", "quant.npy", *resumed)
+    done = calls[-1][2]
+    assert status == 130
+    assert 0 < done < ROWS
+    assert f"stopped after {done} of {ROWS} rows" in out
+    np.testing.assert_array_equal(np.load("rows.npy"), np.load("whole.npy")[:done])
+    again = report_of(capsys, "base.npy", "quant.npy", *resumed)
+    assert {k: v for k, v in again.items() if k != "command"} == {k: v for k, v in whole.items() if k != "command"}
+    np.testing.assert_array_equal(np.load("rows.npy"), np.load("whole.npy"))
+    with monkeypatch.context() as patch:  # what is complete is not computed again
+        patch.delattr(Comparison, "figures")
+        assert report_of(capsys, "base.npy", "quant.npy", *resumed) == again
+
+
+def test_ctrl_c_of_a_process(folder, pair):
+    """From outside, on the command itself."""
+    x = np.broadcast_to(pair[0][:1], (200_000, VOCAB))
+    np.save("large.npy", x)
+    code = 'import sys; from klcore.__main__ import main; print("ready", flush=True); sys.exit(main())'
+    arguments = ["compare", str(folder / "large.npy"), str(folder / "large.npy"), "--chunk-bytes", "1k"]
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **as_here()
+    )
+    assert process.stdout.readline() == "ready\n"
+    time.sleep(1.5)  # somewhere in the middle: whichever chunk that is
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, err) == (130, "")
+    assert "stopped after" in out
+
+
+def test_states_of_other_comparisons(capsys, folder):
+    assert compare(capsys, "base.npy", "quant.npy", "--resume", "state")[0] == 0
+    status, _, err = compare(capsys, "base.npy", "quant.npy", "--resume", "state", "--quick")
+    assert status == 2
+    assert "its --quick is False, and this one's True" in err
+    np.save("quant.npy", np.load("base.npy"))
+    status, _, err = compare(capsys, "base.npy", "quant.npy", "--resume", "state")
+    assert status == 2
+    assert "state is of another comparison: its files" in err
+    (folder / "state").write_bytes(b"PK\x03\x04")
+    assert "no state of klcore compare" in compare(capsys, "base.npy", "quant.npy", "--resume", "state")[2]
+
+
+# ---- bad input -------------------------------------------------------------------------------------------------------
+
+
+def npy(a):
+    out = io.BytesIO()
+    np.save(out, a)
+    return out.getvalue()
+
+
+def torch_file():
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, "w") as archive:
+        archive.writestr("archive/data.pkl", b"\x80\x02.")
+    return out.getvalue()
+
+
+class Unpickled:
+    def __reduce__(self):
+        return (os.mkdir, ("unpickled",))
+
+
+def npy_of_objects():
+    out = io.BytesIO()
+    np.save(out, np.array([[Unpickled()]], object), allow_pickle=True)
+    return out.getvalue()
+
+
+HEADER = b"_logits_" + struct.pack("<3i", 20, 37, 6)
+BAD_FILES = {
+    "empty": (b"", "bad is empty"),
+    "stub": (HEADER[:12], "bad ends in its header: the run that should have written it stopped"),
+    "no tokens": (HEADER + b"\0" * 9, "bad ends in its 6 x 20 tokens"),
+    "no sense": (b"_logits_" + struct.pack("<3i", 0, 5, 1), "n_ctx 0"),
+    "first row": (HEADER + b"\0" * 500, "bad is cut off in its first row"),
+    "rows": (HEADER + b"\0" * (480 + 84 * 10 + 5), "bad is cut off after row 9: it says that it has 54 rows"),
+    "pickle": (b"\x80\x04\x95.", "bad is a pickle, which can run any code"),
+    "torch": (torch_file(), "bad is a file of torch.save"),
+    "objects": (npy_of_objects(), "bad holds Python objects"),
+    "header": (npy(np.zeros((2, 2)))[:30], "has no header of one"),
+    "zip": (b"PK\x03\x04 and no more", r"bad is a .npz file that is not whole"),
+    "safetensors": (struct.pack("<Q", 90) + b'{"logits":' + b" " * 100, "bad is no whole .safetensors file"),
+    "text": (b"0.5 0.25\n", r"--shape ROWS,VOCAB and --dtype"),
+    "integers": (npy(np.zeros((ROWS, VOCAB), int)), "bad has dtype int64, and logits are one of float64"),
+    "complex": (npy(np.zeros((ROWS, VOCAB), complex)), "bad has dtype complex128"),
+    "two bytes": (npy(np.zeros((ROWS, VOCAB), "V2")), "say --dtype bfloat16"),
+    "one axis": (npy(np.zeros(5)), r"bad has shape \(5,\)"),
+    "nothing": (npy(np.zeros((0, 5))), r"bad has shape \(0, 5\): there is nothing in it"),
+    "columns": (npy(np.zeros((ROWS, VOCAB), order="F")), "Fortran's order"),
+    "fewer": (npy(np.zeros((ROWS - 1, VOCAB))), "base.npy has 60 rows, and bad 59"),
+    "classes": (npy(np.zeros((ROWS, VOCAB + 3))), "if the larger one is padded, say --vocab 37"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_FILES)
+def test_bad_files(capsys, folder, name):
+    content, words = BAD_FILES[name]
+    (folder / "bad").write_bytes(content)
+    if name == "safetensors":
+        pytest.importorskip("safetensors")
+    refused(capsys, words, "base.npy", "bad")
+
+
+def refused(capsys, words, *arguments):
+    status, out, err = compare(capsys, *arguments, "--json", "new.json")
+    assert (status, out) == (2, "")
+    assert err.startswith("klcore compare: ")
+    assert err.count("\n") == 1
+    assert re.search(words, err), err
+    assert not {"new.json", "unpickled"} & set(os.listdir("."))
+
+
+OTHERS = {
+    "absent": (("base.npy", "absent"), "absent cannot be read: No such file"),
+    "empty folder": (("base.npy", "folder"), r"folder without files row_\*"),
+    "member": (("base.npy", "two.npz"), r"two.npz has 2 arrays \(a, b\); name one"),
+    "no member": (("base.npy", "two.npz:c"), "two.npz has no array 'c'; it has a, b"),
+    "mask": (("base.npy", "quant.npy", "--mask", "short.npy"), "for --mask, has 5 numbers, and there are 60 rows"),
+    "mask of numbers": (("base.npy", "quant.npy", "--mask", "tokens.npy"), "it must hold booleans"),
+    "nobody": (("base.npy", "quant.npy", "--mask", "none.npy"), "none.npy leaves no row"),
+    "groups": (("base.npy", "quant.npy", "--groups", "short.npy"), "--groups, has dtype bool; it must hold integers"),
+    "whole texts": (("base.npy", "quant.npy", "--groups", "7"), "60 rows are not whole texts of 7 rows"),
+    "no text": (("base.npy", "quant.npy", "--groups", "0"), "not whole texts of 0 rows"),
+    "tokens": (("base.npy", "quant.npy", "--tokens", "large.npy"), "the token of row 1 is 99, and there are 37"),
+    "no tokens": (("base.npy", "quant.npy", "--tokens", "two.npz"), "is no .npy file"),
+    "vocab": (("base.npy", "quant.npy", "--vocab", "38"), "--vocab 38 is more than the 37"),
+    "temperature": (("base.npy", "quant.npy", "--temperature", "0"), "must be above 0"),
+    "of logits": (("base.npy", "quant.npy", "--temperature", "2", "--space", "probs"), "divides logits"),
+    "llama": (("base.npy", "quant.npy", "--llama"), "--llama is for a _logits_ file"),
+    "raw": (("base.npy", "raw", "--shape", "2,2", "--dtype", "float32"), "raw has 100 bytes, and 2 rows of 2"),
+    "raw rows": (("base.npy", "raw", "--shape", "9,3", "--dtype", "float32"), "cut off after row 7"),
+    "exists": (("base.npy", "quant.npy", "--rows", "tokens.npy"), "tokens.npy exists; --force overwrites it"),
+    "input": (("base.npy", "quant.npy", "--rows", "base.npy", "--force"), "base.npy is read: write to another file"),
+    "twice": (("base.npy", "quant.npy", "--rows", "new.json"), "new.json is named for two outputs"),
+    "no folder": (("base.npy", "quant.npy", "--rows", "no/r.npy"), "there is no folder no"),
+    "picture": (("base.npy", "quant.npy", "--plot", "p.jpg"), "must end in .png, .svg, .pdf"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_bad_input(capsys, folder, name):
+    arguments, words = OTHERS[name]
+    np.save("short.npy", np.ones(5, bool)), np.save("none.npy", np.zeros(ROWS, bool))
+    np.save("large.npy", np.array([0, 99] + [1] * (ROWS - 2)))
+    np.savez("two.npz", a=np.zeros((2, 2)), b=np.zeros((2, 2)))
+    (folder / "raw").write_bytes(bytes(100))
+    (folder / "folder").mkdir()
+    kept = (folder / "tokens.npy").read_bytes()
+    refused(capsys, words, *arguments)
+    assert (folder / "tokens.npy").read_bytes() == kept
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [("--space", "odds"), ("--shape", "5"), ("--vocab", "0"), ("--chunk-bytes", "1x"), ("--worst", "-1"), ("--what",)],
+)
+def test_unknown_words(capsys, folder, arguments):
+    status, out, err = compare(capsys, "base.npy", "quant.npy", *arguments)
+    assert (status, out) == (2, "")
+    assert arguments[0] in err
+
+
+def test_a_disk_that_fills_up(folder):
+    """A limit to the size of files stands for it; what was there before stays, and no part of a file is left."""
+    pytest.importorskip("resource")
+    (folder / "rows.npy").write_bytes(b"before")
+    code = """
+import resource, sys
+from klcore.__main__ import main
+resource.setrlimit(resource.RLIMIT_FSIZE, (200, 200))
+sys.exit(main(["compare", *sys.argv[1:]]))
+"""
+    paths = [str(folder / name) for name in ("base.npy", "quant.npy")]
+    done = subprocess.run(
+        [sys.executable, "-c", code, *paths, "--rows", str(folder / "rows.npy"), "--force"],
+        capture_output=True, text=True, timeout=60, **as_here(),
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert re.fullmatch(r"klcore compare: \S*rows.npy cannot be written: File too large\n", done.stderr)
+    assert (folder / "rows.npy").read_bytes() == b"before"
+    assert sorted(p.name for p in folder.iterdir()) == ["base.npy", "quant.npy", "rows.npy", "tokens.npy"]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
+@pytest.mark.parametrize("where", ["full", "closed"])
+def test_standard_output_that_takes_nothing(folder, where):
+    paths = [str(folder / name) for name in ("base.npy", "quant.npy")]
+    read, write = os.pipe()
+    os.close(read)
+    with open("/dev/full", "w") if where == "full" else os.fdopen(write, "w") as out:
+        done = subprocess.run(
+            [sys.executable, "-m", "klcore", "compare", *paths],
+            stdout=out, stderr=subprocess.PIPE, text=True, timeout=60, **as_here(),
+        )  # fmt: skip
+    assert done.returncode == 2
+    assert re.fullmatch(r"klcore compare: standard output cannot be written: .*\n", done.stderr)
+
+
+def test_a_bar_on_a_terminal(folder):
+    """And the report without anything that only terminals understand."""
+    pty, fcntl, termios = (pytest.importorskip(name) for name in ("pty", "fcntl", "termios"))
+    pytest.importorskip("tqdm")
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("4H", 24, 80, 0, 0))
+    paths = [str(folder / name) for name in ("base.npy", "quant.npy")]
+    here = as_here()
+    here["env"] = {name: value for name, value in here["env"].items() if not name.startswith("TQDM_")}
+    command = [sys.executable, "-m", "klcore", "compare", *paths]
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=theirs, timeout=60, **here)
+    assert done.returncode == 0
+    assert select.select([ours], [], [], 0)[0], "nothing was said"
+    assert b"/60.0 [" in os.read(ours, 10_000)
+    assert b"\x1b" not in done.stdout
+    os.close(theirs)
+    os.close(ours)
+
+
+def test_a_file_that_shrinks_meanwhile(capsys, folder, monkeypatch):
+    plain = outputs.check_outputs
+
+    def shrink(*arguments):
+        os.truncate("quant.npy", 500)
+        return plain(*arguments)
+
+    monkeypatch.setattr(outputs, "check_outputs", shrink)
+    refused(capsys, "quant.npy has become shorter while it was read", "base.npy", "quant.npy")
+
+
+@pytest.mark.parametrize("package", ["safetensors", "matplotlib", "ml_dtypes"])
+def test_packages_that_are_missing(capsys, folder, pair, monkeypatch, package):
+    arguments = {
+        "safetensors": ("base.npy", "f.safetensors:logits"),
+        "matplotlib": ("base.npy", "quant.npy", "--plot", "p.png"),
+        "ml_dtypes": ("base.npy", "two.npy", "--dtype", "bfloat16"),
+    }
+    if package == "safetensors":
+        save_safetensors("f.safetensors", pair[1])
+    np.save("two.npy", np.zeros((ROWS, VOCAB), "V2"))
+    monkeypatch.setitem(sys.modules, package, None)
+    refused(capsys, rf"the package {package}: pip install 'klcore\[compare\]'", *arguments[package])
+
+
+def test_the_command_itself(python):
+    assert "BASE QUANT" in python("from klcore.__main__ import main; main(['compare', '--help'])")
+
+
+# ---- the demo --------------------------------------------------------------------------------------------------------
+
+DEMO = Path(__file__).parents[1] / "examples" / "compare_quantised.py"
+
+
+@pytest.mark.skipif(not DEMO.exists(), reason="no examples beside the tests: these are of an installed package")
+def test_the_demo_quantises(monkeypatch):
+    monkeypatch.syspath_prepend(DEMO.parent)
+    demo = importlib.import_module(DEMO.stem)
+    weights = np.random.default_rng(0).normal(size=(96, 5)).astype(np.float32)
+    for bits in (4, 8):
+        for block in (32, 96):
+            found = demo.rounded(weights, bits, block)
+            for column, of in zip(weights.T.reshape(-1, block), found.T.reshape(-1, block), strict=True):
+                scale = np.abs(column).max() / (2 ** (bits - 1) - 1)
+                assert np.abs(column - of).max() <= scale / 2 * (1 + 1e-5)
+                assert len(np.unique(np.rint(of / scale))) == len(np.unique(of)) <= 2**bits - 1
+    assert (demo.rounded(np.zeros((32, 1), np.float32), 4, 32) == 0).all()
+
+
+@pytest.mark.skipif(not DEMO.exists(), reason="no examples beside the tests: these are of an installed package")
+def test_the_demo_learns(monkeypatch):
+    """Its gradients are those of its loss, by differences."""
+    monkeypatch.syspath_prepend(DEMO.parent)
+    demo = importlib.import_module(DEMO.stem)
+    model = {name: a.astype(np.float64) for name, a in demo.new_model().items()}
+    before, after = demo.windows(np.random.default_rng(1).integers(0, demo.VOCAB, 30))
+    _, found = demo.gradients(model, before, after)
+    for name, g in found.items():
+        at = np.unravel_index(np.abs(g).argmax(), g.shape)
+        values = []
+        for step in (1e-4, -1e-4):
+            moved = model | {name: model[name].copy()}
+            moved[name][at] += step
+            values.append(demo.gradients(moved, before, after)[0])
+        assert (values[0] - values[1]) / 2e-4 == pytest.approx(g[at], rel=1e-5)
