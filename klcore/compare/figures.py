@@ -74,15 +74,10 @@ class Measure:
             turned = options | {"space": options["space"][::-1]}
             found = {"kl": kl_div(x, y, **options)}
             if not self.quick:
-                # of probabilities in double, which these two share: half the time that they take from logits
-                p, q = (
-                    self._probabilities(a, space, self.own(name, a.shape, np.float64))
-                    for a, space, name in zip((x, y), options["space"], "pq", strict=True)
-                )
                 found |= {
                     "reverse_kl": kl_div(y, x, **turned),
-                    "js": js_div(p, q),
-                    "tv": tv_dist(p, q),
+                    "js": js_div(x, y, **options),
+                    "tv": tv_dist(x, y, **options),
                     "base_entropy": of_x.entropy(),
                     "quant_entropy": of_y.entropy(),
                 }
@@ -96,19 +91,6 @@ class Measure:
                     nll = np.maximum(-row.log_at(np.where(known, targets, 0)), 0)
                     found[name] = np.where(known, nll, np.nan)
         return found
-
-    def _probabilities(self, a: Any, space: str, out: Any) -> Any:
-        """Of float64, in `out`; what is given as probabilities is taken as it is."""
-        if space == "probs":
-            return a
-        with np.errstate(invalid="ignore"):  # rows of -inf, or with +inf, become NaN
-            np.subtract(a, a.max(1, keepdims=True) if space == "logits" else 0, out=out, dtype=np.float64)
-            if space == "logits" and self.temperature != 1:
-                out /= self.temperature
-            np.exp(out, out=out)
-            if space == "logits":
-                out *= 1 / out.sum(1, keepdims=True)
-        return out
 
     def own(self, name: str, shape: tuple[int, ...], dtype: Any) -> Any:
         """An array of this thread's own, as it left it; zeros at first. New ones would be paged in for each chunk."""
