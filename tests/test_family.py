@@ -374,11 +374,11 @@ def test_alpha_multiplies_what_t_is_off_by(alpha):
             assert_right("alpha_div", {"alpha": alpha}, a, b, "logits", got)
 
 
-@pytest.mark.parametrize("beta", [0.01, 0.1, 0.67, 0.9])
+@pytest.mark.parametrize("beta", [0.01, 0.1])
 def test_mixtures_next_to_three_quarters(beta):
     """Of p: where p and m are of two octaves, and the logarithm would cancel."""
     a = np.array([[11.920706, -5.2660513]], "float32") - np.zeros((64, 1), "float32")
-    b = a + np.array([[0.0, 1.0]]) * np.linspace(-2, 2, 64)[:, None]
+    b = a + np.array([[0.0, 1.0]]) * np.log1p(-np.linspace(0.25, 0.26, 64) / (1 - beta))[:, None]
     x, y = in_space("logits", a, b, dtype="float32")
     for name, parameter in (("js_div", "beta"), ("skew_kl_div", "alpha")):
         got = call(name, x, y, space="logits", **{parameter: beta})
