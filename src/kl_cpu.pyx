@@ -28,12 +28,13 @@ cdef extern from "kl_batch.h" namespace "kl" nogil:
     int _BY_RATIO "kl::BY_RATIO"
     int _BY_COST "kl::BY_COST"
     int _BY_CLASS "kl::BY_CLASS"
+    int _ALPHA_DIV "kl::ALPHA_DIV"
+    int _RENYI_DIV "kl::RENYI_DIV"
     int OPERATION_COUNT
     cdef struct OperationRow:
         const char* name
         int form, arguments
     const OperationRow* operation_rows "kl::OPERATIONS"
-    int summed(int)
     cdef struct Array:
         char* data
         i64 stride
@@ -307,20 +308,21 @@ def run(list plans):
     return c.plan.total
 
 
-def is_wide(int operation, int space_x, int space_y, double temperature):
+def is_wide(int operation, int space_x, int space_y, double temperature, double parameter=0.0):
     """Whether float32 is computed in float64: counts; what goes by terms from logits, and by classes unless both are
-    probabilities, or both logits; probabilities of what is a function of a sum, which multiplies derivatives that are
-    larger than the result; and temperatures at which float32 has no room for a logarithm, for the temperature
-    or for its inverse."""
+    probabilities, or both logits; and temperatures at which float32 has no room for a logarithm, for the temperature
+    or for its inverse. And renyi_div of probabilities, since alpha_div's gradient may leave float32's range where its
+    own does not; and alpha_div of logits where alpha or 1 - alpha, above 1, multiplies what the first sweep's shift is
+    off by."""
     cdef int form = operation_rows[operation].form
     if space_x == COUNTS or space_y == COUNTS:
         return True
     if form == _BY_CLASS and not (space_x == space_y and space_x != LOG_PROBS):
         return True
-    if summed(operation) != operation and space_x == PROBS:
-        return True
     if space_x != LOGITS and space_y != LOGITS:
-        return False
+        return operation == _RENYI_DIV
+    if operation == _ALPHA_DIV and not 0 <= parameter <= 2:
+        return True
     return form == _BY_TERM or not 2.0**-20 <= temperature <= 2.0**100
 
 
@@ -429,7 +431,7 @@ def plain(call, int threads):
     p.operation = operation
     p.space_x, p.space_y = space_x, space_y
     p.output = PER_ROW if reduction == ROW else TOTAL
-    p.wide = p.x.dtype == FLOAT64 or is_wide(operation, space_x, space_y, 1.0)
+    p.wide = p.x.dtype == FLOAT64 or is_wide(operation, space_x, space_y, 1.0, parameter)
     p.threads = threads
     p.inverse_temperature = 1.0
     p.parameter, p.factor = parameter, factor

@@ -1421,7 +1421,7 @@ template <class L> KL_DEVICE void tilt_chunk(const Plan& p, const L& at, const S
   double it = inverse_temperature(p);
   const double *of_x = stats + (OF_MEMBERS ? (int)MEMBER_MAX_A : (int)NORM_X), *of_y = stats + (OF_MEMBERS ? (int)MEMBER_MAX_B : (int)NORM_Y);
   Norm u = norm_of(at, 1.0, [&](int i) {
-    return tilt_of(rough(SX, SY, (double)x_of(s, i), (double)y_of(s, i), of_x, of_y, it), p.parameter);
+    return tilt_of(rough(SX, SY, (double)x_of(s, i), (double)y_of(s, i), of_x, of_y, stats, it), p.parameter);
   });
   Norm x = {}, y = {};
   if constexpr (OF_MEMBERS) {

@@ -24,7 +24,7 @@ template <bool ALL = true, typename T> KL_FN LogRatio<T> log_ratio(T x, T y, T d
   Ratio<T> q = ratio<ALL>(x, y);
   T same = ALL & (x < R::tiny) ? d * R::up : d;   // as `from` and `to` are scaled
   same = ALL & (x >= R::huge) ? d * R::down : same;
-  bool near = absolute(same) <= T(0.25) * q.from;   // else y is not so much rounded that it would matter
+  bool near = absolute(same) <= T(0.33) * q.from;   // the series' range; else y is not so much rounded that it would matter
   T to = near ? q.from + same : q.to, k = near ? T(0) : q.k;
   T e = k == T(0) ? same : to - q.from, s = e / (to + q.from), t = atanh_tail(s * s);
   T value = fma(k, R::ln2, fma(s, t, s + s)), at_hand = s * fma(-q.from, t, e);
@@ -439,9 +439,9 @@ KL_FN Side near_side(const Scores& k, double centre, double sum, double part) { 
 // p (s - mean)/T, of a row's mean
 template <typename T> struct Slope { T mean, low, scale; };
 template <typename T> KL_FN Slope<T> near_slope(const MemberRow& k, const Side& side, double limit, double part) {
-  double mean = (side.centre + side.sum) + (side.far != 0 ? limit : 0.0);
-  T high = (T)mean;
-  return {high, (T)(mean - (double)high), (T)(part * k.it)};
+  double centre = side.centre + (side.far != 0 ? limit : 0.0);
+  T high = (T)(centre + side.sum);
+  return {high, (T)((centre - (double)high) + side.sum), (T)(part * k.it)};   // the sum may be far below the centre
 }
 template <typename T> KL_FN T near_derivative(T w, T s, const Slope<T>& k) { return (w * ((s - k.mean) - k.low)) * k.scale; }
 

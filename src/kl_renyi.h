@@ -32,7 +32,8 @@ KL_FN void renyi_finish(double alpha, double* stats) {
 // ---- tilted rows -----------------------------------------------------------------------------------------------------------
 
 // log p and log q but for a constant of the row each, and t, their difference: of logits, whose largest is at norm[0]. `norm`, of
-// counts: what tally_finish leaves.
+// counts: what tally_finish leaves. Of two rows of logits t is as the first sweep tells, log q - log p itself: a large alpha
+// multiplies what it is off by.
 struct Rough { double log_p, log_q, t; };
 KL_FN double share_or_prob(int space, double v, const double* norm) { return space == COUNTS ? share_of(v, norm) : v; }
 KL_FN double rough_log(int space, double v, const double* norm, double it) {
@@ -41,13 +42,20 @@ KL_FN double rough_log(int space, double v, const double* norm, double it) {
   double u = limited((v - top_of(norm[0])) * it);
   return excluded(v) ? v : u;
 }
+KL_FN bool of_two_logits(int space_x, int space_y) { return space_x == LOGITS && space_y == LOGITS; }
 KL_FN bool has_ratio(int space) { return space == PROBS || space == COUNTS; }
-KL_FN Rough rough(int space_x, int space_y, double x, double y, const double* norm_x, const double* norm_y, double it) {
+KL_FN Rough rough(int space_x, int space_y, double x, double y, const double* norm_x, const double* norm_y,
+                  const double* stats, double it) {
   Rough k = {rough_log(space_x, x, norm_x, it), rough_log(space_y, y, norm_y, it), 0.0};
   k.t = k.log_q - k.log_p;
   if (has_ratio(space_x) & has_ratio(space_y)) {
     double p = share_or_prob(space_x, x, norm_x), q = share_or_prob(space_y, y, norm_y);
     k.t = log_ratio(p, q, q - p).value;
+  }
+  if (of_two_logits(space_x, space_y)) {
+    Pair<double> c = from_tops(x, y, top_of(norm_x[0]), top_of(norm_y[0]));
+    double t = limited(minus(c, {stats[MEMBER_SHIFT], stats[MEMBER_SHIFT_LOW]}) * it);
+    k.t = excluded(y) ? -infinity<double>() : t;
   }
   return k;
 }
@@ -65,7 +73,8 @@ KL_FN void tilt_finish(int space_x, int space_y, double alpha, const Norm& u, do
   stats[NORM_U] = u.max;
   stats[NORM_U + 1] = log_norm(u);
   TiltRow k = tilt_row(space_x, space_y, alpha, stats);
-  double level = (u.max + k.log_s_u) - fma(alpha, k.log_s_x, k.rest * k.log_s_y);
+  double of_norms = of_two_logits(space_x, space_y) ? k.log_s_x : fma(alpha, k.log_s_x, k.rest * k.log_s_y);
+  double level = (u.max + k.log_s_u) - of_norms;
   stats[TILT_LEVEL] = level;                             // NaN, and with it the gradient, where the value is infinite
   stats[VALUE] = level == level ? level / (alpha - 1) : infinity<double>();
 }
@@ -82,11 +91,12 @@ KL_FN double tilt_slope(int space, double log_q, double to_r, double log_r, cons
 }
 struct TiltSlopes { double dx, dy; };
 KL_FN TiltSlopes tilt_slopes(int space_x, int space_y, double x, double y, const TiltRow& k, const double* stats, double it) {
-  Rough of = rough(space_x, space_y, x, y, stats + NORM_X, stats + NORM_Y, it);
+  Rough of = rough(space_x, space_y, x, y, stats + NORM_X, stats + NORM_Y, stats, it);
   double log_p = of.log_p - k.log_s_x, log_q = of.log_q - k.log_s_y, log_r = (tilt_of(of, k.alpha) - k.max_u) - k.log_s_u;
-  double t = of.t - (k.log_s_y - k.log_s_x);
-  double dx = tilt_slope(space_x, log_p, k.rest * t - k.level, log_r, stats + NORM_X, it) * (k.alpha / k.rest);
-  double dy = tilt_slope(space_y, log_q, -(k.alpha * t) - k.level, log_r, stats + NORM_Y, it);
+  double to_x = excluded(log_p) ? k.rest * of.t - k.level : log_r - log_p;
+  double to_y = excluded(log_q) ? -(k.alpha * of.t) - k.level : log_r - log_q;
+  double dx = tilt_slope(space_x, log_p, to_x, log_r, stats + NORM_X, it) * (k.alpha / k.rest);
+  double dy = tilt_slope(space_y, log_q, to_y, log_r, stats + NORM_Y, it);
   bool nothing = excluded(of.log_p) & excluded(of.log_q);
   return {nothing ? 0 * k.level : dx, nothing ? 0 * k.level : dy};
 }

@@ -1354,7 +1354,7 @@ inline void tilt_chunk(const Plan& p, const Row& row, i64 start, int n, const do
     norm_of(y, n, it, state + 2 * NORM_STATES * pitch, pitch);
   }
   for (int i = 0; i < (n + 15) / 16 * 16; i++)
-    s.a[i] = tilt_of(rough(p.space_x, p.space_y, x[i], y[i], of_x, of_y, it), p.parameter);
+    s.a[i] = tilt_of(rough(p.space_x, p.space_y, x[i], y[i], of_x, of_y, stats, it), p.parameter);
   norm_of(s.a, n, 1.0, state, pitch);
 }
 template <typename T> void tilt_outputs(const Plan& p, const Row& row, i64 start, int n, const double* stats, Buffers<double>& s) {

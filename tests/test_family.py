@@ -345,6 +345,47 @@ def test_skew_next_to_0(dtype):
         assert_right("skew_kl_div", {"alpha": alpha}, a, b, space, got)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_gradient_of_tv_dist_next_to_one_hot(dtype):
+    """The score of the class that has nearly all is 1/2 or -1/2, and the scores' mean next to that."""
+    for x, y in (([16.14063, -23.827412], [4.967296, -23.752518]), ([0, 0.5, 29], [-0.0625, 0.25, 39.75])):
+        a, b = np.array([x], dtype), np.array([y], dtype)
+        got = klcore.tv_dist(a, b, space="logits", return_grad=("x", "y"))
+        assert_right("tv_dist", {}, a, b, "logits", got)
+
+
+@pytest.mark.parametrize("alpha", [-20.0, -5.0, -1.0, 2.5, 5.0, 1e3])
+def test_alpha_multiplies_what_t_is_off_by(alpha):
+    """float32 rows whose shift is that of a class with a large t."""
+    rows = (
+        ([-0.09862039, 2.0377414], [48.899956, 32.363594]),
+        ([14.646183, -1.8782212, 1.9735494], [3.4084294, 5.7012057, 1.9735497]),
+        ([0.0, 17.384], [1.976, 0.0]),
+        (
+            [9.797602, 6.757716, -1.7173711, -2.8473666, -5.2771845],
+            [31.997318, 48.57547, 20.489733, 19.347324, 16.919682],
+        ),
+    )
+    for x, y in rows:
+        a, b = np.array([x], "float32"), np.array([y], "float32")
+        with np.errstate(over="ignore"):
+            got = klcore.alpha_div(a, b, alpha=alpha, space="logits", return_grad=("x", "y"))
+        if np.isfinite(got[0]).all():
+            assert_right("alpha_div", {"alpha": alpha}, a, b, "logits", got)
+
+
+@pytest.mark.parametrize("beta", [0.01, 0.1])
+def test_mixtures_next_to_three_quarters(beta):
+    """Of p: where p and m are of two octaves, and the logarithm would cancel."""
+    a = np.array([[11.920706, -5.2660513]], "float32") - np.zeros((64, 1), "float32")
+    b = a + np.array([[0.0, 1.0]]) * np.log1p(-np.linspace(0.25, 0.26, 64) / (1 - beta))[:, None]
+    x, y = in_space("logits", a, b, dtype="float32")
+    for name, parameter in (("js_div", "beta"), ("skew_kl_div", "alpha")):
+        got = call(name, x, y, space="logits", **{parameter: beta})
+        right = relatives.exact(name, x, y, "logits", **{parameter: beta}).value
+        np.testing.assert_allclose(got, right, rtol=2.6e-6)
+
+
 # ---- Rényi's divergence, which is no sum -----------------------------------------------------------------------------
 
 
@@ -369,6 +410,34 @@ def test_renyi_of_rows_far_apart(space, alpha):
     got = klcore.renyi_div(x, y, alpha=alpha, space=space)
     np.testing.assert_allclose(got[1::2], expected[1::2], rtol=1e-12)
     assert np.isfinite(got).all()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("alpha", [1e3, 1e6, 1e10])
+def test_renyi_of_close_rows_at_a_large_alpha(alpha, dtype):
+    """Which are tilted all the same: alpha multiplies what log q - log p is off by."""
+    for far, offset in itertools.product((1e-12, 1e-6, 1e-2), (0.0, 37.0)):
+        a, b = logits(far)
+        x, y = in_space("logits", a, b + offset, dtype=dtype)
+        got = klcore.renyi_div(x, y, alpha=alpha, space="logits", return_grad=("x", "y"))
+        assert_right("renyi_div", {"alpha": alpha}, x, y, "logits", got)
+    x = np.array([[0.25, 0.25, 0.5], [0.25, 0.75, 1e-35]], dtype)
+    y = np.array([[0.5, 0.4375, 0.0625], [0.5, 0.5, 1e-37]], dtype)
+    dx, dy = klcore.renyi_div(x, y, alpha=alpha, return_grad=("x", "y"))[1:]
+    rtol = 1e-6 if dtype == "float32" else 1e-11
+    np.testing.assert_allclose(dx, [[0, 0, 2 * alpha / (alpha - 1)], [0, 0, alpha / (alpha - 1) / x[1, 2]]], rtol)
+    np.testing.assert_allclose(dy, [[0, 0, -16], [0, 0, -1 / y[1, 2]]], rtol)
+
+
+def test_renyi_where_the_gradient_of_alpha_div_is_out_of_range(gpu):
+    """As float32, and its own is not."""
+    x, y = np.float32([[0.3, 0.7, 1e-10]]), np.float32([[1e-22, 0.9, 1e-30]])
+    for alpha in (2.0, 3.0):
+        got = klcore.renyi_div(x, y, alpha=alpha, return_grad=("x", "y"))
+        right = klcore.renyi_div(x.astype("float64"), y.astype("float64"), alpha=alpha, return_grad=("x", "y"))
+        for a, b in zip(got, right, strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-6, atol=2e-5 * np.abs(b).sum())
+        alike(map(gpu.get, klcore.renyi_div(gpu.put(x), gpu.put(y), alpha=alpha, return_grad=("x", "y"))), got)
 
 
 @pytest.mark.parametrize("alpha", [0.25, 2.0])

@@ -164,7 +164,11 @@ def _arrange(xp: Any, asarray: Any, call: Call, factors: Any = None, signed: boo
         factors = laid.classes_last(_broadcast(xp, _multiplier(asarray, factors, "factors"), laid.terms))
     double = max(a.dtype.itemsize for a in laid.operands.values()) == 8
     dtype = call.dtype or ("float64" if double else "float32")
-    wide = double or is_wide(call.operation, spaces, temperature) or (factors is not None and LOGITS in spaces)
+    wide = (
+        double
+        or is_wide(call.operation, spaces, temperature, call.parameter)
+        or (factors is not None and LOGITS in spaces)
+    )
     rows = math.prod(laid.batch)
     denominator = _denominator(call, laid.terms, rows, laid.n, weights)
     task = Task(
@@ -423,9 +427,9 @@ def as_numpy(a: Any, name: str) -> Any:
     return found
 
 
-def is_wide(operation: Operation, spaces: tuple[int, int], temperature: float = 1.0) -> bool:
+def is_wide(operation: Operation, spaces: tuple[int, int], temperature: float = 1.0, parameter: float = 0.0) -> bool:
     """Whether float32 is computed in float64."""
-    return _cpu.is_wide(operation.code, *spaces, temperature)
+    return _cpu.is_wide(operation.code, *spaces, temperature, parameter)
 
 
 def result(task: Task, value: Any) -> Any:
