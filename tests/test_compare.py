@@ -660,9 +660,32 @@ def test_states_of_other_comparisons(capsys, folder):
     np.save("quant.npy", np.load("base.npy"))
     status, _, err = compare(capsys, "base.npy", "quant.npy", "--resume", "state")
     assert status == 2
-    assert "state is of another comparison: its files" in err
+    assert re.search(r"state is of another comparison: its quant.npy is 9,.* bytes of 20.*, and this one's", err)
     (folder / "state").write_bytes(b"PK\x03\x04")
     assert "no state of klcore compare" in compare(capsys, "base.npy", "quant.npy", "--resume", "state")[2]
+
+
+@pytest.mark.parametrize(
+    ("first", "then", "words"),
+    [
+        (("two.npz:a",), ("two.npz:b",), "its quant is .*two.npz:a"),
+        (("quant.npy", "--mask", "m.npy"), ("quant.npy", "--mask", "m.npy"), "its m.npy is"),
+        (("raw", "--dtype", "float16"), ("raw", "--dtype", "bfloat16"), "its quant is .*'float16'"),
+    ],
+)
+def test_states_of_other_numbers(capsys, folder, pair, first, then, words):
+    """Another array of the same file, another mask of the same name, other numbers of the same bytes."""
+    pytest.importorskip("ml_dtypes")
+    np.savez("two.npz", a=pair[0], b=pair[1])
+    pair[1].astype(np.float16).tofile("raw")
+    options = ("--shape", f"{ROWS},{VOCAB}", "--resume", "state")
+    np.save("m.npy", np.arange(ROWS) > 5)
+    assert compare(capsys, "base.npy", *first, *options)[0] == 0
+    np.save("m.npy", np.arange(ROWS) > 6)
+    os.utime("m.npy", ns=(1, 1))  # clocks of file systems are slow
+    status, out, err = compare(capsys, "base.npy", *then, *options)
+    assert (status, out) == (2, "")
+    assert re.search(words, err)
 
 
 # ---- bad input -------------------------------------------------------------------------------------------------------

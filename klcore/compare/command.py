@@ -140,7 +140,7 @@ def _compare(a: argparse.Namespace, command: str) -> int:
     inputs += [Path(f) for f in (a.tokens, a.mask, a.groups) if f and not f.isdecimal()]
     _check_outputs(a, inputs)
     tally = Tally(a.quick, comparison.targets is not None, columns, a.worst)
-    about = _about(a, comparison, columns)
+    about = _about(a, comparison, columns, inputs)
     if a.resume and Path(a.resume).exists():
         tally.load(*outputs.read_state(a.resume, about))
 
@@ -256,12 +256,23 @@ def _check_llama(opened: list[Any], spaces: tuple[str, ...], targets: Any, mask:
         raise InputError(f"--llama needs {llama.LEAST_ROWS} rows for its errors; found {len(targets)}")
 
 
-def _about(a: argparse.Namespace, c: Comparison, columns: tuple[str, ...]) -> dict[str, Any]:
-    """By what a state is known to be of this comparison."""
-    stamps = [[str(p), p.stat().st_size, p.stat().st_mtime_ns] for p in (*c.base.parts, *c.quant.parts)]
-    names = ("tokens", "mask", "groups", "temperature", "vocab", "quick", "worst")
-    options = {f"--{name}": getattr(a, name) for name in names}
-    return {"files": stamps, "rows": c.rows, "space": list(c.measure.spaces), "columns": list(columns), **options}
+def _about(a: argparse.Namespace, c: Comparison, columns: tuple[str, ...], inputs: list[Path]) -> dict[str, Any]:
+    """By what a state is known to be of this comparison: of these arrays, in files that have not changed."""
+    names = ("tokens", "mask", "groups", "temperature", "quick", "worst")
+    return {
+        **{end: [s.name, s.dtype] for end, s in (("base", c.base), ("quant", c.quant))},
+        **{f"--{name}": getattr(a, name) for name in names},
+        **{str(path): _stamp(path) for path in inputs},
+        "rows": c.rows,
+        "vocabulary": c.vocab,
+        "space": list(c.measure.spaces),
+        "columns": list(columns),
+    }
+
+
+def _stamp(path: Path) -> str:
+    found = path.stat()
+    return f"{found.st_size:,} bytes of {np.datetime64(found.st_mtime_ns, 'ns')}"
 
 
 # ---- while it runs ---------------------------------------------------------------------------------------------------
