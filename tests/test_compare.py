@@ -24,7 +24,7 @@ import pytest
 from conftest import as_here
 
 from klcore.__main__ import main
-from klcore.compare import outputs
+from klcore.compare import files, outputs
 from klcore.compare.comparison import Comparison
 from klcore.compare.page import as_page
 
@@ -306,6 +306,22 @@ def test_what_a_file_holds(capsys, folder, pair, name, dtype):
     expected = expected_rows(pair[0], y.astype(np.float64), pair[2])["kl"]
     close(kl_of(report), expected.mean())
     close(np.load("rows.npy"), expected)
+
+
+def test_a_chunk_of_safetensors_is_read_alone(capsys, folder, pair, monkeypatch):
+    """Not the text, or the file, that it is in, as the package would for each chunk."""
+    save = pytest.importorskip("safetensors.numpy").save_file
+    save({"logits": pair[1][None]}, "one.safetensors")
+    read, plain = [], files.read_into
+
+    def counting(path, offset, array):
+        read.append(array.nbytes)
+        plain(path, offset, array)
+
+    monkeypatch.setattr(files, "read_into", counting)
+    report_of(capsys, "one.safetensors", "one.safetensors", "--chunk-bytes", "1k")
+    assert len(read) == 2 * ROWS // 3
+    assert sum(read) == 2 * pair[1].nbytes
 
 
 def test_cut_off_files(capsys, folder, pair):

@@ -7,6 +7,7 @@ sentence, where a map would end the process. Formats of llama.cpp are in llama.p
 
 import contextlib
 import importlib
+import json
 import math
 import os
 import re
@@ -282,8 +283,6 @@ def _safe_open(path: Path) -> Any:
         library = importlib.import_module("safetensors")
     except ImportError as error:
         raise InputError(f"{path} needs the package safetensors: pip install 'klcore[compare]'") from error
-    with contextlib.suppress(ImportError):  # NumPy knows bfloat16 once this is there
-        importlib.import_module("ml_dtypes")
     try:
         return library.safe_open(path, "np")
     except Exception as error:  # of the library's own kind
@@ -300,18 +299,12 @@ def _safetensors(path: Path, member: str | None) -> Source:
         name, shape, code = f"{path}:{chosen}", tuple(part.get_shape()), part.get_dtype()
     if code not in _SAFETENSORS:
         raise InputError(f"{name} has dtype {code}, and logits are one of {', '.join(_SAFETENSORS)}")
-    if code == "BF16":
-        bfloat16(name)
-    rows, vocab = _two_axes(shape, name)
-    inner = math.prod(shape[1:-1])  # rows for each index of the first axis, along which the library cuts
-
-    def read(start: int, stop: int) -> Array:
-        first, last = start // inner, -(-stop // inner)
-        with _safe_open(path) as file:
-            found = file.get_slice(chosen)[first:last].reshape(-1, vocab)
-        return found[start - first * inner : stop - first * inner]
-
-    return Source(name, rows, vocab, rows, _SAFETENSORS[code], read, (path,))
+    dtype = bfloat16(name) if code == "BF16" else np.dtype(_SAFETENSORS[code]).newbyteorder("<")
+    # where it lies: the library reads whole indices of the first axis, which may be all rows, for each chunk
+    with open(path, "rb") as plain:
+        length = int.from_bytes(plain.read(8), "little")
+        begin, end = json.loads(plain.read(length))[chosen]["data_offsets"]
+    return _plain(name, path, 8 + length + begin, end - begin, _two_axes(shape, name), dtype)
 
 
 def _folder(path: Path, member: str) -> Source:
