@@ -743,6 +743,8 @@ BAD_FILES = {
     "torch": (torch_file(), "bad is a file of torch.save"),
     "objects": (npy_of_objects(), "bad holds Python objects"),
     "header": (npy(np.zeros((2, 2)))[:30], "has no header of one"),
+    "open header": (npy(np.zeros((2, 2))).replace(b"2), }", b"2    "), "has no header of one"),
+    "negative": (npy(np.zeros((2, 2))).replace(b"(2, 2)", b"(-2,2)"), "there is nothing in it"),
     "zip": (b"PK\x03\x04 and no more", r"bad is a .npz file that is not whole"),
     "safetensors": (struct.pack("<Q", 90) + b'{"logits":' + b" " * 100, "bad is no whole .safetensors file"),
     "text": (b"0.5 0.25\n", r"--shape ROWS,VOCAB and --dtype"),
@@ -780,6 +782,8 @@ OTHERS = {
     "empty folder": (("base.npy", "folder"), r"folder without files row_\*"),
     "member": (("base.npy", "two.npz"), r"two.npz has 2 arrays \(a, b\); name one"),
     "no member": (("base.npy", "two.npz:c"), "two.npz has no array 'c'; it has a, b"),
+    "no members": (("base.npy", "quant.npy:c"), "quant.npy is one array, and has none of the name 'c'"),
+    "open tokens": (("base.npy", "quant.npy", "--tokens", "open.npy"), "for --tokens, cannot be read"),
     "mask": (("base.npy", "quant.npy", "--mask", "short.npy"), "for --mask, has 5 numbers, and there are 60 rows"),
     "mask of numbers": (("base.npy", "quant.npy", "--mask", "tokens.npy"), "it must hold booleans"),
     "nobody": (("base.npy", "quant.npy", "--mask", "none.npy"), "none.npy leaves no row"),
@@ -810,9 +814,52 @@ def test_other_bad_input(capsys, folder, name):
     np.savez("two.npz", a=np.zeros((2, 2)), b=np.zeros((2, 2)))
     (folder / "raw").write_bytes(bytes(100))
     (folder / "folder").mkdir()
+    (folder / "open.npy").write_bytes(BAD_FILES["open header"][0])
     kept = (folder / "tokens.npy").read_bytes()
     refused(capsys, words, *arguments)
     assert (folder / "tokens.npy").read_bytes() == kept
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no such things here")
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("pipe",), "pipe is a pipe or a device"),  # of which opening would wait for ever
+        (("quant.npy", "--rows", "pipe", "--force"), "pipe is a pipe or a device, and not a file to write to"),
+        (("quant.npy", "--resume", "pipe"), "pipe is a pipe or a device"),
+        (("x" * 300,), "File name too long"),
+        (("loop",), "cannot be read"),
+        (("quant.npy", "--rows", "loop/r.npy"), "there is no folder loop"),
+    ],
+)
+def test_what_is_no_plain_file(capsys, folder, arguments, words):
+    os.mkfifo("pipe"), os.symlink("loop", "loop")
+    refused(capsys, words, "base.npy", *arguments)
+    assert Path("pipe").is_fifo()
+
+
+def test_a_folder_to_write_in_is_looked_at_first(capsys, folder, monkeypatch):
+    """And not when all is computed."""
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write everywhere
+    monkeypatch.delattr(Comparison, "run")
+    refused(capsys, "cannot be written: its folder is not yours", "base.npy", "quant.npy")
+
+
+@pytest.mark.parametrize("what", ["full", "spoilt"])
+def test_archives_that_cannot_be_unpacked(capsys, folder, pair, monkeypatch, what):
+    save_packed("packed.npz", np.zeros((ROWS, VOCAB)))
+    if what == "full":
+
+        def fail(*arguments):
+            raise OSError(28, "No space left on device")
+
+        monkeypatch.setattr(files.shutil, "copyfileobj", fail)
+    else:
+        content = bytearray((folder / "packed.npz").read_bytes())
+        content[60:80] = bytes([255] * 20)
+        (folder / "packed.npz").write_bytes(content)
+    words = {"full": "packed.npz cannot be unpacked in .*: No space left", "spoilt": "npz file that is not whole"}
+    refused(capsys, words[what], "base.npy", "packed.npz")
 
 
 @pytest.mark.parametrize(

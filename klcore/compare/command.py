@@ -8,6 +8,7 @@ import argparse
 import contextlib
 import importlib
 import json
+import os
 import shlex
 import signal
 import sys
@@ -141,7 +142,7 @@ def _compare(a: argparse.Namespace, command: str) -> int:
     _check_outputs(a, inputs)
     tally = Tally(a.quick, comparison.targets is not None, columns, a.worst)
     about = _about(a, comparison, columns, inputs)
-    if a.resume and Path(a.resume).exists():
+    if a.resume and os.path.exists(a.resume):
         tally.load(*outputs.read_state(a.resume, about))
 
     def save() -> None:

@@ -20,6 +20,7 @@ Source: tools/perplexity/perplexity.cpp of ggml-org/llama.cpp.
 """
 
 import math
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -63,7 +64,7 @@ class LlamaFile:
 
 def is_llama(text: str) -> bool:
     path = Path(text)
-    return path.is_file() and first_bytes(path, 8) in (MAGIC, MAGIC2)
+    return os.path.isfile(path) and first_bytes(path, 8) in (MAGIC, MAGIC2)
 
 
 def open_llama(text: str) -> LlamaFile:

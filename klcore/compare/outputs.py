@@ -20,21 +20,25 @@ STATE = 1  # the format of --resume
 
 def check_outputs(outputs: Iterable[str], inputs: Iterable[Path], force: bool) -> None:
     """Before anything is read: that each can be written, and that nothing would be lost."""
-    given = [path.resolve() for path in inputs]
-    seen: set[Path] = set()
+    given = {os.path.realpath(path) for path in inputs}
+    seen: set[str] = set()
     for text in outputs:
-        path = Path(text)
-        if path.resolve() in given:
+        path, place = Path(text), os.path.realpath(text)
+        if place in given:
             raise InputError(f"{path} is read: write to another file")
-        if path.resolve() in seen:
+        if place in seen:
             raise InputError(f"{path} is named for two outputs")
-        seen.add(path.resolve())
-        if path.is_dir():
+        seen.add(place)
+        if os.path.isdir(path):
             raise InputError(f"{path} is a folder, and not a file to write to")
-        if path.exists() and not force:
+        if os.path.exists(path) and not os.path.isfile(path):  # it would be replaced by a file
+            raise InputError(f"{path} is a pipe or a device, and not a file to write to")
+        if os.path.exists(path) and not force:
             raise InputError(f"{path} exists; --force overwrites it")
-        if not path.parent.is_dir():
+        if not os.path.isdir(path.parent):
             raise InputError(f"{path} cannot be written: there is no folder {path.parent}")
+        if not os.access(path.parent, os.W_OK):
+            raise InputError(f"{path} cannot be written: its folder is not yours to write in")
 
 
 def write(text: str | Path, content: bytes) -> None:
