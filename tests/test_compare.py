@@ -227,6 +227,15 @@ def test_rows_of_nan(capsys, folder, pair):
     assert compare(capsys, "base.npy", "quant.npy", "--skip-nan")[0] == 0
 
 
+def test_divergences_beyond_float32(capsys, folder, pair):
+    """Of float64 logits; infinite in every figure, without a word of NumPy's."""
+    np.save("base.npy", pair[0].astype(np.float64)), np.save("quant.npy", pair[1].astype(np.float64) * 1e300)
+    report = report_of(capsys, "base.npy", "quant.npy", "--rows", "rows.npy")
+    assert report["rows_infinite"] == ROWS
+    assert report["worst"][0]["kl"] is None
+    assert np.isposinf(np.load("rows.npy")).all()
+
+
 def test_quick(capsys, folder, pair):
     report = report_of(capsys, "base.npy", "quant.npy", "--quick")
     close(kl_of(report), expected_rows(*pair)["kl"].mean())
@@ -446,6 +455,7 @@ def tool_row(stored, vocab, logits, target):
 
 def test_llama_block(capsys, folder, base_file):
     z, y, targets, _ = base_file
+    assert "both print" in compare(capsys, "base.kld", "y.npy", "--llama", "--json", "-")[2]
     status, out, err = compare(capsys, "base.kld", "y.npy", "--llama")
     assert (status, err) == (0, "")
     data, vocab = (folder / "base.kld").read_bytes(), z.shape[1]
@@ -599,6 +609,29 @@ def test_a_name_is_no_html(capsys, folder):
     assert "<li>errors take rows to be independent" in page
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="names of any bytes")
+def test_a_name_that_is_no_text(capsys, folder):
+    pytest.importorskip("matplotlib")
+    name = os.fsdecode(b"\xff.npy")
+    (folder / "quant.npy").rename(name)
+    status, out, err = compare(capsys, "base.npy", name, "--json", "r.json", "--html", "r.html")
+    assert (status, err) == (0, "")
+    assert "quant  ?.npy" in out
+    assert json.loads((folder / "r.json").read_text())["quant"] == name
+    assert "?.npy beside base.npy" in (folder / "r.html").read_text()
+
+
+def test_a_terminal_of_ascii(folder):
+    here = as_here()
+    here["env"] = {**here["env"], "PYTHONIOENCODING": "ascii"}
+    paths = [str(folder / name) for name in ("base.npy", "quant.npy")]
+    for options in ([], ["--json", "-"]):
+        command = [sys.executable, "-m", "klcore", "compare", *paths, *options]
+        done = subprocess.run(command, capture_output=True, timeout=60, **here)
+        assert (done.returncode, done.stderr) == (0, b"")
+        assert done.stdout.isascii()
+
+
 PICTURES = [(theme, narrow) for theme in ("light", "dark") for narrow in (False, True)]
 
 
@@ -666,6 +699,14 @@ def test_ctrl_c_of_a_process(folder, pair):
     out, err = process.communicate(timeout=60)
     assert (process.returncode, err) == (130, "")
     assert "stopped after" in out
+
+
+def test_ctrl_c_outside_the_loop(capsys, folder, monkeypatch):
+    def interrupt(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Comparison, "run", interrupt)
+    assert compare(capsys, "base.npy", "quant.npy") == (130, "", "")
 
 
 def test_states_of_other_comparisons(capsys, folder):

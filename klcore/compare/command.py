@@ -129,6 +129,8 @@ def main(arguments: argparse.Namespace, command: list[str]) -> int:
     except InputError as error:
         print(f"klcore compare: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:  # before the first chunk or after the last, or the second one
+        return 130
     finally:
         files.remove_temporary()
 
@@ -321,6 +323,8 @@ def _progress(rows: int, done: int) -> Iterator[Callable[[int], object]]:
 def _check_outputs(a: argparse.Namespace, inputs: list[Any]) -> None:
     if a.plot and not a.plot.lower().endswith(SUFFIXES):
         raise InputError(f"--plot {a.plot}: its name must end in {', '.join(SUFFIXES)}")
+    if a.llama and a.json == "-":
+        raise InputError("--llama and --json - both print: write --json to a file")
     if a.plot or a.html:
         check_plots()
     written = [f for f in (None if a.json == "-" else a.json, a.rows, a.plot, a.html) if f]
@@ -330,7 +334,7 @@ def _check_outputs(a: argparse.Namespace, inputs: list[Any]) -> None:
 
 
 def _write(a: argparse.Namespace, report: dict[str, Any], tally: Tally) -> None:
-    text = json.dumps(report, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    text = json.dumps(report, indent=2, allow_nan=False) + "\n"
     if a.json == "-":
         outputs.say(text)
     else:
@@ -347,7 +351,7 @@ def _write(a: argparse.Namespace, report: dict[str, Any], tally: Tally) -> None:
         outputs.write(a.plot, draw(tally, report, "light", kind))
     if a.html:
         pictures = {(t, n): draw(tally, report, t, "svg", n) for t in THEMES for n in (False, True)}
-        outputs.write(a.html, as_page(report, pictures).encode())
+        outputs.write(a.html, as_page(report, pictures).encode(errors="replace"))
 
 
 def _status(a: argparse.Namespace, report: dict[str, Any], stopped: bool) -> int:

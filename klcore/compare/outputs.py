@@ -62,8 +62,9 @@ def write(text: str | Path, content: bytes) -> None:
 
 def say(text: str) -> None:
     """To standard output, which may be a file on a disk that is full, or a pipe that nobody reads any more."""
+    encoding = sys.stdout.encoding or "utf-8"
     try:
-        sys.stdout.write(text)
+        sys.stdout.write(text.encode(encoding, "replace").decode(encoding))  # ASCII has no ±, a file's name any bytes
         sys.stdout.flush()
     except OSError as error:
         with contextlib.suppress(OSError, ValueError):  # else Python tries again when it ends, and complains

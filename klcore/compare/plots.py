@@ -84,7 +84,7 @@ def _rows(axes: Any, tally: Tally, marked: tuple[float, ...], colours: dict[str,
     outside = kl.count - int(counts.sum())
     if outside:
         axes.text(
-            0.01, 0.72, f"{outside:,} rows further left", transform=axes.transAxes, fontsize=9,
+            0.01, 0.72, f"further left: {outside:,}", transform=axes.transAxes, fontsize=9,
             bbox={"facecolor": colours["paper"], "edgecolor": "none", "pad": 1},
         )  # fmt: skip
     for step, (q, value) in enumerate(zip(marked, kl.quantile(list(marked)).tolist(), strict=True)):
