@@ -236,6 +236,18 @@ def test_divergences_beyond_float32(capsys, folder, pair):
     assert np.isposinf(np.load("rows.npy")).all()
 
 
+def test_a_probability_a_little_above_one(capsys, folder):
+    """As a logarithm is rounded; its entropy is then a little below 0, and a figure all the same."""
+    z = np.full((3, 2), -200, np.float32)
+    z[:, 0] = 1e-6
+    np.save("base.npy", z)
+    report = report_of(capsys, "base.npy", "base.npy", "--space", "log_probs")
+    assert report["base_entropy"]["max"] == 0
+    z[1] = 9
+    np.save("base.npy", z), np.save("mask.npy", [True, False, True])
+    assert report_of(capsys, "base.npy", "base.npy", "--space", "log_probs", "--mask", "mask.npy")["rows_counted"] == 2
+
+
 def test_quick(capsys, folder, pair):
     report = report_of(capsys, "base.npy", "quant.npy", "--quick")
     close(kl_of(report), expected_rows(*pair)["kl"].mean())
@@ -836,6 +848,8 @@ OTHERS = {
     "vocab": (("base.npy", "quant.npy", "--vocab", "38"), "--vocab 38 is more than the 37"),
     "temperature": (("base.npy", "quant.npy", "--temperature", "0"), "must be above 0"),
     "of logits": (("base.npy", "quant.npy", "--temperature", "2", "--space", "probs"), "divides logits"),
+    "space": (("base.npy", "quant.npy", "--space", "log_probs"), "row 0 of base.npy has a probability above 1"),
+    "space of one": (("base.npy", "quant.npy", "--space", "logits,log_probs"), "of quant.npy has a probability above"),
     "llama": (("base.npy", "quant.npy", "--llama"), "--llama is for a _logits_ file"),
     "raw": (("base.npy", "raw", "--shape", "2,2", "--dtype", "float32"), "raw has 100 bytes, and 2 rows of 2"),
     "raw rows": (("base.npy", "raw", "--shape", "9,3", "--dtype", "float32"), "cut off after row 7"),
