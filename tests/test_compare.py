@@ -23,6 +23,7 @@ import oracle
 import pytest
 from conftest import as_here
 
+import klcore
 from klcore.__main__ import main
 from klcore.compare import files, outputs
 from klcore.compare.comparison import Comparison
@@ -213,6 +214,16 @@ def test_masked_and_infinite_rows(capsys, folder, pair):
     status, _, err = compare(capsys, "base.npy", "quant.npy", "--mask", "mask.npy", "--max-mean", 100)
     assert status == 1
     assert "infinite" in err
+
+
+def test_a_token_that_quant_excludes(capsys, folder, pair):
+    y, tokens = pair[1].copy(), pair[2]
+    y[3, tokens[3]] = -np.inf
+    np.save("quant.npy", y)
+    report = report_of(capsys, "base.npy", "quant.npy", "--tokens", "tokens.npy")
+    assert report["tokens"]["quant_perplexity"]["mean"] is None
+    assert report["tokens"]["infinite"] == 1
+    assert any(note.startswith("1 loss is infinite") for note in report["notes"])
 
 
 def test_rows_of_nan(capsys, folder, pair):
@@ -611,6 +622,16 @@ def test_pictures_of_odd_comparisons(capsys, folder, pair, what, suffix):
     first = (folder / f"p{suffix}").read_bytes()
     compare(capsys, "base.npy", "quant.npy", "--plot", f"p{suffix}", "--force")
     assert (folder / f"p{suffix}").read_bytes() == first
+
+
+def test_nothing_is_left_behind_in_python(capsys, folder):
+    """The command may be called from a program, or a notebook, with threads and figures of its own."""
+    pyplot = pytest.importorskip("matplotlib.pyplot")
+    pyplot.figure()
+    before = klcore.get_num_threads(), pyplot.get_fignums(), pyplot.get_backend()
+    assert compare(capsys, "base.npy", "quant.npy", "--threads", "7", "--plot", "p.png")[0] == 0
+    assert (klcore.get_num_threads(), pyplot.get_fignums(), pyplot.get_backend()) == before
+    pyplot.close()
 
 
 def test_a_name_is_no_html(capsys, folder):

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from klcore.backends.threads import set_num_threads
+from klcore.backends.threads import threads
 from klcore.compare import files, llama, outputs
 from klcore.compare.comparison import Comparison
 from klcore.compare.errors import InputError
@@ -86,7 +86,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="SIZE",
         help="of both files, in memory for each thread (8M)",
     )
-    how.add_argument("--threads", type=_positive, metavar="N", help="as klcore.set_num_threads")  # fmt: skip
+    how.add_argument("--threads", type=_positive, metavar="N", help="as klcore.threads")  # fmt: skip
 
 
 def _positive(text: str) -> int:
@@ -124,8 +124,10 @@ def _spaces(text: str) -> tuple[str, str]:
 
 def main(arguments: argparse.Namespace, command: list[str]) -> int:
     """The exit status; `command` is what was typed, for the report."""
+    limited = threads(arguments.threads) if arguments.threads else contextlib.nullcontext()
     try:
-        return _compare(arguments, shlex.join(command))
+        with limited:  # and not for whoever calls this from Python
+            return _compare(arguments, shlex.join(command))
     except InputError as error:
         print(f"klcore compare: {error}", file=sys.stderr)
         return 2
@@ -136,8 +138,6 @@ def main(arguments: argparse.Namespace, command: list[str]) -> int:
 
 
 def _compare(a: argparse.Namespace, command: str) -> int:
-    if a.threads:
-        set_num_threads(a.threads)
     comparison, columns = _prepare(a)
     inputs = [*comparison.base.parts, *comparison.quant.parts]
     inputs += [Path(f) for f in (a.tokens, a.mask, a.groups) if f and not f.isdecimal()]

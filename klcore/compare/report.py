@@ -132,6 +132,10 @@ def _notes(c: Comparison, tally: Tally) -> Iterator[str]:
     if kl.n_inf:
         rows = "1 row" if kl.n_inf == 1 else f"{kl.n_inf:,} rows"
         yield f"{rows} with an infinite KL, where quant excludes what base does not; in no mean of the KL"
+    losses = sum(tally.summaries[name].n_inf for name in ("base_nll", "quant_nll") if name in tally.summaries)
+    if losses:
+        infinite = "1 loss is" if losses == 1 else f"{losses:,} losses are"
+        yield f"{infinite} infinite, of a token that a model excludes: so is its perplexity; no mean has it"
     if c.measure.floored:
         yield "base is stored above a floor: divergences go over the classes above it, and are lower bounds"
     if c.quant_floored:
