@@ -425,6 +425,20 @@ def test_llama_files(capsys, folder, base_file):
     assert abs(math.log(report["tokens"]["base_perplexity"]["mean"]) - above.mean()) <= step + RELATIVE * above.mean()
 
 
+def test_a_llama_file_of_spoilt_numbers(capsys, folder, base_file):
+    """What is beyond float32 or float64, and not a word of NumPy's or of Python's."""
+    np.save("y.npy", 1e4 * base_file[1])
+    status, out, err = compare(capsys, "base.kld", "y.npy", "--llama")
+    assert (status, err) == (0, "")
+    assert "Mean PPL(Q)                   :        inf" in out
+    assert re.search(r"perplexity of quant +- ± -\ntheir ratio, paired +- ± -\n", out)
+    data = bytearray((folder / "base.kld").read_bytes())
+    start = 20 + 4 * CHUNKS * CONTEXT
+    data[start : start + 4] = struct.pack("<f", 3e38)
+    (folder / "base.kld").write_bytes(data)
+    refused(capsys, "row 0 of base.kld has a probability above 1: it is spoilt", "base.kld", "y.npy")
+
+
 def test_llama_file_beside_itself(capsys, folder, base_file):
     """The tool prints negative values here."""
     np.save("z.npy", base_file[0])
@@ -751,8 +765,11 @@ def test_states_of_other_comparisons(capsys, folder):
     status, _, err = compare(capsys, "base.npy", "quant.npy", "--resume", "state")
     assert status == 2
     assert re.search(r"state is of another comparison: its quant.npy is 9,.* bytes of 20.*, and this one's", err)
-    (folder / "state").write_bytes(b"PK\x03\x04")
-    assert "no state of klcore compare" in compare(capsys, "base.npy", "quant.npy", "--resume", "state")[2]
+    spoilt = bytearray((folder / "state").read_bytes())
+    spoilt[60:80] = bytes([255] * 20)
+    for content in (b"PK\x03\x04", spoilt):
+        (folder / "state").write_bytes(content)
+        assert "no state of klcore compare" in compare(capsys, "base.npy", "quant.npy", "--resume", "state")[2]
 
 
 @pytest.mark.parametrize(
@@ -819,7 +836,7 @@ BAD_FILES = {
     "header": (npy(np.zeros((2, 2)))[:30], "has no header of one"),
     "open header": (npy(np.zeros((2, 2))).replace(b"2), }", b"2    "), "has no header of one"),
     "negative": (npy(np.zeros((2, 2))).replace(b"(2, 2)", b"(-2,2)"), "there is nothing in it"),
-    "zip": (b"PK\x03\x04 and no more", r"bad is a .npz file that is not whole"),
+    "zip": (b"PK\x03\x04 and no more", r"bad cannot be read as .npz"),
     "safetensors": (struct.pack("<Q", 90) + b'{"logits":' + b" " * 100, "bad is no whole .safetensors file"),
     "text": (b"0.5 0.25\n", r"--shape ROWS,VOCAB and --dtype"),
     "integers": (npy(np.zeros((ROWS, VOCAB), int)), "bad has dtype int64, and logits are one of float64"),
@@ -921,7 +938,7 @@ def test_a_folder_to_write_in_is_looked_at_first(capsys, folder, monkeypatch):
     refused(capsys, "cannot be written: its folder is not yours", "base.npy", "quant.npy")
 
 
-@pytest.mark.parametrize("what", ["full", "spoilt"])
+@pytest.mark.parametrize("what", ["full", "spoilt", "unknown"])
 def test_archives_that_cannot_be_unpacked(capsys, folder, pair, monkeypatch, what):
     save_packed("packed.npz", np.zeros((ROWS, VOCAB)))
     if what == "full":
@@ -932,10 +949,13 @@ def test_archives_that_cannot_be_unpacked(capsys, folder, pair, monkeypatch, wha
         monkeypatch.setattr(files.shutil, "copyfileobj", fail)
     else:
         content = bytearray((folder / "packed.npz").read_bytes())
-        content[60:80] = bytes([255] * 20)
+        if what == "spoilt":
+            content[60:80] = bytes([255] * 20)
+        else:
+            content[content.index(b"PK\1\2") + 10] = 99  # a method of compression
         (folder / "packed.npz").write_bytes(content)
-    words = {"full": "packed.npz cannot be unpacked in .*: No space left", "spoilt": "npz file that is not whole"}
-    refused(capsys, words[what], "base.npy", "packed.npz")
+    words = {"full": "packed.npz cannot be unpacked in .*: No space left"}
+    refused(capsys, words.get(what, "packed.npz cannot be read as .npz"), "base.npy", "packed.npz")
 
 
 @pytest.mark.parametrize(

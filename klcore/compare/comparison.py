@@ -65,7 +65,9 @@ class Comparison:
             above = (found[name] > _LARGEST) & counts
             if above.any():
                 row = start + int(above.argmax())
-                raise InputError(f"row {row} of {source.name} has a probability above 1: say what it holds by --space")
+                raise InputError(
+                    f"row {row} of {source.name} has a probability above 1: it is spoilt, or not what --space says"
+                )
         if self.with_tool:
             tool = tool_figures(x, y.astype(np.float32), targets)
             found |= {f"llama {name}": column for name, column in tool.items()}

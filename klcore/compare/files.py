@@ -233,8 +233,8 @@ def _npz(path: Path, member: str | None, named: str | None) -> Source:
             # compressed: rows cannot be found in it, so it is unpacked once, into a file that goes with this process
             with archive.open(info) as packed:
                 return _npy(_unpacked(packed), named, name)
-    except (zipfile.BadZipFile, EOFError, zlib.error) as error:
-        raise InputError(f"{path} is a .npz file that is not whole: {error}") from error
+    except (zipfile.BadZipFile, EOFError, zlib.error, RuntimeError) as error:  # the last of what zipfile cannot do
+        raise InputError(f"{path} cannot be read as .npz: {error}") from error
     except OSError as error:
         raise InputError(f"{path} cannot be unpacked in {tempfile.gettempdir()}: {error.strerror or error}") from error
 

@@ -98,7 +98,7 @@ def read_state(path: str, about: dict[str, Any]) -> tuple[dict[str, Any], dict[s
             columns = {
                 name.removesuffix(".npy"): np.load(io.BytesIO(archive.read(name)), allow_pickle=False) for name in names
             }
-    except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
+    except Exception as error:  # of zipfile, zlib, json or NumPy
         raise InputError(f"{path} is no state of klcore compare: {error}") from error
     if state.get("format") != STATE:
         raise InputError(f"{path} is a state of another version of klcore: delete it to begin again")

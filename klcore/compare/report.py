@@ -13,6 +13,7 @@ from klcore.version import __version__
 
 QUANTILES = (0.001, 0.01, 0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99, 0.999)
 WIDTH = 80
+_LARGEST_EXPONENT = 709.0  # of e, in float64
 LABELS = DIVERGENCES | {"base_entropy": "entropy of base", "quant_entropy": "entropy of quant"}
 
 
@@ -110,9 +111,9 @@ def _tokens(s: dict[str, Summary]) -> dict[str, Any]:
 
 def _exponential(s: Summary) -> dict[str, Any]:
     """e to the mean, with the error that follows to first order."""
-    if s.n_inf or not s.count:
+    if s.n_inf or not s.mean < _LARGEST_EXPONENT:
         return {"mean": None, "stderr": None}
-    value = math.exp(min(s.mean, 709.0))
+    value = math.exp(s.mean)
     return {"mean": value, "stderr": _number(value * s.stderr())}
 
 
