@@ -748,6 +748,16 @@ def test_ctrl_c_of_a_process(folder, pair):
     assert "stopped after" in out
 
 
+def test_a_state_that_cannot_be_written(capsys, folder, monkeypatch):
+    def fail(*arguments):
+        raise outputs.InputError("no room")
+
+    monkeypatch.setattr(outputs, "write_state", fail)
+    status, out, err = compare(capsys, "base.npy", "quant.npy", "--resume", "state")
+    assert (status, err) == (2, "klcore compare: no room\n")
+    assert "KL(base || quant)" in out
+
+
 def test_ctrl_c_outside_the_loop(capsys, folder, monkeypatch):
     def interrupt(*arguments):
         raise KeyboardInterrupt

@@ -154,9 +154,11 @@ def _compare(a: argparse.Namespace, command: str) -> int:
 
     with _until_interrupted() as stop, _progress(comparison.rows, tally.done) as progress:
         comparison.run(tally, a.chunk_bytes, stop, save, progress)
-    save()
     report = make_report(comparison, tally, command)
-    _write(a, report, tally)
+    try:
+        save()
+    finally:  # figures are not lost with a state that cannot be written
+        _write(a, report, tally)
     return _status(a, report, tally.done < comparison.rows)
 
 
@@ -211,7 +213,10 @@ def _prepare(a: argparse.Namespace) -> tuple[Comparison, tuple[str, ...]]:
     if quant_floored and not floored:
         raise InputError(f"{quant.name} is stored above a floor, so BASE must be a _logits_ file of llama.cpp too")
     measure = Measure((spaces[0], spaces[1]), a.temperature, floored, a.quick)
-    comparison = Comparison(base, quant, rows, vocab, measure, targets, mask, groups, per_group, a.llama, quant_floored)
+    comparison = Comparison(
+        base, quant, rows, vocab, measure, targets=targets, mask=mask, groups=groups, per_group=per_group,
+        with_tool=a.llama, quant_floored=quant_floored,
+    )  # fmt: skip
     tool = tuple(f"llama {name}" for name in llama.COLUMNS) if a.llama else ()
     return comparison, (*(("kl",) if a.rows else ()), *tool)
 
