@@ -377,7 +377,7 @@ class Summary:
             low, high = math.floor(n * f - reach), math.ceil(n * f + reach)
             lowest = -math.inf if self.signed else 0.0
             ends = self._ordered([min(max(low, 1), n) - 1, min(max(high + 1, 1), n) - 1])
-            return lowest if low < 1 else ends[0], math.inf if high + 1 > n else ends[1]
+            return lowest if low < 1 else float(ends[0]), math.inf if high + 1 > n else float(ends[1])
         clustered = self.n_groups > 0 if cluster is None else cluster
         error, mean = self.stderr(clustered), self.mean
         if math.isnan(error):

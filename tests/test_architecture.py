@@ -60,7 +60,7 @@ ROOMS = {
         *(f"klcore.compare.{name}" for name in ("comparison", "figures", "tally")), "klcore.summary", "klcore.version",
     },
     r"klcore\.compare\.plots": {
-        "numpy", "matplotlib", "matplotlib.pyplot",
+        "numpy", "matplotlib", "matplotlib.figure",
         *(f"klcore.compare.{name}" for name in ("errors", "report", "tally")),
     },
     r"klcore\.compare\.page": {"klcore.compare.report"},

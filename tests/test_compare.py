@@ -23,8 +23,9 @@ import oracle
 import pytest
 from conftest import as_here
 
+import klcore
 from klcore.__main__ import main
-from klcore.compare import outputs
+from klcore.compare import files, outputs
 from klcore.compare.comparison import Comparison
 from klcore.compare.page import as_page
 
@@ -215,6 +216,16 @@ def test_masked_and_infinite_rows(capsys, folder, pair):
     assert "infinite" in err
 
 
+def test_a_token_that_quant_excludes(capsys, folder, pair):
+    y, tokens = pair[1].copy(), pair[2]
+    y[3, tokens[3]] = -np.inf
+    np.save("quant.npy", y)
+    report = report_of(capsys, "base.npy", "quant.npy", "--tokens", "tokens.npy")
+    assert report["tokens"]["quant_perplexity"]["mean"] is None
+    assert report["tokens"]["infinite"] == 1
+    assert any(note.startswith("1 loss is infinite") for note in report["notes"])
+
+
 def test_rows_of_nan(capsys, folder, pair):
     x = pair[0].copy()
     x[7, 3] = x[9, 0] = np.nan
@@ -225,6 +236,27 @@ def test_rows_of_nan(capsys, folder, pair):
     assert "2 rows are NaN, the first of them row 7" in err
     assert "58 of 37 classes" in out
     assert compare(capsys, "base.npy", "quant.npy", "--skip-nan")[0] == 0
+
+
+def test_divergences_beyond_float32(capsys, folder, pair):
+    """Of float64 logits; infinite in every figure, without a word of NumPy's."""
+    np.save("base.npy", pair[0].astype(np.float64)), np.save("quant.npy", pair[1].astype(np.float64) * 1e300)
+    report = report_of(capsys, "base.npy", "quant.npy", "--rows", "rows.npy")
+    assert report["rows_infinite"] == ROWS
+    assert report["worst"][0]["kl"] is None
+    assert np.isposinf(np.load("rows.npy")).all()
+
+
+def test_a_probability_a_little_above_one(capsys, folder):
+    """As a logarithm is rounded; its entropy is then a little below 0, and a figure all the same."""
+    z = np.full((3, 2), -200, np.float32)
+    z[:, 0] = 1e-6
+    np.save("base.npy", z)
+    report = report_of(capsys, "base.npy", "base.npy", "--space", "log_probs")
+    assert report["base_entropy"]["max"] == 0
+    z[1] = 9
+    np.save("base.npy", z), np.save("mask.npy", [True, False, True])
+    assert report_of(capsys, "base.npy", "base.npy", "--space", "log_probs", "--mask", "mask.npy")["rows_counted"] == 2
 
 
 def test_quick(capsys, folder, pair):
@@ -308,6 +340,22 @@ def test_what_a_file_holds(capsys, folder, pair, name, dtype):
     close(np.load("rows.npy"), expected)
 
 
+def test_a_chunk_of_safetensors_is_read_alone(capsys, folder, pair, monkeypatch):
+    """Not the text, or the file, that it is in, as the package would for each chunk."""
+    save = pytest.importorskip("safetensors.numpy").save_file
+    save({"logits": pair[1][None]}, "one.safetensors")
+    read, plain = [], files.read_into
+
+    def counting(path, offset, array):
+        read.append(array.nbytes)
+        plain(path, offset, array)
+
+    monkeypatch.setattr(files, "read_into", counting)
+    report_of(capsys, "one.safetensors", "one.safetensors", "--chunk-bytes", "1k")
+    assert len(read) == 2 * ROWS // 3
+    assert sum(read) == 2 * pair[1].nbytes
+
+
 def test_cut_off_files(capsys, folder, pair):
     whole = (folder / "quant.npy").read_bytes()
     (folder / "quant.npy").write_bytes(whole[: -3 * 4 * VOCAB - 1])
@@ -377,6 +425,20 @@ def test_llama_files(capsys, folder, base_file):
     assert abs(math.log(report["tokens"]["base_perplexity"]["mean"]) - above.mean()) <= step + RELATIVE * above.mean()
 
 
+def test_a_llama_file_of_spoilt_numbers(capsys, folder, base_file):
+    """What is beyond float32 or float64, and not a word of NumPy's or of Python's."""
+    np.save("y.npy", 1e4 * base_file[1])
+    status, out, err = compare(capsys, "base.kld", "y.npy", "--llama")
+    assert (status, err) == (0, "")
+    assert "Mean PPL(Q)                   :        inf" in out
+    assert re.search(r"perplexity of quant +- ± -\ntheir ratio, paired +- ± -\n", out)
+    data = bytearray((folder / "base.kld").read_bytes())
+    start = 20 + 4 * CHUNKS * CONTEXT
+    data[start : start + 4] = struct.pack("<f", 3e38)
+    (folder / "base.kld").write_bytes(data)
+    refused(capsys, "row 0 of base.kld has a probability above 1: it is spoilt", "base.kld", "y.npy")
+
+
 def test_llama_file_beside_itself(capsys, folder, base_file):
     """The tool prints negative values here."""
     np.save("z.npy", base_file[0])
@@ -430,6 +492,7 @@ def tool_row(stored, vocab, logits, target):
 
 def test_llama_block(capsys, folder, base_file):
     z, y, targets, _ = base_file
+    assert "both print" in compare(capsys, "base.kld", "y.npy", "--llama", "--json", "-")[2]
     status, out, err = compare(capsys, "base.kld", "y.npy", "--llama")
     assert (status, err) == (0, "")
     data, vocab = (folder / "base.kld").read_bytes(), z.shape[1]
@@ -575,12 +638,45 @@ def test_pictures_of_odd_comparisons(capsys, folder, pair, what, suffix):
     assert (folder / f"p{suffix}").read_bytes() == first
 
 
+def test_nothing_is_left_behind_in_python(capsys, folder):
+    """The command may be called from a program, or a notebook, with threads and figures of its own."""
+    pyplot = pytest.importorskip("matplotlib.pyplot")
+    pyplot.figure()
+    before = klcore.get_num_threads(), pyplot.get_fignums(), pyplot.get_backend()
+    assert compare(capsys, "base.npy", "quant.npy", "--threads", "7", "--plot", "p.png")[0] == 0
+    assert (klcore.get_num_threads(), pyplot.get_fignums(), pyplot.get_backend()) == before
+    pyplot.close()
+
+
 def test_a_name_is_no_html(capsys, folder):
     (folder / "base.npy").rename(folder / "<b>&.npy")
     page = as_page(report_of(capsys, "<b>&.npy", "quant.npy"), dict.fromkeys(PICTURES, b""))
     assert "&lt;b&gt;&amp;.npy" in page
     assert "<b>&" not in page
     assert "<li>errors take rows to be independent" in page
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="names of any bytes")
+def test_a_name_that_is_no_text(capsys, folder):
+    pytest.importorskip("matplotlib")
+    name = os.fsdecode(b"\xff.npy")
+    (folder / "quant.npy").rename(name)
+    status, out, err = compare(capsys, "base.npy", name, "--json", "r.json", "--html", "r.html")
+    assert (status, err) == (0, "")
+    assert "quant  ?.npy" in out
+    assert json.loads((folder / "r.json").read_text())["quant"] == name
+    assert "?.npy beside base.npy" in (folder / "r.html").read_text()
+
+
+def test_a_terminal_of_ascii(folder):
+    here = as_here()
+    here["env"] = {**here["env"], "PYTHONIOENCODING": "ascii"}
+    paths = [str(folder / name) for name in ("base.npy", "quant.npy")]
+    for options in ([], ["--json", "-"]):
+        command = [sys.executable, "-m", "klcore", "compare", *paths, *options]
+        done = subprocess.run(command, capture_output=True, timeout=60, **here)
+        assert (done.returncode, done.stderr) == (0, b"")
+        assert done.stdout.isascii()
 
 
 PICTURES = [(theme, narrow) for theme in ("light", "dark") for narrow in (False, True)]
@@ -652,6 +748,24 @@ def test_ctrl_c_of_a_process(folder, pair):
     assert "stopped after" in out
 
 
+def test_a_state_that_cannot_be_written(capsys, folder, monkeypatch):
+    def fail(*arguments):
+        raise outputs.InputError("no room")
+
+    monkeypatch.setattr(outputs, "write_state", fail)
+    status, out, err = compare(capsys, "base.npy", "quant.npy", "--resume", "state")
+    assert (status, err) == (2, "klcore compare: no room\n")
+    assert "KL(base || quant)" in out
+
+
+def test_ctrl_c_outside_the_loop(capsys, folder, monkeypatch):
+    def interrupt(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Comparison, "run", interrupt)
+    assert compare(capsys, "base.npy", "quant.npy") == (130, "", "")
+
+
 def test_states_of_other_comparisons(capsys, folder):
     assert compare(capsys, "base.npy", "quant.npy", "--resume", "state")[0] == 0
     status, _, err = compare(capsys, "base.npy", "quant.npy", "--resume", "state", "--quick")
@@ -660,9 +774,35 @@ def test_states_of_other_comparisons(capsys, folder):
     np.save("quant.npy", np.load("base.npy"))
     status, _, err = compare(capsys, "base.npy", "quant.npy", "--resume", "state")
     assert status == 2
-    assert "state is of another comparison: its files" in err
-    (folder / "state").write_bytes(b"PK\x03\x04")
-    assert "no state of klcore compare" in compare(capsys, "base.npy", "quant.npy", "--resume", "state")[2]
+    assert re.search(r"state is of another comparison: its quant.npy is 9,.* bytes of 20.*, and this one's", err)
+    spoilt = bytearray((folder / "state").read_bytes())
+    spoilt[60:80] = bytes([255] * 20)
+    for content in (b"PK\x03\x04", spoilt):
+        (folder / "state").write_bytes(content)
+        assert "no state of klcore compare" in compare(capsys, "base.npy", "quant.npy", "--resume", "state")[2]
+
+
+@pytest.mark.parametrize(
+    ("first", "then", "words"),
+    [
+        (("two.npz:a",), ("two.npz:b",), "its quant is .*two.npz:a"),
+        (("quant.npy", "--mask", "m.npy"), ("quant.npy", "--mask", "m.npy"), "its m.npy is"),
+        (("raw", "--dtype", "float16"), ("raw", "--dtype", "bfloat16"), "its quant is .*'float16'"),
+    ],
+)
+def test_states_of_other_numbers(capsys, folder, pair, first, then, words):
+    """Another array of the same file, another mask of the same name, other numbers of the same bytes."""
+    pytest.importorskip("ml_dtypes")
+    np.savez("two.npz", a=pair[0], b=pair[1])
+    pair[1].astype(np.float16).tofile("raw")
+    options = ("--shape", f"{ROWS},{VOCAB}", "--resume", "state")
+    np.save("m.npy", np.arange(ROWS) > 5)
+    assert compare(capsys, "base.npy", *first, *options)[0] == 0
+    np.save("m.npy", np.arange(ROWS) > 6)
+    os.utime("m.npy", ns=(1, 1))  # clocks of file systems are slow
+    status, out, err = compare(capsys, "base.npy", *then, *options)
+    assert (status, out) == (2, "")
+    assert re.search(words, err)
 
 
 # ---- bad input -------------------------------------------------------------------------------------------------------
@@ -704,7 +844,9 @@ BAD_FILES = {
     "torch": (torch_file(), "bad is a file of torch.save"),
     "objects": (npy_of_objects(), "bad holds Python objects"),
     "header": (npy(np.zeros((2, 2)))[:30], "has no header of one"),
-    "zip": (b"PK\x03\x04 and no more", r"bad is a .npz file that is not whole"),
+    "open header": (npy(np.zeros((2, 2))).replace(b"2), }", b"2    "), "has no header of one"),
+    "negative": (npy(np.zeros((2, 2))).replace(b"(2, 2)", b"(-2,2)"), "there is nothing in it"),
+    "zip": (b"PK\x03\x04 and no more", r"bad cannot be read as .npz"),
     "safetensors": (struct.pack("<Q", 90) + b'{"logits":' + b" " * 100, "bad is no whole .safetensors file"),
     "text": (b"0.5 0.25\n", r"--shape ROWS,VOCAB and --dtype"),
     "integers": (npy(np.zeros((ROWS, VOCAB), int)), "bad has dtype int64, and logits are one of float64"),
@@ -741,6 +883,8 @@ OTHERS = {
     "empty folder": (("base.npy", "folder"), r"folder without files row_\*"),
     "member": (("base.npy", "two.npz"), r"two.npz has 2 arrays \(a, b\); name one"),
     "no member": (("base.npy", "two.npz:c"), "two.npz has no array 'c'; it has a, b"),
+    "no members": (("base.npy", "quant.npy:c"), "quant.npy is one array, and has none of the name 'c'"),
+    "open tokens": (("base.npy", "quant.npy", "--tokens", "open.npy"), "for --tokens, cannot be read"),
     "mask": (("base.npy", "quant.npy", "--mask", "short.npy"), "for --mask, has 5 numbers, and there are 60 rows"),
     "mask of numbers": (("base.npy", "quant.npy", "--mask", "tokens.npy"), "it must hold booleans"),
     "nobody": (("base.npy", "quant.npy", "--mask", "none.npy"), "none.npy leaves no row"),
@@ -752,6 +896,8 @@ OTHERS = {
     "vocab": (("base.npy", "quant.npy", "--vocab", "38"), "--vocab 38 is more than the 37"),
     "temperature": (("base.npy", "quant.npy", "--temperature", "0"), "must be above 0"),
     "of logits": (("base.npy", "quant.npy", "--temperature", "2", "--space", "probs"), "divides logits"),
+    "space": (("base.npy", "quant.npy", "--space", "log_probs"), "row 0 of base.npy has a probability above 1"),
+    "space of one": (("base.npy", "quant.npy", "--space", "logits,log_probs"), "of quant.npy has a probability above"),
     "llama": (("base.npy", "quant.npy", "--llama"), "--llama is for a _logits_ file"),
     "raw": (("base.npy", "raw", "--shape", "2,2", "--dtype", "float32"), "raw has 100 bytes, and 2 rows of 2"),
     "raw rows": (("base.npy", "raw", "--shape", "9,3", "--dtype", "float32"), "cut off after row 7"),
@@ -771,9 +917,55 @@ def test_other_bad_input(capsys, folder, name):
     np.savez("two.npz", a=np.zeros((2, 2)), b=np.zeros((2, 2)))
     (folder / "raw").write_bytes(bytes(100))
     (folder / "folder").mkdir()
+    (folder / "open.npy").write_bytes(BAD_FILES["open header"][0])
     kept = (folder / "tokens.npy").read_bytes()
     refused(capsys, words, *arguments)
     assert (folder / "tokens.npy").read_bytes() == kept
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no such things here")
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("pipe",), "pipe is a pipe or a device"),  # of which opening would wait for ever
+        (("quant.npy", "--rows", "pipe", "--force"), "pipe is a pipe or a device, and not a file to write to"),
+        (("quant.npy", "--resume", "pipe"), "pipe is a pipe or a device"),
+        (("x" * 300,), "File name too long"),
+        (("loop",), "cannot be read"),
+        (("quant.npy", "--rows", "loop/r.npy"), "there is no folder loop"),
+    ],
+)
+def test_what_is_no_plain_file(capsys, folder, arguments, words):
+    os.mkfifo("pipe"), os.symlink("loop", "loop")
+    refused(capsys, words, "base.npy", *arguments)
+    assert Path("pipe").is_fifo()
+
+
+def test_a_folder_to_write_in_is_looked_at_first(capsys, folder, monkeypatch):
+    """And not when all is computed."""
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write everywhere
+    monkeypatch.delattr(Comparison, "run")
+    refused(capsys, "cannot be written: its folder is not yours", "base.npy", "quant.npy")
+
+
+@pytest.mark.parametrize("what", ["full", "spoilt", "unknown"])
+def test_archives_that_cannot_be_unpacked(capsys, folder, pair, monkeypatch, what):
+    save_packed("packed.npz", np.zeros((ROWS, VOCAB)))
+    if what == "full":
+
+        def fail(*arguments):
+            raise OSError(28, "No space left on device")
+
+        monkeypatch.setattr(files.shutil, "copyfileobj", fail)
+    else:
+        content = bytearray((folder / "packed.npz").read_bytes())
+        if what == "spoilt":
+            content[60:80] = bytes([255] * 20)
+        else:
+            content[content.index(b"PK\1\2") + 10] = 99  # a method of compression
+        (folder / "packed.npz").write_bytes(content)
+    words = {"full": "packed.npz cannot be unpacked in .*: No space left"}
+    refused(capsys, words.get(what, "packed.npz cannot be read as .npz"), "base.npy", "packed.npz")
 
 
 @pytest.mark.parametrize(

@@ -297,6 +297,7 @@ def test_interval_of_a_quantile_that_nothing_is_beyond():
     s = klcore.Summary().update(np.arange(1.0, 51.0))
     assert s.interval(quantile=0.999)[1] == math.inf
     assert s.interval(quantile=0.001)[0] == 0
+    assert {type(end) for f in (0, 0.5, 1) for end in s.interval(quantile=f)} == {float}
     assert klcore.Summary(signed=True).update([1.0, 2.0]).interval(quantile=0.5) == (-math.inf, math.inf)
 
 

@@ -8,6 +8,7 @@ import argparse
 import contextlib
 import importlib
 import json
+import os
 import shlex
 import signal
 import sys
@@ -18,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from klcore.backends.threads import set_num_threads
+from klcore.backends.threads import threads
 from klcore.compare import files, llama, outputs
 from klcore.compare.comparison import Comparison
 from klcore.compare.errors import InputError
@@ -85,7 +86,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="SIZE",
         help="of both files, in memory for each thread (8M)",
     )
-    how.add_argument("--threads", type=_positive, metavar="N", help="as klcore.set_num_threads")  # fmt: skip
+    how.add_argument("--threads", type=_positive, metavar="N", help="as klcore.threads")  # fmt: skip
 
 
 def _positive(text: str) -> int:
@@ -123,25 +124,27 @@ def _spaces(text: str) -> tuple[str, str]:
 
 def main(arguments: argparse.Namespace, command: list[str]) -> int:
     """The exit status; `command` is what was typed, for the report."""
+    limited = threads(arguments.threads) if arguments.threads else contextlib.nullcontext()
     try:
-        return _compare(arguments, shlex.join(command))
+        with limited:  # and not for whoever calls this from Python
+            return _compare(arguments, shlex.join(command))
     except InputError as error:
         print(f"klcore compare: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:  # before the first chunk or after the last, or the second one
+        return 130
     finally:
         files.remove_temporary()
 
 
 def _compare(a: argparse.Namespace, command: str) -> int:
-    if a.threads:
-        set_num_threads(a.threads)
     comparison, columns = _prepare(a)
     inputs = [*comparison.base.parts, *comparison.quant.parts]
     inputs += [Path(f) for f in (a.tokens, a.mask, a.groups) if f and not f.isdecimal()]
     _check_outputs(a, inputs)
     tally = Tally(a.quick, comparison.targets is not None, columns, a.worst)
-    about = _about(a, comparison, columns)
-    if a.resume and Path(a.resume).exists():
+    about = _about(a, comparison, columns, inputs)
+    if a.resume and os.path.exists(a.resume):
         tally.load(*outputs.read_state(a.resume, about))
 
     def save() -> None:
@@ -151,9 +154,11 @@ def _compare(a: argparse.Namespace, command: str) -> int:
 
     with _until_interrupted() as stop, _progress(comparison.rows, tally.done) as progress:
         comparison.run(tally, a.chunk_bytes, stop, save, progress)
-    save()
     report = make_report(comparison, tally, command)
-    _write(a, report, tally)
+    try:
+        save()
+    finally:  # figures are not lost with a state that cannot be written
+        _write(a, report, tally)
     return _status(a, report, tally.done < comparison.rows)
 
 
@@ -208,7 +213,10 @@ def _prepare(a: argparse.Namespace) -> tuple[Comparison, tuple[str, ...]]:
     if quant_floored and not floored:
         raise InputError(f"{quant.name} is stored above a floor, so BASE must be a _logits_ file of llama.cpp too")
     measure = Measure((spaces[0], spaces[1]), a.temperature, floored, a.quick)
-    comparison = Comparison(base, quant, rows, vocab, measure, targets, mask, groups, per_group, a.llama, quant_floored)
+    comparison = Comparison(
+        base, quant, rows, vocab, measure, targets=targets, mask=mask, groups=groups, per_group=per_group,
+        with_tool=a.llama, quant_floored=quant_floored,
+    )  # fmt: skip
     tool = tuple(f"llama {name}" for name in llama.COLUMNS) if a.llama else ()
     return comparison, (*(("kl",) if a.rows else ()), *tool)
 
@@ -256,12 +264,23 @@ def _check_llama(opened: list[Any], spaces: tuple[str, ...], targets: Any, mask:
         raise InputError(f"--llama needs {llama.LEAST_ROWS} rows for its errors; found {len(targets)}")
 
 
-def _about(a: argparse.Namespace, c: Comparison, columns: tuple[str, ...]) -> dict[str, Any]:
-    """By what a state is known to be of this comparison."""
-    stamps = [[str(p), p.stat().st_size, p.stat().st_mtime_ns] for p in (*c.base.parts, *c.quant.parts)]
-    names = ("tokens", "mask", "groups", "temperature", "vocab", "quick", "worst")
-    options = {f"--{name}": getattr(a, name) for name in names}
-    return {"files": stamps, "rows": c.rows, "space": list(c.measure.spaces), "columns": list(columns), **options}
+def _about(a: argparse.Namespace, c: Comparison, columns: tuple[str, ...], inputs: list[Path]) -> dict[str, Any]:
+    """By what a state is known to be of this comparison: of these arrays, in files that have not changed."""
+    names = ("tokens", "mask", "groups", "temperature", "quick", "worst")
+    return {
+        **{end: [s.name, s.dtype] for end, s in (("base", c.base), ("quant", c.quant))},
+        **{f"--{name}": getattr(a, name) for name in names},
+        **{str(path): _stamp(path) for path in inputs},
+        "rows": c.rows,
+        "vocabulary": c.vocab,
+        "space": list(c.measure.spaces),
+        "columns": list(columns),
+    }
+
+
+def _stamp(path: Path) -> str:
+    found = path.stat()
+    return f"{found.st_size:,} bytes of {np.datetime64(found.st_mtime_ns, 'ns')}"
 
 
 # ---- while it runs ---------------------------------------------------------------------------------------------------
@@ -309,6 +328,8 @@ def _progress(rows: int, done: int) -> Iterator[Callable[[int], object]]:
 def _check_outputs(a: argparse.Namespace, inputs: list[Any]) -> None:
     if a.plot and not a.plot.lower().endswith(SUFFIXES):
         raise InputError(f"--plot {a.plot}: its name must end in {', '.join(SUFFIXES)}")
+    if a.llama and a.json == "-":
+        raise InputError("--llama and --json - both print: write --json to a file")
     if a.plot or a.html:
         check_plots()
     written = [f for f in (None if a.json == "-" else a.json, a.rows, a.plot, a.html) if f]
@@ -318,7 +339,7 @@ def _check_outputs(a: argparse.Namespace, inputs: list[Any]) -> None:
 
 
 def _write(a: argparse.Namespace, report: dict[str, Any], tally: Tally) -> None:
-    text = json.dumps(report, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    text = json.dumps(report, indent=2, allow_nan=False) + "\n"
     if a.json == "-":
         outputs.say(text)
     else:
@@ -335,7 +356,7 @@ def _write(a: argparse.Namespace, report: dict[str, Any], tally: Tally) -> None:
         outputs.write(a.plot, draw(tally, report, "light", kind))
     if a.html:
         pictures = {(t, n): draw(tally, report, t, "svg", n) for t in THEMES for n in (False, True)}
-        outputs.write(a.html, as_page(report, pictures).encode())
+        outputs.write(a.html, as_page(report, pictures).encode(errors="replace"))
 
 
 def _status(a: argparse.Namespace, report: dict[str, Any], stopped: bool) -> int:

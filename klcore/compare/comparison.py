@@ -18,6 +18,7 @@ from klcore.compare.llama import tool_figures
 from klcore.compare.tally import PLACES, Tally
 
 _SAVE_EVERY = 30.0  # seconds
+_LARGEST = 1.05  # probability, as 16 bits may have rounded it
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,14 @@ class Comparison:
         x, y = (source.read(start, stop)[:, : self.vocab] for source in (self.base, self.quant))
         targets = None if self.targets is None else self.targets[start:stop]
         found = self.measure(x, y, targets)
+        counts = True if self.mask is None else self.mask[start:stop]
+        for source, name in ((self.base, "base_confidence"), (self.quant, "quant_confidence")):
+            above = (found[name] > _LARGEST) & counts
+            if above.any():
+                row = start + int(above.argmax())
+                raise InputError(
+                    f"row {row} of {source.name} has a probability above 1: it is spoilt, or not what --space says"
+                )
         if self.with_tool:
             tool = tool_figures(x, y.astype(np.float32), targets)
             found |= {f"llama {name}": column for name, column in tool.items()}

@@ -82,8 +82,9 @@ class Measure:
                     "quant_entropy": of_y.entropy(),
                 }
             found["same_top"] = (of_x.top == of_y.top).astype(np.float32)
-            found["base_confidence"] = np.exp(of_x.log_top)
-            found["quant_confidence"] = np.exp(of_y.log_at(of_x.top))
+            with np.errstate(over="ignore"):  # logits that were said to be log-probabilities
+                found["base_confidence"] = np.exp(of_x.log_top)
+                found["quant_confidence"] = np.exp(of_y.log_at(of_x.top))
             if targets is not None:
                 known = targets >= 0
                 for name, row in (("base_nll", of_x), ("quant_nll", of_y)):
@@ -131,7 +132,8 @@ class _Row:
             return np.log(at)
 
     def entropy(self) -> Any:
-        return entropy(self.a, space=self.space, **self._options)
+        # as of log_at: a probability of 1 may have come out a little larger
+        return np.maximum(entropy(self.a, space=self.space, **self._options), 0)
 
     def log_probs(self) -> Any:
         """All of them, in a new array."""

@@ -7,12 +7,14 @@ sentence, where a map would end the process. Formats of llama.cpp are in llama.p
 
 import contextlib
 import importlib
+import json
 import math
 import os
 import re
 import shutil
 import tempfile
 import zipfile
+import zlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,12 +68,14 @@ def split_member(text: str) -> tuple[Path, str | None]:
     """A path, and the name of an array in that file: FILE, or FILE:NAME."""
     path = Path(text)
     head, colon, member = text.rpartition(":")
-    if not path.exists() and colon and member and Path(head).exists():
+    if not os.path.exists(path) and colon and member and os.path.exists(head):
         return Path(head), member
     return path, None
 
 
 def first_bytes(path: Path, count: int = 16) -> bytes:
+    if os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path):
+        raise InputError(f"{path} is a pipe or a device, and rows are read at any place of a file: save it as one")
     try:
         with open(path, "rb") as file:
             return file.read(count)
@@ -82,10 +86,12 @@ def first_bytes(path: Path, count: int = 16) -> bytes:
 def open_source(text: str, shape: tuple[int, int] | None, dtype: str | None) -> Source:
     """What FILE or FILE:NAME holds; `shape` and `dtype` are those of files without a header."""
     path, member = split_member(text)
-    if path.is_dir():
+    if os.path.isdir(path):
         return _folder(path, member or "logits")
     start = first_bytes(path)
     if start.startswith(b"\x93NUMPY"):
+        if member is not None:
+            raise InputError(f"{path} is one array, and has none of the name {member!r}")
         return _npy(path, dtype)
     if start.startswith(b"PK\x03\x04"):
         return _npz(path, member, dtype)
@@ -130,7 +136,7 @@ def bfloat16(name: str) -> Any:
 def _two_axes(shape: tuple[int, ...], name: str) -> tuple[int, int]:
     if len(shape) < 2:
         raise InputError(f"{name} has shape {shape}; logits have two axes or more, of which the last is the vocabulary")
-    if 0 in shape:
+    if min(shape) < 1:
         raise InputError(f"{name} has shape {shape}: there is nothing in it")
     return math.prod(shape[:-1]), shape[-1]
 
@@ -178,7 +184,7 @@ def _npy_header(file: BinaryIO, name: str) -> tuple[tuple[int, ...], Any, int]:
         version = np.lib.format.read_magic(file)
         read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
         shape, by_columns, dtype = read[min(version, (2, 0))](file)
-    except (ValueError, KeyError, EOFError) as error:
+    except Exception as error:  # NumPy's parser lets through what Python's tokenizer raises
         raise InputError(f"{name} begins as a .npy file, and has no header of one: {error}") from error
     if dtype.hasobject:
         raise InputError(
@@ -227,8 +233,10 @@ def _npz(path: Path, member: str | None, named: str | None) -> Source:
             # compressed: rows cannot be found in it, so it is unpacked once, into a file that goes with this process
             with archive.open(info) as packed:
                 return _npy(_unpacked(packed), named, name)
-    except (zipfile.BadZipFile, EOFError) as error:
-        raise InputError(f"{path} is a .npz file that is not whole: {error}") from error
+    except (zipfile.BadZipFile, EOFError, zlib.error, RuntimeError) as error:  # the last of what zipfile cannot do
+        raise InputError(f"{path} cannot be read as .npz: {error}") from error
+    except OSError as error:
+        raise InputError(f"{path} cannot be unpacked in {tempfile.gettempdir()}: {error.strerror or error}") from error
 
 
 def _start_of(file: BinaryIO, info: zipfile.ZipInfo) -> int:
@@ -282,8 +290,6 @@ def _safe_open(path: Path) -> Any:
         library = importlib.import_module("safetensors")
     except ImportError as error:
         raise InputError(f"{path} needs the package safetensors: pip install 'klcore[compare]'") from error
-    with contextlib.suppress(ImportError):  # NumPy knows bfloat16 once this is there
-        importlib.import_module("ml_dtypes")
     try:
         return library.safe_open(path, "np")
     except Exception as error:  # of the library's own kind
@@ -300,18 +306,12 @@ def _safetensors(path: Path, member: str | None) -> Source:
         name, shape, code = f"{path}:{chosen}", tuple(part.get_shape()), part.get_dtype()
     if code not in _SAFETENSORS:
         raise InputError(f"{name} has dtype {code}, and logits are one of {', '.join(_SAFETENSORS)}")
-    if code == "BF16":
-        bfloat16(name)
-    rows, vocab = _two_axes(shape, name)
-    inner = math.prod(shape[1:-1])  # rows for each index of the first axis, along which the library cuts
-
-    def read(start: int, stop: int) -> Array:
-        first, last = start // inner, -(-stop // inner)
-        with _safe_open(path) as file:
-            found = file.get_slice(chosen)[first:last].reshape(-1, vocab)
-        return found[start - first * inner : stop - first * inner]
-
-    return Source(name, rows, vocab, rows, _SAFETENSORS[code], read, (path,))
+    dtype = bfloat16(name) if code == "BF16" else np.dtype(_SAFETENSORS[code]).newbyteorder("<")
+    # where it lies: the library reads whole indices of the first axis, which may be all rows, for each chunk
+    with open(path, "rb") as plain:
+        length = int.from_bytes(plain.read(8), "little")
+        begin, end = json.loads(plain.read(length))[chosen]["data_offsets"]
+    return _plain(name, path, 8 + length + begin, end - begin, _two_axes(shape, name), dtype)
 
 
 def _folder(path: Path, member: str) -> Source:
@@ -357,7 +357,7 @@ def read_small(text: str, what: str, kinds: str, rows: int) -> Array:
         raise InputError(f"{path}, for {what}, is no .npy file")
     try:
         found = np.load(path, allow_pickle=False)
-    except (ValueError, EOFError, OSError) as error:
+    except Exception as error:  # as of _npy_header
         raise InputError(f"{path}, for {what}, cannot be read: {error}") from error
     if found.dtype.kind not in kinds:
         raise InputError(

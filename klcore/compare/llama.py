@@ -20,6 +20,7 @@ Source: tools/perplexity/perplexity.cpp of ggml-org/llama.cpp.
 """
 
 import math
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -63,7 +64,7 @@ class LlamaFile:
 
 def is_llama(text: str) -> bool:
     path = Path(text)
-    return path.is_file() and first_bytes(path, 8) in (MAGIC, MAGIC2)
+    return os.path.isfile(path) and first_bytes(path, 8) in (MAGIC, MAGIC2)
 
 
 def open_llama(text: str) -> LlamaFile:
@@ -93,7 +94,8 @@ def open_llama(text: str) -> LlamaFile:
     def read(start: int, stop: int) -> Any:
         stored = np.empty((stop - start, length), "<u2")
         read_into(path, offset + 2 * length * start, stored)
-        return decode(*_parts(stored, n_vocab))
+        with np.errstate(over="ignore", invalid="ignore"):  # of bytes that are spoilt; such rows are NaN
+            return decode(*_parts(stored, n_vocab))
 
     source = Source(str(path), rows, n_vocab, promised, "float32", read, (path,))
     return LlamaFile(source, not without_floor, tokens, per_chunk)
@@ -164,9 +166,9 @@ def tool_report(columns: dict[str, Any]) -> str:
         raise InputError(f"--llama: errors of llama.cpp need {LEAST_ROWS} rows; found {n}")
     nll, nll_base = (columns[k].astype(np.float64) for k in ("nll", "nll_base"))
     (q, dq), (b, db) = _mean(nll), _mean(nll_base)
-    cov = ((nll * nll_base).sum() / n - q * b) / (n - 1)
+    cov = (float((nll * nll_base).sum()) / n - q * b) / (n - 1)
     ratio, dratio = q - b, math.sqrt(max(dq * dq + db * db - 2 * cov, 0))
-    ppl, base = math.exp(q), math.exp(b)
+    ppl, base = _exp(q), _exp(b)
     dppl, dbase = ppl * dq, base * db
     dgap = math.sqrt(max(dppl * dppl + dbase * dbase - 2 * ppl * base * cov, 0))
     kld, p = np.sort(columns["kld"]), np.sort(columns["p_diff"])
@@ -180,7 +182,7 @@ def tool_report(columns: dict[str, Any]) -> str:
             f"Mean PPL(base)                : {base:10.6f} ± {dbase:10.6f}",
             f"Cor(ln(PPL(Q)), ln(PPL(base))): {100 * cov / (dq * db) if dq * db else math.nan:6.2f}%",
             f"Mean ln(PPL(Q)/PPL(base))     : {ratio:10.6f} ± {dratio:10.6f}",
-            f"Mean PPL(Q)/PPL(base)         : {math.exp(ratio):10.6f} ± {math.exp(ratio) * dratio:10.6f}",
+            f"Mean PPL(Q)/PPL(base)         : {_exp(ratio):10.6f} ± {_exp(ratio) * dratio:10.6f}",
             f"Mean PPL(Q)-PPL(base)         : {ppl - base:10.6f} ± {dgap:10.6f}",
             "",
             "====== KL divergence statistics ======",
@@ -202,6 +204,10 @@ def tool_report(columns: dict[str, Any]) -> str:
             f"Same top p: {100 * same:6.3f} ± {100 * math.sqrt(same * (1 - same) / (n - 1)):5.3f} %",
         ]
     )
+
+
+def _exp(value: float) -> float:
+    return math.exp(value) if value < 709 else math.inf
 
 
 def _mean(values: Any) -> tuple[float, float]:

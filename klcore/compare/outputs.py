@@ -20,21 +20,25 @@ STATE = 1  # the format of --resume
 
 def check_outputs(outputs: Iterable[str], inputs: Iterable[Path], force: bool) -> None:
     """Before anything is read: that each can be written, and that nothing would be lost."""
-    given = [path.resolve() for path in inputs]
-    seen: set[Path] = set()
+    given = {os.path.realpath(path) for path in inputs}
+    seen: set[str] = set()
     for text in outputs:
-        path = Path(text)
-        if path.resolve() in given:
+        path, place = Path(text), os.path.realpath(text)
+        if place in given:
             raise InputError(f"{path} is read: write to another file")
-        if path.resolve() in seen:
+        if place in seen:
             raise InputError(f"{path} is named for two outputs")
-        seen.add(path.resolve())
-        if path.is_dir():
+        seen.add(place)
+        if os.path.isdir(path):
             raise InputError(f"{path} is a folder, and not a file to write to")
-        if path.exists() and not force:
+        if os.path.exists(path) and not os.path.isfile(path):  # it would be replaced by a file
+            raise InputError(f"{path} is a pipe or a device, and not a file to write to")
+        if os.path.exists(path) and not force:
             raise InputError(f"{path} exists; --force overwrites it")
-        if not path.parent.is_dir():
+        if not os.path.isdir(path.parent):
             raise InputError(f"{path} cannot be written: there is no folder {path.parent}")
+        if not os.access(path.parent, os.W_OK):
+            raise InputError(f"{path} cannot be written: its folder is not yours to write in")
 
 
 def write(text: str | Path, content: bytes) -> None:
@@ -58,8 +62,9 @@ def write(text: str | Path, content: bytes) -> None:
 
 def say(text: str) -> None:
     """To standard output, which may be a file on a disk that is full, or a pipe that nobody reads any more."""
+    encoding = sys.stdout.encoding or "utf-8"
     try:
-        sys.stdout.write(text)
+        sys.stdout.write(text.encode(encoding, "replace").decode(encoding))  # ASCII has no ±, a file's name any bytes
         sys.stdout.flush()
     except OSError as error:
         with contextlib.suppress(OSError, ValueError):  # else Python tries again when it ends, and complains
@@ -93,7 +98,7 @@ def read_state(path: str, about: dict[str, Any]) -> tuple[dict[str, Any], dict[s
             columns = {
                 name.removesuffix(".npy"): np.load(io.BytesIO(archive.read(name)), allow_pickle=False) for name in names
             }
-    except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
+    except Exception as error:  # of zipfile, zlib, json or NumPy
         raise InputError(f"{path} is no state of klcore compare: {error}") from error
     if state.get("format") != STATE:
         raise InputError(f"{path} is a state of another version of klcore: delete it to begin again")

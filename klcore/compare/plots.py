@@ -14,6 +14,11 @@ from klcore.compare.tally import PLACES, Tally
 SUFFIXES = (".png", ".svg", ".pdf")
 _MARKED = {False: (0.01, 0.5, 0.9, 0.99, 0.999), True: (0.5, 0.99)}  # quantiles; fewer have room if narrow
 _BARS = 60
+_WIDE, _NARROW = [["rows", "rows"], ["place", "trust"]], [["rows"], ["place"], ["trust"]]  # panels
+_CURVES = (
+    ("quant_confidence", "probability by quant", "main", "o"),
+    ("same_top", "quant's first token is the same", "second", "s"),
+)
 
 # Darker on white, lighter on dark; after Okabe and Ito.
 THEMES = {
@@ -24,7 +29,7 @@ THEMES = {
 
 def draw(tally: Tally, report: dict[str, Any], theme: str, file_format: str, narrow: bool = False) -> bytes:
     """The picture, as the bytes of a file; `narrow` puts the panels one above the other."""
-    pyplot = _matplotlib()
+    matplotlib = _matplotlib()
     colours = THEMES[theme]
     style = {
         "font.size": 10.5, "svg.fonttype": "path", "svg.hashsalt": "klcore", "figure.facecolor": colours["paper"],
@@ -33,9 +38,10 @@ def draw(tally: Tally, report: dict[str, Any], theme: str, file_format: str, nar
         "ytick.color": colours["ink"], "grid.color": colours["grid"], "axes.spines.top": False,
         "axes.spines.right": False, "axes.titlelocation": "left", "axes.titlesize": 11.5, "axes.axisbelow": True,
     }  # fmt: skip
-    with pyplot.rc_context(style):
-        size, panels = ((5.6, 10.4), [["rows"], ["place"], ["trust"]]) if narrow else ((10, 7), _WIDE)
-        figure, axes = pyplot.subplot_mosaic(panels, figsize=size, layout="constrained")
+    with matplotlib.rc_context(style):
+        # no pyplot, which keeps figures and a backend for whoever calls this from Python
+        figure = matplotlib.figure.Figure(figsize=(5.6, 10.4) if narrow else (10, 7), layout="constrained")
+        axes = figure.subplot_mosaic(_NARROW if narrow else _WIDE)
         figure.get_layout_engine().set(w_pad=0.12, h_pad=0.12)
         _rows(axes["rows"], tally, _MARKED[narrow], colours)
         _along(axes["place"], tally, report, colours)
@@ -43,17 +49,13 @@ def draw(tally: Tally, report: dict[str, Any], theme: str, file_format: str, nar
         out = io.BytesIO()
         stamp = {"Date": None} if file_format == "svg" else {"CreationDate": None} if file_format == "pdf" else {}
         figure.savefig(out, format=file_format, dpi=144, metadata=stamp)  # the same report, the same bytes
-        pyplot.close(figure)
     return out.getvalue()
-
-
-_WIDE = [["rows", "rows"], ["place", "trust"]]
 
 
 def _matplotlib() -> Any:
     try:
-        importlib.import_module("matplotlib").use("Agg")
-        return importlib.import_module("matplotlib.pyplot")
+        importlib.import_module("matplotlib.figure")
+        return importlib.import_module("matplotlib")
     except ImportError as error:
         raise InputError("pictures need the package matplotlib: pip install 'klcore[compare]'") from error
 
@@ -84,7 +86,7 @@ def _rows(axes: Any, tally: Tally, marked: tuple[float, ...], colours: dict[str,
     outside = kl.count - int(counts.sum())
     if outside:
         axes.text(
-            0.01, 0.72, f"{outside:,} rows further left", transform=axes.transAxes, fontsize=9,
+            0.01, 0.72, f"further left: {outside:,}", transform=axes.transAxes, fontsize=9,
             bbox={"facecolor": colours["paper"], "edgecolor": "none", "pad": 1},
         )  # fmt: skip
     for step, (q, value) in enumerate(zip(marked, kl.quantile(list(marked)).tolist(), strict=True)):
@@ -134,12 +136,6 @@ def _trust(axes: Any, report: dict[str, Any], colours: dict[str, str]) -> None:
         axis.set_major_formatter(lambda v, _: f"{100 * v:.0f} %")
     axes.legend(frameon=False, loc="lower right", labelcolor=colours["ink"])
     axes.grid()
-
-
-_CURVES = (
-    ("quant_confidence", "probability by quant", "main", "o"),
-    ("same_top", "quant's first token is the same", "second", "s"),
-)
 
 
 def _short(value: float) -> str:

@@ -13,6 +13,7 @@ from klcore.version import __version__
 
 QUANTILES = (0.001, 0.01, 0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99, 0.999)
 WIDTH = 80
+_LARGEST_EXPONENT = 709.0  # of e, in float64
 LABELS = DIVERGENCES | {"base_entropy": "entropy of base", "quant_entropy": "entropy of quant"}
 
 
@@ -110,9 +111,9 @@ def _tokens(s: dict[str, Summary]) -> dict[str, Any]:
 
 def _exponential(s: Summary) -> dict[str, Any]:
     """e to the mean, with the error that follows to first order."""
-    if s.n_inf or not s.count:
+    if s.n_inf or not s.mean < _LARGEST_EXPONENT:
         return {"mean": None, "stderr": None}
-    value = math.exp(min(s.mean, 709.0))
+    value = math.exp(s.mean)
     return {"mean": value, "stderr": _number(value * s.stderr())}
 
 
@@ -132,6 +133,10 @@ def _notes(c: Comparison, tally: Tally) -> Iterator[str]:
     if kl.n_inf:
         rows = "1 row" if kl.n_inf == 1 else f"{kl.n_inf:,} rows"
         yield f"{rows} with an infinite KL, where quant excludes what base does not; in no mean of the KL"
+    losses = sum(tally.summaries[name].n_inf for name in ("base_nll", "quant_nll") if name in tally.summaries)
+    if losses:
+        infinite = "1 loss is" if losses == 1 else f"{losses:,} losses are"
+        yield f"{infinite} infinite, of a token that a model excludes: so is its perplexity; no mean has it"
     if c.measure.floored:
         yield "base is stored above a floor: divergences go over the classes above it, and are lower bounds"
     if c.quant_floored:

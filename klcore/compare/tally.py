@@ -44,6 +44,7 @@ class Tally:
         self.columns: dict[str, list[Any]] = {n: [] for n in columns}
         self._worst = worst
 
+    @np.errstate(over="ignore")  # a float64 beyond float32 is infinite, in columns as in summaries
     def add(self, figures: dict[str, Any], mask: Any, groups: Any, places: Any) -> None:
         """The rows that follow those so far.
 
