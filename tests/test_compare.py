@@ -216,6 +216,15 @@ def test_masked_and_infinite_rows(capsys, folder, pair):
     assert "infinite" in err
 
 
+def test_rows_that_are_no_distributions(folder, capsys):
+    """What is below 1, but does not add up to it, is compared, with a note."""
+    rng = np.random.default_rng(0)
+    for name in ("base", "quant"):
+        np.save(folder / f"{name}.npy", rng.uniform(0, 1, (20, 40)).astype("float32"))
+    _, out, _ = compare(capsys, folder / "base.npy", folder / "quant.npy", "--space", "probs", "--json", "-")
+    assert any("total variation is above 1" in note for note in json.loads(out)["notes"])
+
+
 def test_a_token_that_quant_excludes(capsys, folder, pair):
     y, tokens = pair[1].copy(), pair[2]
     y[3, tokens[3]] = -np.inf

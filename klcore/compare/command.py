@@ -251,7 +251,9 @@ def _vocab(a: argparse.Namespace, base: files.Source, quant: files.Source) -> in
 
 def _per_group(count: int, rows: int, partial: bool) -> int:
     if count < 1 or (rows % count and not partial):
-        raise InputError(f"--groups {count}: {rows:,} rows are not whole texts of {count:,} rows")
+        raise InputError(
+            f"--groups {count}: {rows:,} rows are not whole texts of {count:,} rows; a text of n tokens has n - 1"
+        )
     return count
 
 

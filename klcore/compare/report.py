@@ -137,10 +137,12 @@ def _notes(c: Comparison, tally: Tally) -> Iterator[str]:
     if losses:
         infinite = "1 loss is" if losses == 1 else f"{losses:,} losses are"
         yield f"{infinite} infinite, of a token that a model excludes: so is its perplexity; no mean has it"
+    if "tv" in tally.summaries and tally.summaries["tv"].max > 1.001:
+        yield "a total variation is above 1: rows do not add up to 1 as --space says that they do"
     if c.measure.floored:
         yield "base is stored above a floor: divergences go over the classes above it, and are lower bounds"
     if c.quant_floored:
-        yield "quant is stored above a floor too, as which smaller log-probabilities of it read: again a lower bound"
+        yield "quant is stored above a floor too: what is below it reads as the floor, again for a lower bound"
     if not kl.n_groups:
         yield "errors take rows to be independent, which those of a text are not: say --groups"
 
