@@ -2,7 +2,7 @@
 
 speed: float32, (2048, 32768) unless --shape says otherwise: each function's value, and value and gradient, as multiples
 of kl_div's, interleaved, medians; beside them TRL's formula of the Jensen-Shannon divergence in PyTorch, eager and
-compiled.
+compiled, and in JAX.
 accuracy: the Jensen-Shannon divergence and the total variation distance by the formulas of TRL, Liger-Kernel, MLX-LM
 and torchmetrics in float32 PyTorch, and by SciPy, of the same rows of logits: the worst relative error, and how many
 are negative or NaN.
@@ -19,6 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -112,6 +113,19 @@ def accuracy() -> None:
 # ---- speed -----------------------------------------------------------------------------------------------------------
 
 
+def in_jax(a: Any, b: Any) -> tuple[Callable[[], Any], Callable[[], Any]]:
+    """TRL's formula for two arrays of JAX: the values, and values and the student's gradient."""
+    x, y = jax.numpy.asarray(a), jax.numpy.asarray(b)
+
+    def js(x: Any, y: Any) -> Any:
+        t, s = jax.nn.log_softmax(x), jax.nn.log_softmax(y)
+        m = jax.numpy.logaddexp(s, t) - math.log(2)
+        return (jax.numpy.exp(t) * (t - m) + jax.numpy.exp(s) * (s - m)).sum(-1) / 2
+
+    value, gradient = jax.jit(js), jax.jit(jax.value_and_grad(lambda x, y: js(x, y).sum(), 1))
+    return lambda: jax.block_until_ready(value(x, y)), lambda: jax.block_until_ready(gradient(x, y))
+
+
 def medians(calls: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
     """Seconds, each call once a round."""
     times: dict[str, list[float]] = {name: [] for name in calls}
@@ -158,6 +172,7 @@ def speed(rows: int, n: int, rounds: int) -> None:
         if space == "logits":
             for name, f in (("TRL's js, PyTorch", trl), ("TRL's js, torch.compile", compiled)):
                 calls[name], calls[f"{name}, y"] = plain(f), step(f)
+            calls["TRL's js, JAX jit"], calls["TRL's js, JAX jit, y"] = in_jax(a, b)
         found = medians(calls, rounds)
         for name in (name for name in found if not name.endswith(", y")):
             cells = [
