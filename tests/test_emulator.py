@@ -131,8 +131,8 @@ extern "C" __global__ void copy(const kl::Plan p) {
 extern "C" __global__ void exponentials(const kl::Plan p) { p.out[threadIdx.x] = kl::hardware_exp2(p.in[threadIdx.x]); }
 
 extern "C" __global__ void deep(const kl::Plan p) {
-  volatile char hole[140000];
-  for (int i = 0; i < 140000; i++) hole[i] = 1;
+  volatile char hole[270000];
+  for (int i = 0; i < 270000; i++) hole[i] = 1;
   p.out[threadIdx.x] = hole[p.n];
 }
 """
