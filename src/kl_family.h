@@ -352,12 +352,12 @@ KL_FN void members_begin(const Spread& s, double it, double* stats) {   // as lo
   double found[MAX_STATS];
   logits_finish(s, it, found);
   FarRow row = far_row(found, it);
-  double undefined = 0 * row.inv_s + 0 * row.inv_q;   // NaN where a row excludes everything: then both are made so
+  bool defined = 0 * row.inv_s + 0 * row.inv_q == 0;   // else a row excludes everything; of one NaN, so that no sum is of two
   for (int k = 0; k < MAX_STATS; k++) stats[k] = 0;
   stats[MEMBER_MAX_A] = row.max_a;
-  stats[MEMBER_INV_S] = row.inv_s + undefined;
+  stats[MEMBER_INV_S] = defined ? row.inv_s : nan<double>();
   stats[MEMBER_MAX_B] = row.max_b;
-  stats[MEMBER_INV_Q] = row.inv_q + undefined;
+  stats[MEMBER_INV_Q] = defined ? row.inv_q : nan<double>();
   stats[MEMBER_SHIFT] = row.shift.value;
   stats[MEMBER_SHIFT_LOW] = row.shift.low;
 }
