@@ -76,7 +76,9 @@ KL_FN void tilt_finish(int space_x, int space_y, double alpha, const Norm& u, do
   double of_norms = of_two_logits(space_x, space_y) ? k.log_s_x : fma(alpha, k.log_s_x, k.rest * k.log_s_y);
   double level = (u.max + k.log_s_u) - of_norms;
   stats[TILT_LEVEL] = level;                             // NaN, and with it the gradient, where the value is infinite
-  stats[VALUE] = level == level ? level / (alpha - 1) : infinity<double>();
+  double v = level / (alpha - 1);
+  v = v < 0 ? 0.0 : v;                                   // rounding of an exact zero
+  stats[VALUE] = level == level ? v : infinity<double>();
 }
 
 KL_FN double gap(double a, double b) {   // e^a - e^b
