@@ -77,7 +77,7 @@ KL_FN void tilt_finish(int space_x, int space_y, double alpha, const Norm& u, do
   double level = (u.max + k.log_s_u) - of_norms;
   stats[TILT_LEVEL] = level;                             // NaN, and with it the gradient, where the value is infinite
   double v = level / (alpha - 1);
-  v = v < 0 ? 0.0 : v;                                   // rounding of an exact zero
+  v = is_unnormalised(space_x) & is_unnormalised(space_y) & (v < 0) ? 0.0 : v;   // rounding of an exact zero, of distributions
   stats[VALUE] = level == level ? v : infinity<double>();
 }
 
