@@ -93,12 +93,11 @@ class Measure:
                     found[name] = np.where(known, nll, np.nan)
         return found
 
-    def own(self, name: str, shape: tuple[int, ...], dtype: Any) -> Any:
-        """An array of this thread's own, as it left it; zeros at first. New ones would be paged in for each chunk."""
-        last = getattr(self._own, name, None)
+    def certain(self, shape: tuple[int, ...]) -> Any:
+        """Zeros in an array of this thread's own, to be left as such. New ones would be paged in for each chunk."""
+        last = getattr(self._own, "certain", None)
         if last is None or last.shape != shape:
-            last = np.zeros(shape, dtype)
-            setattr(self._own, name, last)
+            self._own.certain = last = np.zeros(shape, np.float32)
         return last
 
 
@@ -113,7 +112,7 @@ class _Row:
         self._index = np.arange(len(a))
         self.top = a.argmax(1)
         if space == "logits":  # the cross-entropy with "it is this one"
-            certain = measure.own("certain", a.shape, np.float32)
+            certain = measure.certain(a.shape)
             certain[self._index, self.top] = 1
             self.log_top = -cross_entropy(certain, a, space=("probs", "logits"), **self._options).astype(np.float64)
             certain[self._index, self.top] = 0
