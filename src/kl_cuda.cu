@@ -125,8 +125,8 @@ constexpr int term_space(int space) { return space == LOGITS && !BESIDE ? LOG_PR
 typedef Term<summed(OP), term_space(SX), term_space(HAS_Y ? SY : SX)> TheTerm;
 
 enum { SUM_VALUE, SUM_DX, SUM_DY, SUM_STATES };   // of normalised rows' second sweep
-constexpr int TILT_STATES = OF_MEMBERS ? 3 * NORM_STATES : NORM_STATES;   // of u; and of x and y, where nothing else has normalised them
-static_assert(MEMBER_STATES <= LOGITS_STATES && 3 * NORM_STATES <= LOGITS_STATES);
+constexpr int TILT_STATES = tilt_states(OF_MEMBERS);
+static_assert(MEMBER_STATES <= LOGITS_STATES && tilt_states(true) <= LOGITS_STATES);
 constexpr int MAX_STATES = OF_LOGITS || OF_MEMBERS ? LOGITS_STATES : OF_CROSS ? CROSS_STATES : NORMALISED ? 2 * NORM_STATES : IS_RENYI ? NORM_STATES : 1;
 // Blocks of THREADS on a multiprocessor, for which registers have to suffice. The most warps are not the fastest: what is swept
 // several times wants its numbers in registers. (For compute capability 12.0 the compiler makes more of the same code, which would
@@ -1074,7 +1074,7 @@ template <int D, class L> KL_DEVICE Norm norm_chunk(const L& at, const typename 
   return {(double)m, excluded((double)m) ? 0.0 : count, rest};
 }
 
-// the same of numbers that are computed: norm_of(at, of), of(i) that of class i
+// the same of numbers that are computed: `of(i)` is that of class i
 template <class L, class Of> KL_DEVICE Norm norm_of(const L& at, double it, const Of& of) {
   double m = -infinity<double>();
   typename L::template Sums<2, double> sums;

@@ -64,6 +64,8 @@ KL_FN double tilt_of(const Rough& k, double alpha) {   // a log p + (1 - a) log 
   return excluded(k.log_p) ? k.log_p : u;
 }
 
+// What the extra sweep leaves of a chunk: the norm of u, and of two rows of logits those of x and y, which nothing else has found
+KL_FN constexpr int tilt_states(bool two_logits) { return two_logits ? 3 * NORM_STATES : NORM_STATES; }
 struct TiltRow { double alpha, rest, log_s_x, log_s_y, max_u, log_s_u, level; };
 KL_FN TiltRow tilt_row(int space_x, int space_y, double alpha, const double* stats) {
   return {alpha, 1 - alpha, space_x == LOGITS ? stats[NORM_X + 1] : 0.0, space_y == LOGITS ? stats[NORM_Y + 1] : 0.0,

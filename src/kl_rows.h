@@ -316,7 +316,7 @@ template <int SX, int SY, typename T> typename Terms<T>::Map terms_in(int operat
   case name:                           \
     if constexpr (form != BY_CLASS) return terms_for<Term<name, SX, arguments == 1 ? SX : SY>, T>(dx, dy);      \
     else if constexpr (sizeof(T) == sizeof(double) || (SX == PROBS && SY == PROBS))   /* others are wide */      \
-      return member_terms_for<summed(name), SX, SY, T>(dx, dy);                                                         \
+      return member_terms_for<summed(name), SX, SY, T>(dx, dy);                                                 \
     break;
     KL_DIVERGENCES(KL_CASE)
 #undef KL_CASE
@@ -1340,7 +1340,6 @@ inline bool of_members(const Plan& p) {
   return p.space_x == LOGITS && p.space_y == LOGITS && OPERATIONS[p.operation].form == BY_CLASS && !p.factors.data;
 }
 inline int sums_of(const Plan& p) { return is_unnormalised(p.space_x) || is_unnormalised(p.space_y) ? 2 : 1; }
-constexpr int TILT_STATES = 3 * NORM_STATES;   // of u; and of x and y, where nothing else has normalised them
 
 inline void tilt_chunk(const Plan& p, const Row& row, i64 start, int n, const double* stats, double* state, i64 pitch,
                        Buffers<double>& s) {
@@ -1381,8 +1380,7 @@ void renyi_chunk(const Plan& p, const Row& row, int sweep, i64 start, int n, con
     return sums_kernel(p).chunk(value, row, sweep, start, n, stats, state, pitch, scratch);
   }
   if (sweep == sums) {
-    for (int k = 0; k < TILT_STATES; k++)
-      if (k < NORM_STATES || of_members(p)) state[k * pitch] = 0;
+    for (int k = 0; k < tilt_states(of_members(p)); k++) state[k * pitch] = 0;
     if (is_tilted(stats)) tilt_chunk(p, row, start, n, stats, state, pitch, *(Buffers<double>*)scratch);
     return;
   }
@@ -1396,7 +1394,7 @@ void renyi_chunk(const Plan& p, const Row& row, int sweep, i64 start, int n, con
 inline void renyi_fold(const Plan& p, int sweep, const double* from, int count, i64 pitch, double* to, i64 to_pitch) {
   if (sweep < sums_of(p)) return sums_kernel(p).fold(p, sweep, from, count, pitch, to, to_pitch);
   if (sweep > sums_of(p)) return;
-  for (int k = 0; k < (of_members(p) ? TILT_STATES : NORM_STATES); k += NORM_STATES)
+  for (int k = 0; k < tilt_states(of_members(p)); k += NORM_STATES)
     norm_fold(k == 0 ? 1.0 : p.inverse_temperature, from + k * pitch, count, pitch, to + k * to_pitch, to_pitch);
 }
 
@@ -1416,7 +1414,7 @@ inline void renyi_done(const Plan& p, int sweep, const double* state, double* st
 inline Kernel renyi_kernel(const Plan& p) {
   Kernel k = sums_kernel(p);
   int sums = sums_of(p);
-  k.states[sums] = of_members(p) ? TILT_STATES : NORM_STATES;
+  k.states[sums] = tilt_states(of_members(p));
   k.states[sums + 1] = 0;
   k.sweeps = sums + (p.dx.data || p.dy.data ? 2 : 1);
   k.chunk = p.wide ? renyi_chunk<double> : renyi_chunk<float>;
