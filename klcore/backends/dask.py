@@ -17,6 +17,7 @@ import math
 import operator
 import threading
 from contextlib import nullcontext
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -56,10 +57,10 @@ def _array(a: Any, name: str) -> Any:
         )
     else:
         of = type(a).__module__.partition(".")[0]
-        if hasattr(type(a), "__dlpack__") and of not in ("numpy", "cupy"):
-            raise TypeError(
-                f"{name} is a {of} array beside dask's; pass NumPy's, CuPy's or dask's, as numpy.asarray({name})"
-            )
+        lazy = hasattr(a, "__dask_graph__") and a.__dask_graph__() is not None  # NumPy would compute it here and now
+        if lazy or (hasattr(type(a), "__dlpack__") and of not in ("numpy", "cupy")):
+            library, plain = of.replace("jaxlib", "jax"), f"{name}.data" if lazy else f"numpy.asarray({name})"
+            raise TypeError(f"{name} is a {library} array beside dask's; pass NumPy's, CuPy's or dask's, as {plain}")
         a = a if of == "cupy" else rows.as_numpy(a, name)  # CuPy's stay where they are
         rows.refuse(a, name)
         a = da.from_array(a, chunks=-1)
@@ -176,6 +177,21 @@ def _outputs(
         return cpu.outputs(call._replace(x=x, y=y, weights=weights), number, stats, float(denominator), shared)
 
 
+def _matching(function: Any, alike: tuple[Any, ...], *blocks: Any, **more: Any) -> Any:
+    """What the function makes of blocks whose sizes nobody knew before: `alike` says which must be equal."""
+    for sides in alike:
+        sizes = [blocks[block].shape[k] for _, block, k in sides]
+        if len(set(sizes)) > 1:
+            found = ", ".join(
+                f"{name} of size {n} along axis {k}" for (name, _, k), n in zip(sides, sizes, strict=True)
+            )
+            raise ValueError(
+                f"chunks of unknown sizes must match, block by block; found those of {found}. "
+                "compute_chunk_sizes(), called on each argument first, lets klcore compare and rechunk the whole"
+            )
+    return function(*blocks, **more)
+
+
 def _factor(total: Any) -> Any:
     return np.float64(rows.weight_factor(float(total)))
 
@@ -264,18 +280,37 @@ class _Graph:
         """One task a block; arguments are pairs of an array and its axes, or of a constant and None."""
         like = np.empty(0) if np.dtype(dtype) == object else self.arrays["x"]._meta
         arguments = [word for pair in pairs for word in pair]
+        if alike := self._alike(pairs):
+            function = partial(_matching, function, alike)
         return da.blockwise(function, out, *arguments, dtype=dtype, meta=meta_from_array(like, len(out), dtype), **more)
 
-    def sums(self, function: Any, *pairs: tuple[Any, Any], **more: Any) -> tuple[Any, Any]:
-        """Over the batch axes, one vector a block; as an argument of :meth:`layer`."""
-        adjust = dict.fromkeys(self.batch, 1)
-        return self.layer(function, self.batch, *pairs, dtype=object, adjust_chunks=adjust, **more), self.batch
+    def _alike(self, pairs: tuple[tuple[Any, Any], ...]) -> tuple[tuple[tuple[str, int, int], ...], ...]:
+        """For each axis along which several operands are of unknown size: their names, places and axes."""
+        names = {id(a): name for name, a in self.arrays.items()}
+        sides = [
+            [(names[id(a)], at, axes.index(d)) for at, (a, axes) in enumerate(pairs)
+             if id(a) in names and d in axes and math.isnan(a.shape[axes.index(d)])]
+            for d in self.batch
+        ]  # fmt: skip
+        return tuple(tuple(side) for side in sides if len(side) > 1)
+
+    def sums(
+        self, function: Any, *pairs: tuple[Any, Any], over: tuple[int, ...] | None = None, **more: Any
+    ) -> tuple[Any, Any]:
+        """Over the batch axes, or some of them, one vector a block; as an argument of :meth:`layer`."""
+        over = self.batch if over is None else over
+        adjust = dict.fromkeys(over, 1)
+        return self.layer(function, over, *pairs, dtype=object, adjust_chunks=adjust, **more), over
 
     def sum_of_weights(self) -> Any:
+        """Of all rows; if nobody knows how many there are, of the weights as they are, enough to find their range."""
+        w, axes = self.arrays["weights"], self.axes["weights"]
         chunks = tuple(self.chunks[d] for d in self.batch)
-        w = da.broadcast_to(self.arrays["weights"], tuple(map(sum, chunks)), chunks=chunks)
+        shape = tuple(map(sum, chunks))
+        if not any(map(math.isnan, shape)):
+            w, axes = da.broadcast_to(w, shape, chunks=chunks), self.batch
         wide = np.dtype(np.float64)
-        sums = self.sums(_sums, (w, self.batch))
+        sums = self.sums(_sums, (w, axes), over=axes)
         return self.layer(_total, (), sums, (1.0, None), (wide, None), ("numpy", None), dtype=wide)
 
     def move_weights(self) -> Any:
