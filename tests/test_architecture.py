@@ -141,16 +141,17 @@ ROOMS = {
     r"klcore\.compat\.rtorch": {"klcore.compat._arguments", "klcore.compat.pytorch"},  # one library in R as well
     # a library is named for type checkers alone: see what an import of it brings
     r"klcore\.compat\.keras\.registration": set(),
+    r"klcore\.compat\.keras\.tensorflow": {"tensorflow", "klcore.compat._arguments"},  # within functions
     r"klcore\.compat\.keras\.arguments": {
-        "numpy", "klcore.compat._arguments", "klcore.compat.keras.registration",
+        "numpy", "klcore.compat._arguments", "klcore.compat.keras.registration", "klcore.compat.keras.tensorflow",
     },
     r"klcore\.compat\.keras\.functions": {
         "numpy", "klcore.divergence", "klcore.compat._arguments", "klcore.compat.keras.arguments",
-        "klcore.compat.keras.registration",
+        "klcore.compat.keras.registration", "klcore.compat.keras.tensorflow",
     },
     r"klcore\.compat\.keras\.(loss|metric)": {
-        "keras", "klcore.compat._arguments", "klcore.compat.keras.arguments", "klcore.compat.keras.functions",
-        "klcore.compat.keras.registration",
+        "keras", "klcore.compat._arguments",
+        *(f"klcore.compat.keras.{name}" for name in ("arguments", "functions", "registration", "tensorflow")),
     },
     r"klcore\.compat\.keras": {
         *(f"klcore.compat.keras.{name}" for name in ("functions", "loss", "metric", "registration")),

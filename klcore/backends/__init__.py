@@ -101,10 +101,11 @@ def _look_up(cls: type, name: str) -> str | None:
         root = base.__module__.partition(".")[0]
         if root in _MODULES:
             return root
-    if hasattr(cls, "__dlpack__"):
+    is_tensorflow = any(base.__module__.partition(".")[0] == "tensorflow" for base in cls.__mro__)
+    if hasattr(cls, "__dlpack__") and not is_tensorflow:
         return "dlpack"
-    # what NumPy makes an array of; and sparse ones, for rows.py to say what to do with them
-    if any(hasattr(cls, name) for name in ("__array__", "__array_interface__", "toarray", "todense")):
+    # what NumPy makes an array of; and what is sparse, or TensorFlow's, for rows.py to say what to do with them
+    if is_tensorflow or any(hasattr(cls, name) for name in ("__array__", "__array_interface__", "toarray", "todense")):
         return "numpy"
     if issubclass(cls, (*_NUMBERS, Sequence)) and not issubclass(cls, _TEXT):
         return None
