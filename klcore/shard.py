@@ -165,7 +165,7 @@ class Shard:
                     )
             if not found:
                 raise ValueError("states are those of all shards, this one's included; found none")
-            self._stats.append(self._merge(number, np.concatenate(found, axis=-1), fold=False))
+            self._stats.append(self._merge(number, xp.concatenate(found, axis=-1), fold=False))
         self._left = False
 
     def values(self) -> Any:

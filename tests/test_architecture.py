@@ -117,9 +117,16 @@ ROOMS = {
         "numpy", "klcore.backends.rows", "klcore.backends.cuda.kernels", "klcore.backends.cuda.launches",
         "klcore.backends.cuda.plans",
     },
+    r"klcore\.backends\.cuda\.parts": {
+        "klcore.backends.rows", "klcore.operations",
+        *(f"klcore.backends.cuda.{name}" for name in ("kernels", "launches", "plans", "preparation")),
+    },
     r"klcore\.backends\.cuda": {
-        "numpy", "klcore.backends.rows", "klcore.backends.cuda.devices", "klcore.backends.cuda.launches",
-        "klcore.backends.cuda.plans", "klcore.backends.cuda.preparation", "klcore.operations",
+        "numpy", "klcore.backends.rows", "klcore.operations",
+        *(
+            f"klcore.backends.cuda.{name}"
+            for name in ("devices", "kernels", "launches", "parts", "plans", "preparation")
+        ),
     },
     r"klcore\.backends\.(?P<library>jax|dask|dlpack)": {
         "numpy", "cupy", "ml_dtypes", "klcore.backends.cpu", "klcore.backends.cuda", "klcore.backends.rows",

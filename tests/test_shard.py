@@ -1,5 +1,6 @@
 """klcore.Shard: the bits of whole rows where promised, else the published bounds; and what it says of wrong use."""
 
+import importlib
 import itertools
 import re
 
@@ -332,3 +333,77 @@ def test_tensors():
     traced = torch.func.vmap(lambda a: klcore.Shard("kl_div", a, a).state())
     with pytest.raises(TypeError, match=r"torch\.func"):
         traced(x)
+
+
+# ---- the GPU ---------------------------------------------------------------------------------------------------------
+
+
+def near_without_mass(states):
+    """What the last number but one of two rows of logits is, only a far chunk says (src/kl_logits.h: Spread)."""
+    if states.shape[1] != 9:
+        return states
+    return np.where((np.arange(9)[:, None] == 7) & (states[:, 8:] % 2 == 0), 0.0, states)
+
+
+ON_GPU = {"temperature": 0.5, "base": 2.0}  # as few kernels to compile as will do
+KINDS = [
+    ("kl_div", "logits", "float32"),
+    ("js_div", ("probs", "logits"), "float64"),
+    ("renyi_div", "logits", "float32"),
+]
+
+
+@pytest.mark.parametrize("fold", [False, True])
+@pytest.mark.parametrize(("name", "space", "dtype"), KINDS)
+def test_bits_of_the_gpu(gpu, compared, name, space, dtype, fold):
+    """Shards of two chunks, of one, of few classes and of none. Of the first kind terms, and a gradient that is a sum;
+    of the others both gradients at once."""
+    pair = (space,) * 2 if isinstance(space, str) else space
+    x, y = special(pair, 3000, dtype)
+    first = name == KINDS[0][0]
+    x = x[:1] if first else x
+    words = {"space": space, "weights": WEIGHTS, **ON_GPU, **OPERATIONS[name].needed}
+    parts = [slice(0, 1024), slice(1024, 1124), slice(1124, 1124), slice(1124, 3000)]
+    here = [klcore.Shard(name, x[:, k], y[:, k], **words) for k in parts]
+    there = [klcore.Shard(name, gpu.put(x[:, k]), gpu.put(y[:, k]), **words) for k in parts]
+    for _ in range(here[0].exchanges):
+        states = [s.state(fold=fold) for s in here]
+        found = [s.state(fold=fold) for s in there]
+        for f, e in zip(found, states, strict=True):
+            np.testing.assert_array_equal(near_without_mass(gpu.get(f)), near_without_mass(e))
+        for of_cpu, of_gpu in zip(here, there, strict=True):
+            of_cpu.join(states)
+            of_gpu.join(found)
+
+    cotangent = np.array([1.0, -2.0, 1.0, 1.0, 0.5, 1.0])
+    asked = [lambda s, c: s.values()]
+    if first:
+        asked += [lambda s, c: s.terms(), lambda s, c: s.gradient("x", c), lambda s, c: s.gradient("y", c)]
+    else:
+        asked += [lambda s, c: s.gradient(("x", "y"), c)[0], lambda s, c: s.gradient(("x", "y"), c)[1]]
+    for k, ask in enumerate(asked):
+        for of_cpu, of_gpu in zip(here, there, strict=True):
+            expected, result = ask(of_cpu, cotangent), ask(of_gpu, gpu.put(cotangent))
+            assert (type(result), result.dtype) == (gpu.array_type(), expected.dtype)
+            np.testing.assert_array_equal(gpu.get(result), expected, err_msg=f"result {k}")
+            compared["arrays of shards on the GPU that have the CPU's bits"] += 1
+
+
+def test_tensors_on_the_gpu(gpu, monkeypatch):
+    """They are CuPy's arrays to klcore, and its results tensors beside them."""
+    torch = pytest.importorskip("torch")
+    memory = importlib.import_module("klcore.backends.torch.memory")
+    tensors = torch.randn(2, 3, 1500, generator=torch.Generator().manual_seed(0))
+    words = {"space": "logits", **ON_GPU}
+    (expected,) = exchanged([klcore.Shard("kl_div", *map(gpu.put, tensors.numpy()), **words)])
+    if gpu.emulated:
+        importlib.import_module("test_torch_emulated").pose_as_cuda(monkeypatch)
+    else:
+        tensors = tensors.cuda()
+    (found,) = exchanged([klcore.Shard("kl_div", *tensors, **words)])
+    for ask in (klcore.Shard.values, klcore.Shard.terms, lambda shard: shard.gradient("y")):
+        tensor = ask(found)
+        assert type(tensor) is torch.Tensor
+        assert_bits(gpu.get(memory.lend(tensor)), gpu.get(ask(expected)))
+    narrow = tensors.bfloat16()
+    assert torch.equal(memory.as_tensor(memory.lend(narrow)), narrow)

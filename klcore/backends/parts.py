@@ -20,8 +20,9 @@ class Lender:
         self.backend, self.call = backend, call
 
     def here(self) -> Any:
-        """Within this the backend is called."""
-        return contextlib.nullcontext()
+        """Within this the backend is called: on the device of CuPy's arrays."""
+        there = (a.device for a in (self.call.x, self.call.y) if hasattr(a, "__cuda_array_interface__"))
+        return next(there, contextlib.nullcontext())
 
     def lend(self, a: Any) -> Any:
         """An argument as an array of the kernels' library."""
