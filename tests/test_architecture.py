@@ -30,7 +30,12 @@ REGISTRY_ERROR = "klcore.backends:BackendUnavailableError"  # an exception has t
 ROOMS = {
     r"klcore": {
         "klcore.divergence", "klcore.estimate", "klcore.family", "klcore.backends", "klcore.backends.threads",
-        "klcore.config", "klcore.summary", "klcore.version",
+        "klcore.config", "klcore.shard", "klcore.summary", "klcore.version",
+    },
+    # the parameters of a function are that function's to understand
+    r"klcore\.shard": {
+        "numpy", "klcore.backends:Unevaluated", "klcore.backends.cpu", "klcore.backends.parts", "klcore.divergence",
+        "klcore.family", "klcore.operations", "klcore.parameters",
     },
     # within a function: what makes a summary of dask's arrays lazy
     r"klcore\.summary": {
@@ -84,6 +89,7 @@ ROOMS = {
         "numpy", "klcore.backends:library", "klcore.backends.rows", "klcore.backends.torch.memory",
         "klcore.backends.dlpack",
     },
+    r"klcore\.backends\.parts": {"klcore.backends:find", "klcore.backends.torch.parts", "klcore.operations"},
     r"klcore\.backends\.labels": {"numpy"},
     r"klcore\.backends\.rows": {
         "numpy", "klcore._cpu", "klcore.backends.labels", "klcore.operations", "klcore.parameters",
@@ -111,9 +117,16 @@ ROOMS = {
         "numpy", "klcore.backends.rows", "klcore.backends.cuda.kernels", "klcore.backends.cuda.launches",
         "klcore.backends.cuda.plans",
     },
+    r"klcore\.backends\.cuda\.parts": {
+        "klcore.backends.rows", "klcore.operations",
+        *(f"klcore.backends.cuda.{name}" for name in ("kernels", "launches", "plans", "preparation")),
+    },
     r"klcore\.backends\.cuda": {
-        "numpy", "klcore.backends.rows", "klcore.backends.cuda.devices", "klcore.backends.cuda.launches",
-        "klcore.backends.cuda.plans", "klcore.backends.cuda.preparation", "klcore.operations",
+        "numpy", "klcore.backends.rows", "klcore.operations",
+        *(
+            f"klcore.backends.cuda.{name}"
+            for name in ("devices", "kernels", "launches", "parts", "plans", "preparation")
+        ),
     },
     r"klcore\.backends\.(?P<library>jax|dask|dlpack)": {
         "numpy", "cupy", "ml_dtypes", "klcore.backends.cpu", "klcore.backends.cuda", "klcore.backends.rows",
@@ -131,6 +144,10 @@ ROOMS = {
     r"klcore\.backends\.torch\.autograd": {
         "torch", "klcore.backends.torch.kernels", "klcore.backends.torch.operator", "klcore.backends.torch.private",
         "klcore.operations",
+    },
+    r"klcore\.backends\.torch\.parts": {
+        "torch", "klcore.backends.cpu", "klcore.backends.parts", "klcore.operations",
+        *(f"klcore.backends.torch.{name}" for name in ("kernels", "memory", "private")),
     },
     r"klcore\.backends\.torch": {
         "numpy", "torch", "klcore.backends.cpu", "klcore.backends.labels", "klcore.backends.rows", "klcore.operations",

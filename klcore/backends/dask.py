@@ -3,7 +3,7 @@
 Arguments are checked at once, by rows.py on arrays that have a shape and no memory. What is computed later:
 
 * the class axis in one chunk: each block by itself, with the bits of the whole array;
-* the class axis in several chunks (NumPy): the sweeps of the kernels over a row, block by block. A block leaves a state
+* the class axis in several chunks: the sweeps of the kernels over a row, block by block. A block leaves a state
   for every 1024 of its classes, these are merged into the rows' statistics, and from them a block's outputs follow
   (src/kl_partial.h);
 * totals: sums of 1024 rows each, as float64, added up when all are there, in the order of the blocks.
@@ -151,30 +151,34 @@ def _threads() -> Any:
     return nullcontext() if alone else threads(1)
 
 
+def _backend(a: Any) -> Any:
+    """That of a block."""
+    return importlib.import_module("klcore.backends.cuda") if hasattr(a, "__cuda_array_interface__") else cpu
+
+
 def _rows(x: Any, y: Any, weights: Any, denominator: Any, call: Call, totals: bool, shared: Any) -> tuple[Any, ...]:
     """A block whose rows are whole: the value, or the sums of 1024 rows each, and gradients."""
-    backend = importlib.import_module("klcore.backends.cuda") if hasattr(x, "__cuda_array_interface__") else cpu
     with _threads():
         call = call._replace(x=x, y=y, weights=weights)
-        value, *gradients = backend.block(call, float(denominator), shared)
+        value, *gradients = _backend(x).block(call, float(denominator), shared)
     return cpu.chunk_sums(_host(value)) if totals else value, *gradients
 
 
 def _states(x: Any, y: Any, weights: Any, stats: Any, call: Call, number: int) -> Any:
     with _threads():
-        return cpu.states(call._replace(x=x, y=y, weights=weights), number, stats)
+        return _backend(x).states(call._replace(x=x, y=y, weights=weights), number, stats)
 
 
 def _merge(states: Any, weights: Any, stats: Any, **arguments: Any) -> Any:
     with _threads():
-        return cpu.merge(states=states, weights=weights, stats=stats, **arguments)
+        return _backend(states).merge(states=states, weights=weights, stats=stats, **arguments)
 
 
 def _outputs(
     x: Any, y: Any, weights: Any, stats: Any, denominator: Any, call: Call, number: int, shared: Any
 ) -> tuple[Any, ...]:
     with _threads():
-        return cpu.outputs(call._replace(x=x, y=y, weights=weights), number, stats, float(denominator), shared)
+        return _backend(x).outputs(call._replace(x=x, y=y, weights=weights), number, stats, float(denominator), shared)
 
 
 def _matching(function: Any, alike: tuple[Any, ...], *blocks: Any, **more: Any) -> Any:
@@ -212,7 +216,7 @@ def _sums(values: Any) -> Any:
 
 
 def _sums_of_stats(stats: Any) -> Any:
-    return cpu.chunk_sums(stats[..., 0])
+    return cpu.chunk_sums(_host(stats[..., 0]))
 
 
 def _total(sums: Any, denominator: Any, dtype: Any, library: str) -> Any:
@@ -261,9 +265,6 @@ class _Graph:
         self.classes = axis % ndim
         self.batch = tuple(d for d in self.all if d != self.classes)
         self.states, self.stats = ndim, ndim + 1
-        if len(self.chunks[self.classes]) > 1 and self.chunk_library == "cupy":
-            x, y = (a if a is None else a.rechunk({self.classes - ndim: -1}) for a in (x, y))
-            self._unify(x, y, weights)
 
     def _unify(self, x: Any, y: Any, weights: Any) -> None:
         """Give all operands the same chunks."""

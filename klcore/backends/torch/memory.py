@@ -59,11 +59,13 @@ def cuda() -> Any:
 
 
 def as_tensor(a: Any) -> Any:
-    """The same the other way, of what the CPU returned."""
-    a = np.asarray(a)
+    """The same the other way."""
+    take = torch.from_dlpack
+    if not hasattr(a, "__cuda_array_interface__"):
+        a, take = np.asarray(a), torch.from_numpy
     if a.dtype.kind == "V":
-        return torch.from_numpy(a.view(np.int16)).view(torch.bfloat16)
-    return torch.from_numpy(a)
+        return take(a.view(np.int16)).view(torch.bfloat16)
+    return take(a)
 
 
 class _Writable:
