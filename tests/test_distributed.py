@@ -1,7 +1,7 @@
 """DTensors and data-parallel training: four processes, whose meshes are of two, of three and of two by two.
 
-They are started once, and each makes all checks: the whole batch, computed by klcore in one process, is what a DTensor's
-result is compared with. The first exception ends all of them, and is what the test shows.
+They are started once, and each makes all checks: a DTensor's results are compared with those of the whole batch, which
+klcore computes in one process. The first exception ends all of them, and is what the test shows.
 """
 
 import datetime
@@ -11,7 +11,7 @@ import time
 
 import oracle
 import pytest
-from conftest import call, some_pairs
+from conftest import COMMON, call, some_pairs
 
 import klcore
 from klcore.compat import mxnet, pytorch
@@ -85,11 +85,12 @@ def compare(judge, operation, space, arrays, mesh, placements, *, graded=True, *
     of_whole = {name: whole(word) for name, word in words.items()}
     of = OPERATIONS[operation].gradients if graded else None
     expected = call(operation, arrays[0], arrays[-1], space, return_grad=of, **of_whole)
-    sharded = [placed(a, mesh, *p) for a, p in zip(arrays, placements, strict=True)]
+    sharded = [placed(a, mesh, *p).requires_grad_(graded) for a, p in zip(arrays, placements, strict=True)]
     found = call(operation, sharded[0], sharded[-1], space, return_grad=of, **words)
     if not graded:
         found, expected = (found,), (expected,)
     for got, right in zip(found, expected, strict=True):
+        assert not got.requires_grad
         judge(got.full_tensor(), right, what)
     if graded:
         cotangent = 1 if expected[0].ndim == 0 else random(*expected[0].shape, seed=9)
@@ -112,8 +113,13 @@ def raises(error, words, function):
 # ---- rows
 
 
+def operations(mesh):
+    """All, in two processes."""
+    return OPERATIONS if mesh.size() == 2 else COMMON
+
+
 def check_rows_of_all_operations(mesh):
-    for name in OPERATIONS:
+    for name in operations(mesh):
         for space in some_pairs(name):
             arrays = operands(name, space, 5, 7)
             placements = compare(
@@ -127,7 +133,12 @@ def check_totals(mesh):
     arrays = operands("kl_div", space, 5, 7)
     numbers = torch.tensor([0.5, 2.0, 0.0, 1.0, 3.0])
     huge = torch.full((5,), 1e308, dtype=torch.float64)
-    for weights in (None, 2.0, *(placed(w, mesh, p) for w in (numbers, huge) for p in (S(0), R)), placed(numbers[:1], mesh, R)):
+    for weights in (
+        None,
+        2.0,
+        *(placed(w, mesh, p) for w in (numbers, huge) for p in (S(0), R)),
+        placed(numbers[:1], mesh, R),
+    ):
         for reduction in TOTALS:
             if reduction != "rowmean" and weights is not None and whole(weights) is huge:
                 continue
@@ -182,7 +193,14 @@ def check_broadcast(mesh):
 def check_unlike_placements(mesh):
     space = ("logits", "logits")
     arrays = operands("kl_div", space, 5, 7)
-    for p, q, found in ((S(0), R, S(0)), (R, S(0), S(0)), (S(0), S(1), S(0)), (S(1), S(0), S(0)), (R, R, R), (R, S(1), R)):
+    for p, q, found in (
+        (S(0), R, S(0)),
+        (R, S(0), S(0)),
+        (S(0), S(1), S(0)),
+        (S(1), S(0), S(0)),
+        (R, R, R),
+        (R, S(1), R),
+    ):
         assert compare(near, "kl_div", space, arrays, mesh, [[p], [q]]) == (found,)
     parts = dt.DTensor.from_local(arrays[0] / mesh.size(), mesh, [P], run_check=False)
     for q in (S(0), S(1), R):  # yet to be added up
@@ -217,16 +235,16 @@ def check_losses_and_estimators(mesh):
 
 def check_classes_of_all_operations(mesh):
     """The bits of one process where all shards but the last are multiples of 1024 classes; elsewhere the bounds."""
-    for name in OPERATIONS:
-        for space in some_pairs(name):
-            for n, judge in ((1024 * mesh.size() - 1, same), (10, near)):
+    sizes = ((1024 * mesh.size() - 1, same, operations(mesh)), (10, near, COMMON))
+    weights = placed(torch.tensor([0.5, 0.0, 2.0]), mesh, R)
+    for n, judge, names in sizes:
+        for name in names:
+            for space in some_pairs(name):
                 arrays = operands(name, space, 3, n)
-                words = {"weights": placed(torch.tensor([0.5, 0.0, 2.0]), mesh, R), **temperature_of(space)}
-                placements = compare(judge, name, space, arrays, mesh, [[S(1)]] * len(arrays), **words)
-                assert placements == (R,)
+                ways, words = [[S(1)]] * len(arrays), temperature_of(space)
+                assert compare(judge, name, space, arrays, mesh, ways, weights=weights, **words) == (R,)
                 if OPERATIONS[name].has_terms:
-                    words = {"reduction": "none", "graded": False, **temperature_of(space)}
-                    compare(judge, name, space, arrays, mesh, [[S(1)]] * len(arrays), **words)
+                    compare(judge, name, space, arrays, mesh, ways, reduction="none", graded=False, **words)
 
 
 def check_totals_over_classes(mesh):
@@ -277,7 +295,12 @@ def check_messages(mesh):
     def kl(x, y, **words):
         return lambda: klcore.kl_div(x, y, space="logits", **words)
 
-    for pair, name in (((x, plain[1]), "y"), ((plain[0], y), "x"), ((x, plain[1].numpy()), "y"), ((plain[0].numpy(), y), "x")):
+    for pair, name in (
+        ((x, plain[1]), "y"),
+        ((plain[0], y), "x"),
+        ((x, plain[1].numpy()), "y"),
+        ((plain[0].numpy(), y), "x"),
+    ):
         raises(TypeError, f"^{name} is a .* beside a DTensor: nobody can tell", kl(*pair))
     for weights in (torch.ones(4), [1, 1, 1, 1], torch.ones(4).numpy()):
         raises(TypeError, "^weights is a .*distribute_tensor", kl(x, y, weights=weights))
@@ -295,25 +318,31 @@ def check_messages(mesh):
     (first,) = torch.autograd.grad(value, classes[1], create_graph=True)
     raises(RuntimeError, "first derivatives", first.sum().backward)
     other = dt.DeviceMesh("cpu", torch.arange(mesh.size())[None], _init_backend=False)
-    raises(ValueError, "on different meshes", kl(x, dt.DTensor.from_local(y.to_local(), other, [R, S(0)], run_check=False)))
+    raises(
+        ValueError, "on different meshes", kl(x, dt.DTensor.from_local(y.to_local(), other, [R, S(0)], run_check=False))
+    )
 
 
 def check_compiled(mesh):
     """Without a break in the graph."""
 
-    def loss(x, y):
-        return klcore.kl_div(x, y, space="logits", temperature=2.0, reduction="rowmean")
+    def loss(x, y, weights):
+        options = {"space": "logits", "reduction": "rowmean", "weights": weights}
+        return klcore.js_div(x, y, **options), klcore.js_div(x, y, return_grad="x", **options)
 
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
-    arrays = operands("kl_div", ("logits", "logits"), 5, 1024 * mesh.size())
+    arrays = operands("js_div", ("logits", "logits"), 5, 1024 * mesh.size())
+    weights = placed(torch.tensor([0.5, 2.0, 0.0, 1.0, 3.0]), mesh, S(0))
     for p in (S(0), S(1)):
-        x, *leaves = (placed(arrays[k], mesh, p) for k in (0, 1, 1))
-        for function, leaf in zip((loss, compiled), leaves, strict=True):
-            value = function(x, leaf.requires_grad_())
+        x = placed(arrays[0], mesh, p)
+        results = []
+        for function in (loss, compiled):
+            leaf = placed(arrays[1], mesh, p).requires_grad_()
+            value, (again, of_x) = function(x, leaf, weights)
             value.backward()
-        right, found = (leaf.grad.full_tensor() for leaf in leaves)
-        same(found, right, p)
-        same(value.full_tensor().detach(), loss(x, leaf).full_tensor().detach(), p)
+            results.append([t.full_tensor().detach() for t in (value, again, of_x, leaf.grad)])
+        for right, found in zip(*results, strict=True):
+            same(found, right, p)
 
 
 def check_data_parallel(mesh):
@@ -342,14 +371,31 @@ def check_data_parallel(mesh):
 
 def check_rows_and_classes(mesh):
     space = ("logits", "logits")
-    ways = (([S(0), S(1)], same), ([S(1), S(0)], same), ([S(0), S(0)], same), ([S(1), S(1)], near), ([S(1), R], same), ([P, S(1)], near))
+    ways = (
+        ([S(0), S(1)], same),
+        ([S(1), S(0)], same),
+        ([S(0), S(0)], same),
+        ([S(1), S(1)], near),
+        ([S(1), R], same),
+        ([P, S(1)], near),
+    )
     for placements, judge in ways:
         for name, reduction in (("kl_div", "row"), ("js_div", "row"), ("kl_div", "rowmean"), ("kl_div", "none")):
             arrays = operands(name, space, 5, 2048)
             of_y = [R if p == P else p for p in placements]
             judge = near if reduction == "rowmean" else judge
             weights = placed(torch.tensor([0.5, 2.0, 0.0, 1.0, 3.0]), mesh, R, S(0)) if reduction != "none" else None
-            compare(judge, name, space, arrays, mesh, [placements, of_y], reduction=reduction, weights=weights, graded=reduction != "none")
+            compare(
+                judge,
+                name,
+                space,
+                arrays,
+                mesh,
+                [placements, of_y],
+                reduction=reduction,
+                weights=weights,
+                graded=reduction != "none",
+            )
     arrays = operands("kl_div", space, 5, 4096)
     compare(same, "kl_div", space, arrays, mesh, [[S(1), S(1)]] * 2)
 
@@ -389,8 +435,6 @@ def test_of_four_processes(tmp_path):
         *(((2,), check.__name__) for check in OF_TWO_PROCESSES),
         *(((2, 2), check.__name__) for check in OF_TWO_DIMENSIONS),
     ]
-    import os
-    if os.environ.get("ONLY"): checks=[c for c in checks if c[1] in os.environ["ONLY"].split(",")]
     run = multiprocessing.spawn(work, (tmp_path, checks), PROCESSES, join=False)
     ends = time.monotonic() + SECONDS
     while not run.join(timeout=max(0, ends - time.monotonic())):

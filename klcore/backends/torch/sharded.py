@@ -33,7 +33,7 @@ class _Layout(NamedTuple):
     def placements(self, shape: Any, of_rows: bool = False, missing: Any = Replicate) -> tuple[Any, ...]:
         """Of a tensor of this shape; `of_rows`: which lacks the class axis. `missing`: where the mesh divides an axis
         that it does not have."""
-        found = []
+        found: list[Any] = []
         for axis in self.divided:
             lost = of_rows and axis == self.classes
             if axis is None or (lost and self.exchanged):
@@ -120,7 +120,11 @@ def compute(call: Call, locally: Callable[[Call], Any]) -> Any:
     else:
         classes = rows.class_axis_of(call, x, y)
     if not torch.compiler.is_compiling():
-        rows.arrange(np, _shape_of, call._replace(return_grad=None, reduction="row", denominator=None))
+        if x.device_mesh.get_coordinate() is None:
+            raise ValueError(
+                "this process is not in x.device_mesh, and holds no part of x: call klcore in those that do"
+            )
+        rows.arrange(np, _shape_of, call._replace(return_grad=None, reduction="row", denominator=None, dtype=None))
     layout = _layout(x, y, classes)
     if layout.exchanged and (call.reduction == "none" or operation.is_loss) and _sweeps(call, True, False) == 1:
         layout = layout._replace(exchanged=False)  # every class by itself
@@ -195,10 +199,10 @@ def _sweeps(call: Call, terms: bool, gradient: bool) -> int:
 
 def _exchanging(call: Call, layout: _Layout, classes: int) -> Any:
     """The value of this process' rows, and gradients of its classes."""
-    x, y = call.x, call.y
-    terms = call.reduction == "none"
-    weights = memory.weights_beside(call.weights, x, None, "weights")
     _, temperature, wanted = rows.words(call)
+    x, y = (t if t is None or not wanted else t.detach() for t in (call.x, call.y))
+    weights = memory.weights_beside(call.weights, x, None, "weights")
+    terms = call.reduction == "none"
     if call.operation.is_loss:
         raise TypeError(
             "klcore.compat takes DTensors whose classes are not sharded where a loss takes logits; move them with "
@@ -209,7 +213,7 @@ def _exchanging(call: Call, layout: _Layout, classes: int) -> Any:
             "DTensors whose classes are sharded are computed on CPUs; elsewhere shard the rows, as with "
             "redistribute(placements=[Shard(0)]), or gather the classes"
         )
-    call = call._replace(weights=weights, temperature=temperature, return_grad=None)
+    call = call._replace(x=x, y=y, weights=weights, temperature=temperature, return_grad=None)
     of_x, of_y = "x" in wanted, "y" in wanted
     if not wanted and torch.is_grad_enabled():
         of_x, of_y = x.requires_grad, y is not None and y.requires_grad
@@ -230,8 +234,8 @@ def _exchanging(call: Call, layout: _Layout, classes: int) -> Any:
     value = ops.value_of_stats.default(*arguments, stats[at])
     if not wanted:
         return value
-    total = operator.arguments_of(call._replace(x=x.detach(), y=None if y is None else y.detach(), reduction="sum"))
-    both = ops.gradients_of_stats.default(*total, stats[-1], value.new_ones(()), of_x, of_y)
+    of_sum = operator.arguments_of(call._replace(reduction="sum"))
+    both = ops.gradients_of_stats.default(*of_sum, stats[-1], value.new_ones(()), of_x, of_y)
     return (value, *(g for g, of in zip(both, (of_x, of_y), strict=True) if of))
 
 
@@ -244,7 +248,7 @@ _define(f"value_of_stats({_ARGUMENTS}, Tensor stats) -> Tensor")
 _define(f"gradients_of_stats({_ARGUMENTS}, Tensor stats, Tensor cotangent, bool of_x, bool of_y) -> (Tensor, Tensor)")
 
 
-def _lent(arguments: tuple[Any, ...], of_x: bool = False, of_y: bool = False) -> Call:
+def _lent(arguments: Sequence[Any], of_x: bool = False, of_y: bool = False) -> Call:
     call = operator.call_of(*arguments)
     return kernels.lent(call._replace(return_grad=operator.names(of_x, of_y) or None))
 
@@ -299,8 +303,11 @@ def _gradients_of_stats(*arguments: Any) -> tuple[Any, Any]:
     denominator = 1.0 if call.denominator is None else rows.denominator_of(call)
     number = _sweeps(call, False, True) - 1
     found = cpu.outputs(call, number, memory.lend(stats) if number else None, denominator, ())
-    none = stats.new_empty(0)
-    return memory.as_tensor(found[0]) if of_x else none, memory.as_tensor(found[-1]) if of_y else none
+    _, x, y, *_ = rest
+    return (
+        operator._laid_out_like(x, memory.as_tensor(found[0])) if of_x else x.new_empty(0),
+        operator._laid_out_like(y, memory.as_tensor(found[-1])) if of_y else x.new_empty(0),
+    )
 
 
 for _name, _function in {
@@ -312,7 +319,7 @@ for _name, _function in {
     operator.LIBRARY.impl(_name, _function, "CompositeExplicitAutograd")
 
 
-def _batch(arguments: Any) -> tuple[int, ...]:
+def _batch(arguments: Sequence[Any]) -> tuple[int, ...]:
     return kernels.value_like(operator.call_of(*arguments)._replace(reduction="row"))[0]
 
 
@@ -339,9 +346,8 @@ def _fake_value(*arguments: Any) -> Any:
 
 @torch.library.register_fake("klcore::gradients_of_stats", lib=operator.LIBRARY)
 def _fake_gradients(*arguments: Any) -> tuple[Any, Any]:
-    _, x, y, *_, stats, _, of_x, of_y = arguments
-    none = stats.new_empty(0)
-    return kernels.gradient_like(x) if of_x else none, kernels.gradient_like(y) if of_y else none
+    _, x, y, *_, of_x, of_y = arguments
+    return kernels.gradient_like(x) if of_x else x.new_empty(0), kernels.gradient_like(y) if of_y else x.new_empty(0)
 
 
 def _keep(ctx: Any, inputs: Sequence[Any], output: Any) -> None:
