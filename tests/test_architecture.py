@@ -149,9 +149,15 @@ ROOMS = {
         "torch", "klcore.backends.cpu", "klcore.backends.parts", "klcore.operations",
         *(f"klcore.backends.torch.{name}" for name in ("kernels", "memory", "private")),
     },
+    r"klcore\.backends\.torch\.sharded": {
+        "numpy", "torch", "klcore._cpu", "klcore.backends.cpu", "klcore.backends.rows",
+        *(f"klcore.backends.torch.{name}" for name in ("kernels", "memory", "operator")), "klcore.operations",
+    },
     r"klcore\.backends\.torch": {
         "numpy", "torch", "klcore.backends.cpu", "klcore.backends.labels", "klcore.backends.rows", "klcore.operations",
-        *(f"klcore.backends.torch.{name}" for name in ("autograd", "kernels", "memory", "operator", "private")),
+        *(f"klcore.backends.torch.{name}" for name in (
+            "autograd", "kernels", "memory", "operator", "private", "sharded",
+        )),
     },
     r"klcore\.compat": {"klcore.compat"},
     r"klcore\.compat\._arguments": {"numpy", "klcore.backends.rows", "klcore.parameters"},

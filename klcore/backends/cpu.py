@@ -217,6 +217,8 @@ def outputs(call: Call, number: int, stats: Any, denominator: float, shared: tup
     task = arrange(call, shared)
     operation = call.operation.code
     scale = 1.0 / denominator if denominator else np.nan
+    if task.cotangent is not None:
+        scale *= float(task.cotangent)
     terms = task.value_view if call.reduction == "none" else None
     direct = {g.of: _lent(g.view) for g in task.gradients if not g.inner}
     if direct or terms is not None:

@@ -6,7 +6,7 @@ to the kernels: that takes a fifth of the operator's time on small tensors. On a
 current stream, and results are PyTorch's own memory.
 
 Here is the road that a call takes. Of the other files each imports those before it alone: private.py, memory.py,
-kernels.py, operator.py, autograd.py.
+kernels.py, operator.py, autograd.py. DTensors take sharded.py's, which leads back here with every process' part.
 """
 
 import contextlib
@@ -23,6 +23,8 @@ _HALVES = ("float16", "bfloat16")
 
 
 def compute(call: Call) -> Any:
+    if type(call.x) is not torch.Tensor and private.is_distributed(call.x):
+        return _sharded(call)
     given = call.x, call.y, call.weights, call.ratio
     x, y = memory.operands(*given[:2], call.device)
     if call.operation.name == "puzzlelib":  # its gradient is none: autograd would descend where it should ascend
@@ -66,11 +68,19 @@ def compute(call: Call) -> Any:
     return _history_or_not(call) if call.out is None else _into(call)
 
 
+def _sharded(call: Call) -> Any:
+    from klcore.backends.torch import sharded  # there may be no torch.distributed
+
+    return sharded.compute(call, compute)
+
+
 def _history_or_not(call: Call) -> Any:
     x, y = call.x, call.y
     eager = private.is_eager(x, y, call.weights, call.ratio)
     if eager and isinstance(call.temperature, torch.Tensor) and call.temperature.numel() == 1:
         call = call._replace(temperature=float(call.temperature))  # that of now: backward comes later
+    if not eager and private.is_distributed(y, call.weights, call.ratio):
+        return _sharded(call)
     if eager and (call.return_grad is not None or not _needs_grad(x, y)):
         return kernels.compute(call)
     rows.check_reduction(call.reduction, call.operation)

@@ -37,6 +37,11 @@ def is_batched(cotangent: Any) -> bool:
     return torch._C._functorch.is_legacy_batchedtensor(cotangent)
 
 
+def is_distributed(*tensors: Any) -> bool:
+    """Whether one is a DTensor: by name, since importing them takes a while."""
+    return any(type(t).__name__ == "DTensor" for t in tensors)
+
+
 def is_eager(*tensors: Any) -> bool:
     """Whether these are tensors with memory, and nobody is tracing or transforming what is done with them."""
     return (
