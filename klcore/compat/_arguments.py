@@ -5,6 +5,7 @@ Called by the modules of klcore.compat. No library is imported here: an array of
 
 import functools
 import inspect
+import math
 import sys
 from collections.abc import Callable
 from typing import Any, ParamSpec, Protocol, TypeVar
@@ -109,6 +110,11 @@ def truth(value: Any, name: str) -> bool:
         return bool(value)
     except Exception:
         raise TypeError(f"{name} must be a bool, found {shown(value)}") from None
+
+
+def divisor_of(count: Any) -> Any:
+    """What a mean over so many is divided by, NaN for nothing; what torch.export does not know yet as it is."""
+    return float(count) or math.nan if isinstance(count, (int, float)) else count
 
 
 def dense(**arrays: Any) -> None:

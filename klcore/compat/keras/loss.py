@@ -5,7 +5,17 @@ from functools import cache
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from klcore.compat._arguments import InitSignature, broadcast, cast, cotangent_of, detached, quietly, sum_to, word_of
+from klcore.compat._arguments import (
+    InitSignature,
+    broadcast,
+    cast,
+    cotangent_of,
+    detached,
+    divisor_of,
+    quietly,
+    sum_to,
+    word_of,
+)
 from klcore.compat.keras import arguments, functions, registration, tensorflow
 
 if TYPE_CHECKING:
@@ -158,7 +168,7 @@ class KLDivergence(_Loss):  # type: ignore[misc]
         shape, weight = self._weight(values_shape, arrays[1], *detached(sample_weight, mask))
         divisor = self._divisor(shape, weight)
         if weight is None and cotangent is None:
-            reduced = {} if divisor is None else {"reduction": "sum", "denominator": float(divisor or 1)}
+            reduced = {} if divisor is None else {"reduction": "sum", "denominator": divisor_of(divisor or 1)}
             value, *gradients = functions.engine(*arrays, **reduced, return_grad=("x", "y"))
             return value, arguments.as_given(gradients, given)
 
@@ -219,7 +229,7 @@ class KLDivergence(_Loss):  # type: ignore[misc]
     def _value(self, y_true: Any, y_pred: Any, shape: tuple[int, ...], weight: Any) -> Any:
         divisor = self._divisor(shape, weight)
         if weight is None and divisor is not None and type(self).call is KLDivergence.call:  # all of it in one pass
-            return functions.engine(y_true, y_pred, reduction="sum", denominator=float(divisor or 1))
+            return functions.engine(y_true, y_pred, reduction="sum", denominator=divisor_of(divisor or 1))
         values = self.call(y_true, y_pred)
         if weight is not None:
             values = values.reshape(shape) * weight
