@@ -128,7 +128,23 @@ ROOMS = {
             for name in ("devices", "kernels", "launches", "parts", "plans", "preparation")
         ),
     },
-    r"klcore\.backends\.(?P<library>jax|dask|dlpack)": {
+    r"klcore\.backends\.jax\.private": {"numpy", "jax"},
+    r"klcore\.backends\.jax\.programs": {
+        "numpy", "jax", "klcore.backends.cpu", "klcore.backends.cuda", "klcore.operations",
+    },
+    r"klcore\.backends\.jax\.partition": {
+        "numpy", "jax", "klcore.backends.cpu", "klcore.backends.rows", "klcore.operations",
+        *(f"klcore.backends.jax.{name}" for name in ("private", "programs")),
+    },
+    r"klcore\.backends\.jax\.primitives": {
+        "jax", "klcore.backends.rows", *(f"klcore.backends.jax.{name}" for name in ("partition", "private", "programs")),
+    },
+    r"klcore\.backends\.jax": {
+        "numpy", "jax", "klcore.backends.cpu", "klcore.backends.cuda", "klcore.backends.labels", "klcore.backends.rows",
+        "klcore.operations", REGISTRY_ERROR,
+        *(f"klcore.backends.jax.{name}" for name in ("partition", "primitives", "private", "programs")),
+    },
+    r"klcore\.backends\.(?P<library>dask|dlpack)": {
         "numpy", "cupy", "ml_dtypes", "klcore.backends.cpu", "klcore.backends.cuda", "klcore.backends.rows",
         "klcore.backends.threads", "klcore.backends.labels", "klcore.operations", REGISTRY_ERROR,
     },
@@ -264,6 +280,11 @@ def test_edges_that_must_not_be(module, edge):
 def test_private_interfaces_of_pytorch_are_in_one_file():
     asking = {m for m, path in modules() if re.search(r"torch\._C|forward_ad\._|torch\._\w+\.", path.read_text())}
     assert asking == {"klcore.backends.torch.private"}
+
+
+def test_private_interfaces_of_jax_are_in_one_file():
+    asking = {m for m, path in modules() if re.search(r"jax\._src|module_context", path.read_text())}
+    assert asking == {"klcore.backends.jax.private"}
 
 
 def test_oracle_is_independent():
