@@ -19,13 +19,17 @@ class Lender(parts.Lender):
                 "klcore.Shard takes tensors with memory, and none that torch.compile or torch.func is tracing; found a "
                 f"{type(x).__name__}: call it within torch.compiler.disable"
             )
-        if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, y)):
+        temperature = call.temperature
+        if torch.is_grad_enabled() and any(getattr(t, "requires_grad", False) for t in (x, y, temperature)):
             raise TypeError(
                 "an argument requires a gradient, and klcore.Shard keeps no history for autograd: call it within "
                 "torch.no_grad(), or in the forward of a torch.autograd.Function, whose backward returns "
                 "shard.gradient(...)"
             )
-        super().__init__(cpu if x.is_cpu else memory.cuda(), kernels.lent(call._replace(x=x, y=y, weights=weights)))
+        if isinstance(temperature, torch.Tensor):
+            temperature = temperature.detach()
+        call = call._replace(x=x, y=y, weights=weights, temperature=temperature)
+        super().__init__(cpu if x.is_cpu else memory.cuda(), kernels.lent(call))
         self._x = x
 
     def here(self) -> Any:
