@@ -1,8 +1,8 @@
 """Distil over a vocabulary that is spread over processes: Megatron's vocabulary-parallel loss, with klcore.Shard.
 
 Each of two processes holds half of the vocabulary: its columns of the teacher's and of the student's output layer, and
-so its half of the logits. `VocabularyParallel` is a loss of whole rows. What is exchanged are 72 bytes a row and process,
-in the forward alone; no gradient goes through a collective, and nobody ever holds a whole row of logits.
+so its half of the logits. `VocabularyParallel` is a loss of whole rows. In its forward 72 bytes a row and process are
+exchanged; no gradient goes through a collective, and nobody ever holds a whole row of logits.
 
 Value and gradients are compared with those of one process that has the whole vocabulary; then a few steps of training
 are compared as well. Run it with ``make examples``, or (about ten seconds)::

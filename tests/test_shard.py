@@ -333,7 +333,7 @@ def test_tensors():
     assert shard.values().requires_grad is False
     beside = klcore.Shard("kl_div", x, Y)  # NumPy's beside PyTorch's
     assert torch.equal(beside.state(), state)
-    with torch.device("meta"), pytest.raises(TypeError, match="tensors with memory"):
+    with torch.device("meta"), pytest.raises(TypeError, match="plain tensors with memory"):
         klcore.Shard("kl_div", torch.ones(3, 5), torch.ones(3, 5))
     traced = torch.func.vmap(lambda a: klcore.Shard("kl_div", a, a).state())
     with pytest.raises(TypeError, match=r"torch\.func"):

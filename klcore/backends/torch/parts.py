@@ -16,8 +16,9 @@ class Lender(parts.Lender):
         weights = memory.weights_beside(call.weights, x, None, "weights")
         if not private.is_eager(x, y, weights):
             raise TypeError(
-                "klcore.Shard takes tensors with memory, and none that torch.compile or torch.func is tracing; found a "
-                f"{type(x).__name__}: call it within torch.compiler.disable"
+                f"klcore.Shard takes plain tensors with memory; found a {type(x).__name__}. Keep torch.compile and "
+                "torch.func away by torch.compiler.disable, and pass a DTensor to klcore's functions, which exchange "
+                "states by themselves"
             )
         temperature = call.temperature
         if torch.is_grad_enabled() and any(getattr(t, "requires_grad", False) for t in (x, y, temperature)):
