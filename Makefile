@@ -14,6 +14,7 @@ demo-compare: .venv/compare
 examples: .venv/examples
 	$(BIN)/python examples/torch_distill.py
 	$(BIN)/python examples/keras_cnn.py
+	$(BIN)/python examples/tensor_parallel.py
 test: .venv/test
 	$(BIN)/python -m pytest -n 2 --dist worksteal
 	$(BIN)/python -m pytest -p docs.pages --ignore docs/_extensions README.md docs  # a page is one program, for one process

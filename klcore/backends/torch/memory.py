@@ -60,9 +60,11 @@ def cuda() -> Any:
 
 def as_tensor(a: Any) -> Any:
     """The same the other way."""
-    take = torch.from_dlpack
-    if not hasattr(a, "__cuda_array_interface__"):
-        a, take = np.asarray(a), torch.from_numpy
+    take: Any = torch.from_numpy
+    if hasattr(a, "__cuda_array_interface__"):
+        take = torch.utils.dlpack.from_dlpack
+    else:
+        a = np.asarray(a)
     if a.dtype.kind == "V":
         return take(a.view(np.int16)).view(torch.bfloat16)
     return take(a)
