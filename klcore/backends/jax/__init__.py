@@ -70,7 +70,7 @@ def _compute(call: Call, arrays: dict[str, Any], numbers: dict[str, Any]) -> tup
     # the value's dtype is what JAX has, of a loss and a row of integers alike
     of_call = call._replace(axis=axis, dtype=of_value.name if call.operation.is_loss else None)
     wanted = tuple(g.of for g in task.gradients)
-    program = Program(of_call, ndim, value_shape, of_value, wanted)
+    program = Program(of_call, ndim, value_shape, of_value, wanted, divided=task.denominator)
     result, *gradients = value(program, {name: whole(name, a) for name, a in arrays.items()} | numbers)
     shapes = {name: a.shape for name, a in operands.items()}
     return result.reshape(shape), *(g.reshape(shapes[n]) for n, g in zip(wanted, gradients, strict=True))
