@@ -36,28 +36,27 @@ def over_devices(program: Program, context: Any) -> Callable[..., Any]:
     return partial(_partitioned, _Site(program, context))
 
 
-class _Site:
-    """A call in a program that is lowered: its axes, and what devices may have to do."""
+class Axes:
+    """Which axes of a program's arguments and results are the same."""
 
-    def __init__(self, program: Program, context: Any) -> None:
-        self.program, self.own = program, _of_own_rows(program)
-        self.arguments = dict(zip(program.names, context.avals_in, strict=True))
+    def __init__(self, program: Program, arguments: Any, results: Any) -> None:
+        self.program = program
+        self.arguments = dict(zip(program.names, arguments, strict=True))
         value = () if program.pull else ("value",)
-        self.results = dict(zip((*value, *program.gradients), context.avals_out, strict=True))
+        self.results = dict(zip((*value, *program.gradients), results, strict=True))
         self.sizes: dict[Label, int] = {None: -1}
         for name, a in self.arguments.items():
             for label, n in zip(self.labels(name, a), a.shape, strict=True):
                 self.sizes[label] = max(n, self.sizes.get(label, 1))
-        call, spaces = program.call, program.spaces.values()
+        call = program.call
         self.classes: Label = None if call.operation.is_estimator else call.axis
         # where every class is by itself no device needs another's
-        self.is_by_class = call.reduction == "none" and all(space in BY_CLASS for space in spaces)
+        self.by_class = call.reduction == "none" and all(space in BY_CLASS for space in program.spaces.values())
         terms_pulled = call.reduction == "none" and program.pull
-        self.may_split_classes = not call.operation.is_loss and (self.is_by_class or not terms_pulled)
-        self.steps = {name: private.callback(context, *step) for name, step in self._steps().items()}
+        self.may_split_classes = not call.operation.is_loss and (self.by_class or not terms_pulled)
 
     def labels(self, name: str, a: Any) -> tuple[Label, ...]:
-        """Which axes an argument or result has; a gradient those of its operand."""
+        """Those of an argument or result; a gradient's are those of its operand."""
         program = self.program
         whole: tuple[Label, ...] = tuple(range(-program.ndim, 0))
         of_rows = tuple(label for label in whole if label != program.call.axis)
@@ -65,29 +64,11 @@ class _Site:
         of_value = {"row": of_rows, "none": whole}.get(program.call.reduction, ())
         of_weights = whole if program.call.operation.is_loss else of_rows
         known = {"x": whole, "y": whole, "weights": of_weights, "cotangent": of_value, "value": of_value}
-        own: tuple[Label, ...] = (None,) if is_data(a) else known.get(name, of_rows if a.ndim else ())
+        own: tuple[Label, ...] = (None,) if is_data(a) else () if name == "denominator" else known.get(name, of_rows)
         return *range(a.ndim - len(own)), *own
 
-    def _steps(self) -> dict[Any, tuple[Callable[..., None], int]]:
-        """Functions of buffers, and how many they write."""
-        own, count = self.own, len(self.results)
-        steps: dict[Any, Any] = {"whole": (own, count)}
-        if "denominator" in set(own.names) - set(self.program.names):
-            steps["weigh"] = shards.weigh, 1
-        if self.may_split_classes and not self.is_by_class and self.classes is not None:
-            for k in range(len(shards.sweeps(own))):
-                steps["states", k] = partial(shards.states, own, k), 1
-                steps["merge", k] = partial(shards.merge, own, k), 1
-            steps["finish"] = partial(shards.finish, own), 1
-            terms = own.call.reduction == "none" and not own.pull
-            for outputs, results in {"terms": int(terms), "gradients": len(own.gradients)}.items():
-                if results:
-                    last = len(shards.sweeps(own, outputs)) - 1
-                    steps[outputs] = partial(shards.write, own, outputs, last), results
-        return {name: (partial(on_buffers, function), results) for name, (function, results) in steps.items()}
-
     def rule(self) -> tuple[str, dict[str, Any]]:
-        """Which axes are the same, as Shardy is told it."""
+        """The same, as Shardy is told it."""
         names = (f"own{k}" for k in itertools.count())
 
         def factors(name: str, a: Any) -> str:
@@ -101,12 +82,14 @@ class _Site:
         return f"{arguments} -> {results}", {"need_replication_factors": alone}
 
     def split(self, mesh: Any, *sides: Any) -> Split:
-        """By which axes of the mesh to split what, as the first says it that has any; evenly, or not at all."""
+        """By which axes of the mesh to split what, as the first of arguments, or then results, says it that has any:
+        evenly, or not at all."""
         split: Split = {}
         used: set[str] = set()
-        for names, arrays in zip((self.arguments, self.results), sides, strict=False):
-            for name, a in zip(names, arrays, strict=True):
-                for label, n, axes in zip(self.labels(name, names[name]), a.shape, a.sharding.spec, strict=False):
+        for side, arrays in zip((self.arguments, self.results), sides, strict=False):
+            for name, a in zip(side, arrays, strict=True):
+                spec = getattr(a.sharding, "spec", ())
+                for label, n, axes in zip(self.labels(name, side[name]), a.shape, spec, strict=False):
                     by = (axes,) if isinstance(axes, str) else axes if isinstance(axes, tuple) else ()
                     whole = n > 0 and n == self.sizes[label] and n % math.prod(mesh.shape[one] for one in by) == 0
                     may = self.may_split_classes or label != self.classes
@@ -124,10 +107,51 @@ class _Site:
     def shardings(self, mesh: Any, split: Split, side: dict[str, Any]) -> tuple[Any, ...]:
         def of(name: str, a: Any) -> Any:
             axes = zip(self.labels(name, a), a.shape, strict=True)
-            spec = (split.get(label) if n == self.sizes[label] else None for label, n in axes)
-            return NamedSharding(mesh, _spec(*spec))
+            return NamedSharding(
+                mesh, _spec(*(split.get(label) if n == self.sizes[label] else None for label, n in axes))
+            )
 
         return tuple(of(name, a) for name, a in side.items())
+
+
+def in_explicit_mesh(program: Program, function: Callable[..., Any], arrays: dict[str, Any]) -> Any:
+    """The function of the arrays; its results are sharded as they are, where their types say how, on a mesh whose axes
+    are explicit. The function itself is split by XLA."""
+    mesh = private.explicit_mesh(arrays.values())
+    if mesh is None:
+        return function(arrays)
+    named = replace(program, names=tuple(arrays))
+    axes = Axes(named, arrays.values(), named.results(list(arrays.values())))
+    split = axes.split(mesh, map(jax.typeof, arrays.values()))
+    results = list(axes.shardings(mesh, split, axes.results))
+    return jax.sharding.auto_axes(function, out_sharding=results)(arrays)
+
+
+class _Site(Axes):
+    """A call in a program that is lowered, and what devices may have to do."""
+
+    def __init__(self, program: Program, context: Any) -> None:
+        super().__init__(program, context.avals_in, context.avals_out)
+        self.own = _of_own_rows(program)
+        self.steps = {name: private.callback(context, *step) for name, step in self._steps().items()}
+
+    def _steps(self) -> dict[Any, tuple[Callable[..., None], int]]:
+        """Functions of buffers, and how many they write."""
+        own, count = self.own, len(self.results)
+        steps: dict[Any, Any] = {"whole": (own, count)}
+        if "denominator" in set(own.names) - set(self.program.names):
+            steps["weigh"] = shards.weigh, 1
+        if self.may_split_classes and not self.by_class and self.classes is not None:
+            for k in range(len(shards.sweeps(own))):
+                steps["states", k] = partial(shards.states, own, k), 1
+                steps["merge", k] = partial(shards.merge, own, k), 1
+            steps["finish"] = partial(shards.finish, own), 1
+            terms = own.call.reduction == "none" and not own.pull
+            for outputs, results in {"terms": int(terms), "gradients": len(own.gradients)}.items():
+                if results:
+                    last = len(shards.sweeps(own, outputs)) - 1
+                    steps[outputs] = partial(shards.write, own, outputs, last), results
+        return {name: (partial(on_buffers, function), results) for name, (function, results) in steps.items()}
 
 
 def _factor(label: Label) -> str:
@@ -197,7 +221,7 @@ def _on_device(site: _Site, split: Split, *arguments: Any) -> Any:
     given = [arrays[name] for name in own.names]
     shape = () if own.total else whole if own.call.reduction == "none" else batch
     types = dict(zip(site.results, replace(own, shape=shape).results(given), strict=True))
-    if site.classes in split and not site.is_by_class:
+    if site.classes in split and not site.by_class:
         found = _by_states(site, split[site.classes], types, own.mapped(given) + batch, given)
     else:
         found = dict(zip(types, site.steps["whole"](list(types.values()), *given), strict=True))

@@ -1,6 +1,6 @@
 """What JAX' documentation does not promise, in one place: who runs on which versions of it looks here."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -23,6 +23,12 @@ def varying(a: Any, axes: frozenset[str]) -> Any:
         return a
     lax: Any = jax.lax
     return lax.pcast(a, more, to="varying") if hasattr(lax, "pcast") else lax.pvary(a, more)  # the former since 0.8
+
+
+def explicit_mesh(arrays: Iterable[Any]) -> Any:
+    """That by whose axes the arrays are sharded, as their types say; None where types say nothing."""
+    meshes = (getattr(getattr(jax.typeof(a), "sharding", None), "mesh", None) for a in arrays)
+    return next((mesh for mesh in meshes if getattr(mesh, "explicit_axes", ())), None)
 
 
 def needs_devices(primitive: Any) -> None:
