@@ -181,7 +181,7 @@ def test_layouts(make, reduction, axis):
         same(got, e)
 
     def operator(x, y):
-        call = ("kl_div", x, y, "logits", "logits", axis, reduction, None, None, 1.0, None, None, 0.0, 1.0)
+        call = ("kl_div", x, y, "logits", "logits", axis, reduction, None, None, 1.0, None, None, None, 0.0, 1.0)
         value = torch.ops.klcore.value(*call, None)
         return value, *torch.ops.klcore.gradients(*call, torch.ones_like(value), True, True)
 
@@ -509,8 +509,8 @@ def test_arguments_of_the_operator():
     operator = importlib.import_module("klcore.backends.torch.operator")
     x, y, weights, ratio = torch.ones(4)
     call = Call(KL_DIV, x, y, ("probs", "logits"), 1, "sum", weights, 2.5, parameter=0.25, factor=7.0, ratio=ratio)
-    for denominator in (None, 3, torch.ones(())):
-        call = call._replace(denominator=denominator)
+    for number in (0.5, 3, torch.ones(())):
+        call = call._replace(temperature=number, denominator=number)
         assert operator.call_of(*operator.arguments_of(call)) == call
 
 
@@ -519,7 +519,8 @@ def test_arguments_of_the_operator():
 def test_opcheck(operation, space, reduction):
     """Schema, registration of autograd, fake; and, where it takes long, for one operation, ahead-of-time autograd."""
     x, y = (*operands(operation, space, "float32", (2, 3), requires_grad=True), None)[:2]
-    words = (operation, x, y, *space, -1, reduction, torch.ones(2), None, temperature_of(space), None, None, 0.0, 1.0)
+    words = (operation, x, y, *space, -1, reduction, torch.ones(2), None, temperature_of(space), None, None, None, 0.0)
+    words = (*words, 1.0)
     tests = ["test_schema", "test_autograd_registration", "test_faketensor"]
     if operation == "kl_div" and space in (("logits", "logits"), ("probs", "log_probs")):
         tests.append("test_aot_dispatch_dynamic")

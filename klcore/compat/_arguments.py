@@ -5,6 +5,7 @@ Called by the modules of klcore.compat. No library is imported here: an array of
 
 import functools
 import inspect
+import math
 import sys
 from collections.abc import Callable
 from typing import Any, ParamSpec, Protocol, TypeVar
@@ -111,6 +112,11 @@ def truth(value: Any, name: str) -> bool:
         raise TypeError(f"{name} must be a bool, found {shown(value)}") from None
 
 
+def divisor_of(count: Any) -> Any:
+    """What a mean over so many is divided by, NaN for nothing; what torch.export does not know yet as it is."""
+    return float(count) or math.nan if isinstance(count, (int, float)) else count
+
+
 def dense(**arrays: Any) -> None:
     """Raise TypeError, by the arguments' names, for PyTorch's nested tensors, which have no shape."""
     for name, array in arrays.items():
@@ -183,12 +189,12 @@ def sum_to(array: Any, full: tuple[int, ...], shape: tuple[int, ...]) -> Any:
 
 
 def broadcast(
-    a: tuple[int, ...], b: tuple[int, ...], names: str, error: type[Exception] = ValueError
-) -> tuple[int, ...]:
-    """The shape to which two shapes, of what is called `names`, broadcast."""
+    a: Any, b: Any, names: str, error: type[Exception] = ValueError, of: Callable[[Any, Any], Any] = broadcast_shapes
+) -> Any:
+    """The shape to which two shapes, of what is called `names`, broadcast: what `of` makes of them."""
     if a == b:
         return a
     try:
-        return broadcast_shapes(a, b)
+        return of(a, b)
     except ValueError:
         raise error(f"the shapes of {names} must be equal or broadcast, found {a} and {b}") from None

@@ -12,6 +12,7 @@ from klcore.compat._arguments import (
     cotangent_of,
     dense,
     detached,
+    divisor_of,
     dtype_name,
     number,
     one_library,
@@ -192,10 +193,10 @@ class KLDivLoss:
 
         The weight is in it, so that it costs no pass; 0 as its infinite inverse, which leaves infinite terms NaN.
         """
-        batch = shape[self._batch(shape)]
-        count = 1.0 if self.nonbatch == "sum" else math.prod(shape) / batch if batch else 1.0
+        batch = self._batch(shape)
+        count = 1 if self.nonbatch == "sum" else math.prod(shape[:batch] + shape[batch + 1 :])
         weight = 1.0 if self.weight is None else number(self.weight, "weight")
-        return (count / weight if weight else math.inf) or math.nan  # the mean of nothing is NaN
+        return divisor_of(count / weight) if weight else math.inf
 
     def _engine(self, pred: Any, label: Any, reduction: str, **options: Any) -> Any:
         """The engine's loss. With `from_logits`, any axis may be called that of the classes."""

@@ -4,7 +4,7 @@ import math
 import warnings
 from typing import Any, SupportsIndex
 
-from klcore.compat._arguments import cast, cotangent_of, dense, detached, dtype_name, one_library, truth
+from klcore.compat._arguments import cast, cotangent_of, dense, detached, divisor_of, dtype_name, one_library, truth
 from klcore.divergence import loss
 
 __all__ = ["KLDivergence"]
@@ -177,7 +177,7 @@ class KLDivergence:
             pred.reshape(rows),
             space=("logits" if self.normTarget else "probs", "logits"),
             reduction="sum",
-            denominator=float(batch),
+            denominator=divisor_of(batch),
             return_grad=return_grad,
         )
         return result if return_grad is None else (result[0], result[1].reshape(shape))

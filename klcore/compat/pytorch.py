@@ -17,6 +17,7 @@ from klcore.compat._arguments import (
     cotangent_of,
     dense,
     detached,
+    divisor_of,
     dtype_name,
     one_library,
     shown,
@@ -314,7 +315,7 @@ def aten(
         space=("log_probs" if log_target else "probs", "log_probs"),
         reduction="none" if word == "none" else "sum",
         factors=cotangent,
-        denominator=float(denominator) or math.nan,  # the mean of nothing is NaN
+        denominator=divisor_of(denominator),
         dtype=None if dtype == wide else dtype,  # the engine's own choice is its quickest way
         return_grad=return_grad,
     )

@@ -6,13 +6,12 @@ to the kernels: that takes a fifth of the operator's time on small tensors. On a
 current stream, and results are PyTorch's own memory.
 
 Here is the road that a call takes. Of the other files each imports those before it alone: private.py, memory.py,
-kernels.py, operator.py, autograd.py.
+kernels.py, operator.py, autograd.py. DTensors take sharded.py's, which leads back here with every process' part.
 """
 
 import contextlib
 from typing import Any
 
-import numpy as np
 import torch
 
 from klcore.backends import cpu, labels, rows
@@ -23,6 +22,8 @@ _HALVES = ("float16", "bfloat16")
 
 
 def compute(call: Call) -> Any:
+    if type(call.x) is not torch.Tensor and private.is_distributed(call.x):
+        return _sharded(call)
     given = call.x, call.y, call.weights, call.ratio
     x, y = memory.operands(*given[:2], call.device)
     if call.operation.name == "puzzlelib":  # its gradient is none: autograd would descend where it should ascend
@@ -39,8 +40,8 @@ def compute(call: Call) -> Any:
             t if t is a or t is None or isinstance(a, torch.Tensor) else t.clone()
             for t, a in zip((x, y, weights, ratio), given, strict=True)
         )
-    if isinstance(call.denominator, np.ndarray) and torch.compiler.is_compiling():  # a tensor of the program, too
-        call = call._replace(denominator=torch.as_tensor(call.denominator))
+    if torch.compiler.is_compiling() and not call.operation.is_loss:
+        call = call._replace(temperature=memory.data(call.temperature), denominator=memory.data(call.denominator))
     if isinstance(call.denominator, torch.Tensor):
         rows.check_denominator(call)
         if call.denominator.requires_grad and torch.is_grad_enabled():
@@ -50,14 +51,8 @@ def compute(call: Call) -> Any:
             )
         if call.denominator.requires_grad:
             call = call._replace(denominator=call.denominator.detach())
-    if isinstance(call.temperature, torch.Tensor):
-        if call.temperature.requires_grad and torch.is_grad_enabled():
-            raise TypeError(
-                "temperature requires a gradient, and klcore gives none with respect to it; divide the logits by it "
-                "instead"
-            )
-        if call.temperature.requires_grad:
-            call = call._replace(temperature=call.temperature.detach())
+    if not isinstance(call.temperature, (float, int)):
+        call = call._replace(temperature=memory.temperature_beside(call.temperature, x))
     of_value = call.dtype
     if call.operation.name == "pytorch" and of_value in _HALVES and torch.is_autocast_enabled(x.device.type):
         of_value = "float32"  # autocast has PyTorch's own loss compute in it
@@ -66,11 +61,20 @@ def compute(call: Call) -> Any:
     return _history_or_not(call) if call.out is None else _into(call)
 
 
+def _sharded(call: Call) -> Any:
+    from klcore.backends.torch import sharded  # there may be no torch.distributed
+
+    return sharded.compute(call, compute)
+
+
 def _history_or_not(call: Call) -> Any:
     x, y = call.x, call.y
-    eager = private.is_eager(x, y, call.weights, call.ratio)
-    if eager and isinstance(call.temperature, torch.Tensor) and call.temperature.numel() == 1:
-        call = call._replace(temperature=float(call.temperature))  # that of now: backward comes later
+    t = call.temperature if isinstance(call.temperature, torch.Tensor) else None
+    eager = private.is_eager(x, y, call.weights, call.ratio, t)
+    if eager and t is not None and t.ndim == 0 and t.is_cpu:
+        call = call._replace(temperature=float(t))  # that of now: backward comes later
+    if not eager and private.is_distributed(y, call.weights, call.ratio, t):
+        return _sharded(call)
     if eager and (call.return_grad is not None or not _needs_grad(x, y)):
         return kernels.compute(call)
     rows.check_reduction(call.reduction, call.operation)
@@ -78,9 +82,10 @@ def _history_or_not(call: Call) -> Any:
     rows.space_pair(call.space, call.operation)
     wanted: tuple[str, ...] = ()
     if not eager:
-        _, temperature, wanted = rows.words(call)
+        # a tensor's numbers are looked at where they are known
+        _, temperature, wanted = rows.words(call if t is None else call._replace(temperature=1.0))
         axis = call.axis if call.operation.is_loss else rows.class_axis_of(call, x, y)
-        call = call._replace(temperature=temperature, axis=axis)
+        call = call._replace(temperature=temperature if t is None else t, axis=axis)
     dtype = None if call.dtype is None else getattr(torch, call.dtype)
     if call.return_grad is None:
         return (autograd.eager_value if eager else autograd.traceable("value"))(*operator.arguments_of(call), dtype)

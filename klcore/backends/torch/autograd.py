@@ -19,15 +19,21 @@ def _setup(ctx: Any, inputs: Sequence[Any], output: Any) -> None:
 
 def _save(ctx: Any, call: Call, *others: Any) -> Call:
     """Keep the call's tensors, and `others`; the call without them."""
-    divisor = call.denominator if isinstance(call.denominator, torch.Tensor) else None
-    ctx.save_for_backward(call.x, call.y, call.weights, call.ratio, divisor, *others)
-    denominator = call.denominator if divisor is None else None
-    return call._replace(x=None, y=None, weights=None, ratio=None, denominator=denominator)
+    temperature, divisor = (a if isinstance(a, torch.Tensor) else None for a in (call.temperature, call.denominator))
+    ctx.save_for_backward(call.x, call.y, call.weights, call.ratio, temperature, divisor, *others)
+    return call._replace(
+        x=None, y=None, weights=None, ratio=None,
+        temperature=call.temperature if temperature is None else None,
+        denominator=call.denominator if divisor is None else None,
+    )  # fmt: skip
 
 
-def _saved(call: Call, x: Any, y: Any, weights: Any, ratio: Any, divisor: Any) -> Call:
-    call = call._replace(x=x, y=y, weights=weights, ratio=ratio)
-    return call if divisor is None else call._replace(denominator=divisor)
+def _saved(call: Call, x: Any, y: Any, weights: Any, ratio: Any, temperature: Any, divisor: Any) -> Call:
+    return call._replace(
+        x=x, y=y, weights=weights, ratio=ratio,
+        temperature=call.temperature if temperature is None else temperature,
+        denominator=call.denominator if divisor is None else divisor,
+    )  # fmt: skip
 
 
 def traceable(name: str) -> Any:
@@ -87,16 +93,15 @@ def _backward_second(ctx: Any, of_dx: Any, of_dy: Any) -> tuple[Any, ...]:
 
 class _Value(torch.autograd.Function):
     """The operator, for eager calls: PyTorch takes less time to call this, and it is told beforehand which gradients
-    will be wanted. Those of a total then come in the same pass, and are multiplied by its cotangent afterwards. (Not
-    those of 16 bits: what the cotangent, a loss scale, is to save from underflow would be lost by then.)"""
+    will be wanted. Those of a total then come in the same pass, and are multiplied by its cotangent afterwards."""
 
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Any:
         _setup(ctx, arguments, None)
         *rest, dtype = arguments
         call = operator.call_of(*rest)._replace(dtype=operator.dtype_name(dtype))
-        ctx.unit, y = None, call.y
-        if call.reduction in ("row", "none") or call.x.dtype.itemsize < 4 or (y is not None and y.dtype.itemsize < 4):
+        ctx.unit = None
+        if not kernels.is_total_of_wide(call):
             return kernels.compute(call)
         value, *ctx.unit = kernels.compute(call._replace(return_grad=operator.names(*ctx.needs_input_grad[1:3])))
         return value
@@ -107,8 +112,7 @@ class _Value(torch.autograd.Function):
         unit, ctx.unit = ctx.unit, None  # ours to give away, once
         if unit is None or torch.is_grad_enabled() or not private.is_eager(cotangent) or private.is_batched(cotangent):
             return _backward(ctx, cotangent)
-        if not cotangent.is_cpu or cotangent != 1:
-            unit = [g.mul_(cotangent) for g in unit]
+        unit = kernels.scaled(unit, cotangent)
         _, of_x, of_y, *_ = ctx.needs_input_grad
         return (None, unit[0] if of_x else None, unit[-1] if of_y else None, *[None] * (len(ctx.needs_input_grad) - 3))
 

@@ -1,5 +1,6 @@
 """Calls of the kernels: tensors in, and new tensors without history out."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -39,22 +40,31 @@ def lent(call: Call) -> Call:
     """The call of the kernels' library."""
     if call.dtype == "bfloat16":
         bfloat16()  # or what to install
-    weights, out, cotangent, denominator = call.weights, call.out, call.cotangent, call.denominator
-    ratio = call.ratio
+    weights, out, cotangent, ratio = call.weights, call.out, call.cotangent, call.ratio
+    temperature, denominator = call.temperature, call.denominator
+    if isinstance(temperature, torch.Tensor):
+        temperature = _number_or_array(temperature, call.x)
     if isinstance(denominator, torch.Tensor):
-        denominator = float(denominator) if denominator.is_cpu or call.x.is_cpu else lend(denominator)
+        denominator = _number_or_array(denominator, call.x)
     if out is not None:
         out = tuple(map(lend, out)) if isinstance(out, tuple) else lend(out)
     return Call(  # in half of the time that _replace takes
         call.operation, lend(call.x), lend(call.y), call.space, call.axis, call.reduction,
-        None if weights is None else lend(weights), call.temperature, call.return_grad, out, None,
+        None if weights is None else lend(weights), temperature, call.return_grad, out, None,
         denominator, call.parameter, call.factor, call.dtype,
         None if cotangent is None else lend(cotangent), None if ratio is None else lend(ratio),
     )  # fmt: skip
 
 
+def _number_or_array(t: Any, x: Any) -> Any:
+    """Of a tensor for all rows its number, unless that would mean to wait for a GPU."""
+    return float(t) if t.ndim == 0 and (t.is_cpu or x.is_cpu) else lend(t)
+
+
 def compute(call: Call) -> Any:
     """What the contract says, as tensors without history."""
+    if call.cotangent is not None and is_total_of_wide(call):
+        return scaled(compute(call._replace(cotangent=None))[1:], call.cotangent)
     if call.x.is_cpu:
         found = cpu.compute(lent(call))
         return tuple(map(as_tensor, found)) if isinstance(found, tuple) else as_tensor(found)
@@ -62,6 +72,22 @@ def compute(call: Call) -> Any:
     with as_pytorch(call.x):
         cuda().compute(lent(call._replace(out=outs)))
     return outs if call.return_grad is not None else outs[0]
+
+
+def is_total_of_wide(call: Call) -> bool:
+    """Whether a gradient is rounded before it is multiplied by its cotangent: that of a total is, on every road to it.
+    (Not of 16 bits: what the cotangent, a loss scale, is to save from underflow would be lost by then.)"""
+    wide = call.x.dtype.itemsize > 2 and (call.y is None or call.y.dtype.itemsize > 2)
+    return wide and call.reduction not in ("row", "none")
+
+
+def scaled(gradients: Sequence[Any], cotangent: Any) -> tuple[Any, ...]:
+    """New gradients of a total, times its cotangent: in place. 0 makes 0 of infinities, too."""
+    if not cotangent.is_cpu:  # which is not waited for
+        return tuple(g.mul_(cotangent).masked_fill_(cotangent == 0, 0) for g in gradients)
+    if cotangent == 0:
+        return tuple(g.zero_() for g in gradients)
+    return tuple(gradients if cotangent == 1 else (g.mul_(cotangent) for g in gradients))
 
 
 def outs_of(call: Call) -> list[Any]:

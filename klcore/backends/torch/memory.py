@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from klcore.backends import BackendUnavailableError, cpu, rows
-from klcore.backends.torch.private import PLAIN
+from klcore.backends.torch.private import PLAIN, is_known
 
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _NUMBERS = (bool, int, float, complex, list, tuple)
@@ -59,11 +59,13 @@ def cuda() -> Any:
 
 
 def as_tensor(a: Any) -> Any:
-    """The same the other way, of what the CPU returned."""
-    a = np.asarray(a)
+    """The same the other way."""
+    take = torch.from_dlpack
+    if not hasattr(a, "__cuda_array_interface__"):
+        a, take = np.asarray(a), torch.from_numpy
     if a.dtype.kind == "V":
-        return torch.from_numpy(a.view(np.int16)).view(torch.bfloat16)
-    return torch.from_numpy(a)
+        return take(a.view(np.int16)).view(torch.bfloat16)
+    return take(a)
 
 
 class _Writable:
@@ -180,6 +182,33 @@ def _number(a: Any, name: str, device: Any) -> Any:
     if torch.compiler.is_compiling() and isinstance(a, np.ndarray) and not isinstance(a, np.ma.MaskedArray):
         return torch.as_tensor(a, device=device)
     return _lent_by(a, name).to(device)
+
+
+def data(number: Any) -> Any:
+    """For the compiler: what it does not know yet as a tensor of the program, which it would compile anew for each
+    other number."""
+    if isinstance(number, np.ndarray):
+        return torch.as_tensor(number)
+    if isinstance(number, float) and not is_known(number):
+        return torch.ones((), dtype=torch.float64) * number
+    return number
+
+
+def temperature_beside(temperature: Any, like: Any) -> Any:
+    """A number, or a tensor: for all rows on any device, else on that of the others."""
+    if isinstance(temperature, np.ndarray) and temperature.ndim:
+        temperature = _number(temperature, "temperature", like.device)
+    if not isinstance(temperature, torch.Tensor):
+        return temperature
+    check(temperature, "temperature")
+    if temperature.requires_grad:
+        if torch.is_grad_enabled():
+            raise TypeError(
+                "temperature requires a gradient, and klcore gives none with respect to it; divide the logits by it "
+                "instead"
+            )
+        temperature = temperature.detach()
+    return _on(like.device, temperature, "temperature", None) if temperature.ndim else temperature
 
 
 def weights_beside(weights: Any, like: Any, device: str | None, name: str, estimate: str | None = None) -> Any:

@@ -12,7 +12,8 @@ from klcore.operations import Call, named
 
 _ARGUMENTS = (
     "str operation, Tensor x, Tensor? y, str space_x, str space_y, int axis, str reduction, Tensor? weights, "
-    "Tensor? ratio, float temperature, Scalar? denominator, Tensor? divisor, float parameter, float factor"
+    "Tensor? ratio, float temperature, Tensor? temperatures, Scalar? denominator, Tensor? divisor, float parameter, "
+    "float factor"
 )
 LIBRARY = torch.library.Library("klcore", "DEF")
 LIBRARY.define(f"value({_ARGUMENTS}, ScalarType? dtype) -> Tensor")
@@ -21,27 +22,28 @@ LIBRARY.define(f"gradients({_ARGUMENTS}, Tensor cotangent, bool of_x, bool of_y)
 
 def call_of(
     operation: str, x: Any, y: Any, space_x: str, space_y: str, axis: int, reduction: str, weights: Any,
-    ratio: Any, temperature: float, denominator: float | None, divisor: Any, parameter: float, factor: float,
+    ratio: Any, temperature: float, temperatures: Any, denominator: float | None, divisor: Any, parameter: float,
+    factor: float,
 ) -> Call:  # fmt: skip
     """The call that the operator's arguments stand for."""
     space = space_x if space_x == space_y else (space_x, space_y)
     found = named(operation)
     space = (space_x, space_y) if found.is_loss else space
     return Call(
-        found, x, y, space, axis, reduction, weights, temperature,
-        denominator=denominator if divisor is None else divisor, parameter=parameter, factor=factor,
-        ratio=ratio,
+        found, x, y, space, axis, reduction, weights, temperature if temperatures is None else temperatures,
+        denominator=denominator if divisor is None else divisor, parameter=parameter, factor=factor, ratio=ratio,
     )  # fmt: skip
 
 
 def arguments_of(call: Call) -> tuple[Any, ...]:
     """The operator's arguments for a call."""
     space_x, space_y = (call.space, call.space) if isinstance(call.space, str) else call.space
-    of = call.denominator
+    by, of = call.temperature, call.denominator
+    temperature, temperatures = (1.0, by) if isinstance(by, torch.Tensor) else (by, None)
     number, divisor = (None, of) if isinstance(of, torch.Tensor) else (of, None)
     return (
         call.operation.name, call.x, call.y, space_x, space_y, call.axis, call.reduction, call.weights,
-        call.ratio, call.temperature, number, divisor, call.parameter, call.factor,
+        call.ratio, temperature, temperatures, number, divisor, call.parameter, call.factor,
     )  # fmt: skip
 
 

@@ -11,8 +11,10 @@
 ``torch._C._functorch.is_legacy_batchedtensor(t)``
     Whether it is a batch of the vmap that was there before torch.func's. Its type is torch.Tensor, and no transform is
     active then.
+``torch.fx.experimental.symbolic_shapes.has_static_value(number)``
+    False for a number that changes from one call of a compiled function to the next.
 
-All five are in PyTorch 2.9.1, the oldest that klcore takes, and in 2.13. A call of a few rows takes ten microseconds,
+All six are in PyTorch 2.9.1, the oldest that klcore takes, and in 2.13. A call of a few rows takes ten microseconds,
 and asks twice on its way: so none of these functions calls another.
 """
 
@@ -35,6 +37,18 @@ def is_transformed() -> bool:
 def is_batched(cotangent: Any) -> bool:
     """Several at once, as torch.autograd.grad(is_grads_batched=True) hands them over."""
     return torch._C._functorch.is_legacy_batchedtensor(cotangent)
+
+
+def is_distributed(*tensors: Any) -> bool:
+    """Whether one is a DTensor: by name, since importing them takes a while."""
+    return any(type(t).__name__ == "DTensor" for t in tensors)
+
+
+def is_known(number: float) -> bool:
+    """Whether the compiler may take it for a constant."""
+    from torch.fx.experimental.symbolic_shapes import has_static_value  # slow to import; the compiler has it already
+
+    return has_static_value(number)
 
 
 def is_eager(*tensors: Any) -> bool:

@@ -5,8 +5,18 @@ from functools import cache
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from klcore.compat._arguments import InitSignature, broadcast, cast, cotangent_of, detached, quietly, sum_to, word_of
-from klcore.compat.keras import arguments, functions, registration
+from klcore.compat._arguments import (
+    InitSignature,
+    broadcast,
+    cast,
+    cotangent_of,
+    detached,
+    divisor_of,
+    quietly,
+    sum_to,
+    word_of,
+)
+from klcore.compat.keras import arguments, functions, registration, tensorflow
 
 if TYPE_CHECKING:
     from keras.losses import Loss as _Loss  # which for mypy is anything: Keras has no types
@@ -114,6 +124,9 @@ class KLDivergence(_Loss):  # type: ignore[misc]
         TypeError, ValueError
             As :func:`kullback_leibler_divergence`, and ValueError for weights that do not fit.
         """
+        if tensorflow.are_there(y_true, y_pred, sample_weight):
+            tensorflow.need_keras(self)
+            return super().__call__(y_true, y_pred, sample_weight)  # weights and reductions by Keras, around `call`
         mask = arguments.mask_of(y_pred)
         y_true, y_pred = self._arrays(y_true, y_pred)
         shape, weight = self._weight(arguments.values_shape(y_true, y_pred), y_pred, sample_weight, mask)
@@ -147,6 +160,7 @@ class KLDivergence(_Loss):  # type: ignore[misc]
         -----
         A row whose cotangent or weight is 0 has the derivative 0, where the original may have NaN.
         """
+        tensorflow.refuse(y_true, y_pred, sample_weight)
         mask = arguments.mask_of(y_pred)
         given = detached(y_true, y_pred)
         arrays = self._arrays(*given)
@@ -154,7 +168,7 @@ class KLDivergence(_Loss):  # type: ignore[misc]
         shape, weight = self._weight(values_shape, arrays[1], *detached(sample_weight, mask))
         divisor = self._divisor(shape, weight)
         if weight is None and cotangent is None:
-            reduced = {} if divisor is None else {"reduction": "sum", "denominator": float(divisor or 1)}
+            reduced = {} if divisor is None else {"reduction": "sum", "denominator": divisor_of(divisor or 1)}
             value, *gradients = functions.engine(*arrays, **reduced, return_grad=("x", "y"))
             return value, arguments.as_given(gradients, given)
 
@@ -186,7 +200,7 @@ class KLDivergence(_Loss):  # type: ignore[misc]
         """Both in `dtype`, their ranks aligned."""
         y_true, y_pred = arguments.arrays_of(y_true, y_pred, self.dtype)
         of_true, of_pred = arguments.aligned(tuple(y_true.shape), tuple(y_pred.shape))
-        return y_true.reshape(of_true), y_pred.reshape(of_pred)
+        return arguments.reshaped(y_true, of_true), arguments.reshaped(y_pred, of_pred)
 
     def _weight(self, shape: tuple[int, ...], like: Any, sample_weight: Any, mask: Any) -> tuple[tuple[int, ...], Any]:
         """The shape of the values, aligned with their weight, and that: sample_weight and mask in one, or None."""
@@ -215,7 +229,7 @@ class KLDivergence(_Loss):  # type: ignore[misc]
     def _value(self, y_true: Any, y_pred: Any, shape: tuple[int, ...], weight: Any) -> Any:
         divisor = self._divisor(shape, weight)
         if weight is None and divisor is not None and type(self).call is KLDivergence.call:  # all of it in one pass
-            return functions.engine(y_true, y_pred, reduction="sum", denominator=float(divisor or 1))
+            return functions.engine(y_true, y_pred, reduction="sum", denominator=divisor_of(divisor or 1))
         values = self.call(y_true, y_pred)
         if weight is not None:
             values = values.reshape(shape) * weight
