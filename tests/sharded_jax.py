@@ -208,14 +208,16 @@ def test_sharded_classes_exchange_states(operation, reduction, shapes):
 
 
 @pytest.mark.usefixtures("partitioner")
-def test_bytes_that_are_exchanged():
-    """Nine doubles for 1024 classes of a row of logits, and no more for the gradients."""
-    x, y = (put(a, CLASSES) for a in arguments(("logits", "logits"), (4, CHUNKS)))
+@pytest.mark.parametrize(("classes", "chunks"), [(CHUNKS, 1), (2 * CHUNKS, 2), (CHUNKS + 4, 1), (300, 1)])
+def test_bytes_that_are_exchanged(classes, chunks):
+    """Nine doubles of a row of logits: for every 1024 classes where chunks are whole, else for a device's. No more for
+    the gradients."""
+    x, y = (put(a, CLASSES) for a in arguments(("logits", "logits"), (4, classes)))
     for f in (
         lambda a, b: klcore.kl_div(a, b, space="logits"),
         jax.grad(lambda a, b: klcore.kl_div(a, b, space="logits", reduction="sum"), (0, 1)),
     ):
-        assert collectives(jax.jit(f), x, y) == [("all-gather", 4 * 9 * 8 * CHUNKS // 1024)]
+        assert collectives(jax.jit(f), x, y) == [("all-gather", 4 * 72 * 4 * chunks)]
 
 
 @pytest.mark.parametrize("space", [("probs", "probs"), ("logits", "probs"), ("counts", "log_probs")], ids=str)
@@ -303,7 +305,7 @@ def test_losses_in_shard_map(term, reduction):
 
 
 def test_shard_map_untraced_with_vmap_and_temperatures():
-    x, y = arguments(("logits", "logits"), (8, 3, 50))
+    x, y = (jnp.asarray(a) for a in arguments(("logits", "logits"), (8, 3, 50)))
     t = jnp.linspace(0.5, 2, 8)
 
     def f(x, y, t):

@@ -133,7 +133,7 @@ ROOMS = {
         "numpy", "jax", "klcore.backends.cpu", "klcore.backends.cuda", "klcore.backends.rows", "klcore.operations",
     },
     r"klcore\.backends\.jax\.shards": {
-        "numpy", "jax", "klcore.backends.cpu", "klcore.backends.rows", "klcore.backends.jax.programs",
+        "numpy", "jax", "klcore._cpu", "klcore.backends.cpu", "klcore.backends.rows", "klcore.backends.jax.programs",
         "klcore.operations",
     },
     r"klcore\.backends\.jax\.partition": {

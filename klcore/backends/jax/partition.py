@@ -237,7 +237,7 @@ def _by_states(site: _Site, axes: tuple[str, ...], types: dict[str, Any], rows: 
     """The same where the classes are split by these axes: the states of a sweep are exchanged, then comes the next."""
     own, steps = site.own, site.steps
     x = given[own.names.index("x")]
-    chunks = cpu.chunks(x.shape[own.call.axis])
+    chunks = shards.chunks(x.shape[own.call.axis])
     outputs = [name for name in ("terms", "gradients") if name in steps]
     last = {name: len(shards.sweeps(own, name)) - 1 for name in outputs}  # of which the sweep writes them
     numbers = shards.sweeps(own)

@@ -11,15 +11,19 @@ from typing import Any
 import jax
 import numpy as np
 
+from klcore import _cpu
 from klcore.backends import cpu, rows
-from klcore.backends.jax.programs import Program, as_data, number_of, put
+from klcore.backends.jax.programs import Program, number_of, put
 from klcore.operations import Call
+
+CHUNK = _cpu.CHUNK
+DOUBLE = 2  # of JAX' integers
 
 
 def doubles(*shape: int) -> Any:
     """The type of an array of these."""
     array: Any = jax.ShapeDtypeStruct
-    return array((*shape[:-1], shape[-1] * as_data(0.0).size), np.uint32)
+    return array((*shape[:-1], shape[-1] * DOUBLE), np.uint32)
 
 
 def sweeps(program: Program, outputs: str = "") -> tuple[int, ...]:
@@ -27,22 +31,35 @@ def sweeps(program: Program, outputs: str = "") -> tuple[int, ...]:
     return cpu.sweeps(program.call.operation, _spaces(program), False, outputs == "terms", outputs == "gradients")
 
 
+def chunks(n: int) -> int:
+    """Of how many chunks the states of n classes are exchanged. Where they are whole, as those of unsharded classes are,
+    of each, for the same bits; else they are folded into one."""
+    return 1 if n % CHUNK else n // CHUNK
+
+
 def states(program: Program, number: int, backend: Any, xp: Any, out: list[Any], arguments: list[Any]) -> None:
     """What a sweep leaves of these classes; `arguments`: the program's, and the stats before it, if any."""
     given, (stats,) = _split(program, arguments, 1)
-    out[0][...] = backend.states(_by_row(program, program.as_rows(xp, given)), number, stats).view(np.uint32)
+    call = _by_row(program, program.as_rows(xp, given))
+    left = backend.states(call, number, stats)
+    if left.shape[-1] * DOUBLE != out[0].shape[-1]:
+        left = _merged(program, call, number, backend, left, stats, True)
+    out[0][...] = left.view(np.uint32)
 
 
 def merge(program: Program, number: int, backend: Any, xp: Any, out: list[Any], arguments: list[Any]) -> None:
     """The states of all classes into stats; `arguments`: the program's, the states, and the stats before, if any."""
     given, (left, stats) = _split(program, arguments, 2)
-    call, spaces = _by_row(program, given), _spaces(program)
-    temperature = call.temperature if isinstance(call.temperature, float) else 1.0
+    out[0][...] = _merged(program, _by_row(program, given), number, backend, left, stats, False).view(np.uint32)
+
+
+def _merged(program: Program, call: Call, number: int, backend: Any, left: Any, stats: Any, fold: bool) -> Any:
+    spaces, temperature = _spaces(program), call.temperature if isinstance(call.temperature, float) else 1.0
     wide = program.dtype == np.float64 or rows.is_wide(call.operation, spaces, temperature, call.parameter)
-    merged = backend.merge(
-        call.operation, number, left, stats, call.weights, spaces, wide, call.temperature, call.parameter, call.factor
-    )
-    out[0][...] = merged.view(np.uint32)
+    return backend.merge(
+        call.operation, number, left, stats, call.weights, spaces, wide, call.temperature, call.parameter, call.factor,
+        fold,
+    )  # fmt: skip
 
 
 def finish(program: Program, backend: Any, xp: Any, out: list[Any], arguments: list[Any]) -> None:
