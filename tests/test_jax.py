@@ -789,7 +789,7 @@ def test_buffers_on_a_gpu(gpu, monkeypatch):
     results = [buffer(value), buffer(dy)]
     program = programs.Program(call, 2, (), np.dtype("float32"), ("y",), names=("x", "y", "temperature"))
     given = [buffer(a) for a in (x, y, programs.as_data(2.0)[None])]
-    programs.on_buffers(program, types.SimpleNamespace(stream=7), results, given)
+    programs.on_buffers(program, types.SimpleNamespace(stream=7), results, *given)
     assert seen == [(7, 0)]
     for i in range(2):
         expected = klcore.kl_div(
