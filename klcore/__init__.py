@@ -6,11 +6,13 @@ from klcore.config import show_config
 from klcore.divergence import cross_entropy, entropy, kl_div, rel_entr
 from klcore.estimate import kl_estimate
 from klcore.family import alpha_div, chi2_div, js_div, mixed_kl_div, renyi_div, skew_kl_div, sq_hellinger, tv_dist
+from klcore.shard import Shard
 from klcore.summary import Summary
 from klcore.version import __version__
 
 __all__ = [
     "BackendUnavailableError",
+    "Shard",
     "Summary",
     "__version__",
     "alpha_div",

@@ -95,5 +95,6 @@ def merge(
     factor: float,
     states: Any,
     count: int,
-    stats: Any,
+    into: Any,
+    fold: bool = False,
 ) -> None: ...

@@ -211,13 +211,17 @@ struct Batch {
   void finish_row(int s, double* states, double* stats) const {
     finish_states(s, states + panel * kernel.states[s], panels, panels, stats);
   }
-  // So many states, level by level, into one, and that into the row's stats.
-  void finish_states(int s, double* at, i64 count, i64 pitch, double* stats) const {
-    double last[MAX_STATES];
+  // So many states, at least one, level by level, into one.
+  void fold_states(int s, double* at, i64 count, i64 pitch, double* last) const {
     for (; count > CHUNK; count = (count + CHUNK - 1) / CHUNK)
       for (i64 k = 0; k * CHUNK < count; k++)
         kernel.fold(p, s, at + k * CHUNK, (int)std::min<i64>(CHUNK, count - k * CHUNK), pitch, at + k, pitch);
-    if (count > 0) kernel.fold(p, s, at, (int)count, pitch, last, 1);
+    kernel.fold(p, s, at, (int)count, pitch, last, 1);
+  }
+  // And that into the row's stats.
+  void finish_states(int s, double* at, i64 count, i64 pitch, double* stats) const {
+    double last[MAX_STATES];
+    if (count > 0) fold_states(s, at, count, pitch, last);
     kernel.finish(p, s, count > 0 ? last : nullptr, stats);
   }
 

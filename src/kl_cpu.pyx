@@ -521,7 +521,7 @@ cdef extern from "kl_partial.h" namespace "kl" nogil:
     int _MAX_STATS "kl::MAX_STATS"
     int states_of(const Plan&, const Isa&, int)
     int sweep_plan "kl::sweep"(Plan&, const Isa&, int, const double*, double*, int, Ask) noexcept
-    int merge_plan "kl::merge"(Plan&, const Isa&, int, double*, i64, double*, Ask) noexcept
+    int merge_plan "kl::merge"(Plan&, const Isa&, int, double*, i64, double*, bint, Ask) noexcept
     int sum_chunks "kl::chunk_sums"(Plan&, const Isa&, double*, Ask) noexcept
 
 MAX_STATS = _MAX_STATS
@@ -567,34 +567,36 @@ def sweep(int number, int operation, int space_x, int space_y, x, y, weights, te
 
 
 def merge(int number, int operation, int space_x, int space_y, weights, bint wide, double temperature, int threads,
-          double parameter, double factor, double[::1] states, i64 count, double[::1] stats):
+          double parameter, double factor, double[::1] states, i64 count, double[::1] into, bint fold=False):
     """The states that a sweep left of all blocks, `count` doubles a line, into the rows' stats; overwrites them.
 
-    A row's stats begin with its value, once that is known, times its weight. `weights` has the batch shape.
+    A row's stats begin with its value, once that is known, times its weight. `weights` has the batch shape. With `fold`
+    only into one state a row, zero before, of at least one.
     """
     cdef Plan p
     cdef _Borrowed b = _Borrowed.__new__(_Borrowed)
     cdef Py_buffer* v
     cdef int d, found
-    if not stats.shape[0]:
+    if not into.shape[0]:
         return
     memset(&p, 0, sizeof(Plan))
+    p.operation, p.space_x, p.space_y, p.wide = operation, space_x, space_y, wide
+    p.output = TOTAL
     p.ndim = 1
-    p.rows = p.shape[0] = stats.shape[0] // MAX_STATS
+    p.rows = p.shape[0] = into.shape[0] // (states_of(p, _isa.load()[0], number) if fold else MAX_STATS)
     if weights is not None:
         b.lend(weights, &p.weights, False, False)
         v = &b.view[0]
         p.ndim = v.ndim
         for d in range(p.ndim):
             p.shape[d] = v.shape[d]
-    p.operation, p.space_x, p.space_y, p.wide = operation, space_x, space_y, wide
-    p.output = TOTAL
     p.threads = threads
     p.inverse_temperature = 1.0 / temperature
     p.parameter, p.factor = parameter, factor
     cdef Ask ask = _ask()
     with nogil:
-        found = merge_plan(p, _isa.load()[0], number, &states[0] if states.shape[0] else NULL, count, &stats[0], ask)
+        found = merge_plan(p, _isa.load()[0], number, &states[0] if states.shape[0] else NULL, count, &into[0],
+                           fold, ask)
     _end(found)
 
 

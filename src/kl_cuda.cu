@@ -46,6 +46,7 @@ struct Plan {
   i64 dense;                  // rows of x, y, dx and dy lie one behind the other
   i64 slots;                  // chunks that a warp holds in shared memory
   i64 count, groups;          // kl_fold, kl_sum: elements a row, and groups of 1024 of them
+  i64 packed;                 // kl_fold leaves the slopes of a chunk's gradients where its state was
   i64 rows_on, chunks_on;     // kl_units: from a warp's chunk to its next
   i64 inner;                  // kl_summed: rows that share one gradient row
   i64 any_weights;            // weights may be any numbers; else bad ones spoil their rows
@@ -1999,9 +2000,9 @@ using namespace kl;
 
 // ---- the kernels -----------------------------------------------------------------------------------------------------------
 //
-// Rows of one chunk: all sweeps. Of longer rows: the sweeps from `first` to `last`, whose states go to
-// states[(row * K + k) * chunks + chunk], K of them a chunk; stats[row * MAX_STATS] holds what earlier sweeps found out, and kl_fold
-// leaves the slopes of a chunk's gradients where its state was (pack).
+// Rows of one chunk: all sweeps. With `states`, of longer rows and of rows in parts: the sweeps from `first` to `last`, whose
+// states go to states[(row * K + k) * chunks + chunk], K of them a chunk; stats[row * MAX_STATS] holds what earlier sweeps
+// found out.
 // Each warp treats one chunk of one row at a time. Where neighbouring rows lie side by side, the block's warps take
 // neighbouring rows and read them together.
 #if defined(KL_UNITS)
@@ -2040,7 +2041,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, OF_LOGITS && BLOCKS > 4 ? 
           double sum = chunk_direct(p, row, unit.chunk, wanted(p, 0, row.weight));
           if (lane_of() == 0) {
             row = locate(p, again(unit.row));
-            if (p.chunks > 1) p.states[unit.row * p.chunks + unit.chunk] = sum;
+            if (p.states) p.states[unit.row * p.chunks + unit.chunk] = sum;
             else if (p.value.data) write_value(p, row.value, row.weight, sum);
           }
           continue;
@@ -2073,21 +2074,21 @@ extern "C" __global__ void __launch_bounds__(THREADS, OF_LOGITS && BLOCKS > 4 ? 
 #pragma unroll 1
     for (int sweep = (int)p.first; live && sweep < (int)p.last; sweep++) {
       Local local = {stats, stats + 1, 1, false};
-      if (OF_LOGITS && sweep > 0 && p.chunks > 1) local = {stats, stats + MAX_STATS, 1, PACKS && p.chunks <= CHUNK};
-      bool keep = p.chunks == 1 && p.last > 1 && !p.columns;
+      if (OF_LOGITS && sweep > 0 && p.states) local = {stats, stats + MAX_STATS, 1, PACKS && p.packed};
+      bool keep = !p.states && p.last > 1 && !p.columns, none = IS_RENYI && sweep == VALUE_SWEEP && !is_tilted(stats);
       chunk(p, Wide(n), with_factors(p, s, unit.row, unit.chunk), sweep, local, wanted(p, sweep, weight_of(p, unit.row)),
             InPlace{s}, stats, keep, [&] { stage_again(p, unit, s); });
       __syncwarp();
       int count = states_of(sweep);
-      if (count > 0 && p.chunks == 1 && lane_of() == 0) finish(p, sweep, stats, stats);
-      if (lane_of() < count && p.chunks > 1) {
-        p.states[(unit.row * count + lane_of()) * p.chunks + unit.chunk] = stats[lane_of()];
+      if (count > 0 && !p.states && lane_of() == 0) finish(p, sweep, stats, stats);
+      if (lane_of() < count && p.states) {
+        p.states[(unit.row * count + lane_of()) * p.chunks + unit.chunk] = none ? 0.0 : stats[lane_of()];
       }
       __syncwarp();
     }
     active = unit.row < p.rows;
     n = classes(p, unit.chunk);
-    if (p.chunks == 1 && active) {
+    if (!p.states && active) {
       if (lane_of() == 0 && !OUT_TERMS && p.value.data) {
         Row row = locate(p, unit.row);
         write_value(p, row.value, row.weight, stats[VALUE]);
@@ -2318,7 +2319,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) kl_rows(const Plan
 #endif
 
 // The states of `count` chunks of each row, or of groups of chunks: every 1024 of them into one, left in `sums` as they
-// were in `states`; the last one finishes the row.
+// were in `states`; where there is no such place, the last one finishes the row.
 #if defined(KL_FOLD)
 extern "C" __global__ void __launch_bounds__(256, 2) kl_fold(const Plan p) {
   int sweep = (int)p.first, K = states_of(sweep);
@@ -2326,20 +2327,20 @@ extern "C" __global__ void __launch_bounds__(256, 2) kl_fold(const Plan p) {
        item += (i64)gridDim.x * warps_of()) {
     i64 r = item / p.groups, g = item % p.groups, left = p.count - g * CHUNK;
     Row row = locate(p, r);
-    double state[MAX_STATES];
+    double state[MAX_STATES] = {0};   // a side that needs no norm leaves none
     if (row.weight != 0)
       fold(p, sweep, Alone{}, States{p.states + r * K * p.count + g * CHUNK, p.count, left < CHUNK ? (int)left : CHUNK}, state);
     double* stats = p.stats + r * MAX_STATS;
-    if (lane_of() == 0 && p.groups > 1 && row.weight != 0)
+    if (lane_of() == 0 && p.sums && row.weight != 0)
 #pragma unroll
       for (int k = 0; k < MAX_STATES; k++)
         if (k < K) p.sums[(r * K + k) * p.groups + g] = state[k];
-    if (p.groups > 1) continue;
+    if (p.sums) continue;
     if (lane_of() == 0) {
       if (row.weight != 0) finish(p, sweep, state, stats);
       if (sweep == VALUE_SWEEP && p.output != TERMS && p.value.data) write_value(p, row.value, row.weight, stats[VALUE]);
     }
-    if (PACKS && p.count == p.chunks && row.weight != 0) {
+    if (PACKS && p.packed && row.weight != 0) {
       __syncwarp();
       pack_all(p, stats, p.states + r * K * p.chunks);
     }

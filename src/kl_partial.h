@@ -1,7 +1,8 @@
 // Rows in parts, for arrays that are never in one place: one sweep over a block of the classes, the states of all blocks
-// into the rows' stats, and the outputs of a block from these. Called by kl_cpu.pyx for klcore.backends.dask, without the
-// GIL. The sweeps are those of kl_rows.h, chunk by chunk, and states are merged as Batch merges them (kl_batch.h): where
-// all blocks but the last hold a multiple of CHUNK classes, the chunks are those of the whole row, and so are the bits.
+// into the rows' stats, and the outputs of a block from these. Called by kl_cpu.pyx for klcore.backends.dask and
+// klcore.Shard, without the GIL. The sweeps are those of kl_rows.h, chunk by chunk, and states are merged as Batch merges
+// them (kl_batch.h): where all blocks but the last hold a multiple of CHUNK classes, the chunks are those of the whole row,
+// and so are the bits.
 #pragma once
 #include "kl_batch.h"
 
@@ -84,9 +85,10 @@ inline void sweep_summed(Plan& p, const Isa& isa, int s, const double* stats, in
   });
 }
 
-// The states that sweep `s` left of all blocks, `count` a line, into the rows' stats. After the last one
-// stats[0] becomes what the row adds to a total: its value times its weight. Overwrites the states. The plan has no classes, only rows and their weights.
-inline void merge_here(Plan& p, const Isa& isa, int s, double* states, i64 count, double* stats, Watch& watch) {
+// The states that sweep `s` left of all blocks, `count` a line, into the rows' stats, MAX_STATS each; or, to `fold`, at
+// least one of them, into one state a row. After the last sweep the first of its stats becomes what the row adds to a
+// total: its value times its weight. Overwrites the states. The plan has no classes, only rows and their weights.
+inline void merge_here(Plan& p, const Isa& isa, int s, double* states, i64 count, double* into, bool fold, Watch& watch) {
   collapse(p);
   Batch b(p, isa);
   i64 width = b.kernel.states[s];
@@ -94,9 +96,11 @@ inline void merge_here(Plan& p, const Isa& isa, int s, double* states, i64 count
   each(watch, threads, p.rows, 8, false, [&](i64 r, Worker& worker) {
     if (worker.stops(count * CHUNK)) return;
     Row row = locate(p, r);
-    double* to = stats + r * MAX_STATS;
-    if (row.weight != 0) b.finish_states(s, states + r * width * count, count, count, to);
-    if (s + 1 == b.kernel.sweeps) to[0] = b.finish(row, to, worker);   // none without outputs: the value is known
+    double* at = states + r * width * count;
+    double* to = into + r * (fold ? width : MAX_STATS);
+    if (row.weight != 0 && fold) b.fold_states(s, at, count, count, to);
+    else if (row.weight != 0) b.finish_states(s, at, count, count, to);
+    if (s + 1 == b.kernel.sweeps && !fold) to[0] = b.finish(row, to, worker);   // none without outputs: the value is known
   });
 }
 
@@ -124,8 +128,8 @@ inline int sweep(Plan& p, const Isa& isa, int s, const double* stats, double* st
     else sweep_summed(p, isa, s, stats, inner_axes, watch);
   });
 }
-inline int merge(Plan& p, const Isa& isa, int s, double* states, i64 count, double* stats, Ask ask) noexcept {
-  return guarded(ask, [&](Watch& watch) { merge_here(p, isa, s, states, count, stats, watch); });
+inline int merge(Plan& p, const Isa& isa, int s, double* states, i64 count, double* into, bool fold, Ask ask) noexcept {
+  return guarded(ask, [&](Watch& watch) { merge_here(p, isa, s, states, count, into, fold, watch); });
 }
 
 }  // namespace kl

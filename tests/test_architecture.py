@@ -30,7 +30,12 @@ REGISTRY_ERROR = "klcore.backends:BackendUnavailableError"  # an exception has t
 ROOMS = {
     r"klcore": {
         "klcore.divergence", "klcore.estimate", "klcore.family", "klcore.backends", "klcore.backends.threads",
-        "klcore.config", "klcore.summary", "klcore.version",
+        "klcore.config", "klcore.shard", "klcore.summary", "klcore.version",
+    },
+    # the parameters of a function are that function's to understand
+    r"klcore\.shard": {
+        "numpy", "klcore.backends:Unevaluated", "klcore.backends.cpu", "klcore.backends.parts", "klcore.divergence",
+        "klcore.family", "klcore.operations", "klcore.parameters",
     },
     # within a function: what makes a summary of dask's arrays lazy
     r"klcore\.summary": {
@@ -84,6 +89,7 @@ ROOMS = {
         "numpy", "klcore.backends:library", "klcore.backends.rows", "klcore.backends.torch.memory",
         "klcore.backends.dlpack",
     },
+    r"klcore\.backends\.parts": {"klcore.backends:find", "klcore.backends.torch.parts", "klcore.operations"},
     r"klcore\.backends\.labels": {"numpy"},
     r"klcore\.backends\.rows": {
         "numpy", "klcore._cpu", "klcore.backends.labels", "klcore.operations", "klcore.parameters",
@@ -112,11 +118,34 @@ ROOMS = {
         "numpy", "klcore.backends.rows", "klcore.backends.cuda.kernels", "klcore.backends.cuda.launches",
         "klcore.backends.cuda.plans",
     },
-    r"klcore\.backends\.cuda": {
-        "numpy", "klcore.backends.rows", "klcore.backends.cuda.devices", "klcore.backends.cuda.launches",
-        "klcore.backends.cuda.plans", "klcore.backends.cuda.preparation", "klcore.operations",
+    r"klcore\.backends\.cuda\.parts": {
+        "klcore.backends.rows", "klcore.operations",
+        *(f"klcore.backends.cuda.{name}" for name in ("kernels", "launches", "plans", "preparation")),
     },
-    r"klcore\.backends\.(?P<library>jax|dask|dlpack)": {
+    r"klcore\.backends\.cuda": {
+        "numpy", "klcore.backends.rows", "klcore.operations",
+        *(
+            f"klcore.backends.cuda.{name}"
+            for name in ("devices", "kernels", "launches", "parts", "plans", "preparation")
+        ),
+    },
+    r"klcore\.backends\.jax\.private": {"numpy", "jax"},
+    r"klcore\.backends\.jax\.programs": {
+        "numpy", "jax", "klcore.backends.cpu", "klcore.backends.cuda", "klcore.operations",
+    },
+    r"klcore\.backends\.jax\.partition": {
+        "numpy", "jax", "klcore.backends.cpu", "klcore.backends.rows", "klcore.operations",
+        *(f"klcore.backends.jax.{name}" for name in ("private", "programs")),
+    },
+    r"klcore\.backends\.jax\.primitives": {
+        "jax", "klcore.backends.rows", *(f"klcore.backends.jax.{name}" for name in ("partition", "private", "programs")),
+    },
+    r"klcore\.backends\.jax": {
+        "numpy", "jax", "klcore.backends.cpu", "klcore.backends.cuda", "klcore.backends.labels", "klcore.backends.rows",
+        "klcore.operations", REGISTRY_ERROR,
+        *(f"klcore.backends.jax.{name}" for name in ("partition", "primitives", "private", "programs")),
+    },
+    r"klcore\.backends\.(?P<library>dask|dlpack)": {
         "numpy", "cupy", "ml_dtypes", "klcore.backends.cpu", "klcore.backends.cuda", "klcore.backends.rows",
         "klcore.backends.threads", "klcore.backends.labels", "klcore.operations", REGISTRY_ERROR,
     },
@@ -135,25 +164,34 @@ ROOMS = {
         "torch", "klcore.operations",
         *(f"klcore.backends.torch.{name}" for name in ("batches", "kernels", "operator", "private")),
     },
+    r"klcore\.backends\.torch\.parts": {
+        "torch", "klcore.backends.cpu", "klcore.backends.parts", "klcore.operations",
+        *(f"klcore.backends.torch.{name}" for name in ("kernels", "memory", "private")),
+    },
+    r"klcore\.backends\.torch\.sharded": {
+        "numpy", "torch", "klcore._cpu", "klcore.backends.cpu", "klcore.backends.rows",
+        *(f"klcore.backends.torch.{name}" for name in ("kernels", "memory", "operator")), "klcore.operations",
+    },
     r"klcore\.backends\.torch": {
         "numpy", "torch", "klcore.backends.cpu", "klcore.backends.labels", "klcore.backends.rows", "klcore.operations",
-        *(f"klcore.backends.torch.{name}" for name in ("autograd", "kernels", "memory", "private")),
+        *(f"klcore.backends.torch.{name}" for name in ("autograd", "kernels", "memory", "private", "sharded")),
     },
     r"klcore\.compat": {"klcore.compat"},
     r"klcore\.compat\._arguments": {"numpy", "klcore.backends.rows", "klcore.parameters"},
     r"klcore\.compat\.rtorch": {"klcore.compat._arguments", "klcore.compat.pytorch"},  # one library in R as well
     # a library is named for type checkers alone: see what an import of it brings
     r"klcore\.compat\.keras\.registration": set(),
+    r"klcore\.compat\.keras\.tensorflow": {"tensorflow", "klcore.compat._arguments"},  # within functions
     r"klcore\.compat\.keras\.arguments": {
-        "numpy", "klcore.compat._arguments", "klcore.compat.keras.registration",
+        "numpy", "klcore.compat._arguments", "klcore.compat.keras.registration", "klcore.compat.keras.tensorflow",
     },
     r"klcore\.compat\.keras\.functions": {
         "numpy", "klcore.divergence", "klcore.compat._arguments", "klcore.compat.keras.arguments",
-        "klcore.compat.keras.registration",
+        "klcore.compat.keras.registration", "klcore.compat.keras.tensorflow",
     },
     r"klcore\.compat\.keras\.(loss|metric)": {
-        "keras", "klcore.compat._arguments", "klcore.compat.keras.arguments", "klcore.compat.keras.functions",
-        "klcore.compat.keras.registration",
+        "keras", "klcore.compat._arguments",
+        *(f"klcore.compat.keras.{name}" for name in ("arguments", "functions", "registration", "tensorflow")),
     },
     r"klcore\.compat\.keras": {
         *(f"klcore.compat.keras.{name}" for name in ("functions", "loss", "metric", "registration")),
@@ -243,6 +281,11 @@ def test_edges_that_must_not_be(module, edge):
 def test_private_interfaces_of_pytorch_are_in_one_file():
     asking = {m for m, path in modules() if re.search(r"torch\._C|forward_ad\._|torch\._\w+\.", path.read_text())}
     assert asking == {"klcore.backends.torch.private"}
+
+
+def test_private_interfaces_of_jax_are_in_one_file():
+    asking = {m for m, path in modules() if re.search(r"jax\._src|module_context", path.read_text())}
+    assert asking == {"klcore.backends.jax.private"}
 
 
 def test_oracle_is_independent():

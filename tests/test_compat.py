@@ -1061,7 +1061,7 @@ def test_keras_policy():
     assert of_keras.KLDivergence(dtype=Policy())(PROBS, PROBS).dtype == np.float16
 
 
-@pytest.mark.parametrize("backend", ["torch", "jax"])
+@pytest.mark.parametrize("backend", ["torch", "jax", "tensorflow"])
 def test_keras_trains(python, backend):
     """A model that learns by our losses, as functions and as objects, ends where Keras' own takes it."""
     needs("keras", backend)
@@ -1118,10 +1118,11 @@ print("loaded")
 """
 
 
-def test_keras_saved_models(python, tmp_path):
-    needs("keras", "torch")
+@pytest.mark.parametrize("backend", ["torch", "tensorflow"])
+def test_keras_saved_models(python, tmp_path, backend):
+    needs("keras", backend)
     code = SAVED.replace("sys.argv[1]", repr(str(tmp_path / "model.keras")))
-    assert python(code, KERAS_BACKEND="torch", warnings="ignore").strip().endswith("loaded")
+    assert python(code, KERAS_BACKEND=backend, warnings="ignore").strip().endswith("loaded")
 
 
 def test_keras_copies_of_metrics(keras):

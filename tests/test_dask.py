@@ -3,6 +3,7 @@
 import functools
 import importlib
 import itertools
+import operator
 import pickle
 import sys
 import threading
@@ -526,13 +527,13 @@ def on_gpu(gpu):
     return lambda a, chunks: da.from_array(gpu.put(a), chunks=chunks, asarray=False)
 
 
-@pytest.mark.parametrize("chunks", [(3, 300), (3, 100)])  # the latter are joined along the classes
+@pytest.mark.parametrize("chunks", [(3, 1300), (3, 1024)])  # the latter's states are merged
 def test_cupy_chunks(gpu, on_gpu, chunks):
     weights = np.array([0, 1, 2, 0.5, 1, 1, 3])
     for space, reduction in itertools.product(
         (("probs", "probs"), ("logits", "logits")), ("row", "none", "sum", "rowmean")
     ):
-        arrays = arguments("kl_div", space, (7, 300), "float32")
+        arrays = arguments("kl_div", space, (7, 1300), "float32")
         keywords = {"reduction": reduction, "weights": weights}
         whole = call("kl_div", arrays, space, **keywords)
         lazy = call("kl_div", [on_gpu(a, chunks) for a in arrays], space, **keywords)
@@ -637,6 +638,66 @@ def test_sizes_that_must_be_known(change, words):
         klcore.kl_div(**{"x": x, "y": y, **change})
 
 
+# rows left of three blocks of four: in blocks of 2, 1, 2 and of 1, 1, 2; a block that is broadcast by chance, and total
+KEPT = {"x": [0, 3, 5, 8, 9], "y": [0, 5, 8, 9]}
+
+
+def left(a, rows, chunks):
+    """Rows of an array in blocks of four, which dask counts when it computes."""
+    return da.from_array(a, chunks=chunks)[da.from_array(np.isin(np.arange(12), rows), chunks=4)]
+
+
+@pytest.mark.parametrize("classes", [30, 12])
+@pytest.mark.parametrize("reduction", ["row", "none", "sum"])
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_unknown_sizes_must_match(operation, reduction, classes):
+    """Block by block: x and y, or either and the weights; of values and of gradients."""
+    row = OPERATIONS[operation]
+    if not row.has_terms and reduction == "none":
+        return
+    space = ("logits",) * len(row.gradients)
+    x, *y = arguments(operation, space, (12, 30), "float64")
+    weights = np.linspace(1, 2, 12)
+    for rows in [{"y": KEPT["y"]}, {"weights": KEPT["y"]}] if y else [{"weights": KEPT["y"]}]:
+        rows = {name: rows.get(name, KEPT["x"]) for name in ("x", "y", "weights")}
+        arrays = [left(a, rows[name], (4, classes)) for a, name in zip((x, *y), "xy", strict=False)]
+        for result in call(operation, arrays, space, reduction=reduction, weights=left(weights, rows["weights"], 4)):
+            with pytest.raises(ValueError, match=r"size 2 along axis 0.* of size 1 along axis 0.*compute_chunk_sizes"):
+                result.compute()
+
+
+@pytest.mark.parametrize("classes", [30, 12])
+def test_axes_of_size_1_broadcast_beside_unknown_ones(classes):
+    """As a size of 1 that is known does: of an operand, of the weights, and along another axis."""
+    (x, y), one = arguments("kl_div", ("logits", "logits"), (12, 3, 30), "float64"), np.s_[:, :1]
+    weights = np.linspace(1, 2, 12)[:, None]
+    kept, chunks = KEPT["x"], (4, 2, classes)
+    lazy_y, lazy_w = left(y[one], kept, chunks), left(weights, kept, (4, 1))
+    for lazy, here in [
+        ((left(x, kept, chunks), lazy_y, lazy_w), (x[kept], y[kept][one], weights[kept])),
+        ((da.from_array(x[:1]), lazy_y, lazy_w), (x[:1], y[kept][one], weights[kept])),
+        ((left(x, kept, chunks), da.from_array(y[0]), lazy_w), (x[kept], y[0], weights[kept])),
+        ((left(x, kept, chunks), lazy_y, da.ones((1, 3))), (x[kept], y[kept][one], np.ones((1, 3)))),
+    ]:
+        for keywords in ({"reduction": "none"}, {"reduction": "sum", "denominator": 7.0}):
+            keywords |= {"space": "logits", "return_grad": ("x", "y")}
+            results = dask.compute(*klcore.kl_div(*lazy[:2], weights=lazy[2], **keywords))
+            for got, expected in zip(results, klcore.kl_div(*here[:2], weights=here[2], **keywords), strict=True):
+                assert_close(got, expected)
+
+
+@pytest.mark.parametrize("exponent", [-1074, 1020])
+def test_weights_at_an_end_of_the_range_beside_a_denominator(exponent):
+    """Where the number of rows is not known."""
+    x, y = arguments("kl_div", ("probs", "probs"), (12, 30), "float64")
+    kept, weights = KEPT["x"], np.full(12, 2.0**exponent)
+    keywords = {"reduction": "sum", "denominator": 5 * 2.0**exponent}
+    expected = klcore.kl_div(x[kept], y[kept], weights=weights[kept], **keywords)
+    lazy = [left(a, kept, (4, 30)) for a in (x, y)]
+    for w in (left(weights, kept, 4), da.from_array(weights[:1])):
+        assert_close(klcore.kl_div(*lazy, weights=w, **keywords).compute(), expected)
+
+
 # ---- errors ----------------------------------------------------------------------------------------------------------
 
 LAZY = da.ones((6, 8), chunks=(2, 4))
@@ -687,6 +748,22 @@ def test_wrong_arguments_say_what_they_say_for_numpy(change):
 def test_wrong_arguments(change, error, words):
     with pytest.raises(error, match=words):
         klcore.kl_div(**{"x": LAZY, "y": LAZY, **change})
+
+
+@pytest.mark.parametrize(
+    ("library", "array", "make"),
+    [
+        ("torch", "tensor", r"numpy.asarray\(weights"),
+        ("jax", "numpy.asarray", r"numpy.asarray\(weights"),
+        ("xarray", "DataArray", "weights.data"),  # of dask's: NumPy would compute it at once
+    ],
+)
+def test_weights_of_another_library(library, array, make):
+    pytest.importorskip(library, reason=f"{library} is not installed")
+    weights = da.ones(6) if library == "xarray" else np.ones(6)
+    other = operator.attrgetter(array)(importlib.import_module(library))(weights)
+    with pytest.raises(TypeError, match=f"weights is .* {library} array beside dask's; .*{make}"):
+        klcore.kl_div(LAZY, LAZY, weights=other)
 
 
 def test_other_chunks():

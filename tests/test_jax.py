@@ -3,6 +3,7 @@
 import contextlib
 import importlib
 import types
+from functools import partial
 
 import ml_dtypes
 import numpy as np
@@ -280,10 +281,105 @@ def test_no_derivative_by_weights():
     jax.grad(lambda y, w: klcore.kl_div(x, y, weights=jax.lax.stop_gradient(w)).sum(), (0, 1))(y, jnp.ones(3))
 
 
-def test_no_forward_mode():
+# ---- forward mode ----------------------------------------------------------------------------------------------------
+
+
+def forwards_and_backwards(f, arguments):
+    """The same numbers, for random tangents and cotangents; with a linearised function, and where JAX compiles it."""
+    tangents = tuple(jax.random.normal(jax.random.key(k), a.shape, a.dtype) for k, a in enumerate(arguments))
+    value, pull = jax.vjp(f, *arguments)
+    cotangent = jax.random.normal(jax.random.key(9), value.shape, value.dtype)
+    expected = sum((g.astype(float) * t).sum() for g, t in zip(pull(cotangent), tangents, strict=True))
+    for g in (f, jax.jit(f)):
+        found, tangent = jax.jvp(g, arguments, tangents)
+        np.testing.assert_array_equal(found, value)
+        assert tangent.dtype == value.dtype
+        np.testing.assert_allclose((tangent * cotangent).sum(), expected, rtol=1e-3, atol=1e-4)
+    np.testing.assert_allclose(jax.linearize(f, *arguments)[1](*tangents), tangent, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("operation", oracle.OPERATIONS)
+def test_forward_mode(operation):
+    """With an operand that is broadcast, and weights."""
+    space = ("logits", "logits") if OPERATIONS[operation].single else ("logits", "probs")
+    x, y = (jnp.asarray(a) for a in arguments(space, (4, 5), (5,)))
+    for reduction in ("row", "rowmean"):
+        options = {"reduction": reduction, "weights": jnp.arange(4.0)}
+        forwards_and_backwards(lambda x, y, o=options: on(operation, x, y, space, **o), (x, y))
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("reduction", ["row", "sum"])
+def test_forward_mode_of_16_bits(reduction, dtype):
+    x, y = (jnp.asarray(a).astype(dtype) for a in arguments(("probs", "probs"), (4, 5), (5,)))
+    _, tangent = jax.jvp(lambda x, y: klcore.kl_div(x, y, reduction=reduction), (x, y), (x, y))
+    wide = tuple(a.astype("float32") for a in (x, y))
+    _, expected = jax.jvp(lambda x, y: klcore.kl_div(x, y, reduction=reduction), wide, wide)
+    np.testing.assert_allclose(tangent, expected, atol=0.02)
+
+
+@pytest.mark.parametrize("axis", [0, -1])
+def test_forward_mode_of_terms(axis):
+    x, y = (jnp.asarray(a) for a in arguments(("probs", "log_probs"), (4, 5), (4, 5)))
+    options = {"space": ("probs", "log_probs"), "reduction": "none", "axis": axis}
+    forwards_and_backwards(lambda x, y: klcore.rel_entr(x, y, **options), (x, y))
+    with pytest.raises(NotImplementedError, match=r"no forward mode .* for reduction='none' of logits"):
+        jax.jvp(lambda y: klcore.kl_div(y, y, space="logits", reduction="none"), (y,), (y,))
+
+
+def test_jacobian_in_forward_mode():
+    """As many tangents as classes, in one call."""
+    x, y = (jnp.asarray(a) for a in arguments(("logits", "logits"), (3, 4)))
+    f = jax.jit(lambda y: klcore.kl_div(x, y, space="logits"))
+    np.testing.assert_allclose(jax.jacfwd(f)(y), jax.jacrev(f)(y), rtol=1e-5, atol=1e-7)
+
+
+def test_forward_mode_of_a_loss_and_of_an_estimator():
+    x, y = (jnp.asarray(a) for a in arguments(("probs", "log_probs"), (4, 5)))
+    for reduction in ("row", "sum", "none"):
+        options = {"space": ("probs", "log_probs"), "reduction": reduction, "denominator": 3.0}
+        forwards_and_backwards(lambda x, y, o=options: loss("pytorch", x, y, **o), (x, y))
+    for reduction in ("none", "mean"):
+        forwards_and_backwards(lambda x, y, r=reduction: klcore.kl_estimate(x, y, reduction=r), (y, x))
+
+
+def test_no_forward_mode_beside_gradients():
+    """Their own derivative is a second one."""
     x, y = (jnp.asarray(a) for a in arguments(("probs", "probs")))
-    with pytest.raises(TypeError, match="forward-mode"):
-        jax.jvp(lambda y: klcore.kl_div(x, y), (y,), (y,))
+    with pytest.raises(NotImplementedError, match="first derivatives only"):
+        jax.jvp(lambda y: klcore.kl_div(x, y, return_grad="y"), (y,), (y,))
+
+
+# ---- a cotangent of 0 ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("reduction", ["row", "sum", "none"])
+@pytest.mark.parametrize("operation", [name for name in oracle.OPERATIONS if OPERATIONS[name].has_terms])
+def test_cotangent_of_zero_gives_zero(operation, reduction):
+    """Where the derivative is infinite as well: at probabilities of 0."""
+    x, y = jnp.array([[0.5, 0.5], [1, 0]]), jnp.array([[0.5, 0.5], [0.0, 1.0]])
+
+    def f(x, y):
+        return (0 * on(operation, x, y, ("probs", "probs"), reduction=reduction)).sum()
+
+    g = jax.jit(jax.grad(f, (0, 1)))
+    assert all((a == 0).all() for a in (*g(x, y), *jax.vmap(g)(x[None], y[None])))
+
+
+def test_terms_that_are_masked():
+    """jnp.where, whose cotangent is 0 where it takes the other."""
+    x, q = jnp.array([[0.5, 0.5], [1, 0]]), jnp.array([[0.5, 0.5], [0.5, 0.5]])
+    g = jax.grad(lambda x: jnp.where(x > 0, klcore.kl_div(x, q, reduction="none"), 0).sum())(x)
+    np.testing.assert_allclose(g, [[0, 0], [np.log(2), 0]], rtol=1e-6)
+
+
+@pytest.mark.parametrize("reduction", ["row", "sum", "none"])
+@pytest.mark.parametrize("term", ["pytorch", "keras"])
+def test_cotangent_of_zero_of_a_loss(term, reduction):
+    x, y = jnp.array([[0.5, 0.5], [1, 0]]), jnp.array([[0.5, 0.5], [0.5, 0.0]])
+    space = ("probs", "log_probs" if term == "pytorch" else "probs")
+    g = jax.grad(lambda x, y: (0 * loss(term, x, y, space=space, reduction=reduction)).sum(), (0, 1))(x, jnp.log(y))
+    assert all((a == 0).all() for a in g)
 
 
 # ---- transformations -------------------------------------------------------------------------------------------------
@@ -420,6 +516,100 @@ def test_loss_dtype(dtype):
     assert g.dtype == "float16"
 
 
+# ---- temperatures ----------------------------------------------------------------------------------------------------
+
+
+def softened(x, y, t, reduction="row"):
+    """The divergence in jnp's words."""
+    t = jnp.asarray(t)
+    t = t[..., None] if t.ndim else t
+    a, b = jax.nn.log_softmax(x / t), jax.nn.log_softmax(y / t)
+    rows = (jnp.exp(a) * (a - b)).sum(-1)
+    return {"row": rows, "sum": rows.sum(), "rowmean": rows.mean()}[reduction]
+
+
+def compilations(caplog, function):
+    caplog.clear()
+    with jax.log_compiles():
+        function()
+    return sum("Compiling" in r.getMessage() for r in caplog.records)
+
+
+@pytest.mark.parametrize("shape", [(3, 7), (300, 70)], ids=["small", "large"])
+def test_a_temperature_for_each_step(shape, caplog):
+    """One program for all numbers, one for all arrays, with gradients as well; the bits of NumPy's."""
+    x, y = arguments(("logits", "logits"), shape)
+    a, b = jnp.asarray(x), jnp.asarray(y)
+    g = jax.jit(jax.grad(lambda y, t: klcore.kl_div(a, y, space="logits", temperature=t, reduction="rowmean")))
+
+    def steps(temperatures):
+        for t in temperatures:
+            same(klcore.kl_div(a, b, space="logits", temperature=t), klcore.kl_div(x, y, space="logits", temperature=t))
+            expected = klcore.kl_div(x, y, space="logits", temperature=float(np.float32(t)))
+            same(klcore.kl_div(a, b, space="logits", temperature=jnp.float32(t)), expected)
+            jax.grad(lambda y, t=t: klcore.kl_div(a, y, space="logits", temperature=t).sum())(b)
+            g(b, t)
+
+    steps([3.0])
+    assert compilations(caplog, lambda: steps([2.5, 2.0, 1.7])) == 0
+
+
+@pytest.mark.parametrize("reduction", ["row", "sum", "rowmean"])
+def test_temperature_that_is_traced(reduction):
+    x, y = (jnp.asarray(a) for a in arguments(("logits", "logits"), (4, 5)))
+
+    def f(t, y=y):
+        return klcore.kl_div(x, y, space="logits", temperature=t, reduction=reduction)
+
+    for t in (0.5, 1.0, 2.5):
+        np.testing.assert_array_equal(jax.jit(f)(t), f(t))
+    t = jnp.array([0.5, 1.0, 2.5])
+    np.testing.assert_array_equal(jax.vmap(f)(t), np.stack([f(one) for one in t]))
+    found = jax.vmap(jax.value_and_grad(lambda y, t: f(t, y).sum()), (None, 0))(y, t)
+    expected = jax.vmap(jax.value_and_grad(lambda y, t: softened(x, y, t, reduction).sum()), (None, 0))(y, t)
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6), found, expected)
+
+
+@pytest.mark.parametrize("other", [(4, 5), (5,)], ids=str)
+@pytest.mark.parametrize("reduction", ["row", "sum", "rowmean"])
+def test_derivative_by_the_temperature(reduction, other):
+    """It is that by the logits, which has to be got anyway."""
+    x, y = (jnp.asarray(a) for a in arguments(("logits", "logits"), (4, 5), other))
+
+    def f(t, x, y):
+        return klcore.kl_div(x, y, space="logits", temperature=t, reduction=reduction)
+
+    def jnps(t, x, y):
+        return softened(x, y, t, reduction)
+
+    for t in (0.7, 3.0):
+        found = jax.jit(jax.grad(lambda *a: 3 * f(*a).sum(), (0, 1, 2)))(t, x, y)
+        expected = jax.grad(lambda *a: 3 * jnps(*a).sum(), (0, 1, 2))(t, x, y)
+        jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6), found, expected)
+        found = jax.jvp(lambda t: f(t, x, y), (t,), (1.0,))[1]
+        np.testing.assert_allclose(found, jax.jvp(lambda t: jnps(t, x, y), (t,), (1.0,))[1], rtol=1e-4, atol=1e-6)
+
+
+@X64
+@pytest.mark.parametrize(("operation", "space"), [pair for pair in PAIRS if "logits" in pair[1]])
+def test_derivatives_by_the_temperature(operation, space):
+    """Of all operations, against differences, where a class is excluded and all logits are far from 0."""
+    x, y = arguments(space, (2, 4), dtype=np.float64)
+    x, y = (a + 1e3 * (s == "logits") for a, s in zip((x, y), space, strict=True))
+    for a, s in zip((x, y), space, strict=True):
+        a[0, 1] = {"logits": -np.inf, "log_probs": -np.inf}.get(s, 0)
+    a, b = jnp.asarray(x), jnp.asarray(y)
+    check_grads(lambda t: on(operation, a, b, space, temperature=t), (jnp.float64(1.7),), order=1)
+
+
+def test_temperatures_that_are_wrong():
+    x = jnp.ones((2, 3))
+    with pytest.raises(ValueError, match="temperature divides logits"):
+        jax.jit(lambda t: klcore.kl_div(x, x, temperature=t))(2.0)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="temperature must be positive"):
+        jax.jit(lambda t: klcore.kl_div(x, x, space="logits", temperature=t))(0.0).block_until_ready()
+
+
 # ---- what is refused -------------------------------------------------------------------------------------------------
 
 BAD = {
@@ -495,12 +685,6 @@ def test_libraries_are_not_mixed():
     torch = pytest.importorskip("torch", reason="torch is not installed")
     with pytest.raises(TypeError, match=r"x is a jax array and y a torch one; move one of them"):
         klcore.kl_div(jnp.ones(3), torch.ones(3))
-
-
-def test_traced_temperature_is_refused():
-    x = jnp.ones((2, 3))
-    with pytest.raises(TypeError, match=r"temperature is traced by JAX.*divide the logits by it"):
-        jax.jit(lambda t: klcore.kl_div(x, x, space="logits", temperature=t))(2.0)
 
 
 @pytest.mark.parametrize("transform", [jax.jit, jax.grad, jax.vmap])
@@ -593,19 +777,19 @@ def test_buffers_on_a_gpu(gpu, monkeypatch):
             return super().__enter__()
 
     def buffer(array):
-        return None if array is None else types.SimpleNamespace(array=gpu.put(array), __dlpack_device__=lambda: (2, 0))
+        return types.SimpleNamespace(array=gpu.put(array), __dlpack_device__=lambda: (2, 0))
 
     monkeypatch.setattr(gpu.xp, "from_dlpack", lambda b: b.array, raising=False)
     monkeypatch.setattr(gpu.xp.cuda, "Stream", Watched)
-    adapter = importlib.import_module("klcore.backends.jax")
+    programs = importlib.import_module("klcore.backends.jax.programs")
     x, y = arguments(("logits", "probs"), (2, 4, 5), (1, 4, 5))  # an axis of vmap's in front, y not mapped
     value = np.empty(2, np.float32)
     dy = np.empty((2, 4, 5), np.float32)
-    call = Call(OPERATIONS["kl_div"], None, None, ("logits", "probs"), -1, "sum", temperature=2.0)
+    call = Call(OPERATIONS["kl_div"], None, None, ("logits", "probs"), -1, "sum")
     results = [buffer(value), buffer(dy)]
-    adapter._Program(call, 2, (), np.dtype("float32"), ("y",))(
-        types.SimpleNamespace(stream=7), results, buffer(x), buffer(y), *[None] * 4
-    )
+    program = programs.Program(call, 2, (), np.dtype("float32"), ("y",), names=("x", "y", "temperature"))
+    given = [buffer(a) for a in (x, y, programs.as_data(2.0)[None])]
+    programs.on_buffers(program, types.SimpleNamespace(stream=7), results, given)
     assert seen == [(7, 0)]
     for i in range(2):
         expected = klcore.kl_div(

@@ -42,7 +42,15 @@ class BackendUnavailableError(RuntimeError):
     """The device or library asked for cannot be used here; the message says what is missing and how to get it."""
 
 
-def find(x: object, y: object, device: str | None) -> ModuleType:
+class Unevaluated:
+    """As the device of a public function: a backend that returns the call, and computes nothing. For klcore.Shard."""
+
+    @staticmethod
+    def compute(call: "Call") -> "Call":
+        return call._replace(device=None)
+
+
+def find(x: object, y: object, device: Any) -> Any:
     """The backend module for two arrays: the arrays decide, and between NumPy's and CuPy's a device that is named.
 
     Raises
@@ -56,6 +64,8 @@ def find(x: object, y: object, device: str | None) -> ModuleType:
         If the backend cannot be imported.
     """
     of_x, of_y = _library(type(x), "x"), _library(type(y), "y")
+    if device is Unevaluated:
+        return Unevaluated
     if device is not None:
         named = _of_device(device)
         if of_x in _MOVABLE and of_y in _MOVABLE:
@@ -101,10 +111,11 @@ def _look_up(cls: type, name: str) -> str | None:
         root = base.__module__.partition(".")[0]
         if root in _MODULES:
             return root
-    if hasattr(cls, "__dlpack__"):
+    is_tensorflow = any(base.__module__.partition(".")[0] == "tensorflow" for base in cls.__mro__)
+    if hasattr(cls, "__dlpack__") and not is_tensorflow:
         return "dlpack"
-    # what NumPy makes an array of; and sparse ones, for rows.py to say what to do with them
-    if any(hasattr(cls, name) for name in ("__array__", "__array_interface__", "toarray", "todense")):
+    # what NumPy makes an array of; and what is sparse, or TensorFlow's, for rows.py to say what to do with them
+    if is_tensorflow or any(hasattr(cls, name) for name in ("__array__", "__array_interface__", "toarray", "todense")):
         return "numpy"
     if issubclass(cls, (*_NUMBERS, Sequence)) and not issubclass(cls, _TEXT):
         return None

@@ -128,7 +128,7 @@ def _turned(task: rows.Task, g: rows.Gradient) -> tuple[Any, tuple[Any, ...], tu
     return turn(g.view), tuple(turn(a) for a in (task.x, task.y, task.weights, task.factors)), order
 
 
-# ---- blocks of arrays that are never in one place, for backends/dask.py ----------------------------------------------
+# ---- blocks of arrays that are never in one place, for backends/dask.py and klcore.Shard -----------------------------
 #
 # `shared`: the operands of which other blocks hold copies; their gradients are yet to be added up, and come as float64,
 # of shape batch + (n,) with a 1 where they are broadcast.
@@ -155,7 +155,7 @@ def add_up(sums: Any) -> float:
 
 def block(call: Call, denominator: float, shared: tuple[str, ...]) -> tuple[Any, ...]:
     """A block of whole rows: (value, *gradients) for reduction="row" or "none", the gradients divided."""
-    task = _arrange_block(call, shared)
+    task = arrange(call, shared)
     task.cotangent = 1.0 / denominator if denominator else np.nan
     _compute(task)
     return task.value, *(g.array for g in task.gradients)
@@ -174,14 +174,14 @@ def states(call: Call, number: int, stats: Any) -> Any:
 
     `stats`, if it is not the first sweep: what :func:`merge` made of the one before.
     """
-    task = _arrange_block(call, ())
+    spaces, _, wanted = rows.words(call)
+    task = arrange(call._replace(return_grad=None))
     operation = call.operation.code
-    numbers = _cpu.sweeps(operation, *task.spaces, task.wide, False, bool(task.gradients))[number]
+    numbers = _cpu.sweeps(operation, *spaces, task.wide, False, bool(wanted))[number]
     left = np.zeros((*task.x.shape[:-1], numbers, chunks(task.n)))
-    wanted = {g.of for g in task.gradients}
     x, y = _lent(task.x), _lent(task.y)
     _cpu.sweep(
-        number, operation, *task.spaces, x, y, _lent(task.weights), None, x if "x" in wanted else None,
+        number, operation, *spaces, x, y, _lent(task.weights), None, x if "x" in wanted else None,
         y if "y" in wanted else None, task.wide, task.temperature, 1.0, get_num_threads(), task.parameter,
         task.factor, _flat(stats), left.reshape(-1),
     )  # fmt: skip
@@ -190,19 +190,23 @@ def states(call: Call, number: int, stats: Any) -> Any:
 
 def merge(
     operation: Operation, number: int, states: Any, stats: Any, weights: Any, spaces: tuple[int, int], wide: bool,
-    temperature: float, parameter: float, factor: float,
+    temperature: float, parameter: float, factor: float, fold: bool = False,
 ) -> Any:  # fmt: skip
     """The states of all blocks, joined along the chunks, into the rows' stats, of shape batch + (STATS,).
 
-    stats[..., 0] is a row's value, once that is known, times its weight.
+    stats[..., 0] is a row's value, once that is known, times its weight. With `fold`, the states of some chunks, at
+    least one, into one that stands for them, of shape batch + (numbers, 1).
     """
     batch, count = states.shape[:-2], states.shape[-1]
-    merged = np.zeros((*batch, _cpu.MAX_STATS)) if stats is None else np.array(stats, order="C")
+    if fold:
+        merged = np.zeros((*states.shape[:-1], 1))
+    else:
+        merged = np.zeros((*batch, STATS)) if stats is None else np.array(stats, order="C")
     if weights is not None:
         weights = _lent(np.broadcast_to(_asarray(weights, "weights"), batch))
     _cpu.merge(
         number, operation.code, *spaces, weights, wide, temperature, get_num_threads(), parameter,
-        factor, np.array(states).reshape(-1), count, merged.reshape(-1),
+        factor, np.array(states).reshape(-1), count, merged.reshape(-1), fold,
     )  # fmt: skip
     return merged
 
@@ -210,9 +214,11 @@ def merge(
 def outputs(call: Call, number: int, stats: Any, denominator: float, shared: tuple[str, ...]) -> tuple[Any, ...]:
     """What sweep `number` writes for a block of the classes: the terms for reduction="none", or the gradients."""
     threads = get_num_threads()
-    task = _arrange_block(call, shared)
+    task = arrange(call, shared)
     operation = call.operation.code
     scale = 1.0 / denominator if denominator else np.nan
+    if task.cotangent is not None:
+        scale *= float(task.cotangent)
     terms = task.value_view if call.reduction == "none" else None
     direct = {g.of: _lent(g.view) for g in task.gradients if not g.inner}
     if direct or terms is not None:
@@ -233,7 +239,8 @@ def outputs(call: Call, number: int, stats: Any, denominator: float, shared: tup
     return (task.value,) if terms is not None else tuple(g.array for g in task.gradients)
 
 
-def _arrange_block(call: Call, shared: tuple[str, ...]) -> rows.Task:
+def arrange(call: Call, shared: tuple[str, ...] = ()) -> rows.Task:
+    """The call, checked and laid out in rows."""
     task = rows.arrange(np, _asarray, call)
     for g in task.gradients:
         if g.of in shared:

@@ -3,7 +3,7 @@
 Arguments are checked at once, by rows.py on arrays that have a shape and no memory. What is computed later:
 
 * the class axis in one chunk: each block by itself, with the bits of the whole array;
-* the class axis in several chunks (NumPy): the sweeps of the kernels over a row, block by block. A block leaves a state
+* the class axis in several chunks: the sweeps of the kernels over a row, block by block. A block leaves a state
   for every 1024 of its classes, these are merged into the rows' statistics, and from them a block's outputs follow
   (src/kl_partial.h);
 * totals: sums of 1024 rows each, as float64, added up when all are there, in the order of the blocks.
@@ -17,6 +17,7 @@ import math
 import operator
 import threading
 from contextlib import nullcontext
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -56,10 +57,10 @@ def _array(a: Any, name: str) -> Any:
         )
     else:
         of = type(a).__module__.partition(".")[0]
-        if hasattr(type(a), "__dlpack__") and of not in ("numpy", "cupy"):
-            raise TypeError(
-                f"{name} is a {of} array beside dask's; pass NumPy's, CuPy's or dask's, as numpy.asarray({name})"
-            )
+        lazy = hasattr(a, "__dask_graph__") and a.__dask_graph__() is not None  # NumPy would compute it here and now
+        if lazy or (hasattr(type(a), "__dlpack__") and of not in ("numpy", "cupy")):
+            library, plain = of.replace("jaxlib", "jax"), f"{name}.data" if lazy else f"numpy.asarray({name})"
+            raise TypeError(f"{name} is a {library} array beside dask's; pass NumPy's, CuPy's or dask's, as {plain}")
         a = a if of == "cupy" else rows.as_numpy(a, name)  # CuPy's stay where they are
         rows.refuse(a, name)
         a = da.from_array(a, chunks=-1)
@@ -150,30 +151,49 @@ def _threads() -> Any:
     return nullcontext() if alone else threads(1)
 
 
+def _backend(a: Any) -> Any:
+    """That of a block."""
+    return importlib.import_module("klcore.backends.cuda") if hasattr(a, "__cuda_array_interface__") else cpu
+
+
 def _rows(x: Any, y: Any, weights: Any, denominator: Any, call: Call, totals: bool, shared: Any) -> tuple[Any, ...]:
     """A block whose rows are whole: the value, or the sums of 1024 rows each, and gradients."""
-    backend = importlib.import_module("klcore.backends.cuda") if hasattr(x, "__cuda_array_interface__") else cpu
     with _threads():
         call = call._replace(x=x, y=y, weights=weights)
-        value, *gradients = backend.block(call, float(denominator), shared)
+        value, *gradients = _backend(x).block(call, float(denominator), shared)
     return cpu.chunk_sums(_host(value)) if totals else value, *gradients
 
 
 def _states(x: Any, y: Any, weights: Any, stats: Any, call: Call, number: int) -> Any:
     with _threads():
-        return cpu.states(call._replace(x=x, y=y, weights=weights), number, stats)
+        return _backend(x).states(call._replace(x=x, y=y, weights=weights), number, stats)
 
 
 def _merge(states: Any, weights: Any, stats: Any, **arguments: Any) -> Any:
     with _threads():
-        return cpu.merge(states=states, weights=weights, stats=stats, **arguments)
+        return _backend(states).merge(states=states, weights=weights, stats=stats, **arguments)
 
 
 def _outputs(
     x: Any, y: Any, weights: Any, stats: Any, denominator: Any, call: Call, number: int, shared: Any
 ) -> tuple[Any, ...]:
     with _threads():
-        return cpu.outputs(call._replace(x=x, y=y, weights=weights), number, stats, float(denominator), shared)
+        return _backend(x).outputs(call._replace(x=x, y=y, weights=weights), number, stats, float(denominator), shared)
+
+
+def _matching(function: Any, alike: tuple[Any, ...], *blocks: Any, **more: Any) -> Any:
+    """What the function makes of blocks whose sizes nobody knew before: `alike` says which must be equal."""
+    for sides in alike:
+        sizes = [blocks[block].shape[k] for _, block, k in sides]
+        if len(set(sizes)) > 1:
+            found = ", ".join(
+                f"{name} of size {n} along axis {k}" for (name, _, k), n in zip(sides, sizes, strict=True)
+            )
+            raise ValueError(
+                f"chunks of unknown sizes must match, block by block; found those of {found}. "
+                "compute_chunk_sizes(), called on each argument first, lets klcore compare and rechunk the whole"
+            )
+    return function(*blocks, **more)
 
 
 def _factor(total: Any) -> Any:
@@ -196,7 +216,7 @@ def _sums(values: Any) -> Any:
 
 
 def _sums_of_stats(stats: Any) -> Any:
-    return cpu.chunk_sums(stats[..., 0])
+    return cpu.chunk_sums(_host(stats[..., 0]))
 
 
 def _total(sums: Any, denominator: Any, dtype: Any, library: str) -> Any:
@@ -245,9 +265,6 @@ class _Graph:
         self.classes = axis % ndim
         self.batch = tuple(d for d in self.all if d != self.classes)
         self.states, self.stats = ndim, ndim + 1
-        if len(self.chunks[self.classes]) > 1 and self.chunk_library == "cupy":
-            x, y = (a if a is None else a.rechunk({self.classes - ndim: -1}) for a in (x, y))
-            self._unify(x, y, weights)
 
     def _unify(self, x: Any, y: Any, weights: Any) -> None:
         """Give all operands the same chunks."""
@@ -264,18 +281,37 @@ class _Graph:
         """One task a block; arguments are pairs of an array and its axes, or of a constant and None."""
         like = np.empty(0) if np.dtype(dtype) == object else self.arrays["x"]._meta
         arguments = [word for pair in pairs for word in pair]
+        if alike := self._alike(pairs):
+            function = partial(_matching, function, alike)
         return da.blockwise(function, out, *arguments, dtype=dtype, meta=meta_from_array(like, len(out), dtype), **more)
 
-    def sums(self, function: Any, *pairs: tuple[Any, Any], **more: Any) -> tuple[Any, Any]:
-        """Over the batch axes, one vector a block; as an argument of :meth:`layer`."""
-        adjust = dict.fromkeys(self.batch, 1)
-        return self.layer(function, self.batch, *pairs, dtype=object, adjust_chunks=adjust, **more), self.batch
+    def _alike(self, pairs: tuple[tuple[Any, Any], ...]) -> tuple[tuple[tuple[str, int, int], ...], ...]:
+        """For each axis along which several operands are of unknown size: their names, places and axes."""
+        names = {id(a): name for name, a in self.arrays.items()}
+        sides = [
+            [(names[id(a)], at, axes.index(d)) for at, (a, axes) in enumerate(pairs)
+             if id(a) in names and d in axes and math.isnan(a.shape[axes.index(d)])]
+            for d in self.batch
+        ]  # fmt: skip
+        return tuple(tuple(side) for side in sides if len(side) > 1)
+
+    def sums(
+        self, function: Any, *pairs: tuple[Any, Any], over: tuple[int, ...] | None = None, **more: Any
+    ) -> tuple[Any, Any]:
+        """Over the batch axes, or some of them, one vector a block; as an argument of :meth:`layer`."""
+        over = self.batch if over is None else over
+        adjust = dict.fromkeys(over, 1)
+        return self.layer(function, over, *pairs, dtype=object, adjust_chunks=adjust, **more), over
 
     def sum_of_weights(self) -> Any:
+        """Of all rows; if nobody knows how many there are, of the weights as they are, enough to find their range."""
+        w, axes = self.arrays["weights"], self.axes["weights"]
         chunks = tuple(self.chunks[d] for d in self.batch)
-        w = da.broadcast_to(self.arrays["weights"], tuple(map(sum, chunks)), chunks=chunks)
+        shape = tuple(map(sum, chunks))
+        if not any(map(math.isnan, shape)):
+            w, axes = da.broadcast_to(w, shape, chunks=chunks), self.batch
         wide = np.dtype(np.float64)
-        sums = self.sums(_sums, (w, self.batch))
+        sums = self.sums(_sums, (w, axes), over=axes)
         return self.layer(_total, (), sums, (1.0, None), (wide, None), ("numpy", None), dtype=wide)
 
     def move_weights(self) -> Any:

@@ -334,6 +334,7 @@ def _refuse_kind(a: Any, name: str) -> None:
             "rows to leave out"
         )
     cls = type(a)
+    _refuse_tensorflow(cls, name)
     dense = next((f"{name}.{method}()" for method in ("toarray", "todense") if hasattr(cls, method)), None)
     if dense is not None:
         raise TypeError(f"{name} is a sparse {cls.__name__}; klcore takes dense arrays: pass {dense}")
@@ -342,6 +343,14 @@ def _refuse_kind(a: Any, name: str) -> None:
         raise TypeError(
             f"{name} is of the type {_type_name(cls)}, to which NumPy's functions mean something of its own "
             f"(units, say), which klcore would ignore; pass the plain numbers, {_plain_numbers(a, name)}"
+        )
+
+
+def _refuse_tensorflow(cls: type, name: str) -> None:
+    if "tensorflow" in _roots(cls):
+        raise TypeError(
+            f"{name} is of the type {_type_name(cls)}, and klcore has no adapter for TensorFlow: train with the losses "
+            "of klcore.compat.keras, or where no gradient is needed, pass what the tensor's numpy() returns"
         )
 
 
@@ -362,6 +371,7 @@ def _refuse_parts(a: Any, name: str) -> None:
             if cls in (list, tuple):
                 lists += [b for b in part if type(b) is cls]
                 continue
+            _refuse_tensorflow(cls, f"an element of {name}")
             one = next(b for b in part if type(b) is cls)
             if isinstance(one, np.ma.MaskedArray) or _has_meaning(cls) or labels.are_there(one) or _is_tensor(one):
                 make = "torch.stack" if _is_tensor(one) else "numpy.stack"
@@ -384,8 +394,11 @@ def _type_name(cls: type) -> str:
 
 
 def _is_known(cls: type) -> bool:
-    roots = {base.__module__.partition(".")[0] for base in cls.__mro__}
-    return "cupy" in roots or not roots.isdisjoint(TABLES)
+    return not _roots(cls).isdisjoint(("cupy", *TABLES))
+
+
+def _roots(cls: type) -> set[str]:
+    return {base.__module__.partition(".")[0] for base in cls.__mro__}
 
 
 def _plain_numbers(a: Any, name: str) -> str:

@@ -194,12 +194,12 @@ def sum_to(array: Any, full: tuple[int, ...], shape: tuple[int, ...]) -> Any:
 
 
 def broadcast(
-    a: tuple[int, ...], b: tuple[int, ...], names: str, error: type[Exception] = ValueError
-) -> tuple[int, ...]:
-    """The shape to which two shapes, of what is called `names`, broadcast."""
+    a: Any, b: Any, names: str, error: type[Exception] = ValueError, of: Callable[[Any, Any], Any] = broadcast_shapes
+) -> Any:
+    """The shape to which two shapes, of what is called `names`, broadcast: what `of` makes of them."""
     if a == b:
         return a
     try:
-        return broadcast_shapes(a, b)
+        return of(a, b)
     except ValueError:
         raise error(f"the shapes of {names} must be equal or broadcast, found {a} and {b}") from None

@@ -657,6 +657,7 @@ cupy = _module(
     zeros_like=lambda a, *args, **keywords: _filled(_allocate_like(a, *args, **keywords), 0),
     broadcast_to=lambda a, shape: np.broadcast_to(a, shape, subok=True),
     broadcast_shapes=np.broadcast_shapes,
+    concatenate=lambda arrays, axis=0: array(np.concatenate([asnumpy(a) for a in arrays], axis)),
     moveaxis=np.moveaxis,
     expand_dims=np.expand_dims,
     squeeze=np.squeeze,

@@ -8,25 +8,26 @@ Launches are prepared without the addresses of the arrays, and kept: the next ca
 and dtypes only fills its own addresses in.
 
 Here is the road that a call takes. Of the other files each imports those before it alone: nvrtc.py, devices.py,
-kernels.py, plans.py, launches.py, preparation.py.
+kernels.py, plans.py, launches.py, preparation.py, parts.py.
 """
 
+import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
 import numpy as np
 
 from klcore.backends import rows
-from klcore.backends.cuda import devices
+from klcore.backends.cuda import devices, kernels, parts, preparation
 from klcore.backends.cuda.devices import missing, on_stream, ready
-from klcore.backends.cuda.launches import Launch
+from klcore.backends.cuda.launches import CHUNK, MAX_STATS, Launch
 from klcore.backends.cuda.plans import READ
 from klcore.backends.cuda.preparation import Prepared, prepare
-from klcore.operations import Call
+from klcore.operations import Call, Operation
 
-__all__ = ["block", "compute", "missing", "on_stream", "ready"]
+__all__ = ["arrange", "block", "compute", "merge", "missing", "on_stream", "outputs", "ready", "states"]
 
 _CHECKED = 3  # of these out= may not overlap
 _MOST_KEPT = 1024  # prepared calls; 2.4 KB a launch
@@ -218,17 +219,103 @@ def _compute(cupy: Any, device: int, task: rows.Task) -> tuple[Any, Prepared | N
     return value, prepared, arrays
 
 
+# ---- blocks of arrays that are never in one place: what cpu.py has by the same names ---------------------------------
+
+
 def block(call: Call, denominator: float, shared: tuple[str, ...]) -> tuple[Any, ...]:
     """What cpu.block does, for backends/dask.py."""
-    cupy = ready()
-    number = devices.choose(cupy, None, {"x": call.x, "y": call.y, "weights": call.weights}, ())
-    with cupy.cuda.Device(number):
-        # the kernels write a gradient in its operand's dtype, and parts of a sum should not be rounded to 16 bits
-        x, y = (
-            a.astype(np.float32) if name in shared and a.dtype.itemsize == 2 else a
-            for name, a in (("x", call.x), ("y", call.y))
-        )
-        task = rows.arrange(cupy, partial(devices.asarray, cupy, number), call._replace(x=x, y=y))
+    with _there(call) as (cupy, device):
+        task = _laid_out(cupy, device, call, shared)
         task.cotangent = 1.0 / denominator if denominator else math.nan
-        _compute(cupy, number, task)
-        return task.value, *(g.view.astype(np.float64) if g.of in shared else g.array for g in task.gradients)
+        _compute(cupy, device, task)
+        return task.value, *_parts_of_sums(task, shared)
+
+
+def arrange(call: Call) -> rows.Task:
+    """The call, checked and laid out in rows."""
+    with _there(call) as (cupy, device):
+        return _laid_out(cupy, device, call)
+
+
+def states(call: Call, number: int, stats: Any) -> Any:
+    """What sweep `number` leaves of a block of the classes: of all its chunks, also where there is one."""
+    with _there(call) as (cupy, device):
+        spaces, _, wanted = rows.words(call)
+        task = _laid_out(cupy, device, call._replace(return_grad=None))
+        outputs = sum(kernels.OUTPUTS[of] for of in wanted) if number else 0
+        numbers = kernels.states(call.operation.code, spaces, task.wide, outputs, False)[number]
+        left = cupy.zeros((*task.x.shape[:-1], numbers, -(-task.n // CHUNK)))
+        if left.size:
+            arrays = {**_read(task), "stats": stats, "states": left}
+            _launch(cupy, parts.states(device, task, outputs, number, arrays), arrays)
+        return left
+
+
+def merge(
+    operation: Operation, number: int, states: Any, stats: Any, weights: Any, spaces: tuple[int, int], wide: bool,
+    temperature: float, parameter: float, factor: float, fold: bool = False,
+) -> Any:  # fmt: skip
+    """The states of all blocks, joined along the chunks, into the rows' stats; or, to `fold`, into one state a row."""
+    cupy = ready()
+    with states.device:
+        if fold:
+            merged = cupy.zeros((*states.shape[:-1], 1))
+        else:
+            merged = cupy.zeros((*states.shape[:-2], MAX_STATS)) if stats is None else cupy.array(stats, order="C")
+        if weights is not None:
+            weights = cupy.broadcast_to(devices.asarray(cupy, states.device.id, weights, "weights"), states.shape[:-2])
+        if states.size:
+            arrays = {"states": cupy.asarray(states, order="C"), "weights": weights, "merged": merged}
+            words = operation, number, spaces, wide, temperature, parameter, factor, fold
+            _launch(cupy, parts.merge(states.device.id, *words, arrays), arrays)
+        return merged
+
+
+def outputs(call: Call, number: int, stats: Any, denominator: float, shared: tuple[str, ...]) -> tuple[Any, ...]:
+    """What sweep `number` writes for a block of the classes: the terms for reduction="none", or the gradients."""
+    with _there(call) as (cupy, device):
+        task = _laid_out(cupy, device, call, shared)
+        arrays = {**_read(task), "stats": stats, "value": task.value}
+        for g in task.gradients:
+            arrays["d" + g.of] = g.array
+            if g.inner and stats is not None:
+                order = preparation.order_of(task, g)
+                arrays["stats d" + g.of] = cupy.array(stats.transpose(*order, len(order)), order="C")
+        if task.rows and task.n:
+            scale = 1.0 / denominator if denominator else math.nan
+            _launch(cupy, parts.outputs(device, task, number, scale, arrays), arrays)
+        else:
+            for g in task.gradients:
+                g.array[...] = 0
+        return (task.value,) if call.reduction == "none" else _parts_of_sums(task, shared)
+
+
+@contextlib.contextmanager
+def _there(call: Call) -> Iterator[tuple[Any, int]]:
+    """CuPy, on the device of a block's arrays, and its number."""
+    cupy = ready()
+    device = devices.choose(cupy, None, {"x": call.x, "y": call.y, "weights": call.weights}, ())
+    with cupy.cuda.Device(device):
+        yield cupy, device
+
+
+def _laid_out(cupy: Any, device: int, call: Call, shared: tuple[str, ...] = ()) -> rows.Task:
+    # the kernels write a gradient in its operand's dtype, and parts of a sum should not be rounded to 16 bits
+    x, y = (
+        a.astype(np.float32) if name in shared and a.dtype.itemsize == 2 else a
+        for name, a in (("x", call.x), ("y", call.y))
+    )
+    return rows.arrange(cupy, partial(devices.asarray, cupy, device), call._replace(x=x, y=y))
+
+
+def _parts_of_sums(task: rows.Task, shared: tuple[str, ...]) -> tuple[Any, ...]:
+    """The gradients of a block; of the operands of which other blocks hold copies, to be added up."""
+    return tuple(g.view.astype(np.float64) if g.of in shared else g.array for g in task.gradients)
+
+
+def _read(task: rows.Task) -> dict[str, Any]:
+    return {"x": task.x, "y": task.y, "weights": task.weights}
+
+
+def _launch(cupy: Any, prepared: Prepared, arrays: dict[str, Any]) -> None:
+    _execute(cupy, prepared, [0 if a is None else a.data.ptr for a in arrays.values()])

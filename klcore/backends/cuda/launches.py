@@ -119,12 +119,39 @@ def launch_of(kind: Kind, name: str, plan: plans.Plan, items: int, warps: int, s
     return Launch(name, kind.kernel(name), (max(1, min(items, most)),), (32 * warps,), shared), plan
 
 
+def units(kind: Kind, plan: plans.Plan, layout: plans.Layout, first: int, last: int) -> Planned:
+    """Sweeps `first` to last - 1 over all chunks, one a warp."""
+    batch, chunks = math.prod(layout.shape), -(-kind.n // CHUNK)
+    bytes_a_warp = CHUNK * (kind.bytes_a_class() + kind.extra_bytes()) + 8 * KNOWN
+    warps = kind.warps(bytes_a_warp)
+    p = plan.with_fields(first=first, last=last, slots=1, columns=layout.columns)
+    tiles = -(-batch // warps) * chunks if layout.columns else -(-batch * chunks // warps)
+    launch, p = launch_of(kind.until(last), "kl_units", p, tiles, warps, warps * bytes_a_warp)
+    rows_on, chunks_on = divmod(launch.grid[0] * (1 if layout.columns else warps), chunks)
+    return launch, p.with_fields(rows_on=rows_on * (warps if layout.columns else 1), chunks_on=chunks_on)
+
+
+def folds(
+    kind: Kind, plan: plans.Plan, sweep: int, rows: int, count: int, states: plans.Place, scratch: plans.Scratch,
+    into: plans.Place | None = None,
+) -> list[Planned]:  # fmt: skip
+    """The states that `sweep` left, `count` a row, made one, which finishes the row or is left `into` a place."""
+    launches = []
+    while True:
+        groups = -(-count // CHUNK)
+        up = into if groups == 1 else scratch.doubles(rows * kind.states[sweep] * groups)
+        p = plan.with_fields(first=sweep, states=states, sums=up, count=count, groups=groups)
+        launches.append(launch_of(kind, "kl_fold", p, -(-rows * groups // 8), 8, 0))
+        if groups == 1 or up is None:
+            return launches
+        states, count = up, groups
+
+
 def sweep(kind: Kind, plan: plans.Plan, layout: plans.Layout, last: int, scratch: plans.Scratch) -> list[Planned]:
     """The launches that run sweeps 0 to last - 1 over all rows."""
     n, chunks = kind.n, -(-kind.n // CHUNK)
     batch = math.prod(layout.shape)
     kind = kind.until(last)
-    extra = kind.extra_bytes()
 
     if n <= NARROW:
         at_once = _rows_at_once(kind, n)
@@ -133,22 +160,11 @@ def sweep(kind: Kind, plan: plans.Plan, layout: plans.Layout, last: int, scratch
         plan = plan.with_fields(first=0, last=last, count=at_once, dense=layout.dense, columns=layout.columns)
         return [launch_of(kind, "kl_narrow", plan, -(-batch // (at_once * warps)), warps, warps * bytes_a_warp)]
 
-    slot = CHUNK * kind.bytes_a_class()
-    beside = CHUNK * extra + 8 * KNOWN
-    bytes_a_warp = slot + beside
-    warps = kind.warps(bytes_a_warp)
-
-    def units(first: int, last: int) -> Planned:
-        p = plan.with_fields(first=first, last=last, slots=1, columns=layout.columns)
-        tiles = -(-batch // warps) * chunks if layout.columns else -(-batch * chunks // warps)
-        launch, p = launch_of(kind.until(last), "kl_units", p, tiles, warps, warps * bytes_a_warp)
-        rows_on, chunks_on = divmod(launch.grid[0] * (1 if layout.columns else warps), chunks)
-        return launch, p.with_fields(rows_on=rows_on * (warps if layout.columns else 1), chunks_on=chunks_on)
-
     if chunks == 1:
-        return [units(0, last)]
+        return [units(kind, plan, layout, 0, last)]
 
     if not layout.columns and chunks <= CHUNK:
+        slot, beside = CHUNK * kind.bytes_a_class(), CHUNK * kind.extra_bytes() + 8 * KNOWN
         a_row = _a_block_a_row(kind, batch, chunks, last, slot, beside)
         if a_row:
             warps_a_row, slots, shared = a_row
@@ -158,21 +174,16 @@ def sweep(kind: Kind, plan: plans.Plan, layout: plans.Layout, last: int, scratch
     # the chunks over the whole device, one sweep a launch
     if plans.AT["stats"] not in plan.places:
         plan = plan.with_fields(stats=scratch.doubles(batch * MAX_STATS))
+    plan = plan.with_fields(packed=chunks <= CHUNK)
     launches = []
     for sweep in range(last):
-        states, count = kind.states[sweep], chunks
-        level = scratch.doubles(batch * states * count)
-        if states:  # else the sweep looks at those that an earlier one left
-            plan = plan.with_fields(states=level)
-        launches.append(units(sweep, sweep + 1))
-        while states:
-            groups = -(-count // CHUNK)
-            up = scratch.doubles(batch * states * groups) if groups > 1 else None
-            p = plan.with_fields(first=sweep, states=level, sums=up, count=count, groups=groups)
-            launches.append(launch_of(kind, "kl_fold", p, -(-batch * groups // 8), 8, 0))
-            if up is None:
-                break
-            level, count = up, groups
+        if not kind.states[sweep]:  # it looks at those that an earlier one left
+            launches.append(units(kind, plan, layout, sweep, sweep + 1))
+            continue
+        states = scratch.doubles(batch * kind.states[sweep] * chunks)
+        plan = plan.with_fields(states=states)
+        launches.append(units(kind, plan, layout, sweep, sweep + 1))
+        launches += folds(kind, plan, sweep, batch, chunks, states, scratch)
     return launches
 
 

@@ -18,9 +18,23 @@ class Prepared(NamedTuple):
     plans: np.ndarray  # one element a launch, as kl::Plan lies in memory
     addresses: tuple[tuple[int, int, int], ...]  # word of `plans`, number of the address, bytes to add
     scratch: int  # bytes of working memory
-    results: tuple[tuple[Any, Any, int | None], ...]  # shape, dtype, and which argument each is laid out like
-    spans: tuple[tuple[int, int], ...]  # by _span, of arguments and results
-    over_y: bool  # rows.Task's
+    results: tuple[tuple[Any, Any, int | None], ...] = ()  # shape, dtype, and which argument each is laid out like
+    spans: tuple[tuple[int, int], ...] = ()  # by _span, of arguments and results
+    over_y: bool = False  # rows.Task's
+
+
+def launched(device: int, launches: list[Planned], scratch: plans.Scratch, *more: Any) -> Prepared:
+    """These launches, and what else the next such call needs to know."""
+    planned, filled = zip(*launches, strict=True)
+    places = ((k * plans.WORDS + at, place) for k, plan in enumerate(filled) for at, place in plan.places.items())
+    return Prepared(
+        device,
+        planned,
+        np.concatenate([plan.words for plan in filled]).view(f"V{8 * plans.WORDS}"),
+        tuple((at, place.of, place.offset) for at, place in places),
+        scratch.nbytes,
+        *more,
+    )
 
 
 def _span(a: Any) -> tuple[int, int]:
@@ -35,13 +49,7 @@ def prepare(device: int, task: rows.Task, arrays: list[Any], results: list[Any])
     places = {name: plans.Place(k) for k, name in enumerate(names)}
     cotangent = arrays[plans.READ.index("cotangent")] is not None
     scratch = plans.Scratch()
-    views = {"x": plans.view_of(task.x, places["x"], True)}
-    if task.y is not None:
-        views["y"] = plans.view_of(task.y, places["y"], True)
-    if task.weights is not None:
-        views["weights"] = plans.view_of(task.weights, places["weights"], False)
-    if task.factors is not None:
-        views["factors"] = plans.view_of(task.factors, places["factors"], True)
+    views = views_of(task, places)
     totals = None
     if task.value_wanted and task.output == rows.TOTAL:  # one number a row, behind each other
         totals = scratch.doubles(task.rows)
@@ -52,12 +60,7 @@ def prepare(device: int, task: rows.Task, arrays: list[Any], results: list[Any])
         views["value"] = plans.view_of(task.value_view, places["value"], task.output == rows.TERMS)
     gradients = {g.of: plans.view_of(g.view, places["d" + g.of], True) for g in task.gradients}
     views.update({"d" + g.of: gradients[g.of] for g in task.gradients if not g.inner})
-    kind = Kind(
-        device, task.operation, task.spaces, (views["x"].dtype, views.get("y", views["x"]).dtype), task.wide,
-        sum(kernels.OUTPUTS[g.of] for g in task.gradients if not g.inner)
-        + (kernels.TERMS if task.output == rows.TERMS else 0),
-        task.temperature == 1, task.factors is not None, task.n,
-    )  # fmt: skip
+    kind = kind_of(device, task, views, outputs_of(task))
 
     launches: list[Planned] = []
     divisor = math.nan if task.denominator is None else task.denominator  # NaN: the sum of the weights
@@ -74,11 +77,7 @@ def prepare(device: int, task: rows.Task, arrays: list[Any], results: list[Any])
     if task.cotangent is not None and not cotangent:
         gradient_scale *= float(task.cotangent)
     fields = {
-        "output": task.output,
-        "any_weights": task.signed,
-        "parameter": task.parameter,
-        "factor": task.factor,
-        "inverse_temperature": 1.0 / task.temperature,
+        **fields_of(task),
         "gradient_scale": gradient_scale,
         "scale": divisor,
         "denominator": denominator,
@@ -89,36 +88,65 @@ def prepare(device: int, task: rows.Task, arrays: list[Any], results: list[Any])
     launches += sweep(kind, plans.plan_of(layout, task.n, **fields), layout, kind.sweeps, scratch)
     for g in task.gradients:
         if g.inner:
-            launches += _summed(kind, task, g, gradients[g.of], views, fields, scratch)
+            launches += summed(kind, task, g, gradients[g.of], views, fields, scratch)
     if totals is not None:
         plan = plans.plan_of(
             plans.Layout((), {"value": plans.view_of(results[0], places["value"], False)}, False, False), 1, **fields
         )
         launches += added_up(kind, "kl_sum", 1, totals, task.rows, plan, scratch)
-    planned, filled = zip(*launches, strict=True)
-    places_of_all = (
-        (k * plans.WORDS + at, place) for k, plan in enumerate(filled) for at, place in plan.places.items()
-    )
     like = (None, *(plans.READ.index(g.of) for g in task.gradients))
-    return Prepared(
+    return launched(
         device,
-        planned,
-        np.concatenate([plan.words for plan in filled]).view(f"V{8 * plans.WORDS}"),
-        tuple((at, place.of, place.offset) for at, place in places_of_all),
-        scratch.nbytes,
+        launches,
+        scratch,
         tuple((a.shape, a.dtype, of) for a, of in zip(results, like, strict=True)),
         tuple((0, 0) if a is None else _span(a) for a in (*arrays, *results)),
         task.over_y,
     )
 
 
-def _summed(
+def views_of(task: rows.Task, places: dict[str, plans.Place]) -> dict[str, plans.View]:
+    """What all sweeps of a task read."""
+    classes = {"x": task.x, "y": task.y, "weights": task.weights, "factors": task.factors}
+    return {k: plans.view_of(a, places[k], k != "weights") for k, a in classes.items() if a is not None}
+
+
+def outputs_of(task: rows.Task) -> int:
+    """The terms, and the gradients that are not summed over rows."""
+    direct = sum(kernels.OUTPUTS[g.of] for g in task.gradients if not g.inner)
+    return direct + (kernels.TERMS if task.output == rows.TERMS else 0)
+
+
+def kind_of(device: int, task: rows.Task, views: dict[str, plans.View], outputs: int) -> Kind:
+    return Kind(
+        device, task.operation, task.spaces, (views["x"].dtype, views.get("y", views["x"]).dtype), task.wide, outputs,
+        task.temperature == 1, task.factors is not None, task.n,
+    )  # fmt: skip
+
+
+def fields_of(task: rows.Task) -> dict[str, Any]:
+    """What all launches of a task are told."""
+    return {
+        "output": task.output,
+        "any_weights": task.signed,
+        "parameter": task.parameter,
+        "factor": task.factor,
+        "inverse_temperature": 1.0 / task.temperature,
+    }
+
+
+def order_of(task: rows.Task, g: rows.Gradient) -> tuple[int, ...]:
+    """The batch axes of a broadcast operand in front, those to sum over behind."""
+    return (*(d for d in range(task.x.ndim - 1) if d not in g.inner), *g.inner)
+
+
+def summed(
     kind: Kind, task: rows.Task, g: rows.Gradient, to: plans.View, views: dict[str, plans.View], fields: dict[str, Any],
-    scratch: plans.Scratch,
+    scratch: plans.Scratch, stats: plans.Place | None = None,
 ) -> list[Planned]:  # fmt: skip
-    """The gradient of a broadcast operand: its batch axes in front, those to sum over behind, 1024 rows at a time."""
+    """The gradient of a broadcast operand, 1024 rows at a time. `stats` of these, in :func:`order_of`, may be known."""
     batch = task.x.shape[:-1]
-    order = (*(d for d in range(len(batch)) if d not in g.inner), *g.inner)
+    order = order_of(task, g)
     shape = tuple(batch[d] for d in order)
     inner = math.prod(batch[d] for d in g.inner)
     turned = {
@@ -126,10 +154,9 @@ def _summed(
     }
     turned["d" + g.of] = to._replace(batch=tuple(to.batch[d] for d in order))
     layout = plans.layout_of(shape, kind.n, turned, keep_order=True)
-    stats = None
     launches: list[Planned] = []
     kind = kind._replace(outputs=kernels.OUTPUTS[g.of])
-    if kind.sweeps > 1:
+    if kind.sweeps > 1 and stats is None:
         stats = scratch.doubles(task.rows * MAX_STATS)
         known = plans.layout_of(shape, kind.n, {k: v for k, v in turned.items() if k[0] != "d"}, keep_order=True)
         plan = plans.plan_of(known, kind.n, stats=stats, **{**fields, "output": rows.PER_ROW})

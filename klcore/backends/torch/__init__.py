@@ -6,7 +6,7 @@ to the kernels: that takes a fifth of the operator's time on small tensors. On a
 current stream, and results are PyTorch's own memory.
 
 Here is the road that a call takes. Of the other files each imports those before it alone: private.py, memory.py,
-kernels.py, operator.py, autograd.py.
+kernels.py, operator.py, autograd.py. DTensors take sharded.py's, which leads back here with every process' part.
 """
 
 import contextlib
@@ -22,6 +22,8 @@ _HALVES = ("float16", "bfloat16")
 
 
 def compute(call: Call) -> Any:
+    if type(call.x) is not torch.Tensor and private.is_distributed(call.x):
+        return _sharded(call)
     plain = type(call.x) in private.PLAIN and (call.y is None or type(call.y) in private.PLAIN)
     stand_ins = () if plain else tuple(filter(private.stands_in, call))
     if stand_ins:
@@ -68,10 +70,18 @@ def called(operation: str, *arguments: Any) -> Any:
     return compute(Call(named(operation), *arguments))
 
 
+def _sharded(call: Call) -> Any:
+    from klcore.backends.torch import sharded  # there may be no torch.distributed
+
+    return sharded.compute(call, compute)
+
+
 def _history_or_not(call: Call) -> Any:
     x, y = call.x, call.y
     t = call.temperature if isinstance(call.temperature, torch.Tensor) else None
     eager = private.is_eager(x, y, call.weights, call.ratio, t)
+    if not eager and private.is_distributed(y, call.weights, call.ratio, t):
+        return _sharded(call)
     if t is not None and _needs_grad(x, y, t) and t.requires_grad:
         if t.ndim and y is not None:  # rows that share an operand may have temperatures of their own
             x, y = torch.broadcast_tensors(x, y)

@@ -44,6 +44,11 @@ def stands_in(a: Any) -> bool:
     return hasattr(a, "__torch_function__") and not isinstance(a, torch.Tensor)
 
 
+def is_distributed(*tensors: Any) -> bool:
+    """Whether one is a DTensor: by name, since importing them takes a while."""
+    return any(type(t).__name__ == "DTensor" for t in tensors)
+
+
 def is_known(number: float) -> bool:
     """Whether the compiler may take it for a constant."""
     from torch.fx.experimental.symbolic_shapes import has_static_value  # slow to import; the compiler has it already

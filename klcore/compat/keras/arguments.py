@@ -15,7 +15,7 @@ from klcore.compat._arguments import (
     namespace,
     shown,
 )
-from klcore.compat.keras import registration
+from klcore.compat.keras import registration, tensorflow
 
 
 def arrays_of(y_true: Any, y_pred: Any, name: str | None = None) -> tuple[Any, Any]:
@@ -27,12 +27,15 @@ def arrays_of(y_true: Any, y_pred: Any, name: str | None = None) -> tuple[Any, A
             raise TypeError(f"y_true and y_pred must be real, found {dtype_name(array)}")
     if name is None:
         name = dtype_name(y_pred) if dtype_name(y_pred) in FLOATS else dtype_of(None)
-    return converted(y_true, y_pred, name), converted(y_pred, y_pred, name)
+    like = y_true if tensorflow.are_there(y_true) else y_pred
+    return converted(y_true, like, name), converted(y_pred, like, name)
 
 
 def values_shape(y_true: Any, y_pred: Any) -> tuple[int, ...]:
-    if not y_true.ndim or not y_pred.ndim:
+    if 0 in (y_true.ndim, y_pred.ndim):
         raise ValueError("y_true and y_pred must have an axis of classes, found an array without dimensions")
+    if tensorflow.are_there(y_pred):
+        return tensorflow.values_shape(y_true, y_pred)
     return broadcast(tuple(y_true.shape), tuple(y_pred.shape), "y_true and y_pred")[:-1]
 
 
@@ -41,6 +44,8 @@ def converted(value: Any, like: Any, name: str) -> Any:
 
     In training the truth and the weights come as the data has them, on another device maybe.
     """
+    if tensorflow.are_there(like):
+        return tensorflow.converted(value, name)
     keras = registration.loaded()
     if keras is not None and keras.ops.is_tensor(like):
         return keras.ops.convert_to_tensor(value, dtype=name)
@@ -87,6 +92,11 @@ def aligned(a: tuple[int, ...], b: tuple[int, ...]) -> tuple[tuple[int, ...], tu
     if len(a) == len(b) + 1 and a[-1] == 1:
         return (a, (*b, 1)) if len(b) == 1 else (a[:-1], b)
     return a, b
+
+
+def reshaped(array: Any, shape: tuple[int, ...]) -> Any:
+    """In a shape that :func:`aligned` found."""
+    return tensorflow.reshaped(array, len(shape)) if tensorflow.are_there(array) else array.reshape(shape)
 
 
 def product(a: Any, b: Any) -> Any:

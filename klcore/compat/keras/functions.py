@@ -5,7 +5,7 @@ from typing import Any, SupportsFloat
 import numpy as np
 
 from klcore.compat._arguments import cotangent_of, detached, dtype_name, number, quietly, with_gradients
-from klcore.compat.keras import arguments, registration
+from klcore.compat.keras import arguments, registration, tensorflow
 from klcore.divergence import loss
 
 _epsilon = 1e-7  # where there is no Keras to hold it
@@ -47,7 +47,9 @@ def set_epsilon(value: SupportsFloat) -> None:
 
 def engine(y_true: Any, y_pred: Any, **options: Any) -> Any:
     """The values, or what `options` make of them. Both arrays are of one dtype."""
-    arguments.values_shape(y_true, y_pred)
+    shape = arguments.values_shape(y_true, y_pred)
+    if tensorflow.are_there(y_pred):
+        return tensorflow.row_values(engine, y_true, y_pred, shape)
     name = dtype_name(y_pred)
     return loss(
         "keras",
@@ -72,6 +74,7 @@ def _rounded(value: float, name: str) -> float:
 @quietly
 def _value_and_grad(y_true: Any, y_pred: Any, *, cotangent: Any = None) -> tuple[Any, tuple[Any, Any]]:
     """:func:`kullback_leibler_divergence` and its derivatives: ``(value, (d_true, d_pred))``."""
+    tensorflow.refuse(y_true, y_pred)
     given = detached(y_true, y_pred)
     arrays = arguments.arrays_of(*given)
     value = None if cotangent is None else engine(*arrays)

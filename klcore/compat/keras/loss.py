@@ -16,7 +16,7 @@ from klcore.compat._arguments import (
     sum_to,
     word_of,
 )
-from klcore.compat.keras import arguments, functions, registration
+from klcore.compat.keras import arguments, functions, registration, tensorflow
 
 if TYPE_CHECKING:
     from keras.losses import Loss as _Loss  # which for mypy is anything: Keras has no types
@@ -124,6 +124,9 @@ class KLDivergence(_Loss):  # type: ignore[misc]
         TypeError, ValueError
             As :func:`kullback_leibler_divergence`, and ValueError for weights that do not fit.
         """
+        if tensorflow.are_there(y_true, y_pred, sample_weight):
+            tensorflow.need_keras(self)
+            return super().__call__(y_true, y_pred, sample_weight)  # weights and reductions by Keras, around `call`
         mask = arguments.mask_of(y_pred)
         y_true, y_pred = self._arrays(y_true, y_pred)
         shape, weight = self._weight(arguments.values_shape(y_true, y_pred), y_pred, sample_weight, mask)
@@ -157,6 +160,7 @@ class KLDivergence(_Loss):  # type: ignore[misc]
         -----
         A row whose cotangent or weight is 0 has the derivative 0, where the original may have NaN.
         """
+        tensorflow.refuse(y_true, y_pred, sample_weight)
         mask = arguments.mask_of(y_pred)
         given = detached(y_true, y_pred)
         arrays = self._arrays(*given)
@@ -196,7 +200,7 @@ class KLDivergence(_Loss):  # type: ignore[misc]
         """Both in `dtype`, their ranks aligned."""
         y_true, y_pred = arguments.arrays_of(y_true, y_pred, self.dtype)
         of_true, of_pred = arguments.aligned(tuple(y_true.shape), tuple(y_pred.shape))
-        return y_true.reshape(of_true), y_pred.reshape(of_pred)
+        return arguments.reshaped(y_true, of_true), arguments.reshaped(y_pred, of_pred)
 
     def _weight(self, shape: tuple[int, ...], like: Any, sample_weight: Any, mask: Any) -> tuple[tuple[int, ...], Any]:
         """The shape of the values, aligned with their weight, and that: sample_weight and mask in one, or None."""

@@ -5,7 +5,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from klcore.compat._arguments import InitSignature, cast, namespace
-from klcore.compat.keras import arguments, registration
+from klcore.compat.keras import arguments, registration, tensorflow
 from klcore.compat.keras.functions import kullback_leibler_divergence
 
 if TYPE_CHECKING:
@@ -69,6 +69,8 @@ class KLDivergenceMetric(_Metric):  # type: ignore[misc]
         sample_weight : array, optional
             A vector is one weight a sample; more axes weigh the values of the function, shape (batch, ...).
         """
+        if tensorflow.are_there(y_true, y_pred, sample_weight):
+            tensorflow.need_keras(self)
         values = cast(kullback_leibler_divergence(y_true, y_pred), self.dtype)
         mask = arguments.mask_of(y_pred)
         weight = None if sample_weight is None else arguments.converted(sample_weight, values, self.dtype)

@@ -1,0 +1,79 @@
+"""The launches for rows in parts: a shard's states, states into stats, and outputs from these (src/kl_partial.h).
+
+A state lies where klcore.backends.cpu has it: the rows in C order, for each so many numbers, for each so many chunks.
+"""
+
+import math
+from typing import Any
+
+from klcore.backends import rows
+from klcore.backends.cuda import plans
+from klcore.backends.cuda.launches import CHUNK, Kind, Planned, folds, units
+from klcore.backends.cuda.preparation import Prepared, fields_of, kind_of, launched, outputs_of, summed, views_of
+from klcore.operations import Operation
+
+
+def _places(arrays: dict[str, Any]) -> dict[str, plans.Place]:
+    return {name: plans.Place(k) for k, name in enumerate(arrays)}
+
+
+def states(device: int, task: rows.Task, outputs: int, number: int, arrays: dict[str, Any]) -> Prepared:
+    """Sweep `number` into arrays["states"]; `outputs` will be asked for, and arrays["stats"] are the rows'."""
+    places, scratch = _places(arrays), plans.Scratch()
+    views = views_of(task, places)
+    kind = kind_of(device, task, views, outputs)
+    layout = plans.layout_of(task.x.shape[:-1], task.n, views, keep_order=True)
+    plan = plans.plan_of(layout, task.n, states=places["states"], stats=places["stats"], **fields_of(task))
+    return launched(device, [units(kind, plan, layout, number, number + 1)], scratch)
+
+
+def merge(
+    device: int, operation: Operation, number: int, spaces: tuple[int, int], wide: bool, temperature: float,
+    parameter: float, factor: float, fold: bool, arrays: dict[str, Any],
+) -> Prepared:  # fmt: skip
+    """arrays["states"] into arrays["merged"]: the rows' stats or, to `fold`, one state a row."""
+    places, scratch = _places(arrays), plans.Scratch()
+    *batch, _, count = arrays["states"].shape
+    views = {}
+    if arrays["weights"] is not None:
+        views["weights"] = plans.view_of(arrays["weights"], places["weights"], False)
+    if not fold:  # the first of a row's stats becomes its value, times its weight
+        views["value"] = plans.view_of(arrays["merged"][..., 0], places["merged"], False)
+    dtype = rows.CODES["float64" if wide else "float32"]
+    kind = Kind(device, operation, spaces, (dtype, dtype), wide, 0, temperature == 1, False, 1)
+    layout = plans.layout_of(tuple(batch), 1, views, keep_order=True)
+    plan = plans.plan_of(
+        layout, 1, stats=None if fold else places["merged"], parameter=parameter, factor=factor,
+        inverse_temperature=1.0 / temperature, output=rows.PER_ROW,
+    )  # fmt: skip
+    into = places["merged"] if fold else None
+    return launched(
+        device, folds(kind, plan, number, math.prod(batch), count, places["states"], scratch, into), scratch
+    )
+
+
+def outputs(device: int, task: rows.Task, number: int, scale: float, arrays: dict[str, Any]) -> Prepared:
+    """What sweep `number` writes: arrays["value"], the terms, and the gradients arrays["dx"] and arrays["dy"]; of one
+    that is summed over rows, arrays["stats dx"] has the stats in the order of its rows."""
+    places, scratch = _places(arrays), plans.Scratch()
+    views = views_of(task, places)
+    fields = {**fields_of(task), "gradient_scale": scale}
+    kind = kind_of(device, task, views, outputs_of(task))
+    launches: list[Planned] = []
+    if kind.outputs:
+        direct = {"d" + g.of: g.view for g in task.gradients if not g.inner}
+        if task.output == rows.TERMS:
+            direct["value"] = task.value_view
+        written = {name: plans.view_of(a, places[name], True) for name, a in direct.items()}
+        layout = plans.layout_of(task.x.shape[:-1], task.n, {**views, **written}, keep_order=True)
+        chunks = -(-task.n // CHUNK)
+        own = scratch.doubles(task.rows * max(kind.states) * chunks)
+        plan = plans.plan_of(layout, task.n, states=own, stats=places["stats"], **fields)
+        if kind.of_logits:  # whose slopes follow from the state of each chunk
+            launches.append(units(kind, plan, layout, 0, 1))
+        launches.append(units(kind, plan, layout, number, number + 1))
+    for g in task.gradients:
+        if g.inner:
+            to, known = plans.view_of(g.view, places["d" + g.of], True), places.get("stats d" + g.of)
+            launches += summed(kind, task, g, to, views, fields, scratch, known)
+    return launched(device, launches, scratch)

@@ -1,0 +1,202 @@
+"""JAX arrays: their memory is lent to klcore.backends.cpu or cuda, and JAX is taught the gradients; no formulas here.
+
+A call, traced or not, is one call from compiled code back to Python (``jax.experimental.buffer_callback``, an XLA FFI
+handler that comes with jaxlib), which gets the buffers of arguments and results as they lie in memory: NumPy views on
+the CPU, CuPy views and XLA's stream on an NVIDIA GPU. Nothing is copied, but results of a few kilobytes. The callback
+never calls JAX, so it cannot wait for a thread that waits for it, as one that is handed JAX arrays may
+(``jax.pure_callback``). Which device computes is decided where the program is compiled for one: a program for CUDA runs
+the CUDA kernels, one for a TPU is refused by JAX, nothing is moved unasked.
+
+Concrete arrays take the same way, through a ``jax.jit`` that keeps a program for each shape and each choice of words,
+as JAX's own functions do; but where the CPU is JAX' only device large ones are computed at once, as NumPy's are.
+Programs run in the calling thread or in one of XLA's, where ``klcore.set_num_threads`` holds and ``klcore.threads``,
+which is of the caller's thread, does not; what a signal handler raises within one, JAX makes an error of its own.
+"""
+
+import math
+from functools import partial
+from importlib import import_module
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from klcore.backends import BackendUnavailableError, cpu, labels, rows
+from klcore.backends.jax import private
+from klcore.backends.jax.primitives import value
+from klcore.backends.jax.programs import SMALL, Program, as_data
+from klcore.operations import Call
+
+_DTYPES = frozenset(jnp.dtype(name) for name in rows.FLOATS)
+_ARRAYS = ("x", "y", "weights", "ratio", "temperature")  # what may be one
+
+
+# ---- the contract of a backend ---------------------------------------------------------------------------------------
+
+
+def _stand_in(a: Any) -> Any:
+    """An array of NumPy's of the shape and dtype, of no size in memory."""
+    return np.broadcast_to(np.ones((), a.dtype), a.shape)
+
+
+def _arranged(call: Call, arrays: dict[str, Any]) -> rows.Task:
+    """A call's arguments, checked as those of NumPy arrays are."""
+
+    def asis(a: Any, name: str) -> Any:
+        return a
+
+    return rows.arrange(np, asis, call._replace(**arrays))
+
+
+@partial(jax.jit, static_argnums=0)
+def _compute(call: Call, arrays: dict[str, Any], numbers: dict[str, Any]) -> tuple[Any, ...]:
+    """The value and the gradients asked for; what is wrong with the arguments is raised while JAX traces this."""
+    task = _arranged(call, {name: _stand_in(a) for name, a in arrays.items()})
+    shape = () if task.output == rows.TOTAL else task.value.shape
+    operands = {name: arrays[name] for name in "xy" if name in arrays}
+    ndim = max(0 if call.operation.is_estimator else 1, *(a.ndim for a in operands.values()))
+    of_rows = ndim if call.operation.is_loss or call.operation.is_estimator else ndim - 1
+    axes = frozenset[str]().union(*map(private.varying_axes, arrays.values()))
+
+    def whole(name: str, a: Any) -> Any:
+        # vmap puts axes in front: those that broadcast have to be there already. A number is one class.
+        a = jnp.expand_dims(a, tuple(range((ndim if name in operands else of_rows) - a.ndim)))
+        return private.varying(a, axes)
+
+    value_shape = (1,) if call.reduction == "none" and not shape else shape
+    of_value = jax.dtypes.canonicalize_dtype(task.scalar_dtype)
+    axis = call.axis if call.axis < 0 else call.axis - ndim
+    # the value's dtype is what JAX has, of a loss and a row of integers alike
+    of_call = call._replace(axis=axis, dtype=of_value.name if call.operation.is_loss else None)
+    wanted = tuple(g.of for g in task.gradients)
+    program = Program(of_call, ndim, value_shape, of_value, wanted)
+    result, *gradients = value(program, {name: whole(name, a) for name, a in arrays.items()} | numbers)
+    shapes = {name: a.shape for name, a in operands.items()}
+    return result.reshape(shape), *(g.reshape(shapes[n]) for n, g in zip(wanted, gradients, strict=True))
+
+
+def _array(a: Any, name: str) -> Any:
+    """A JAX array of one of klcore's dtypes. Integers become JAX's own float: float64 only if jax_enable_x64 is set."""
+    if isinstance(a, jax.Array) and a.dtype in _DTYPES:
+        return a
+    if not isinstance(a, jax.Array) and not _holds_jax(a):
+        a = rows.as_numpy(a, name)
+        rows.refuse(a, name)
+        a = a if a.dtype.isnative else a.astype(a.dtype.newbyteorder("="))
+    with jax.ensure_compile_time_eval():  # numbers stay known while JAX traces, so that weights can be checked
+        a = jnp.asarray(a)
+        if jnp.issubdtype(a.dtype, jax.dtypes.extended):
+            raise TypeError(f"{name} has dtype {a.dtype}; klcore computes with {', '.join(rows.FLOATS)} and integers")
+        rows.refuse(a, name)
+        return a.astype(float) if a.dtype.kind in "iub" else a
+
+
+def _holds_jax(a: Any) -> bool:
+    """Lists of numbers, which may be traced."""
+    return isinstance(a, (list, tuple)) and any(isinstance(part, jax.Array) or _holds_jax(part) for part in a)
+
+
+def _moved(device: str, arrays: dict[str, Any]) -> dict[str, Any]:
+    if any(isinstance(a, jax.core.Tracer) for a in arrays.values()):
+        raise ValueError(
+            f"device={device!r} has no meaning while JAX traces a function (jit, grad, vmap): the program runs where "
+            "its arguments are. Leave device=None, and move the arguments with jax.device_put before"
+        )
+    platform, _, number = device.partition(":")
+    try:
+        to = jax.local_devices(backend=platform)[int(number or 0)]
+    except (RuntimeError, IndexError) as error:
+        raise BackendUnavailableError(
+            f"device={device!r}: JAX has no such device ({error}); see jax.devices(). For NVIDIA GPUs install it with: "
+            "pip install 'jax[cuda13]'"
+        ) from error
+    return {name: jax.device_put(a, to) for name, a in arrays.items()}
+
+
+def _platform(a: Any) -> str | None:
+    """Where an array is; None if JAX traces, when that is not decided yet."""
+    return None if a is None or isinstance(a, jax.core.Tracer) else next(iter(a.devices())).platform
+
+
+def _is_array(temperature: Any) -> bool:
+    """Whether it is one, or one of several numbers: a number of NumPy's is a number."""
+    return isinstance(temperature, (jax.Array, list, tuple)) or np.ndim(temperature) > 0
+
+
+def _numbers(call: Call) -> tuple[Call, dict[str, Any]]:
+    """The numbers that a program gets as data, and the call without them: it is one for all of them."""
+    numbers: dict[str, Any] = {}
+    if not call.operation.is_loss and call.denominator is not None:  # a loss's is a word of the program
+        waits = isinstance(call.denominator, jax.Array) and _platform(call.denominator) != "cpu"
+        numbers["denominator"] = call.denominator if waits else as_data(rows.denominator_of(call))
+        call = call._replace(denominator=None)
+    if isinstance(call.temperature, float) and call.temperature != 1:
+        numbers["temperature"] = as_data(call.temperature)
+        call = call._replace(temperature=1.0)
+    return call, numbers
+
+
+def compute(call: Call) -> Any:
+    if call.out is not None:
+        raise TypeError("JAX arrays cannot be written to, so out= is not possible with them; use what is returned")
+    device, temperature = call.device, call.temperature
+    given = {name: a for name in _ARRAYS[:4] if (a := getattr(call, name)) is not None}
+    if _is_array(temperature):
+        if "logits" not in (call.space if isinstance(call.space, tuple) else (call.space,)):
+            raise ValueError("temperature divides logits: it needs space='logits' for x or y; found an array")
+        given["temperature"] = temperature
+        call = call._replace(temperature=1.0)
+    # JAX looks calls up among those of the programs it has compiled: what equals a right one is to be refused first
+    _, number, wanted = rows.words(call)
+    call = call._replace(
+        x=None, y=None, weights=None, ratio=None, device=None,
+        space=call.space if isinstance(call.space, str) else tuple(call.space),
+        axis=rows.integer(call.axis, "axis"), temperature=number, return_grad=wanted or None,
+    )  # fmt: skip
+    arrays = {name: _array(a, name) for name, a in given.items()}
+    if labels.are_there(*given.values()):
+        labels.check(rows.class_axis_of(call, arrays["x"], arrays.get("y")), *map(given.get, _ARRAYS[:4]))
+    if device is not None:
+        arrays = _moved(device, arrays)
+    # In this thread a signal ends the call: JAX does not look for any while its programs run. Only where there is one
+    # device, to which results are bound; not for little, of which JAX' own way takes a third of the time, nor for
+    # gradients in bfloat16, which JAX does not take over without a copy.
+    operands = [arrays[name] for name in "xy" if name in arrays]
+    here = jax.default_backend() == "cpu" and jax.device_count() == 1
+    here = here and not any(isinstance(a, jax.core.Tracer) for a in (*arrays.values(), call.denominator))
+    here = here and any(a.nbytes > SMALL for a in operands)
+    if here and not (wanted and any(a.dtype.kind == "V" for a in operands)):
+        return _in_this_thread(call, arrays)
+    call, numbers = _numbers(call)
+    known = [name for name in arrays if name not in ("x", "y", "ratio") and _platform(arrays[name]) == "cpu"]
+    if known:  # compiled code would raise JAX's own error
+        _arranged(call, {name: np.asarray(a) if name in known else _stand_in(a) for name, a in arrays.items()})
+    if "gpu" in map(_platform, operands):
+        import_module("klcore.backends.cuda").ready()
+    results = _compute(call, arrays, numbers)
+    return results if len(results) > 1 else results[0]
+
+
+def _in_this_thread(call: Call, arrays: dict[str, Any]) -> Any:
+    """The same for arrays of numbers on the CPU, outside of JAX' programs."""
+    arrays = {name: np.asarray(a) for name, a in arrays.items()}
+    task = _arranged(call, {name: _stand_in(a) for name, a in arrays.items() if name != "weights"})
+    out = [None if task.value is None else _to_be_taken_over(task.value.shape, task.scalar_dtype)]
+    out += [_to_be_taken_over(arrays[g.of].shape, arrays[g.of].dtype) for g in task.gradients]
+    to = None if all(a is None for a in out) else tuple(out)
+    found = cpu.compute(call._replace(**arrays, out=to))
+    results = found if isinstance(found, tuple) else (found,)
+    given = tuple(jnp.asarray(a) if b is None else jax.dlpack.from_dlpack(b) for a, b in zip(results, out, strict=True))
+    return given if isinstance(found, tuple) else given[0]
+
+
+def _to_be_taken_over(shape: tuple[int, ...], dtype: Any) -> Any:
+    """New memory that JAX takes over as it is: its arrays begin at multiples of 64 bytes. None for what is copied:
+    little, or bfloat16, which NumPy does not lend."""
+    size = math.prod(shape) * dtype.itemsize
+    if size <= SMALL or dtype.kind == "V":
+        return None
+    memory = np.empty(size + 64, np.uint8)
+    start = -memory.ctypes.data % 64
+    return memory[start : start + size].view(dtype).reshape(shape)

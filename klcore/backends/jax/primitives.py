@@ -1,0 +1,277 @@
+"""What JAX is taught: two primitives, one that calls the engine, and its derivative, a linear function.
+
+`value` is what the adapter calls. JAX differentiates it by `_jvp`: of a total the gradients come in the same pass as
+the value; else backward asks the engine for the product of cotangent and Jacobian. `_tangent` is that derivative as one
+linear operation, which JAX applies (jvp), transposes (grad) and batches (vmap). There are no second ones.
+"""
+
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero
+from jax.experimental.buffer_callback import buffer_callback
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir
+
+from klcore.backends import rows
+from klcore.backends.jax import private
+from klcore.backends.jax.programs import Program, on_buffers
+
+Arrays = dict[str, Any]  # the arguments there are, as Call names them
+_BY_CLASS = tuple(rows.SPACES[name] for name in ("probs", "log_probs"))  # where a term is of its class alone
+
+
+def _refuse_second(program: Program) -> Any:
+    raise NotImplementedError(
+        f"klcore.{program.call.operation.function} has first derivatives only; second ones (jax.hessian, grad of grad) "
+        "are not available"
+    )
+
+
+def _in_front(a: Any, at: int | None, size: int | None = None) -> Any:
+    """The axis that vmap maps, put first; where there is none one of size 1, or of `size`."""
+    if at is not None:
+        return jnp.moveaxis(a, at, 0)
+    return jnp.expand_dims(a, 0) if size is None else jnp.broadcast_to(a, (size, *a.shape))
+
+
+def _mapped_size(arguments: Any, at: Any) -> int:
+    return next(a.shape[d] for a, d in zip(arguments, at, strict=True) if d is not None)
+
+
+# ---- the engine ------------------------------------------------------------------------------------------------------
+
+_engine: Any = Primitive("klcore")
+_engine.multiple_results = True
+
+
+def _run(*arguments: Any, program: Program) -> Any:
+    with jax.disable_jit(False):  # there is no other way to run it
+        return _compiled(program, *arguments)
+
+
+@partial(jax.jit, static_argnums=0)
+def _compiled(program: Program, *arguments: Any) -> Any:
+    return _engine.bind(*arguments, program=program)
+
+
+def _types(*arguments: Any, program: Program) -> Any:
+    return [jax.core.ShapedArray(r.shape, r.dtype) for r in program.results(arguments)]
+
+
+def _batch(arguments: Any, at: Any, *, program: Program) -> Any:
+    found = _engine.bind(*map(_in_front, arguments, at), program=program)
+    return found, [0] * len(found)
+
+
+def _lower(context: Any, *arguments: Any, program: Program) -> Any:
+    if private.for_export(context):
+        raise NotImplementedError(
+            f"klcore.{program.call.operation.function} cannot be exported by jax.export: its programs call back into "
+            "the process that made them. Export the function that makes its arguments, and call klcore on what that "
+            "returns, where it is loaded"
+        )
+    return mlir.lower_fun(partial(_called_back, program), multiple_results=True)(context, *arguments)
+
+
+def _called_back(program: Program, *arguments: Any) -> Any:
+    def callback(context: Any, out: Any, *buffers: Any) -> None:
+        on_buffers(program, context, out, buffers)
+
+    return buffer_callback(callback, program.results(arguments))(*arguments)
+
+
+def _differentiate(primals: Any, tangents: Any, *, program: Program) -> Any:
+    _refuse_second(program)
+
+
+_engine.def_impl(_run)
+_engine.def_abstract_eval(_types)
+ad.primitive_jvps[_engine] = _differentiate
+batching.primitive_batchers[_engine] = _batch
+mlir.register_lowering(_engine, _lower)
+
+
+def execute(program: Program, arrays: Arrays) -> Any:
+    """The results of a program; within jax.shard_map they differ from device to device as the arguments do."""
+    found = _engine.bind(*arrays.values(), program=replace(program, names=tuple(arrays)))
+    axes = frozenset[str]().union(*map(private.varying_axes, arrays.values()))
+    return [private.varying(a, axes) for a in found]
+
+
+# ---- its derivative --------------------------------------------------------------------------------------------------
+#
+# `result`: of the type that the tangent has; then what is known, by the names `known`: either the gradients of a total,
+# as dx and dy, or the program's arguments; then the tangents of the operands that `program.gradients` names.
+
+_tangent: Any = Primitive("klcore_tangent")
+_PARTS = {"x": "dx", "y": "dy"}
+
+
+def _split(arguments: Any, known: tuple[str, ...]) -> tuple[Arrays, Any]:
+    return dict(zip(known, arguments, strict=False)), arguments[len(known) :]
+
+
+def _apply(result: Any, *arguments: Any, program: Program, known: tuple[str, ...], second: bool) -> Any:
+    """Forward mode."""
+    if second:
+        _refuse_second(program)
+    arrays, tangents = _split(arguments, known)
+    named = dict(zip(program.gradients, tangents, strict=True))
+    summed: tuple[int, ...] = tuple(range(-program.ndim, 0))
+    if not program.total:
+        arrays, named, summed = _by_row(program, arrays, named)
+    elif "x" in arrays:
+        arrays = _gradients(replace(program, pull=False), arrays)
+    terms = [_times(arrays[_PARTS[name]].astype(result.dtype), t).sum(summed) for name, t in named.items()]
+    return jnp.broadcast_to(sum(terms[1:], terms[0]), result.shape)
+
+
+def _gradients(program: Program, arrays: Arrays) -> Arrays:
+    found = execute(program, arrays)[0 if program.pull else 1 :]
+    return {_PARTS[name]: a for name, a in zip(program.gradients, found, strict=True)}
+
+
+def _by_row(program: Program, arrays: Arrays, tangents: Arrays) -> tuple[Arrays, Arrays, tuple[int, ...]]:
+    """The derivatives of rows or terms by their own operands' elements, the tangents, and the axes to add up over."""
+    call = program.call
+    spaces = dict(zip("xy", rows.space_pair(call.space, call.operation), strict=True))
+    if call.reduction == "none" and not all(spaces[name] in _BY_CLASS for name in tangents):
+        raise NotImplementedError(
+            f"klcore.{call.operation.function} has no forward mode (jax.jvp, jax.linearize, jax.jacfwd) for "
+            "reduction='none' of logits or counts, of which every term depends on the whole row; use reduction='row', "
+            "or jax.grad, jax.vjp or jax.jacrev"
+        )
+    operands = [arrays[name] for name in "xy" if name in arrays]
+    whole = jnp.broadcast_shapes(*(a.shape for a in operands))
+    spread = {n: jnp.broadcast_to(a, whole) if n in _PARTS else a for n, a in arrays.items()}
+    count = len(whole) - program.ndim
+    one = jnp.ones(whole[:count] + program.shape, jnp.float32)
+    pulled = _gradients(replace(program, pull=True), spread | {"cotangent": one})
+    summed = () if call.reduction == "none" or call.operation.is_estimator else (call.axis,)
+    return pulled, {name: jnp.broadcast_to(t, t.shape[:count] + whole[count:]) for name, t in tangents.items()}, summed
+
+
+def _transpose(cotangent: Any, result: Any, *arguments: Any, program: Program, known: Any, second: bool) -> Any:
+    """Reverse mode."""
+    arrays, tangents = _split(arguments, known)
+    nothing = [None] * (1 + len(known))
+    if isinstance(cotangent, ad.Zero):
+        return [*nothing, *(None for _ in tangents)]
+    if second:
+        _refuse_second(program)
+    if program.total and "x" not in arrays:
+        found = [_times(arrays[_PARTS[name]], _under(cotangent, program)) for name in program.gradients]
+    else:
+        given = arrays | {"cotangent": cotangent}
+        found = list(_gradients(replace(program, pull=True), given).values())
+        if program.call.reduction != "row":  # there the engine leaves such rows out
+            zero = _under(cotangent, program) == 0
+            found = [jnp.where(zero, 0, g) if program.total or g.shape == zero.shape else g for g in found]
+    return [*nothing, *(g if isinstance(t, ad.UndefinedPrimal) else None for g, t in zip(found, tangents, strict=True))]
+
+
+def _under(cotangent: Any, program: Program) -> Any:
+    """A cotangent of totals or terms, of as many axes as x."""
+    count = cotangent.ndim - len(program.shape)
+    return cotangent.reshape(cotangent.shape[:count] + (1,) * (program.ndim - len(program.shape)) + program.shape)
+
+
+def _times(gradient: Any, factor: Any) -> Any:
+    """Of the gradient's dtype; where the factor is 0 so is the product, as of an infinite derivative."""
+    return jnp.where(factor == 0, 0, factor.astype(gradient.dtype) * gradient)
+
+
+def _type(result: Any, *arguments: Any, **parameters: Any) -> Any:
+    return result
+
+
+def _batch_tangent(arguments: Any, at: Any, *, known: tuple[str, ...], **parameters: Any) -> Any:
+    size = _mapped_size(arguments, at)
+    full = [size] + [None] * len(known) + [size] * (len(arguments) - 1 - len(known))
+    return _tangent.bind(*map(_in_front, arguments, at, full), known=known, **parameters), 0
+
+
+def _differentiate_tangent(primals: Any, tangents: Any, *, program: Program, known: Any, second: bool) -> Any:
+    """It is linear in its tangents."""
+    if not all(isinstance(t, ad.Zero) for t in tangents[1 : 1 + len(known)]):
+        _refuse_second(program)
+    moving = map(ad.instantiate_zeros, tangents[1 + len(known) :])
+    bind = partial(_tangent.bind, program=program, known=known, second=second)
+    return bind(*primals), bind(*primals[: 1 + len(known)], *moving)
+
+
+_tangent.def_impl(_apply)
+_tangent.def_abstract_eval(_type)
+ad.primitive_jvps[_tangent] = _differentiate_tangent
+ad.primitive_transposes[_tangent] = _transpose
+batching.primitive_batchers[_tangent] = _batch_tangent
+mlir.register_lowering(_tangent, mlir.lower_fun(_apply, multiple_results=False))
+
+
+# ---- the two together ------------------------------------------------------------------------------------------------
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(0,))
+def value(program: Program, arrays: Arrays) -> Any:
+    """The value and the gradients that `program` names."""
+    return execute(program, arrays)
+
+
+@partial(value.defjvp, symbolic_zeros=True)
+def _jvp(program: Program, primals: Any, tangents: Any) -> Any:
+    (arrays,), (given,) = primals, tangents
+    moving = {name: t for name, t in given.items() if not isinstance(t, SymbolicZero)}
+    function = program.call.operation.function
+    if program.call.operation.name == "puzzlelib":
+        raise NotImplementedError(
+            "PuzzleLib's loss returns a direction of descent, which is not its derivative; use that, or klcore.kl_div"
+        )
+    for name in moving.keys() - {"x", "y", "temperature"}:
+        raise NotImplementedError(
+            f"klcore.{function} has no derivative with respect to {name}; pass jax.lax.stop_gradient({name})"
+        )
+    known = arrays
+    if "temperature" in moving:
+        known, moving = _by_temperature(program, arrays, moving)
+    wanted = tuple(name for name in "xy" if name in moving)
+    # The gradients of a total come in the same pass, and are multiplied by its cotangent afterwards. Not so those of 16
+    # bits: what the cotangent (a loss scale) is to save from underflow would be lost by then.
+    wide = all(arrays[name].dtype.itemsize > 2 for name in "xy" if name in arrays)
+    one_pass = program.total and wide and all(known[name] is arrays[name] for name in wanted)
+    names = tuple(name for name in "xy" if name in program.gradients or (one_pass and name in wanted))
+    result, *gradients = value(replace(program, gradients=names), arrays)
+    found = dict(zip(names, gradients, strict=True))
+    results = [result, *(found[name] for name in program.gradients)]
+    if one_pass:
+        known = {_PARTS[name]: found[name] for name in wanted}
+    derivative = partial(_tangent.bind, program=replace(program, gradients=wanted), known=tuple(known))
+    read = *known.values(), *(moving[name] for name in wanted)
+    return results, [derivative(r, *read, second=k > 0) for k, r in enumerate(results)]
+
+
+def _by_temperature(program: Program, arrays: Arrays, moving: Arrays) -> tuple[Arrays, Arrays]:
+    """The tangent of the temperature as one of the logits: x / T moves by -x / T**2, as if x did by -x / T. What is
+    added to all logits of a row changes nothing, so their greatest may be taken from them."""
+    call = program.call
+    t, dt = (jnp.expand_dims(a, call.axis) for a in (arrays["temperature"], moving["temperature"]))
+    spaces = rows.space_pair(call.space, call.operation)
+    logits = [n for n, space in zip("xy", spaces, strict=True) if n in arrays and space == rows.LOGITS]
+    spread = {name: jnp.broadcast_to(arrays[name], _whole(arrays[name], t)) for name in logits}
+    moved = {name: moving[name] for name in "xy" if name in moving}
+    for name, a in spread.items():
+        a = a if a.dtype.itemsize > 2 else a.astype(jnp.float32)
+        greatest = jnp.max(a, call.axis, keepdims=True, where=jnp.isfinite(a), initial=-jnp.inf)
+        share = (greatest - a) / t
+        own = jnp.where(jnp.isfinite(share), share, 0) * dt  # what is excluded has no gradient
+        own = own.astype(spread[name].dtype)
+        moved[name] = own + jnp.broadcast_to(moved[name], own.shape) if name in moved else own
+    same = {name: arrays[name] for name in logits if spread[name].shape == arrays[name].shape}
+    return arrays | spread | same, moved
+
+
+def _whole(a: Any, t: Any) -> tuple[int, ...]:
+    return jnp.broadcast_shapes(a.shape, t.shape)

@@ -1,0 +1,376 @@
+"""DTensors: every process computes from what it holds, and the results are DTensors.
+
+Axes of the batch may be sharded in any way: nothing is exchanged, and a total is Partial, as PyTorch's own loss is.
+Where the classes are sharded, each process leaves a state for every 1024 of its classes (src/kl_partial.h). All are
+gathered before the value is known, and merged by every process; value and gradients of what it holds then follow from
+its own classes. So autograd sees no exchange, and backward has none of its own.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
+
+from klcore import _cpu
+from klcore.backends import cpu, rows
+from klcore.backends.torch import kernels, memory, operator
+from klcore.operations import Call
+
+# ---- what is where ---------------------------------------------------------------------------------------------------
+
+
+class _Layout(NamedTuple):
+    """Axes are those of the broadcast shape, counted from the end."""
+
+    mesh: Any
+    divided: tuple[int | None, ...]  # which axis each dimension of the mesh divides
+    classes: int  # the class axis; 0 if there is none
+    exchanged: bool  # whether it is divided, and states of its shards are exchanged
+
+    def placements(self, shape: Any, of_rows: bool = False, missing: Any = Replicate) -> tuple[Any, ...]:
+        """Of a tensor of this shape; `of_rows`: which lacks the class axis. `missing`: where the mesh divides an axis
+        that it does not have."""
+        found: list[Any] = []
+        for axis in self.divided:
+            lost = of_rows and axis == self.classes
+            if axis is None or (lost and self.exchanged):
+                found.append(Replicate())
+                continue
+            k = len(shape) + axis + (of_rows and axis < self.classes)
+            found.append(Shard(k) if not lost and k >= 0 and shape[k] > 1 else missing())
+        return tuple(found)
+
+    def part(self, t: Any, of_rows: bool = False) -> Any:
+        """This process' of a DTensor, moved to where the others' parts are; a number as it is."""
+        if not isinstance(t, DTensor):
+            return t
+        placements = self.placements(t.shape, of_rows)
+        t = t if t.placements == placements else t.redistribute(placements=placements)
+        return t.to_local(grad_placements=self.placements(t.shape, of_rows, Partial))
+
+    def whole(self, t: Any, shape: Any, stride: Any, placements: tuple[Any, ...]) -> Any:
+        """The DTensor of which all processes have such a part."""
+        return DTensor.from_local(t, self.mesh, placements, run_check=False, shape=torch.Size(shape), stride=stride)
+
+    def shards(self, n: int) -> list[int]:
+        """The sizes of all shards of n classes, in order."""
+        sizes = [n]
+        for k, axis in enumerate(self.divided):
+            if axis == self.classes:
+                parts = self.mesh.size(k)
+                sizes = [max(0, min(-(-m // parts), m - j * -(-m // parts))) for m in sizes for j in range(parts)]
+        return sizes
+
+    def gathered(self, states: Any) -> Any:
+        """Those of all shards of the classes, in order, along the last axis."""
+        of_classes = [Shard(states.ndim - 1) if axis == self.classes else Replicate() for axis in self.divided]
+        whole = DTensor.from_local(states, self.mesh, of_classes, run_check=False)  # other rows stay where they are
+        return whole.redistribute(placements=[Replicate()] * len(of_classes)).to_local()
+
+
+def _layout(x: Any, y: Any, classes: int) -> _Layout:
+    """What is sharded stays so. Where x and y differ, the smaller one is moved, and classes sooner than rows."""
+
+    def divided(t: Any) -> tuple[int | None, ...]:
+        # compared, since torch.compile would have the number itself vary from call to call
+        found = [[d for d in range(t.ndim) if d == getattr(p, "dim", None) and t.shape[d] > 1] for p in t.placements]
+        return tuple(d[0] - t.ndim if d else None for d in found)
+
+    axes = divided(x)
+    if y is not None:
+        of_x, of_y = ((t.numel() * t.element_size(), classes not in divided(t)) for t in (x, y))
+        first, second = (x, y) if of_x >= of_y else (y, x)
+        axes = tuple(b if a is None else a for a, b in zip(divided(first), divided(second), strict=True))
+    return _Layout(x.device_mesh, axes, classes, classes in axes)
+
+
+def _check(call: Call) -> None:
+    """What DTensors cannot be called with."""
+    if call.out is not None:
+        raise TypeError("out= has no place beside DTensors, whose parts are in several processes; use the result")
+    if call.device is not None:
+        raise ValueError(f"device={call.device!r}: DTensors are computed on the devices of their mesh")
+    for name in ("x", "y", "weights", "ratio", "temperature", "denominator"):
+        t = getattr(call, name)
+        if isinstance(t, DTensor):
+            memory.check(t, name)
+            if isinstance(call.x, DTensor) and t.device_mesh != call.x.device_mesh:
+                raise ValueError(f"x and {name} are DTensors on different meshes; distribute {name} over x.device_mesh")
+        elif t is not None and (name in ("x", "y") or getattr(t, "shape", ()) != () or isinstance(t, (list, tuple))):
+            raise TypeError(
+                f"{name} is a {type(t).__module__}.{type(t).__qualname__} beside a DTensor: nobody can tell whether it "
+                f"is a part or the whole; pass distribute_tensor({name}, mesh, placements) of the whole, or "
+                "DTensor.from_local of a part"
+            )
+
+
+def compute(call: Call, locally: Callable[[Call], Any]) -> Any:
+    """As klcore.backends.torch.compute, which is `locally` for plain tensors."""
+    _check(call)
+    operation, x, y = call.operation, call.x, call.y
+    if isinstance(call.denominator, DTensor):
+        call = call._replace(denominator=call.denominator.full_tensor())
+    rows.words(call)
+    terms, _ = kernels.value_like(call._replace(reduction="none"))
+    if operation.is_loss:
+        classes = call.axis - len(terms) if call.axis >= 0 else call.axis
+    else:
+        classes = rows.class_axis_of(call, x, y)
+    if not torch.compiler.is_compiling():
+        if x.device_mesh.get_coordinate() is None:
+            raise ValueError(
+                "this process is not in x.device_mesh, and holds no part of x: call klcore in those that do"
+            )
+        rows.arrange(np, _shape_of, call._replace(return_grad=None, reduction="row", denominator=None, dtype=None))
+    layout = _layout(x, y, classes)
+    if layout.exchanged and (call.reduction == "none" or operation.is_loss) and _sweeps(call, True, False) == 1:
+        layout = layout._replace(exchanged=False)  # every class by itself
+
+    alone = operation.is_estimator
+    batch = terms if alone or not terms else (*terms[:classes], *terms[len(terms) + classes + 1 :])
+    shape = terms if call.reduction == "none" else batch if call.reduction == "row" else ()
+    if not shape and call.reduction != "sum":
+        call = call._replace(**_divided(call, terms, batch))
+    by_row = not (alone or operation.is_loss)
+    parts = call._replace(
+        x=layout.part(x),
+        y=layout.part(y),
+        axis=classes,
+        weights=layout.part(call.weights, by_row),
+        ratio=layout.part(call.ratio, by_row),
+        temperature=layout.part(call.temperature, by_row),
+    )
+    found = _exchanging(parts, layout, x.shape[classes]) if layout.exchanged else locally(parts)
+    value, *gradients = found if isinstance(found, tuple) else (found,)
+    strides = tuple(math.prod(max(n, 1) for n in shape[k + 1 :]) for k in range(len(shape)))
+    of_rows = call.reduction != "none" and not alone
+    value = layout.whole(value, shape, strides, layout.placements(shape, of_rows, Partial))
+    if not gradients:
+        return value
+    wanted = [{"x": x, "y": y}[of] for of in rows.words(call)[2]]
+    return value, *(
+        layout.whole(g, t.shape, t.stride(), layout.placements(t.shape, missing=Partial))
+        for g, t in zip(gradients, wanted, strict=True)
+    )
+
+
+def _shape_of(a: Any, name: str) -> Any:
+    """An array of zeros without memory: what rows.py checks it by."""
+    return np.broadcast_to(0.0, getattr(a, "shape", ()))
+
+
+def _divided(call: Call, terms: tuple[int, ...], batch: tuple[int, ...]) -> dict[str, Any]:
+    """What makes a mean of the whole batch a sum of its parts."""
+    weights, count = call.weights, math.prod(batch)
+    classes = terms[call.axis] if terms and not call.operation.is_estimator else 1
+    if call.reduction != "rowmean" or weights is None:
+        denominator: Any = rows._denominator(call, terms, count, classes, None)
+    elif not isinstance(weights, DTensor):
+        denominator = weights * count
+    else:
+        denominator = _sum(weights, count)
+        factor = 1.0 if torch.compiler.is_compiling() else rows.weight_factor(float(denominator))
+        if factor != 1:  # out of the range's end, that the sum be a number
+            weights = weights.to(torch.float64) * factor
+            denominator = _sum(weights, count)
+    return {"reduction": "sum", "weights": weights, "denominator": denominator}
+
+
+def _sum(weights: Any, count: int) -> Any:
+    """Of the weights of all rows."""
+    return weights.detach().to(torch.float64).sum().full_tensor() * (count // max(weights.numel(), 1))
+
+
+# ---- the classes sharded ---------------------------------------------------------------------------------------------
+
+
+@torch.compiler.assume_constant_result
+def _count(code: int, space_x: int, space_y: int, terms: bool, gradient: bool) -> int:
+    return len(_cpu.sweeps(code, space_x, space_y, False, terms, gradient))
+
+
+def _sweeps(call: Call, terms: bool, gradient: bool) -> int:
+    """How many sweeps over the rows such outputs take."""
+    return _count(call.operation.code, *rows.space_pair(call.space, call.operation), terms, gradient)
+
+
+def _exchanging(call: Call, layout: _Layout, classes: int) -> Any:
+    """The value of this process' rows, and gradients of its classes."""
+    _, temperature, wanted = rows.words(call)
+    x, y = (t if t is None or not wanted else t.detach() for t in (call.x, call.y))
+    weights = memory.weights_beside(call.weights, x, None, "weights")
+    terms = call.reduction == "none"
+    if call.operation.is_loss:
+        raise TypeError(
+            "klcore.compat takes DTensors whose classes are not sharded where a loss takes logits; move them with "
+            "redistribute(placements=[Shard(0)]), say"
+        )
+    if not x.is_cpu:
+        raise NotImplementedError(
+            "DTensors whose classes are sharded are computed on CPUs; elsewhere shard the rows, as with "
+            "redistribute(placements=[Shard(0)]), or gather the classes"
+        )
+    call = call._replace(x=x, y=y, weights=weights, temperature=temperature, return_grad=None)
+    of_x, of_y = "x" in wanted, "y" in wanted
+    if not wanted and torch.is_grad_enabled():
+        of_x, of_y = x.requires_grad, y is not None and y.requires_grad
+        if terms and (of_x or of_y):
+            raise NotImplementedError(
+                "reduction='none' has no gradient where classes of logits or counts are sharded; take "
+                "reduction='row', or call it within torch.no_grad()"
+            )
+    counts = [cpu.chunks(n) for n in layout.shards(classes)]
+    ops, arguments = torch.ops.klcore, operator.arguments_of(call)
+    stats: list[Any] = [None]  # after each sweep
+    with torch.no_grad():
+        for number in range(_sweeps(call, False, False)):
+            states = ops.states.default(*arguments, number, stats[-1], of_x, of_y, max(counts))
+            states = layout.gathered(states)
+            stats.append(ops.merged.default(*arguments, number, stats[-1], states, counts))
+    at = _sweeps(call, True, False) - 1 if terms else -1
+    value = ops.value_of_stats.default(*arguments, stats[at])
+    if not wanted:
+        return value
+    of_sum = operator.arguments_of(call._replace(reduction="sum"))
+    both = ops.gradients_of_stats.default(*of_sum, stats[-1], value.new_ones(()), of_x, of_y)
+    return (value, *(g for g, of in zip(both, (of_x, of_y), strict=True) if of))
+
+
+# The operators that torch.compile sees: of the calls of operator.py, with what is known of the rows besides.
+_ARGUMENTS = operator._ARGUMENTS
+_define = operator.LIBRARY.define
+_define(f"states({_ARGUMENTS}, int number, Tensor? stats, bool of_x, bool of_y, int count) -> Tensor")
+_define(f"merged({_ARGUMENTS}, int number, Tensor? stats, Tensor states, int[] counts) -> Tensor")
+_define(f"value_of_stats({_ARGUMENTS}, Tensor stats) -> Tensor")
+_define(f"gradients_of_stats({_ARGUMENTS}, Tensor stats, Tensor cotangent, bool of_x, bool of_y) -> (Tensor, Tensor)")
+
+
+def _lent(arguments: Sequence[Any], of_x: bool = False, of_y: bool = False) -> Call:
+    call = operator.call_of(*arguments)
+    return kernels.lent(call._replace(return_grad=operator.names(of_x, of_y) or None))
+
+
+def _states(*arguments: Any) -> Any:
+    """What sweep `number` leaves of this process' classes, `count` chunks at most; zeros where it has fewer."""
+    *rest, number, stats, of_x, of_y, count = arguments
+    call = _lent(rest, of_x, of_y)._replace(reduction="row", denominator=None)
+    found = cpu.states(call, number, memory.lend(stats))
+    states = torch.zeros((*found.shape[:-1], count), dtype=torch.float64)
+    states[..., : found.shape[-1]] = torch.from_numpy(found)
+    return states
+
+
+def _merged(*arguments: Any) -> Any:
+    """The rows' stats, of the states of all shards, which have so many chunks each."""
+    *rest, number, stats, states, counts = arguments
+    call = _lent(rest)
+    most = max(counts)
+    if set(counts) != {most}:
+        states = torch.cat([states[..., k * most : k * most + m] for k, m in enumerate(counts)], -1)
+    spaces, temperature, _ = rows.words(call)
+    double = kernels.value_like(operator.call_of(*rest))[1] == torch.float64
+    wide = double or rows.is_wide(call.operation, spaces, temperature, call.parameter)
+    return torch.from_numpy(
+        cpu.merge(
+            call.operation, number, memory.lend(states), memory.lend(stats), call.weights, spaces, wide, temperature,
+            call.parameter, call.factor,
+        )
+    )  # fmt: skip
+
+
+def _value_of_stats(*arguments: Any) -> Any:
+    *rest, stats = arguments
+    call = operator.call_of(*rest)
+    _, dtype = kernels.value_like(call)
+    if call.reduction == "none":
+        (terms,) = cpu.outputs(_lent(rest), _sweeps(call, True, False) - 1, memory.lend(stats), 1.0, ())
+        return memory.as_tensor(terms)
+    values = stats[..., 0]
+    if call.reduction == "row":
+        return values.to(dtype, copy=True)
+    denominator = 1.0 if call.denominator is None else rows.denominator_of(call)
+    total = cpu.add_up(cpu.chunk_sums(memory.lend(values)))
+    return torch.tensor(total / denominator if denominator else math.nan, dtype=dtype)
+
+
+def _gradients_of_stats(*arguments: Any) -> tuple[Any, Any]:
+    """An empty tensor for one that is not wanted."""
+    *rest, stats, cotangent, of_x, of_y = arguments
+    call = _lent(rest, of_x, of_y)._replace(cotangent=memory.lend(cotangent))
+    denominator = 1.0 if call.denominator is None else rows.denominator_of(call)
+    number = _sweeps(call, False, True) - 1
+    found = cpu.outputs(call, number, memory.lend(stats) if number else None, denominator, ())
+    _, x, y, *_ = rest
+    return (
+        operator._laid_out_like(x, memory.as_tensor(found[0])) if of_x else x.new_empty(0),
+        operator._laid_out_like(y, memory.as_tensor(found[-1])) if of_y else x.new_empty(0),
+    )
+
+
+for _name, _function in {
+    "states": _states,
+    "merged": _merged,
+    "value_of_stats": _value_of_stats,
+    "gradients_of_stats": _gradients_of_stats,
+}.items():
+    operator.LIBRARY.impl(_name, _function, "CompositeExplicitAutograd")
+
+
+def _batch(arguments: Sequence[Any]) -> tuple[int, ...]:
+    return kernels.value_like(operator.call_of(*arguments)._replace(reduction="row"))[0]
+
+
+@torch.library.register_fake("klcore::states", lib=operator.LIBRARY)
+def _fake_states(*arguments: Any) -> Any:
+    *rest, number, _, of_x, of_y, count = arguments
+    call = operator.call_of(*rest)
+    numbers = cpu.sweeps(call.operation, rows.space_pair(call.space, call.operation), False, False, of_x or of_y)
+    return call.x.new_empty((*_batch(rest), numbers[number], count), dtype=torch.float64)
+
+
+@torch.library.register_fake("klcore::merged", lib=operator.LIBRARY)
+def _fake_merged(*arguments: Any) -> Any:
+    *rest, _, _, states, _ = arguments
+    return states.new_empty((*_batch(rest), cpu.STATS))
+
+
+@torch.library.register_fake("klcore::value_of_stats", lib=operator.LIBRARY)
+def _fake_value(*arguments: Any) -> Any:
+    *rest, stats = arguments
+    shape, dtype = kernels.value_like(operator.call_of(*rest))
+    return stats.new_empty(shape, dtype=dtype)
+
+
+@torch.library.register_fake("klcore::gradients_of_stats", lib=operator.LIBRARY)
+def _fake_gradients(*arguments: Any) -> tuple[Any, Any]:
+    _, x, y, *_, of_x, of_y = arguments
+    return kernels.gradient_like(x) if of_x else x.new_empty(0), kernels.gradient_like(y) if of_y else x.new_empty(0)
+
+
+def _keep(ctx: Any, inputs: Sequence[Any], output: Any) -> None:
+    ctx.tensors = [k for k, a in enumerate(inputs) if isinstance(a, torch.Tensor)]
+    ctx.save_for_backward(*(inputs[k] for k in ctx.tensors))
+    ctx.others = [None if isinstance(a, torch.Tensor) else a for a in inputs]
+
+
+def _backward(ctx: Any, cotangent: Any) -> tuple[Any, ...]:
+    arguments = list(ctx.others)
+    for k, t in zip(ctx.tensors, ctx.saved_tensors, strict=True):
+        arguments[k] = t
+    _, of_x, of_y, *rest = ctx.needs_input_grad
+    dx, dy = torch.ops.klcore.gradients_of_stats.default(*arguments, cotangent, of_x, of_y)
+    return (None, dx if of_x else None, dy if of_y else None, *[None] * len(rest))
+
+
+def _no_second(ctx: Any, *_: Any) -> Any:
+    raise RuntimeError(
+        "klcore gives first derivatives of its divergences, and this asks for a second one (create_graph=True, or a "
+        "gradient of a gradient)"
+    )
+
+
+torch.library.register_autograd("klcore::value_of_stats", _backward, setup_context=_keep, lib=operator.LIBRARY)
+torch.library.register_autograd("klcore::gradients_of_stats", _no_second, lib=operator.LIBRARY)
