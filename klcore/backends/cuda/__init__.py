@@ -28,7 +28,7 @@ from klcore.operations import Call
 
 __all__ = ["block", "compute", "missing", "on_stream", "ready"]
 
-_CHECKED = 3  # of these out= may not overlap
+_CHECKED = 4  # of READ: out= may not overlap these
 _MOST_KEPT = 1024  # prepared calls; 2.4 KB a launch
 _kept: dict[Any, Prepared] = {}  # by _key
 
@@ -59,7 +59,8 @@ def _integer(axis: Any) -> Any:
 
 def _number(temperature: Any) -> Any:
     try:
-        return float(temperature) if hasattr(temperature, "__float__") else temperature
+        numbers = rows.has_numbers(temperature) or not hasattr(temperature, "__float__")
+        return temperature if numbers else float(temperature)
     except (TypeError, ValueError, OverflowError):
         return temperature
 
@@ -75,20 +76,24 @@ def compute(call: Call) -> Any:
         divisor = _divisor(cupy, call.denominator)
         call = call._replace(denominator=None)
     cotangent = devices.as_read(cupy, call.cotangent, devices.FLOAT64 if total else None)
+    number, temperatures = _number(call.temperature), None
+    if rows.has_numbers(number):
+        number, temperatures = None, devices.as_read(cupy, number, name="temperature")
     call = call._replace(
-        weights=weights, cotangent=cotangent, axis=_integer(call.axis), temperature=_number(call.temperature)
-    )
+        weights=weights, cotangent=cotangent, axis=_integer(call.axis),
+        temperature=number if temperatures is None else temperatures,
+    )  # fmt: skip
     # the arrays that kernels read, in the order of READ, and what there is beside them
-    read: tuple[Any, ...] = (call.x, call.y, weights, None, cotangent, divisor, None)
+    read: tuple[Any, ...] = (call.x, call.y, weights, temperatures, None, cotangent, divisor, None)
     if cotangent is not None and weights is None and not total:  # it multiplies each row, or each term
         by_row = call.reduction == "row"
-        read = (call.x, call.y, cotangent, None, None, None, None)
-        read = read if by_row else (call.x, call.y, None, cotangent, None, None, None)
+        read = (call.x, call.y, cotangent, temperatures, None, None, None, None)
+        read = read if by_row else (call.x, call.y, None, temperatures, cotangent, None, None, None)
     elif call.operation.is_loss:
-        read = (call.x, call.y, None, weights, cotangent, None, None)
+        read = (call.x, call.y, None, None, weights, cotangent, None, None)
     words = (
-        call.operation.code, call.space, call.axis, call.reduction, call.temperature, call.return_grad,
-        call.denominator, call.parameter, call.factor, call.dtype,
+        call.operation.code, call.space, call.axis, call.reduction, number, call.return_grad, call.denominator,
+        call.parameter, call.factor, call.dtype,
     )  # fmt: skip
     out = call.out if cotangent is None or call.out is None else (None, *call.out)
     given = out if isinstance(out, tuple) else (out,)
@@ -106,11 +111,11 @@ def compute(call: Call) -> Any:
         with cupy.cuda.Device(prepared.device):
             return _again(cupy, prepared, read, given, cotangent is None)
 
-    number = devices.choose(cupy, call.device, {**dict(zip(READ, read, strict=True)), "ratio": call.ratio}, given)
-    with cupy.cuda.Device(number):
-        task = rows.arrange(cupy, partial(devices.asarray, cupy, number), call)
-        task.divisor = divisor if divisor is None or divisor.device.id == number else cupy.array(divisor)
-        value, prepared, arrays = _compute(cupy, number, task)
+    device = devices.choose(cupy, call.device, {**dict(zip(READ, read, strict=True)), "ratio": call.ratio}, given)
+    with cupy.cuda.Device(device):
+        task = rows.arrange(cupy, partial(devices.asarray, cupy, device), call)
+        task.divisor = divisor if divisor is None or divisor.device.id == device else cupy.array(divisor)
+        value, prepared, arrays = _compute(cupy, device, task)
         if key is not None and prepared is not None and _can_be_kept(task, arrays, read):
             if len(_kept) >= _MOST_KEPT:
                 _kept.clear()
@@ -211,7 +216,8 @@ def _compute(cupy: Any, device: int, task: rows.Task) -> tuple[Any, Prepared | N
     if cotangent is not None and (task.by_weights or devices.is_here(cotangent, cupy)):
         cotangent = task.cotangent = cupy.asarray(cotangent, np.float64)  # multiplied where the denominator is known
     here = cotangent if devices.is_here(cotangent, cupy) else None
-    arrays = [task.x, task.y, task.weights, task.factors, here, task.divisor, task.counted]
+    temperatures = None if isinstance(task.temperature, float) else task.temperature
+    arrays = [task.x, task.y, task.weights, temperatures, task.factors, here, task.divisor, task.counted]
     results = [value, *(g.array for g in task.gradients)]
     prepared = prepare(device, task, arrays, results)
     _execute(cupy, prepared, [0 if a is None else a.data.ptr for a in (*arrays, *results)])
@@ -221,7 +227,8 @@ def _compute(cupy: Any, device: int, task: rows.Task) -> tuple[Any, Prepared | N
 def block(call: Call, denominator: float, shared: tuple[str, ...]) -> tuple[Any, ...]:
     """What cpu.block does, for backends/dask.py."""
     cupy = ready()
-    number = devices.choose(cupy, None, {"x": call.x, "y": call.y, "weights": call.weights}, ())
+    given = {"x": call.x, "y": call.y, "weights": call.weights, "temperature": call.temperature}
+    number = devices.choose(cupy, None, given, ())
     with cupy.cuda.Device(number):
         # the kernels write a gradient in its operand's dtype, and parts of a sum should not be rounded to 16 bits
         x, y = (

@@ -40,6 +40,9 @@ def prepare(device: int, task: rows.Task, arrays: list[Any], results: list[Any])
         views["y"] = plans.view_of(task.y, places["y"], True)
     if task.weights is not None:
         views["weights"] = plans.view_of(task.weights, places["weights"], False)
+    by_row = not isinstance(task.temperature, float)
+    if by_row:
+        views["temperatures"] = plans.view_of(task.temperature, places["temperatures"], False)
     if task.factors is not None:
         views["factors"] = plans.view_of(task.factors, places["factors"], True)
     totals = None
@@ -56,7 +59,7 @@ def prepare(device: int, task: rows.Task, arrays: list[Any], results: list[Any])
         device, task.operation, task.spaces, (views["x"].dtype, views.get("y", views["x"]).dtype), task.wide,
         sum(kernels.OUTPUTS[g.of] for g in task.gradients if not g.inner)
         + (kernels.TERMS if task.output == rows.TERMS else 0),
-        task.temperature == 1, task.factors is not None, task.n,
+        kernels.tempered_by(task.temperature), task.factors is not None, task.n,
     )  # fmt: skip
 
     launches: list[Planned] = []
@@ -78,7 +81,7 @@ def prepare(device: int, task: rows.Task, arrays: list[Any], results: list[Any])
         "any_weights": task.signed,
         "parameter": task.parameter,
         "factor": task.factor,
-        "inverse_temperature": 1.0 / task.temperature,
+        "inverse_temperature": 1.0 if by_row else 1.0 / task.temperature,
         "gradient_scale": gradient_scale,
         "scale": divisor,
         "denominator": denominator,
