@@ -111,3 +111,4 @@ class Call(NamedTuple):
     dtype: Any = None  # a loss's: its name
     cotangent: Any = None  # not None: the gradients alone, of sum(cotangent * value), and `out` is for these
     ratio: Any = None  # an estimator's: multiplies the terms as their weights do, but no mean is divided by it
+    examples: int = 0  # an adapter's: how many of the first axes count examples, each with a total of its own

@@ -343,7 +343,7 @@ def plain(call, int threads):
     is for rows.py to understand, or to refuse.
     """
     (of, x, y, space, axis, words, weights, temperature, return_grad, out, _device, divisor, parameter, factor,
-     dtype, cotangent, _ratio) = <tuple>call
+     dtype, cotangent, _ratio, _examples) = <tuple>call
     if type(x) is not _ndarray or type(y) is not _ndarray or type(axis) is not int or axis != -1:
         return None
     if weights is not None or out is not None or dtype is not None or of.is_estimator:

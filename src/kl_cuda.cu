@@ -423,8 +423,9 @@ template <class L> KL_DEVICE void multiply(const Plan& p, const L& at, int step,
 #pragma unroll
     for (int e = 0; e < L::E; e++) {
       if (at.index(step, e) >= at.n) continue;
-      const char* f = s.factors + at.index(step, e) * p.factors.stride;
-      v[e] *= p.factors.dtype == FLOAT32 ? (T)*(const float*)f : (T)*(const double*)f;
+      const char* at_e = s.factors + at.index(step, e) * p.factors.stride;
+      T f = p.factors.dtype == FLOAT32 ? (T)*(const float*)at_e : (T)*(const double*)at_e;
+      v[e] = f == 0 ? T(0) : v[e] * f;   // an infinite one is left out
     }
   }
 }

@@ -378,15 +378,16 @@ template <typename T> typename Terms<T>::Map terms_of(const Plan& p) {
   return sx == PROBS ? terms_in<PROBS, LOG_PROBS, T>(p.operation, dx, dy) : terms_in<LOG_PROBS, PROBS, T>(p.operation, dx, dy);
 }
 
-// Term and gradients times the factors; `room` is for a chunk of them.
+// Term and gradients times the factors, of which 0 leaves an infinite one out; `room` is for a chunk of them.
 template <typename T> void multiply(const Plan& p, const Row& row, i64 start, int n, Buffers<T>& s, T* room) {
   if (!p.factors.data) return;
   const T* f = load(p.factors, row.factors, start, n, room);
-  for (int i = 0; i < n; i++) s.a[i] *= f[i];
-  if (p.dx.data)
-    for (int i = 0; i < n; i++) s.dx[i] *= f[i];
-  if (p.dy.data)
-    for (int i = 0; i < n; i++) s.dy[i] *= f[i];
+  auto times = [&](T* v) {
+    for (int i = 0; i < n; i++) v[i] = f[i] == 0 ? T(0) : v[i] * f[i];
+  };
+  times(s.a);
+  if (p.dx.data) times(s.dx);
+  if (p.dy.data) times(s.dy);
 }
 
 // Probabilities and log-probabilities: one sweep does everything.

@@ -95,6 +95,7 @@ ROOMS = {
         "numpy", "klcore._cpu", "klcore.backends.labels", "klcore.operations", "klcore.parameters",
     },
     r"klcore\.backends\.threads": set(),
+    r"klcore\.backends\.examples": {"numpy", "klcore._cpu", "klcore.backends.rows", "klcore.operations"},
     r"klcore\.backends\.cpu": {
         "numpy", "klcore._cpu", "klcore.backends.rows", "klcore.backends.threads", "klcore.operations",
     },
@@ -159,12 +160,14 @@ ROOMS = {
         "klcore.backends.torch.private", REGISTRY_ERROR,
     },
     r"klcore\.backends\.torch\.kernels": {
-        "torch", "klcore.backends.cpu", "klcore.backends.rows", "klcore.backends.torch.memory", "klcore.operations",
+        "numpy", "torch", "klcore.backends.cpu", "klcore.backends.examples", "klcore.backends.rows",
+        "klcore.backends.torch.memory", "klcore.operations",
     },
     r"klcore\.backends\.torch\.operator": {"torch", "klcore.backends.torch.kernels", "klcore.operations"},
+    r"klcore\.backends\.torch\.batches": {"klcore.backends.torch.kernels", "klcore.operations"},
     r"klcore\.backends\.torch\.autograd": {
-        "torch", "klcore.backends.torch.kernels", "klcore.backends.torch.operator", "klcore.backends.torch.private",
-        "klcore.operations",
+        "torch", "klcore.operations",
+        *(f"klcore.backends.torch.{name}" for name in ("batches", "kernels", "operator", "private")),
     },
     r"klcore\.backends\.torch\.parts": {
         "torch", "klcore.backends.cpu", "klcore.backends.parts", "klcore.operations",
@@ -176,9 +179,7 @@ ROOMS = {
     },
     r"klcore\.backends\.torch": {
         "numpy", "torch", "klcore.backends.cpu", "klcore.backends.labels", "klcore.backends.rows", "klcore.operations",
-        *(f"klcore.backends.torch.{name}" for name in (
-            "autograd", "kernels", "memory", "operator", "private", "sharded",
-        )),
+        *(f"klcore.backends.torch.{name}" for name in ("autograd", "kernels", "memory", "private", "sharded")),
     },
     r"klcore\.compat": {"klcore.compat"},
     r"klcore\.compat\._arguments": {"numpy", "klcore.backends.rows", "klcore.parameters"},

@@ -318,8 +318,13 @@ def test_tensors():
     x, y = torch.tensor(X), torch.tensor(Y, requires_grad=True)
     with pytest.raises(TypeError, match=r"torch\.no_grad\(\), or in the forward of a torch\.autograd\.Function"):
         klcore.Shard("kl_div", x, y)
+    warm = torch.tensor(2.0, requires_grad=True)
+    with pytest.raises(TypeError, match="an argument requires a gradient"):
+        klcore.Shard("kl_div", x, x, space="logits", temperature=warm)
     with torch.no_grad():
+        (tempered,) = exchanged([klcore.Shard("kl_div", x, y, space="logits", temperature=warm)])
         shard = klcore.Shard("kl_div", x, y)
+    assert_bits(tempered.values().numpy(), klcore.kl_div(X, Y, space="logits", temperature=2.0))
     state = shard.state()
     assert (type(state), state.dtype) == (torch.Tensor, torch.float64)
     shard.join([state.numpy()])  # from whatever carried it
@@ -328,7 +333,7 @@ def test_tensors():
     assert shard.values().requires_grad is False
     beside = klcore.Shard("kl_div", x, Y)  # NumPy's beside PyTorch's
     assert torch.equal(beside.state(), state)
-    with torch.device("meta"), pytest.raises(TypeError, match="tensors with memory"):
+    with torch.device("meta"), pytest.raises(TypeError, match="plain tensors with memory"):
         klcore.Shard("kl_div", torch.ones(3, 5), torch.ones(3, 5))
     traced = torch.func.vmap(lambda a: klcore.Shard("kl_div", a, a).state())
     with pytest.raises(TypeError, match=r"torch\.func"):

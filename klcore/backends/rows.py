@@ -702,12 +702,13 @@ def _denominator(call: Call, shape: tuple[int, ...], rows: int, n: int, weights:
 WEIGHT_FACTORS = (1.0, 2.0**-600, 2.0**600)
 
 
-def weight_factor(total: float) -> float:
-    """Of weights with this sum."""
-    return WEIGHT_FACTORS[1 if total > 2.0**500 else 2 if 0 < total < 2.0**-500 else 0]
+def weight_factor(total: Any) -> Any:
+    """Of weights with this sum, or these."""
+    one, small, large = WEIGHT_FACTORS
+    return np.where(total > 2.0**500, small, np.where((0 < total) & (total < 2.0**-500), large, one))[()]
 
 
-def scaled_weights(weights: Any, factor: float) -> Any:
+def scaled_weights(weights: Any, factor: Any) -> Any:
     """Times a power of two; a row that counts goes on to do so, however small its weight is."""
     scaled = weights * factor
     return np.where((scaled == 0) & (weights != 0), 2.0**-1074, scaled)

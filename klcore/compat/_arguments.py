@@ -118,8 +118,13 @@ def divisor_of(count: Any) -> Any:
 
 
 def dense(**arrays: Any) -> None:
-    """Raise TypeError, by the arguments' names, for PyTorch's nested tensors, which have no shape."""
+    """Raise TypeError, by the arguments' names, for what has no shape: PyTorch's nested tensors, and its proxies."""
     for name, array in arrays.items():
+        if hasattr(array, "__torch_function__") and not hasattr(type(array), "shape"):
+            raise TypeError(
+                f"{name} is a {type(array).__name__} of PyTorch's, which has no shape and no dtype yet; have torch.fx "
+                "record the loss as one node, with torch.fx.wrap of a function that calls it"
+            )
         if getattr(array, "is_nested", False):
             raise TypeError(f"{name} is a nested tensor; klcore takes dense ones: pass {name}.to_padded_tensor(value)")
 

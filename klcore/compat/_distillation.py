@@ -20,10 +20,10 @@ from klcore.family import js_div
 
 def check_tensors(**given: Any) -> None:
     """Raise TypeError, by the arguments' names, for what is no dense tensor."""
+    dense(**given)
     for name, value in given.items():
         if not isinstance(value, torch.Tensor):
             raise TypeError(f"{name} must be a tensor of PyTorch's, found {type(value).__name__}")
-    dense(**given)
 
 
 def of_beta(

@@ -283,6 +283,8 @@ def outputs(call: Call, number: int, stats: Any, denominator: float, shared: tup
                 arrays["stats d" + g.of] = cupy.array(stats.transpose(*order, len(order)), order="C")
         if task.rows and task.n:
             scale = 1.0 / denominator if denominator else math.nan
+            if task.cotangent is not None:
+                scale *= float(task.cotangent)
             _launch(cupy, parts.outputs(device, task, number, scale, arrays), arrays)
         else:
             for g in task.gradients:

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 
 from klcore.backends import cpu, labels, rows
-from klcore.backends.torch import autograd, kernels, memory, operator, private
-from klcore.operations import Call
+from klcore.backends.torch import autograd, kernels, memory, private
+from klcore.operations import Call, named
 
 _HALVES = ("float16", "bfloat16")
 
@@ -24,6 +24,10 @@ _HALVES = ("float16", "bfloat16")
 def compute(call: Call) -> Any:
     if type(call.x) is not torch.Tensor and private.is_distributed(call.x):
         return _sharded(call)
+    plain = type(call.x) in private.PLAIN and (call.y is None or type(call.y) in private.PLAIN)
+    stand_ins = () if plain else tuple(filter(private.stands_in, call))
+    if stand_ins:
+        return torch.overrides.handle_torch_function(called, stand_ins, call.operation.name, *call[1:])
     given = call.x, call.y, call.weights, call.ratio
     x, y = memory.operands(*given[:2], call.device)
     if call.operation.name == "puzzlelib":  # its gradient is none: autograd would descend where it should ascend
@@ -35,7 +39,7 @@ def compute(call: Call) -> Any:
     as_given = x is given[0] and y is given[1] and weights is given[2] and ratio is given[3]
     if not as_given and not torch.compiler.is_compiling() and labels.are_there(*given):
         labels.check(rows.class_axis_of(call, x, y), *given)
-    if not as_given and _needs_grad(x, y):  # a NumPy array may change before backward looks at it again
+    if not as_given and _needs_grad(x, y, None):  # a NumPy array may change before backward looks at it again
         x, y, weights, ratio = (
             t if t is a or t is None or isinstance(a, torch.Tensor) else t.clone()
             for t, a in zip((x, y, weights, ratio), given, strict=True)
@@ -61,6 +65,11 @@ def compute(call: Call) -> Any:
     return _history_or_not(call) if call.out is None else _into(call)
 
 
+def called(operation: str, *arguments: Any) -> Any:
+    """A call, as torch.fx.symbolic_trace writes it into its graph."""
+    return compute(Call(named(operation), *arguments))
+
+
 def _sharded(call: Call) -> Any:
     from klcore.backends.torch import sharded  # there may be no torch.distributed
 
@@ -71,11 +80,15 @@ def _history_or_not(call: Call) -> Any:
     x, y = call.x, call.y
     t = call.temperature if isinstance(call.temperature, torch.Tensor) else None
     eager = private.is_eager(x, y, call.weights, call.ratio, t)
-    if eager and t is not None and t.ndim == 0 and t.is_cpu:
-        call = call._replace(temperature=float(t))  # that of now: backward comes later
     if not eager and private.is_distributed(y, call.weights, call.ratio, t):
         return _sharded(call)
-    if eager and (call.return_grad is not None or not _needs_grad(x, y)):
+    if t is not None and _needs_grad(x, y, t) and t.requires_grad:
+        if t.ndim and y is not None:  # rows that share an operand may have temperatures of their own
+            x, y = torch.broadcast_tensors(x, y)
+            call = call._replace(x=x, y=y)
+    elif eager and t is not None and t.ndim == 0:
+        call = call._replace(temperature=float(t.detach()) if t.is_cpu else t.clone())  # of now: backward comes later
+    if eager and (call.return_grad is not None or not _needs_grad(x, y, t)):
         return kernels.compute(call)
     rows.check_reduction(call.reduction, call.operation)
     rows.check_denominator(call)
@@ -86,27 +99,25 @@ def _history_or_not(call: Call) -> Any:
         _, temperature, wanted = rows.words(call if t is None else call._replace(temperature=1.0))
         axis = call.axis if call.operation.is_loss else rows.class_axis_of(call, x, y)
         call = call._replace(temperature=temperature if t is None else t, axis=axis)
-    dtype = None if call.dtype is None else getattr(torch, call.dtype)
     if call.return_grad is None:
-        return (autograd.eager_value if eager else autograd.traceable("value"))(*operator.arguments_of(call), dtype)
+        return autograd.eager_value(call) if eager else autograd.value(call)
     call = call._replace(x=x.detach(), y=None if y is None else y.detach())
-    value = autograd.traceable("value")(*operator.arguments_of(call), dtype)
+    call = call if t is None else call._replace(temperature=t.detach())
+    value = autograd.value(call)
     if call.reduction in ("row", "none"):  # of the sum of what is returned
         call = call._replace(reduction="sum")
-    both = autograd.traceable("gradients")(
-        *operator.arguments_of(call), value.new_ones(()), "x" in wanted, "y" in wanted
-    )
+    both = autograd.gradients(call, value.new_ones(()), "x" in wanted, "y" in wanted)
     return (value, *(g for name, g in zip("xy", both, strict=True) if name in wanted))
 
 
-def _needs_grad(x: Any, y: Any) -> bool:
-    return torch.is_grad_enabled() and (x.requires_grad or (y is not None and y.requires_grad))
+def _needs_grad(*tensors: Any) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 def _into(call: Call) -> Any:
     """The same, into tensors of the caller's."""
     x, y, out = call.x, call.y, call.out
-    if _needs_grad(x, y):
+    if _needs_grad(x, y, call.temperature if isinstance(call.temperature, torch.Tensor) else None):
         raise TypeError(
             "out= has no place in autograd's history, and an argument requires a gradient; leave out= away, or detach "
             "the arguments, or compute within torch.no_grad()"

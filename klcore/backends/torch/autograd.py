@@ -4,73 +4,141 @@ First derivatives only, but for the term of PyTorch itself, whose second ones ar
 """
 
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 import torch
 
-from klcore.backends.torch import kernels, operator, private
+from klcore.backends.torch import batches, kernels, operator, private
 from klcore.operations import Call
 
 
+def value(call: Call) -> Any:
+    """For whoever traces or transforms."""
+    if not private.is_transformed():
+        return operator.value(call)
+    tensors = operator.tensors_of(call)
+    wanted = tuple(name for name, t in tensors.items() if t.requires_grad and torch.is_grad_enabled())
+    first_only = call.operation.name != "pytorch" and set(wanted) <= {"x", "y"}
+    if wanted and first_only and kernels.is_total_of_wide(call):
+        total, *_ = _TransformedTotal.apply(*tensors.values(), _Rest(call._replace(return_grad=wanted)))
+        return total
+    return _TransformedValue.apply(*tensors.values(), _Rest(call))
+
+
+def gradients(call: Call, cotangent: Any, of_x: bool, of_y: bool) -> Any:
+    """The same; an empty tensor for one that is not wanted."""
+    if not private.is_transformed():
+        return operator.gradients(call, cotangent, of_x, of_y)
+    return _TransformedGradients.apply(*operator.tensors_of(call).values(), cotangent, _Rest(call, of_x, of_y))
+
+
+def eager_value(call: Call) -> Any:
+    """With a history, and without the operator."""
+    return _Value.apply(*operator.tensors_of(call).values(), _Rest(call))
+
+
+class _Rest:
+    """What there is beside the tensors of a call, in one argument: torch.func looks into every tuple, and takes its
+    time."""
+
+    def __init__(self, call: Call, *wants: bool) -> None:
+        self.names, self.wants = tuple(operator.tensors_of(call)), wants
+        none: dict[str, Any] = dict.fromkeys(self.names)
+        self.call = call._replace(**none)
+
+    def whole(self, tensors: Sequence[Any]) -> Call:
+        return self.call._replace(**dict(zip(self.names, tensors, strict=False)))
+
+    @property
+    def places(self) -> dict[str, int]:
+        """Of the tensors among the inputs, which may go on with a cotangent."""
+        return {name: k for k, name in enumerate((*self.names, "cotangent"))}
+
+
+# ---- gradients -------------------------------------------------------------------------------------------------------
+
+
+def _keep(ctx: Any, rest: _Rest, places: dict[str, int], *tensors: Any) -> None:
+    ctx.rest, ctx.places = rest, places
+    ctx.save_for_backward(*tensors)
+
+
+def _needs(ctx: Any, name: str) -> bool:
+    return name in ctx.places and ctx.needs_input_grad[ctx.places[name]]
+
+
+def _of_inputs(ctx: Any, **gradients: Any) -> tuple[Any, ...]:
+    """What a backward returns."""
+    found: list[Any] = [None] * len(ctx.needs_input_grad)
+    for name, g in gradients.items():
+        if _needs(ctx, name):
+            found[ctx.places[name]] = g
+    return tuple(found)
+
+
 def _setup(ctx: Any, inputs: Sequence[Any], output: Any) -> None:
-    ctx.call = _save(ctx, operator.call_of(*inputs[:-1]))
-
-
-def _save(ctx: Any, call: Call, *others: Any) -> Call:
-    """Keep the call's tensors, and `others`; the call without them."""
-    temperature, divisor = (a if isinstance(a, torch.Tensor) else None for a in (call.temperature, call.denominator))
-    ctx.save_for_backward(call.x, call.y, call.weights, call.ratio, temperature, divisor, *others)
-    return call._replace(
-        x=None, y=None, weights=None, ratio=None,
-        temperature=call.temperature if temperature is None else None,
-        denominator=call.denominator if divisor is None else None,
-    )  # fmt: skip
-
-
-def _saved(call: Call, x: Any, y: Any, weights: Any, ratio: Any, temperature: Any, divisor: Any) -> Call:
-    return call._replace(
-        x=x, y=y, weights=weights, ratio=ratio,
-        temperature=call.temperature if temperature is None else temperature,
-        denominator=call.denominator if divisor is None else divisor,
-    )  # fmt: skip
-
-
-def traceable(name: str) -> Any:
-    """What tracing and transforming see."""
-    if private.is_transformed():
-        return (_TransformedValue if name == "value" else _TransformedGradients).apply
-    return getattr(torch.ops.klcore, name).default
+    call = operator.call_of(*inputs[:-1])
+    _keep(ctx, _Rest(call), operator.TENSORS, *operator.tensors_of(call).values())
 
 
 def _backward(ctx: Any, cotangent: Any) -> tuple[Any, ...]:
-    call = _saved(ctx.call, *ctx.saved_tensors)
-    x = call.x
-    _, of_x, of_y, *_ = ctx.needs_input_grad
-    if torch.is_grad_enabled() or not private.is_eager(x, cotangent) or private.is_batched(cotangent):
+    call = ctx.rest.whole(ctx.saved_tensors)
+    of_x, of_y = _read_off(ctx, call)
+    if torch.is_grad_enabled() or not private.is_eager(call.x, cotangent) or private.is_batched(cotangent):
         # the operator keeps the history that a second derivative needs, or refuses one
-        dx, dy = traceable("gradients")(*operator.arguments_of(call), cotangent, of_x, of_y)
+        dx, dy = gradients(call, cotangent, of_x, of_y)
     else:
         found = kernels.compute(call._replace(cotangent=cotangent, return_grad=operator.names(of_x, of_y)))
         dx, dy = found[0], found[-1]
-    return (None, dx if of_x else None, dy if of_y else None, *[None] * (len(ctx.needs_input_grad) - 3))
+    return _of_inputs(ctx, x=dx, y=dy, temperature=_of_temperature(ctx, call, dx, dy))
+
+
+def _read_off(ctx: Any, call: Call) -> tuple[bool, bool]:
+    """Which gradients are to be computed: that of the temperature is read off those of all logits."""
+    of_x, of_y = (
+        _needs(ctx, name) or (space == "logits" and _needs(ctx, "temperature"))
+        for name, space in zip("xy", operator.pair_of(call), strict=True)
+    )
+    return of_x, of_y and not call.operation.single
+
+
+def _of_temperature(ctx: Any, call: Call, dx: Any, dy: Any) -> Any:
+    """The values depend on logits / T alone, so T times this is the negative sum of the logits times their gradients:
+    a sum in which a row's common offset drops out, and is left out."""
+    if not _needs(ctx, "temperature"):
+        return None
+    t = call.temperature
+    found = torch.zeros_like(t, dtype=torch.promote_types(t.dtype, torch.float32))
+    for logits, g, space in zip((call.x, call.y), (dx, dy), operator.pair_of(call), strict=True):
+        if space == "logits" and logits is not None:
+            wide = torch.promote_types(logits.dtype, torch.float32)
+            a, g = logits.to(wide), g.to(wide)
+            terms = (a - a.amax(call.axis, keepdim=True)) * g
+            terms = torch.where(g == 0, 0, terms)  # excluded classes, and rows that are left out
+            found = found - terms.sum(call.axis).sum_to_size(t.shape).to(found.device)
+    return (found / t).to(t.dtype)
 
 
 def _setup_second(ctx: Any, inputs: Sequence[Any], output: Any) -> None:
-    *rest, cotangent, of_x, of_y = inputs
-    ctx.call, ctx.wants = _save(ctx, operator.call_of(*rest), cotangent), (of_x, of_y)
+    *arguments, cotangent, of_x, of_y = inputs
+    call, places = operator.call_of(*arguments), {**operator.TENSORS, "cotangent": len(arguments)}
+    _keep(ctx, _Rest(call, of_x, of_y), places, *operator.tensors_of(call).values(), cotangent)
+
+
+def _second(*_: Any) -> Any:
+    raise RuntimeError(
+        "klcore gives first derivatives of its divergences, and this asks for a second one (create_graph=True, or a "
+        "gradient of a gradient)"
+    )
 
 
 def _backward_second(ctx: Any, of_dx: Any, of_dy: Any) -> tuple[Any, ...]:
-    call, (wants_x, wants_y) = ctx.call, ctx.wants
-    if call.operation.name != "pytorch":
-        raise RuntimeError(
-            "klcore gives first derivatives of its divergences, and this asks for a second one (create_graph=True, or "
-            "a gradient of a gradient)"
-        )
-    x, y, factors, *_, cotangent = (
-        t if t is None or torch.is_grad_enabled() else t.detach() for t in ctx.saved_tensors
-    )
+    if ctx.rest.call.operation.name != "pytorch":
+        _second()
+    wants_x, wants_y = ctx.rest.wants
+    *tensors, cotangent = (t if torch.is_grad_enabled() else t.detach() for t in ctx.saved_tensors)
+    call = ctx.rest.whole(tensors)
+    x, y, factors = call.x, call.y, call.weights
 
     def value(x: Any, y: Any) -> Any:  # PyTorch's own loss, in the precision of klcore's
         wide = torch.promote_types(torch.promote_types(x.dtype, y.dtype), torch.float32)
@@ -79,7 +147,7 @@ def _backward_second(ctx: Any, of_dx: Any, of_dy: Any) -> tuple[Any, ...]:
         )
         terms = terms if factors is None else terms * factors
         if call.reduction != "none" and terms.ndim:
-            terms = terms.sum(call.axis) if call.reduction == "row" else terms.sum()
+            terms = terms.sum(call.axis) if call.reduction == "row" else terms.flatten(call.examples).sum(-1)
         return (terms / (1 if call.denominator is None else call.denominator)).to(cotangent.dtype)
 
     def first(x: Any, y: Any, cotangent: Any) -> Any:
@@ -88,7 +156,7 @@ def _backward_second(ctx: Any, of_dx: Any, of_dy: Any) -> tuple[Any, ...]:
 
     with torch.enable_grad():
         second = torch.func.vjp(first, x, y, cotangent)[1]((of_dx,) * wants_x + (of_dy,) * wants_y)
-    return (None, second[0], second[1], *[None] * (len(ctx.needs_input_grad) - 6), second[2], None, None)
+    return _of_inputs(ctx, x=second[0], y=second[1], cotangent=second[2])
 
 
 class _Value(torch.autograd.Function):
@@ -96,14 +164,14 @@ class _Value(torch.autograd.Function):
     will be wanted. Those of a total then come in the same pass, and are multiplied by its cotangent afterwards."""
 
     @staticmethod
-    def forward(ctx: Any, *arguments: Any) -> Any:
-        _setup(ctx, arguments, None)
-        *rest, dtype = arguments
-        call = operator.call_of(*rest)._replace(dtype=operator.dtype_name(dtype))
+    def forward(ctx: Any, *inputs: Any) -> Any:
+        *tensors, rest = inputs
+        call = rest.whole(tensors)
+        _keep(ctx, rest, rest.places, *tensors)
         ctx.unit = None
         if not kernels.is_total_of_wide(call):
             return kernels.compute(call)
-        value, *ctx.unit = kernels.compute(call._replace(return_grad=operator.names(*ctx.needs_input_grad[1:3])))
+        value, *ctx.unit = kernels.compute(call._replace(return_grad=operator.names(*_read_off(ctx, call))))
         return value
 
     @staticmethod
@@ -113,11 +181,14 @@ class _Value(torch.autograd.Function):
         if unit is None or torch.is_grad_enabled() or not private.is_eager(cotangent) or private.is_batched(cotangent):
             return _backward(ctx, cotangent)
         unit = kernels.scaled(unit, cotangent)
-        _, of_x, of_y, *_ = ctx.needs_input_grad
-        return (None, unit[0] if of_x else None, unit[-1] if of_y else None, *[None] * (len(ctx.needs_input_grad) - 3))
+        dx, dy = unit[0], unit[-1]
+        if not _needs(ctx, "temperature"):
+            return _of_inputs(ctx, x=dx, y=dy)
+        call = ctx.rest.whole(ctx.saved_tensors)
+        return _of_inputs(ctx, x=dx, y=dy, temperature=_of_temperature(ctx, call, dx, dy))
 
 
-eager_value = _Value.apply
+# ---- torch.func ------------------------------------------------------------------------------------------------------
 
 
 def _no_tangents(*_: Any) -> Any:
@@ -129,64 +200,106 @@ def _no_tangents(*_: Any) -> Any:
 class _TransformedValue(torch.autograd.Function):
     """The operator, for torch.func."""
 
-    @staticmethod
-    def forward(*arguments: Any) -> Any:
-        return torch.ops.klcore.value.default(*arguments)
-
-    setup_context = staticmethod(_setup)
     backward = staticmethod(_backward)
     jvp = staticmethod(_no_tangents)  # type: ignore[assignment]
 
     @staticmethod
-    def vmap(info: Any, dims: Any, *arguments: Any) -> Any:
-        return _values(_TransformedValue.apply, info, dims, *arguments)
+    def forward(*inputs: Any) -> Any:
+        *tensors, rest = inputs
+        return (kernels.compute if private.is_eager(*tensors) else operator.value)(rest.whole(tensors))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        *tensors, rest = inputs
+        _keep(ctx, rest, rest.places, *tensors)
+
+    @staticmethod
+    def vmap(info: Any, dims: Any, *inputs: Any) -> Any:
+        *tensors, rest = inputs
+        return batches.value(value, info, dict(zip(rest.names, dims, strict=False)), rest.whole(tensors))
 
 
 class _TransformedGradients(torch.autograd.Function):
-    @staticmethod
-    def forward(*arguments: Any) -> Any:
-        return torch.ops.klcore.gradients.default(*arguments)
-
-    setup_context = staticmethod(_setup_second)
     backward = staticmethod(_backward_second)
     jvp = staticmethod(_no_tangents)  # type: ignore[assignment]
 
     @staticmethod
-    def vmap(info: Any, dims: Any, *arguments: Any) -> Any:
-        return _pairs(_TransformedGradients.apply, info, dims, *arguments)
+    def forward(*inputs: Any) -> Any:
+        *tensors, cotangent, rest = inputs
+        return operator.gradients(rest.whole(tensors), cotangent, *rest.wants)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        *tensors, rest = inputs
+        _keep(ctx, rest, rest.places, *tensors)
+
+    @staticmethod
+    def vmap(info: Any, dims: Any, *inputs: Any) -> Any:
+        *tensors, cotangent, rest = inputs
+        of = dict(zip(rest.places, dims, strict=False))
+        return batches.gradients(gradients, info, of, rest.whole(tensors), cotangent, *rest.wants)
 
 
-def _one_by_one(function: Any, info: Any, dims: Any, *arguments: Any) -> list[Any]:
-    """Of every member of a batch of torch.func.vmap's: the bits that it has alone."""
-    return [
-        function(*(a if d is None else a.select(d, i) for a, d in zip(arguments, dims, strict=True)))
-        for i in range(info.batch_size)
-    ]
+class _TransformedTotal(torch.autograd.Function):
+    """A total together with the gradients that will be wanted, as _Value has them: PyTorch takes longer for a Function
+    within torch.func than klcore for thousands of rows."""
+
+    jvp = staticmethod(_no_tangents)  # type: ignore[assignment]
+
+    @staticmethod
+    def forward(*inputs: Any) -> Any:
+        *tensors, rest = inputs
+        call = rest.whole(tensors)
+        if private.is_eager(*tensors):
+            return kernels.compute(call)
+        total, wants = operator.value(call), [name in call.return_grad for name in "xy"]
+        both = operator.gradients(call, torch.ones_like(total), *wants)
+        return total, *(g for g, wanted in zip(both, wants, strict=True) if wanted)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        _keep(ctx, inputs[-1], inputs[-1].places, *output[1:])
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Any) -> Any:
+        cotangent, *of_gradients = cotangents
+        if any(c is not None for c in of_gradients):
+            _second()
+        if cotangent is None:
+            return _of_inputs(ctx)
+        found = (kernels.times(g, cotangent) for g in ctx.saved_tensors)
+        return _of_inputs(ctx, **dict(zip(ctx.rest.call.return_grad, found, strict=True)))
+
+    @staticmethod
+    def vmap(info: Any, dims: Any, *inputs: Any) -> Any:
+        *tensors, rest = inputs
+        dims = dict(zip(rest.names, dims, strict=False))
+        return batches.value_and_gradients(_TransformedTotal._of_call, info, dims, rest.whole(tensors))
+
+    @staticmethod
+    def _of_call(call: Call) -> Any:
+        return _TransformedTotal.apply(*operator.tensors_of(call).values(), _Rest(call))
 
 
-def _of_none(function: Any, info: Any, dims: Any, *arguments: Any) -> Any:
-    """What an example would have, had the batch one: sums over no example keep shapes, and their place in history."""
-    return function(*(a if d is None else a.sum(d, dtype=a.dtype) for a, d in zip(arguments, dims, strict=True)))
+# ---- the operators, within torch.compile -----------------------------------------------------------------------------
 
 
-def _values(*call: Any) -> tuple[Any, int]:
-    _, info, *_ = call
-    return (torch.stack(_one_by_one(*call)) if info.batch_size else _of_none(*call)[None][:0]), 0
+def _values_of_operator(info: Any, dims: Any, *arguments: Any) -> Any:
+    *rest, dtype = arguments
+    call = operator.call_of(*rest)._replace(dtype=operator.dtype_name(dtype))
+    return batches.value(operator.value, info, {name: dims[k] for name, k in operator.TENSORS.items()}, call)
 
 
-def _pairs(*call: Any) -> tuple[tuple[Any, ...], tuple[int, int]]:
-    _, info, *_ = call
-    if not info.batch_size:
-        return tuple(t[None][:0] for t in _of_none(*call)), (0, 0)
-    return tuple(map(torch.stack, zip(*_one_by_one(*call), strict=True))), (0, 0)
+def _gradients_of_operator(info: Any, dims: Any, *arguments: Any) -> Any:
+    *rest, cotangent, of_x, of_y = arguments
+    of = {name: dims[k] for name, k in operator.TENSORS.items()} | {"cotangent": dims[-3]}
+    return batches.gradients(operator.gradients, info, of, operator.call_of(*rest), cotangent, of_x, of_y)
 
 
 torch.library.register_autograd("klcore::value", _backward, setup_context=_setup, lib=operator.LIBRARY)
 torch.library.register_autograd(
     "klcore::gradients", _backward_second, setup_context=_setup_second, lib=operator.LIBRARY
 )
-# for vmap within torch.compile
-torch.library.register_vmap("klcore::value", partial(_values, torch.ops.klcore.value.default), lib=operator.LIBRARY)
-torch.library.register_vmap(
-    "klcore::gradients", partial(_pairs, torch.ops.klcore.gradients.default), lib=operator.LIBRARY
-)
+torch.library.register_vmap("klcore::value", _values_of_operator, lib=operator.LIBRARY)
+torch.library.register_vmap("klcore::gradients", _gradients_of_operator, lib=operator.LIBRARY)

@@ -1,11 +1,13 @@
 """Calls of the kernels: tensors in, and new tensors without history out."""
 
+import contextlib
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 
-from klcore.backends import cpu, rows
+from klcore.backends import cpu, examples, rows
 from klcore.backends.torch.memory import FLOATS, as_pytorch, as_tensor, bfloat16, cuda, lend
 from klcore.operations import Call
 
@@ -23,6 +25,8 @@ def value_like(call: Call) -> tuple[tuple[int, ...], torch.dtype]:
     if dtype is None:
         wide = [t.dtype not in FLOATS[1:] for t in ((x,) if y is None else (x, y))]
         dtype = torch.float64 if any(wide) else torch.float32
+    if call.examples and call.reduction not in ("row", "none"):
+        return tuple(shape[: call.examples]), dtype
     if call.reduction == "none" or (call.reduction == "row" and call.operation.is_estimator):
         return tuple(shape), dtype
     if call.reduction != "row" or not shape:
@@ -53,16 +57,19 @@ def lent(call: Call) -> Call:
         None if weights is None else lend(weights), temperature, call.return_grad, out, None,
         denominator, call.parameter, call.factor, call.dtype,
         None if cotangent is None else lend(cotangent), None if ratio is None else lend(ratio),
+        call.examples,
     )  # fmt: skip
 
 
 def _number_or_array(t: Any, x: Any) -> Any:
     """Of a tensor for all rows its number, unless that would mean to wait for a GPU."""
-    return float(t) if t.ndim == 0 and (t.is_cpu or x.is_cpu) else lend(t)
+    return float(t.detach()) if t.ndim == 0 and (t.is_cpu or x.is_cpu) else lend(t)
 
 
 def compute(call: Call) -> Any:
     """What the contract says, as tensors without history."""
+    if call.examples and call.reduction not in ("row", "none"):
+        return _of_examples(call)
     if call.cotangent is not None and is_total_of_wide(call):
         return scaled(compute(call._replace(cotangent=None))[1:], call.cotangent)
     if call.x.is_cpu:
@@ -82,12 +89,36 @@ def is_total_of_wide(call: Call) -> bool:
 
 
 def scaled(gradients: Sequence[Any], cotangent: Any) -> tuple[Any, ...]:
-    """New gradients of a total, times its cotangent: in place. 0 makes 0 of infinities, too."""
-    if not cotangent.is_cpu:  # which is not waited for
-        return tuple(g.mul_(cotangent).masked_fill_(cotangent == 0, 0) for g in gradients)
-    if cotangent == 0:
-        return tuple(g.zero_() for g in gradients)
-    return tuple(gradients if cotangent == 1 else (g.mul_(cotangent) for g in gradients))
+    """New gradients of a total, or of one an example, times its cotangent: in place. 0 makes 0 of infinities, too."""
+    known = cotangent.is_cpu  # else it is not waited for
+    if known and bool((cotangent == 1).all()):
+        return tuple(gradients)
+    if not known or bool((cotangent == 0).any()):
+        return tuple(g.copy_(times(g, cotangent)) for g in gradients)
+    return tuple(g.mul_(_along(cotangent, g)) for g in gradients)
+
+
+def times(gradient: Any, cotangent: Any) -> Any:
+    """The same, for whoever transforms."""
+    c = _along(cotangent, gradient)
+    return torch.where(c == 0, 0, gradient * c)
+
+
+def _along(cotangent: Any, gradient: Any) -> Any:
+    return cotangent.to(gradient.dtype).reshape(cotangent.shape + (1,) * (gradient.ndim - cotangent.ndim))
+
+
+def _of_examples(call: Call) -> Any:
+    """Of totals, one an example."""
+    afterwards = call.cotangent is not None and is_total_of_wide(call)
+    xp, backend = (np, cpu) if call.x.is_cpu else (cuda().ready(), cuda())
+    with contextlib.nullcontext() if call.x.is_cpu else as_pytorch(call.x):
+        given = call._replace(cotangent=torch.ones_like(call.cotangent)) if afterwards else call
+        found = tuple(map(as_tensor, examples.compute(xp, backend, lent(given))))
+    if call.cotangent is not None:
+        return scaled(found, call.cotangent) if afterwards else found
+    total = found[0].to(value_like(call)[1])
+    return (total, *found[1:]) if call.return_grad is not None else total
 
 
 def outs_of(call: Call) -> list[Any]:

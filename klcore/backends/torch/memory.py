@@ -60,7 +60,7 @@ def cuda() -> Any:
 
 def as_tensor(a: Any) -> Any:
     """The same the other way."""
-    take = torch.from_dlpack
+    take: Any = torch.utils.dlpack.from_dlpack
     if not hasattr(a, "__cuda_array_interface__"):
         a, take = np.asarray(a), torch.from_numpy
     if a.dtype.kind == "V":
@@ -201,13 +201,6 @@ def temperature_beside(temperature: Any, like: Any) -> Any:
     if not isinstance(temperature, torch.Tensor):
         return temperature
     check(temperature, "temperature")
-    if temperature.requires_grad:
-        if torch.is_grad_enabled():
-            raise TypeError(
-                "temperature requires a gradient, and klcore gives none with respect to it; divide the logits by it "
-                "instead"
-            )
-        temperature = temperature.detach()
     return _on(like.device, temperature, "temperature", None) if temperature.ndim else temperature
 
 

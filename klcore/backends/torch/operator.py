@@ -13,7 +13,7 @@ from klcore.operations import Call, named
 _ARGUMENTS = (
     "str operation, Tensor x, Tensor? y, str space_x, str space_y, int axis, str reduction, Tensor? weights, "
     "Tensor? ratio, float temperature, Tensor? temperatures, Scalar? denominator, Tensor? divisor, float parameter, "
-    "float factor"
+    "float factor, int examples"
 )
 LIBRARY = torch.library.Library("klcore", "DEF")
 LIBRARY.define(f"value({_ARGUMENTS}, ScalarType? dtype) -> Tensor")
@@ -23,7 +23,7 @@ LIBRARY.define(f"gradients({_ARGUMENTS}, Tensor cotangent, bool of_x, bool of_y)
 def call_of(
     operation: str, x: Any, y: Any, space_x: str, space_y: str, axis: int, reduction: str, weights: Any,
     ratio: Any, temperature: float, temperatures: Any, denominator: float | None, divisor: Any, parameter: float,
-    factor: float,
+    factor: float, examples: int,
 ) -> Call:  # fmt: skip
     """The call that the operator's arguments stand for."""
     space = space_x if space_x == space_y else (space_x, space_y)
@@ -32,19 +32,41 @@ def call_of(
     return Call(
         found, x, y, space, axis, reduction, weights, temperature if temperatures is None else temperatures,
         denominator=denominator if divisor is None else divisor, parameter=parameter, factor=factor, ratio=ratio,
+        examples=examples,
     )  # fmt: skip
 
 
 def arguments_of(call: Call) -> tuple[Any, ...]:
     """The operator's arguments for a call."""
-    space_x, space_y = (call.space, call.space) if isinstance(call.space, str) else call.space
     by, of = call.temperature, call.denominator
     temperature, temperatures = (1.0, by) if isinstance(by, torch.Tensor) else (by, None)
     number, divisor = (None, of) if isinstance(of, torch.Tensor) else (of, None)
     return (
-        call.operation.name, call.x, call.y, space_x, space_y, call.axis, call.reduction, call.weights,
-        call.ratio, temperature, temperatures, number, divisor, call.parameter, call.factor,
+        call.operation.name, call.x, call.y, *pair_of(call), call.axis, call.reduction, call.weights,
+        call.ratio, temperature, temperatures, number, divisor, call.parameter, call.factor, call.examples,
     )  # fmt: skip
+
+
+# the fields of a call that may be tensors, and where the operators have them
+TENSORS = {"x": 1, "y": 2, "weights": 7, "ratio": 8, "temperature": 10, "denominator": 12}
+
+
+def tensors_of(call: Call) -> dict[str, Any]:
+    return {name: t for name in TENSORS if isinstance(t := getattr(call, name), torch.Tensor)}
+
+
+def pair_of(call: Call) -> tuple[str, str]:
+    """The spaces of x and y."""
+    return (call.space, call.space) if isinstance(call.space, str) else call.space
+
+
+def value(call: Call) -> Any:
+    dtype = None if call.dtype is None else getattr(torch, call.dtype)
+    return torch.ops.klcore.value.default(*arguments_of(call), dtype)
+
+
+def gradients(call: Call, cotangent: Any, of_x: bool, of_y: bool) -> Any:
+    return torch.ops.klcore.gradients.default(*arguments_of(call), cotangent, of_x, of_y)
 
 
 def _value(*arguments: Any) -> Any:

@@ -39,6 +39,11 @@ def is_batched(cotangent: Any) -> bool:
     return torch._C._functorch.is_legacy_batchedtensor(cotangent)
 
 
+def stands_in(a: Any) -> bool:
+    """Whether it is no tensor, but wants to know itself of what is called with it, as the proxies of torch.fx do."""
+    return hasattr(a, "__torch_function__") and not isinstance(a, torch.Tensor)
+
+
 def is_distributed(*tensors: Any) -> bool:
     """Whether one is a DTensor: by name, since importing them takes a while."""
     return any(type(t).__name__ == "DTensor" for t in tensors)

@@ -1,0 +1,104 @@
+"""Totals of many examples in one call, for adapters whose libraries map a function over a batch, as torch.func.vmap.
+
+The first `call.examples` axes of x and y count examples, each of which has a total of its own. The backend computes the
+rows of all as those of one batch, and what they add up to is found here: with the bits that each example has alone, but
+for the gradient of an operand that is broadcast within its example. `xp` is numpy or cupy, and `backend` cpu.py or
+cuda/. Called by klcore.backends.torch.kernels.
+"""
+
+import math
+from typing import Any
+
+import numpy as np
+
+from klcore import _cpu
+from klcore.backends import rows
+from klcore.operations import Call
+
+
+def compute(xp: Any, backend: Any, call: Call) -> tuple[Any, ...]:
+    """The totals in float64, and the gradients; with cotangents, one an example, the gradients alone."""
+    with np.errstate(all="ignore"):
+        by_row, denominator = _divided(xp, call)
+        if call.cotangent is None and call.return_grad is not None and isinstance(denominator, float):
+            values, *gradients = backend.block(by_row, denominator, ())  # all in one pass
+            return _totals(xp, values, denominator, call), *gradients
+        gradients = []
+        if call.return_grad is not None:
+            scale = xp.where(xp.asarray(denominator) == 0, math.nan, 1 / xp.asarray(denominator))
+            scale = scale if call.cotangent is None else scale * call.cotangent
+            gradients = [*backend.compute(by_row._replace(cotangent=_for_rows(xp, scale, call), dtype=None))]
+        if call.cotangent is not None:
+            return tuple(gradients)
+        return _totals(xp, backend.compute(by_row._replace(return_grad=None)), denominator, call), *gradients
+
+
+def _totals(xp: Any, values: Any, denominator: Any, call: Call) -> Any:
+    return xp.where(xp.asarray(denominator) == 0, math.nan, _sums(xp, values, call) / denominator)
+
+
+def _divided(xp: Any, call: Call) -> tuple[Call, Any]:
+    """The call for the rows, and what divides the total of each example: a number for all, or an array."""
+    by_row = call._replace(reduction="row", denominator=None, examples=0, dtype="float64")
+    weights, denominator = call.weights, _denominator(xp, call)
+    if weights is None or call.operation.is_loss or (call.reduction == "sum" and call.denominator is None):
+        return by_row, denominator
+    weights = xp.broadcast_to(weights, _batch(call)).astype("float64")
+    weights = rows.scaled_weights(weights, _for_rows(xp, factor := rows.weight_factor(_sums(xp, weights, call)), call))
+    return by_row._replace(weights=weights), _sums(xp, weights, call) if denominator is None else denominator * factor
+
+
+def _denominator(xp: Any, call: Call) -> Any:
+    """None: the sum of the weights of each example."""
+    terms, batch = _terms(call)[call.examples :], _batch(call)[call.examples :]
+    d = call.denominator
+    if d is None:
+        if call.reduction == "rowmean" and call.weights is not None:
+            return None
+        counts = {"sum": 1, "rowmean": math.prod(batch), "batchmean": math.prod(terms[:1]), "mean": math.prod(terms)}
+        return float(counts[call.reduction])
+    if not hasattr(d, "shape"):
+        return float(d) if call.operation.is_loss else rows.denominator_of(call)
+    if isinstance(d, np.ndarray):  # those of a GPU are not waited for
+        bad = d[~((d >= 0) & (d < math.inf))]
+        rows.denominator_of(call._replace(denominator=bad[0] if bad.size else 1.0))
+    return d.astype("float64")
+
+
+def _for_rows(xp: Any, a: Any, call: Call) -> Any:
+    """What there is of each example, or of all, for each row."""
+    batch = _batch(call)
+    a = xp.broadcast_to(a, batch[: call.examples])
+    return xp.broadcast_to(a.reshape(a.shape + (1,) * (len(batch) - call.examples)), batch)
+
+
+def _sums(xp: Any, a: Any, call: Call) -> Any:
+    """Of an array of all rows, over those of each example."""
+    return add_up(xp, a.reshape(*a.shape[: call.examples], math.prod(a.shape[call.examples :])))
+
+
+def _batch(call: Call) -> tuple[int, ...]:
+    terms = _terms(call)
+    axis = call.axis % len(terms)
+    return terms if call.operation.is_estimator else (*terms[:axis], *terms[axis + 1 :])
+
+
+def _terms(call: Call) -> tuple[int, ...]:
+    return tuple(call.x.shape) if call.y is None else rows.broadcast_shapes(call.x.shape, call.y.shape)
+
+
+def add_up(xp: Any, a: Any) -> Any:
+    """The sums along the last axis, in the order of kl_tree.h."""
+    *others, n = a.shape
+    width = min(_cpu.COLUMNS, 1 << max(n - 1, 0).bit_length())
+    chunks, depth = max(-(-n // _cpu.CHUNK), 1), max(-(-min(n, _cpu.CHUNK) // width), 1)
+    elements = xp.zeros((*others, chunks * depth * width))
+    elements[..., :n] = a
+    elements = elements.reshape(*others, chunks, depth, width)
+    sums = xp.zeros((*others, chunks, width))
+    for k in range(depth):
+        sums = sums + elements[..., k, :]
+    while width > 1:
+        width //= 2
+        sums = sums[..., :width] + sums[..., width:]
+    return add_up(xp, sums[..., 0]) if chunks > 1 else sums[..., 0, 0]
