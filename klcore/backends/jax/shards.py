@@ -32,8 +32,8 @@ def sweeps(program: Program, outputs: str = "") -> tuple[int, ...]:
 
 
 def chunks(n: int) -> int:
-    """Of how many chunks the states of n classes are exchanged: of each for the same bits, where all are whole; else all
-    are folded into one."""
+    """Of how many chunks the states of n classes are exchanged: of each where they are whole, as they would be of
+    unsharded classes, for the same bits; else they are folded into one."""
     return 1 if n % CHUNK else n // CHUNK
 
 
