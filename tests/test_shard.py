@@ -363,14 +363,18 @@ KINDS = [
 @pytest.mark.parametrize(("name", "space", "dtype"), KINDS)
 def test_bits_of_the_gpu(gpu, compared, name, space, dtype, fold):
     """Shards of two chunks, of one, of few classes and of none. Of the first kind terms, and a gradient that is a sum;
-    of the others both gradients at once."""
+    of the others both gradients at once, and a temperature a row."""
     pair = (space,) * 2 if isinstance(space, str) else space
     x, y = special(pair, 3000, dtype)
     first = name == KINDS[0][0]
     x = x[:1] if first else x
     words = {"space": space, "weights": WEIGHTS, **ON_GPU, **OPERATIONS[name].needed}
     parts = [slice(0, 1024), slice(1024, 1124), slice(1124, 1124), slice(1124, 3000)]
+    if not first:
+        words["temperature"] = np.linspace(0.5, 3, 6)
     here = [klcore.Shard(name, x[:, k], y[:, k], **words) for k in parts]
+    if not first:
+        words["temperature"] = gpu.put(words["temperature"])
     there = [klcore.Shard(name, gpu.put(x[:, k]), gpu.put(y[:, k]), **words) for k in parts]
     for _ in range(here[0].exchanges):
         states = [s.state(fold=fold) for s in here]
