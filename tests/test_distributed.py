@@ -27,7 +27,7 @@ from torch import distributed, multiprocessing  # noqa: E402
 from torch.distributed import tensor as dt  # noqa: E402
 
 PROCESSES = 4
-SECONDS = 120  # after which all are ended
+SECONDS = 240  # after which all are ended
 TOTALS = ("sum", "rowmean", "batchmean", "mean")
 REDUCTIONS = ("row", "none", *TOTALS)
 S, R, P = dt.Shard, dt.Replicate(), dt.Partial()
