@@ -262,6 +262,14 @@ def check_totals_over_classes(mesh):
                 assert found == (R,)
 
 
+def check_temperature_of_each_row(mesh):
+    space = ("logits", "logits")
+    arrays, temperature = operands("kl_div", space, 5, 1024 * mesh.size()), torch.tensor([1.0, 2.0, 0.5, 4.0, 3.0])
+    for p in (S(0), S(1)):
+        for t in (placed(temperature, mesh, R), placed(temperature, mesh, S(0)), placed(torch.tensor(2.0), mesh, R)):
+            compare(same, "kl_div", space, arrays, mesh, [[p]] * 2, temperature=t)
+
+
 def check_shards_without_classes(mesh):
     space = ("logits", "logits")
     for n in (1, 2, 4):
@@ -409,7 +417,8 @@ def check_rows_and_classes(mesh):
 OF_ONE_DIMENSION = (
     check_rows_of_all_operations, check_totals, check_against_pytorch, check_axes, check_broadcast,
     check_unlike_placements, check_empty, check_losses_and_estimators, check_classes_of_all_operations,
-    check_totals_over_classes, check_shards_without_classes, check_axes_over_classes,
+    check_totals_over_classes,
+    check_temperature_of_each_row, check_shards_without_classes, check_axes_over_classes,
     check_nothing_but_states_is_exchanged, check_messages,
 )  # fmt: skip
 OF_TWO_PROCESSES = (check_compiled, check_data_parallel)

@@ -158,8 +158,8 @@ def compute(call: Call, locally: Callable[[Call], Any]) -> Any:
 
 
 def _shape_of(a: Any, name: str) -> Any:
-    """An array of zeros without memory: what rows.py checks it by."""
-    return np.broadcast_to(0.0, getattr(a, "shape", ()))
+    """An array of ones without memory: what rows.py checks it by."""
+    return np.broadcast_to(1.0, getattr(a, "shape", ()))
 
 
 def _divided(call: Call, terms: tuple[int, ...], batch: tuple[int, ...]) -> dict[str, Any]:
@@ -266,17 +266,14 @@ def _states(*arguments: Any) -> Any:
 def _merged(*arguments: Any) -> Any:
     """The rows' stats, of the states of all shards, which have so many chunks each."""
     *rest, number, stats, states, counts = arguments
-    call = _lent(rest)
     most = max(counts)
     if set(counts) != {most}:
         states = torch.cat([states[..., k * most : k * most + m] for k, m in enumerate(counts)], -1)
-    spaces, temperature, _ = rows.words(call)
-    double = kernels.value_like(operator.call_of(*rest))[1] == torch.float64
-    wide = double or rows.is_wide(call.operation, spaces, temperature, call.parameter)
+    task = cpu.arrange(_lent(rest)._replace(reduction="row", denominator=None))
     return torch.from_numpy(
         cpu.merge(
-            call.operation, number, memory.lend(states), memory.lend(stats), call.weights, spaces, wide, temperature,
-            call.parameter, call.factor,
+            task.operation, number, memory.lend(states), memory.lend(stats), task.weights, task.spaces, task.wide,
+            task.temperature, task.parameter, task.factor,
         )
     )  # fmt: skip
 
