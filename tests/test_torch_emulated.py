@@ -15,6 +15,7 @@ from test_gradient import REDUCTIONS
 from test_torch import array, kl, logits, operands, options, same
 
 import klcore
+from klcore.operations import KL_DIV, Call
 
 torch = pytest.importorskip("torch", reason="no PyTorch: its adapter is not tested")
 adapter = importlib.import_module("klcore.backends.torch")
@@ -278,3 +279,26 @@ def test_estimates(emulated, monkeypatch, reduction):
     same(value.detach(), expected[0])
     value.backward(torch.ones_like(value))
     np.testing.assert_allclose(x.grad, expected[1], rtol=1e-6)
+
+
+@pytest.mark.parametrize("reduction", ["row", "sum"])
+def test_shards_of_the_classes(posing, monkeypatch, reduction):
+    """The operators of DTensors, of two shards: the values and gradients of whole rows, or within a rounding."""
+    sharded = importlib.import_module("klcore.backends.torch.sharded")
+    x, y = logits(3, 1500), logits(3, 1500) * 0.9
+    whole = klcore.kl_div(x, y, space="logits", reduction=reduction, return_grad=("x", "y"), weights=[1.0, 0.0, 2.0])
+    ops, parts, counts = torch.ops.klcore, [(x[:, k], y[:, k]) for k in (slice(0, 1024), slice(1024, 1500))], [1, 1]
+    calls = [
+        sharded.operator.arguments_of(Call(KL_DIV, *part, "logits", -1, reduction, torch.tensor([1.0, 0.0, 2.0])))
+        for part in parts
+    ]
+    states = [ops.states.default(*call, 0, None, True, True, 1) for call in calls]
+    stats = [ops.merged.default(*call, 0, None, torch.cat(states, -1), counts) for call in calls]
+    for call, known in zip(calls, stats, strict=True):
+        torch.testing.assert_close(ops.value_of_stats.default(*call, known), whole[0], rtol=1e-15, atol=0)
+    summed = [(*call[:6], "sum", *call[7:]) for call in calls]
+    pairs = [
+        ops.gradients_of_stats.default(*c, s, torch.ones(()), True, True) for c, s in zip(summed, stats, strict=True)
+    ]
+    for k, g in enumerate(whole[1:]):
+        same(torch.cat([pair[k] for pair in pairs], -1), array(g))

@@ -6,8 +6,9 @@ gathered before the value is known, and merged by every process; value and gradi
 its own classes. So autograd sees no exchange, and backward has none of its own.
 """
 
+import contextlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -208,11 +209,6 @@ def _exchanging(call: Call, layout: _Layout, classes: int) -> Any:
             "klcore.compat takes DTensors whose classes are not sharded where a loss takes logits; move them with "
             "redistribute(placements=[Shard(0)]), say"
         )
-    if not x.is_cpu:
-        raise NotImplementedError(
-            "DTensors whose classes are sharded are computed on CPUs; elsewhere shard the rows, as with "
-            "redistribute(placements=[Shard(0)]), or gather the classes"
-        )
     call = call._replace(x=x, y=y, weights=weights, temperature=temperature, return_grad=None)
     of_x, of_y = "x" in wanted, "y" in wanted
     if not wanted and torch.is_grad_enabled():
@@ -253,14 +249,23 @@ def _lent(arguments: Sequence[Any], of_x: bool = False, of_y: bool = False) -> C
     return kernels.lent(call._replace(return_grad=operator.names(of_x, of_y) or None))
 
 
+@contextlib.contextmanager
+def _backend(x: Any) -> Iterator[Any]:
+    """The one that computes where this tensor is."""
+    if x.is_cpu:
+        yield cpu
+    else:
+        with memory.as_pytorch(x):
+            yield memory.cuda()
+
+
 def _states(*arguments: Any) -> Any:
     """What sweep `number` leaves of this process' classes, `count` chunks at most; zeros where it has fewer."""
     *rest, number, stats, of_x, of_y, count = arguments
     call = _lent(rest, of_x, of_y)._replace(reduction="row", denominator=None)
-    found = cpu.states(call, number, memory.lend(stats))
-    states = torch.zeros((*found.shape[:-1], count), dtype=torch.float64)
-    states[..., : found.shape[-1]] = torch.from_numpy(found)
-    return states
+    with _backend(rest[1]) as backend:
+        found = memory.as_tensor(backend.states(call, number, memory.lend(stats)))
+    return torch.nn.functional.pad(found, (0, count - found.shape[-1]))
 
 
 def _merged(*arguments: Any) -> Any:
@@ -269,13 +274,14 @@ def _merged(*arguments: Any) -> Any:
     most = max(counts)
     if set(counts) != {most}:
         states = torch.cat([states[..., k * most : k * most + m] for k, m in enumerate(counts)], -1)
-    task = cpu.arrange(_lent(rest)._replace(reduction="row", denominator=None))
-    return torch.from_numpy(
-        cpu.merge(
-            task.operation, number, memory.lend(states), memory.lend(stats), task.weights, task.spaces, task.wide,
-            task.temperature, task.parameter, task.factor,
-        )
-    )  # fmt: skip
+    with _backend(rest[1]) as backend:
+        task = backend.arrange(_lent(rest)._replace(reduction="row", denominator=None))
+        return memory.as_tensor(
+            backend.merge(
+                task.operation, number, memory.lend(states), memory.lend(stats), task.weights, task.spaces, task.wide,
+                task.temperature, task.parameter, task.factor,
+            )
+        )  # fmt: skip
 
 
 def _value_of_stats(*arguments: Any) -> Any:
@@ -283,27 +289,36 @@ def _value_of_stats(*arguments: Any) -> Any:
     call = operator.call_of(*rest)
     _, dtype = kernels.value_like(call)
     if call.reduction == "none":
-        (terms,) = cpu.outputs(_lent(rest), _sweeps(call, True, False) - 1, memory.lend(stats), 1.0, ())
-        return memory.as_tensor(terms)
+        with _backend(call.x) as backend:
+            number = _sweeps(call, True, False) - 1
+            (terms,) = backend.outputs(_lent(rest), number, memory.lend(stats), 1.0, ())
+            return memory.as_tensor(terms)
     values = stats[..., 0]
     if call.reduction == "row":
         return values.to(dtype, copy=True)
-    denominator = 1.0 if call.denominator is None else rows.denominator_of(call)
-    total = cpu.add_up(cpu.chunk_sums(memory.lend(values)))
-    return torch.tensor(total / denominator if denominator else math.nan, dtype=dtype)
+    total = values.sum()
+    if values.is_cpu:
+        total = torch.tensor(cpu.add_up(cpu.chunk_sums(memory.lend(values))), dtype=torch.float64)
+    denominator = _denominator(call)
+    return (total / denominator if denominator else total * math.nan).to(dtype)
+
+
+def _denominator(call: Call) -> float:
+    return 1.0 if call.denominator is None else rows.denominator_of(call)
 
 
 def _gradients_of_stats(*arguments: Any) -> tuple[Any, Any]:
     """An empty tensor for one that is not wanted."""
     *rest, stats, cotangent, of_x, of_y = arguments
     call = _lent(rest, of_x, of_y)._replace(cotangent=memory.lend(cotangent))
-    denominator = 1.0 if call.denominator is None else rows.denominator_of(call)
     number = _sweeps(call, False, True) - 1
-    found = cpu.outputs(call, number, memory.lend(stats) if number else None, denominator, ())
     _, x, y, *_ = rest
+    with _backend(x) as backend:
+        found = backend.outputs(call, number, memory.lend(stats) if number else None, _denominator(call), ())
+        found = tuple(map(memory.as_tensor, found))
     return (
-        operator._laid_out_like(x, memory.as_tensor(found[0])) if of_x else x.new_empty(0),
-        operator._laid_out_like(y, memory.as_tensor(found[-1])) if of_y else x.new_empty(0),
+        operator._laid_out_like(x, found[0]) if of_x else x.new_empty(0),
+        operator._laid_out_like(y, found[-1]) if of_y else x.new_empty(0),
     )
 
 
