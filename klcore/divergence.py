@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, SupportsFloat, SupportsIndex, overload
 from klcore.backends import compute, find
 from klcore.operations import CROSS_ENTROPY, ENTROPY, KL_DIV, LOSSES, REL_ENTR, Call
 from klcore.parameters import units_per_nat
-from klcore.typing import ArrayT, BothGrads, EntropyGrad, OneGrad, Plain, ReturnGrad, Total
+from klcore.typing import ArrayT, BothGrads, EntropyGrad, OneGrad, Plain, ReturnGrad, Temperature, Total
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack  # in typing from Python 3.11
@@ -56,7 +56,7 @@ def kl_div(
     reduction: str = "row",
     weights: Any = None,
     denominator: Any = None,
-    temperature: SupportsFloat = 1.0,
+    temperature: Temperature = 1.0,
     base: SupportsFloat | None = None,
     return_grad: str | tuple[str, ...] | None = None,
     out: Any = None,
@@ -97,8 +97,12 @@ def kl_div(
         computed one after the other, say, or that number divided by the temperature's square. An array of the GPU is
         read there, and nothing waits for it: so one that is negative, infinite or NaN raises on the CPU only. The
         result is NaN where it is 0.
-    temperature : float
-        Divides the logits; only with logits. Nothing is multiplied by its square.
+    temperature : float or array
+        Divides the logits; only with logits. Nothing is multiplied by its square. An array holds one a row, as
+        `weights` do, and each row has the bits that it has alone with its number. One of the GPU, of no dimensions as
+        well, is read there, and nothing waits for it. Where no argument is float64 the numbers of an array are to lie
+        between 2**-20 and 2**100. A bad one, of a row that has a weight, raises on the CPU, and makes its row NaN on a
+        GPU.
     base : float, optional
         Of the logarithms, above 1: the value and the gradients are in its unit, as in bits for 2. None: nats.
     return_grad : {"x", "y", ("x", "y")}, optional
@@ -207,7 +211,7 @@ def rel_entr(
     reduction: str = "row",
     weights: Any = None,
     denominator: Any = None,
-    temperature: SupportsFloat = 1.0,
+    temperature: Temperature = 1.0,
     base: SupportsFloat | None = None,
     return_grad: str | tuple[str, ...] | None = None,
     out: Any = None,
@@ -293,7 +297,7 @@ def cross_entropy(
     reduction: str = "row",
     weights: Any = None,
     denominator: Any = None,
-    temperature: SupportsFloat = 1.0,
+    temperature: Temperature = 1.0,
     base: SupportsFloat | None = None,
     return_grad: str | tuple[str, ...] | None = None,
     out: Any = None,
@@ -358,7 +362,7 @@ def entropy(
     reduction: str = "row",
     weights: Any = None,
     denominator: Any = None,
-    temperature: SupportsFloat = 1.0,
+    temperature: Temperature = 1.0,
     base: SupportsFloat | None = None,
     return_grad: str | tuple[str] | None = None,
     out: Any = None,

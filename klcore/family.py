@@ -19,7 +19,7 @@ from klcore.operations import (
     Call,
 )
 from klcore.parameters import number, refuse_base, units_per_nat
-from klcore.typing import ArrayT, BothGrads, OneGrad, Plain, ReturnGrad, Total
+from klcore.typing import ArrayT, BothGrads, OneGrad, Plain, ReturnGrad, Temperature, Total
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack  # in typing from Python 3.11
@@ -84,7 +84,7 @@ def js_div(
     reduction: str = "row",
     weights: Any = None,
     denominator: Any = None,
-    temperature: SupportsFloat = 1.0,
+    temperature: Temperature = 1.0,
     base: SupportsFloat | None = None,
     return_grad: str | tuple[str, ...] | None = None,
     out: Any = None,
@@ -200,7 +200,7 @@ def mixed_kl_div(
     reduction: str = "row",
     weights: Any = None,
     denominator: Any = None,
-    temperature: SupportsFloat = 1.0,
+    temperature: Temperature = 1.0,
     base: SupportsFloat | None = None,
     return_grad: str | tuple[str, ...] | None = None,
     out: Any = None,
@@ -300,7 +300,7 @@ def skew_kl_div(
     reduction: str = "row",
     weights: Any = None,
     denominator: Any = None,
-    temperature: SupportsFloat = 1.0,
+    temperature: Temperature = 1.0,
     base: SupportsFloat | None = None,
     return_grad: str | tuple[str, ...] | None = None,
     out: Any = None,
@@ -402,7 +402,7 @@ def alpha_div(
     reduction: str = "row",
     weights: Any = None,
     denominator: Any = None,
-    temperature: SupportsFloat = 1.0,
+    temperature: Temperature = 1.0,
     base: Any = None,
     return_grad: str | tuple[str, ...] | None = None,
     out: Any = None,
@@ -506,7 +506,7 @@ def renyi_div(
     reduction: str = "row",
     weights: Any = None,
     denominator: Any = None,
-    temperature: SupportsFloat = 1.0,
+    temperature: Temperature = 1.0,
     base: SupportsFloat | None = None,
     return_grad: str | tuple[str, ...] | None = None,
     out: Any = None,
@@ -610,7 +610,7 @@ def tv_dist(
     reduction: str = "row",
     weights: Any = None,
     denominator: Any = None,
-    temperature: SupportsFloat = 1.0,
+    temperature: Temperature = 1.0,
     base: Any = None,
     return_grad: str | tuple[str, ...] | None = None,
     out: Any = None,
@@ -687,7 +687,7 @@ def sq_hellinger(
     reduction: str = "row",
     weights: Any = None,
     denominator: Any = None,
-    temperature: SupportsFloat = 1.0,
+    temperature: Temperature = 1.0,
     base: Any = None,
     return_grad: str | tuple[str, ...] | None = None,
     out: Any = None,
@@ -762,7 +762,7 @@ def chi2_div(
     reduction: str = "row",
     weights: Any = None,
     denominator: Any = None,
-    temperature: SupportsFloat = 1.0,
+    temperature: Temperature = 1.0,
     base: Any = None,
     return_grad: str | tuple[str, ...] | None = None,
     out: Any = None,

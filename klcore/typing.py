@@ -61,6 +61,7 @@ class Array(Protocol):
 ArrayT = TypeVar("ArrayT", bound=Array)
 Plain: TypeAlias = float | Sequence[Any]  # taken as float64
 OfNumPy: TypeAlias = "NDArray[Any] | np.generic | Plain"
+Temperature: TypeAlias = SupportsFloat | Array | list[float] | tuple[float, ...]
 
 Space = Literal["probs", "log_probs", "logits", "counts"]
 Spaces = Space | tuple[Space, Space]
@@ -79,7 +80,7 @@ class _CommonOptions(TypedDict, total=False):
     axis: SupportsIndex
     weights: Any
     denominator: Any
-    temperature: SupportsFloat
+    temperature: Temperature
     base: SupportsFloat | None
     out: Any
     device: str | None

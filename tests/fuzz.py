@@ -100,7 +100,7 @@ def draw(rng):
         "reduction": pick(*REDUCTIONS), "grad": pick(None, "x", "y", ("x", "y"), ("x", "y")), "out": some(0.4),
         "denominator": pick(None, None, 3, 0.07, 7e6, np.float32(17), np.array(5), 0),
         "weights": pick(None, None, None, "float32", "float64", "bool", "int32", "float16"), "threads": pick(1, 2, 5),
-        "temperature": pick(1.0, 1.0, 0.07, 0.5, 2, 17.0, 100.0), "dask": some(0.08),
+        "temperature": pick(1.0, 1.0, 0.07, 0.5, 2, 17.0, 100.0), "by_row": some(0.3), "dask": some(0.08),
     }  # fmt: skip
     pairs = OPERATIONS[p["operation"]].pairs
     p["space"] = pairs[rng.integers(len(pairs))]
@@ -135,7 +135,7 @@ def draw(rng):
     p["reduction"] = p["reduction"] if p["terms"] or p["reduction"] != "none" else "row"
     p["denominator"] = p["denominator"] if p["reduction"] == "sum" else None
     if "logits" not in p["space"]:
-        p["temperature"] = 1.0
+        p |= {"temperature": 1.0, "by_row": False}
     p["n"], batch = int(p["n"]), tuple(map(int, p["batch"]))
     p["batch"] = p["x"] = p["y"] = batch
     if p["broadcast"]:
@@ -470,8 +470,9 @@ def gradient_dtype(a):
 
 def klcore_call(p, arrays, **options):
     grad = options.get("return_grad")
+    options = {"temperature": p["temperature"], **p["own"], **options}
     with klcore.threads(options.pop("threads", p["threads"])):
-        found = conftest.call(p["operation"], *arrays, p["space"], temperature=p["temperature"], **p["own"], **options)
+        found = conftest.call(p["operation"], *arrays, p["space"], **options)
     return found if grad else (found,)
 
 
@@ -532,6 +533,12 @@ def check(p, rng):
                 klcore_call(p, [v[r] for v in of], reduction="none", weights=w)[0], terms[r], f"terms of row {r} alone"
             )
 
+    if p["by_row"]:  # among other temperatures
+        t = rng.choice([p["temperature"], p["temperature"], 1.0, 3.0, 0.2], rows)
+        like = t == p["temperature"]
+        for name, got in zip(plain, klcore_call(p, of, return_grad=both, weights=each, temperature=t), strict=False):
+            same(got[like], plain[name][like], f"{name}, one temperature a row")
+
     # the call
     _cpu.use_instruction_set(sets[rng.integers(len(sets))])
     memory = Memory(rng)
@@ -543,6 +550,9 @@ def check(p, rng):
     given_wanted = [v for v, name in zip(given, "xy", strict=True) if name in wanted]
     given_weights = None if weights is None else memory.lay(weights)
     options = {"reduction": p["reduction"], "axis": last, "denominator": p["denominator"]}
+    if p["by_row"]:
+        shape = tuple(size if rng.random() < 0.7 else 1 for size in batch)[rng.integers(0, len(batch) + 1) :]
+        options["temperature"] = memory.lay(np.full(shape, float(p["temperature"])))
     terms_shape = moved(np.empty((*batch, n), bool)).shape if p["shape"] != "scalar" else ()
     shape = batch if p["reduction"] == "row" else terms_shape if p["reduction"] == "none" else ()
     out = None
@@ -640,8 +650,9 @@ def dask_call(p, rng, arrays, weights, whole, moved, last):
     lazy = [da.from_array(a.copy(), chunks=chunks(a)) for a in arrays]
     with dask.config.set(scheduler="synchronous"), warnings.catch_warnings():
         warnings.simplefilter("ignore")
+        temperature = np.full(p["batch"], float(p["temperature"])) if p["by_row"] else p["temperature"]
         found = klcore_call(p, lazy, return_grad=p["grad"], weights=weights, reduction=p["reduction"], axis=last,
-                            denominator=p["denominator"])  # fmt: skip
+                            denominator=p["denominator"], temperature=temperature)  # fmt: skip
         found = dask.compute(*found)
     for k, (a, b) in enumerate(zip(found, whole, strict=True)):
         b = moved(b) if (k or p["reduction"] == "none") and p["reduction"] != "batchmean" else b

@@ -108,6 +108,8 @@ def test_numbers_of_numpy() -> None:
     """As options; strings and fractions are none."""
     klcore.kl_div(X, Y, space="logits", temperature=np.float32(2), axis=np.int64(1))
     klcore.entropy(X, space="logits", temperature=np.float64(2), axis=np.int8(0))
+    klcore.kl_div(X, Y, space="logits", temperature=np.ones(1))
+    klcore.js_div(X, Y, space="logits", temperature=[2.0])
     mxnet.KLDivLoss(axis=np.int64(1), weight=np.float32(2), batch_axis=np.int64(0))(X, Y)
     puzzlelib.KLDivergence(maxlabels=np.int64(2))(X.astype("f4"), Y.astype("f4"))
     with pytest.raises(TypeError, match="temperature must be a number"):
