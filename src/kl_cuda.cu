@@ -1791,6 +1791,9 @@ KL_DEVICE double scaled(const Plan& p, double weight) {
   return (w == 0) & (weight != 0) ? 0x1p-1074 : w;
 }
 
+KL_DEVICE double factor_of(const Plan& p) {   // a cotangent of 0 leaves all rows out
+  return p.cotangent && *p.cotangent == 0 ? 0.0 : p.factor;
+}
 KL_DEVICE Row locate(const Plan& p, i64 r) {
   Row row = {p.x.data, p.y.data, p.factors.data, p.value.data, p.dx.data, p.dy.data, 1.0};
   const char* weight = p.weights.data;
@@ -1811,10 +1814,10 @@ KL_DEVICE Row locate(const Plan& p, i64 r) {
     bool good = p.any_weights || (w >= 0 && w < infinity<double>());
     row.weight = good ? w : nan<double>();   // a bad weight spoils its row, visibly
   }
-  row.weight = scaled(p, row.weight) * p.factor;
+  row.weight = scaled(p, row.weight) * factor_of(p);
   return row;
 }
-KL_DEVICE double weight_of(const Plan& p, i64 r) { return p.weights.data ? locate(p, r).weight : p.factor; }
+KL_DEVICE double weight_of(const Plan& p, i64 r) { return p.weights.data ? locate(p, r).weight : factor_of(p); }
 
 KL_DEVICE void write_number(i64 dtype, char* at, double v) {
   if (dtype == FLOAT32) *(float*)at = (float)v;
@@ -2180,7 +2183,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) kl_narrow(const Pl
 #pragma unroll 1
       for (int r = lane_of() / lanes; r - lane_of() / lanes < rows; r += side_by_side) {
         bool is_row = r < rows;
-        double weight = is_row && p.weights.data ? locate(p, r0 + r).weight : p.factor;
+        double weight = is_row ? weight_of(p, r0 + r) : 0.0;
         bool live = is_row && weight != 0;
         int offset = live ? r * n : some;
         Slot row = {s.x + offset, s.y + offset, s.extra + offset, nullptr};
@@ -2207,7 +2210,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) kl_narrow(const Pl
     }
 #pragma unroll 1
     for (int r = lane_of(); r < rows; r += WARP) {
-      if (!p.weights.data && !p.stats && !(!OUT_TERMS && p.value.data)) break;
+      if (!p.weights.data && factor_of(p) != 0 && !p.stats && !(!OUT_TERMS && p.value.data)) break;
       Row row = locate(p, r0 + r);
       if (!OUT_TERMS && p.value.data) write_value(p, row.value, row.weight, known[r * MAX_STATS + VALUE]);
       if (p.stats)

@@ -157,7 +157,7 @@ def _arrange(xp: Any, asarray: Any, call: Call, factors: Any = None, signed: boo
     laid = _lay(xp, asarray, call)
     weights = by = _weights(xp, asarray, call.weights, laid.batch, signed)
     if call.ratio is not None:
-        by = _times_ratio(xp, weights, _over_rows(xp, _multiplier(asarray, call.ratio, "ratio"), laid.batch, "ratio"))
+        by = times_ratio(xp, weights, _over_rows(xp, _multiplier(asarray, call.ratio, "ratio"), laid.batch, "ratio"))
     if labels.are_there(call.x, call.y, call.weights, call.ratio):
         labels.check(0 if laid.alone else laid.last, call.x, call.y, call.weights, call.ratio)
     if factors is not None:
@@ -678,7 +678,7 @@ def _over_rows(xp: Any, a: Any, batch: tuple[int, ...], name: str) -> Any:
         raise ValueError(f"{name} of shape {a.shape} {do} not broadcast to the batch shape {batch}") from None
 
 
-def _times_ratio(xp: Any, weights: Any, ratio: Any) -> Any:
+def times_ratio(xp: Any, weights: Any, ratio: Any) -> Any:
     """What multiplies an estimator's rows: NaN where the ratio is none, which a GPU need not be waited for to find out.
     A row of weight 0 is left out, whatever its ratio."""
     with np.errstate(over="ignore", invalid="ignore"):
