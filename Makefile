@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 SOURCES := setup.py pyproject.toml $(wildcard src/*.h src/*.pyx)
 
-.PHONY: build demo demo-compare examples test fuzz lint docs wheel wheel-test bench accuracy plots asv asv-check asv-compare cuda-check \
+.PHONY: build demo demo-compare examples test test-tensorflow test-oldest fuzz lint docs wheel wheel-test bench accuracy plots asv asv-check asv-compare cuda-check \
 	gpu-check gpu-carry gpu-report minimax clean
 
 build: .venv/core
@@ -14,9 +14,18 @@ demo-compare: .venv/compare
 examples: .venv/examples
 	$(BIN)/python examples/torch_distill.py
 	$(BIN)/python examples/keras_cnn.py
+	$(BIN)/python examples/tensor_parallel.py
 test: .venv/test
 	$(BIN)/python -m pytest -n 2 --dist worksteal
 	$(BIN)/python -m pytest -p docs.pages --ignore docs/_extensions README.md docs  # a page is one program, for one process
+# Keras on TensorFlow: a process has one backend of Keras', and TensorFlow is not for everybody's .venv.
+test-tensorflow: .venv/demo build/tensorflow/installed
+	export KERAS_BACKEND=tensorflow PYTHONPATH=$(CURDIR)/build/tensorflow; \
+		$(BIN)/python -m pytest -n 2 -k tensorflow tests/test_keras_tensorflow.py tests/test_compat.py \
+		&& $(BIN)/python examples/keras_cnn.py
+# The adapters with the lower bounds of pyproject.toml; .venv has the newest.
+test-oldest: build/oldest/installed
+	PYTHONPATH=$(CURDIR)/build/oldest $(BIN)/python -m pytest -n 2 --dist worksteal tests/test_torch.py tests/test_jax.py tests/test_compat.py
 # Random calls against the oracle, under gcc's sanitizers: make fuzz SECONDS=900 SEED=7, or again what failed: SEED=7 CALL=8
 fuzz: SECONDS ?= 60
 fuzz: SEED ?= 0
@@ -86,6 +95,11 @@ clean:
 	$(PYTHON) -m venv .venv && $(BIN)/pip install -q --upgrade pip
 .venv/core: .venv/bin/python $(SOURCES)
 	$(BIN)/pip install -q -e . && touch $@
+# Beside .venv and before it: what its other packages do not go with.
+build/tensorflow/installed: PACKAGES = tensorflow-cpu
+build/oldest/installed: PACKAGES := $(shell sed -nE 's/^(torch|jax) = \["([a-z]+)>=([0-9.]+)".*/\2==\3/p' pyproject.toml)
+build/%/installed: .venv/test-cpu
+	$(BIN)/pip install -q --upgrade --target $(@D) $(PACKAGES) && touch $@
 # klcore itself is compiled once: pip finds it installed, and brings what else a target needs.
 .venv/%: .venv/core
 	$(BIN)/pip install -q "klcore[$*]" && touch $@

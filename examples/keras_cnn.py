@@ -15,7 +15,7 @@ Run it with ``make examples``, or (about half a minute)::
     pip install "klcore[examples]"
     python examples/keras_cnn.py
 
-KERAS_BACKEND chooses the library that Keras computes with: "torch" (the default here) or "jax".
+KERAS_BACKEND chooses the library that Keras computes with: "torch" (the default here), "jax" or "tensorflow".
 """
 
 import os

@@ -131,14 +131,19 @@ ROOMS = {
     },
     r"klcore\.backends\.jax\.private": {"numpy", "jax"},
     r"klcore\.backends\.jax\.programs": {
-        "numpy", "jax", "klcore.backends.cpu", "klcore.backends.cuda", "klcore.operations",
+        "numpy", "jax", "klcore.backends.cpu", "klcore.backends.cuda", "klcore.backends.rows", "klcore.operations",
+    },
+    r"klcore\.backends\.jax\.shards": {
+        "numpy", "jax", "klcore._cpu", "klcore.backends.cpu", "klcore.backends.rows", "klcore.backends.jax.programs",
+        "klcore.operations",
     },
     r"klcore\.backends\.jax\.partition": {
-        "numpy", "jax", "klcore.backends.cpu", "klcore.backends.rows", "klcore.operations",
-        *(f"klcore.backends.jax.{name}" for name in ("private", "programs")),
+        "numpy", "jax", "klcore.backends.cpu",
+        *(f"klcore.backends.jax.{name}" for name in ("private", "programs", "shards")),
     },
     r"klcore\.backends\.jax\.primitives": {
-        "jax", "klcore.backends.rows", *(f"klcore.backends.jax.{name}" for name in ("partition", "private", "programs")),
+        "jax", "klcore.backends.rows",
+        *(f"klcore.backends.jax.{name}" for name in ("partition", "private", "programs")),
     },
     r"klcore\.backends\.jax": {
         "numpy", "jax", "klcore.backends.cpu", "klcore.backends.cuda", "klcore.backends.labels", "klcore.backends.rows",

@@ -765,10 +765,17 @@ def test_platforms():
         traced.lower(lowering_platforms=("tpu",))
 
 
-def test_buffers_on_a_gpu(gpu, monkeypatch):
-    """What XLA would call on a GPU, with stand-ins for its buffers: JAX itself cannot be emulated."""
+@pytest.fixture
+def buffer(gpu, monkeypatch):
+    """A stand-in for a buffer that XLA hands over on a GPU: JAX itself cannot be emulated."""
     if not gpu.emulated:
         pytest.skip("stand-ins for JAX's buffers are of the emulator's arrays")
+    monkeypatch.setattr(gpu.xp, "from_dlpack", lambda b: b.array, raising=False)
+    return lambda a: types.SimpleNamespace(array=gpu.put(a), __dlpack_device__=lambda: (2, 0))
+
+
+def test_buffers_on_a_gpu(gpu, buffer, monkeypatch):
+    """What XLA would call there."""
     seen = []
 
     class Watched(gpu.xp.cuda.Stream):
@@ -776,10 +783,6 @@ def test_buffers_on_a_gpu(gpu, monkeypatch):
             seen.append((self.ptr, gpu.xp.cuda.Device().id))
             return super().__enter__()
 
-    def buffer(array):
-        return types.SimpleNamespace(array=gpu.put(array), __dlpack_device__=lambda: (2, 0))
-
-    monkeypatch.setattr(gpu.xp, "from_dlpack", lambda b: b.array, raising=False)
     monkeypatch.setattr(gpu.xp.cuda, "Stream", Watched)
     programs = importlib.import_module("klcore.backends.jax.programs")
     x, y = arguments(("logits", "probs"), (2, 4, 5), (1, 4, 5))  # an axis of vmap's in front, y not mapped
@@ -789,7 +792,7 @@ def test_buffers_on_a_gpu(gpu, monkeypatch):
     results = [buffer(value), buffer(dy)]
     program = programs.Program(call, 2, (), np.dtype("float32"), ("y",), names=("x", "y", "temperature"))
     given = [buffer(a) for a in (x, y, programs.as_data(2.0)[None])]
-    programs.on_buffers(program, types.SimpleNamespace(stream=7), results, given)
+    programs.on_buffers(program, types.SimpleNamespace(stream=7), results, *given)
     assert seen == [(7, 0)]
     for i in range(2):
         expected = klcore.kl_div(
@@ -797,6 +800,41 @@ def test_buffers_on_a_gpu(gpu, monkeypatch):
         )
         for result, e in zip(results, expected, strict=True):
             np.testing.assert_array_equal(gpu.get(result.array)[i], e)
+
+
+@pytest.mark.parametrize("n", [1024, 40], ids=["whole chunks", "folded"])
+@pytest.mark.parametrize("reduction", ["row", "rowmean"])
+def test_shards_on_a_gpu(gpu, buffer, reduction, n):
+    """Two devices' sweeps over their classes, what they exchange, and what they make of it."""
+    programs, shards = (importlib.import_module(f"klcore.backends.jax.{name}") for name in ("programs", "shards"))
+    x, y = arguments(("logits", "logits"), (3, 2 * n))
+    w = np.array([1, 0, 2], np.float32)
+    options = {"space": "logits", "weights": w, "temperature": 2.0, "return_grad": ("x", "y")}
+    total = reduction == "rowmean"
+    expected = klcore.kl_div(x, y, reduction="sum" if total else "row", denominator=3.0 if total else None, **options)
+    call = Call(OPERATIONS["kl_div"], None, None, "logits", -1, "sum" if total else "row")
+    names = ("x", "y", "weights", "temperature", "denominator")[: 5 if total else 4]
+    program = programs.Program(call, 2, (), np.dtype("float32"), ("x", "y"), names=names)
+
+    def run(function, shape, dtype, *given):
+        out = [buffer(np.empty(s, dtype)) for s in shape]
+        programs.on_buffers(function, types.SimpleNamespace(stream=0), out, *map(buffer, given))
+        found = [gpu.get(o.array) for o in out]
+        return found if len(found) > 1 else found[0]
+
+    numbers = [programs.as_data(a) for a in (2.0, 3.0)][: len(names) - 3]
+    given = [(x[:, part], y[:, part], w, *numbers) for part in (slice(0, n), slice(n, None))]
+    (numbers,) = shards.sweeps(program)
+    left = [run(partial(shards.states, program, 0), [(3, numbers, 2)], np.uint32, *g) for g in given]
+    stats = run(partial(shards.merge, program, 0), [(3, 32)], np.uint32, *given[0], np.concatenate(left, -1))
+    value = run(partial(shards.finish, program), [() if total else (3,)], np.float32, *given[0], stats)
+    write = partial(shards.write, program, "gradients", 1)
+    parts = [run(write, [(3, n)] * 2, np.float32, *g, stats) for g in given]
+    found = [value, *(np.concatenate(a, -1) for a in zip(*parts, strict=True))]
+    for f, e in zip(found, expected, strict=True):
+        np.testing.assert_allclose(f, e, rtol=1e-6 if n == 40 else 0, atol=1e-9)
+    sums = run(shards.weigh, [(2,)], np.uint32, w)
+    assert programs.number_of(sums) == 3
 
 
 # ---- memory and threads ----------------------------------------------------------------------------------------------

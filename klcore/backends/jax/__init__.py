@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from klcore.backends import BackendUnavailableError, cpu, labels, rows
-from klcore.backends.jax import private
+from klcore.backends.jax import partition, private
 from klcore.backends.jax.primitives import value
 from klcore.backends.jax.programs import SMALL, Program, as_data
 from klcore.operations import Call
@@ -70,10 +70,14 @@ def _compute(call: Call, arrays: dict[str, Any], numbers: dict[str, Any]) -> tup
     # the value's dtype is what JAX has, of a loss and a row of integers alike
     of_call = call._replace(axis=axis, dtype=of_value.name if call.operation.is_loss else None)
     wanted = tuple(g.of for g in task.gradients)
-    program = Program(of_call, ndim, value_shape, of_value, wanted)
-    result, *gradients = value(program, {name: whole(name, a) for name, a in arrays.items()} | numbers)
-    shapes = {name: a.shape for name, a in operands.items()}
-    return result.reshape(shape), *(g.reshape(shapes[n]) for n, g in zip(wanted, gradients, strict=True))
+    program = Program(of_call, ndim, value_shape, of_value, wanted, divided=task.denominator)
+    whole_arrays = {name: whole(name, a) for name, a in arrays.items()} | numbers
+    result, *gradients = partition.in_explicit_mesh(program, partial(value, program), whole_arrays)
+
+    def back(a: Any, ndim: int) -> Any:
+        return jnp.squeeze(a, tuple(range(a.ndim - ndim)))
+
+    return back(result, len(shape)), *(back(g, operands[n].ndim) for n, g in zip(wanted, gradients, strict=True))
 
 
 def _array(a: Any, name: str) -> Any:

@@ -12,16 +12,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
-from jax.experimental.buffer_callback import buffer_callback
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
 from klcore.backends import rows
-from klcore.backends.jax import private
-from klcore.backends.jax.programs import Program, on_buffers
+from klcore.backends.jax import partition, private
+from klcore.backends.jax.programs import BY_CLASS, Program, call_back
 
 Arrays = dict[str, Any]  # the arguments there are, as Call names them
-_BY_CLASS = tuple(rows.SPACES[name] for name in ("probs", "log_probs"))  # where a term is of its class alone
 
 
 def _refuse_second(program: Program) -> Any:
@@ -46,6 +44,7 @@ def _mapped_size(arguments: Any, at: Any) -> int:
 
 _engine: Any = Primitive("klcore")
 _engine.multiple_results = True
+private.needs_devices(_engine)
 
 
 def _run(*arguments: Any, program: Program) -> Any:
@@ -74,14 +73,9 @@ def _lower(context: Any, *arguments: Any, program: Program) -> Any:
             "the process that made them. Export the function that makes its arguments, and call klcore on what that "
             "returns, where it is loaded"
         )
-    return mlir.lower_fun(partial(_called_back, program), multiple_results=True)(context, *arguments)
-
-
-def _called_back(program: Program, *arguments: Any) -> Any:
-    def callback(context: Any, out: Any, *buffers: Any) -> None:
-        on_buffers(program, context, out, buffers)
-
-    return buffer_callback(callback, program.results(arguments))(*arguments)
+    split = private.is_to_be_partitioned(context)
+    function: Any = partition.over_devices(program, context) if split else partial(call_back, program)
+    return mlir.lower_fun(function, multiple_results=True)(context, *arguments)
 
 
 def _differentiate(primals: Any, tangents: Any, *, program: Program) -> Any:
@@ -138,8 +132,7 @@ def _gradients(program: Program, arrays: Arrays) -> Arrays:
 def _by_row(program: Program, arrays: Arrays, tangents: Arrays) -> tuple[Arrays, Arrays, tuple[int, ...]]:
     """The derivatives of rows or terms by their own operands' elements, the tangents, and the axes to add up over."""
     call = program.call
-    spaces = dict(zip("xy", rows.space_pair(call.space, call.operation), strict=True))
-    if call.reduction == "none" and not all(spaces[name] in _BY_CLASS for name in tangents):
+    if call.reduction == "none" and not all(program.spaces[name] in BY_CLASS for name in tangents):
         raise NotImplementedError(
             f"klcore.{call.operation.function} has no forward mode (jax.jvp, jax.linearize, jax.jacfwd) for "
             "reduction='none' of logits or counts, of which every term depends on the whole row; use reduction='row', "
@@ -258,8 +251,7 @@ def _by_temperature(program: Program, arrays: Arrays, moving: Arrays) -> tuple[A
     added to all logits of a row changes nothing, so their greatest may be taken from them."""
     call = program.call
     t, dt = (jnp.expand_dims(a, call.axis) for a in (arrays["temperature"], moving["temperature"]))
-    spaces = rows.space_pair(call.space, call.operation)
-    logits = [n for n, space in zip("xy", spaces, strict=True) if n in arrays and space == rows.LOGITS]
+    logits = [name for name, space in program.spaces.items() if name in arrays and space == rows.LOGITS]
     spread = {name: jnp.broadcast_to(arrays[name], _whole(arrays[name], t)) for name in logits}
     moved = {name: moving[name] for name in "xy" if name in moving}
     for name, a in spread.items():

@@ -1,8 +1,12 @@
-"""What JAX' documentation does not promise, in one place: who runs on which versions of it, looks here."""
+"""What JAX' documentation does not promise, in one place: who runs on which versions of it looks here."""
 
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
+import numpy as np
+from jax._src import dispatch
+from jax.interpreters import mlir
 
 
 def varying_axes(a: Any) -> frozenset[str]:
@@ -21,5 +25,40 @@ def varying(a: Any, axes: frozenset[str]) -> Any:
     return lax.pcast(a, more, to="varying") if hasattr(lax, "pcast") else lax.pvary(a, more)  # the former since 0.8
 
 
+def explicit_mesh(arrays: Iterable[Any]) -> Any:
+    """That by whose axes the arrays are sharded, as their types say; None where types say nothing."""
+    meshes = (getattr(getattr(jax.typeof(a), "sharding", None), "mesh", None) for a in arrays)
+    return next((mesh for mesh in meshes if getattr(mesh, "explicit_axes", ())), None)
+
+
+def needs_devices(primitive: Any) -> None:
+    """Have JAX say for which devices it lowers a program with this primitive: custom_partitioning has to know."""
+    dispatch.prim_requires_devices_during_lowering.add(primitive)
+
+
 def for_export(context: Any) -> bool:
     return bool(context.module_context.lowering_parameters.for_export)
+
+
+def is_to_be_partitioned(context: Any) -> bool:
+    """Whether XLA will split the program that is lowered over the devices of a mesh."""
+    axes = context.module_context.axis_context
+    several = isinstance(axes, mlir.ShardingContext) and axes.num_devices > 1
+    return several and axes.abstract_mesh is not None and not axes.abstract_mesh.empty
+
+
+def callback(context: Any, function: Callable[..., None], results: int) -> Callable[..., Any]:
+    """A function of a context, `results` buffers to write and the arguments' buffers, made known to the program that is
+    lowered; and what emits a call of it. So does jax.experimental.buffer_callback, which cannot be called within what
+    XLA partitions: nobody would know the function."""
+    module = context.module_context
+    target = "xla_buffer_python_cpu_callback" if "cpu" in module.platforms else "xla_buffer_python_gpu_callback"
+
+    def called(execution: Any, *buffers: Any) -> tuple[()]:
+        function(execution, buffers[-results:], *buffers[:-results])
+        return ()
+
+    emit: Any = jax.ffi.ffi_call
+    module.add_host_callback(called)
+    index = np.uint64(len(module.host_callbacks) - 1)
+    return lambda types, *arguments: emit(target, types)(*arguments, index=index)

@@ -5,21 +5,23 @@ thread that waits for it. Called by XLA, in its threads; primitives.py and parti
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental.buffer_callback import buffer_callback
 
-from klcore.backends import cpu
+from klcore.backends import cpu, rows
 from klcore.operations import Call
 
 _ON_CPU = 1  # kDLCPU
 SMALL = 1 << 16  # bytes of results, which are copied in less time than klcore takes to look at `out`
 
 
+BY_CLASS = tuple(rows.SPACES[name] for name in ("probs", "log_probs"))  # where a term is of its class alone
 NUMBERS = ("temperature", "denominator")  # the arguments that may be numbers
 
 
@@ -54,10 +56,18 @@ class Program:
     gradients: tuple[str, ...] = ()
     pull: bool = False  # the gradients only, of sum(cotangent * value)
     names: tuple[str, ...] = ()  # of the arguments, in their order, as Call has them
+    divided: float | None = (
+        1.0  # by what the sum of a total is, where no argument says it; None: the sum of the weights
+    )
 
     @property
     def total(self) -> bool:
         return self.call.reduction not in ("row", "none")
+
+    @property
+    def spaces(self) -> dict[str, int]:
+        """Those of x and y, by their codes."""
+        return dict(zip("xy", rows.space_pair(self.call.space, self.call.operation), strict=True))
 
     def mapped(self, arguments: Any) -> tuple[int, ...]:
         """The axes in front."""
@@ -74,19 +84,24 @@ class Program:
 
     def __call__(self, backend: Any, xp: Any, out: list[Any], arguments: list[Any]) -> None:
         """Compute `out`."""
-        mapped = self.mapped(arguments)
-        count = len(mapped)
-        if count and self.total:  # one for each mapped example
-            spread = [xp.broadcast_to(a, mapped + a.shape[count:]) for a in arguments]
-            for i in np.ndindex(mapped):
-                at = (*i, ...)
-                self._compute(backend, [o[at] for o in out], [a[at] for a in spread])
-        else:  # more rows
-            self._compute(backend, out, [self.over_rows(xp, a, mapped) for a in arguments])
+        for at, given in self.examples(xp, arguments):
+            self._compute(backend, [o[at] for o in out], given)
 
-    def over_rows(self, xp: Any, a: Any, mapped: tuple[int, ...]) -> Any:
-        """An argument whose mapped axes are more rows; a number is the same for all."""
-        return a.reshape(-1) if is_data(a) else xp.broadcast_to(a, mapped + a.shape[len(mapped) :])
+    def examples(self, xp: Any, arguments: list[Any]) -> Iterator[tuple[Any, list[Any]]]:
+        """Where in the results each mapped example is, and its arguments; all at once if they are but more rows."""
+        mapped = self.mapped(arguments)
+        if not self.total:
+            yield ..., self.as_rows(xp, arguments)
+            return
+        spread = [xp.broadcast_to(a, mapped + a.shape[len(mapped) :]) for a in arguments]
+        for i in np.ndindex(mapped):
+            at = (*i, ...)
+            yield at, [a[at] for a in spread]
+
+    def as_rows(self, xp: Any, arguments: list[Any]) -> list[Any]:
+        """The arguments, whose mapped axes are more rows; a number is the same for all."""
+        mapped = self.mapped(arguments)
+        return [a if is_data(a) else xp.broadcast_to(a, mapped + a.shape[len(mapped) :]) for a in arguments]
 
     def call_of(self, arguments: list[Any], **more: Any) -> Call:
         """The call with its arrays, and its numbers."""
@@ -109,7 +124,7 @@ def put(out: list[Any], results: Any) -> None:
             o[...] = result
 
 
-def on_buffers(compute: Callable[..., None], context: Any, out: Any, arguments: Any) -> None:
+def on_buffers(compute: Callable[..., None], context: Any, out: Any, *arguments: Any) -> None:
     """Have `compute` write `out`, buffers of XLA's."""
     kind, number = arguments[0].__dlpack_device__()
     if kind == _ON_CPU:
@@ -118,3 +133,12 @@ def on_buffers(compute: Callable[..., None], context: Any, out: Any, arguments: 
     cuda = import_module("klcore.backends.cuda")
     with cuda.on_stream(number, context.stream) as cupy:
         compute(cuda, cupy, [cupy.from_dlpack(o) for o in out], [cupy.from_dlpack(a) for a in arguments])
+
+
+def call_back(program: Program, *arguments: Any) -> Any:
+    """The results of a program: where compiled code runs this, it calls that."""
+
+    def callback(context: Any, out: Any, *buffers: Any) -> None:
+        on_buffers(program, context, out, *buffers)
+
+    return buffer_callback(callback, program.results(arguments))(*arguments)

@@ -16,16 +16,21 @@ class Lender(parts.Lender):
         weights = memory.weights_beside(call.weights, x, None, "weights")
         if not private.is_eager(x, y, weights):
             raise TypeError(
-                "klcore.Shard takes tensors with memory, and none that torch.compile or torch.func is tracing; found a "
-                f"{type(x).__name__}: call it within torch.compiler.disable"
+                f"klcore.Shard takes plain tensors with memory; found a {type(x).__name__}. Keep torch.compile and "
+                "torch.func away by torch.compiler.disable, and pass a DTensor to klcore's functions, which exchange "
+                "states by themselves"
             )
-        if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, y)):
+        temperature = call.temperature
+        if torch.is_grad_enabled() and any(getattr(t, "requires_grad", False) for t in (x, y, temperature)):
             raise TypeError(
                 "an argument requires a gradient, and klcore.Shard keeps no history for autograd: call it within "
                 "torch.no_grad(), or in the forward of a torch.autograd.Function, whose backward returns "
                 "shard.gradient(...)"
             )
-        super().__init__(cpu if x.is_cpu else memory.cuda(), kernels.lent(call._replace(x=x, y=y, weights=weights)))
+        if isinstance(temperature, torch.Tensor):
+            temperature = temperature.detach()
+        call = call._replace(x=x, y=y, weights=weights, temperature=temperature)
+        super().__init__(cpu if x.is_cpu else memory.cuda(), kernels.lent(call))
         self._x = x
 
     def here(self) -> Any:

@@ -101,12 +101,14 @@ def kullback_leibler_divergence(y_true: Any, y_pred: Any) -> Any:
     Returns
     -------
     array of shape (...)
-        In the dtype of `y_pred`. Of PyTorch's and JAX' arrays differentiable with respect to both.
+        In the dtype of `y_pred`. Of PyTorch's, JAX' and TensorFlow's arrays differentiable with respect to both.
 
     Raises
     ------
     TypeError
         For complex numbers and arrays of two libraries.
+    NotImplementedError
+        For TensorFlow's tensors where XLA compiles, as with ``model.compile(jit_compile=True)``.
     ValueError
         For shapes that do not broadcast, and arguments without dimensions.
 

@@ -123,6 +123,8 @@ class KLDivergence(_Loss):  # type: ignore[misc]
         ------
         TypeError, ValueError
             As :func:`kullback_leibler_divergence`, and ValueError for weights that do not fit.
+        NotImplementedError
+            As :func:`kullback_leibler_divergence`.
         """
         if tensorflow.are_there(y_true, y_pred, sample_weight):
             tensorflow.need_keras(self)

@@ -1,0 +1,262 @@
+"""How XLA splits a call over the devices of a mesh: its rows, and its classes.
+
+Every device computes its own rows. What they add to a total, or to the gradient of an operand that rows share, is added
+up over the devices. Where the classes are sharded, devices exchange states of their classes, not the classes
+(shards.py). JAX asks for all this once it knows how the arguments are sharded; nothing here runs when the program does.
+"""
+
+import itertools
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental.custom_partitioning import custom_partitioning
+from jax.sharding import NamedSharding, PartitionSpec
+
+from klcore.backends import cpu
+from klcore.backends.jax import private, shards
+from klcore.backends.jax.programs import BY_CLASS, Program, call_back, is_data, on_buffers
+
+_sum: Any = jax.lax.psum  # without types
+_spec: Any = PartitionSpec
+
+# An axis of an argument or result: of the shape of x and y, counted from its end; from 0 on of those that vmap maps;
+# None for one of its own.
+Label = int | None
+Split = dict[Label, tuple[str, ...]]  # by which axes of the mesh an axis is split
+
+
+def over_devices(program: Program, context: Any) -> Callable[..., Any]:
+    """What computes a program in one that XLA is to split."""
+    return partial(_partitioned, _Site(program, context))
+
+
+class Axes:
+    """Which axes of a program's arguments and results are the same."""
+
+    def __init__(self, program: Program, arguments: Any, results: Any) -> None:
+        self.program = program
+        self.arguments = dict(zip(program.names, arguments, strict=True))
+        value = () if program.pull else ("value",)
+        self.results = dict(zip((*value, *program.gradients), results, strict=True))
+        self.sizes: dict[Label, int] = {None: -1}
+        for name, a in self.arguments.items():
+            for label, n in zip(self.labels(name, a), a.shape, strict=True):
+                self.sizes[label] = max(n, self.sizes.get(label, 1))
+        call = program.call
+        self.classes: Label = None if call.operation.is_estimator else call.axis
+        # where every class is by itself no device needs another's
+        self.by_class = call.reduction == "none" and all(space in BY_CLASS for space in program.spaces.values())
+        terms_pulled = call.reduction == "none" and program.pull
+        self.may_split_classes = not call.operation.is_loss and (self.by_class or not terms_pulled)
+
+    def labels(self, name: str, a: Any) -> tuple[Label, ...]:
+        """Those of an argument or result; a gradient's are those of its operand."""
+        program = self.program
+        whole: tuple[Label, ...] = tuple(range(-program.ndim, 0))
+        of_rows = tuple(label for label in whole if label != program.call.axis)
+        of_rows = whole if program.call.operation.is_estimator else of_rows
+        of_value = {"row": of_rows, "none": whole}.get(program.call.reduction, ())
+        of_weights = whole if program.call.operation.is_loss else of_rows
+        known = {"x": whole, "y": whole, "weights": of_weights, "cotangent": of_value, "value": of_value}
+        own: tuple[Label, ...] = (None,) if is_data(a) else () if name == "denominator" else known.get(name, of_rows)
+        return *range(a.ndim - len(own)), *own
+
+    def rule(self) -> tuple[str, dict[str, Any]]:
+        """The same, as Shardy is told it."""
+        names = (f"own{k}" for k in itertools.count())
+
+        def factors(name: str, a: Any) -> str:
+            axes = zip(self.labels(name, a), a.shape, strict=True)
+            return " ".join(_factor(label) if n == self.sizes[label] else next(names) for label, n in axes)
+
+        arguments, results = (
+            ", ".join(factors(name, a) for name, a in side.items()) for side in (self.arguments, self.results)
+        )
+        alone = () if self.may_split_classes or self.classes is None else (_factor(self.classes),)
+        return f"{arguments} -> {results}", {"need_replication_factors": alone}
+
+    def split(self, mesh: Any, *sides: Any) -> Split:
+        """By which axes of the mesh to split what, as the first of arguments, or then results, says it that has any:
+        evenly, or not at all."""
+        split: Split = {}
+        used: set[str] = set()
+        for side, arrays in zip((self.arguments, self.results), sides, strict=False):
+            for name, a in zip(side, arrays, strict=True):
+                spec = getattr(a.sharding, "spec", ())
+                for label, n, axes in zip(self.labels(name, side[name]), a.shape, spec, strict=False):
+                    by = (axes,) if isinstance(axes, str) else axes if isinstance(axes, tuple) else ()
+                    whole = n > 0 and n == self.sizes[label] and n % math.prod(mesh.shape[one] for one in by) == 0
+                    may = self.may_split_classes or label != self.classes
+                    if by and whole and may and label not in split and used.isdisjoint(by):
+                        split[label] = by
+                        used.update(by)
+        return split
+
+    def missing(self, split: Split, name: str) -> tuple[str, ...]:
+        """The axes of the mesh that split what an operand is broadcast over."""
+        a = self.arguments[name]
+        axes = zip(self.labels(name, a), a.shape, strict=True)
+        return tuple(axis for label, n in axes if n != self.sizes[label] for axis in split.get(label, ()))
+
+    def shardings(self, mesh: Any, split: Split, side: dict[str, Any]) -> tuple[Any, ...]:
+        def of(name: str, a: Any) -> Any:
+            axes = zip(self.labels(name, a), a.shape, strict=True)
+            return NamedSharding(
+                mesh, _spec(*(split.get(label) if n == self.sizes[label] else None for label, n in axes))
+            )
+
+        return tuple(of(name, a) for name, a in side.items())
+
+
+def in_explicit_mesh(program: Program, function: Callable[..., Any], arrays: dict[str, Any]) -> Any:
+    """The function of the arrays; its results are sharded as they are, where their types say how, on a mesh whose axes
+    are explicit. The function itself is split by XLA."""
+    mesh = private.explicit_mesh(arrays.values())
+    if mesh is None:
+        return function(arrays)
+    named = replace(program, names=tuple(arrays))
+    axes = Axes(named, arrays.values(), named.results(list(arrays.values())))
+    split = axes.split(mesh, map(jax.typeof, arrays.values()))
+    results = list(axes.shardings(mesh, split, axes.results))
+    return jax.sharding.auto_axes(function, out_sharding=results)(arrays)
+
+
+class _Site(Axes):
+    """A call in a program that is lowered, and what devices may have to do."""
+
+    def __init__(self, program: Program, context: Any) -> None:
+        super().__init__(program, context.avals_in, context.avals_out)
+        self.own = _of_own_rows(program)
+        self.steps = {name: private.callback(context, *step) for name, step in self._steps().items()}
+
+    def _steps(self) -> dict[Any, tuple[Callable[..., None], int]]:
+        """Functions of buffers, and how many they write."""
+        own, count = self.own, len(self.results)
+        steps: dict[Any, Any] = {"whole": (own, count)}
+        if "denominator" in set(own.names) - set(self.program.names):
+            steps["weigh"] = shards.weigh, 1
+        if self.may_split_classes and not self.by_class and self.classes is not None:
+            for k in range(len(shards.sweeps(own))):
+                steps["states", k] = partial(shards.states, own, k), 1
+                steps["merge", k] = partial(shards.merge, own, k), 1
+            steps["finish"] = partial(shards.finish, own), 1
+            terms = own.call.reduction == "none" and not own.pull
+            for outputs, results in {"terms": int(terms), "gradients": len(own.gradients)}.items():
+                if results:
+                    last = len(shards.sweeps(own, outputs)) - 1
+                    steps[outputs] = partial(shards.write, own, outputs, last), results
+        return {name: (partial(on_buffers, function), results) for name, (function, results) in steps.items()}
+
+
+def _factor(label: Label) -> str:
+    return f"mapped{label}" if label is not None and label >= 0 else f"axis{-(label or 0)}"
+
+
+def _of_own_rows(program: Program) -> Program:
+    """What a device computes of its rows: of a mean their part, divided by what divides the whole."""
+    if not program.total or program.call.operation.is_loss:
+        return program
+    by_weights = program.divided is None and "denominator" not in program.names
+    names = (*program.names, "denominator") if by_weights else program.names
+    divided = None if "denominator" in names else program.divided
+    call = program.call._replace(reduction="sum", denominator=divided)
+    return replace(program, call=call, names=names)
+
+
+# ---- what JAX asks ---------------------------------------------------------------------------------------------------
+
+
+@partial(custom_partitioning, static_argnums=(0,))
+def _partitioned(site: _Site, *arguments: Any) -> Any:
+    return call_back(site.program, *arguments)
+
+
+def _partition(site: _Site, mesh: Any, arguments: Any, results: Any) -> Any:
+    split = site.split(mesh, arguments, results)
+    to_results, to_arguments = (site.shardings(mesh, split, side) for side in (site.results, site.arguments))
+    return mesh, partial(_on_device, site, split), to_results, to_arguments
+
+
+def _infer(site: _Site, mesh: Any, arguments: Any, results: Any) -> Any:
+    """For GSPMD, which JAX had before Shardy."""
+    return site.shardings(mesh, site.split(mesh, arguments), site.results)
+
+
+def _rule(site: _Site, mesh: Any, arguments: Any, results: Any) -> Any:
+    return site.rule()
+
+
+_define: Any = _partitioned.def_partition
+_define(_partition, _infer, sharding_rule=_rule)
+
+
+# ---- what a device does ----------------------------------------------------------------------------------------------
+
+
+def _on_device(site: _Site, split: Split, *arguments: Any) -> Any:
+    own = site.own
+    arrays = dict(zip(site.program.names, arguments, strict=True))
+    of_rows = tuple(
+        axis for label, axes in split.items() if (label or 0) < 0 and label != site.classes for axis in axes
+    )
+    # what other devices' rows share: a part of its gradient is not to be rounded to 16 bits
+    shared = {name: site.missing(split, name) for name in own.gradients}
+    for name, axes in shared.items():
+        if axes and arrays[name].dtype.itemsize == 2:
+            arrays[name] = arrays[name].astype(jnp.float32)
+    operands = [arrays[name] for name in "xy" if name in arrays]
+    whole = np.broadcast_shapes(*(a.shape[a.ndim - own.ndim :] for a in operands))
+    batch = tuple(n for label, n in zip(range(-own.ndim, 0), whole, strict=True) if label != site.classes)
+    if "weigh" in site.steps:
+        weights = arrays["weights"]
+        mapped = weights.shape[: weights.ndim - len(batch)]
+        (sums,) = site.steps["weigh"]([shards.doubles(*mapped, 1)], jnp.broadcast_to(weights, mapped + batch))
+        arrays["denominator"] = _gathered(sums, of_rows)
+    given = [arrays[name] for name in own.names]
+    shape = () if own.total else whole if own.call.reduction == "none" else batch
+    types = dict(zip(site.results, replace(own, shape=shape).results(given), strict=True))
+    if site.classes in split and not site.by_class:
+        found = _by_states(site, split[site.classes], types, own.mapped(given) + batch, given)
+    else:
+        found = dict(zip(types, site.steps["whole"](list(types.values()), *given), strict=True))
+    if own.total and of_rows and "value" in found:
+        found["value"] = _sum(found["value"], of_rows)
+    for name, axes in shared.items():
+        if axes:
+            found[name] = _sum(found[name], axes).astype(site.results[name].dtype)
+    return tuple(found[name] for name in types)
+
+
+def _by_states(site: _Site, axes: tuple[str, ...], types: dict[str, Any], rows: tuple[int, ...], given: Any) -> Any:
+    """The same where the classes are split by these axes: the states of a sweep are exchanged, then comes the next."""
+    own, steps = site.own, site.steps
+    x = given[own.names.index("x")]
+    chunks = shards.chunks(x.shape[own.call.axis])
+    outputs = [name for name in ("terms", "gradients") if name in steps]
+    last = {name: len(shards.sweeps(own, name)) - 1 for name in outputs}  # of which the sweep writes them
+    numbers = shards.sweeps(own)
+    count = max(last.values()) if own.pull or own.call.reduction == "none" else len(numbers)
+    stats: list[Any] = [()]  # before each sweep
+    for k in range(count):
+        (left,) = steps["states", k]([shards.doubles(*rows, numbers[k], chunks)], *given, *stats[k])
+        stats += [steps["merge", k]([shards.doubles(*rows, cpu.STATS)], *given, _gathered(left, axes), *stats[k])]
+    found = {}
+    if "value" in types:
+        value, known = ("terms", stats[last["terms"]]) if "terms" in steps else ("finish", stats[-1])
+        (found["value"],) = steps[value]([types["value"]], *given, *known)
+    if own.gradients:
+        gradients = [types[name] for name in own.gradients]
+        written = steps["gradients"](gradients, *given, *stats[last["gradients"]])
+        found |= dict(zip(own.gradients, written, strict=True))
+    return found
+
+
+def _gathered(a: Any, axes: tuple[str, ...]) -> Any:
+    """The arrays of all devices, joined along their last axis."""
+    return jax.lax.all_gather(a, axes, axis=a.ndim - 1, tiled=True) if axes else a
