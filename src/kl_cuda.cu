@@ -1782,6 +1782,9 @@ KL_DEVICE double scaled(const Plan& p, double weight) {
   return (w == 0) & (weight != 0) ? 0x1p-1074 : w;
 }
 
+KL_DEVICE double factor_of(const Plan& p) {   // a cotangent of 0 leaves all rows out
+  return p.cotangent && *p.cotangent == 0 ? 0.0 : p.factor;
+}
 KL_DEVICE double read_number(const Array& a, const char* at) {
   return a.dtype == FLOAT32 ? (double)*(const float*)at : *(const double*)at;
 }
@@ -1820,7 +1823,7 @@ KL_DEVICE Row locate(const Plan& p, i64 r) {
     bool good = p.any_weights || (w >= 0 && w < infinity<double>());
     row.weight = good ? w : nan<double>();   // a bad weight spoils its row, visibly,
   }
-  row.weight = scaled(p, row.weight) * p.factor;
+  row.weight = scaled(p, row.weight) * factor_of(p);
   if (EACH_TEMPERED && temperature) {
     constexpr bool NARROW = DX != FLOAT64 && DY != FLOAT64;
     double t = read_number(p.temperatures, temperature);
@@ -1830,7 +1833,7 @@ KL_DEVICE Row locate(const Plan& p, i64 r) {
   }
   return row;
 }
-KL_DEVICE double weight_of(const Plan& p, i64 r) { return EACH_TEMPERED || p.weights.data ? locate(p, r).weight : p.factor; }
+KL_DEVICE double weight_of(const Plan& p, i64 r) { return EACH_TEMPERED || p.weights.data ? locate(p, r).weight : factor_of(p); }
 KL_DEVICE double inverse_temperature(const Plan& p, i64 r) {
   return EACH_TEMPERED ? locate(p, r).inverse_temperature : inverse_temperature(p);
 }
@@ -2200,7 +2203,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) kl_narrow(const Pl
 #pragma unroll 1
       for (int r = lane_of() / lanes; r - lane_of() / lanes < rows; r += side_by_side) {
         bool is_row = r < rows;
-        double weight = is_row ? weight_of(p, r0 + r) : p.factor;
+        double weight = is_row ? weight_of(p, r0 + r) : 0.0;
         bool live = is_row && weight != 0;
         int offset = live ? r * n : some;
         Slot row = {s.x + offset, s.y + offset, s.extra + offset, nullptr};
@@ -2228,7 +2231,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) kl_narrow(const Pl
     }
 #pragma unroll 1
     for (int r = lane_of(); r < rows; r += WARP) {
-      if (!p.weights.data && !p.stats && !(!OUT_TERMS && p.value.data)) break;
+      if (!p.weights.data && factor_of(p) != 0 && !p.stats && !(!OUT_TERMS && p.value.data)) break;
       Row row = locate(p, r0 + r);
       if (!OUT_TERMS && p.value.data) write_value(p, row.value, row.weight, known[r * MAX_STATS + VALUE]);
       if (p.stats)

@@ -116,6 +116,16 @@ def test_a_temperature_that_changes_in_place(posing):
     assert not any(isinstance(word, torch.Tensor) for words, *_ in kept for word in words)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("reduction", "n"), [("row", 2), ("none", 2), ("sum", 2), ("sum", 300), ("rowmean", 3000)])
+def test_a_cotangent_of_zero(posing, reduction, n, dtype):
+    """Makes 0, of infinite derivatives too; of a total within the kernels, of rows that share a warp, or do not."""
+    x = torch.eye(2, n, dtype=getattr(torch, dtype), requires_grad=True)
+    y = torch.full((2, n), 1 / n, dtype=x.dtype)
+    (0 * klcore.kl_div(x, y, reduction=reduction)).sum().backward()
+    assert torch.equal(x.grad, torch.zeros_like(x))
+
+
 def calls():
     x, y = logits(6, 40, dtype=torch.float32), logits(6, 40, seed=1, dtype=torch.float32)
     weights = torch.arange(6) / 6

@@ -27,6 +27,9 @@ def compute(xp: Any, backend: Any, call: Call) -> tuple[Any, ...]:
         if call.return_grad is not None:
             scale = xp.where(xp.asarray(denominator) == 0, math.nan, 1 / xp.asarray(denominator))
             scale = scale if call.cotangent is None else scale * call.cotangent
+            if call.ratio is not None:  # multiplies the weights first, as for an example alone
+                ratio = xp.broadcast_to(call.ratio, _batch(call))
+                by_row = by_row._replace(weights=rows.times_ratio(xp, by_row.weights, ratio), ratio=None)
             gradients = [*backend.compute(by_row._replace(cotangent=_for_rows(xp, scale, call), dtype=None))]
         if call.cotangent is not None:
             return tuple(gradients)

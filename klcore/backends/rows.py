@@ -165,7 +165,7 @@ def _arrange(xp: Any, asarray: Any, call: Call, factors: Any = None, signed: boo
     if not isinstance(temperature, float):
         temperature = _temperatures(xp, asarray, temperature, laid.batch, weights, double)
     if call.ratio is not None:
-        by = _times_ratio(xp, weights, _over_rows(xp, _multiplier(asarray, call.ratio, "ratio"), laid.batch, "ratio"))
+        by = times_ratio(xp, weights, _over_rows(xp, _multiplier(asarray, call.ratio, "ratio"), laid.batch, "ratio"))
     given = call.x, call.y, call.weights, call.ratio, call.temperature
     if labels.are_there(*given):
         labels.check(0 if laid.alone else laid.last, *given)
@@ -738,7 +738,7 @@ def _over_rows(xp: Any, a: Any, batch: tuple[int, ...], name: str) -> Any:
         raise ValueError(f"{name} of shape {a.shape} {do} not broadcast to the batch shape {batch}") from None
 
 
-def _times_ratio(xp: Any, weights: Any, ratio: Any) -> Any:
+def times_ratio(xp: Any, weights: Any, ratio: Any) -> Any:
     """What multiplies an estimator's rows: NaN where the ratio is none, which a GPU need not be waited for to find out.
     A row of weight 0 is left out, whatever its ratio."""
     with np.errstate(over="ignore", invalid="ignore"):

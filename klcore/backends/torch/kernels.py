@@ -70,8 +70,11 @@ def compute(call: Call) -> Any:
     """What the contract says, as tensors without history."""
     if call.examples and call.reduction not in ("row", "none"):
         return _of_examples(call)
-    if call.cotangent is not None and is_total_of_wide(call):
+    of_total = call.cotangent is not None and call.reduction not in ("row", "none")
+    if of_total and is_total_of_wide(call):
         return scaled(compute(call._replace(cotangent=None))[1:], call.cotangent)
+    if of_total and call.cotangent.is_cpu and call.cotangent == 0:
+        return tuple(torch.zeros_like(call.x if of == "x" else call.y) for of in call.return_grad)
     if call.x.is_cpu:
         found = cpu.compute(lent(call))
         return tuple(map(as_tensor, found)) if isinstance(found, tuple) else as_tensor(found)
@@ -93,9 +96,13 @@ def scaled(gradients: Sequence[Any], cotangent: Any) -> tuple[Any, ...]:
     known = cotangent.is_cpu  # else it is not waited for
     if known and bool((cotangent == 1).all()):
         return tuple(gradients)
-    if not known or bool((cotangent == 0).any()):
-        return tuple(g.copy_(times(g, cotangent)) for g in gradients)
-    return tuple(g.mul_(_along(cotangent, g)) for g in gradients)
+    some = not known or bool((cotangent == 0).any())
+    for g in gradients:
+        c = _along(cotangent, g)
+        g.mul_(c)
+        if some:
+            g.masked_fill_(c == 0, 0)
+    return tuple(gradients)
 
 
 def times(gradient: Any, cotangent: Any) -> Any:
