@@ -123,11 +123,6 @@ def _platform(a: Any) -> str | None:
     return None if a is None or isinstance(a, jax.core.Tracer) else next(iter(a.devices())).platform
 
 
-def _is_array(temperature: Any) -> bool:
-    """Whether it is one, or one of several numbers: a number of NumPy's is a number."""
-    return isinstance(temperature, (jax.Array, list, tuple)) or np.ndim(temperature) > 0
-
-
 def _numbers(call: Call) -> tuple[Call, dict[str, Any]]:
     """The numbers that a program gets as data, and the call without them: it is one for all of them."""
     numbers: dict[str, Any] = {}
@@ -144,23 +139,20 @@ def _numbers(call: Call) -> tuple[Call, dict[str, Any]]:
 def compute(call: Call) -> Any:
     if call.out is not None:
         raise TypeError("JAX arrays cannot be written to, so out= is not possible with them; use what is returned")
-    device, temperature = call.device, call.temperature
-    given = {name: a for name in _ARRAYS[:4] if (a := getattr(call, name)) is not None}
-    if _is_array(temperature):
-        if "logits" not in (call.space if isinstance(call.space, tuple) else (call.space,)):
-            raise ValueError("temperature divides logits: it needs space='logits' for x or y; found an array")
-        given["temperature"] = temperature
-        call = call._replace(temperature=1.0)
     # JAX looks calls up among those of the programs it has compiled: what equals a right one is to be refused first
-    _, number, wanted = rows.words(call)
+    _, temperature, wanted = rows.words(call)
+    device, several = call.device, rows.has_numbers(temperature)
+    given = {name: a for name in _ARRAYS if (a := getattr(call, name)) is not None}
+    if not several:
+        del given["temperature"]
     call = call._replace(
         x=None, y=None, weights=None, ratio=None, device=None,
         space=call.space if isinstance(call.space, str) else tuple(call.space),
-        axis=rows.integer(call.axis, "axis"), temperature=number, return_grad=wanted or None,
+        axis=rows.integer(call.axis, "axis"), temperature=1.0 if several else temperature, return_grad=wanted or None,
     )  # fmt: skip
     arrays = {name: _array(a, name) for name, a in given.items()}
     if labels.are_there(*given.values()):
-        labels.check(rows.class_axis_of(call, arrays["x"], arrays.get("y")), *map(given.get, _ARRAYS[:4]))
+        labels.check(rows.class_axis_of(call, arrays["x"], arrays.get("y")), *map(given.get, _ARRAYS))
     if device is not None:
         arrays = _moved(device, arrays)
     # In this thread a signal ends the call: JAX does not look for any while its programs run. Only where there is one

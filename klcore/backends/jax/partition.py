@@ -44,10 +44,11 @@ class Axes:
         self.arguments = dict(zip(program.names, arguments, strict=True))
         value = () if program.pull else ("value",)
         self.results = dict(zip((*value, *program.gradients), results, strict=True))
-        self.sizes: dict[Label, int] = {None: -1}
+        self.sizes: dict[Label, int] = {}
         for name, a in self.arguments.items():
             for label, n in zip(self.labels(name, a), a.shape, strict=True):
                 self.sizes[label] = max(n, self.sizes.get(label, 1))
+        self.sizes[None] = -1  # of no axis
         call = program.call
         self.classes: Label = None if call.operation.is_estimator else call.axis
         # where every class is by itself no device needs another's

@@ -42,7 +42,7 @@ def number_of(a: Any) -> Any:
     return math.fsum(numbers.reshape(-1).tolist()) if isinstance(numbers, np.ndarray) else numbers.sum()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Program:
     """What to compute, as compiled code refers to it: equal ones are equal objects, so that JAX compiles them once.
 
@@ -59,6 +59,10 @@ class Program:
     divided: float | None = (
         1.0  # by what the sum of a total is, where no argument says it; None: the sum of the weights
     )
+
+    def __repr__(self) -> str:  # in what jax.make_jaxpr prints
+        call = self.call
+        return f"{call.operation.name} of {call.space}, reduction={call.reduction!r}, return_grad={self.gradients}"
 
     @property
     def total(self) -> bool:
