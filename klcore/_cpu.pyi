@@ -22,6 +22,8 @@ SIZES: dict[int, int]
 OUTPUTS: dict[str, int]
 CHUNK: int
 COLUMNS: int
+TEMPERATURES: tuple[float, float]
+NARROW_TEMPERATURES: tuple[float, float]
 
 def is_wide(operation: int, space_x: int, space_y: int, temperature: float, parameter: float = 0.0) -> bool: ...
 
@@ -40,7 +42,7 @@ def plan(
     dx: Any,
     dy: Any,
     wide: bool,
-    temperature: float,
+    temperature: Any,
     gradient_scale: float,
     threads: int,
     factors: Any,
@@ -73,7 +75,7 @@ def sweep(
     dx: Any,
     dy: Any,
     wide: bool,
-    temperature: float,
+    temperature: Any,
     gradient_scale: float,
     threads: int,
     parameter: float,
@@ -89,7 +91,7 @@ def merge(
     space_y: int,
     weights: Any,
     wide: bool,
-    temperature: float,
+    temperature: Any,
     threads: int,
     parameter: float,
     factor: float,

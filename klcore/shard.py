@@ -59,7 +59,7 @@ class Shard:
     their last bits depend on how the classes are spread. Without `fold` they have the bits of the whole rows in one
     process, if every shard but the last holds a multiple of 1024 classes (:doc:`/sharding`).
 
-    Tensors are taken without their history. In a :class:`torch.autograd.Function` the forward returns the values, and
+    Tensors are taken without their history. In a ``torch.autograd.Function`` the forward returns the values, and
     the backward the gradient: no derivative goes through the exchange.
 
     Examples

@@ -79,7 +79,7 @@ inline void write_value(const Array& a, char* at, double v) {
 
 // Joins neighbouring batch axes over which every array moves in even steps.
 inline void collapse(Plan& p) {
-  Array* arrays[] = {&p.x, &p.y, &p.weights, &p.factors, &p.value, &p.dx, &p.dy};
+  Array* arrays[] = {&p.x, &p.y, &p.weights, &p.temperatures, &p.factors, &p.value, &p.dx, &p.dy};
   for (int d = p.ndim - 2; d >= 0; d--) {
     bool even = true;
     for (Array* a : arrays) even = even && (!a->data || a->batch[d] == a->batch[d + 1] * p.shape[d + 1]);
@@ -203,26 +203,26 @@ struct Batch {
 
   int size(i64 chunk) const { return (int)std::min<i64>(CHUNK, p.n - chunk * CHUNK); }
 
-  // One panel's states, and then all panels', into one.
-  void fold_panel(int s, double* states, i64 k) const {
+  // One panel's states of a row, and then all panels', into one.
+  void fold_panel(const Row& row, int s, double* states, i64 k) const {
     int count = (int)std::min<i64>(CHUNK, chunks - k * CHUNK);
-    kernel.fold(p, s, states, count, panel, states + panel * kernel.states[s] + k, panels);
+    kernel.fold(p, row, s, states, count, panel, states + panel * kernel.states[s] + k, panels);
   }
-  void finish_row(int s, double* states, double* stats) const {
-    finish_states(s, states + panel * kernel.states[s], panels, panels, stats);
+  void finish_row(const Row& row, int s, double* states, double* stats) const {
+    finish_states(row, s, states + panel * kernel.states[s], panels, panels, stats);
   }
   // So many states, at least one, level by level, into one.
-  void fold_states(int s, double* at, i64 count, i64 pitch, double* last) const {
+  void fold_states(const Row& row, int s, double* at, i64 count, i64 pitch, double* last) const {
     for (; count > CHUNK; count = (count + CHUNK - 1) / CHUNK)
       for (i64 k = 0; k * CHUNK < count; k++)
-        kernel.fold(p, s, at + k * CHUNK, (int)std::min<i64>(CHUNK, count - k * CHUNK), pitch, at + k, pitch);
-    kernel.fold(p, s, at, (int)count, pitch, last, 1);
+        kernel.fold(p, row, s, at + k * CHUNK, (int)std::min<i64>(CHUNK, count - k * CHUNK), pitch, at + k, pitch);
+    kernel.fold(p, row, s, at, (int)count, pitch, last, 1);
   }
   // And that into the row's stats.
-  void finish_states(int s, double* at, i64 count, i64 pitch, double* stats) const {
+  void finish_states(const Row& row, int s, double* at, i64 count, i64 pitch, double* stats) const {
     double last[MAX_STATES];
-    if (count > 0) fold_states(s, at, count, pitch, last);
-    kernel.finish(p, s, count > 0 ? last : nullptr, stats);
+    if (count > 0) fold_states(row, s, at, count, pitch, last);
+    kernel.finish(p, row, s, count > 0 ? last : nullptr, stats);
   }
 
   // Sweeps [first, last) of rows [r, r + count), in one thread; false if it is to stop.
@@ -250,10 +250,10 @@ struct Batch {
           if (s == kernel.sweeps - 1) turn_chunk<true>(OUTPUTS + 1, SIDES, row, count, c * CHUNK, size(c), scratch);
         }
         for (int i = 0; i < count; i++)
-          if (row[i].weight != 0) fold_panel(s, states + i * per_row, k);
+          if (row[i].weight != 0) fold_panel(row[i], s, states + i * per_row, k);
       }
       for (int i = 0; i < count; i++)
-        if (row[i].weight != 0) finish_row(s, states + i * per_row, stats[i]);
+        if (row[i].weight != 0) finish_row(row[i], s, states + i * per_row, stats[i]);
     }
     return true;
   }
@@ -290,9 +290,9 @@ struct Batch {
                        all + (size_t)worker.number * SCRATCH);
         });
         if (watch.stopped) return 0;
-        fold_panel(s, states, k);
+        fold_panel(row, s, states, k);
       }
-      finish_row(s, states, stats);
+      finish_row(row, s, states, stats);
     }
     Worker worker(watch, 0);
     return finish(row, stats, worker);

@@ -23,6 +23,10 @@ cdef extern from "kl_batch.h" namespace "kl" nogil:
     int PROBS, LOG_PROBS, LOGITS, COUNTS
     int _CHUNK "kl::CHUNK"
     int _COLUMNS "kl::COLUMNS"
+    double _COLDEST "kl::COLDEST"
+    double _HOTTEST "kl::HOTTEST"
+    double _COLDEST_NARROW "kl::COLDEST_NARROW"
+    double _HOTTEST_NARROW "kl::HOTTEST_NARROW"
     int size_of(int)
     int _BY_TERM "kl::BY_TERM"
     int _BY_RATIO "kl::BY_RATIO"
@@ -45,7 +49,7 @@ cdef extern from "kl_batch.h" namespace "kl" nogil:
         i64* shape
         i64 rows, n
         double inverse_temperature, gradient_scale, parameter, factor, total
-        Array x, y, weights, factors, value, dx, dy
+        Array x, y, weights, temperatures, factors, value, dx, dy
     cdef struct Isa:
         const char* name
         bint supported
@@ -92,7 +96,8 @@ _isa.store(isa_table())               # until klcore.backends.cpu chooses: the o
 cdef double NAN = float("nan"), INFINITY = float("inf")
 
 # What Python reads of the kernels' headers: the codes, forms and numbers of arguments of all operations, the codes of
-# spaces, dtypes and outputs, bytes of dtypes; classes in a chunk, and of rows that are taken several at once.
+# spaces, dtypes and outputs, bytes of dtypes; classes in a chunk, and of rows that are taken several at once;
+# between which temperatures lie, and those with which float32 is not computed in double.
 OPERATIONS = {
     operation_rows[k].name.decode().lower(): (k, <int>operation_rows[k].form, operation_rows[k].arguments)
     for k in range(OPERATION_COUNT)
@@ -103,6 +108,7 @@ DTYPES = {"float64": FLOAT64, "float32": FLOAT32, "float16": FLOAT16, "bfloat16"
 SIZES = {code: size_of(code) for code in DTYPES.values()}
 OUTPUTS = {"row": PER_ROW, "none": TERMS, "total": TOTAL}
 CHUNK, COLUMNS = _CHUNK, _COLUMNS
+TEMPERATURES, NARROW_TEMPERATURES = (_COLDEST, _HOTTEST), (_COLDEST_NARROW, _HOTTEST_NARROW)
 
 OPENMP = kl_openmp
 COMPILER = kl_compiler.decode()
@@ -135,7 +141,7 @@ def instruction_set():
 
 
 cdef int _dtype(Py_buffer* v) except -1:
-    """How the elements lie in memory: a kl::Dtype, or kl::WholeNumbers for weights."""
+    """How the elements lie in memory: a kl::Dtype, or kl::WholeNumbers of what is one a row."""
     cdef char c = v.format[0]
     cdef int size = 0
     if c == b"=" or c == b"@" or c == b"<" or c == b"^":
@@ -159,7 +165,7 @@ cdef int _dtype(Py_buffer* v) except -1:
 
 cdef class _Borrowed:
     """Buffers held for one call."""
-    cdef Py_buffer view[7]
+    cdef Py_buffer view[8]
     cdef int held
 
     def __dealloc__(self):
@@ -224,7 +230,7 @@ cdef int _end(int found) except -1:
 
 
 cdef int _lay_out(Plan* p, _Borrowed b, int operation, int space_x, int space_y, int output, x, y, weights, value,
-                  dx, dy, bint write_gradients, bint wide, double temperature, double gradient_scale,
+                  dx, dy, bint write_gradients, bint wide, temperature, double gradient_scale,
                   int threads, double parameter, double factor) except -1:
     """Fill in a plan."""
     cdef Py_buffer* v
@@ -254,11 +260,20 @@ cdef int _lay_out(Plan* p, _Borrowed b, int operation, int space_x, int space_y,
     p.output = output
     p.wide = wide
     p.threads = threads
-    p.inverse_temperature = 1.0 / temperature
+    _set_temperature(p, b, temperature)
     p.gradient_scale = gradient_scale
     p.parameter = parameter
     p.factor = factor
     return 0
+
+
+cdef int _set_temperature(Plan* p, _Borrowed b, temperature) except -1:
+    """A number, or an array of the batch shape."""
+    if isinstance(temperature, float):
+        p.inverse_temperature = 1.0 / <double>temperature
+        return 0
+    p.inverse_temperature = 1.0
+    return b.lend(temperature, &p.temperatures, False, False)
 
 
 cdef class Planned:
@@ -269,12 +284,11 @@ cdef class Planned:
 
 
 def plan(int operation, int space_x, int space_y, int output, x, y, weights, value, dx, dy, bint wide,
-         double temperature, double gradient_scale, int threads, factors, double parameter, double factor,
-         int inner_axes=-1):
+         temperature, double gradient_scale, int threads, factors, double parameter, double factor, int inner_axes=-1):
     """What to compute, for `run`.
 
-    x, y, factors, dx, dy and the terms have the shape batch + (n,); weights and row values the shape batch. Weights may
-    have any real dtype; factors are float64 or float32. y, weights, factors, value, dx, dy may be None. With
+    x, y, factors, dx, dy and the terms have the shape batch + (n,); weights, row values and a temperature that is no
+    float the shape batch. Weights and temperatures may have any real dtype; factors are float64 or float32. y, weights, factors, value, dx, dy may be None. With
     inner_axes >= 0 the one gradient given is that of an operand broadcast over the last inner_axes batch axes, and is
     summed over them.
     """
@@ -323,7 +337,7 @@ def is_wide(int operation, int space_x, int space_y, double temperature, double 
         return operation == _RENYI_DIV
     if operation == _ALPHA_DIV and not 0 <= parameter <= 2:
         return True
-    return form == _BY_TERM or not 2.0**-20 <= temperature <= 2.0**100
+    return form == _BY_TERM or not _COLDEST_NARROW <= temperature <= _HOTTEST_NARROW
 
 
 cdef object _ndarray = numpy.ndarray
@@ -543,7 +557,7 @@ def sweeps(int operation, int space_x, int space_y, bint wide, bint terms, bint 
 
 
 def sweep(int number, int operation, int space_x, int space_y, x, y, weights, terms, dx, dy, bint wide,
-          double temperature, double gradient_scale, int threads, double parameter, double factor,
+          temperature, double gradient_scale, int threads, double parameter, double factor,
           const double[::1] stats, double[::1] states, int inner_axes=-1):
     """One of these sweeps over a block of the classes.
 
@@ -566,12 +580,12 @@ def sweep(int number, int operation, int space_x, int space_y, x, y, weights, te
     _end(found)
 
 
-def merge(int number, int operation, int space_x, int space_y, weights, bint wide, double temperature, int threads,
+def merge(int number, int operation, int space_x, int space_y, weights, bint wide, temperature, int threads,
           double parameter, double factor, double[::1] states, i64 count, double[::1] into, bint fold=False):
     """The states that a sweep left of all blocks, `count` doubles a line, into the rows' stats; overwrites them.
 
-    A row's stats begin with its value, once that is known, times its weight. `weights` has the batch shape. With `fold`
-    only into one state a row, zero before, of at least one.
+    A row's stats begin with its value, once that is known, times its weight. `weights`, and a temperature that is no
+    float, have the batch shape. With `fold` only into one state a row, zero before, of at least one.
     """
     cdef Plan p
     cdef _Borrowed b = _Borrowed.__new__(_Borrowed)
@@ -586,12 +600,13 @@ def merge(int number, int operation, int space_x, int space_y, weights, bint wid
     p.rows = p.shape[0] = into.shape[0] // (states_of(p, _isa.load()[0], number) if fold else MAX_STATS)
     if weights is not None:
         b.lend(weights, &p.weights, False, False)
+    _set_temperature(&p, b, temperature)
+    if b.held:
         v = &b.view[0]
         p.ndim = v.ndim
         for d in range(p.ndim):
             p.shape[d] = v.shape[d]
     p.threads = threads
-    p.inverse_temperature = 1.0 / temperature
     p.parameter, p.factor = parameter, factor
     cdef Ask ask = _ask()
     with nogil:

@@ -3,9 +3,9 @@
 // in a plan and launches; its nvrtc.py compiles this file behind those headers, as one source, for one operation,
 // pair of spaces and pair of dtypes, given as macros:
 //   KL_OPERATION, KL_SPACE_X, KL_SPACE_Y, KL_X, KL_Y (dtypes), KL_OUTPUTS (1: dx, 2: dy, 4: terms), KL_WIDE (compute in
-//   double), KL_TEMPERATURE (if it is not 1), KL_FACTORS (if there are any), KL_FAST16 (both
-//   inputs have 16 bits: hardware exponentials and reciprocals, numbers in one part); and which kernels: KL_UNITS, KL_NARROW,
-//   KL_ROWS, KL_FOLD, KL_SUM, KL_SUMMED.
+//   double), KL_TEMPERATURE (if it is not 1), KL_TEMPERATURES (if there is one a row), KL_FACTORS (if there are any), KL_FAST16
+//   (both inputs have 16 bits: hardware exponentials and reciprocals, numbers in one part); and which kernels: KL_UNITS,
+//   KL_NARROW, KL_ROWS, KL_FOLD, KL_SUM, KL_SUMMED.
 //
 // A warp treats one chunk of 1024 classes at a time: it brings the chunk into shared memory by asynchronous 16-byte
 // copies, computes from there, leaves gradients in their inputs' place, and copies them out; or, where one sweep is all and
@@ -55,7 +55,7 @@ struct Plan {
   const double* denominator;  // of a weighted mean, and what multiplies its weights: known to the device only; or nullptr
   const double* cotangent;    // multiplies all gradients; likewise
   double *states, *stats, *sums;   // working memory: see the kernels
-  Array x, y, weights, factors, value, dx, dy;   // factors: one a class, float64 or float32
+  Array x, y, weights, temperatures, factors, value, dx, dy;   // factors: one a class; like the two before, float64 or float32
 };
 
 // ---- the machine -----------------------------------------------------------------------------------------------------------
@@ -143,14 +143,6 @@ constexpr int BLOCKS = KL_WIDE || BESIDE || OF_MEMBERS || (OF_LOGITS && KL_ARCH 
 constexpr bool ONCE = ONE_SWEEP || ((OF_LOGITS || OF_CROSS) && KL_OUTPUTS == 0);   // one sweep is all
 constexpr int SUM_SWEEP = NORMALISED || OF_MEMBERS ? 1 : 0;          // which finds the sum that the value is, or Rényi's is made of,
 constexpr int VALUE_SWEEP = IS_RENYI ? SUM_SWEEP + 1 : SUM_SWEEP;   // after one more for rows that are tilted
-
-KL_DEVICE double inverse_temperature(const Plan& p) {   // multiplying by 1 changes nothing: the compiler leaves it out
-#if defined(KL_TEMPERATURE)
-  return p.inverse_temperature;
-#else
-  return 1.0;
-#endif
-}
 
 KL_DEVICE double gradient_scale(const Plan& p) {
   double scale = !p.denominator ? p.gradient_scale : *p.denominator != 0 ? 1.0 / *p.denominator : nan<double>();
@@ -575,7 +567,7 @@ template <class L> KL_DEVICE void far_chunk(const L& at, const Slot& s, double i
 // What the writing sweep needs most may stay in the slot: weights in x's place, e^z - 1 (for dx: z) in y's. Not where the
 // inputs are narrower, nor where both gradients are wanted: then it is computed again.
 constexpr bool KEEPS = OF_LOGITS && OUT_DX != OUT_DY && !OUT_TERMS && sizeof(X) == sizeof(T) && sizeof(Y) == sizeof(T);
-#if defined(KL_TEMPERATURE)
+#if defined(KL_TEMPERATURE) || defined(KL_TEMPERATURES)
 constexpr bool TEMPERED = true;
 #else
 constexpr bool TEMPERED = false;
@@ -758,12 +750,13 @@ struct Local {
   const double *stats, *state;
   int pitch;
   bool packed;
+  double it;                  // the row's inverse temperature
   KL_DEVICE double get(int k) const { return state[(i64)k * pitch]; }
 };
 // x, g, s and one number of M: the outputs of a near chunk need them no more. AT_M stays where the anchor follows from it.
 constexpr int PACKED[4] = {AT_S, AT_X, AT_G, EXACT<T> ? AT_M : AT_M_LOW};
-KL_DEVICE Slopes<T> slopes_of(const Local& l, double it) {
-  if (!l.packed) return slopes<T>(l.get(AT_MAX_A), l.get(AT_MAX_B), {l.get(AT_M), l.get(AT_M_LOW)}, l.stats, it);
+KL_DEVICE Slopes<T> slopes_of(const Local& l) {
+  if (!l.packed) return slopes<T>(l.get(AT_MAX_A), l.get(AT_MAX_B), {l.get(AT_M), l.get(AT_M_LOW)}, l.stats, l.it);
   Slopes<T> s = {};
   if constexpr (OUT_TERMS) s.p = (T)l.get(PACKED[0]), s.t = (T)l.get(PACKED[1]), s.t_low = (T)l.get(PACKED[2]);
   if constexpr (OUT_DY) s.a = (T)l.get(PACKED[0]), s.b = (T)l.get(PACKED[1]);
@@ -772,9 +765,9 @@ KL_DEVICE Slopes<T> slopes_of(const Local& l, double it) {
 }
 constexpr bool PACKS = OF_LOGITS && (OUT_TERMS ? !OUT_DX && !OUT_DY : OUT_DX || OUT_DY);
 KL_DEVICE void pack(const double* stats, double* state, int pitch, double it) {   // by one lane
-  Local l = {stats, state, pitch, false};
+  Local l = {stats, state, pitch, false, it};
   if (is_far(l.get(AT_KIND))) return;
-  Slopes<T> s = slopes_of(l, it);
+  Slopes<T> s = slopes_of(l);
   if constexpr (OUT_TERMS) {
     state[PACKED[0] * pitch] = s.p;
     state[PACKED[1] * pitch] = s.t;
@@ -801,14 +794,13 @@ KL_DEVICE void far_output(const L& at, const Slot& s, int i, const FarRow& row, 
 
 // `kept`: the slot holds what spread_chunk left there
 template <class L, class Sink>
-KL_DEVICE void spread_outputs(const L& at, const Slot& s, const Local& local, double inverse_temperature, bool kept,
-                              const Want& want, const Sink& sink) {
-  Inverse<T> it = inverse<T>(inverse_temperature);
+KL_DEVICE void spread_outputs(const L& at, const Slot& s, const Local& local, bool kept, const Want& want, const Sink& sink) {
+  Inverse<T> it = inverse<T>(local.it);
   Anchor<T> from = {(T)local.get(AT_MAX_A), (T)local.get(AT_MAX_B), T(0), T(0), (T)local.get(AT_M)};
   if constexpr (PAIRED<T>) take_numbers(local.get(AT_Q), from);
   else if constexpr (EXACT<T>) from = anchor_again(at, s, it);
   if (at.n > 0 && is_far(local.get(AT_KIND))) {
-    FarRow row = far_row(local.stats, inverse_temperature);
+    FarRow row = far_row(local.stats, local.it);
 #pragma unroll 1
     for (int step = 0; step < at.steps(); step++)
 #pragma unroll 1
@@ -816,7 +808,7 @@ KL_DEVICE void spread_outputs(const L& at, const Slot& s, const Local& local, do
         if (at.index(step, e) < at.n) far_output(at, s, at.index(step, e), row, want, sink);
     return;
   }
-  Slopes<T> k = slopes_of(local, inverse_temperature);
+  Slopes<T> k = slopes_of(local);
   constexpr int TERM = OP == REL_ENTR ? LITERAL : DEVIANCE;
 #pragma unroll 1
   for (int step = 0; step < at.steps(); step++) {
@@ -842,7 +834,7 @@ KL_DEVICE void spread_outputs(const L& at, const Slot& s, const Local& local, do
       }
       at.template write<code_of<T>()>(s.extra, step, v, want.of_term);
       if (others) {
-        FarRow row = far_row(local.stats, inverse_temperature);
+        FarRow row = far_row(local.stats, local.it);
 #pragma unroll 1
         for (int e = 0; e < L::E; e++) {
           int i = at.index(step, e);
@@ -1166,9 +1158,9 @@ KL_DEVICE void normalised_terms(const P (&x)[L::E], const Q (&y)[L::E], double p
 }
 
 template <class L, class Sink>
-KL_DEVICE void normalised_chunk(const Plan& p, const L& at, const Slot& s, int sweep, const double* stats,
+KL_DEVICE void normalised_chunk(const Plan& p, const L& at, const Slot& s, int sweep, const Local& local,
                                 const Want& want, const Sink& sink, double* state) {
-  double it = inverse_temperature(p);
+  const double *stats = local.stats, it = local.it;
   LogNorm<T> norm = {};
   if constexpr (BESIDE) norm = log_norm_of<T>(stats + (NORM_OF_X ? NORM_X : NORM_Y), it);
   typedef decltype(normalised<SX>(T(0), stats, norm, it)) P;
@@ -1326,10 +1318,10 @@ KL_DEVICE NearFound near_chunk(const L& at, const Slot& s, double k, const Membe
 }
 
 template <class M, class L, class Sink>
-KL_DEVICE void members_chunk(const Plan& p, const L& at, const Slot& s, int sweep, const double* stats, const Want& want,
+KL_DEVICE void members_chunk(const Plan& p, const L& at, const Slot& s, int sweep, const Local& local, const Want& want,
                              const Sink& sink, double* state) {
   const double k = p.parameter;
-  MemberRow row = member_row(stats, inverse_temperature(p));
+  MemberRow row = member_row(local.stats, local.it);
   NearFound near = {};
   NearRow<T> by = {};
   if constexpr (GOES_NEAR) {
@@ -1419,8 +1411,8 @@ KL_DEVICE void members_chunk(const Plan& p, const L& at, const Slot& s, int swee
 }
 
 // Rényi's divergence: the norms of tilted rows, and their gradients
-template <class L> KL_DEVICE void tilt_chunk(const Plan& p, const L& at, const Slot& s, const double* stats, bool mine, double* state) {
-  double it = inverse_temperature(p);
+template <class L> KL_DEVICE void tilt_chunk(const Plan& p, const L& at, const Slot& s, const Local& local, bool mine, double* state) {
+  const double *stats = local.stats, it = local.it;
   const double *of_x = stats + (OF_MEMBERS ? (int)MEMBER_MAX_A : (int)NORM_X), *of_y = stats + (OF_MEMBERS ? (int)MEMBER_MAX_B : (int)NORM_Y);
   Norm u = norm_of(at, 1.0, [&](int i) {
     return tilt_of(rough(SX, SY, (double)x_of(s, i), (double)y_of(s, i), of_x, of_y, stats, it), p.parameter);
@@ -1436,13 +1428,13 @@ template <class L> KL_DEVICE void tilt_chunk(const Plan& p, const L& at, const S
   if constexpr (OF_MEMBERS) ((Norm*)state)[1] = x, ((Norm*)state)[2] = y;
 }
 template <class L, class Sink>
-KL_DEVICE void tilt_outputs(const Plan& p, const L& at, const Slot& s, const double* stats, const Want& want, const Sink& sink) {
-  TiltRow row = tilt_row(SX, SY, p.parameter, stats);
+KL_DEVICE void tilt_outputs(const Plan& p, const L& at, const Slot& s, const Local& local, const Want& want, const Sink& sink) {
+  TiltRow row = tilt_row(SX, SY, p.parameter, local.stats);
 #pragma unroll 1
   for (int j = 0; j < at.steps() * L::E; j++) {
     int i = at.index(j / L::E, j % L::E);
     if (i >= at.n) continue;
-    TiltSlopes d = tilt_slopes(SX, SY, (double)x_of(s, i), (double)y_of(s, i), row, stats, inverse_temperature(p));
+    TiltSlopes d = tilt_slopes(SX, SY, (double)x_of(s, i), (double)y_of(s, i), row, local.stats, local.it);
     if (want.dx) sink.dx(i, (T)d.dx * want.of_gradient);
     if (want.dy) sink.dy(i, (T)d.dy * want.of_gradient);
   }
@@ -1457,23 +1449,22 @@ struct NeverAgain {   // nothing was kept in its place
 template <class L, class Sink, class Restage>
 KL_DEVICE void sums_chunk(const Plan& p, const L& at, const Slot& s, int sweep, const Local& local, const Want& want,
                           const Sink& sink, double* state, bool keep, const Restage& restage) {
-  double it = inverse_temperature(p);
   if constexpr (OF_LOGITS) {
-    if (sweep == 0) spread_chunk(at, s, it, keep, restage, state);
-    else if constexpr (KL_OUTPUTS != 0) spread_outputs(at, s, local, it, keep, want, sink);
+    if (sweep == 0) spread_chunk(at, s, local.it, keep, restage, state);
+    else if constexpr (KL_OUTPUTS != 0) spread_outputs(at, s, local, keep, want, sink);
   } else if constexpr (OF_CROSS) {
-    if (sweep == 0) cross_state(at, s, it, state);
-    else if constexpr (KL_OUTPUTS != 0) cross_outputs(at, s, local.stats, it, want, sink);
+    if (sweep == 0) cross_state(at, s, local.it, state);
+    else if constexpr (KL_OUTPUTS != 0) cross_outputs(at, s, local.stats, local.it, want, sink);
   } else if constexpr (OF_MEMBERS) {
-    if (sweep == 0) spread_chunk(at, s, it, false, restage, state);
-    else members_chunk<Member<summed(OP)>>(p, at, s, sweep, local.stats, want, sink, state);
+    if (sweep == 0) spread_chunk(at, s, local.it, false, restage, state);
+    else members_chunk<Member<summed(OP)>>(p, at, s, sweep, local, want, sink, state);
   } else if constexpr (NORMALISED) {
     if (sweep == 0) {
       if (at.leads()) *(Norm*)state = *(Norm*)(state + NORM_STATES) = {};
-      if constexpr (NORM_OF_X) side_chunk<SX, DX>(at, s.x, it, state);
-      if constexpr (NORM_OF_Y) side_chunk<SY, DY>(at, s.y, it, state + NORM_STATES);
+      if constexpr (NORM_OF_X) side_chunk<SX, DX>(at, s.x, local.it, state);
+      if constexpr (NORM_OF_Y) side_chunk<SY, DY>(at, s.y, local.it, state + NORM_STATES);
     } else {
-      normalised_chunk(p, at, s, sweep, local.stats, want, sink, state);
+      normalised_chunk(p, at, s, sweep, local, want, sink, state);
     }
   } else {
     double sum = terms_chunk(p, at, s, want, sink);
@@ -1493,10 +1484,10 @@ KL_DEVICE void chunk(const Plan& p, const L& at, const Slot& s, int sweep, const
   here.n = tilted ? at.n : 0;
   others.n = tilted ? 0 : at.n;
   if (sweep == VALUE_SWEEP) {
-    if (__any_sync(ALL_LANES, tilted)) tilt_chunk(p, here, s, local.stats, tilted && at.leads(), state);
+    if (__any_sync(ALL_LANES, tilted)) tilt_chunk(p, here, s, local, tilted && at.leads(), state);
     return;
   }
-  if (__any_sync(ALL_LANES, tilted)) tilt_outputs(p, here, s, local.stats, want, sink);
+  if (__any_sync(ALL_LANES, tilted)) tilt_outputs(p, here, s, local, want, sink);
   Want scaled = want;
   scaled.of_gradient = want.weight * slope * gradient_scale(p);
   if (__any_sync(ALL_LANES, others.n > 0))
@@ -1719,21 +1710,21 @@ template <class M, class Who> KL_DEVICE Members fold_members(const Who& who, con
   return {value, fold_sides(who, s, 1, x_limit), fold_sides(who, s, 1 + SIDE_STATES, y_limit)};
 }
 
-template <class Who> KL_DEVICE void fold(const Plan& p, int sweep, const Who& who, const States& s, double* to) {
+template <class Who> KL_DEVICE void fold(const Plan& p, double it, int sweep, const Who& who, const States& s, double* to) {
   if (IS_RENYI && sweep == VALUE_SWEEP) {
-    for (int k = 0; k < TILT_STATES; k += NORM_STATES) fold_side<LOGITS>(s, k, k == 0 ? 1.0 : inverse_temperature(p), to + k);
+    for (int k = 0; k < TILT_STATES; k += NORM_STATES) fold_side<LOGITS>(s, k, k == 0 ? 1.0 : it, to + k);
     return;
   }
   if constexpr (OF_LOGITS) {
-    *(Spread*)to = fold_spreads(who, s, inverse_temperature(p));
+    *(Spread*)to = fold_spreads(who, s, it);
   } else if constexpr (OF_CROSS) {
-    *(Cross*)to = fold_crosses(who, s, inverse_temperature(p));
+    *(Cross*)to = fold_crosses(who, s, it);
   } else if constexpr (OF_MEMBERS) {
-    if (sweep == 0) *(Spread*)to = fold_spreads(who, s, inverse_temperature(p));
+    if (sweep == 0) *(Spread*)to = fold_spreads(who, s, it);
     else *(Members*)to = fold_members<Member<summed(OP)>>(who, s, p.parameter);
   } else if (NORMALISED && sweep == 0) {
-    if constexpr (NORM_OF_X) fold_side<SX>(s, 0, inverse_temperature(p), to);
-    if constexpr (NORM_OF_Y) fold_side<SY>(s, NORM_STATES, inverse_temperature(p), to + NORM_STATES);
+    if constexpr (NORM_OF_X) fold_side<SX>(s, 0, it, to);
+    if constexpr (NORM_OF_Y) fold_side<SY>(s, NORM_STATES, it, to + NORM_STATES);
   } else {
     constexpr int Q = NORMALISED ? (int)SUM_STATES : 1;
     sum_states<Q>(s.count, [&](int i, double* v) {
@@ -1744,7 +1735,7 @@ template <class Who> KL_DEVICE void fold(const Plan& p, int sweep, const Who& wh
 }
 
 // the last state into the row's statistics, the value first; `stats` may be where the state lies
-KL_DEVICE void finish(const Plan& p, int sweep, const double* from, double* stats) {
+KL_DEVICE void finish(const Plan& p, double it, int sweep, const double* from, double* stats) {
   double state[MAX_STATES];
 #pragma unroll
   for (int k = 0; k < MAX_STATES; k++)
@@ -1759,12 +1750,12 @@ KL_DEVICE void finish(const Plan& p, int sweep, const double* from, double* stat
     return tilt_finish(SX, SY, p.parameter, *(const Norm*)state, stats);
   }
   if constexpr (OF_LOGITS) {
-    logits_finish(*(const Spread*)state, inverse_temperature(p), stats);
+    logits_finish(*(const Spread*)state, it, stats);
   } else if constexpr (OF_CROSS) {
     const Cross& k = *(const Cross*)state;
     cross_finish<SX, CROSS_Y>(k, CROSS_Y == LOGITS ? log_norm({k.max_b, k.count, k.rest}) : 0.0, stats);
   } else if constexpr (OF_MEMBERS) {
-    if (sweep == 0) members_begin(*(const Spread*)state, inverse_temperature(p), stats);
+    if (sweep == 0) members_begin(*(const Spread*)state, it, stats);
     else members_finish(*(const Members*)state, stats);
   } else if (NORMALISED && sweep == 0) {
     if constexpr (NORM_OF_X) finish_side<SX>(state, stats + NORM_X);
@@ -1781,7 +1772,7 @@ KL_DEVICE void finish(const Plan& p, int sweep, const double* from, double* stat
 struct Row {
   const char *x, *y, *factors;
   char *value, *dx, *dy;
-  double weight;
+  double weight, inverse_temperature;
 };
 
 // Of a mean, whose weights may lie at an end of the range: WEIGHT_FACTORS. It remains a weight, and its row counts.
@@ -1791,9 +1782,26 @@ KL_DEVICE double scaled(const Plan& p, double weight) {
   return (w == 0) & (weight != 0) ? 0x1p-1074 : w;
 }
 
+KL_DEVICE double read_number(const Array& a, const char* at) {
+  return a.dtype == FLOAT32 ? (double)*(const float*)at : *(const double*)at;
+}
+
+#if defined(KL_TEMPERATURES)
+constexpr bool EACH_TEMPERED = true;
+#else
+constexpr bool EACH_TEMPERED = false;
+#endif
+KL_DEVICE double inverse_temperature(const Plan& p) {   // that of all rows. Multiplying by 1 changes nothing: it is left out
+#if defined(KL_TEMPERATURE)
+  return p.inverse_temperature;
+#else
+  return 1.0;
+#endif
+}
+
 KL_DEVICE Row locate(const Plan& p, i64 r) {
-  Row row = {p.x.data, p.y.data, p.factors.data, p.value.data, p.dx.data, p.dy.data, 1.0};
-  const char* weight = p.weights.data;
+  Row row = {p.x.data, p.y.data, p.factors.data, p.value.data, p.dx.data, p.dy.data, 1.0, inverse_temperature(p)};
+  const char *weight = p.weights.data, *temperature = p.temperatures.data;
 #pragma unroll 1
   for (int d = (int)p.ndim - 1; d >= 0; d--) {
     i64 i = d > 0 ? r % p.shape[d] : r;
@@ -1805,16 +1813,27 @@ KL_DEVICE Row locate(const Plan& p, i64 r) {
     row.dx += i * p.dx.batch[d];
     row.dy += i * p.dy.batch[d];
     weight += i * p.weights.batch[d];
+    if (EACH_TEMPERED) temperature += i * p.temperatures.batch[d];
   }
   if (weight) {
-    double w = p.weights.dtype == FLOAT32 ? (double)*(const float*)weight : *(const double*)weight;
+    double w = read_number(p.weights, weight);
     bool good = p.any_weights || (w >= 0 && w < infinity<double>());
-    row.weight = good ? w : nan<double>();   // a bad weight spoils its row, visibly
+    row.weight = good ? w : nan<double>();   // a bad weight spoils its row, visibly,
   }
   row.weight = scaled(p, row.weight) * p.factor;
+  if (EACH_TEMPERED && temperature) {
+    constexpr bool NARROW = DX != FLOAT64 && DY != FLOAT64;
+    double t = read_number(p.temperatures, temperature);
+    bool good = (t >= (NARROW ? COLDEST_NARROW : COLDEST)) & (t <= (NARROW ? HOTTEST_NARROW : HOTTEST));
+    row.inverse_temperature = good ? 1 / t : 1.0;
+    row.weight = good | (row.weight == 0) ? row.weight : nan<double>();   // and so does a bad temperature
+  }
   return row;
 }
-KL_DEVICE double weight_of(const Plan& p, i64 r) { return p.weights.data ? locate(p, r).weight : p.factor; }
+KL_DEVICE double weight_of(const Plan& p, i64 r) { return EACH_TEMPERED || p.weights.data ? locate(p, r).weight : p.factor; }
+KL_DEVICE double inverse_temperature(const Plan& p, i64 r) {
+  return EACH_TEMPERED ? locate(p, r).inverse_temperature : inverse_temperature(p);
+}
 
 KL_DEVICE void write_number(i64 dtype, char* at, double v) {
   if (dtype == FLOAT32) *(float*)at = (float)v;
@@ -1919,9 +1938,9 @@ KL_DEVICE void pad(const Slot& s, int n) {
 
 // ---- shared memory ---------------------------------------------------------------------------------------------------------
 
-KL_DEVICE void pack_all(const Plan& p, const double* stats, double* states) {   // of a row, by a warp
+KL_DEVICE void pack_all(const Plan& p, double it, const double* stats, double* states) {   // of a row, by a warp
 #pragma unroll 1
-  for (int c = lane_of(); c < (int)p.chunks; c += WARP) pack(stats, states + c, (int)p.chunks, inverse_temperature(p));
+  for (int c = lane_of(); c < (int)p.chunks; c += WARP) pack(stats, states + c, (int)p.chunks, it);
 }
 
 // Wide: for each warp `slots` chunks of x and y, one of extra if there is use for it, a row's stats, and a chunk's state.
@@ -2073,14 +2092,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, OF_LOGITS && BLOCKS > 4 ? 
 
 #pragma unroll 1
     for (int sweep = (int)p.first; live && sweep < (int)p.last; sweep++) {
-      Local local = {stats, stats + 1, 1, false};
-      if (OF_LOGITS && sweep > 0 && p.states) local = {stats, stats + MAX_STATS, 1, PACKS && p.packed};
+      double it = inverse_temperature(p, unit.row);
+      Local local = {stats, stats + 1, 1, false, it};
+      if (OF_LOGITS && sweep > 0 && p.states) local = {stats, stats + MAX_STATS, 1, PACKS && p.packed, it};
       bool keep = !p.states && p.last > 1 && !p.columns, none = IS_RENYI && sweep == VALUE_SWEEP && !is_tilted(stats);
       chunk(p, Wide(n), with_factors(p, s, unit.row, unit.chunk), sweep, local, wanted(p, sweep, weight_of(p, unit.row)),
             InPlace{s}, stats, keep, [&] { stage_again(p, unit, s); });
       __syncwarp();
       int count = states_of(sweep);
-      if (count > 0 && !p.states && lane_of() == 0) finish(p, sweep, stats, stats);
+      if (count > 0 && !p.states && lane_of() == 0) finish(p, it, sweep, stats, stats);
       if (lane_of() < count && p.states) {
         p.states[(unit.row * count + lane_of()) * p.chunks + unit.chunk] = none ? 0.0 : stats[lane_of()];
       }
@@ -2180,7 +2200,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) kl_narrow(const Pl
 #pragma unroll 1
       for (int r = lane_of() / lanes; r - lane_of() / lanes < rows; r += side_by_side) {
         bool is_row = r < rows;
-        double weight = is_row && p.weights.data ? locate(p, r0 + r).weight : p.factor;
+        double weight = is_row ? weight_of(p, r0 + r) : p.factor;
         bool live = is_row && weight != 0;
         int offset = live ? r * n : some;
         Slot row = {s.x + offset, s.y + offset, s.extra + offset, nullptr};
@@ -2192,7 +2212,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) kl_narrow(const Pl
           here.n = 0;
         }
         double* mine = known + (live ? r : 0) * MAX_STATS;
-        Local local = {mine, mine + 1, 1, packs};
+        Local local = {mine, mine + 1, 1, packs, inverse_temperature(p, r0 + (is_row ? r : 0))};
         chunk(p, here, row, sweep, local, want, InPlace{row}, mine, p.last > 1, NeverAgain{});
       }
       __syncwarp();
@@ -2200,8 +2220,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) kl_narrow(const Pl
 #pragma unroll 1
       for (int r = lane_of(); r < rows; r += WARP) {
         double* row = known + r * MAX_STATS;
-        finish(p, sweep, row, row);
-        if (packs) pack(row, row + 1, 1, inverse_temperature(p));
+        double it = inverse_temperature(p, r0 + r);
+        finish(p, it, sweep, row, row);
+        if (packs) pack(row, row + 1, 1, it);
       }
       __syncwarp();
     }
@@ -2282,7 +2303,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) kl_rows(const Plan
         }
         if (live) {
           double* state = stats_of(p, shared);
-          Local local = {stats, states + c, chunks, PACKS};
+          Local local = {stats, states + c, chunks, PACKS, inverse_temperature(p, r)};
           chunk(p, Wide(n), with_factors(p, s, r, c), sweep, local, want, InPlace{s}, state, !ONCE,
                 [&] { stage_again(p, {again(r), c}, s); });
           __syncwarp();
@@ -2300,15 +2321,16 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) kl_rows(const Plan
       const auto who = folders(W, chunks, HAS_EXTRA ? shared + slots * SLOT_BYTES : (char*)(stats + MAX_STATS));
       if (warp_of() < who.warps && weight_of(p, again(r)) != 0) {
         double state[MAX_STATES];
-        fold(p, sweep, who, States{states, chunks, chunks}, state);
+        double it = inverse_temperature(p, again(r));
+        fold(p, it, sweep, who, States{states, chunks, chunks}, state);
         if (threadIdx.x == 0) {
-          finish(p, sweep, state, stats);
+          finish(p, it, sweep, state, stats);
           if (p.stats && sweep + 1 == (int)p.last)
             for (int k = 0; k < MAX_STATS; k++) p.stats[r * MAX_STATS + k] = stats[k];
         }
         if (PACKS && warp_of() == 0) {
           __syncwarp();
-          pack_all(p, stats, states);
+          pack_all(p, it, stats, states);
         }
       }
       __syncthreads();
@@ -2329,7 +2351,7 @@ extern "C" __global__ void __launch_bounds__(256, 2) kl_fold(const Plan p) {
     Row row = locate(p, r);
     double state[MAX_STATES] = {0};   // a side that needs no norm leaves none
     if (row.weight != 0)
-      fold(p, sweep, Alone{}, States{p.states + r * K * p.count + g * CHUNK, p.count, left < CHUNK ? (int)left : CHUNK}, state);
+      fold(p, row.inverse_temperature, sweep, Alone{}, States{p.states + r * K * p.count + g * CHUNK, p.count, left < CHUNK ? (int)left : CHUNK}, state);
     double* stats = p.stats + r * MAX_STATS;
     if (lane_of() == 0 && p.sums && row.weight != 0)
 #pragma unroll
@@ -2337,12 +2359,12 @@ extern "C" __global__ void __launch_bounds__(256, 2) kl_fold(const Plan p) {
         if (k < K) p.sums[(r * K + k) * p.groups + g] = state[k];
     if (p.sums) continue;
     if (lane_of() == 0) {
-      if (row.weight != 0) finish(p, sweep, state, stats);
+      if (row.weight != 0) finish(p, row.inverse_temperature, sweep, state, stats);
       if (sweep == VALUE_SWEEP && p.output != TERMS && p.value.data) write_value(p, row.value, row.weight, stats[VALUE]);
     }
     if (PACKS && p.packed && row.weight != 0) {
       __syncwarp();
-      pack_all(p, stats, p.states + r * K * p.chunks);
+      pack_all(p, row.inverse_temperature, stats, p.states + r * K * p.chunks);
     }
   }
 }
@@ -2422,10 +2444,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS < 4 ? BLOCKS : 4) k
       Want want = wanted(p, sweep, row.weight);
       want.term = false;
       double* state = (double*)s.extra;   // which chunk's it was is not known any more: it is found again
-      if constexpr (OF_LOGITS) spread_chunk(Wide(n), s, inverse_temperature(p), false, NeverAgain{}, state);
+      if constexpr (OF_LOGITS) spread_chunk(Wide(n), s, row.inverse_temperature, false, NeverAgain{}, state);
       __syncwarp();
-      chunk(p, Wide(n), with_factors(p, s, r, c), sweep, Local{p.stats + r * MAX_STATS, state, 1, false}, want, Added{sums},
-            state, false, NeverAgain{});
+      chunk(p, Wide(n), with_factors(p, s, r, c), sweep, Local{p.stats + r * MAX_STATS, state, 1, false, row.inverse_temperature}, want,
+            Added{sums}, state, false, NeverAgain{});
     }
     __syncwarp();
 #pragma unroll 1

@@ -95,25 +95,46 @@ void give(const Array& a, char* at, i64 step, i64 n, i64 m, const T* lanes, i64 
   for (i64 r = 0; r < m; r++) store_to(a.dtype, at + r * step, size, (int)n, room + r * n, scale, stream);
 }
 
-inline void widen_weights(int dtype, const char* at, i64 step, i64 n, double* to) { widen(dtype, at, step, (int)n, to); }
+inline void widen_numbers(int dtype, const char* at, i64 step, i64 n, double* to) { widen(dtype, at, step, (int)n, to); }
 
-// Several rows of a plan, and what they weigh.
+// Several rows of a plan, what they weigh, and what their logits are multiplied by.
 template <typename T> struct Rows {
   const Plan& p;
   i64 first;
   i64 n, count, pitch;
-  alignas(64) Lane<double> weight;
+  alignas(64) Lane<double> weight, inverse_temperature;
+  alignas(64) Lane<T> inverse_high, inverse_low, inverse_of_low;
 
   Rows(const Plan& plan, i64 r, int rows) : p(plan), first(r), n(plan.n), count(rows) {
     pitch = (rows + LEAST_LANES<T> - 1) / LEAST_LANES<T> * LEAST_LANES<T>;
     if (!weighs()) return;
-    for (i64 k = 0; k < pitch; k++) weight[k] = 1;
-    if (p.weights.data)
-      runs(p, first, (int)count, [&](const Row&, int k, int m) {
-        auto read = p.weights.dtype <= BFLOAT16 ? widen_weights : read_weights;   // floats in vectors
-        read(p.weights.dtype, at_row(p, p.weights, first + k), step_of(p, p.weights), m, weight + k);
-      });
+    read_each(p.weights, weight);
     for (i64 k = 0; k < pitch; k++) weight[k] *= p.factor;
+  }
+  // for kinds of rows that have logits
+  void cool() {
+    if (p.temperatures.data) {
+      read_each(p.temperatures, inverse_temperature);
+      for (i64 k = 0; k < pitch; k++) inverse_temperature[k] = 1 / inverse_temperature[k];
+    } else {
+      for (i64 k = 0; k < pitch; k++) inverse_temperature[k] = p.inverse_temperature;
+    }
+    for (i64 k = 0; k < pitch; k++) {
+      Inverse<T> it = inverse<T>(inverse_temperature[k]);
+      inverse_high[k] = it.value;
+      inverse_low[k] = it.low;
+      inverse_of_low[k] = it.of_low;
+    }
+  }
+  Inverse<T> it(i64 r) const { return {inverse_high[r], inverse_low[r], inverse_of_low[r]}; }
+  // One number a row; 1 where there are none, and in lanes beyond the last row
+  void read_each(const Array& a, double* numbers) const {
+    for (i64 k = 0; k < pitch; k++) numbers[k] = 1;
+    if (a.data)
+      runs(p, first, (int)count, [&](const Row&, int k, int m) {
+        auto read = a.dtype <= BFLOAT16 ? widen_numbers : read_numbers;   // floats in vectors
+        read(a.dtype, at_row(p, a, first + k), step_of(p, a), m, numbers + k);
+      });
   }
   bool weighs() const { return p.weights.data || p.factor != 1; }
   int size() const { return (int)(n * pitch); }
@@ -212,9 +233,9 @@ template <typename T> struct LogitsLanes {
 
 template <typename T, bool TEMPERED>
 KL_APART void few_weights(const T* __restrict a, const T* __restrict b, i64 n, i64 pitch, const T* __restrict max_a,
-                 const T* __restrict max_b, Inverse<T> it, T* __restrict w, T* __restrict c) {
+                 const T* __restrict max_b, const Rows<T>& rows, T* __restrict w, T* __restrict c) {
   for (i64 i = 0; i < n * pitch; i += pitch) {
-    for (i64 r = 0; r < pitch; r++) w[i + r] = weight<TEMPERED>(a[i + r], max_a[r], it);
+    for (i64 r = 0; r < pitch; r++) w[i + r] = weight<TEMPERED>(a[i + r], max_a[r], rows.it(r));
     for (i64 r = 0; r < pitch; r++) c[i + r] = fma(w[i + r], below_tops(a[i + r], b[i + r], max_a[r], max_b[r]), T(0));
   }
 }
@@ -233,12 +254,12 @@ template <typename T> KL_APART void few_anchors(const double* __restrict c, i64 
 
 template <typename T, bool TEMPERED>
 KL_APART void few_spread(const T* __restrict a, const T* __restrict b, const T* __restrict w, i64 n, i64 pitch, LogitsLanes<T>& k,
-                Inverse<T> it, T* __restrict z, T* __restrict low, T* __restrict e) {
+                const Rows<T>& rows, T* __restrict z, T* __restrict low, T* __restrict e) {
   typename Real<T>::Bits* __restrict odd = k.odd;
   for (i64 i = 0; i < n * pitch; i += pitch) {
     for (i64 r = 0; r < pitch; r++) {
       Anchor<T> at = {k.max_a[r], k.max_b[r], k.m[r], k.low[r], k.mean[r]};
-      Pair<T> any = centred<TEMPERED>(a[i + r], b[i + r], at, it), mine = counted(any, w[i + r]);
+      Pair<T> any = centred<TEMPERED>(a[i + r], b[i + r], at, rows.it(r)), mine = counted(any, w[i + r]);
       z[i + r] = mine.value;
       if constexpr (TEMPERED) low[i + r] = mine.low;
       odd[r] |= above_range(any.value) ? 1 : 0;
@@ -248,10 +269,10 @@ KL_APART void few_spread(const T* __restrict a, const T* __restrict b, const T* 
   for (i64 j = 0; j < n * pitch; j++) e[j] = spread_of<TEMPERED>(Pair<T>{z[j], TEMPERED ? low[j] : T(0)});
 }
 
-template <typename T, bool SLOPES> KL_APART void few_finish(i64 pitch, double it, LogitsLanes<T>& k, double* __restrict values) {
-  for (i64 r = 0; r < pitch; r++) {
+template <typename T, bool SLOPES> KL_APART void few_finish(const Rows<T>& rows, LogitsLanes<T>& k, double* __restrict values) {
+  for (i64 r = 0; r < rows.pitch; r++) {
     Anchor<T> at = {k.max_a[r], k.max_b[r], k.m[r], k.low[r], k.mean[r]};
-    double stats[MAX_STATS];
+    double stats[MAX_STATS], it = rows.inverse_temperature[r];
     logits_finish(near_state(at, k.weights[r], k.x[r], k.g[r]), it, stats);
     values[r] = stats[VALUE];
     if constexpr (SLOPES) {
@@ -269,14 +290,14 @@ template <typename T, bool SLOPES> KL_APART void few_finish(i64 pitch, double it
 
 template <typename T, int TERM, bool TEMPERED>
 KL_APART void few_logits_terms(const T* __restrict a, const T* __restrict b, const T* __restrict w, i64 n, i64 pitch,
-                      LogitsLanes<T>& k, Inverse<T> it, T* __restrict term) {
+                      LogitsLanes<T>& k, const Rows<T>& rows, T* __restrict term) {
   typename Real<T>::Bits* __restrict odd = k.odd;
   for (i64 i = 0; i < n * pitch; i += pitch)
     for (i64 r = 0; r < pitch; r++) {
       Anchor<T> at = {k.max_a[r], k.max_b[r], k.m[r], k.low[r], k.mean[r]};
       Slopes<T> s = {k.a[r], k.b[r], k.c[r], k.d[r], k.p[r], k.t[r], k.t_low[r]};
       bool good;
-      term[i + r] = near_term<TERM, TEMPERED>(a[i + r], b[i + r], w[i + r], at, s, it, good);
+      term[i + r] = near_term<TERM, TEMPERED>(a[i + r], b[i + r], w[i + r], at, s, rows.it(r), good);
       odd[r] |= good ? 0 : 1;
     }
 }
@@ -298,25 +319,24 @@ void few_logits(const Plan& p, i64 r, int count, double* values, char* alone, vo
   Rows<T> rows(p, r, count);
   LogitsLanes<T> k;
   i64 n = rows.n, pitch = rows.pitch;
-  double temperature = p.inverse_temperature;
-  Inverse<T> it = inverse<T>(temperature);
+  rows.cool();
   rows.read(p.x, &Row::x, s.x, s.a);
   rows.read(p.y, &Row::y, s.y, s.a);
   T *w = s.a, *e = s.dx, *z = s.dy, *room = (T*)s.room;
   maxima(s.x, n, pitch, k.max_a);
   maxima(s.y, n, pitch, k.max_b);
-  few_weights<T, TEMPERED>(s.x, s.y, n, pitch, k.max_a, k.max_b, it, w, e);
+  few_weights<T, TEMPERED>(s.x, s.y, n, pitch, k.max_a, k.max_b, rows, w, e);
   add_lanes(n, pitch, s.room, k.weights, [=](i64 j) KL_LAMBDA { return w[j]; });
   add_lanes(n, pitch, s.room, k.x, [=](i64 j) KL_LAMBDA { return e[j]; });
   few_anchors(k.x, pitch, k);
-  few_spread<T, TEMPERED>(s.x, s.y, w, n, pitch, k, it, z, room, e);
+  few_spread<T, TEMPERED>(s.x, s.y, w, n, pitch, k, rows, z, room, e);
   add_lanes(n, pitch, s.room, k.x, [=](i64 j) KL_LAMBDA { return fma(w[j], z[j], T(0)); });
   add_lanes(n, pitch, s.room, k.g, [=](i64 j) KL_LAMBDA { return fma(w[j], e[j], T(0)); });
   bool gradient = p.dx.data || p.dy.data;
-  (gradient || p.output == TERMS ? few_finish<T, true> : few_finish<T, false>)(pitch, temperature, k, values);
+  (gradient || p.output == TERMS ? few_finish<T, true> : few_finish<T, false>)(rows, k, values);
   if (p.output == TERMS)
     (p.operation == REL_ENTR ? few_logits_terms<T, LITERAL, TEMPERED> : few_logits_terms<T, DEVIANCE, TEMPERED>)(
-        s.x, s.y, w, n, pitch, k, it, room);
+        s.x, s.y, w, n, pitch, k, rows, room);
   if (gradient) {
     few_slopes(w, z, n, pitch, k, e, s.y);
     if (p.dx.data) rows.write(p.dx, &Row::dx, e, p.gradient_scale, s.x);
@@ -345,19 +365,19 @@ template <typename T> struct CrossLanes {
 };
 
 template <typename T, int SX, int SY, bool ALONE, bool TEMPERED>
-KL_APART bool few_pay(const T* __restrict x, const T* __restrict y, i64 n, i64 pitch, const CrossLanes<T>& k, Inverse<T> it,
-                      T* __restrict w, T* __restrict c, T* __restrict e) {
+KL_APART bool few_pay(const T* __restrict x, const T* __restrict y, i64 n, i64 pitch, const CrossLanes<T>& k,
+                      const Rows<T>& rows, T* __restrict w, T* __restrict c, T* __restrict e) {
   typename Real<T>::Bits large = 0;
   for (i64 i = 0; i < n * pitch; i += pitch) {
-    for (i64 r = 0; r < pitch; r++) w[i + r] = cross_weight<SX, TEMPERED>(x[i + r], k.zero_a[r], it);
+    for (i64 r = 0; r < pitch; r++) w[i + r] = cross_weight<SX, TEMPERED>(x[i + r], k.zero_a[r], rows.it(r));
     for (i64 r = 0; r < pitch; r++) {
-      T any = cost_of<SY>(y[i + r], k.zero_b[r], it.value);
+      T any = cost_of<SY>(y[i + r], k.zero_b[r], rows.inverse_high[r]);
       large |= wants_look<SX>(x[i + r], any) ? 1 : 0;
       c[i + r] = counted_cost(w[i + r], any);
     }
     if constexpr (SY == LOGITS)
       for (i64 r = 0; r < pitch; r++) {
-        T v = ALONE ? w[i + r] : cross_weight<SY, TEMPERED>(y[i + r], k.zero_b[r], it);
+        T v = ALONE ? w[i + r] : cross_weight<SY, TEMPERED>(y[i + r], k.zero_b[r], rows.it(r));
         e[i + r] = y[i + r] == k.max_b[r] ? T(0) : v;
       }
   }
@@ -366,11 +386,11 @@ KL_APART bool few_pay(const T* __restrict x, const T* __restrict y, i64 n, i64 p
 
 // Which of the outputs is wanted: the value of `OUT` is that of SUM_VALUE, SUM_DX or SUM_DY.
 template <typename T, int SX, int SY, bool TEMPERED, int OUT>
-KL_APART void few_cross_output(const T* __restrict x, const T* __restrict y, i64 n, i64 pitch, const CrossLanes<T>& k, Inverse<T> it,
-                               T* __restrict out) {
+KL_APART void few_cross_output(const T* __restrict x, const T* __restrict y, i64 n, i64 pitch, const CrossLanes<T>& k,
+                               const Rows<T>& rows, T* __restrict out) {
   for (i64 i = 0; i < n * pitch; i += pitch)
     for (i64 r = 0; r < pitch; r++) {
-      CrossRow<T> row = {k.zero_a[r], k.inv_s[r], k.zero_b[r], k.log_s[r], k.q[r], k.mean[r], it};
+      CrossRow<T> row = {k.zero_a[r], k.inv_s[r], k.zero_b[r], k.log_s[r], k.q[r], k.mean[r], rows.it(r)};
       CrossOutputs<T> o = cross_class<SX, SY, TEMPERED>(x[i + r], y[i + r], row);
       out[i + r] = OUT == SUM_VALUE ? o.term : OUT == SUM_DX ? o.dx : o.dy;
     }
@@ -382,7 +402,7 @@ void few_cross(const Plan& p, i64 r, int count, double* values, char* alone, voi
   Rows<T> rows(p, r, count);
   CrossLanes<T> k;
   i64 n = rows.n, pitch = rows.pitch;
-  Inverse<T> it = inverse<T>(p.inverse_temperature);
+  rows.cool();
   rows.read(p.x, &Row::x, s.x, s.a);
   if (!ALONE) rows.read(p.y, &Row::y, s.y, s.a);
   const T *x = s.x, *y = ALONE ? s.x : s.y;
@@ -396,11 +416,11 @@ void few_cross(const Plan& p, i64 r, int count, double* values, char* alone, voi
     k.odd[i] = 0;
   }
   T *w = s.a, *c = s.dx, *e = s.dy;
-  bool large = few_pay<T, SX, SY, ALONE, TEMPERED>(x, y, n, pitch, k, it, w, c, e);
+  bool large = few_pay<T, SX, SY, ALONE, TEMPERED>(x, y, n, pitch, k, rows, w, c, e);
   for (i64 i = 0; large && i < n * pitch; i += pitch)
     for (i64 r = 0; r < pitch; r++) {
       bool odd = cannot_be<SX, SY>(x[i + r], y[i + r]) |
-                 costs_double<SX, SY>(x[i + r], y[i + r], k.zero_a[r], k.zero_b[r], it.value, p.dx.data);
+                 costs_double<SX, SY>(x[i + r], y[i + r], k.zero_a[r], k.zero_b[r], rows.inverse_high[r], p.dx.data);
       k.odd[r] |= odd ? 1 : 0;
     }
   add_lanes(n, pitch, s.room, k.s, [=](i64 j) KL_LAMBDA { return w[j]; });
@@ -417,7 +437,7 @@ void few_cross(const Plan& p, i64 r, int count, double* values, char* alone, voi
     double log_s = SY == LOGITS ? log_norm({k.max_b[i], k.count[i], k.rest[i]}, k.alone[i], k.tied[i]) : 0.0;
     double stats[MAX_STATS];
     cross_finish<SX, SY>({k.max_a[i], k.s[i], k.max_b[i], k.count[i], k.rest[i], k.cost[i], 0.0}, log_s, stats);
-    CrossRow<T> row = cross_row<T>(stats, p.inverse_temperature);
+    CrossRow<T> row = cross_row<T>(stats, rows.inverse_temperature[i]);
     values[i] = stats[VALUE];
     k.inv_s[i] = row.inv_s;
     k.log_s[i] = row.log_s;
@@ -427,20 +447,20 @@ void few_cross(const Plan& p, i64 r, int count, double* values, char* alone, voi
   }
   for (i64 i = 0; i < count; i++) alone[i] = k.odd[i] != 0;
   if (p.dx.data) {
-    few_cross_output<T, SX, SY, TEMPERED, SUM_DX>(x, y, n, pitch, k, it, s.dx);
+    few_cross_output<T, SX, SY, TEMPERED, SUM_DX>(x, y, n, pitch, k, rows, s.dx);
     rows.write(p.dx, &Row::dx, s.dx, p.gradient_scale, s.a);
   }
   if (p.dy.data) {
-    few_cross_output<T, SX, SY, TEMPERED, SUM_DY>(x, y, n, pitch, k, it, s.dy);
+    few_cross_output<T, SX, SY, TEMPERED, SUM_DY>(x, y, n, pitch, k, rows, s.dy);
     rows.write(p.dy, &Row::dy, s.dy, p.gradient_scale, s.a);
   }
   if (p.output != TERMS) return rows.write_values(values);
-  few_cross_output<T, SX, SY, TEMPERED, SUM_VALUE>(x, y, n, pitch, k, it, s.dx);
+  few_cross_output<T, SX, SY, TEMPERED, SUM_VALUE>(x, y, n, pitch, k, rows, s.dx);
   rows.write(p.value, &Row::value, s.dx, 1, s.a);
 }
 template <typename T, int SX, int SY, bool ALONE> Few few_cross_for(const Plan& p) {
-  constexpr bool ALWAYS = sizeof(T) == sizeof(double);   // a temperature of 1 changes no bit
-  return p.inverse_temperature != 1 ? few_cross<T, SX, SY, ALONE, true> : few_cross<T, SX, SY, ALONE, ALWAYS>;
+  constexpr bool ALWAYS = sizeof(T) == sizeof(double);
+  return is_tempered(p) ? few_cross<T, SX, SY, ALONE, true> : few_cross<T, SX, SY, ALONE, ALWAYS>;
 }
 template <typename T> Few few_cross_of(const Plan& p) {
   return cross_pair(p, [&](auto s) { return few_cross_for<T, decltype(s)::x, decltype(s)::y, decltype(s)::alone>(p); });
@@ -454,8 +474,10 @@ template <typename T> struct NormLanes {
 };
 // Logits to log-probabilities, in their place and in `low`; `e` is for a double each.
 template <typename T>
-KL_APART void few_log_probs(T* __restrict x, i64 n, i64 pitch, double it, double* __restrict e, T* __restrict low, double* room,
+KL_APART void few_log_probs(T* __restrict x, const Rows<T>& rows, double* __restrict e, T* __restrict low, double* room,
                             NormLanes<T>& k) {
+  i64 n = rows.n, pitch = rows.pitch;
+  const double* __restrict it = rows.inverse_temperature;
   maxima(x, n, pitch, k.top);
   for (i64 r = 0; r < pitch; r++) {
     k.max[r] = (double)k.top[r];
@@ -471,7 +493,7 @@ KL_APART void few_log_probs(T* __restrict x, i64 n, i64 pitch, double it, double
       undefined[r] = x[i + r] == x[i + r] ? undefined[r] : x[i + r];
     }
   for (i64 i = 0; i < n * pitch; i += pitch)
-    for (i64 r = 0; r < pitch; r++) e[i + r] = norm_rest((double)x[i + r], k.max[r], k.zero[r], it);
+    for (i64 r = 0; r < pitch; r++) e[i + r] = norm_rest((double)x[i + r], k.max[r], k.zero[r], it[r]);
   add_lanes(n, pitch, room, k.rest, [=](i64 j) KL_LAMBDA { return e[j]; });
   for (i64 r = 0; r < pitch; r++) {
     k.ties[r] = excluded(k.max[r]) ? 0.0 : (double)count[r];
@@ -481,18 +503,17 @@ KL_APART void few_log_probs(T* __restrict x, i64 n, i64 pitch, double it, double
   for (i64 r = 0; r < pitch; r++) k.log[r] = log_norm({k.max[r], k.ties[r], k.rest[r]}, k.alone[r], k.tied[r]);
   if constexpr (sizeof(T) == sizeof(double)) {
     for (i64 i = 0; i < n * pitch; i += pitch)
-      for (i64 r = 0; r < pitch; r++) x[i + r] = log_prob_of(x[i + r], k.max[r], k.log[r], it);
+      for (i64 r = 0; r < pitch; r++) x[i + r] = log_prob_of(x[i + r], k.max[r], k.log[r], it[r]);
   } else {
     for (i64 r = 0; r < pitch; r++) {
       double known[] = {k.max[r], k.log[r]};
-      LogNorm<T> norm = log_norm_of<T>(known, it);
+      LogNorm<T> norm = log_norm_of<T>(known, it[r]);
       k.log_s[r] = norm.log_s;
       k.log_s_low[r] = norm.log_s_low;
     }
-    Inverse<T> inverse_temperature = inverse<T>(it);
     for (i64 i = 0; i < n * pitch; i += pitch)
       for (i64 r = 0; r < pitch; r++) {
-        Pair<T> l = log_prob_of(x[i + r], LogNorm<T>{k.top[r], k.log_s[r], k.log_s_low[r], inverse_temperature});
+        Pair<T> l = log_prob_of(x[i + r], LogNorm<T>{k.top[r], k.log_s[r], k.log_s_low[r], rows.it(r)});
         k.odd[r] |= overflows(l) ? 1 : 0;
         x[i + r] = l.value;
         low[i + r] = l.low;
@@ -500,13 +521,13 @@ KL_APART void few_log_probs(T* __restrict x, i64 n, i64 pitch, double it, double
   }
 }
 template <typename T>
-KL_APART void few_through_softmax(T* __restrict d, const T* __restrict l, const T* __restrict low, i64 n, i64 pitch, double it,
-                                  double* room) {
+KL_APART void few_through_softmax(T* __restrict d, const T* __restrict l, const T* __restrict low, const Rows<T>& rows, double* room) {
+  i64 n = rows.n, pitch = rows.pitch;
   alignas(64) Lane<double> sums;
   alignas(64) Lane<T> scale, sum, over;
   add_lanes(n, pitch, room, sums, [=](i64 j) KL_LAMBDA { return d[j]; });
   for (i64 r = 0; r < pitch; r++) {
-    Softmax<T> k = softmax_of_sum<T>(sums[r], it);
+    Softmax<T> k = softmax_of_sum<T>(sums[r], rows.inverse_temperature[r]);
     scale[r] = k.scale;
     sum[r] = k.sum;
     over[r] = k.it;
@@ -522,19 +543,20 @@ template <typename T> void few_mixed(const Plan& p, i64 r, int count, double* va
   Rows<T> rows(p, r, count);
   NormLanes<T> k;
   i64 n = rows.n, pitch = rows.pitch;
-  double it = p.inverse_temperature, *doubles = (double*)s.a;   // and in float, over dx too
+  double* doubles = (double*)s.a;   // and in float, over dx too
   static_assert(offsetof(Block<T>, dx) - offsetof(Block<T>, a) == sizeof s.a);
   alignas(64) T low[sizeof(T) == sizeof(float) ? Block<T>::SIZE : 1];
+  rows.cool();
   rows.read(p.x, &Row::x, s.x, s.a);
-  if (p.space_x == LOGITS) few_log_probs(s.x, n, pitch, it, doubles, low, s.room, k);
+  if (p.space_x == LOGITS) few_log_probs(s.x, rows, doubles, low, s.room, k);
   rows.read(p.y, &Row::y, s.y, s.a);
-  if (p.space_y == LOGITS) few_log_probs(s.y, n, pitch, it, doubles, low, s.room, k);
+  if (p.space_y == LOGITS) few_log_probs(s.y, rows, doubles, low, s.room, k);
   const T *x = s.x, *y = s.y, *a = s.a;
   terms_of<T>(p)(x, y, low, p.parameter, rows.size(), s.a, s.dx, s.dy);
   if (sizeof(T) == sizeof(float) && p.space_y == LOGITS)
     for (i64 i = 0; i < count; i++) alone[i] = k.odd[i] != 0;
-  if (p.dx.data && p.space_x == LOGITS) few_through_softmax(s.dx, x, low, n, pitch, it, s.room);
-  if (p.dy.data && p.space_y == LOGITS && !is_final(p.operation)) few_through_softmax(s.dy, y, low, n, pitch, it, s.room);
+  if (p.dx.data && p.space_x == LOGITS) few_through_softmax(s.dx, x, low, rows, s.room);
+  if (p.dy.data && p.space_y == LOGITS && !is_final(p.operation)) few_through_softmax(s.dy, y, low, rows, s.room);
   if (p.dx.data) rows.write(p.dx, &Row::dx, s.dx, p.gradient_scale, s.x);
   if (p.dy.data) rows.write(p.dy, &Row::dy, s.dy, p.gradient_scale, s.x);
   if (p.output == TERMS) return rows.write(p.value, &Row::value, s.a, 1, s.x);
@@ -543,7 +565,7 @@ template <typename T> void few_mixed(const Plan& p, i64 r, int count, double* va
 }
 
 inline Few few(const Plan& p) {
-  bool tempered = p.inverse_temperature != 1;
+  bool tempered = is_tempered(p);
   if (p.factors.data || of_members(p) || p.operation == RENYI_DIV) return nullptr;
   if (p.dy.data && p.dy.data == p.y.data) return nullptr;   // rows that are odd are read again, after all are written
   if (of_logits(p))

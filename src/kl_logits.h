@@ -37,24 +37,32 @@ template <typename T> constexpr bool EXACT = sizeof(T) == sizeof(double);   // e
 template <typename T> constexpr bool EXACT = true;
 #endif
 template <typename T> constexpr bool PAIRED = EXACT<T> && sizeof(T) == sizeof(float);   // u/T is; double has bits to spare
-template <typename T> struct Inverse { T value, low; };   // 1/T = value + low
-template <typename T> KL_FN Inverse<T> inverse(double it) { return {(T)it, (T)(it - (double)(T)it)}; }
+// Between these a temperature and its inverse are finite; between those, float32 has room for both, and for the logarithms of
+// a row.
+constexpr double COLDEST = 0x1p-1024 + 0x1p-1074, HOTTEST = 0x1p1023 * (2 - 0x1p-52);
+constexpr double COLDEST_NARROW = 0x1p-20, HOTTEST_NARROW = 0x1p100;
+template <typename T> struct Inverse { T value, low, of_low; };   // 1/T = value + low; of_low: 0 where that is 1, else value
+template <typename T> KL_FN Inverse<T> inverse(double it) { return {(T)it, (T)(it - (double)(T)it), it == 1 ? T(0) : (T)it}; }
 // (u + low)/T. TEMPERED = false, here and below: T is 1, and dividing by it is left out, which changes no bit.
-template <bool TEMPERED, typename T> KL_FN Pair<T> cooled(T u, T low, const Inverse<T>& k) {
+template <bool TEMPERED, typename T> KL_FN Pair<T> cooled(T u, T low, const Inverse<T>& k, T of_low) {
   if constexpr (!TEMPERED) return {u, low};
   T v = u * k.value;
-  if constexpr (PAIRED<T>) return {v, fma(u, k.value, -v) + fma(u, k.low, low * k.value)};
+  if constexpr (PAIRED<T>) return {v, fma(u, k.value, -v) + fma(u, k.low, low * of_low)};
   return {v, T(0)};
+}
+template <bool TEMPERED, typename T> KL_FN Pair<T> cooled(T u, T low, const Inverse<T>& k) {
+  return cooled<TEMPERED>(u, low, k, k.value);
 }
 
 template <typename T> KL_FN T softmax_weight(T u) { return u == u ? exp_flushed(u) : u; }   // where NaN may come
 
-// e^((a-m)/T). At T = 1 the rounding of a - m alone is at most 1.9e-6 of any weight that counts (a - m > -64).
+// e^((a-m)/T). At T = 1 the rounding of a - m alone is at most 1.9e-6 of any weight that counts (a - m > -64), and is
+// left out, whether TEMPERED or not.
 template <bool TEMPERED, typename T> KL_FN T weight(T a, T m, const Inverse<T>& k) {
   if constexpr (!EXACT<T>) return exp<false>(cooled<TEMPERED>(a - m, T(0), k).value);
   if constexpr (!(TEMPERED && PAIRED<T>)) return exp_flushed(cooled<TEMPERED>(a - m, T(0), k).value);
   T low, u = difference(a, m, low);
-  Pair<T> v = cooled<TEMPERED>(u, low, k);
+  Pair<T> v = cooled<TEMPERED>(u, low, k, k.of_low);
   return exp_flushed(v);
 }
 

@@ -87,7 +87,7 @@ inline void sweep_summed(Plan& p, const Isa& isa, int s, const double* stats, in
 
 // The states that sweep `s` left of all blocks, `count` a line, into the rows' stats, MAX_STATS each; or, to `fold`, at
 // least one of them, into one state a row. After the last sweep the first of its stats becomes what the row adds to a
-// total: its value times its weight. Overwrites the states. The plan has no classes, only rows and their weights.
+// total: its value times its weight. Overwrites the states. The plan has no classes, only rows, their weights and their temperatures.
 inline void merge_here(Plan& p, const Isa& isa, int s, double* states, i64 count, double* into, bool fold, Watch& watch) {
   collapse(p);
   Batch b(p, isa);
@@ -98,8 +98,8 @@ inline void merge_here(Plan& p, const Isa& isa, int s, double* states, i64 count
     Row row = locate(p, r);
     double* at = states + r * width * count;
     double* to = into + r * (fold ? width : MAX_STATS);
-    if (row.weight != 0 && fold) b.fold_states(s, at, count, count, to);
-    else if (row.weight != 0) b.finish_states(s, at, count, count, to);
+    if (row.weight != 0 && fold) b.fold_states(row, s, at, count, count, to);
+    else if (row.weight != 0) b.finish_states(row, s, at, count, count, to);
     if (s + 1 == b.kernel.sweeps && !fold) to[0] = b.finish(row, to, worker);   // none without outputs: the value is known
   });
 }
@@ -113,7 +113,7 @@ inline int chunk_sums(Plan& p, const Isa& isa, double* sums, Ask ask) noexcept {
       int count = (int)std::min<i64>(CHUNK, p.rows - c * CHUNK);
       if (worker.stops(count)) return;
       generic::runs(p, c * CHUNK, count, [&](const Row&, int k, int m) {
-        read_weights(p.weights.dtype, generic::at_row(p, p.weights, c * CHUNK + k), generic::step_of(p, p.weights), m,
+        read_numbers(p.weights.dtype, generic::at_row(p, p.weights, c * CHUNK + k), generic::step_of(p, p.weights), m,
                      chunk.data() + k);
       });
       sums[c] = isa.sum_levels(chunk.data(), count);

@@ -27,16 +27,18 @@ struct Plan {
   int ndim;                          // batch axes
   i64 shape[MAX_DIMS];
   i64 rows, n;
-  double inverse_temperature, gradient_scale;
+  double inverse_temperature;        // of all rows, where there are no `temperatures`
+  double gradient_scale;
   double parameter;                  // of the operations that take one
   double factor;                     // of all values and gradients: multiplies the rows' weights
-  Array x, y, weights;               // weights: of any kl::Dtype or kl::WholeNumbers
+  Array x, y;
+  Array weights, temperatures;       // one a row, of any kl::Dtype or kl::WholeNumbers
   Array factors;                     // one a class, float64 or float32, which multiplies term and gradients
   Array value, dx, dy;               // dx and dy: one gradient row for every batch row
   double total;                      // result of TOTAL
 };
 
-// How weights lie in memory: as kl::Dtype says, or as whole numbers. A boolean is an UINT8.
+// How one number a row lies in memory: as kl::Dtype says, or as a whole number. A boolean is an UINT8.
 enum WholeNumbers { INT8 = 4, INT16, INT32, INT64, UINT8, UINT16, UINT32, UINT64 };
 
 template <typename S> double as_double(S v) { return (double)v; }
@@ -47,8 +49,8 @@ template <typename S> void read_as(const char* at, i64 step, i64 n, double* to, 
     to[k] = widen(v);
   }
 }
-// n weights, `step` bytes apart
-inline void read_weights(int dtype, const char* at, i64 step, i64 n, double* to) {
+// n of them, `step` bytes apart
+inline void read_numbers(int dtype, const char* at, i64 step, i64 n, double* to) {
   switch (dtype) {
     case FLOAT64: return read_as(at, step, n, to, as_double<double>);
     case FLOAT32: return read_as(at, step, n, to, as_double<float>);
@@ -65,17 +67,21 @@ inline void read_weights(int dtype, const char* at, i64 step, i64 n, double* to)
   }
 }
 
-struct Row {                  // one row of the plan: where it lies, what it weighs
+struct Row {                  // one row of the plan: where it lies, what it weighs, what its logits are multiplied by
   const char *x, *y, *factors;
   char *value, *dx, *dy;
-  double weight;
+  double weight, inverse_temperature;
   const char *next_x, *next_y;   // the row after it, if it may be asked for ahead of time
   char* kept;                    // room for what a sweep leaves for a later one, 64-byte aligned; or nullptr
 };
 
+// Whether some logits may have to be divided by a temperature; by one of 1 changes no bit
+inline bool is_tempered(const Plan& p) { return p.temperatures.data || p.inverse_temperature != 1; }
+
 inline Row locate(const Plan& p, i64 r) {
-  Row row = {p.x.data, p.y.data, p.factors.data, p.value.data, p.dx.data, p.dy.data, 1.0, nullptr, nullptr, nullptr};
-  const char* weight = p.weights.data;
+  Row row = {p.x.data, p.y.data, p.factors.data, p.value.data, p.dx.data, p.dy.data, 1.0, p.inverse_temperature, nullptr,
+             nullptr, nullptr};
+  const char *weight = p.weights.data, *temperature = p.temperatures.data;
   for (int d = p.ndim - 1; d >= 0; d--) {
     i64 i = d > 0 ? r % p.shape[d] : r;
     r = d > 0 ? r / p.shape[d] : 0;
@@ -86,9 +92,14 @@ inline Row locate(const Plan& p, i64 r) {
     row.dx += i * p.dx.batch[d];
     row.dy += i * p.dy.batch[d];
     weight += i * p.weights.batch[d];
+    temperature += i * p.temperatures.batch[d];
   }
-  if (p.weights.data) read_weights(p.weights.dtype, weight, 0, 1, &row.weight);
+  if (p.weights.data) read_numbers(p.weights.dtype, weight, 0, 1, &row.weight);
   row.weight *= p.factor;
+  if (p.temperatures.data) {
+    read_numbers(p.temperatures.dtype, temperature, 0, 1, &row.inverse_temperature);
+    row.inverse_temperature = 1 / row.inverse_temperature;
+  }
   return row;
 }
 
@@ -102,8 +113,8 @@ struct Kernel {
   int states[4];
   void (*chunk)(const Plan&, const Row&, int sweep, i64 start, int n, const double* stats, double* state, i64 pitch,
                 void* scratch);
-  void (*fold)(const Plan&, int sweep, const double* from, int count, i64 from_pitch, double* to, i64 to_pitch);
-  void (*finish)(const Plan&, int sweep, const double* state, double* stats);
+  void (*fold)(const Plan&, const Row&, int sweep, const double* from, int count, i64 from_pitch, double* to, i64 to_pitch);
+  void (*finish)(const Plan&, const Row&, int sweep, const double* state, double* stats);
   size_t kept;                    // bytes a chunk that a sweep may leave for the last one in row.kept; or 0
   int terms_sweep() const { return sweeps > 1 ? 1 : 0; }
 };

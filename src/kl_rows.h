@@ -408,11 +408,11 @@ void terms_chunk(const Plan& p, const Row& row, int, i64 start, int n, const dou
     state[0] = sum(s.a, n);
 }
 
-inline void terms_fold(const Plan&, int, const double* from, int count, i64, double* to, i64) {
+inline void terms_fold(const Plan&, const Row&, int, const double* from, int count, i64, double* to, i64) {
   to[0] = sum(from, count);
 }
 
-inline void terms_finish(const Plan&, int, const double* state, double* stats) { stats[0] = state ? state[0] : 0.0; }
+inline void terms_finish(const Plan&, const Row&, int, const double* state, double* stats) { stats[0] = state ? state[0] : 0.0; }
 
 // ---- the divergence of two rows of logits ----------------------------------------------------------------------------------
 
@@ -577,7 +577,7 @@ void logits_chunk(const Plan& p, const Row& row, int sweep, i64 start, int n, co
   Buffers<T>& s = *(Buffers<T>*)scratch;
   const T* a = load(p.x, row.x, start, n, s.x);
   const T* b = load(p.y, row.y, start, n, s.y);
-  double temperature = p.inverse_temperature;
+  double temperature = row.inverse_temperature;
   Inverse<T> it = inverse<T>(temperature);
   bool dx = p.dx.data, dy = p.dy.data, kept = row.kept;
   static_assert(sizeof(Kept<T>) <= sizeof s.a + sizeof s.b);
@@ -619,13 +619,13 @@ void logits_chunk(const Plan& p, const Row& row, int sweep, i64 start, int n, co
   if (dy) store(p.dy, row.dy, start, n, s.dy, row.weight * p.gradient_scale, p.stream);
 }
 
-inline void logits_fold(const Plan& p, int sweep, const double* from, int count, i64 pitch, double* to, i64 to_pitch) {
+inline void logits_fold(const Plan&, const Row& row, int sweep, const double* from, int count, i64 pitch, double* to, i64 to_pitch) {
   if (sweep > 0) return;
   if (count == 1) {
     put(to, to_pitch, spread_at(from, pitch));
     return;
   }
-  double it = p.inverse_temperature;
+  double it = row.inverse_temperature;
   alignas(64) double u[CHUNK], v[CHUNK], mass[CHUNK];
   double max_a = -infinity<double>(), max_b = max_a;
   bool far = false, impossible = false;
@@ -654,9 +654,9 @@ inline void logits_fold(const Plan& p, int sweep, const double* from, int count,
   put(to, to_pitch, merged(max_a, max_b, weights, m, sum(u, count), sum(v, count), sum(mass, count), far, impossible));
 }
 
-inline void logits_done(const Plan& p, int sweep, const double* s, double* stats) {
+inline void logits_done(const Plan&, const Row& row, int sweep, const double* s, double* stats) {
   if (sweep > 0) return;
-  if (s) logits_finish(spread_at(s, 1), p.inverse_temperature, stats);
+  if (s) logits_finish(spread_at(s, 1), row.inverse_temperature, stats);
   else std::fill(stats, stats + MAX_STATS, 0.0);
 }
 
@@ -736,7 +736,7 @@ void cross_chunk(const Plan& p, const Row& row, int sweep, i64 start, int n, con
   Buffers<T>& s = *(Buffers<T>*)scratch;
   const T* x = load(p.x, row.x, start, n, s.x);
   const T* y = ALONE ? x : load(p.y, row.y, start, n, s.y);
-  double it = p.inverse_temperature;
+  double it = row.inverse_temperature;
   if (sweep == 0) {
     bool in_double = false;
     Cross k = pay<T, SX, SY, ALONE, TEMPERED>(x, y, n, it, (const char*)(x + CHUNK), (const char*)(y + CHUNK), in_double);
@@ -763,7 +763,7 @@ void cross_chunk(const Plan& p, const Row& row, int sweep, i64 start, int n, con
   if (term) store(p.value, row.value, start, n, term, row.weight, p.stream);
 }
 
-inline void cross_fold(const Plan& p, int sweep, const double* from, int count, i64 pitch, double* to, i64 to_pitch) {
+inline void cross_fold(const Plan&, const Row& row, int sweep, const double* from, int count, i64 pitch, double* to, i64 to_pitch) {
   if (sweep > 0) return;
   alignas(64) double s[CHUNK], cost[CHUNK], ties[CHUNK], rest[CHUNK];
   double max_a = -infinity<double>(), max_b = max_a;
@@ -775,7 +775,7 @@ inline void cross_fold(const Plan& p, int sweep, const double* from, int count, 
     impossible |= is_impossible(c.kind);
   }
   for (int k = 0; k < count; k++) {
-    Paid c = paid(cross_at(from + k, pitch), max_a, max_b, p.inverse_temperature);
+    Paid c = paid(cross_at(from + k, pitch), max_a, max_b, row.inverse_temperature);
     s[k] = c.s;
     cost[k] = c.cost;
     ties[k] = c.count;
@@ -785,7 +785,7 @@ inline void cross_fold(const Plan& p, int sweep, const double* from, int count, 
   for (int i = 0; i < CROSS_STATES; i++) to[i * to_pitch] = ((const double*)&all)[i];
 }
 
-template <int SX, int SY> void cross_done(const Plan&, int sweep, const double* s, double* stats) {
+template <int SX, int SY> void cross_done(const Plan&, const Row&, int sweep, const double* s, double* stats) {
   if (sweep > 0) return;
   if (!s) return (void)std::fill(stats, stats + MAX_STATS, 0.0);
   Cross k = cross_at(s, 1);
@@ -793,7 +793,7 @@ template <int SX, int SY> void cross_done(const Plan&, int sweep, const double* 
 }
 
 template <typename T, int SX, int SY, bool ALONE> Kernel cross_kernel(const Plan& p) {
-  bool outputs = p.dx.data || p.dy.data || p.output == TERMS, tempered = sizeof(T) == sizeof(double) || p.inverse_temperature != 1;   // 1 changes no bit
+  bool outputs = p.dx.data || p.dy.data || p.output == TERMS, tempered = sizeof(T) == sizeof(double) || is_tempered(p);
   return {outputs ? 2 : 1, {CROSS_STATES, 0, 0},
           tempered ? cross_chunk<T, SX, SY, ALONE, true> : cross_chunk<T, SX, SY, ALONE, sizeof(T) == sizeof(double)>,
           cross_fold, cross_done<SX, SY>, 0};
@@ -936,7 +936,7 @@ template <typename T>
 void mixed_chunk(const Plan& p, const Row& row, int sweep, i64 start, int n, const double* stats, double* state, i64 pitch,
                  void* scratch) {
   Buffers<T>& s = *(Buffers<T>*)scratch;
-  double it = p.inverse_temperature;
+  double it = row.inverse_temperature;
   bool both = has_y(p.operation), overflowed = false;
   bool of_x = p.dx.data && is_unnormalised(p.space_x);
   bool of_y = p.dy.data && is_unnormalised(p.space_y) && !is_final(p.operation);
@@ -991,9 +991,9 @@ void mixed_chunk(const Plan& p, const Row& row, int sweep, i64 start, int n, con
   if (p.dy.data) store(p.dy, row.dy, start, n, of_y ? s.dy : dy, scale, p.stream);
 }
 
-inline void mixed_fold(const Plan& p, int sweep, const double* from, int count, i64 pitch, double* to, i64 to_pitch) {
+inline void mixed_fold(const Plan& p, const Row& row, int sweep, const double* from, int count, i64 pitch, double* to, i64 to_pitch) {
   if (sweep == 0) {
-    double it = p.inverse_temperature;
+    double it = row.inverse_temperature;
     side_fold(p.space_x, it, from, count, pitch, to, to_pitch);
     if (has_y(p.operation))
       side_fold(p.space_y, it, from + NORM_STATES * pitch, count, pitch, to + NORM_STATES * to_pitch, to_pitch);
@@ -1002,7 +1002,7 @@ inline void mixed_fold(const Plan& p, int sweep, const double* from, int count, 
   }
 }
 
-inline void mixed_finish(const Plan& p, int sweep, const double* state, double* stats) {
+inline void mixed_finish(const Plan& p, const Row&, int sweep, const double* state, double* stats) {
   if (!state) {
     for (int k = 0; k < MAX_STATS; k++) stats[k] = 0;
   } else if (sweep == 0) {
@@ -1275,7 +1275,7 @@ void members_chunk(const Plan& p, const Row& row, int sweep, i64 start, int n, c
     return;
   }
   Buffers<double>& s = *(Buffers<double>*)scratch;
-  MemberRow known = member_row(stats, p.inverse_temperature);
+  MemberRow known = member_row(stats, row.inverse_temperature);
   T *out_x = (T*)s.dx, *out_y = (T*)s.dy;
   Left left = {sweep == 1, p.dx.data != nullptr, p.dy.data != nullptr};
   Members found = {};
@@ -1306,8 +1306,8 @@ void members_chunk(const Plan& p, const Row& row, int sweep, i64 start, int n, c
   if (p.dy.data) store(p.dy, row.dy, start, n, out_y, row.weight * p.gradient_scale, p.stream);
 }
 
-inline void members_fold(const Plan& p, int sweep, const double* from, int count, i64 pitch, double* to, i64 to_pitch) {
-  if (sweep == 0) return logits_fold(p, sweep, from, count, pitch, to, to_pitch);
+inline void members_fold(const Plan& p, const Row& row, int sweep, const double* from, int count, i64 pitch, double* to, i64 to_pitch) {
+  if (sweep == 0) return logits_fold(p, row, sweep, from, count, pitch, to, to_pitch);
   if (sweep > 1) return;
   alignas(64) double moved[CHUNK];
   MemberLoops loops = member_loops(p);
@@ -1326,9 +1326,9 @@ inline void members_fold(const Plan& p, int sweep, const double* from, int count
   }
 }
 
-inline void members_done(const Plan& p, int sweep, const double* s, double* stats) {
+inline void members_done(const Plan&, const Row& row, int sweep, const double* s, double* stats) {
   if (!s) return (void)std::fill(stats, stats + MAX_STATS, 0.0);
-  if (sweep == 0) members_begin(spread_at(s, 1), p.inverse_temperature, stats);
+  if (sweep == 0) members_begin(spread_at(s, 1), row.inverse_temperature, stats);
   if (sweep == 1) members_finish(*(const Members*)s, stats);
 }
 
@@ -1344,7 +1344,7 @@ inline int sums_of(const Plan& p) { return is_unnormalised(p.space_x) || is_unno
 
 inline void tilt_chunk(const Plan& p, const Row& row, i64 start, int n, const double* stats, double* state, i64 pitch,
                        Buffers<double>& s) {
-  double it = p.inverse_temperature;
+  double it = row.inverse_temperature;
   const double *x = load(p.x, row.x, start, n, s.x), *y = load(p.y, row.y, start, n, s.y);
   const double *of_x = stats + NORM_X, *of_y = stats + NORM_Y;
   if (of_members(p)) {
@@ -1362,7 +1362,7 @@ template <typename T> void tilt_outputs(const Plan& p, const Row& row, i64 start
   TiltRow known = tilt_row(p.space_x, p.space_y, p.parameter, stats);
   T *dx = (T*)s.dx, *dy = (T*)s.dy;
   for (int i = 0; i < n; i++) {
-    TiltSlopes d = tilt_slopes(p.space_x, p.space_y, x[i], y[i], known, stats, p.inverse_temperature);
+    TiltSlopes d = tilt_slopes(p.space_x, p.space_y, x[i], y[i], known, stats, row.inverse_temperature);
     dx[i] = (T)d.dx;
     dy[i] = (T)d.dy;
   }
@@ -1392,16 +1392,16 @@ void renyi_chunk(const Plan& p, const Row& row, int sweep, i64 start, int n, con
   sums_kernel(p).chunk(p, scaled, sums > 1 ? sums : 0, start, n, stats, &unused, 1, scratch);
 }
 
-inline void renyi_fold(const Plan& p, int sweep, const double* from, int count, i64 pitch, double* to, i64 to_pitch) {
-  if (sweep < sums_of(p)) return sums_kernel(p).fold(p, sweep, from, count, pitch, to, to_pitch);
+inline void renyi_fold(const Plan& p, const Row& row, int sweep, const double* from, int count, i64 pitch, double* to, i64 to_pitch) {
+  if (sweep < sums_of(p)) return sums_kernel(p).fold(p, row, sweep, from, count, pitch, to, to_pitch);
   if (sweep > sums_of(p)) return;
   for (int k = 0; k < tilt_states(of_members(p)); k += NORM_STATES)
-    norm_fold(k == 0 ? 1.0 : p.inverse_temperature, from + k * pitch, count, pitch, to + k * to_pitch, to_pitch);
+    norm_fold(k == 0 ? 1.0 : row.inverse_temperature, from + k * pitch, count, pitch, to + k * to_pitch, to_pitch);
 }
 
-inline void renyi_done(const Plan& p, int sweep, const double* state, double* stats) {
+inline void renyi_done(const Plan& p, const Row& row, int sweep, const double* state, double* stats) {
   int sums = sums_of(p);
-  if (sweep < sums) sums_kernel(p).finish(p, sweep, state, stats);
+  if (sweep < sums) sums_kernel(p).finish(p, row, sweep, state, stats);
   if (sweep == sums - 1) renyi_begin(p.parameter, stats);
   if (sweep != sums) return;
   if (!is_tilted(stats)) return renyi_finish(p.parameter, stats);
@@ -1439,14 +1439,14 @@ inline Kernel sums_kernel(const Plan& p) {
   bool gradient = p.dx.data || p.dy.data;
   if (of_logits(p)) {
     int sweeps = gradient || p.output == TERMS ? 2 : 1;
-    bool tempered = p.inverse_temperature != 1;
+    bool tempered = is_tempered(p);
     auto chunk = p.wide ? (tempered ? logits_chunk<double, true> : logits_chunk<double, false>)
                         : (tempered ? logits_chunk<float, true> : logits_chunk<float, false>);
     return {sweeps, {LOGITS_STATES, 0, 0}, chunk, logits_fold, logits_done,
             gradient && p.output != TERMS ? (p.wide ? sizeof(Kept<double>) : sizeof(Kept<float>)) : 0};
   }
   if (of_members(p)) {
-    bool tempered = p.inverse_temperature != 1;
+    bool tempered = is_tempered(p);
     return {gradient ? 3 : 2, {LOGITS_STATES, MEMBER_STATES, 0},
             p.wide ? (tempered ? members_chunk<double, true> : members_chunk<double, false>)
                    : (tempered ? members_chunk<float, true> : members_chunk<float, false>),

@@ -537,7 +537,8 @@ BAD = {
     ],
     "axis": [HUGE, -HUGE, 10**5000, 2**63, 1.0, True + 0.0, [0], [[0]], np.array([0, 1]), {}, "0", b"0", None],
     "temperature": [
-        HUGE, -HUGE, 10**5000, [1.0], [[1.0]], {}, "1", b"1", np.array([1.0, 2.0]), None, 1 + 0j, float("nan"), {1.0},
+        HUGE, -HUGE, 10**5000, [1.0, 2.0], [[1.0]], {}, "1", b"1", np.array([1.0, 2.0]), None, 1 + 0j, float("nan"),
+        {1.0},
     ],
     "reduction": [np.array(["row"]), np.array(["row", "sum"]), ["row"], ("row",), {}, b"row", HUGE, 10**5000, None, 0],
     "device": [np.array(["cpu"]), ["cpu"], {}, b"cpu", 0, HUGE, "cuda:" + 5000 * "9"],

@@ -180,7 +180,7 @@ BUILDS = {
     ],
     "path": list(PATHS),
     "outputs": ["value", "x", "y", "xy", "terms", "terms xy"],
-    "temperature": [1.0, 2.5],
+    "temperature": [1.0, 2.5, "rows"],  # the last: one a row
     "architecture": ["90", "75", "80", "120"],
 }
 
@@ -325,8 +325,6 @@ def assert_run(gpu, compared, case, n, run):
     keywords = {"space": space, "reduction": reduction, "return_grad": wanted or None}
     if COMMON[operation].single:
         keywords["return_grad"] = "x" if wanted else None
-    if case["temperature"] != 1:
-        keywords["temperature"] = case["temperature"]
     arrays = [arranged(a, axis) for a in arrays]
     keywords["axis"] = AXES[axis]
     batch = np.moveaxis(arrays[0], AXES[axis], -1).shape[:-1]
@@ -337,11 +335,18 @@ def assert_run(gpu, compared, case, n, run):
     if run["weights"]:
         weights = weights_like(batch, ~finite, run["weights"])
         keywords["weights"] = weights
+    temperatures = np.resize([1.0, 2.5, 0.3, 60.0, 0.07], batch).astype(run["weights"] or "float64")
+    if case["temperature"] != 1:
+        keywords["temperature"] = temperatures if case["temperature"] == "rows" else case["temperature"]
     expected = call(operation, arrays, **keywords)
 
     on_device = [placed(gpu, a, run["layout"], other=bool(k)) for k, a in enumerate(arrays)]
     if weights is not None:
         keywords["weights"] = placed(gpu, weights, "behind" if weights.ndim == 1 else run["layout"])
+    if case["temperature"] == "rows":
+        keywords["temperature"] = placed(
+            gpu, temperatures, "behind" if batch == (len(temperatures),) else run["layout"]
+        )
     if run["out"]:
         keywords["out"] = tuple(
             placed(gpu, np.zeros_like(e), run["layout"] if e.ndim else "plain", other=True) if e.ndim

@@ -389,11 +389,13 @@ def test_any_chunks(data):
     weights = (np.arange(1, rows + 1) % 4).astype(data.draw(st.sampled_from(["i4", "f2", "f4", ">f8"])))
     keywords = {"reduction": data.draw(st.sampled_from(REDUCTIONS)), "weights": weights}
     if "logits" in space:
-        keywords["temperature"] = data.draw(st.sampled_from([1.0, 0.5, 3.0]))
+        keywords["temperature"] = data.draw(st.sampled_from([1.0, 0.5, 3.0, np.arange(1, rows + 1) / 2]))
     whole = call(operation, arrays, space, **keywords)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", da.PerformanceWarning)  # chunks that cut each other up
         keywords["weights"] = da.from_array(weights, chunks=(data.draw(chunkings(rows)),))
+        if isinstance(keywords.get("temperature"), np.ndarray) and data.draw(st.booleans()):
+            keywords["temperature"] = da.from_array(keywords["temperature"], chunks=(data.draw(chunkings(rows)),))
         check(call(operation, lazy, space, **keywords), whole, assert_close)
 
 
@@ -535,6 +537,8 @@ def test_cupy_chunks(gpu, on_gpu, chunks):
     ):
         arrays = arguments("kl_div", space, (7, 1300), "float32")
         keywords = {"reduction": reduction, "weights": weights}
+        if "logits" in space:
+            keywords["temperature"] = np.arange(1, 8) / 2
         whole = call("kl_div", arrays, space, **keywords)
         lazy = call("kl_div", [on_gpu(a, chunks) for a in arrays], space, **keywords)
         for a, computed, expected in zip(lazy, dask.compute(*lazy), whole, strict=True):
@@ -698,6 +702,49 @@ def test_weights_at_an_end_of_the_range_beside_a_denominator(exponent):
         assert_close(klcore.kl_div(*lazy, weights=w, **keywords).compute(), expected)
 
 
+# ---- temperatures ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("classes", [5000, (3072, 1928), 1024])
+@pytest.mark.parametrize(
+    "temperature",
+    [
+        np.array(2.5),
+        np.array([0.5]),
+        np.array([[0.5], [1.0]]),
+        np.array([0.5, 1.0, 7.0]),
+        np.array([[2, 1, 3], [1, 5, 1]]),
+    ],
+    ids=lambda t: str(t.shape),
+)
+def test_one_temperature_a_row(temperature, classes):
+    for (operation, space), dtype in itertools.product(
+        [("kl_div", ("logits", "logits")), ("cross_entropy", ("probs", "logits")), ("renyi_div", ("logits", "logits"))],
+        ("float32", "float64"),
+    ):
+        arrays = arguments(operation, space, (2, 3, 5000), dtype, "special")
+        arrays[1] = arrays[1][:, :1]
+        whole = call(operation, arrays, space, temperature=temperature)
+        for t in (temperature, da.from_array(temperature, chunks=1)):
+            lazy = call(
+                operation, chunked(arrays, ((1, 1), (2, 1), classes), ((1, 1), 1, classes)), space, temperature=t
+            )
+            for a, b, compare in zip(
+                dask.compute(*lazy), whole, (assert_same_bits, assert_same_bits, assert_close), strict=True
+            ):
+                compare(a, b)
+
+
+@pytest.mark.parametrize("chunks", [4, 8])
+@pytest.mark.parametrize("shape", [(), (6,)], ids=str)
+def test_temperatures_are_looked_at_when_they_are_there(chunks, shape):
+    x = da.ones((6, 8), chunks=(2, chunks), dtype="float32")
+    for bad, words in ((0.0, "must be positive and finite"), (1e-9, r"between 2\*\*-20 and 2\*\*100")):
+        lazy = klcore.kl_div(x, x, space="logits", temperature=da.full(shape, bad, chunks=2))
+        with pytest.raises(ValueError, match=words):
+            lazy.compute()
+
+
 # ---- errors ----------------------------------------------------------------------------------------------------------
 
 LAZY = da.ones((6, 8), chunks=(2, 4))
@@ -709,6 +756,8 @@ WHOLE = np.ones((6, 8))
     [
         {"space": "prob"}, {"space": ("probs",)}, {"reduction": "total"}, {"axis": 2}, {"axis": "last"},
         {"temperature": 0, "space": "logits"}, {"temperature": 2.0}, {"temperature": "hot"}, {"return_grad": "z"},
+        {"temperature": np.ones(5), "space": "logits"}, {"temperature": [0.0] * 6, "space": "logits"},
+        {"temperature": np.ones(6)},
         {"y": WHOLE[:, :5]}, {"y": WHOLE[:4]}, {"y": WHOLE[0, 0]}, {"weights": np.ones(5)},
         {"weights": np.ones((1, 1, 6))},
         {"weights": [-1.0] * 6}, {"weights": [np.nan] * 6}, {"x": WHOLE.astype(complex)}, {"y": WHOLE.astype("c8")},

@@ -112,14 +112,15 @@ def test_bits_of_more_chunks_than_are_merged_at_once():
     assert_bits(shards[1].values(), klcore.kl_div(*arrays, space="logits"))
 
 
+@pytest.mark.parametrize("temperature", [2.5, [[2.5, 0.5], [1.0, 9.0], [3.0, 0.1]]], ids=["all", "by-row"])
 @pytest.mark.parametrize("space", ["logits", ("probs", "logits")])
-def test_bits_of_any_layout(space):
-    """The classes in front, rows of x that are broadcast, a base, a temperature, and one row without a batch."""
+def test_bits_of_any_layout(space, temperature):
+    """The classes in front, rows of x that are broadcast, a base, temperatures, and one row without a batch."""
     pair = (space,) * 2 if isinstance(space, str) else space
     x, y = (numbers(s, np.random.default_rng(k).normal(size=(3, 2, 2000)), "float32") for k, s in enumerate(pair))
     x = np.moveaxis(x[:1], -1, 0)
     y = np.asfortranarray(np.moveaxis(y, -1, 0))
-    words = {"space": space, "temperature": 2.5, "base": 2.0, "beta": 0.1, "axis": 0}
+    words = {"space": space, "temperature": temperature, "base": 2.0, "beta": 0.1, "axis": 0}
     shards = spread("js_div", (x, y), (1024, 976), **words)
     value, dy = klcore.js_div(x, y, return_grad="y", **words)
     assert value.shape == (3, 2)
@@ -129,7 +130,7 @@ def test_bits_of_any_layout(space):
     dx_found = joined([s.gradient("x") for s in shards], 0)
     assert dx_found.shape == x.shape  # summed over the rows
     assert_bits(dx_found, dx)
-    words.pop("axis")
+    words |= {"axis": -1, "temperature": 2.5}
     row = x[:, 0, 0], y[:, 0, 0]
     (alone, _) = spread("js_div", row, (1024, 976), **words)
     assert_bits(alone.values(), klcore.js_div(*row, **words))
@@ -362,14 +363,18 @@ KINDS = [
 @pytest.mark.parametrize(("name", "space", "dtype"), KINDS)
 def test_bits_of_the_gpu(gpu, compared, name, space, dtype, fold):
     """Shards of two chunks, of one, of few classes and of none. Of the first kind terms, and a gradient that is a sum;
-    of the others both gradients at once."""
+    of the others both gradients at once, and a temperature a row."""
     pair = (space,) * 2 if isinstance(space, str) else space
     x, y = special(pair, 3000, dtype)
     first = name == KINDS[0][0]
     x = x[:1] if first else x
     words = {"space": space, "weights": WEIGHTS, **ON_GPU, **OPERATIONS[name].needed}
     parts = [slice(0, 1024), slice(1024, 1124), slice(1124, 1124), slice(1124, 3000)]
+    if not first:
+        words["temperature"] = np.linspace(0.5, 3, 6)
     here = [klcore.Shard(name, x[:, k], y[:, k], **words) for k in parts]
+    if not first:
+        words["temperature"] = gpu.put(words["temperature"])
     there = [klcore.Shard(name, gpu.put(x[:, k]), gpu.put(y[:, k]), **words) for k in parts]
     for _ in range(here[0].exchanges):
         states = [s.state(fold=fold) for s in here]

@@ -508,7 +508,9 @@ def test_arguments_of_the_operator():
     """Every field of a call, but for those that are not the operator's, is there and back again."""
     operator = importlib.import_module("klcore.backends.torch.operator")
     x, y, weights, ratio = torch.ones(4)
-    call = Call(KL_DIV, x, y, ("probs", "logits"), 1, "sum", weights, 2.5, parameter=0.25, factor=7.0, ratio=ratio, examples=2)
+    call = Call(
+        KL_DIV, x, y, ("probs", "logits"), 1, "sum", weights, 2.5, parameter=0.25, factor=7.0, ratio=ratio, examples=2
+    )
     for number in (0.5, 3, torch.ones(())):
         call = call._replace(temperature=number, denominator=number)
         assert operator.call_of(*operator.arguments_of(call)) == call

@@ -37,14 +37,14 @@ def _asarray(a: Any, name: str) -> Any:
     if a.dtype.char in "dfe" and a.dtype.isnative:
         return a
     rows.refuse(a, name)
-    if a.dtype.kind in "iub" and name != "weights":  # which kernels read as they are
+    if a.dtype.kind in "iub" and name not in ("weights", "temperature"):  # which kernels read as they are
         return a.astype(np.float64)
     return a if a.dtype.isnative else a.astype(a.dtype.newbyteorder("="))
 
 
 def _lent(a: Any) -> Any:
     """The array as the kernel reads it: bfloat16 has no buffer format, so two bytes are lent."""
-    return a.view("V2") if a is not None and a.dtype.kind == "V" else a
+    return a.view("V2") if isinstance(a, np.ndarray) and a.dtype.kind == "V" else a
 
 
 def compute(call: Call) -> Any:
@@ -65,8 +65,8 @@ def _compute(task: rows.Task) -> Any:
     plans = [
         _cpu.plan(
             task.operation.code, *task.spaces, task.output, _lent(task.x), _lent(task.y), _lent(task.weights),
-            _lent(task.value_view), direct.get("x"), direct.get("y"), task.wide, task.temperature, scale, threads,
-            task.factors, task.parameter, task.factor,
+            _lent(task.value_view), direct.get("x"), direct.get("y"), task.wide, _lent(task.temperature), scale,
+            threads, task.factors, task.parameter, task.factor,
         )
     ]  # fmt: skip
     for g in task.gradients:
@@ -109,11 +109,11 @@ def _sum(weights: Any) -> float:
 
 def _summed_gradient(task: rows.Task, g: rows.Gradient, scale: float, threads: int) -> Any:
     """The call for the gradient of a broadcast operand."""
-    to, (x, y, weights, factors), _ = _turned(task, g)
+    to, (x, y, weights, temperature, factors), _ = _turned(task, g)
     return _cpu.plan(
         task.operation.code, *task.spaces, rows.PER_ROW, x, y, weights, None,
         to if g.of == "x" else None, to if g.of == "y" else None,
-        task.wide, task.temperature, scale, threads, factors, task.parameter, task.factor, len(g.inner),
+        task.wide, temperature, scale, threads, factors, task.parameter, task.factor, len(g.inner),
     )  # fmt: skip
 
 
@@ -123,9 +123,10 @@ def _turned(task: rows.Task, g: rows.Gradient) -> tuple[Any, tuple[Any, ...], tu
     order = (*(d for d in range(ndim) if d not in g.inner), *g.inner)
 
     def turn(a: Any) -> Any:
-        return None if a is None else _lent(a.transpose(*order, *range(ndim, a.ndim)))
+        return _lent(a.transpose(*order, *range(ndim, a.ndim))) if isinstance(a, np.ndarray) else a  # None, or a number
 
-    return turn(g.view), tuple(turn(a) for a in (task.x, task.y, task.weights, task.factors)), order
+    read = task.x, task.y, task.weights, task.temperature, task.factors
+    return turn(g.view), tuple(map(turn, read)), order
 
 
 # ---- blocks of arrays that are never in one place, for backends/dask.py and klcore.Shard -----------------------------
@@ -182,7 +183,7 @@ def states(call: Call, number: int, stats: Any) -> Any:
     x, y = _lent(task.x), _lent(task.y)
     _cpu.sweep(
         number, operation, *spaces, x, y, _lent(task.weights), None, x if "x" in wanted else None,
-        y if "y" in wanted else None, task.wide, task.temperature, 1.0, get_num_threads(), task.parameter,
+        y if "y" in wanted else None, task.wide, _lent(task.temperature), 1.0, get_num_threads(), task.parameter,
         task.factor, _flat(stats), left.reshape(-1),
     )  # fmt: skip
     return left
@@ -190,7 +191,7 @@ def states(call: Call, number: int, stats: Any) -> Any:
 
 def merge(
     operation: Operation, number: int, states: Any, stats: Any, weights: Any, spaces: tuple[int, int], wide: bool,
-    temperature: float, parameter: float, factor: float, fold: bool = False,
+    temperature: Any, parameter: float, factor: float, fold: bool = False,
 ) -> Any:  # fmt: skip
     """The states of all blocks, joined along the chunks, into the rows' stats, of shape batch + (STATS,).
 
@@ -204,6 +205,8 @@ def merge(
         merged = np.zeros((*batch, STATS)) if stats is None else np.array(stats, order="C")
     if weights is not None:
         weights = _lent(np.broadcast_to(_asarray(weights, "weights"), batch))
+    if not isinstance(temperature, float):
+        temperature = _lent(np.broadcast_to(_asarray(temperature, "temperature"), batch))
     _cpu.merge(
         number, operation.code, *spaces, weights, wide, temperature, get_num_threads(), parameter,
         factor, np.array(states).reshape(-1), count, merged.reshape(-1), fold,
@@ -224,16 +227,16 @@ def outputs(call: Call, number: int, stats: Any, denominator: float, shared: tup
     if direct or terms is not None:
         _cpu.sweep(
             number, operation, *task.spaces, _lent(task.x), _lent(task.y), _lent(task.weights), terms, direct.get("x"),
-            direct.get("y"), task.wide, task.temperature, scale, threads, task.parameter, task.factor,
+            direct.get("y"), task.wide, _lent(task.temperature), scale, threads, task.parameter, task.factor,
             _flat(stats), None,
         )  # fmt: skip
     for g in task.gradients:
         if g.inner:
-            to, (x, y, weights, _), order = _turned(task, g)
+            to, (x, y, weights, temperature, _), order = _turned(task, g)
             known = None if stats is None else _flat(stats.transpose(*order, len(order)))
             _cpu.sweep(
                 number, operation, *task.spaces, x, y, weights, None, to if g.of == "x" else None,
-                to if g.of == "y" else None, task.wide, task.temperature, scale, threads, task.parameter, task.factor,
+                to if g.of == "y" else None, task.wide, temperature, scale, threads, task.parameter, task.factor,
                 known, None, len(g.inner),
             )  # fmt: skip
     return (task.value,) if terms is not None else tuple(g.array for g in task.gradients)

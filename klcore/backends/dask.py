@@ -81,43 +81,43 @@ def _like(a: Any, b: Any) -> Any:
 
 
 def _stand_in(a: Any, sizes: list[Any]) -> Any:
-    """An array of zeros without memory for a dask array; a size that is not known is taken from `sizes`."""
+    """An array of ones without memory for a dask array; a size that is not known is taken from `sizes`."""
     shape = tuple(sizes[k - a.ndim] if math.isnan(n) else n for k, n in enumerate(a.shape))
-    return np.broadcast_to(np.zeros((), a.dtype.newbyteorder("=")), shape)
+    return np.broadcast_to(np.ones((), a.dtype.newbyteorder("=")), shape)
 
 
-def _axes(x: Any, y: Any, weights: Any, axis: int) -> list[tuple[str, Any, tuple[int, ...]]]:
-    """The operands there are, with the axes that theirs are in the broadcast shape."""
+def _axes(x: Any, y: Any, by_row: dict[str, Any], axis: int) -> list[tuple[str, Any, tuple[int, ...]]]:
+    """The operands there are, with the axes that theirs are in the broadcast shape. `by_row`: one a row."""
     ndim = max(a.ndim for a in (x, y) if a is not None)
     whole = tuple(range(ndim))
     batch = tuple(d for d in whole if d != axis % max(ndim, 1))
-    named = (("x", x, whole), ("y", y, whole), ("weights", weights, batch))
+    named = (("x", x, whole), ("y", y, whole), *((name, a, batch) for name, a in by_row.items()))
     return [(name, a, axes[len(axes) - a.ndim :]) for name, a, axes in named if a is not None]
 
 
-def _arrange(call: Call, weights: Any) -> rows.Task:
-    """The call, of dask arrays, as rows.py sees it, all errors included; `weights` as they were given."""
-    x, y, w, axis, reduction = call.x, call.y, call.weights, call.axis, call.reduction
+def _arrange(call: Call, by_row: dict[str, Any], given: dict[str, Any]) -> rows.Task:
+    """The call, of dask arrays, as rows.py sees it, all errors included; `given`: `by_row` as the caller did."""
+    x, y, axis, reduction = call.x, call.y, call.axis, call.reduction
     ndim = max(a.ndim for a in (x, y) if a is not None)
     # along the axes of the broadcast shape; where nobody knows a size, any that is not 1 will do
     sizes = [
         max((a.shape[d] for a in (x, y) if a is not None and a.ndim >= -d and a.shape[d] > 1), default=2)
         for d in range(-ndim, 0)
     ]
-    unknown = any(math.isnan(n) for a in (x, y, w) if a is not None for n in a.shape)
+    unknown = any(math.isnan(n) for a in (x, y, *by_row.values()) if a is not None for n in a.shape)
 
     def asarray(a: Any, name: str) -> Any:
-        if name != "weights":
+        if name not in by_row:
             return _stand_in(a, sizes)
         if unknown and a.ndim < ndim:
-            _check_sizes(_axes(x, y, a, axis), axis % ndim, reduction)
-        if isinstance(weights, da.Array) or hasattr(weights, "__cuda_array_interface__"):
+            _check_sizes(_axes(x, y, {name: a}, axis), axis % ndim, reduction)
+        if isinstance(given[name], da.Array) or hasattr(given[name], "__cuda_array_interface__"):
             return _stand_in(a, [n for d, n in enumerate(sizes) if d != axis % ndim])
-        return np.asarray(weights, a.dtype.newbyteorder("="))  # its values are looked at
+        return np.asarray(given[name], a.dtype.newbyteorder("="))  # its values are looked at
 
     task = rows.arrange(_SHAPES, asarray, call)
     if unknown:
-        _check_sizes(_axes(x, y, w, axis), axis % ndim, reduction)
+        _check_sizes(_axes(x, y, by_row, axis), axis % ndim, reduction)
     return task
 
 
@@ -156,29 +156,39 @@ def _backend(a: Any) -> Any:
     return importlib.import_module("klcore.backends.cuda") if hasattr(a, "__cuda_array_interface__") else cpu
 
 
-def _rows(x: Any, y: Any, weights: Any, denominator: Any, call: Call, totals: bool, shared: Any) -> tuple[Any, ...]:
+def _of_block(call: Call, x: Any, y: Any, weights: Any, temperature: Any) -> Call:
+    temperature = call.temperature if temperature is None else temperature
+    return call._replace(x=x, y=y, weights=weights, temperature=temperature)
+
+
+def _rows(
+    x: Any, y: Any, weights: Any, temperature: Any, denominator: Any, call: Call, totals: bool, shared: Any
+) -> tuple[Any, ...]:
     """A block whose rows are whole: the value, or the sums of 1024 rows each, and gradients."""
     with _threads():
-        call = call._replace(x=x, y=y, weights=weights)
+        call = _of_block(call, x, y, weights, temperature)
         value, *gradients = _backend(x).block(call, float(denominator), shared)
     return cpu.chunk_sums(_host(value)) if totals else value, *gradients
 
 
-def _states(x: Any, y: Any, weights: Any, stats: Any, call: Call, number: int) -> Any:
+def _states(x: Any, y: Any, weights: Any, temperature: Any, stats: Any, call: Call, number: int) -> Any:
     with _threads():
-        return _backend(x).states(call._replace(x=x, y=y, weights=weights), number, stats)
+        return _backend(x).states(_of_block(call, x, y, weights, temperature), number, stats)
 
 
-def _merge(states: Any, weights: Any, stats: Any, **arguments: Any) -> Any:
+def _merge(states: Any, weights: Any, temperature: Any, stats: Any, number_of_all: float, **arguments: Any) -> Any:
+    temperature = number_of_all if temperature is None else temperature
     with _threads():
-        return _backend(states).merge(states=states, weights=weights, stats=stats, **arguments)
+        backend = _backend(states)
+        return backend.merge(states=states, weights=weights, temperature=temperature, stats=stats, **arguments)
 
 
 def _outputs(
-    x: Any, y: Any, weights: Any, stats: Any, denominator: Any, call: Call, number: int, shared: Any
+    x: Any, y: Any, weights: Any, temperature: Any, stats: Any, denominator: Any, call: Call, number: int, shared: Any
 ) -> tuple[Any, ...]:
     with _threads():
-        return _backend(x).outputs(call._replace(x=x, y=y, weights=weights), number, stats, float(denominator), shared)
+        block = _of_block(call, x, y, weights, temperature)
+        return _backend(x).outputs(block, number, stats, float(denominator), shared)
 
 
 def _matching(function: Any, alike: tuple[Any, ...], *blocks: Any, **more: Any) -> Any:
@@ -194,6 +204,12 @@ def _matching(function: Any, alike: tuple[Any, ...], *blocks: Any, **more: Any) 
                 "compute_chunk_sizes(), called on each argument first, lets klcore compare and rechunk the whole"
             )
     return function(*blocks, **more)
+
+
+def _checked(temperature: Any, double: bool) -> Any:
+    """Of no dimensions: blocks would take it for a number, at which float32 may be computed in double."""
+    rows.check_temperatures(_host(temperature), None, double)
+    return temperature
 
 
 def _factor(total: Any) -> Any:
@@ -253,22 +269,25 @@ def _host(a: Any) -> Any:
 # ---- the graph -------------------------------------------------------------------------------------------------------
 
 
+_READ = ("x", "y", "weights", "temperature")  # the operands of a block, in the order in which its functions take them
+
+
 class _Graph:
     """The layers of one call. Axes have numbers as labels: those of the broadcast shape, and two of our own."""
 
-    def __init__(self, task: rows.Task, x: Any, y: Any, weights: Any, axis: int) -> None:
+    def __init__(self, task: rows.Task, x: Any, y: Any, by_row: dict[str, Any], axis: int) -> None:
         self.task, self.axis = task, axis
         self.chunk_library = _library(x)
-        self._unify(x, y, weights)
+        self._unify(x, y, by_row)
         ndim = max(a.ndim for a in self.arrays.values())
         self.all = tuple(range(ndim))
         self.classes = axis % ndim
         self.batch = tuple(d for d in self.all if d != self.classes)
         self.states, self.stats = ndim, ndim + 1
 
-    def _unify(self, x: Any, y: Any, weights: Any) -> None:
+    def _unify(self, x: Any, y: Any, by_row: dict[str, Any]) -> None:
         """Give all operands the same chunks."""
-        operands = _axes(x, y, weights, self.axis)
+        operands = _axes(x, y, by_row, self.axis)
         self.chunks, unified = da.unify_chunks(*(word for _, a, axes in operands for word in (a, axes)))
         self.arrays = {name: a for (name, _, _), a in zip(operands, unified, strict=True)}
         self.axes = {name: axes for name, _, axes in operands}
@@ -360,8 +379,9 @@ def compute(call: Call) -> Any:
             f"device={call.device!r}: dask's chunks are computed where they are; move them first, as with "
             "x.map_blocks(cupy.asarray)"
         )
-    given = call.x, call.y, call.weights
-    w = None if call.weights is None else _array(call.weights, "weights")
+    given = call.x, call.y, call.weights, None, call.temperature
+    named = {"weights": call.weights, "temperature": call.temperature if rows.has_numbers(call.temperature) else None}
+    by_row = {name: _array(a, name) for name, a in named.items() if a is not None}
     x, y = _array(call.x, "x"), None if call.operation.single else _array(call.y, "y")
     if y is not None:  # a list goes with the other's chunks
         x = x if isinstance(given[0], da.Array) else _like(x, y)
@@ -376,7 +396,7 @@ def compute(call: Call) -> Any:
     divisor = call.denominator if isinstance(call.denominator, da.Array) else None
     if divisor is not None:
         call = call._replace(denominator=None)
-    task = _arrange(call._replace(x=x, y=y, weights=w), given[2])
+    task = _arrange(call._replace(x=x, y=y, **by_row), by_row, named)
     task.divisor = divisor
     axis = operator.index(call.axis)
     if labels.are_there(*given):
@@ -384,7 +404,10 @@ def compute(call: Call) -> Any:
     scalar = task.x.ndim == 1 and all(a.ndim == 0 for a in (x, y) if a is not None)
     if scalar:  # one class
         x, y = (a if a is None else a.reshape(1) for a in (x, y))
-    graph = _Graph(task, x, y, w, axis)
+    if "temperature" in by_row and by_row["temperature"].ndim == 0:
+        double = any(a.dtype.itemsize == 8 for a in (x, y) if a is not None)
+        by_row["temperature"] = by_row["temperature"].map_blocks(_checked, double, dtype=by_row["temperature"].dtype)
+    graph = _Graph(task, x, y, by_row, axis)
     denominator = task.denominator if divisor is None else divisor
     if task.by_weights:
         factor = graph.move_weights() if task.weights.dtype.itemsize == 8 else 1.0
@@ -398,7 +421,7 @@ def compute(call: Call) -> Any:
         y=None,
         weights=None,
         axis=last,
-        temperature=task.temperature,
+        temperature=1.0 if "temperature" in by_row else task.temperature,
         return_grad=_wanted(task),
         denominator=None,
     )
@@ -416,7 +439,7 @@ def _by_rows(graph: _Graph, call: Call, scale: Any) -> tuple[Any, list[Any]]:
     task, totals = graph.task, graph.task.output == rows.TOTAL
     block = call._replace(reduction="row", dtype="float64") if totals else call
     packed = graph.layer(
-        _rows, graph.all, *graph.operands("x", "y", "weights"), scale, dtype=object, concatenate=True, call=block,
+        _rows, graph.all, *graph.operands(*_READ), scale, dtype=object, concatenate=True, call=block,
         totals=totals, shared=_shared(task),
     )  # fmt: skip
     first = (packed, graph.all), (0, None)
@@ -431,7 +454,7 @@ def _by_rows(graph: _Graph, call: Call, scale: Any) -> tuple[Any, list[Any]]:
 def _by_parts(graph: _Graph, call: Call, scale: Any) -> tuple[Any, list[Any]]:
     """The same where it is in several."""
     task, operation = graph.task, call.operation
-    operands = graph.operands("x", "y", "weights")
+    operands = graph.operands(*_READ)
     of_stats, of_states = (*graph.batch, graph.stats), (*graph.batch, graph.states, graph.classes)
     stats: list[tuple[Any, Any]] = [(None, None)]  # before each sweep, and after the last that the value takes
     by_row = call._replace(reduction="row")
@@ -441,8 +464,8 @@ def _by_parts(graph: _Graph, call: Call, scale: Any) -> tuple[Any, list[Any]]:
             new_axes={graph.states: size}, adjust_chunks={graph.classes: cpu.chunks},
         )  # fmt: skip
         merged = graph.layer(
-            _merge, of_stats, (states, of_states), operands[2], stats[-1], dtype=np.float64, concatenate=True,
-            number=number, operation=operation, spaces=task.spaces, wide=task.wide, temperature=task.temperature,
+            _merge, of_stats, (states, of_states), *operands[2:], stats[-1], dtype=np.float64, concatenate=True,
+            number=number, operation=operation, spaces=task.spaces, wide=task.wide, number_of_all=call.temperature,
             parameter=task.parameter, factor=task.factor, new_axes={graph.stats: cpu.STATS},
         )  # fmt: skip
         stats.append((merged, of_stats))

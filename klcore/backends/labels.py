@@ -43,25 +43,26 @@ def are_there(*arrays: Any) -> bool:
     return any(_reader(type(a)) for a in arrays)
 
 
-def check(last: int, x: Any, y: Any, weights: Any, ratio: Any = None) -> None:
+def check(last: int, x: Any, y: Any, weights: Any, ratio: Any = None, temperature: Any = None) -> None:
     """Raise ValueError where labels say another thing than positions, TypeError where they may, and nobody can tell.
 
     Parameters
     ----------
     last : int
         The class axis, counted from the end; 0 if there is none.
-    x, y, weights, ratio
+    x, y, weights, ratio, temperature
         As the caller gave them; all but x may be None.
     """
     found = {}
-    for name, a in (("x", x), ("y", y), ("weights", weights), ("ratio", ratio)):
+    given = {"x": x, "y": y, "weights": weights, "ratio": ratio, "temperature": temperature}
+    for name, a in given.items():
         if a is None:
             continue
         reader, shape = _reader(type(a)), tuple(getattr(a, "shape", None) or np.shape(a))
         axes = reader(a) if reader else [(None, None)] * len(shape)
         for k, (n, (dimension, labels)) in enumerate(zip(shape, axes, strict=True)):
-            at = k - len(shape)  # in the broadcast shape of x and y, from its end; weights have no class axis
-            at -= name == "weights" and at <= last < 0
+            at = k - len(shape)  # in the broadcast shape of x and y, from its end; what is one a row has no class axis
+            at -= name in ("weights", "temperature") and at <= last < 0
             found[name, at] = f"axis {k} of {name}", n, dimension, labels
     for ((one, at), a), ((other, to), b) in itertools.combinations(found.items(), 2):
         if at == to:

@@ -63,7 +63,7 @@ class Task:
     given: bool  # whether the caller gave `out`, and so wants arrays
     scalar_dtype: Any
     wide: bool  # compute in float64
-    temperature: float
+    temperature: Any  # a float, or an array, one a row, of any dtype that the backend's kernels read them in
     rows: int
     n: int
     denominator: float | None  # of a total, and of all gradients; None: the sum of the weights
@@ -75,6 +75,11 @@ class Task:
     over_y: bool = False  # whether the gradient for y may be written where y is
     divisor: Any = None  # instead of a denominator of 1: one that is known where the arrays are, or later
     counted: Any = None  # the weights that a mean is divided by, where others multiply the rows
+
+    @property
+    def temperatures(self) -> Any:
+        """Those of the rows, where they have their own; or None."""
+        return None if isinstance(self.temperature, float) else self.temperature
 
     @property
     def by_weights(self) -> bool:
@@ -156,17 +161,20 @@ def _arrange(xp: Any, asarray: Any, call: Call, factors: Any = None, signed: boo
     spaces, temperature, wanted = words(call)
     laid = _lay(xp, asarray, call)
     weights = by = _weights(xp, asarray, call.weights, laid.batch, signed)
+    double = max(a.dtype.itemsize for a in laid.operands.values()) == 8
+    if not isinstance(temperature, float):
+        temperature = _temperatures(xp, asarray, temperature, laid.batch, weights, double)
     if call.ratio is not None:
         by = _times_ratio(xp, weights, _over_rows(xp, _multiplier(asarray, call.ratio, "ratio"), laid.batch, "ratio"))
-    if labels.are_there(call.x, call.y, call.weights, call.ratio):
-        labels.check(0 if laid.alone else laid.last, call.x, call.y, call.weights, call.ratio)
+    given = call.x, call.y, call.weights, call.ratio, call.temperature
+    if labels.are_there(*given):
+        labels.check(0 if laid.alone else laid.last, *given)
     if factors is not None:
         factors = laid.classes_last(_broadcast(xp, _multiplier(asarray, factors, "factors"), laid.terms))
-    double = max(a.dtype.itemsize for a in laid.operands.values()) == 8
     dtype = call.dtype or ("float64" if double else "float32")
     wide = (
         double
-        or is_wide(call.operation, spaces, temperature, call.parameter)
+        or is_wide(call.operation, spaces, temperature if isinstance(temperature, float) else 1.0, call.parameter)
         or (factors is not None and LOGITS in spaces)
     )
     rows = math.prod(laid.batch)
@@ -209,7 +217,8 @@ def _arrange_results(xp: Any, task: Task, laid: _Laid, out: Any, wanted: tuple[s
             if result is not None:
                 operand = laid.operands[name]
                 _check_out(xp, result, f"the gradient with respect to {name}", operand.shape, operand.dtype)
-        inputs = [a for a in (*laid.operands.values(), task.weights) if a is not None]
+        read = *laid.operands.values(), task.weights, task.temperature
+        inputs = [a for a in read if a is not None and not isinstance(a, float)]
         whole = all(laid.operands[name].shape == laid.terms for name in wanted)
         task.over_y = "y" in wanted and task.spaces[1] == LOGITS and whole
         check_overlap([a for a in (value, *gradients) if a is not None], inputs, gradients[-1] if task.over_y else None)
@@ -477,8 +486,9 @@ def _list(words: Any) -> str:
     return ", ".join(repr(w) for w in words)
 
 
-def words(call: Call) -> tuple[tuple[int, int], float, tuple[str, ...]]:
-    """Those of a call, checked: the codes of both spaces, the temperature, the names of the gradients."""
+def words(call: Call) -> tuple[tuple[int, int], Any, tuple[str, ...]]:
+    """Those of a call, checked: the codes of both spaces, the temperature, the names of the gradients. An array of
+    temperatures comes as it was given; its numbers are looked at later."""
     operation = call.operation
     spaces = space_pair(call.space, operation)
     temperature = _temperature(call.temperature, spaces)
@@ -566,7 +576,20 @@ def space_pair(space: Any, operation: Operation) -> tuple[int, int]:
     return SPACES[pair[0]], SPACES[pair[1]]
 
 
-def _temperature(temperature: Any, spaces: tuple[int, int]) -> float:
+def has_numbers(temperature: Any) -> bool:
+    """Whether a temperature is an array to read from: not NumPy's of no dimensions, which is a number."""
+    if isinstance(temperature, (int, float)):
+        return False
+    if isinstance(temperature, (np.ndarray, np.generic)) and _on_host(temperature) is not None:
+        return temperature.ndim > 0
+    return hasattr(temperature, "shape") or isinstance(temperature, (list, tuple))
+
+
+def _temperature(temperature: Any, spaces: tuple[int, int]) -> Any:
+    if has_numbers(temperature):
+        if LOGITS not in spaces:
+            raise ValueError("temperature divides logits: it needs space='logits' for x or y; found an array")
+        return temperature
     try:
         t = float(temperature)
     except OverflowError:  # an integer that no float holds
@@ -575,10 +598,8 @@ def _temperature(temperature: Any, spaces: tuple[int, int]) -> float:
         t = None
     if t is None or isinstance(temperature, (str, bytes)):
         raise TypeError(f"temperature must be a number, found {shown(temperature)} ({type(temperature).__name__})")
-    if not (0 < t < math.inf and 1 / t < math.inf):
-        raise ValueError(
-            f"temperature must be positive and finite, and so must be 1 / temperature; found {shown(temperature)}"
-        )
+    if not (t > 0 and _POSITIVE[0] <= t <= _POSITIVE[1]):
+        raise ValueError(f"temperature must {_BE_POSITIVE}; found {shown(temperature)}")
     if t != 1 and LOGITS not in spaces:
         raise ValueError(f"temperature divides logits: it needs space='logits' for x or y; found temperature={t!r}")
     return t
@@ -659,15 +680,55 @@ def _weights(xp: Any, asarray: Any, weights: Any, batch: tuple[int, ...], signed
     view = _over_rows(xp, w, batch, "weights")
     if signed:
         return view
-    # On a GPU they are not looked at, which would mean to wait for it: a bad weight makes its row NaN there.
-    host = next((a for a in (w, weights) if not hasattr(a, "__cuda_array_interface__")), None)
+    host = _on_host(w, weights)  # on a GPU a bad weight makes its row NaN
     if host is not None and w.size and not (np.min(host) >= 0 and np.max(host) < math.inf):  # NaN fails both
         host = np.asarray(host)
-        bad = np.argwhere(~((host >= 0) & (host < math.inf)))
-        at = tuple(bad[0].tolist())
-        found = f"{host[at]!s}{f' at index {at}' if at else ''}{f', and {len(bad) - 1} more' if len(bad) > 1 else ''}"
-        raise ValueError(f"weights must be finite and >= 0; found {found}")
+        raise ValueError(
+            f"weights must be finite and >= 0; found {_bad_ones(host, ~((host >= 0) & (host < math.inf)))}"
+        )
     return view
+
+
+# Between which temperatures lie: of double, and of float32, which at others has no room for the logarithms of a row.
+# They are asked for their sign as well: threads of XLA's take the least one, a subnormal number, for 0.
+_POSITIVE, _NARROW = _cpu.TEMPERATURES, _cpu.NARROW_TEMPERATURES
+_BE_POSITIVE = "be positive and finite, and so must be 1 / temperature"
+
+
+def _temperatures(xp: Any, asarray: Any, temperature: Any, batch: tuple[int, ...], weights: Any, double: bool) -> Any:
+    """One a row; or a float, where NumPy makes a number of it."""
+    t = asarray(temperature, "temperature")
+    if t.ndim == 0 and isinstance(_on_host(t), np.ndarray):
+        return _temperature(t, (LOGITS, LOGITS))
+    view = _over_rows(xp, t, batch, "temperature")
+    host = _on_host(t, temperature)  # on a GPU a bad one makes its row NaN
+    if host is not None:
+        check_temperatures(np.broadcast_to(host, batch), weights, double)
+    return view
+
+
+def check_temperatures(t: Any, weights: Any, double: bool) -> None:
+    """Raise ValueError if one of them is bad, of a row that has a weight. `double`: an argument is float64."""
+    t = t.astype(np.float64)
+    narrow = "lie between 2**-20 and 2**100 where it is an array and no argument is float64; pass one as float64"
+    for (low, high), must in ((_POSITIVE, _BE_POSITIVE), (_NARROW, narrow))[: 1 if double else 2]:
+        good = (t > 0) & (t >= low) & (t <= high)
+        if weights is not None and _on_host(weights) is not None:
+            good |= weights == 0
+        if not good.all():
+            raise ValueError(f"temperature must {must}; found {_bad_ones(t, ~good)}")
+
+
+def _on_host(*same: Any) -> Any:
+    """One of these, that NumPy can look at. On a GPU nobody does, which would mean to wait for it."""
+    return next((a for a in same if not hasattr(a, "__cuda_array_interface__")), None)
+
+
+def _bad_ones(a: Any, bad: Any) -> str:
+    """The first, where it is, and how many more there are."""
+    where = np.argwhere(bad)
+    at = tuple(where[0].tolist())
+    return f"{a[at]!s}{f' at index {at}' if at else ''}{f', and {len(where) - 1} more' if len(where) > 1 else ''}"
 
 
 def _over_rows(xp: Any, a: Any, batch: tuple[int, ...], name: str) -> Any:

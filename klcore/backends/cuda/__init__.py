@@ -29,7 +29,7 @@ from klcore.operations import Call, Operation
 
 __all__ = ["arrange", "block", "compute", "merge", "missing", "on_stream", "outputs", "ready", "states"]
 
-_CHECKED = 3  # of these out= may not overlap
+_CHECKED = 4  # of READ: out= may not overlap these
 _MOST_KEPT = 1024  # prepared calls; 2.4 KB a launch
 _kept: dict[Any, Prepared] = {}  # by _key
 
@@ -60,7 +60,8 @@ def _integer(axis: Any) -> Any:
 
 def _number(temperature: Any) -> Any:
     try:
-        return float(temperature) if hasattr(temperature, "__float__") else temperature
+        numbers = rows.has_numbers(temperature) or not hasattr(temperature, "__float__")
+        return temperature if numbers else float(temperature)
     except (TypeError, ValueError, OverflowError):
         return temperature
 
@@ -76,20 +77,24 @@ def compute(call: Call) -> Any:
         divisor = _divisor(cupy, call.denominator)
         call = call._replace(denominator=None)
     cotangent = devices.as_read(cupy, call.cotangent, devices.FLOAT64 if total else None)
+    number, temperatures = _number(call.temperature), None
+    if rows.has_numbers(number):
+        number, temperatures = None, devices.as_read(cupy, number, name="temperature")
     call = call._replace(
-        weights=weights, cotangent=cotangent, axis=_integer(call.axis), temperature=_number(call.temperature)
-    )
+        weights=weights, cotangent=cotangent, axis=_integer(call.axis),
+        temperature=number if temperatures is None else temperatures,
+    )  # fmt: skip
     # the arrays that kernels read, in the order of READ, and what there is beside them
-    read: tuple[Any, ...] = (call.x, call.y, weights, None, cotangent, divisor, None)
+    read: tuple[Any, ...] = (call.x, call.y, weights, temperatures, None, cotangent, divisor, None)
     if cotangent is not None and weights is None and not total:  # it multiplies each row, or each term
         by_row = call.reduction == "row"
-        read = (call.x, call.y, cotangent, None, None, None, None)
-        read = read if by_row else (call.x, call.y, None, cotangent, None, None, None)
+        read = (call.x, call.y, cotangent, temperatures, None, None, None, None)
+        read = read if by_row else (call.x, call.y, None, temperatures, cotangent, None, None, None)
     elif call.operation.is_loss:
-        read = (call.x, call.y, None, weights, cotangent, None, None)
+        read = (call.x, call.y, None, None, weights, cotangent, None, None)
     words = (
-        call.operation.code, call.space, call.axis, call.reduction, call.temperature, call.return_grad,
-        call.denominator, call.parameter, call.factor, call.dtype,
+        call.operation.code, call.space, call.axis, call.reduction, number, call.return_grad, call.denominator,
+        call.parameter, call.factor, call.dtype,
     )  # fmt: skip
     out = call.out if cotangent is None or call.out is None else (None, *call.out)
     given = out if isinstance(out, tuple) else (out,)
@@ -107,11 +112,11 @@ def compute(call: Call) -> Any:
         with cupy.cuda.Device(prepared.device):
             return _again(cupy, prepared, read, given, cotangent is None)
 
-    number = devices.choose(cupy, call.device, {**dict(zip(READ, read, strict=True)), "ratio": call.ratio}, given)
-    with cupy.cuda.Device(number):
-        task = rows.arrange(cupy, partial(devices.asarray, cupy, number), call)
-        task.divisor = divisor if divisor is None or divisor.device.id == number else cupy.array(divisor)
-        value, prepared, arrays = _compute(cupy, number, task)
+    device = devices.choose(cupy, call.device, {**dict(zip(READ, read, strict=True)), "ratio": call.ratio}, given)
+    with cupy.cuda.Device(device):
+        task = rows.arrange(cupy, partial(devices.asarray, cupy, device), call)
+        task.divisor = divisor if divisor is None or divisor.device.id == device else cupy.array(divisor)
+        value, prepared, arrays = _compute(cupy, device, task)
         if key is not None and prepared is not None and _can_be_kept(task, arrays, read):
             if len(_kept) >= _MOST_KEPT:
                 _kept.clear()
@@ -212,7 +217,7 @@ def _compute(cupy: Any, device: int, task: rows.Task) -> tuple[Any, Prepared | N
     if cotangent is not None and (task.by_weights or devices.is_here(cotangent, cupy)):
         cotangent = task.cotangent = cupy.asarray(cotangent, np.float64)  # multiplied where the denominator is known
     here = cotangent if devices.is_here(cotangent, cupy) else None
-    arrays = [task.x, task.y, task.weights, task.factors, here, task.divisor, task.counted]
+    arrays = [task.x, task.y, task.weights, task.temperatures, task.factors, here, task.divisor, task.counted]
     results = [value, *(g.array for g in task.gradients)]
     prepared = prepare(device, task, arrays, results)
     _execute(cupy, prepared, [0 if a is None else a.data.ptr for a in (*arrays, *results)])
@@ -253,7 +258,7 @@ def states(call: Call, number: int, stats: Any) -> Any:
 
 def merge(
     operation: Operation, number: int, states: Any, stats: Any, weights: Any, spaces: tuple[int, int], wide: bool,
-    temperature: float, parameter: float, factor: float, fold: bool = False,
+    temperature: Any, parameter: float, factor: float, fold: bool = False,
 ) -> Any:  # fmt: skip
     """The states of all blocks, joined along the chunks, into the rows' stats; or, to `fold`, into one state a row."""
     cupy = ready()
@@ -262,10 +267,17 @@ def merge(
             merged = cupy.zeros((*states.shape[:-1], 1))
         else:
             merged = cupy.zeros((*states.shape[:-2], MAX_STATS)) if stats is None else cupy.array(stats, order="C")
-        if weights is not None:
-            weights = cupy.broadcast_to(devices.asarray(cupy, states.device.id, weights, "weights"), states.shape[:-2])
+
+        def by_row(a: Any, name: str) -> Any:
+            return cupy.broadcast_to(devices.asarray(cupy, states.device.id, a, name), states.shape[:-2])
+
+        weights = None if weights is None else by_row(weights, "weights")
+        temperatures = None if isinstance(temperature, float) else by_row(temperature, "temperature")
         if states.size:
-            arrays = {"states": cupy.asarray(states, order="C"), "weights": weights, "merged": merged}
+            arrays = {
+                "states": cupy.asarray(states, order="C"), "weights": weights, "temperatures": temperatures,
+                "merged": merged,
+            }  # fmt: skip
             words = operation, number, spaces, wide, temperature, parameter, factor, fold
             _launch(cupy, parts.merge(states.device.id, *words, arrays), arrays)
         return merged
@@ -296,7 +308,8 @@ def outputs(call: Call, number: int, stats: Any, denominator: float, shared: tup
 def _there(call: Call) -> Iterator[tuple[Any, int]]:
     """CuPy, on the device of a block's arrays, and its number."""
     cupy = ready()
-    device = devices.choose(cupy, None, {"x": call.x, "y": call.y, "weights": call.weights}, ())
+    given = {"x": call.x, "y": call.y, "weights": call.weights, "temperature": call.temperature}
+    device = devices.choose(cupy, None, given, ())
     with cupy.cuda.Device(device):
         yield cupy, device
 
@@ -316,7 +329,7 @@ def _parts_of_sums(task: rows.Task, shared: tuple[str, ...]) -> tuple[Any, ...]:
 
 
 def _read(task: rows.Task) -> dict[str, Any]:
-    return {"x": task.x, "y": task.y, "weights": task.weights}
+    return {"x": task.x, "y": task.y, "weights": task.weights, "temperatures": task.temperatures}
 
 
 def _launch(cupy: Any, prepared: Prepared, arrays: dict[str, Any]) -> None:

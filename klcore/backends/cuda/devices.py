@@ -85,13 +85,13 @@ def properties(device: int) -> _Device:
     )
 
 
-def as_read(cupy: Any, a: Any, dtype: Any = None) -> Any:
-    """Weights, factors or a cotangent as kernels read them, which rows.py would see to as well, but too late: a call is
-    known by the arrays that kernels read. Only for CuPy's arrays on the current device."""
+def as_read(cupy: Any, a: Any, dtype: Any = None, name: str = "weights") -> Any:
+    """Weights, temperatures, factors or a cotangent as kernels read them, which rows.py would see to as well, but too
+    late: a call is known by the arrays that kernels read. Only for CuPy's arrays on the current device."""
     if type(a) is not cupy.ndarray:
-        # rows.py looks at weights that are on the host, by NumPy
+        # rows.py looks at what is on the host, by NumPy
         foreign = hasattr(type(a), "__dlpack__") and not hasattr(a, "__cuda_array_interface__")
-        return rows.as_numpy(a, "weights") if foreign else a
+        return rows.as_numpy(a, name) if foreign else a
     if a.data.device_id != cupy.cuda.runtime.getDevice():
         return a
     if dtype is None and a.dtype.kind in "biu":
@@ -146,7 +146,8 @@ def asarray(cupy: Any, device: int, a: Any, name: str) -> Any:
         a = cupy.array(a)  # copies to the current device
     if a.dtype.kind in "iub":
         return a.astype(np.float64)
-    return a.astype(np.float32) if name == "weights" and a.dtype.itemsize == 2 else a  # as kernels read them
+    by_row = name in ("weights", "temperature")
+    return a.astype(np.float32) if by_row and a.dtype.itemsize == 2 else a  # as kernels read them
 
 
 class _Foreign:

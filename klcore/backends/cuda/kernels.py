@@ -30,17 +30,22 @@ def is_fast(operation: Operation, spaces: tuple[int, int], dtypes: tuple[int, in
     return not wide and not beside and max(_cpu.SIZES[d] for d in dtypes) == 2
 
 
+def tempered_by(temperature: Any) -> str:
+    """The macro for one temperature, or for one a row; none for 1."""
+    return "TEMPERATURES" if not isinstance(temperature, float) else "TEMPERATURE" if temperature != 1 else ""
+
+
 def options(
     operation: Operation, spaces: tuple[int, int], dtypes: tuple[int, int], wide: bool, outputs: int,
-    entries: tuple[str, ...], unit: bool = True, factors: bool = False,
+    entries: tuple[str, ...], tempered: str = "", factors: bool = False,
 ) -> tuple[str, ...]:  # fmt: skip
-    """The macros that kl_cuda.cu is compiled with for these kernels; `unit` if the temperature is 1."""
+    """The macros that kl_cuda.cu is compiled with for these kernels; `tempered`: see `tempered_by`."""
     values = {
         "OPERATION": operation.code, "SPACE_X": spaces[0], "SPACE_Y": spaces[1], "X": dtypes[0], "Y": dtypes[1],
         "WIDE": int(wide), "OUTPUTS": outputs,
     }  # fmt: skip
-    if not unit:
-        values["TEMPERATURE"] = 1
+    if tempered:
+        values[tempered] = 1
     if factors:
         values["FACTORS"] = 1
     if is_fast(operation, spaces, dtypes, wide):

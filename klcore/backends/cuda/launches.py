@@ -38,7 +38,7 @@ class Kind(NamedTuple):
     dtypes: tuple[int, int]
     wide: bool
     outputs: int
-    unit: bool
+    tempered: str
     factors: bool
     n: int
 
@@ -50,7 +50,7 @@ class Kind(NamedTuple):
         folds = name == "kl_fold" and not self.of_logits  # what is folded does not depend on the outputs
         outputs = 0 if folds else self.outputs
         macros = kernels.options(
-            self.operation, self.spaces, self.dtypes, self.wide, outputs, (name,), self.unit, self.factors
+            self.operation, self.spaces, self.dtypes, self.wide, outputs, (name,), self.tempered, self.factors
         )
         return kernels.kernel(self.device, macros, name)
 

@@ -7,9 +7,18 @@ import math
 from typing import Any
 
 from klcore.backends import rows
-from klcore.backends.cuda import plans
+from klcore.backends.cuda import kernels, plans
 from klcore.backends.cuda.launches import CHUNK, Kind, Planned, folds, units
-from klcore.backends.cuda.preparation import Prepared, fields_of, kind_of, launched, outputs_of, summed, views_of
+from klcore.backends.cuda.preparation import (
+    Prepared,
+    fields_of,
+    inverse_of,
+    kind_of,
+    launched,
+    outputs_of,
+    summed,
+    views_of,
+)
 from klcore.operations import Operation
 
 
@@ -28,7 +37,7 @@ def states(device: int, task: rows.Task, outputs: int, number: int, arrays: dict
 
 
 def merge(
-    device: int, operation: Operation, number: int, spaces: tuple[int, int], wide: bool, temperature: float,
+    device: int, operation: Operation, number: int, spaces: tuple[int, int], wide: bool, temperature: Any,
     parameter: float, factor: float, fold: bool, arrays: dict[str, Any],
 ) -> Prepared:  # fmt: skip
     """arrays["states"] into arrays["merged"]: the rows' stats or, to `fold`, one state a row."""
@@ -37,14 +46,16 @@ def merge(
     views = {}
     if arrays["weights"] is not None:
         views["weights"] = plans.view_of(arrays["weights"], places["weights"], False)
+    if arrays["temperatures"] is not None:
+        views["temperatures"] = plans.view_of(arrays["temperatures"], places["temperatures"], False)
     if not fold:  # the first of a row's stats becomes its value, times its weight
         views["value"] = plans.view_of(arrays["merged"][..., 0], places["merged"], False)
     dtype = rows.CODES["float64" if wide else "float32"]
-    kind = Kind(device, operation, spaces, (dtype, dtype), wide, 0, temperature == 1, False, 1)
+    kind = Kind(device, operation, spaces, (dtype, dtype), wide, 0, kernels.tempered_by(temperature), False, 1)
     layout = plans.layout_of(tuple(batch), 1, views, keep_order=True)
     plan = plans.plan_of(
         layout, 1, stats=None if fold else places["merged"], parameter=parameter, factor=factor,
-        inverse_temperature=1.0 / temperature, output=rows.PER_ROW,
+        inverse_temperature=inverse_of(temperature), output=rows.PER_ROW,
     )  # fmt: skip
     into = places["merged"] if fold else None
     return launched(

@@ -34,7 +34,7 @@ AT = {field.name: sum(f.words for f in _FIELDS[:k]) for k, field in enumerate(_F
 WORDS = sum(field.words for field in _FIELDS)
 _DOUBLES = {field.name for field in _FIELDS if field.double}
 # What has an address: what a call reads, in this order, then its value and gradients, then its working memory.
-READ = ("x", "y", "weights", "factors", "cotangent", "divisor", "counted")
+READ = ("x", "y", "weights", "temperatures", "factors", "cotangent", "divisor", "counted")
 _SCRATCH = -1  # the last address of all
 
 

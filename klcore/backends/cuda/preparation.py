@@ -107,8 +107,15 @@ def prepare(device: int, task: rows.Task, arrays: list[Any], results: list[Any])
 
 def views_of(task: rows.Task, places: dict[str, plans.Place]) -> dict[str, plans.View]:
     """What all sweeps of a task read."""
-    classes = {"x": task.x, "y": task.y, "weights": task.weights, "factors": task.factors}
-    return {k: plans.view_of(a, places[k], k != "weights") for k, a in classes.items() if a is not None}
+    classes = {"x": task.x, "y": task.y, "factors": task.factors}
+    by_row = {"weights": task.weights, "temperatures": task.temperatures}
+    read = {**classes, **by_row}
+    return {k: plans.view_of(a, places[k], k in classes) for k, a in read.items() if a is not None}
+
+
+def inverse_of(temperature: Any) -> float:
+    """That of all rows; 1 where they have their own."""
+    return 1.0 / temperature if isinstance(temperature, float) else 1.0
 
 
 def outputs_of(task: rows.Task) -> int:
@@ -120,7 +127,7 @@ def outputs_of(task: rows.Task) -> int:
 def kind_of(device: int, task: rows.Task, views: dict[str, plans.View], outputs: int) -> Kind:
     return Kind(
         device, task.operation, task.spaces, (views["x"].dtype, views.get("y", views["x"]).dtype), task.wide, outputs,
-        task.temperature == 1, task.factors is not None, task.n,
+        kernels.tempered_by(task.temperature), task.factors is not None, task.n,
     )  # fmt: skip
 
 
@@ -131,7 +138,7 @@ def fields_of(task: rows.Task) -> dict[str, Any]:
         "any_weights": task.signed,
         "parameter": task.parameter,
         "factor": task.factor,
-        "inverse_temperature": 1.0 / task.temperature,
+        "inverse_temperature": inverse_of(task.temperature),
     }
 
 
