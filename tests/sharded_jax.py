@@ -240,6 +240,21 @@ def test_sharded_classes_of_any_number(space, reduction):
     close([turned(put(a, ROWS), put(b, ROWS))], [klcore.kl_div(x, y, space=space)])
 
 
+def test_a_temperature_for_each_row():
+    """And the derivative by it, which devices that share a row add up."""
+    x, y = arguments(("logits", "logits"), (8, CHUNKS))
+    t = np.linspace(0.5, 2, 8, dtype=np.float32)
+
+    def f(x, y, t):
+        return klcore.kl_div(x, y, space="logits", temperature=t, reduction="rowmean")
+
+    expected = jax.grad(f, (0, 1, 2))(*map(jnp.asarray, (x, y, t)))
+    for spec in (ROWS, CLASSES, BOTH):
+        found = jax.jit(jax.grad(f, (0, 1, 2)))(put(x, spec), put(y, spec), put(t, P(*spec[:1])))
+        same(found[:2], expected[:2])
+        np.testing.assert_allclose(found[2], expected[2], rtol=1e-4)
+
+
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_sharded_classes_of_16_bits(dtype):
     """A loss scale in the cotangent."""

@@ -598,7 +598,7 @@ def _temperature(temperature: Any, spaces: tuple[int, int]) -> Any:
         t = None
     if t is None or isinstance(temperature, (str, bytes)):
         raise TypeError(f"temperature must be a number, found {shown(temperature)} ({type(temperature).__name__})")
-    if not _POSITIVE[0] <= t <= _POSITIVE[1]:
+    if not (t > 0 and _POSITIVE[0] <= t <= _POSITIVE[1]):
         raise ValueError(f"temperature must {_BE_POSITIVE}; found {shown(temperature)}")
     if t != 1 and LOGITS not in spaces:
         raise ValueError(f"temperature divides logits: it needs space='logits' for x or y; found temperature={t!r}")
@@ -689,7 +689,8 @@ def _weights(xp: Any, asarray: Any, weights: Any, batch: tuple[int, ...], signed
     return view
 
 
-# Between which temperatures lie: of double, and of float32, which at others has no room for the logarithms of a row
+# Between which temperatures lie: of double, and of float32, which at others has no room for the logarithms of a row.
+# They are asked for their sign as well: threads of XLA's take the least one, a subnormal number, for 0.
 _POSITIVE, _NARROW = _cpu.TEMPERATURES, _cpu.NARROW_TEMPERATURES
 _BE_POSITIVE = "be positive and finite, and so must be 1 / temperature"
 
@@ -711,7 +712,7 @@ def check_temperatures(t: Any, weights: Any, double: bool) -> None:
     t = t.astype(np.float64)
     narrow = "lie between 2**-20 and 2**100 where it is an array and no argument is float64; pass one as float64"
     for (low, high), must in ((_POSITIVE, _BE_POSITIVE), (_NARROW, narrow))[: 1 if double else 2]:
-        good = (t >= low) & (t <= high)
+        good = (t > 0) & (t >= low) & (t <= high)
         if weights is not None and _on_host(weights) is not None:
             good |= weights == 0
         if not good.all():
