@@ -78,6 +78,8 @@ def test_wheel_of_the_sdist(sdist, tmp_path):
         names = archive.namelist()
         archive.extractall(site)
     assert {"klcore/py.typed", "klcore/_cpu.pyi"} <= set(names)
+    modules = {p.relative_to(ROOT).as_posix() for p in (ROOT / "klcore").rglob("*.py")}  # of all folders
+    assert {n for n in modules if not n.startswith("klcore/_src")} <= set(names)
     shipped = {p.name for p in (ROOT / "src").iterdir() if p.suffix in {".h", ".cu"}} | {"__init__.py"}
     assert {n.removeprefix("klcore/_src/") for n in names if n.startswith("klcore/_src/")} == shipped
     assert {n.partition("/")[0].partition("-")[0] for n in names} == {"klcore"}
