@@ -98,6 +98,9 @@ def every_build() -> Iterator[Build]:
             if not wide:
                 last = operation.gradients[-1]
                 yield Build(f"{label} d{last}", build(1 if last == "x" else 2, sweeping), sweeping, hot)
+            if dtype == "float32" and "logits" in (sx, sy):
+                tempered = build(0, sweeping, tempered="TEMPERATURES")
+                yield Build(f"{label} value, temperatures", tempered, sweeping, hot)
             if dtype in ("float64", "float32") or not wide:
                 yield Build(f"{label} summed", build(1, folding), folding, ())
     yield Build("sum", kernels.sum_options(), ("kl_sum", "kl_weights"), ())

@@ -1417,7 +1417,7 @@ template <class L> KL_DEVICE void tilt_chunk(const Plan& p, const L& at, const S
   Norm u = norm_of(at, 1.0, [&](int i) {
     return tilt_of(rough(SX, SY, (double)x_of(s, i), (double)y_of(s, i), of_x, of_y, stats, it), p.parameter);
   });
-  Norm x = {}, y = {};
+  [[maybe_unused]] Norm x = {}, y = {};
   if constexpr (OF_MEMBERS) {
     x = norm_of(at, it, [&](int i) { return (double)x_of(s, i); });
     y = norm_of(at, it, [&](int i) { return (double)y_of(s, i); });

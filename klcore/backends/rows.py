@@ -703,7 +703,7 @@ def _temperatures(xp: Any, asarray: Any, temperature: Any, batch: tuple[int, ...
     view = _over_rows(xp, t, batch, "temperature")
     host = _on_host(t, temperature)  # on a GPU a bad one makes its row NaN
     if host is not None:
-        check_temperatures(np.broadcast_to(host, batch), weights, double)
+        check_temperatures(_broadcast(np, np.asarray(host), batch), weights, double)
     return view
 
 
@@ -733,7 +733,7 @@ def _bad_ones(a: Any, bad: Any) -> str:
 
 def _over_rows(xp: Any, a: Any, batch: tuple[int, ...], name: str) -> Any:
     try:
-        return xp.broadcast_to(a, batch)
+        return _broadcast(xp, a, batch)
     except ValueError:
         do = "do" if name == "weights" else "does"
         raise ValueError(f"{name} of shape {a.shape} {do} not broadcast to the batch shape {batch}") from None
