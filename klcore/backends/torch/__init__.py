@@ -22,12 +22,12 @@ _HALVES = ("float16", "bfloat16")
 
 
 def compute(call: Call) -> Any:
-    if type(call.x) is not torch.Tensor and private.is_distributed(call.x):
-        return _sharded(call)
-    plain = type(call.x) in private.PLAIN and (call.y is None or type(call.y) in private.PLAIN)
-    stand_ins = () if plain else tuple(filter(private.stands_in, call))
-    if stand_ins:
-        return torch.overrides.handle_torch_function(called, stand_ins, call.operation.name, *call[1:])
+    if not (type(call.x) in private.PLAIN and (call.y is None or type(call.y) in private.PLAIN)):
+        if private.is_distributed(call.x):
+            return _sharded(call)
+        stand_ins = tuple(filter(private.stands_in, call))
+        if stand_ins:
+            return torch.overrides.handle_torch_function(called, stand_ins, call.operation.name, *call[1:])
     given = call.x, call.y, call.weights, call.ratio
     x, y = memory.operands(*given[:2], call.device)
     if call.operation.name == "puzzlelib":  # its gradient is none: autograd would descend where it should ascend
@@ -87,7 +87,7 @@ def _history_or_not(call: Call) -> Any:
             x, y = torch.broadcast_tensors(x, y)
             call = call._replace(x=x, y=y)
     elif eager and t is not None and t.ndim == 0:
-        call = call._replace(temperature=float(t.detach()) if t.is_cpu else t.clone())  # of now: backward comes later
+        call = call._replace(temperature=t.item() if t.is_cpu else t.clone())  # of now: backward comes later
     if eager and (call.return_grad is not None or not _needs_grad(x, y, t)):
         return kernels.compute(call)
     rows.check_reduction(call.reduction, call.operation)

@@ -4,7 +4,8 @@ First derivatives only, but for the term of PyTorch itself, whose second ones ar
 """
 
 from collections.abc import Sequence
-from typing import Any
+from functools import cache
+from typing import Any, cast
 
 import torch
 
@@ -42,17 +43,19 @@ class _Rest:
     time."""
 
     def __init__(self, call: Call, *wants: bool) -> None:
-        self.names, self.wants = tuple(operator.tensors_of(call)), wants
-        none: dict[str, Any] = dict.fromkeys(self.names)
-        self.call = call._replace(**none)
+        tensors = operator.tensors_of(call)
+        self.names, self.wants = tuple(tensors), wants
+        self.places = _places(self.names)
+        self.call = call._replace(**dict.fromkeys(tensors, cast(Any, None)))
 
     def whole(self, tensors: Sequence[Any]) -> Call:
         return self.call._replace(**dict(zip(self.names, tensors, strict=False)))
 
-    @property
-    def places(self) -> dict[str, int]:
-        """Of the tensors among the inputs, which may go on with a cotangent."""
-        return {name: k for k, name in enumerate((*self.names, "cotangent"))}
+
+@cache
+def _places(names: tuple[str, ...]) -> dict[str, int]:
+    """Of a call's tensors among the inputs of a Function, which may go on with a cotangent."""
+    return {name: k for k, name in enumerate((*names, "cotangent"))}
 
 
 # ---- gradients -------------------------------------------------------------------------------------------------------

@@ -63,7 +63,7 @@ def lent(call: Call) -> Call:
 
 def _number_or_array(t: Any, x: Any) -> Any:
     """Of a tensor for all rows its number, unless that would mean to wait for a GPU."""
-    return float(t.detach()) if t.ndim == 0 and (t.is_cpu or x.is_cpu) else lend(t)
+    return t.item() if t.ndim == 0 and (t.is_cpu or x.is_cpu) else lend(t)
 
 
 def compute(call: Call) -> Any:
@@ -73,7 +73,7 @@ def compute(call: Call) -> Any:
     of_total = call.cotangent is not None and call.reduction not in ("row", "none")
     if of_total and is_total_of_wide(call):
         return scaled(compute(call._replace(cotangent=None))[1:], call.cotangent)
-    if of_total and call.cotangent.is_cpu and call.cotangent == 0:
+    if of_total and call.cotangent.is_cpu and call.cotangent.item() == 0:
         return tuple(torch.zeros_like(call.x if of == "x" else call.y) for of in call.return_grad)
     if call.x.is_cpu:
         found = cpu.compute(lent(call))
@@ -93,16 +93,25 @@ def is_total_of_wide(call: Call) -> bool:
 
 def scaled(gradients: Sequence[Any], cotangent: Any) -> tuple[Any, ...]:
     """New gradients of a total, or of one an example, times its cotangent: in place. 0 makes 0 of infinities, too."""
-    known = cotangent.is_cpu  # else it is not waited for
-    if known and bool((cotangent == 1).all()):
-        return tuple(gradients)
-    some = not known or bool((cotangent == 0).any())
+    some_are_zero = True
+    if cotangent.is_cpu:  # else it is not waited for
+        all_are_one, some_are_zero = _look_at(cotangent)
+        if all_are_one:
+            return tuple(gradients)
     for g in gradients:
         c = _along(cotangent, g)
         g.mul_(c)
-        if some:
+        if some_are_zero:
             g.masked_fill_(c == 0, 0)
     return tuple(gradients)
+
+
+def _look_at(cotangent: Any) -> tuple[bool, bool]:
+    """Whether all are 1, and some 0; quickly of a number."""
+    if cotangent.ndim == 0:
+        c = cotangent.item()
+        return c == 1, c == 0
+    return bool((cotangent == 1).all()), bool((cotangent == 0).any())
 
 
 def times(gradient: Any, cotangent: Any) -> Any:

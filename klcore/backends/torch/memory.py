@@ -198,7 +198,7 @@ def temperature_beside(temperature: Any, like: Any) -> Any:
     """A number, or a tensor: for all rows on any device, else on that of the others."""
     if isinstance(temperature, np.ndarray) and temperature.ndim:
         temperature = _number(temperature, "temperature", like.device)
-    if not isinstance(temperature, torch.Tensor):
+    if not isinstance(temperature, torch.Tensor) or (_is_ordinary(temperature) and temperature.ndim == 0):
         return temperature
     check(temperature, "temperature")
     return _on(like.device, temperature, "temperature", None) if temperature.ndim else temperature
