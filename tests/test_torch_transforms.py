@@ -490,6 +490,48 @@ def test_symbolic_trace_of_other_systems_losses():
             torch.fx.symbolic_trace(two_arguments(loss))
 
 
+# ---- DTensors, of one process ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def mesh():
+    distributed = importlib.import_module("torch.distributed")
+    if not distributed.is_available():
+        pytest.skip("this PyTorch has no torch.distributed")
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    yield distributed.init_device_mesh("cpu", (1,))
+    distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize("reduction", ["sum", "rowmean", "mean"])
+def test_bits_of_a_multiple_of_dtensors(mesh, reduction, axis):
+    tensors = importlib.import_module("torch.distributed.tensor")
+    x, y = (logits(6, 50, seed=i, dtype=torch.float32) for i in range(2))
+    a, b = (tensors.distribute_tensor(t, mesh, [tensors.Shard(axis)]) for t in (x, y))
+    found = value_and_gradients(lambda b: 0.37 * kl(a, b, reduction), b)
+    equal([t.full_tensor() for t in found], [*value_and_gradients(lambda y: 0.37 * kl(x, y, reduction), y)])
+
+
+def test_gradient_of_a_temperature_of_dtensors(mesh):
+    """Of rows that are sharded; where the classes are, or a process would have a part of it, a sentence."""
+    tensors = importlib.import_module("torch.distributed.tensor")
+    x, y = logits(4, 5), logits(4, 5, seed=1)
+    t = torch.tensor(2.0, dtype=torch.float64, requires_grad=True)
+    (expected,) = torch.autograd.grad(kl(x, y, temperature=t), t)
+    of_mesh = tensors.distribute_tensor(t.detach(), mesh, [tensors.Replicate()]).requires_grad_()
+    a, b = (tensors.distribute_tensor(v, mesh, [tensors.Shard(0)]) for v in (x, y))
+    (found,) = torch.autograd.grad(kl(a, b, temperature=of_mesh), of_mesh)
+    torch.testing.assert_close(found.full_tensor(), expected)
+    with pytest.raises(
+        TypeError, match=r"its rows' part; pass it as a DTensor, as distribute_tensor\(temperature, mesh"
+    ):
+        kl(a, b, temperature=t)
+    a, b = (tensors.distribute_tensor(v, mesh, [tensors.Shard(1)]) for v in (x, y))
+    with pytest.raises(TypeError, match="where the classes are sharded; divide the logits by it instead"):
+        kl(a, b, temperature=of_mesh)
+
+
 # ---- what else PyTorch does with a loss ------------------------------------------------------------------------------
 
 

@@ -108,6 +108,20 @@ def _check(call: Call) -> None:
             )
 
 
+def _check_gradient(temperature: Any, layout: _Layout) -> None:
+    """One with respect to the temperature is of all rows, and of whole ones."""
+    if not isinstance(temperature, DTensor):
+        raise TypeError(
+            "temperature requires a gradient, of which each process would have its rows' part; pass it as a DTensor, "
+            "as distribute_tensor(temperature, mesh, [Replicate()]) makes it"
+        )
+    if layout.exchanged:
+        raise TypeError(
+            "temperature requires a gradient, and klcore gives none with respect to it where the classes are sharded; "
+            "divide the logits by it instead"
+        )
+
+
 def compute(call: Call, locally: Callable[[Call], Any]) -> Any:
     """As klcore.backends.torch.compute, which is `locally` for plain tensors."""
     _check(call)
@@ -129,6 +143,8 @@ def compute(call: Call, locally: Callable[[Call], Any]) -> Any:
     layout = _layout(x, y, classes)
     if layout.exchanged and (call.reduction == "none" or operation.is_loss) and _sweeps(call, True, False) == 1:
         layout = layout._replace(exchanged=False)  # every class by itself
+    if call.return_grad is None and torch.is_grad_enabled() and getattr(call.temperature, "requires_grad", False):
+        _check_gradient(call.temperature, layout)
 
     alone = operation.is_estimator
     batch = terms if alone or not terms else (*terms[:classes], *terms[len(terms) + classes + 1 :])
@@ -310,12 +326,15 @@ def _denominator(call: Call) -> float:
 def _gradients_of_stats(*arguments: Any) -> tuple[Any, Any]:
     """An empty tensor for one that is not wanted."""
     *rest, stats, cotangent, of_x, of_y = arguments
-    call = _lent(rest, of_x, of_y)._replace(cotangent=memory.lend(cotangent))
+    afterwards = kernels.is_total_of_wide(operator.call_of(*rest))
+    before = torch.ones_like(cotangent) if afterwards else cotangent
+    call = _lent(rest, of_x, of_y)._replace(cotangent=memory.lend(before))
     number = _sweeps(call, False, True) - 1
     _, x, y, *_ = rest
     with _backend(x) as backend:
         found = backend.outputs(call, number, memory.lend(stats) if number else None, _denominator(call), ())
         found = tuple(map(memory.as_tensor, found))
+    found = kernels.scaled(found, cotangent) if afterwards else found
     return (
         operator._laid_out_like(x, found[0]) if of_x else x.new_empty(0),
         operator._laid_out_like(y, found[-1]) if of_y else x.new_empty(0),
