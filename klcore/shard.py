@@ -108,13 +108,13 @@ class Shard:
         self._call: Call = self._lender.call
         with self._lender.here():
             self._task = self._lender.backend.arrange(self._call)
-        self.exchanges = len(self._sweeps(False, False))
+        self.exchanges = len(self._sweeps())
         self._stats: list[Any] = [None]  # before each sweep
         self._left = False  # whether this exchange's state has been asked for
 
-    def _sweeps(self, terms: bool, gradient: bool) -> tuple[int, ...]:
-        cpu, task = importlib.import_module("klcore.backends.cpu"), self._task
-        found: tuple[int, ...] = cpu.sweeps(task.operation, task.spaces, task.wide, terms, gradient)
+    def _sweeps(self, terms: bool = False, gradient: bool = False) -> tuple[int, ...]:
+        cpu = importlib.import_module("klcore.backends.cpu")
+        found: tuple[int, ...] = cpu.sweeps(self._task.operation, self._task.spaces, terms, gradient)
         return found
 
     def state(self, *, fold: bool = False) -> Any:
@@ -137,7 +137,7 @@ class Shard:
         with self._lender.here():
             left = self._lender.backend.states(call, number, self._stats[-1])
             if fold:
-                left = self._merge(number, left, fold=True)
+                left = self._lender.backend.merge(self._task, number, left, self._stats[-1], fold)
             self._left = True
             return self._lender.give(left)
 
@@ -152,7 +152,7 @@ class Shard:
         number = self._number()
         if not self._left:
             raise RuntimeError("join() takes what state() returned in every process: call that first, and exchange it")
-        shape = (*self._task.x.shape[:-1], self._sweeps(False, False)[number])
+        shape = (*self._task.x.shape[:-1], self._sweeps()[number])
         xp = importlib.import_module(type(self._task.x).__module__.partition(".")[0])  # NumPy or CuPy
         with self._lender.here():
             found = [xp.asarray(self._lender.lend(s)) for s in states]
@@ -165,7 +165,8 @@ class Shard:
                     )
             if not found:
                 raise ValueError("states are those of all shards, this one's included; found none")
-            self._stats.append(self._merge(number, xp.concatenate(found, axis=-1), fold=False))
+            states = xp.concatenate(found, axis=-1)
+            self._stats.append(self._lender.backend.merge(self._task, number, states, self._stats[-1]))
         self._left = False
 
     def values(self) -> Any:
@@ -198,13 +199,6 @@ class Shard:
             raise ValueError(f"cotangent of shape {shape} does not broadcast to the batch shape {batch}")
         found = self._outputs(self._call._replace(return_grad=of, cotangent=self._lender.lend(cotangent)), False)
         return found[0] if isinstance(of, str) or len(of) == 1 else found
-
-    def _merge(self, number: int, states: Any, fold: bool) -> Any:
-        task = self._task
-        return self._lender.backend.merge(
-            task.operation, number, states, self._stats[-1], task.weights, task.spaces, task.wide, task.temperature,
-            task.parameter, task.factor, fold,
-        )  # fmt: skip
 
     def _outputs(self, call: Call, terms: bool) -> tuple[Any, ...]:
         self._finished()

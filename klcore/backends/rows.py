@@ -90,6 +90,10 @@ class Task:
         mean = self.output == TOTAL and divided and not self.signed
         return mean and self.weights is not None and self.weights.dtype == np.float64
 
+    def order(self, g: Gradient) -> tuple[int, ...]:
+        """The batch axes of a broadcast operand in front, those to sum its gradient over behind."""
+        return (*(d for d in range(self.x.ndim - 1) if d not in g.inner), *g.inner)
+
 
 def arrange(xp: Any, asarray: Any, call: Call) -> Task:
     """Check the arguments of a call and lay its arrays out in rows.
@@ -452,6 +456,12 @@ def as_numpy(a: Any, name: str) -> Any:
 def is_wide(operation: Operation, spaces: tuple[int, int], temperature: float = 1.0, parameter: float = 0.0) -> bool:
     """Whether float32 is computed in float64."""
     return _cpu.is_wide(operation.code, *spaces, temperature, parameter)
+
+
+def scale(denominator: Any, cotangent: Any = None) -> float:
+    """What multiplies the gradients of a sum that is divided; NaN for the mean of nothing."""
+    found = 1.0 / denominator if denominator else math.nan
+    return found if cotangent is None else found * float(cotangent)
 
 
 def result(task: Task, value: Any) -> Any:

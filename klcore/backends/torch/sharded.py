@@ -276,12 +276,7 @@ def _merged(*arguments: Any) -> Any:
         states = torch.cat([states[..., k * most : k * most + m] for k, m in enumerate(counts)], -1)
     with _backend(rest[1]) as backend:
         task = backend.arrange(_lent(rest)._replace(reduction="row", denominator=None))
-        return memory.as_tensor(
-            backend.merge(
-                task.operation, number, memory.lend(states), memory.lend(stats), task.weights, task.spaces, task.wide,
-                task.temperature, task.parameter, task.factor,
-            )
-        )  # fmt: skip
+        return memory.as_tensor(backend.merge(task, number, memory.lend(states), memory.lend(stats)))
 
 
 def _value_of_stats(*arguments: Any) -> Any:
@@ -339,7 +334,7 @@ def _batch(arguments: Sequence[Any]) -> tuple[int, ...]:
 def _fake_states(*arguments: Any) -> Any:
     *rest, number, _, of_x, of_y, count = arguments
     call = operator.call_of(*rest)
-    numbers = cpu.sweeps(call.operation, rows.space_pair(call.space, call.operation), False, False, of_x or of_y)
+    numbers = cpu.sweeps(call.operation, rows.space_pair(call.space, call.operation), gradient=of_x or of_y)
     return call.x.new_empty((*_batch(rest), numbers[number], count), dtype=torch.float64)
 
 
