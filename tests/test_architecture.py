@@ -175,7 +175,8 @@ ROOMS = {
     },
     r"klcore\.backends\.torch\.sharded": {
         "numpy", "torch", "klcore._cpu", "klcore.backends.cpu", "klcore.backends.rows",
-        *(f"klcore.backends.torch.{name}" for name in ("kernels", "memory", "operator")), "klcore.operations",
+        "klcore.operations",
+        *(f"klcore.backends.torch.{name}" for name in ("autograd", "kernels", "memory", "operator")),
     },
     r"klcore\.backends\.torch": {
         "numpy", "torch", "klcore.backends.cpu", "klcore.backends.labels", "klcore.backends.rows", "klcore.operations",

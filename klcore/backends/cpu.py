@@ -93,16 +93,12 @@ def _weigh(task: rows.Task) -> float:
     largest = float(np.max(task.weights, initial=0))
     if task.denominator is None or not 2.0**-400 < largest < 2.0**400:  # else their sum is fine
         counted = task.weights if task.counted is None else task.counted
-        total = _sum(counted)
+        total = sum_of(counted)
         factor = rows.weight_factor(total)
         if factor != 1:
             task.weights = rows.scaled_weights(task.weights, factor)
-            total = _sum(task.weights if task.counted is None else rows.scaled_weights(counted, factor))
+            total = sum_of(task.weights if task.counted is None else rows.scaled_weights(counted, factor))
     return total if task.denominator is None else task.denominator * factor
-
-
-def _sum(weights: Any) -> float:
-    return add_up(chunk_sums(weights))
 
 
 def _summed_gradient(task: rows.Task, g: rows.Gradient, scale: float, threads: int) -> Any:
@@ -151,6 +147,11 @@ def add_up(sums: Any) -> float:
     return _cpu.add_up(sums)
 
 
+def sum_of(values: Any) -> float:
+    """Of a real array of any layout, in this order."""
+    return add_up(chunk_sums(values))
+
+
 def block(call: Call, denominator: float, shared: tuple[str, ...]) -> tuple[Any, ...]:
     """A block of whole rows: (value, *gradients) for reduction="row" or "none", the gradients divided."""
     task = arrange(call, shared)
@@ -188,7 +189,7 @@ def states(call: Call, number: int, stats: Any) -> Any:
     return left
 
 
-def merge(task: Any, number: int, states: Any, stats: Any, fold: bool = False) -> Any:
+def merge(task: rows.Task, number: int, states: Any, stats: Any, fold: bool = False) -> Any:
     """The states of all blocks, joined along the chunks, into the rows' stats, of shape batch + (STATS,).
 
     stats[..., 0] is a row's value, once that is known, times its weight. With `fold`, the states of some chunks, at

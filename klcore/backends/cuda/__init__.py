@@ -256,7 +256,7 @@ def states(call: Call, number: int, stats: Any) -> Any:
         return left
 
 
-def merge(task: Any, number: int, states: Any, stats: Any, fold: bool = False) -> Any:
+def merge(task: rows.Task, number: int, states: Any, stats: Any, fold: bool = False) -> Any:
     """The states of all blocks, joined along the chunks, into the rows' stats; or, to `fold`, into one state a row."""
     cupy = ready()
     with states.device:

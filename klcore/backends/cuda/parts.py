@@ -35,7 +35,7 @@ def states(device: int, task: rows.Task, outputs: int, number: int, arrays: dict
     return launched(device, [units(kind, plan, layout, number, number + 1)], scratch)
 
 
-def merge(device: int, task: Any, number: int, fold: bool, arrays: dict[str, Any]) -> Prepared:
+def merge(device: int, task: rows.Task, number: int, fold: bool, arrays: dict[str, Any]) -> Prepared:
     """arrays["states"] into arrays["merged"]: the rows' stats or, to `fold`, one state a row."""
     places, scratch = _places(arrays), plans.Scratch()
     *batch, _, count = arrays["states"].shape

@@ -68,7 +68,7 @@ def finish(program: Program, backend: Any, xp: Any, out: list[Any], arguments: l
             out[0][...] = values
             return
         for at, one in program.examples(xp, given):
-            total = np.float64(cpu.add_up(cpu.chunk_sums(values[at]))) if xp is np else values[at].sum()
+            total = np.float64(cpu.sum_of(values[at])) if xp is np else values[at].sum()
             denominator = _denominator(program, one)
             out[0][at] = xp.where(denominator == 0, np.nan, total / denominator)
 

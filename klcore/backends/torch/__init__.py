@@ -6,15 +6,15 @@ to the kernels: that takes a fifth of the operator's time on small tensors. On a
 current stream, and results are PyTorch's own memory.
 
 Here is the road that a call takes. Of the other files each imports those before it alone: private.py, memory.py,
-kernels.py, operator.py, autograd.py. DTensors take sharded.py's, which leads back here with every process' part.
+kernels.py, operator.py, batches.py, autograd.py. DTensors take sharded.py's, which leads back here with every process'
+part; parts.py is for klcore.Shard.
 """
 
-import contextlib
 from typing import Any
 
 import torch
 
-from klcore.backends import cpu, labels, rows
+from klcore.backends import labels, rows
 from klcore.backends.torch import autograd, kernels, memory, private
 from klcore.operations import Call, named
 
@@ -140,8 +140,8 @@ def _into(call: Call) -> Any:
         given = rows.results_in(out, ("",) * (len(new) - 1))
         outs = [b if a is None else a for a, b in zip(given, new, strict=True)]
         out = tuple(outs)
-    with contextlib.nullcontext() if x.is_cpu else memory.as_pytorch(x):
-        results = (cpu if x.is_cpu else memory.cuda()).compute(kernels.lent(call._replace(out=out)))
+    with memory.backend_of(x) as backend:
+        results = backend.compute(kernels.lent(call._replace(out=out)))
     results = results if isinstance(results, tuple) else (results,)
     outs += [None] * (len(results) - len(outs))
     kept = tuple(memory.as_tensor(a) if t is None else t for a, t in zip(results, outs, strict=True))

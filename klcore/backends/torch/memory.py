@@ -5,6 +5,7 @@ And what may be lent: devices, dtypes, layouts; what stands beside a tensor beco
 
 import contextlib
 import importlib
+from collections.abc import Iterator
 from functools import cache
 from typing import Any
 
@@ -56,6 +57,16 @@ def _numpy_dtype(dtype: torch.dtype) -> Any:
 
 def cuda() -> Any:
     return importlib.import_module("klcore.backends.cuda")
+
+
+@contextlib.contextmanager
+def backend_of(x: Any) -> Iterator[Any]:
+    """The module that computes where this tensor is, as PyTorch has things computed there."""
+    if x.is_cpu:
+        yield cpu
+        return
+    with as_pytorch(x):
+        yield cuda()
 
 
 def as_tensor(a: Any) -> Any:
