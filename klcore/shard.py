@@ -14,6 +14,7 @@ from klcore import divergence, family
 from klcore.backends import Unevaluated, parts
 from klcore.operations import OPERATIONS, Call, Operation
 from klcore.parameters import shown
+from klcore.typing import Temperature
 
 
 class Shard:
@@ -89,7 +90,7 @@ class Shard:
         space: str | tuple[str, str] = "probs",
         axis: SupportsIndex = -1,
         weights: Any = None,
-        temperature: SupportsFloat = 1.0,
+        temperature: Temperature = 1.0,
         base: SupportsFloat | None = None,
         **parameters: Any,
     ) -> None:
@@ -153,7 +154,7 @@ class Shard:
         if not self._left:
             raise RuntimeError("join() takes what state() returned in every process: call that first, and exchange it")
         shape = (*self._task.x.shape[:-1], self._sweeps()[number])
-        xp = importlib.import_module(type(self._task.x).__module__.partition(".")[0])  # NumPy or CuPy
+        xp = _library(self._task.x)
         with self._lender.here():
             found = [xp.asarray(self._lender.lend(s)) for s in states]
             for k, s in enumerate(found):
@@ -232,12 +233,16 @@ def _public(operation: Any) -> tuple[Callable[..., Any], Operation]:
     return function, OPERATIONS[name]
 
 
+def _library(a: Any) -> Any:
+    """NumPy or CuPy."""
+    return importlib.import_module(type(a).__module__.partition(".")[0])
+
+
 def _excluded(task: Any, call: Call) -> Call:
     """The call of one class that both arguments exclude, which adds nothing: so a shard of no classes has a state."""
 
     def one(a: Any, space: str) -> Any:
-        xp = importlib.import_module(type(a).__module__.partition(".")[0])
-        return xp.full((*a.shape[:-1], 1), 0.0 if space in ("probs", "counts") else -math.inf, a.dtype)
+        return _library(a).full((*a.shape[:-1], 1), 0.0 if space in ("probs", "counts") else -math.inf, a.dtype)
 
     of_x, of_y = (call.space, call.space) if isinstance(call.space, str) else call.space
     return call._replace(x=one(task.x, of_x), y=None if call.y is None else one(task.y, of_y), axis=-1)

@@ -30,7 +30,8 @@ def _choose_instruction_set() -> None:
 _choose_instruction_set()
 
 
-def _asarray(a: Any, name: str) -> Any:
+def asarray(a: Any, name: str) -> Any:
+    """Whatever NumPy makes an array of, as one of a dtype that klcore computes with; or TypeError, by name."""
     if type(a) is not np.ndarray:
         # device="cpu" was asked for, if it is CuPy's
         a = a.get() if hasattr(a, "__cuda_array_interface__") and hasattr(a, "get") else rows.as_numpy(a, name)
@@ -50,7 +51,7 @@ def _lent(a: Any) -> Any:
 def compute(call: Call) -> Any:
     """The value, or (value, *gradients); with a cotangent, the gradients alone."""
     found = _cpu.plain(call, get_num_threads())
-    return _compute(rows.arrange(np, _asarray, call)) if found is None else found
+    return _compute(rows.arrange(np, asarray, call)) if found is None else found
 
 
 def _compute(task: rows.Task) -> Any:
@@ -138,7 +139,7 @@ def chunks(n: int) -> int:
 def chunk_sums(values: Any) -> Any:
     """The sums of every 1024 values of a real array of any layout, in C order: what `add_up` goes on with."""
     sums = np.empty(chunks(values.size))
-    _cpu.chunk_sums(_lent(_asarray(values, "weights")), sums)
+    _cpu.chunk_sums(_lent(asarray(values, "weights")), sums)
     return sums
 
 
@@ -203,7 +204,7 @@ def merge(task: rows.Task, number: int, states: Any, stats: Any, fold: bool = Fa
         merged = np.zeros((*batch, STATS)) if stats is None else np.array(stats, order="C")
 
     def by_row(a: Any, name: str) -> Any:  # None and a number as they are
-        return a if a is None or isinstance(a, float) else _lent(np.broadcast_to(_asarray(a, name), batch))
+        return a if a is None or isinstance(a, float) else _lent(np.broadcast_to(asarray(a, name), batch))
 
     _cpu.merge(
         number, task.operation.code, *task.spaces, by_row(task.weights, "weights"), task.wide,
@@ -241,7 +242,7 @@ def outputs(call: Call, number: int, stats: Any, denominator: float, shared: tup
 
 def arrange(call: Call, shared: tuple[str, ...] = ()) -> rows.Task:
     """The call, checked and laid out in rows."""
-    task = rows.arrange(np, _asarray, call)
+    task = rows.arrange(np, asarray, call)
     for g in task.gradients:
         if g.of in shared:
             g.array = g.view = np.zeros(g.view.shape, np.float64)

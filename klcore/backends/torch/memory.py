@@ -90,7 +90,7 @@ class _Writable:
 def _lent_by(a: Any, name: str) -> Any:
     """A tensor on the memory of a NumPy array, or of what NumPy makes one of; a copy where PyTorch has no such strides,
     dtype or byte order."""
-    a = cpu._asarray(a, name)
+    a = cpu.asarray(a, name)
     if any(step < 0 or step % a.dtype.itemsize for step in a.strides):
         a = a.copy()
     if not a.flags.writeable:
