@@ -14,6 +14,7 @@ from klcore import divergence, family
 from klcore.backends import Unevaluated, parts
 from klcore.operations import OPERATIONS, Call, Operation
 from klcore.parameters import shown
+from klcore.typing import Temperature
 
 
 class Shard:
@@ -89,7 +90,7 @@ class Shard:
         space: str | tuple[str, str] = "probs",
         axis: SupportsIndex = -1,
         weights: Any = None,
-        temperature: SupportsFloat = 1.0,
+        temperature: Temperature = 1.0,
         base: SupportsFloat | None = None,
         **parameters: Any,
     ) -> None:
@@ -108,13 +109,13 @@ class Shard:
         self._call: Call = self._lender.call
         with self._lender.here():
             self._task = self._lender.backend.arrange(self._call)
-        self.exchanges = len(self._sweeps(False, False))
+        self.exchanges = len(self._sweeps())
         self._stats: list[Any] = [None]  # before each sweep
         self._left = False  # whether this exchange's state has been asked for
 
-    def _sweeps(self, terms: bool, gradient: bool) -> tuple[int, ...]:
-        cpu, task = importlib.import_module("klcore.backends.cpu"), self._task
-        found: tuple[int, ...] = cpu.sweeps(task.operation, task.spaces, task.wide, terms, gradient)
+    def _sweeps(self, terms: bool = False, gradient: bool = False) -> tuple[int, ...]:
+        cpu = importlib.import_module("klcore.backends.cpu")
+        found: tuple[int, ...] = cpu.sweeps(self._task.operation, self._task.spaces, terms, gradient)
         return found
 
     def state(self, *, fold: bool = False) -> Any:
@@ -137,7 +138,7 @@ class Shard:
         with self._lender.here():
             left = self._lender.backend.states(call, number, self._stats[-1])
             if fold:
-                left = self._merge(number, left, fold=True)
+                left = self._lender.backend.merge(self._task, number, left, self._stats[-1], fold)
             self._left = True
             return self._lender.give(left)
 
@@ -152,8 +153,8 @@ class Shard:
         number = self._number()
         if not self._left:
             raise RuntimeError("join() takes what state() returned in every process: call that first, and exchange it")
-        shape = (*self._task.x.shape[:-1], self._sweeps(False, False)[number])
-        xp = importlib.import_module(type(self._task.x).__module__.partition(".")[0])  # NumPy or CuPy
+        shape = (*self._task.x.shape[:-1], self._sweeps()[number])
+        xp = _library(self._task.x)
         with self._lender.here():
             found = [xp.asarray(self._lender.lend(s)) for s in states]
             for k, s in enumerate(found):
@@ -165,7 +166,8 @@ class Shard:
                     )
             if not found:
                 raise ValueError("states are those of all shards, this one's included; found none")
-            self._stats.append(self._merge(number, xp.concatenate(found, axis=-1), fold=False))
+            states = xp.concatenate(found, axis=-1)
+            self._stats.append(self._lender.backend.merge(self._task, number, states, self._stats[-1]))
         self._left = False
 
     def values(self) -> Any:
@@ -199,13 +201,6 @@ class Shard:
         found = self._outputs(self._call._replace(return_grad=of, cotangent=self._lender.lend(cotangent)), False)
         return found[0] if isinstance(of, str) or len(of) == 1 else found
 
-    def _merge(self, number: int, states: Any, fold: bool) -> Any:
-        task = self._task
-        return self._lender.backend.merge(
-            task.operation, number, states, self._stats[-1], task.weights, task.spaces, task.wide, task.temperature,
-            task.parameter, task.factor, fold,
-        )  # fmt: skip
-
     def _outputs(self, call: Call, terms: bool) -> tuple[Any, ...]:
         self._finished()
         number = len(self._sweeps(terms, not terms)) - 1
@@ -238,12 +233,16 @@ def _public(operation: Any) -> tuple[Callable[..., Any], Operation]:
     return function, OPERATIONS[name]
 
 
+def _library(a: Any) -> Any:
+    """NumPy or CuPy."""
+    return importlib.import_module(type(a).__module__.partition(".")[0])
+
+
 def _excluded(task: Any, call: Call) -> Call:
     """The call of one class that both arguments exclude, which adds nothing: so a shard of no classes has a state."""
 
     def one(a: Any, space: str) -> Any:
-        xp = importlib.import_module(type(a).__module__.partition(".")[0])
-        return xp.full((*a.shape[:-1], 1), 0.0 if space in ("probs", "counts") else -math.inf, a.dtype)
+        return _library(a).full((*a.shape[:-1], 1), 0.0 if space in ("probs", "counts") else -math.inf, a.dtype)
 
     of_x, of_y = (call.space, call.space) if isinstance(call.space, str) else call.space
     return call._replace(x=one(task.x, of_x), y=None if call.y is None else one(task.y, of_y), axis=-1)

@@ -278,7 +278,6 @@ def test_sharded_classes_under_vmap():
 # ---- meshes whose axes types show, and by hand -----------------------------------------------------------------------
 
 
-@pytest.mark.skipif(not hasattr(jax.sharding, "auto_axes"), reason="JAX has no explicit sharding")
 @pytest.mark.parametrize("spec", [ROWS, BOTH], ids=str)
 def test_explicit_axes(spec):
     mesh = jax.make_mesh((2, 2), ("a", "b"), axis_types=(AxisType.Explicit,) * 2)

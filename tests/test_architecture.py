@@ -35,7 +35,7 @@ ROOMS = {
     # the parameters of a function are that function's to understand
     r"klcore\.shard": {
         "numpy", "klcore.backends:Unevaluated", "klcore.backends.cpu", "klcore.backends.parts", "klcore.divergence",
-        "klcore.family", "klcore.operations", "klcore.parameters",
+        "klcore.family", "klcore.operations", "klcore.parameters", "klcore.typing",
     },
     # within a function: what makes a summary of dask's arrays lazy
     r"klcore\.summary": {
@@ -175,7 +175,8 @@ ROOMS = {
     },
     r"klcore\.backends\.torch\.sharded": {
         "numpy", "torch", "klcore._cpu", "klcore.backends.cpu", "klcore.backends.rows",
-        *(f"klcore.backends.torch.{name}" for name in ("kernels", "memory", "operator")), "klcore.operations",
+        "klcore.operations",
+        *(f"klcore.backends.torch.{name}" for name in ("autograd", "kernels", "memory", "operator")),
     },
     r"klcore\.backends\.torch": {
         "numpy", "torch", "klcore.backends.cpu", "klcore.backends.labels", "klcore.backends.rows", "klcore.operations",

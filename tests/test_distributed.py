@@ -399,17 +399,8 @@ def check_rows_and_classes(mesh):
             of_y = [R if p == P else p for p in placements]
             judge = near if reduction == "rowmean" else judge
             weights = placed(torch.tensor([0.5, 2.0, 0.0, 1.0, 3.0]), mesh, R, S(0)) if reduction != "none" else None
-            compare(
-                judge,
-                name,
-                space,
-                arrays,
-                mesh,
-                [placements, of_y],
-                reduction=reduction,
-                weights=weights,
-                graded=reduction != "none",
-            )
+            words = {"reduction": reduction, "weights": weights, "graded": reduction != "none"}
+            compare(judge, name, space, arrays, mesh, [placements, of_y], **words)
     arrays = operands("kl_div", space, 5, 4096)
     compare(same, "kl_div", space, arrays, mesh, [[S(1), S(1)]] * 2)
 

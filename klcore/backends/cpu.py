@@ -30,7 +30,8 @@ def _choose_instruction_set() -> None:
 _choose_instruction_set()
 
 
-def _asarray(a: Any, name: str) -> Any:
+def asarray(a: Any, name: str) -> Any:
+    """Whatever NumPy makes an array of, as one of a dtype that klcore computes with; or TypeError, by name."""
     if type(a) is not np.ndarray:
         # device="cpu" was asked for, if it is CuPy's
         a = a.get() if hasattr(a, "__cuda_array_interface__") and hasattr(a, "get") else rows.as_numpy(a, name)
@@ -50,15 +51,13 @@ def _lent(a: Any) -> Any:
 def compute(call: Call) -> Any:
     """The value, or (value, *gradients); with a cotangent, the gradients alone."""
     found = _cpu.plain(call, get_num_threads())
-    return _compute(rows.arrange(np, _asarray, call)) if found is None else found
+    return _compute(rows.arrange(np, asarray, call)) if found is None else found
 
 
 def _compute(task: rows.Task) -> Any:
     threads = get_num_threads()
     denominator = _weigh(task) if task.by_weights else task.denominator
-    scale = 1.0 / denominator if denominator else np.nan
-    if task.cotangent is not None:
-        scale *= float(task.cotangent)
+    scale = rows.scale(denominator, task.cotangent)
 
     # the gradients of operands that are not broadcast come with the value, in one pass
     direct = {g.of: _lent(g.view) for g in task.gradients if not g.inner}
@@ -95,16 +94,12 @@ def _weigh(task: rows.Task) -> float:
     largest = float(np.max(task.weights, initial=0))
     if task.denominator is None or not 2.0**-400 < largest < 2.0**400:  # else their sum is fine
         counted = task.weights if task.counted is None else task.counted
-        total = _sum(counted)
+        total = sum_of(counted)
         factor = rows.weight_factor(total)
         if factor != 1:
             task.weights = rows.scaled_weights(task.weights, factor)
-            total = _sum(task.weights if task.counted is None else rows.scaled_weights(counted, factor))
+            total = sum_of(task.weights if task.counted is None else rows.scaled_weights(counted, factor))
     return total if task.denominator is None else task.denominator * factor
-
-
-def _sum(weights: Any) -> float:
-    return add_up(chunk_sums(weights))
 
 
 def _summed_gradient(task: rows.Task, g: rows.Gradient, scale: float, threads: int) -> Any:
@@ -119,11 +114,10 @@ def _summed_gradient(task: rows.Task, g: rows.Gradient, scale: float, threads: i
 
 def _turned(task: rows.Task, g: rows.Gradient) -> tuple[Any, tuple[Any, ...], tuple[int, ...]]:
     """The gradient, what is read, and their batch axes' order: the operand's own in front, those to sum over behind."""
-    ndim = task.x.ndim - 1
-    order = (*(d for d in range(ndim) if d not in g.inner), *g.inner)
+    order = task.order(g)
 
-    def turn(a: Any) -> Any:
-        return _lent(a.transpose(*order, *range(ndim, a.ndim))) if isinstance(a, np.ndarray) else a  # None, or a number
+    def turn(a: Any) -> Any:  # None and a number as they are
+        return _lent(a.transpose(*order, *range(len(order), a.ndim))) if isinstance(a, np.ndarray) else a
 
     read = task.x, task.y, task.weights, task.temperature, task.factors
     return turn(g.view), tuple(map(turn, read)), order
@@ -145,7 +139,7 @@ def chunks(n: int) -> int:
 def chunk_sums(values: Any) -> Any:
     """The sums of every 1024 values of a real array of any layout, in C order: what `add_up` goes on with."""
     sums = np.empty(chunks(values.size))
-    _cpu.chunk_sums(_lent(_asarray(values, "weights")), sums)
+    _cpu.chunk_sums(_lent(asarray(values, "weights")), sums)
     return sums
 
 
@@ -154,20 +148,27 @@ def add_up(sums: Any) -> float:
     return _cpu.add_up(sums)
 
 
+def sum_of(values: Any) -> float:
+    """Of a real array of any layout, in this order."""
+    return add_up(chunk_sums(values))
+
+
 def block(call: Call, denominator: float, shared: tuple[str, ...]) -> tuple[Any, ...]:
     """A block of whole rows: (value, *gradients) for reduction="row" or "none", the gradients divided."""
     task = arrange(call, shared)
-    task.cotangent = 1.0 / denominator if denominator else np.nan
+    task.cotangent = rows.scale(denominator)
     _compute(task)
     return task.value, *(g.array for g in task.gradients)
 
 
-def sweeps(operation: Operation, spaces: tuple[int, int], wide: bool, terms: bool, gradient: bool) -> tuple[int, ...]:
+def sweeps(
+    operation: Operation, spaces: tuple[int, int], terms: bool = False, gradient: bool = False
+) -> tuple[int, ...]:
     """How many numbers a chunk of a row's classes leaves behind, for each sweep over the row that these outputs take.
 
     The value is known after the sweeps it takes without outputs; outputs are written by the last sweep they take.
     """
-    return _cpu.sweeps(operation.code, *spaces, wide, terms, gradient)
+    return _cpu.sweeps(operation.code, *spaces, False, terms, gradient)  # as many in float32 as in float64
 
 
 def states(call: Call, number: int, stats: Any) -> Any:
@@ -178,7 +179,7 @@ def states(call: Call, number: int, stats: Any) -> Any:
     spaces, _, wanted = rows.words(call)
     task = arrange(call._replace(return_grad=None))
     operation = call.operation.code
-    numbers = _cpu.sweeps(operation, *spaces, task.wide, False, bool(wanted))[number]
+    numbers = sweeps(call.operation, spaces, gradient=bool(wanted))[number]
     left = np.zeros((*task.x.shape[:-1], numbers, chunks(task.n)))
     x, y = _lent(task.x), _lent(task.y)
     _cpu.sweep(
@@ -189,27 +190,26 @@ def states(call: Call, number: int, stats: Any) -> Any:
     return left
 
 
-def merge(
-    operation: Operation, number: int, states: Any, stats: Any, weights: Any, spaces: tuple[int, int], wide: bool,
-    temperature: Any, parameter: float, factor: float, fold: bool = False,
-) -> Any:  # fmt: skip
+def merge(task: rows.Task, number: int, states: Any, stats: Any, fold: bool = False) -> Any:
     """The states of all blocks, joined along the chunks, into the rows' stats, of shape batch + (STATS,).
 
     stats[..., 0] is a row's value, once that is known, times its weight. With `fold`, the states of some chunks, at
-    least one, into one that stands for them, of shape batch + (numbers, 1).
+    least one, into one that stands for them, of shape batch + (numbers, 1). `task`: of any block of these rows, or
+    what has its words, its weights and its temperature.
     """
     batch, count = states.shape[:-2], states.shape[-1]
     if fold:
         merged = np.zeros((*states.shape[:-1], 1))
     else:
         merged = np.zeros((*batch, STATS)) if stats is None else np.array(stats, order="C")
-    if weights is not None:
-        weights = _lent(np.broadcast_to(_asarray(weights, "weights"), batch))
-    if not isinstance(temperature, float):
-        temperature = _lent(np.broadcast_to(_asarray(temperature, "temperature"), batch))
+
+    def by_row(a: Any, name: str) -> Any:  # None and a number as they are
+        return a if a is None or isinstance(a, float) else _lent(np.broadcast_to(asarray(a, name), batch))
+
     _cpu.merge(
-        number, operation.code, *spaces, weights, wide, temperature, get_num_threads(), parameter,
-        factor, np.array(states).reshape(-1), count, merged.reshape(-1), fold,
+        number, task.operation.code, *task.spaces, by_row(task.weights, "weights"), task.wide,
+        by_row(task.temperature, "temperature"), get_num_threads(), task.parameter, task.factor,
+        np.array(states).reshape(-1), count, merged.reshape(-1), fold,
     )  # fmt: skip
     return merged
 
@@ -219,9 +219,7 @@ def outputs(call: Call, number: int, stats: Any, denominator: float, shared: tup
     threads = get_num_threads()
     task = arrange(call, shared)
     operation = call.operation.code
-    scale = 1.0 / denominator if denominator else np.nan
-    if task.cotangent is not None:
-        scale *= float(task.cotangent)
+    scale = rows.scale(denominator, task.cotangent)
     terms = task.value_view if call.reduction == "none" else None
     direct = {g.of: _lent(g.view) for g in task.gradients if not g.inner}
     if direct or terms is not None:
@@ -244,7 +242,7 @@ def outputs(call: Call, number: int, stats: Any, denominator: float, shared: tup
 
 def arrange(call: Call, shared: tuple[str, ...] = ()) -> rows.Task:
     """The call, checked and laid out in rows."""
-    task = rows.arrange(np, _asarray, call)
+    task = rows.arrange(np, asarray, call)
     for g in task.gradients:
         if g.of in shared:
             g.array = g.view = np.zeros(g.view.shape, np.float64)

@@ -176,11 +176,10 @@ def _states(x: Any, y: Any, weights: Any, temperature: Any, stats: Any, call: Ca
         return _backend(x).states(_of_block(call, x, y, weights, temperature), number, stats)
 
 
-def _merge(states: Any, weights: Any, temperature: Any, stats: Any, number_of_all: float, **arguments: Any) -> Any:
-    temperature = number_of_all if temperature is None else temperature
+def _merge(states: Any, weights: Any, temperature: Any, stats: Any, number: int, words: dict[str, Any]) -> Any:
+    by_row = {"weights": weights} | ({} if temperature is None else {"temperature": temperature})
     with _threads():
-        backend = _backend(states)
-        return backend.merge(states=states, weights=weights, temperature=temperature, stats=stats, **arguments)
+        return _backend(states).merge(SimpleNamespace(**words | by_row), number, states, stats)
 
 
 def _outputs(
@@ -458,21 +457,22 @@ def _by_parts(graph: _Graph, call: Call, scale: Any) -> tuple[Any, list[Any]]:
     of_stats, of_states = (*graph.batch, graph.stats), (*graph.batch, graph.states, graph.classes)
     stats: list[tuple[Any, Any]] = [(None, None)]  # before each sweep, and after the last that the value takes
     by_row = call._replace(reduction="row")
-    for number, size in enumerate(cpu.sweeps(operation, task.spaces, task.wide, False, False)):
+    words = {name: getattr(task, name) for name in ("operation", "spaces", "wide", "parameter", "factor")}
+    words["temperature"] = call.temperature
+    for number, size in enumerate(cpu.sweeps(operation, task.spaces)):
         states = graph.layer(
             _states, of_states, *operands, stats[-1], dtype=np.float64, number=number, call=by_row, concatenate=True,
             new_axes={graph.states: size}, adjust_chunks={graph.classes: cpu.chunks},
         )  # fmt: skip
         merged = graph.layer(
             _merge, of_stats, (states, of_states), *operands[2:], stats[-1], dtype=np.float64, concatenate=True,
-            number=number, operation=operation, spaces=task.spaces, wide=task.wide, number_of_all=call.temperature,
-            parameter=task.parameter, factor=task.factor, new_axes={graph.stats: cpu.STATS},
+            number=number, words=words, new_axes={graph.stats: cpu.STATS},
         )  # fmt: skip
         stats.append((merged, of_stats))
 
     def outputs(block: Call, terms: bool, shared: tuple[str, ...]) -> Any:
         """Written by the last of the sweeps that they take."""
-        number = len(cpu.sweeps(operation, task.spaces, task.wide, terms, not terms)) - 1
+        number = len(cpu.sweeps(operation, task.spaces, terms, not terms)) - 1
         return graph.layer(
             _outputs, graph.all, *operands, stats[number], scale, dtype=object, number=number, call=block,
             concatenate=True, shared=shared,

@@ -53,15 +53,9 @@ def _divided(xp: Any, call: Call) -> tuple[Call, Any]:
 
 def _denominator(xp: Any, call: Call) -> Any:
     """None: the sum of the weights of each example."""
-    terms, batch = _terms(call)[call.examples :], _batch(call)[call.examples :]
     d = call.denominator
-    if d is None:
-        if call.reduction == "rowmean" and call.weights is not None:
-            return None
-        counts = {"sum": 1, "rowmean": math.prod(batch), "batchmean": math.prod(terms[:1]), "mean": math.prod(terms)}
-        return float(counts[call.reduction])
     if not hasattr(d, "shape"):
-        return float(d) if call.operation.is_loss else rows.denominator_of(call)
+        return rows.denominator(call, _terms(call)[call.examples :], _batch(call)[call.examples :], call.weights)
     if isinstance(d, np.ndarray):  # those of a GPU are not waited for
         bad = d[~((d >= 0) & (d < math.inf))]
         rows.denominator_of(call._replace(denominator=bad[0] if bad.size else 1.0))

@@ -90,6 +90,10 @@ class Task:
         mean = self.output == TOTAL and divided and not self.signed
         return mean and self.weights is not None and self.weights.dtype == np.float64
 
+    def order(self, g: Gradient) -> tuple[int, ...]:
+        """The batch axes of a broadcast operand in front, those to sum its gradient over behind."""
+        return (*(d for d in range(self.x.ndim - 1) if d not in g.inner), *g.inner)
+
 
 def arrange(xp: Any, asarray: Any, call: Call) -> Task:
     """Check the arguments of a call and lay its arrays out in rows.
@@ -178,7 +182,7 @@ def _arrange(xp: Any, asarray: Any, call: Call, factors: Any = None, signed: boo
         or (factors is not None and LOGITS in spaces)
     )
     rows = math.prod(laid.batch)
-    denominator = _denominator(call, laid.terms, rows, laid.n, weights)
+    divisor = denominator(call, laid.terms, laid.batch, weights)
     task = Task(
         operation=call.operation,
         x=laid.x,
@@ -197,10 +201,10 @@ def _arrange(xp: Any, asarray: Any, call: Call, factors: Any = None, signed: boo
         temperature=temperature,
         rows=rows,
         n=laid.n,
-        denominator=denominator,
+        denominator=divisor,
         parameter=call.parameter,
         factor=call.factor,
-        counted=weights if denominator is None and by is not weights else None,
+        counted=weights if divisor is None and by is not weights else None,
     )
     _arrange_results(xp, task, laid, call.out, wanted)
     return task
@@ -263,8 +267,6 @@ def _arrange_loss(xp: Any, asarray: Any, call: Call) -> Task:
     outs = {} if call.out is None else dict(zip(("value", *wanted), call.out, strict=True))
     into = tuple(None if name in spread else a for name, a in outs.items()) or None
     task = _arrange(xp, asarray, call._replace(x=x, y=y, axis=last, weights=weights, out=into), factors, signed=True)
-    if call.denominator is not None:
-        task.denominator = call.denominator
     for g in task.gradients:
         if g.of in spread:
             g.spread, g.out = (last, operands[g.of]), outs.get(g.of)
@@ -452,6 +454,12 @@ def as_numpy(a: Any, name: str) -> Any:
 def is_wide(operation: Operation, spaces: tuple[int, int], temperature: float = 1.0, parameter: float = 0.0) -> bool:
     """Whether float32 is computed in float64."""
     return _cpu.is_wide(operation.code, *spaces, temperature, parameter)
+
+
+def scale(denominator: Any, cotangent: Any = None) -> float:
+    """What multiplies the gradients of a sum that is divided; NaN for the mean of nothing."""
+    found = 1.0 / denominator if denominator else math.nan
+    return found if cotangent is None else found * float(cotangent)
 
 
 def result(task: Task, value: Any) -> Any:
@@ -747,15 +755,14 @@ def times_ratio(xp: Any, weights: Any, ratio: Any) -> Any:
         return product if weights is None else xp.where(weights == 0, 0, product * weights)
 
 
-def _denominator(call: Call, shape: tuple[int, ...], rows: int, n: int, weights: Any) -> float | None:
-    reduction = call.reduction
-    if call.denominator is not None and not call.operation.is_loss:
-        return denominator_of(call)
-    if reduction == "rowmean":
-        return float(rows) if weights is None else None
-    if reduction == "batchmean":
-        return float(shape[0]) if shape else 1.0
-    return float(rows * n) if reduction == "mean" else 1.0
+def denominator(call: Call, terms: tuple[int, ...], batch: tuple[int, ...], weights: Any) -> float | None:
+    """What divides a total, and all gradients; None: the sum of the weights. `terms`, `batch`: the shapes of these."""
+    if call.denominator is not None:
+        return float(call.denominator) if call.operation.is_loss else denominator_of(call)
+    if call.reduction == "rowmean" and weights is not None:
+        return None
+    counts = {"rowmean": math.prod(batch), "batchmean": math.prod(terms[:1]), "mean": math.prod(terms)}
+    return float(counts.get(call.reduction, 1))
 
 
 # A mean does not depend on a common factor of weight and denominator: far from the ends of the range nothing overflows,

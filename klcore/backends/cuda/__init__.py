@@ -20,12 +20,12 @@ from typing import Any
 import numpy as np
 
 from klcore.backends import rows
-from klcore.backends.cuda import devices, kernels, parts, preparation
+from klcore.backends.cuda import devices, kernels, parts
 from klcore.backends.cuda.devices import missing, on_stream, ready
 from klcore.backends.cuda.launches import CHUNK, MAX_STATS, Launch
 from klcore.backends.cuda.plans import READ
 from klcore.backends.cuda.preparation import Prepared, prepare
-from klcore.operations import Call, Operation
+from klcore.operations import Call
 
 __all__ = ["arrange", "block", "compute", "merge", "missing", "on_stream", "outputs", "ready", "states"]
 
@@ -231,7 +231,7 @@ def block(call: Call, denominator: float, shared: tuple[str, ...]) -> tuple[Any,
     """What cpu.block does, for backends/dask.py."""
     with _there(call) as (cupy, device):
         task = _laid_out(cupy, device, call, shared)
-        task.cotangent = 1.0 / denominator if denominator else math.nan
+        task.cotangent = rows.scale(denominator)
         _compute(cupy, device, task)
         return task.value, *_parts_of_sums(task, shared)
 
@@ -248,7 +248,7 @@ def states(call: Call, number: int, stats: Any) -> Any:
         spaces, _, wanted = rows.words(call)
         task = _laid_out(cupy, device, call._replace(return_grad=None))
         outputs = sum(kernels.OUTPUTS[of] for of in wanted) if number else 0
-        numbers = kernels.states(call.operation.code, spaces, task.wide, outputs, False)[number]
+        numbers = kernels.states(call.operation.code, spaces, outputs, False)[number]
         left = cupy.zeros((*task.x.shape[:-1], numbers, -(-task.n // CHUNK)))
         if left.size:
             arrays = {**_read(task), "stats": stats, "states": left}
@@ -256,10 +256,7 @@ def states(call: Call, number: int, stats: Any) -> Any:
         return left
 
 
-def merge(
-    operation: Operation, number: int, states: Any, stats: Any, weights: Any, spaces: tuple[int, int], wide: bool,
-    temperature: Any, parameter: float, factor: float, fold: bool = False,
-) -> Any:  # fmt: skip
+def merge(task: rows.Task, number: int, states: Any, stats: Any, fold: bool = False) -> Any:
     """The states of all blocks, joined along the chunks, into the rows' stats; or, to `fold`, into one state a row."""
     cupy = ready()
     with states.device:
@@ -269,17 +266,18 @@ def merge(
             merged = cupy.zeros((*states.shape[:-2], MAX_STATS)) if stats is None else cupy.array(stats, order="C")
 
         def by_row(a: Any, name: str) -> Any:
+            if a is None or isinstance(a, float):  # a number is one for all rows
+                return None
             return cupy.broadcast_to(devices.asarray(cupy, states.device.id, a, name), states.shape[:-2])
 
-        weights = None if weights is None else by_row(weights, "weights")
-        temperatures = None if isinstance(temperature, float) else by_row(temperature, "temperature")
         if states.size:
             arrays = {
-                "states": cupy.asarray(states, order="C"), "weights": weights, "temperatures": temperatures,
+                "states": cupy.asarray(states, order="C"),
+                "weights": by_row(task.weights, "weights"),
+                "temperatures": by_row(task.temperature, "temperature"),
                 "merged": merged,
-            }  # fmt: skip
-            words = operation, number, spaces, wide, temperature, parameter, factor, fold
-            _launch(cupy, parts.merge(states.device.id, *words, arrays), arrays)
+            }
+            _launch(cupy, parts.merge(states.device.id, task, number, fold, arrays), arrays)
         return merged
 
 
@@ -291,12 +289,10 @@ def outputs(call: Call, number: int, stats: Any, denominator: float, shared: tup
         for g in task.gradients:
             arrays["d" + g.of] = g.array
             if g.inner and stats is not None:
-                order = preparation.order_of(task, g)
+                order = task.order(g)
                 arrays["stats d" + g.of] = cupy.array(stats.transpose(*order, len(order)), order="C")
         if task.rows and task.n:
-            scale = 1.0 / denominator if denominator else math.nan
-            if task.cotangent is not None:
-                scale *= float(task.cotangent)
+            scale = rows.scale(denominator, task.cotangent)
             _launch(cupy, parts.outputs(device, task, number, scale, arrays), arrays)
         else:
             for g in task.gradients:

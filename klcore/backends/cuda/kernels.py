@@ -62,8 +62,8 @@ def sum_options() -> tuple[str, ...]:
 
 
 @cache
-def states(operation: int, spaces: tuple[int, int], wide: bool, outputs: int, factors: bool) -> tuple[int, ...]:
-    return _cpu.sweeps(operation, *spaces, wide, bool(outputs & TERMS), bool(outputs & ~TERMS), factors)
+def states(operation: int, spaces: tuple[int, int], outputs: int, factors: bool) -> tuple[int, ...]:
+    return _cpu.sweeps(operation, *spaces, False, bool(outputs & TERMS), bool(outputs & ~TERMS), factors)
 
 
 @cache

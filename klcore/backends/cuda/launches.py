@@ -57,7 +57,7 @@ class Kind(NamedTuple):
     @property
     def states(self) -> tuple[int, ...]:
         """Doubles that a chunk leaves behind, for each sweep over the rows that these outputs take."""
-        return kernels.states(self.operation.code, self.spaces, self.wide, self.outputs, self.factors)
+        return kernels.states(self.operation.code, self.spaces, self.outputs, self.factors)
 
     def row_bytes(self, chunks: int) -> int:
         """Of a row in kl_rows: what its chunks leave behind, and what is known of it."""

@@ -19,7 +19,6 @@ from klcore.backends.cuda.preparation import (
     summed,
     views_of,
 )
-from klcore.operations import Operation
 
 
 def _places(arrays: dict[str, Any]) -> dict[str, plans.Place]:
@@ -36,26 +35,21 @@ def states(device: int, task: rows.Task, outputs: int, number: int, arrays: dict
     return launched(device, [units(kind, plan, layout, number, number + 1)], scratch)
 
 
-def merge(
-    device: int, operation: Operation, number: int, spaces: tuple[int, int], wide: bool, temperature: Any,
-    parameter: float, factor: float, fold: bool, arrays: dict[str, Any],
-) -> Prepared:  # fmt: skip
+def merge(device: int, task: rows.Task, number: int, fold: bool, arrays: dict[str, Any]) -> Prepared:
     """arrays["states"] into arrays["merged"]: the rows' stats or, to `fold`, one state a row."""
     places, scratch = _places(arrays), plans.Scratch()
     *batch, _, count = arrays["states"].shape
-    views = {}
-    if arrays["weights"] is not None:
-        views["weights"] = plans.view_of(arrays["weights"], places["weights"], False)
-    if arrays["temperatures"] is not None:
-        views["temperatures"] = plans.view_of(arrays["temperatures"], places["temperatures"], False)
+    by_row = {name: arrays[name] for name in ("weights", "temperatures") if arrays[name] is not None}
+    views = {name: plans.view_of(a, places[name], False) for name, a in by_row.items()}
     if not fold:  # the first of a row's stats becomes its value, times its weight
         views["value"] = plans.view_of(arrays["merged"][..., 0], places["merged"], False)
-    dtype = rows.CODES["float64" if wide else "float32"]
-    kind = Kind(device, operation, spaces, (dtype, dtype), wide, 0, kernels.tempered_by(temperature), False, 1)
+    dtype = rows.CODES["float64" if task.wide else "float32"]
+    tempered = kernels.tempered_by(task.temperature)
+    kind = Kind(device, task.operation, task.spaces, (dtype, dtype), task.wide, 0, tempered, False, 1)
     layout = plans.layout_of(tuple(batch), 1, views, keep_order=True)
     plan = plans.plan_of(
-        layout, 1, stats=None if fold else places["merged"], parameter=parameter, factor=factor,
-        inverse_temperature=inverse_of(temperature), output=rows.PER_ROW,
+        layout, 1, stats=None if fold else places["merged"], parameter=task.parameter, factor=task.factor,
+        inverse_temperature=inverse_of(task.temperature), output=rows.PER_ROW,
     )  # fmt: skip
     into = places["merged"] if fold else None
     return launched(

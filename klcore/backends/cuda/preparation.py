@@ -73,12 +73,9 @@ def prepare(device: int, task: rows.Task, arrays: list[Any], results: list[Any])
         over = plans.layout_of(task.x.shape[:-1], 1, {"weights": counted})
         plan = plans.plan_of(over, 1, sums=denominator, scale=divisor, denominator=known, factor=1.0)
         launches += added_up(kind, "kl_weights", len(rows.WEIGHT_FACTORS), None, task.rows, plan, scratch)
-    gradient_scale = 1.0 / divisor if divisor else math.nan
-    if task.cotangent is not None and not cotangent:
-        gradient_scale *= float(task.cotangent)
     fields = {
         **fields_of(task),
-        "gradient_scale": gradient_scale,
+        "gradient_scale": rows.scale(divisor, None if cotangent else task.cotangent),
         "scale": divisor,
         "denominator": denominator,
         "cotangent": places["cotangent"] if cotangent else None,
@@ -142,18 +139,13 @@ def fields_of(task: rows.Task) -> dict[str, Any]:
     }
 
 
-def order_of(task: rows.Task, g: rows.Gradient) -> tuple[int, ...]:
-    """The batch axes of a broadcast operand in front, those to sum over behind."""
-    return (*(d for d in range(task.x.ndim - 1) if d not in g.inner), *g.inner)
-
-
 def summed(
     kind: Kind, task: rows.Task, g: rows.Gradient, to: plans.View, views: dict[str, plans.View], fields: dict[str, Any],
     scratch: plans.Scratch, stats: plans.Place | None = None,
 ) -> list[Planned]:  # fmt: skip
-    """The gradient of a broadcast operand, 1024 rows at a time. `stats` of these, in :func:`order_of`, may be known."""
+    """The gradient of a broadcast operand, 1024 rows at a time. `stats` of these, in its order, may be known."""
     batch = task.x.shape[:-1]
-    order = order_of(task, g)
+    order = task.order(g)
     shape = tuple(batch[d] for d in order)
     inner = math.prod(batch[d] for d in g.inner)
     turned = {

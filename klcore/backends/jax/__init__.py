@@ -42,11 +42,7 @@ def _stand_in(a: Any) -> Any:
 
 def _arranged(call: Call, arrays: dict[str, Any]) -> rows.Task:
     """A call's arguments, checked as those of NumPy arrays are."""
-
-    def asis(a: Any, name: str) -> Any:
-        return a
-
-    return rows.arrange(np, asis, call._replace(**arrays))
+    return rows.arrange(np, lambda a, name: a, call._replace(**arrays))
 
 
 @partial(jax.jit, static_argnums=0)

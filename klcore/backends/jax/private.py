@@ -19,10 +19,7 @@ def varying_axes(a: Any) -> frozenset[str]:
 def varying(a: Any, axes: frozenset[str]) -> Any:
     """The array, as one that differs along these axes as well."""
     more = tuple(axes - varying_axes(a))
-    if not more:
-        return a
-    lax: Any = jax.lax
-    return lax.pcast(a, more, to="varying") if hasattr(lax, "pcast") else lax.pvary(a, more)  # the former since 0.8
+    return jax.lax.pcast(a, more, to="varying") if more else a
 
 
 def explicit_mesh(arrays: Iterable[Any]) -> Any:

@@ -56,9 +56,8 @@ class Program:
     gradients: tuple[str, ...] = ()
     pull: bool = False  # the gradients only, of sum(cotangent * value)
     names: tuple[str, ...] = ()  # of the arguments, in their order, as Call has them
-    divided: float | None = (
-        1.0  # by what the sum of a total is, where no argument says it; None: the sum of the weights
-    )
+    # by what the sum of a total is divided, where no argument says it; None: by the sum of the weights
+    divided: float | None = 1.0
 
     def __repr__(self) -> str:  # in what jax.make_jaxpr prints
         call = self.call

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from klcore import _cpu
-from klcore.backends import cpu, rows
+from klcore.backends import cpu
 from klcore.backends.jax.programs import Program, number_of, put
 from klcore.operations import Call
 
@@ -28,7 +28,8 @@ def doubles(*shape: int) -> Any:
 
 def sweeps(program: Program, outputs: str = "") -> tuple[int, ...]:
     """How many numbers the states have of each sweep that the value takes, or "terms" or "gradients"."""
-    return cpu.sweeps(program.call.operation, _spaces(program), False, outputs == "terms", outputs == "gradients")
+    spaces = program.spaces["x"], program.spaces["y"]
+    return cpu.sweeps(program.call.operation, spaces, outputs == "terms", outputs == "gradients")
 
 
 def chunks(n: int) -> int:
@@ -43,23 +44,19 @@ def states(program: Program, number: int, backend: Any, xp: Any, out: list[Any],
     call = _by_row(program, program.as_rows(xp, given))
     left = backend.states(call, number, stats)
     if left.shape[-1] * DOUBLE != out[0].shape[-1]:
-        left = _merged(program, call, number, backend, left, stats, True)
+        left = _merged(call, number, backend, left, stats, True)
     out[0][...] = left.view(np.uint32)
 
 
 def merge(program: Program, number: int, backend: Any, xp: Any, out: list[Any], arguments: list[Any]) -> None:
     """The states of all classes into stats; `arguments`: the program's, the states, and the stats before, if any."""
     given, (left, stats) = _split(program, arguments, 2)
-    out[0][...] = _merged(program, _by_row(program, given), number, backend, left, stats, False).view(np.uint32)
+    call = _by_row(program, program.as_rows(xp, given))
+    out[0][...] = _merged(call, number, backend, left, stats, False).view(np.uint32)
 
 
-def _merged(program: Program, call: Call, number: int, backend: Any, left: Any, stats: Any, fold: bool) -> Any:
-    spaces, temperature = _spaces(program), call.temperature if isinstance(call.temperature, float) else 1.0
-    wide = program.dtype == np.float64 or rows.is_wide(call.operation, spaces, temperature, call.parameter)
-    return backend.merge(
-        call.operation, number, left, stats, call.weights, spaces, wide, call.temperature, call.parameter, call.factor,
-        fold,
-    )  # fmt: skip
+def _merged(call: Call, number: int, backend: Any, left: Any, stats: Any, fold: bool) -> Any:
+    return backend.merge(backend.arrange(call._replace(return_grad=None)), number, left, stats, fold)
 
 
 def finish(program: Program, backend: Any, xp: Any, out: list[Any], arguments: list[Any]) -> None:
@@ -71,7 +68,7 @@ def finish(program: Program, backend: Any, xp: Any, out: list[Any], arguments: l
             out[0][...] = values
             return
         for at, one in program.examples(xp, given):
-            total = np.float64(cpu.add_up(cpu.chunk_sums(values[at]))) if xp is np else values[at].sum()
+            total = np.float64(cpu.sum_of(values[at])) if xp is np else values[at].sum()
             denominator = _denominator(program, one)
             out[0][at] = xp.where(denominator == 0, np.nan, total / denominator)
 
@@ -109,10 +106,6 @@ def _by_row(program: Program, arguments: list[Any]) -> Call:
     """The call of rows that are no total yet."""
     by_row: Any = {"reduction": "row", "denominator": None, "cotangent": None}
     return program.call_of(arguments)._replace(**by_row, return_grad=program.gradients or None)
-
-
-def _spaces(program: Program) -> tuple[int, int]:
-    return program.spaces["x"], program.spaces["y"]
 
 
 def _denominator(program: Program, arguments: list[Any]) -> Any:

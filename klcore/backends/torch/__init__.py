@@ -6,15 +6,15 @@ to the kernels: that takes a fifth of the operator's time on small tensors. On a
 current stream, and results are PyTorch's own memory.
 
 Here is the road that a call takes. Of the other files each imports those before it alone: private.py, memory.py,
-kernels.py, operator.py, autograd.py. DTensors take sharded.py's, which leads back here with every process' part.
+kernels.py, operator.py, batches.py, autograd.py. DTensors take sharded.py's, which leads back here with every process'
+part; parts.py is for klcore.Shard.
 """
 
-import contextlib
 from typing import Any
 
 import torch
 
-from klcore.backends import cpu, labels, rows
+from klcore.backends import labels, rows
 from klcore.backends.torch import autograd, kernels, memory, private
 from klcore.operations import Call, named
 
@@ -44,6 +44,17 @@ def compute(call: Call) -> Any:
             t if t is a or t is None or isinstance(a, torch.Tensor) else t.clone()
             for t, a in zip((x, y, weights, ratio), given, strict=True)
         )
+    call = _with_numbers(call, x)
+    of_value = call.dtype
+    if call.operation.name == "pytorch" and of_value in _HALVES and torch.is_autocast_enabled(x.device.type):
+        of_value = "float32"  # autocast has PyTorch's own loss compute in it
+    if not as_given or call.device is not None or of_value is not call.dtype:
+        call = call._replace(x=x, y=y, weights=weights, ratio=ratio, device=None, dtype=of_value)
+    return _history_or_not(call) if call.out is None else _into(call)
+
+
+def _with_numbers(call: Call, x: Any) -> Call:
+    """The call, whose temperature and denominator are numbers, or tensors beside x: data of whoever compiles."""
     if torch.compiler.is_compiling() and not call.operation.is_loss:
         call = call._replace(temperature=memory.data(call.temperature), denominator=memory.data(call.denominator))
     if isinstance(call.denominator, torch.Tensor):
@@ -55,14 +66,9 @@ def compute(call: Call) -> Any:
             )
         if call.denominator.requires_grad:
             call = call._replace(denominator=call.denominator.detach())
-    if not isinstance(call.temperature, (float, int)):
-        call = call._replace(temperature=memory.temperature_beside(call.temperature, x))
-    of_value = call.dtype
-    if call.operation.name == "pytorch" and of_value in _HALVES and torch.is_autocast_enabled(x.device.type):
-        of_value = "float32"  # autocast has PyTorch's own loss compute in it
-    if not as_given or call.device is not None or of_value is not call.dtype:
-        call = call._replace(x=x, y=y, weights=weights, ratio=ratio, device=None, dtype=of_value)
-    return _history_or_not(call) if call.out is None else _into(call)
+    if isinstance(call.temperature, (float, int)):
+        return call
+    return call._replace(temperature=memory.temperature_beside(call.temperature, x))
 
 
 def called(operation: str, *arguments: Any) -> Any:
@@ -140,8 +146,8 @@ def _into(call: Call) -> Any:
         given = rows.results_in(out, ("",) * (len(new) - 1))
         outs = [b if a is None else a for a, b in zip(given, new, strict=True)]
         out = tuple(outs)
-    with contextlib.nullcontext() if x.is_cpu else memory.as_pytorch(x):
-        results = (cpu if x.is_cpu else memory.cuda()).compute(kernels.lent(call._replace(out=out)))
+    with memory.backend_of(x) as backend:
+        results = backend.compute(kernels.lent(call._replace(out=out)))
     results = results if isinstance(results, tuple) else (results,)
     outs += [None] * (len(results) - len(outs))
     kept = tuple(memory.as_tensor(a) if t is None else t for a, t in zip(results, outs, strict=True))

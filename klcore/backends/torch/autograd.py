@@ -128,7 +128,7 @@ def _setup_second(ctx: Any, inputs: Sequence[Any], output: Any) -> None:
     _keep(ctx, _Rest(call, of_x, of_y), places, *operator.tensors_of(call).values(), cotangent)
 
 
-def _second(*_: Any) -> Any:
+def refuse_second(*_: Any) -> Any:
     raise RuntimeError(
         "klcore gives first derivatives of its divergences, and this asks for a second one (create_graph=True, or a "
         "gradient of a gradient)"
@@ -137,7 +137,7 @@ def _second(*_: Any) -> Any:
 
 def _backward_second(ctx: Any, of_dx: Any, of_dy: Any) -> tuple[Any, ...]:
     if ctx.rest.call.operation.name != "pytorch":
-        _second()
+        refuse_second()
     wants_x, wants_y = ctx.rest.wants
     *tensors, cotangent = (t if torch.is_grad_enabled() else t.detach() for t in ctx.saved_tensors)
     call = ctx.rest.whole(tensors)
@@ -268,7 +268,7 @@ class _TransformedTotal(torch.autograd.Function):
     def backward(ctx: Any, *cotangents: Any) -> Any:
         cotangent, *of_gradients = cotangents
         if any(c is not None for c in of_gradients):
-            _second()
+            refuse_second()
         if cotangent is None:
             return _of_inputs(ctx)
         found = (kernels.times(g, cotangent) for g in ctx.saved_tensors)

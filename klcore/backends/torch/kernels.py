@@ -1,6 +1,5 @@
 """Calls of the kernels: tensors in, and new tensors without history out."""
 
-import contextlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -8,7 +7,7 @@ import numpy as np
 import torch
 
 from klcore.backends import cpu, examples, rows
-from klcore.backends.torch.memory import FLOATS, as_pytorch, as_tensor, bfloat16, cuda, lend
+from klcore.backends.torch.memory import FLOATS, as_pytorch, as_tensor, backend_of, bfloat16, cuda, lend
 from klcore.operations import Call
 
 
@@ -127,8 +126,8 @@ def _along(cotangent: Any, gradient: Any) -> Any:
 def _of_examples(call: Call) -> Any:
     """Of totals, one an example."""
     afterwards = call.cotangent is not None and is_total_of_wide(call)
-    xp, backend = (np, cpu) if call.x.is_cpu else (cuda().ready(), cuda())
-    with contextlib.nullcontext() if call.x.is_cpu else as_pytorch(call.x):
+    with backend_of(call.x) as backend:
+        xp = np if call.x.is_cpu else backend.ready()
         given = call._replace(cotangent=torch.ones_like(call.cotangent)) if afterwards else call
         found = tuple(map(as_tensor, examples.compute(xp, backend, lent(given))))
     if call.cotangent is not None:

@@ -5,6 +5,7 @@ And what may be lent: devices, dtypes, layouts; what stands beside a tensor beco
 
 import contextlib
 import importlib
+from collections.abc import Iterator
 from functools import cache
 from typing import Any
 
@@ -58,6 +59,16 @@ def cuda() -> Any:
     return importlib.import_module("klcore.backends.cuda")
 
 
+@contextlib.contextmanager
+def backend_of(x: Any) -> Iterator[Any]:
+    """The module that computes where this tensor is, as PyTorch has things computed there."""
+    if x.is_cpu:
+        yield cpu
+        return
+    with as_pytorch(x):
+        yield cuda()
+
+
 def as_tensor(a: Any) -> Any:
     """The same the other way."""
     take: Any = torch.utils.dlpack.from_dlpack
@@ -79,7 +90,7 @@ class _Writable:
 def _lent_by(a: Any, name: str) -> Any:
     """A tensor on the memory of a NumPy array, or of what NumPy makes one of; a copy where PyTorch has no such strides,
     dtype or byte order."""
-    a = cpu._asarray(a, name)
+    a = cpu.asarray(a, name)
     if any(step < 0 or step % a.dtype.itemsize for step in a.strides):
         a = a.copy()
     if not a.flags.writeable:

@@ -3,6 +3,7 @@
 A call becomes their arguments, and those a call again; shapes and dtypes are known without memory.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,14 +11,14 @@ import torch
 from klcore.backends.torch import kernels
 from klcore.operations import Call, named
 
-_ARGUMENTS = (
+ARGUMENTS = (
     "str operation, Tensor x, Tensor? y, str space_x, str space_y, int axis, str reduction, Tensor? weights, "
     "Tensor? ratio, float temperature, Tensor? temperatures, Scalar? denominator, Tensor? divisor, float parameter, "
     "float factor, int examples"
 )
 LIBRARY = torch.library.Library("klcore", "DEF")
-LIBRARY.define(f"value({_ARGUMENTS}, ScalarType? dtype) -> Tensor")
-LIBRARY.define(f"gradients({_ARGUMENTS}, Tensor cotangent, bool of_x, bool of_y) -> (Tensor, Tensor)")
+LIBRARY.define(f"value({ARGUMENTS}, ScalarType? dtype) -> Tensor")
+LIBRARY.define(f"gradients({ARGUMENTS}, Tensor cotangent, bool of_x, bool of_y) -> (Tensor, Tensor)")
 
 
 def call_of(
@@ -79,13 +80,16 @@ def dtype_name(dtype: Any) -> str | None:
 
 
 def _both_gradients(*arguments: Any) -> tuple[Any, Any]:
-    """An empty tensor for one that is not wanted."""
     *rest, cotangent, of_x, of_y = arguments
     call = call_of(*rest)._replace(cotangent=cotangent, return_grad=names(of_x, of_y))
-    found = kernels.compute(call)
+    return both_of(call.x, call.y, kernels.compute(call), of_x, of_y)
+
+
+def both_of(x: Any, y: Any, found: Sequence[Any], of_x: bool, of_y: bool) -> tuple[Any, Any]:
+    """The gradients that an operator returns, of those found; an empty tensor for one that is not wanted."""
     return (
-        _laid_out_like(call.x, found[0]) if of_x else call.x.new_empty(0),
-        _laid_out_like(call.y, found[-1]) if of_y else call.x.new_empty(0),
+        _laid_out_like(x, found[0]) if of_x else x.new_empty(0),
+        _laid_out_like(y, found[-1]) if of_y else x.new_empty(0),
     )
 
 
@@ -112,6 +116,6 @@ def _fake_value(*arguments: Any) -> Any:
 
 
 @torch.library.register_fake("klcore::gradients", lib=LIBRARY)
-def _fake_gradients(*arguments: Any) -> tuple[Any, Any]:
+def fake_gradients(*arguments: Any) -> tuple[Any, Any]:
     _, x, y, *_, of_x, of_y = arguments
     return kernels.gradient_like(x) if of_x else x.new_empty(0), kernels.gradient_like(y) if of_y else x.new_empty(0)

@@ -14,7 +14,7 @@
 ``torch.fx.experimental.symbolic_shapes.has_static_value(number)``
     False for a number that changes from one call of a compiled function to the next.
 
-All six are in PyTorch 2.9.1, the oldest that klcore takes, and in 2.13. A call of a few rows takes ten microseconds,
+All six are in PyTorch 2.10, the oldest that klcore takes, and in 2.13. A call of a few rows takes ten microseconds,
 and asks twice on its way: so none of these functions calls another.
 """
 

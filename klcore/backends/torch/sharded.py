@@ -6,9 +6,8 @@ gathered before the value is known, and merged by every process; value and gradi
 its own classes. So autograd sees no exchange, and backward has none of its own.
 """
 
-import contextlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,7 +16,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
 from klcore import _cpu
 from klcore.backends import cpu, rows
-from klcore.backends.torch import kernels, memory, operator
+from klcore.backends.torch import autograd, kernels, memory, operator
 from klcore.operations import Call
 
 # ---- what is where ---------------------------------------------------------------------------------------------------
@@ -182,9 +181,8 @@ def _shape_of(a: Any, name: str) -> Any:
 def _divided(call: Call, terms: tuple[int, ...], batch: tuple[int, ...]) -> dict[str, Any]:
     """What makes a mean of the whole batch a sum of its parts."""
     weights, count = call.weights, math.prod(batch)
-    classes = terms[call.axis] if terms and not call.operation.is_estimator else 1
     if call.reduction != "rowmean" or weights is None:
-        denominator: Any = rows._denominator(call, terms, count, classes, None)
+        denominator: Any = rows.denominator(call, terms, batch, None)
     elif not isinstance(weights, DTensor):
         denominator = weights * count
     else:
@@ -252,12 +250,11 @@ def _exchanging(call: Call, layout: _Layout, classes: int) -> Any:
 
 
 # The operators that torch.compile sees: of the calls of operator.py, with what is known of the rows besides.
-_ARGUMENTS = operator._ARGUMENTS
-_define = operator.LIBRARY.define
-_define(f"states({_ARGUMENTS}, int number, Tensor? stats, bool of_x, bool of_y, int count) -> Tensor")
-_define(f"merged({_ARGUMENTS}, int number, Tensor? stats, Tensor states, int[] counts) -> Tensor")
-_define(f"value_of_stats({_ARGUMENTS}, Tensor stats) -> Tensor")
-_define(f"gradients_of_stats({_ARGUMENTS}, Tensor stats, Tensor cotangent, bool of_x, bool of_y) -> (Tensor, Tensor)")
+_define, _arguments = operator.LIBRARY.define, operator.ARGUMENTS
+_define(f"states({_arguments}, int number, Tensor? stats, bool of_x, bool of_y, int count) -> Tensor")
+_define(f"merged({_arguments}, int number, Tensor? stats, Tensor states, int[] counts) -> Tensor")
+_define(f"value_of_stats({_arguments}, Tensor stats) -> Tensor")
+_define(f"gradients_of_stats({_arguments}, Tensor stats, Tensor cotangent, bool of_x, bool of_y) -> (Tensor, Tensor)")
 
 
 def _lent(arguments: Sequence[Any], of_x: bool = False, of_y: bool = False) -> Call:
@@ -265,21 +262,11 @@ def _lent(arguments: Sequence[Any], of_x: bool = False, of_y: bool = False) -> C
     return kernels.lent(call._replace(return_grad=operator.names(of_x, of_y) or None))
 
 
-@contextlib.contextmanager
-def _backend(x: Any) -> Iterator[Any]:
-    """The one that computes where this tensor is."""
-    if x.is_cpu:
-        yield cpu
-    else:
-        with memory.as_pytorch(x):
-            yield memory.cuda()
-
-
 def _states(*arguments: Any) -> Any:
     """What sweep `number` leaves of this process' classes, `count` chunks at most; zeros where it has fewer."""
     *rest, number, stats, of_x, of_y, count = arguments
     call = _lent(rest, of_x, of_y)._replace(reduction="row", denominator=None)
-    with _backend(rest[1]) as backend:
+    with memory.backend_of(rest[1]) as backend:
         found = memory.as_tensor(backend.states(call, number, memory.lend(stats)))
     return torch.nn.functional.pad(found, (0, count - found.shape[-1]))
 
@@ -290,14 +277,9 @@ def _merged(*arguments: Any) -> Any:
     most = max(counts)
     if set(counts) != {most}:
         states = torch.cat([states[..., k * most : k * most + m] for k, m in enumerate(counts)], -1)
-    with _backend(rest[1]) as backend:
+    with memory.backend_of(rest[1]) as backend:
         task = backend.arrange(_lent(rest)._replace(reduction="row", denominator=None))
-        return memory.as_tensor(
-            backend.merge(
-                task.operation, number, memory.lend(states), memory.lend(stats), task.weights, task.spaces, task.wide,
-                task.temperature, task.parameter, task.factor,
-            )
-        )  # fmt: skip
+        return memory.as_tensor(backend.merge(task, number, memory.lend(states), memory.lend(stats)))
 
 
 def _value_of_stats(*arguments: Any) -> Any:
@@ -305,7 +287,7 @@ def _value_of_stats(*arguments: Any) -> Any:
     call = operator.call_of(*rest)
     _, dtype = kernels.value_like(call)
     if call.reduction == "none":
-        with _backend(call.x) as backend:
+        with memory.backend_of(call.x) as backend:
             number = _sweeps(call, True, False) - 1
             (terms,) = backend.outputs(_lent(rest), number, memory.lend(stats), 1.0, ())
             return memory.as_tensor(terms)
@@ -314,7 +296,7 @@ def _value_of_stats(*arguments: Any) -> Any:
         return values.to(dtype, copy=True)
     total = values.sum()
     if values.is_cpu:
-        total = torch.tensor(cpu.add_up(cpu.chunk_sums(memory.lend(values))), dtype=torch.float64)
+        total = torch.tensor(cpu.sum_of(memory.lend(values)), dtype=torch.float64)
     denominator = _denominator(call)
     return (total / denominator if denominator else total * math.nan).to(dtype)
 
@@ -324,21 +306,16 @@ def _denominator(call: Call) -> float:
 
 
 def _gradients_of_stats(*arguments: Any) -> tuple[Any, Any]:
-    """An empty tensor for one that is not wanted."""
     *rest, stats, cotangent, of_x, of_y = arguments
     afterwards = kernels.is_total_of_wide(operator.call_of(*rest))
     before = torch.ones_like(cotangent) if afterwards else cotangent
     call = _lent(rest, of_x, of_y)._replace(cotangent=memory.lend(before))
     number = _sweeps(call, False, True) - 1
     _, x, y, *_ = rest
-    with _backend(x) as backend:
+    with memory.backend_of(x) as backend:
         found = backend.outputs(call, number, memory.lend(stats) if number else None, _denominator(call), ())
         found = tuple(map(memory.as_tensor, found))
-    found = kernels.scaled(found, cotangent) if afterwards else found
-    return (
-        operator._laid_out_like(x, found[0]) if of_x else x.new_empty(0),
-        operator._laid_out_like(y, found[-1]) if of_y else x.new_empty(0),
-    )
+    return operator.both_of(x, y, kernels.scaled(found, cotangent) if afterwards else found, of_x, of_y)
 
 
 for _name, _function in {
@@ -358,7 +335,7 @@ def _batch(arguments: Sequence[Any]) -> tuple[int, ...]:
 def _fake_states(*arguments: Any) -> Any:
     *rest, number, _, of_x, of_y, count = arguments
     call = operator.call_of(*rest)
-    numbers = cpu.sweeps(call.operation, rows.space_pair(call.space, call.operation), False, False, of_x or of_y)
+    numbers = cpu.sweeps(call.operation, rows.space_pair(call.space, call.operation), gradient=of_x or of_y)
     return call.x.new_empty((*_batch(rest), numbers[number], count), dtype=torch.float64)
 
 
@@ -373,12 +350,6 @@ def _fake_value(*arguments: Any) -> Any:
     *rest, stats = arguments
     shape, dtype = kernels.value_like(operator.call_of(*rest))
     return stats.new_empty(shape, dtype=dtype)
-
-
-@torch.library.register_fake("klcore::gradients_of_stats", lib=operator.LIBRARY)
-def _fake_gradients(*arguments: Any) -> tuple[Any, Any]:
-    _, x, y, *_, of_x, of_y = arguments
-    return kernels.gradient_like(x) if of_x else x.new_empty(0), kernels.gradient_like(y) if of_y else x.new_empty(0)
 
 
 def _keep(ctx: Any, inputs: Sequence[Any], output: Any) -> None:
@@ -396,12 +367,6 @@ def _backward(ctx: Any, cotangent: Any) -> tuple[Any, ...]:
     return (None, dx if of_x else None, dy if of_y else None, *[None] * len(rest))
 
 
-def _no_second(ctx: Any, *_: Any) -> Any:
-    raise RuntimeError(
-        "klcore gives first derivatives of its divergences, and this asks for a second one (create_graph=True, or a "
-        "gradient of a gradient)"
-    )
-
-
+torch.library.register_fake("klcore::gradients_of_stats", operator.fake_gradients, lib=operator.LIBRARY)
 torch.library.register_autograd("klcore::value_of_stats", _backward, setup_context=_keep, lib=operator.LIBRARY)
-torch.library.register_autograd("klcore::gradients_of_stats", _no_second, lib=operator.LIBRARY)
+torch.library.register_autograd("klcore::gradients_of_stats", autograd.refuse_second, lib=operator.LIBRARY)
