@@ -288,9 +288,9 @@ def plan(int operation, int space_x, int space_y, int output, x, y, weights, val
     """What to compute, for `run`.
 
     x, y, factors, dx, dy and the terms have the shape batch + (n,); weights, row values and a temperature that is no
-    float the shape batch. Weights and temperatures may have any real dtype; factors are float64 or float32. y, weights, factors, value, dx, dy may be None. With
-    inner_axes >= 0 the one gradient given is that of an operand broadcast over the last inner_axes batch axes, and is
-    summed over them.
+    float the shape batch. Weights and temperatures may have any real dtype; factors are float64 or float32. y, weights,
+    factors, value, dx, dy may be None. With inner_axes >= 0 the one gradient given is that of an operand broadcast over
+    the last inner_axes batch axes, and is summed over them.
     """
     cdef Planned c = Planned.__new__(Planned)
     c.arrays = _Borrowed.__new__(_Borrowed)
