@@ -25,6 +25,7 @@ SAME = [(op, pair) for op in COMMON for pair in some_pairs(op) if pair[0] == pai
 
 def pose_as_cuda(monkeypatch):
     """Have every tensor say that it is on device 0, whose current stream is STREAM."""
+    importlib.import_module("torch._dynamo")  # would note for good, when first imported, what tensors say of themselves
     monkeypatch.setattr(torch.Tensor, "is_cpu", property(lambda t: False), raising=False)
     monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda t: True), raising=False)
     monkeypatch.setattr(torch.Tensor, "get_device", lambda t: 0)
@@ -292,7 +293,7 @@ def test_estimates(emulated, monkeypatch, reduction):
 
 
 @pytest.mark.parametrize("reduction", ["row", "sum"])
-def test_shards_of_the_classes(posing, monkeypatch, reduction):
+def test_shards_of_the_classes(posing, reduction):
     """The operators of DTensors, of two shards: the values and gradients of whole rows, or within a rounding."""
     sharded = importlib.import_module("klcore.backends.torch.sharded")
     x, y = logits(3, 1500), logits(3, 1500) * 0.9
