@@ -94,6 +94,11 @@ def _check(call: Call) -> None:
         raise TypeError("out= has no place beside DTensors, whose parts are in several processes; use the result")
     if call.device is not None:
         raise ValueError(f"device={call.device!r}: DTensors are computed on the devices of their mesh")
+    if not isinstance(call.temperature, DTensor) and _needs_grad(call.temperature):
+        raise TypeError(
+            "temperature requires a gradient, and each process would find that of its own rows alone; pass "
+            "distribute_tensor(temperature, mesh, [Replicate()] * mesh.ndim)"
+        )
     for name in ("x", "y", "weights", "ratio", "temperature", "denominator"):
         t = getattr(call, name)
         if isinstance(t, DTensor):
@@ -106,6 +111,10 @@ def _check(call: Call) -> None:
                 f"is a part or the whole; pass distribute_tensor({name}, mesh, placements) of the whole, or "
                 "DTensor.from_local of a part"
             )
+
+
+def _needs_grad(t: Any) -> bool:
+    return isinstance(t, torch.Tensor) and t.requires_grad and torch.is_grad_enabled()
 
 
 def compute(call: Call, locally: Callable[[Call], Any]) -> Any:
@@ -208,6 +217,12 @@ def _exchanging(call: Call, layout: _Layout, classes: int) -> Any:
         raise TypeError(
             "klcore.compat takes DTensors whose classes are not sharded where a loss takes logits; move them with "
             "redistribute(placements=[Shard(0)]), say"
+        )
+    if not wanted and _needs_grad(temperature):
+        raise NotImplementedError(
+            "a temperature has no gradient where classes are sharded; shard rows instead, as by "
+            "redistribute(placements=[Shard(0)]), or take -(x * dx + y * dy).sum(-1) / temperature, a row, of the "
+            "gradients for the logits"
         )
     call = call._replace(x=x, y=y, weights=weights, temperature=temperature, return_grad=None)
     of_x, of_y = "x" in wanted, "y" in wanted
