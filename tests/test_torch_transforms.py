@@ -9,6 +9,7 @@ import math
 import pickle
 import warnings
 
+import numpy as np
 import pytest
 from test_torch import FLOATS, compiled, kl, logits  # noqa: F401  # `compiled` is a fixture
 
@@ -176,6 +177,57 @@ def test_gradient_of_a_temperature_beside_pytorchs(compiled, dtype):  # noqa: F8
         torch.testing.assert_close(found, expected, **rough)
     with pytest.raises(RuntimeError, match="asks for a second one"):
         torch.autograd.grad(torch.autograd.grad(loss(t), t, create_graph=True), t)
+
+
+def test_gradients_of_temperatures_are_those_of_the_call():
+    """The axis counts in the broadcast shape, nothing is broadcast over the classes, and what is returned is of its
+    argument's shape, though the temperature has a history."""
+    x, y = logits(5), logits(4, 5, seed=1)
+    of_rows = torch.linspace(0.5, 2, 4, dtype=torch.float64).requires_grad_()
+    for t in (of_rows, torch.tensor(1.3, dtype=torch.float64, requires_grad=True)):
+        expected = torch.autograd.grad(kl(x.expand(4, 5), y, temperature=t), t)
+        equal(torch.autograd.grad(kl(x, y, temperature=t, axis=1), t), expected)
+        found = kl(x, y, temperature=t, return_grad=("x", "y"))
+        equal(found, kl(x, y, temperature=t.detach(), return_grad=("x", "y")))
+        with pytest.raises(ValueError, match="the same number of classes"):
+            kl(y[:, :1], y, temperature=t)
+        with pytest.raises(ValueError, match="must have batch shapes"):
+            kl(y[:3], y, temperature=t)
+    empty = logits(4, 0)
+    equal(torch.autograd.grad(kl(empty, empty, temperature=of_rows), of_rows), (torch.zeros_like(of_rows),))
+
+
+def test_gradient_of_a_temperature_of_a_row_that_is_left_out():
+    x, y = logits(3, 5), logits(3, 5, seed=1)
+    t = torch.tensor([2.0, 0.0, float("nan")], dtype=torch.float64, requires_grad=True)
+    (found,) = torch.autograd.grad(kl(x, y, weights=torch.tensor([1.0, 0.0, 0.0]), temperature=t), t)
+    assert found[0] != 0
+    equal(found[1:], torch.zeros(2, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("kind", [list, np.array], ids=["list", "array"])
+def test_temperatures_of_other_kinds(compiled, kind):  # noqa: F811
+    """As eagerly, and those of the call: not what its caller makes of them before backward."""
+    x, y = logits(4, 5), logits(4, 5, seed=1)
+    given = [0.1, 1.0, 2.0, 0.7]
+    expected = value_and_gradients(lambda x: kl(x, y, "row", temperature=torch.tensor(given, dtype=torch.float64)), x)
+
+    def loss(x):
+        return kl(x, y, "row", temperature=kind(given))
+
+    equal(value_and_gradients(compiled(loss), x), expected)
+    equal(torch.func.vmap(loss)(x[None])[0], expected[0])
+    temperature, x = kind(given), x.requires_grad_()
+    value = kl(x, y, "row", temperature=temperature)
+    temperature[0] = 5.0
+    equal(torch.autograd.grad(value.sum(), x), expected[1:])
+
+
+def test_labels_of_temperatures():
+    pandas = pytest.importorskip("pandas", reason="pandas is not installed")
+    weights, temperature = (pandas.Series([1.0, 2.0], index=index) for index in (["a", "b"], ["b", "a"]))
+    with pytest.raises(ValueError, match="weights and axis 0 of temperature have different labels"):
+        kl(logits(2, 5), logits(2, 5), weights=weights, temperature=temperature)
 
 
 # ---- one gradient, whichever road leads to it ------------------------------------------------------------------------
@@ -472,6 +524,14 @@ def test_symbolic_trace():
         model(*inputs)[0].backward()
         of_student.append(model.student.weight.grad)
     equal(*of_student)
+
+
+@pytest.mark.parametrize("name", ["temperature", "weights", "denominator"])
+def test_symbolic_trace_of_one_argument(name):
+    """Of whichever: the others may be tensors that the function has already."""
+    x, y, t = logits(4, 5), logits(4, 5, seed=1), torch.tensor(2.0)
+    traced = torch.fx.symbolic_trace(lambda t: kl(x, y, **{name: t}))
+    equal(traced(t), kl(x, y, **{name: t}))
 
 
 def two_arguments(loss):

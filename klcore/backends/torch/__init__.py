@@ -19,15 +19,17 @@ from klcore.backends.torch import autograd, kernels, memory, private
 from klcore.operations import Call, named
 
 _HALVES = ("float16", "bfloat16")
+_PLAIN = {*private.PLAIN, type(None), float, int}  # what stands in for nothing
 
 
 def compute(call: Call) -> Any:
-    if not (type(call.x) in private.PLAIN and (call.y is None or type(call.y) in private.PLAIN)):
-        if private.is_distributed(call.x):
-            return _sharded(call)
-        stand_ins = tuple(filter(private.stands_in, call))
-        if stand_ins:
-            return torch.overrides.handle_torch_function(called, stand_ins, call.operation.name, *call[1:])
+    if type(call.x) is not torch.Tensor and private.is_distributed(call.x):
+        return _sharded(call)
+    arguments = call.x, call.y, call.weights, call.ratio, call.temperature, call.denominator
+    plain = torch.compiler.is_compiling() or _PLAIN.issuperset(map(type, arguments))
+    stand_ins = () if plain else tuple(filter(private.stands_in, call))
+    if stand_ins:
+        return torch.overrides.handle_torch_function(called, stand_ins, call.operation.name, *call[1:])
     given = call.x, call.y, call.weights, call.ratio
     x, y = memory.operands(*given[:2], call.device)
     if call.operation.name == "puzzlelib":  # its gradient is none: autograd would descend where it should ascend
@@ -38,7 +40,7 @@ def compute(call: Call) -> Any:
     ratio = memory.weights_beside(given[3], x, call.device, "ratio", estimate)
     as_given = x is given[0] and y is given[1] and weights is given[2] and ratio is given[3]
     if not as_given and not torch.compiler.is_compiling() and labels.are_there(*given):
-        labels.check(rows.class_axis_of(call, x, y), *given)
+        labels.check(rows.class_axis_of(call, x, y), *given, temperature=call.temperature)
     if not as_given and _needs_grad(x, y, None):  # a NumPy array may change before backward looks at it again
         x, y, weights, ratio = (
             t if t is a or t is None or isinstance(a, torch.Tensor) else t.clone()
@@ -88,9 +90,11 @@ def _history_or_not(call: Call) -> Any:
     eager = private.is_eager(x, y, call.weights, call.ratio, t)
     if not eager and private.is_distributed(y, call.weights, call.ratio, t):
         return _sharded(call)
-    if t is not None and _needs_grad(x, y, t) and t.requires_grad:
+    if call.return_grad is None and t is not None and _needs_grad(t):
+        call = call._replace(axis=rows.class_axis_of(call, x, y))
         if t.ndim and y is not None:  # rows that share an operand may have temperatures of their own
-            x, y = torch.broadcast_tensors(x, y)
+            shape, _ = kernels.value_like(call._replace(reduction="none"))
+            x, y = x.expand(shape), y.expand(shape)
             call = call._replace(x=x, y=y)
     elif eager and t is not None and t.ndim == 0:
         call = call._replace(temperature=t.item() if t.is_cpu else t.clone())  # of now: backward comes later

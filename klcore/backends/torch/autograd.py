@@ -113,13 +113,13 @@ def _of_temperature(ctx: Any, call: Call, dx: Any, dy: Any) -> Any:
     t = call.temperature
     found = torch.zeros_like(t, dtype=torch.promote_types(t.dtype, torch.float32))
     for logits, g, space in zip((call.x, call.y), (dx, dy), operator.pair_of(call), strict=True):
-        if space == "logits" and logits is not None:
+        if space == "logits" and logits is not None and logits.numel():
             wide = torch.promote_types(logits.dtype, torch.float32)
             a, g = logits.to(wide), g.to(wide)
             terms = (a - a.amax(call.axis, keepdim=True)) * g
             terms = torch.where(g == 0, 0, terms)  # excluded classes, and rows that are left out
             found = found - terms.sum(call.axis).sum_to_size(t.shape).to(found.device)
-    return (found / t).to(t.dtype)
+    return torch.where(found == 0, 0, found / t).to(t.dtype)  # that of a row that is left out may be 0 or NaN
 
 
 def _setup_second(ctx: Any, inputs: Sequence[Any], output: Any) -> None:

@@ -207,8 +207,8 @@ def data(number: Any) -> Any:
 
 def temperature_beside(temperature: Any, like: Any) -> Any:
     """A number, or a tensor: for all rows on any device, else on that of the others."""
-    if isinstance(temperature, np.ndarray) and temperature.ndim:
-        temperature = _number(temperature, "temperature", like.device)
+    if not isinstance(temperature, torch.Tensor) and rows.has_numbers(temperature):  # it may change before backward
+        temperature = _number(temperature, "temperature", like.device).clone()
     if not isinstance(temperature, torch.Tensor) or (_is_ordinary(temperature) and temperature.ndim == 0):
         return temperature
     check(temperature, "temperature")
