@@ -14,6 +14,7 @@ from klcore import divergence, family
 from klcore.backends import Unevaluated, parts
 from klcore.operations import OPERATIONS, Call, Operation
 from klcore.parameters import shown
+from klcore.typing import Temperature
 
 
 class Shard:
@@ -89,7 +90,7 @@ class Shard:
         space: str | tuple[str, str] = "probs",
         axis: SupportsIndex = -1,
         weights: Any = None,
-        temperature: SupportsFloat = 1.0,
+        temperature: Temperature = 1.0,
         base: SupportsFloat | None = None,
         **parameters: Any,
     ) -> None:

@@ -35,7 +35,7 @@ ROOMS = {
     # the parameters of a function are that function's to understand
     r"klcore\.shard": {
         "numpy", "klcore.backends:Unevaluated", "klcore.backends.cpu", "klcore.backends.parts", "klcore.divergence",
-        "klcore.family", "klcore.operations", "klcore.parameters",
+        "klcore.family", "klcore.operations", "klcore.parameters", "klcore.typing",
     },
     # within a function: what makes a summary of dask's arrays lazy
     r"klcore\.summary": {
