@@ -290,6 +290,8 @@ def test_explicit_axes(spec):
     assert found[0].sharding.spec == P(spec[0])
     g = jax.jit(jax.grad(lambda a, b: f(a, b)[0].sum(), (0, 1)))(a, b)
     assert all(v.sharding.is_equivalent_to(a.sharding, 2) for v in (*found[1:], *g))
+    each = jax.jit(jax.vmap(jax.grad(lambda a, b: f(a, b)[0], (0, 1))))(a, b)
+    same(each, g)
 
 
 @pytest.mark.parametrize("where", ["inside", "outside"])

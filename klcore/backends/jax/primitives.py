@@ -58,7 +58,7 @@ def _compiled(program: Program, *arguments: Any) -> Any:
 
 
 def _types(*arguments: Any, program: Program) -> Any:
-    return [jax.core.ShapedArray(r.shape, r.dtype) for r in program.results(arguments)]
+    return [private.result(r.shape, r.dtype, arguments) for r in program.results(arguments)]
 
 
 def _batch(arguments: Any, at: Any, *, program: Program) -> Any:

@@ -7,6 +7,7 @@ import jax
 import numpy as np
 from jax._src import dispatch
 from jax.interpreters import mlir
+from jax.sharding import NamedSharding, PartitionSpec
 
 
 def varying_axes(a: Any) -> frozenset[str]:
@@ -29,6 +30,15 @@ def explicit_mesh(arrays: Iterable[Any]) -> Any:
     """That by whose axes the arrays are sharded, as their types say; None where types say nothing."""
     meshes = (getattr(getattr(jax.typeof(a), "sharding", None), "mesh", None) for a in arrays)
     return next((mesh for mesh in meshes if getattr(mesh, "explicit_axes", ())), None)
+
+
+def result(shape: tuple[int, ...], dtype: Any, arguments: Iterable[Any]) -> Any:
+    """The type of what is made of arguments of these types. It names their mesh, in which vmap looks for its axis."""
+    meshes = (a.sharding.mesh for a in arguments)
+    mesh: Any = next((mesh for mesh in meshes if not mesh.empty), None)
+    spec: Any = PartitionSpec  # without types
+    of_mesh: Any = {} if mesh is None else {"sharding": NamedSharding(mesh, spec(*[None] * len(shape)))}
+    return jax.core.ShapedArray(shape, dtype, **of_mesh)
 
 
 def needs_devices(primitive: Any) -> None:
