@@ -50,6 +50,12 @@ def for_export(context: Any) -> bool:
     return bool(context.module_context.lowering_parameters.for_export)
 
 
+def devices(context: Any) -> int:
+    """How many run the program that is lowered."""
+    axes = context.module_context.axis_context
+    return int(axes.num_devices if isinstance(axes, mlir.ShardingContext) else axes.mesh.size)
+
+
 def is_to_be_partitioned(context: Any) -> bool:
     """Whether XLA will split the program that is lowered over the devices of a mesh."""
     axes = context.module_context.axis_context
