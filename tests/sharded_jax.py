@@ -289,6 +289,8 @@ def test_explicit_axes(spec):
     assert found[0].sharding.spec == P(spec[0])
     g = jax.jit(jax.grad(lambda a, b: f(a, b)[0].sum(), (0, 1)))(a, b)
     assert all(v.sharding.is_equivalent_to(a.sharding, 2) for v in (*found[1:], *g))
+    each = jax.jit(jax.vmap(jax.grad(lambda a, b: f(a, b)[0], (0, 1))))(a, b)
+    same(each, g)
 
 
 @pytest.mark.parametrize("where", ["inside", "outside"])
@@ -343,9 +345,25 @@ def test_one_device_of_several():
     np.testing.assert_array_equal(found, klcore.kl_div(np.asarray(x), np.asarray(y)))
 
 
-def test_weights_that_are_wrong():
-    """Are found by the device that has them."""
+@pytest.mark.parametrize("spec", [ROWS, CLASSES, BOTH], ids=str)
+@pytest.mark.parametrize("name", ["weights", "temperature"])
+def test_numbers_that_are_wrong(name, spec):
+    """Make NaN, as on a GPU: a device that raised would leave the others waiting for it."""
+    x, y = arguments(("logits", "logits"), (8, CHUNKS))
+    bad = put(np.array([1, 1, 1, 1, 1, 1, -1, 1], np.float32), P(*spec[:1]))
+
+    def f(x, y, bad):
+        return klcore.kl_div(x, y, space="logits", reduction="sum", **{name: bad})
+
+    value, gradient = jax.jit(jax.value_and_grad(f))(put(x, spec), put(y, spec), bad)
+    assert np.isnan(value)
+    assert np.isnan(gradient[6]).all()
+    by_hand = jax.shard_map(lambda *a: jax.lax.psum(f(*a), ("a", "b")), mesh=MESH, in_specs=ROWS, out_specs=P())
+    assert np.isnan(jax.jit(by_hand)(x, y, bad))
+
+
+def test_weights_that_are_wrong_untraced():
+    """Are looked at before."""
     x = put(np.ones((8, 3), np.float32), ROWS)
-    w = put(np.array([1, 1, 1, 1, 1, 1, -1, 1], np.float32), ROWS)
-    with pytest.raises(jax.errors.JaxRuntimeError, match="weights must be finite and >= 0"):
-        jax.jit(lambda x, w: klcore.kl_div(x, x, weights=w))(x, w).block_until_ready()
+    with pytest.raises(ValueError, match="weights must be finite and >= 0"):
+        klcore.kl_div(x, x, weights=put(-np.ones(8, np.float32), ROWS))

@@ -793,7 +793,7 @@ def test_buffers_on_a_gpu(gpu, buffer, monkeypatch):
     results = [buffer(value), buffer(dy)]
     program = programs.Program(call, 2, (), np.dtype("float32"), ("y",), names=("x", "y", "temperature"))
     given = [buffer(a) for a in (x, y, programs.as_data(2.0)[None])]
-    programs.on_buffers(program, types.SimpleNamespace(stream=7), results, *given)
+    programs.on_buffers(program, False, types.SimpleNamespace(stream=7), results, *given)
     assert seen == [(7, 0)]
     for i in range(2):
         expected = klcore.kl_div(
@@ -819,7 +819,7 @@ def test_shards_on_a_gpu(gpu, buffer, reduction, n):
 
     def run(function, shape, dtype, *given):
         out = [buffer(np.empty(s, dtype)) for s in shape]
-        programs.on_buffers(function, types.SimpleNamespace(stream=0), out, *map(buffer, given))
+        programs.on_buffers(function, True, types.SimpleNamespace(stream=0), out, *map(buffer, given))
         found = [gpu.get(o.array) for o in out]
         return found if len(found) > 1 else found[0]
 

@@ -152,7 +152,7 @@ class _Site(Axes):
                 if results:
                     last = len(shards.sweeps(own, outputs)) - 1
                     steps[outputs] = partial(shards.write, own, outputs, last), results
-        return {name: (partial(on_buffers, function), results) for name, (function, results) in steps.items()}
+        return {name: (partial(on_buffers, function, True), results) for name, (function, results) in steps.items()}
 
 
 def _factor(label: Label) -> str:
@@ -175,7 +175,7 @@ def _of_own_rows(program: Program) -> Program:
 
 @partial(custom_partitioning, static_argnums=(0,))
 def _partitioned(site: _Site, *arguments: Any) -> Any:
-    return call_back(site.program, *arguments)
+    return call_back(site.program, True, *arguments)
 
 
 def _partition(site: _Site, mesh: Any, arguments: Any, results: Any) -> Any:

@@ -58,7 +58,7 @@ def _compiled(program: Program, *arguments: Any) -> Any:
 
 
 def _types(*arguments: Any, program: Program) -> Any:
-    return [jax.core.ShapedArray(r.shape, r.dtype) for r in program.results(arguments)]
+    return [private.result(r.shape, r.dtype, arguments) for r in program.results(arguments)]
 
 
 def _batch(arguments: Any, at: Any, *, program: Program) -> Any:
@@ -74,7 +74,8 @@ def _lower(context: Any, *arguments: Any, program: Program) -> Any:
             "returns, where it is loaded"
         )
     split = private.is_to_be_partitioned(context)
-    function: Any = partition.over_devices(program, context) if split else partial(call_back, program)
+    alone: Any = partial(call_back, program, private.devices(context) > 1)
+    function = partition.over_devices(program, context) if split else alone
     return mlir.lower_fun(function, multiple_results=True)(context, *arguments)
 
 

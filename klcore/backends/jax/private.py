@@ -7,6 +7,7 @@ import jax
 import numpy as np
 from jax._src import dispatch
 from jax.interpreters import mlir
+from jax.sharding import NamedSharding, PartitionSpec
 
 
 def varying_axes(a: Any) -> frozenset[str]:
@@ -28,6 +29,15 @@ def explicit_mesh(arrays: Iterable[Any]) -> Any:
     return next((mesh for mesh in meshes if getattr(mesh, "explicit_axes", ())), None)
 
 
+def result(shape: tuple[int, ...], dtype: Any, arguments: Iterable[Any]) -> Any:
+    """The type of what is made of arguments of these types. It names their mesh, in which vmap looks for its axis."""
+    meshes = (a.sharding.mesh for a in arguments)
+    mesh: Any = next((mesh for mesh in meshes if not mesh.empty), None)
+    spec: Any = PartitionSpec  # without types
+    of_mesh: Any = {} if mesh is None else {"sharding": NamedSharding(mesh, spec(*[None] * len(shape)))}
+    return jax.core.ShapedArray(shape, dtype, **of_mesh)
+
+
 def needs_devices(primitive: Any) -> None:
     """Have JAX say for which devices it lowers a program with this primitive: custom_partitioning has to know."""
     dispatch.prim_requires_devices_during_lowering.add(primitive)
@@ -35,6 +45,12 @@ def needs_devices(primitive: Any) -> None:
 
 def for_export(context: Any) -> bool:
     return bool(context.module_context.lowering_parameters.for_export)
+
+
+def devices(context: Any) -> int:
+    """How many run the program that is lowered."""
+    axes = context.module_context.axis_context
+    return int(axes.num_devices if isinstance(axes, mlir.ShardingContext) else axes.mesh.size)
 
 
 def is_to_be_partitioned(context: Any) -> bool:

@@ -127,21 +127,29 @@ def put(out: list[Any], results: Any) -> None:
             o[...] = result
 
 
-def on_buffers(compute: Callable[..., None], context: Any, out: Any, *arguments: Any) -> None:
-    """Have `compute` write `out`, buffers of XLA's."""
+def on_buffers(compute: Callable[..., None], several: bool, context: Any, out: Any, *arguments: Any) -> None:
+    """Have `compute` write `out`, buffers of XLA's. One of `several` devices does not raise for numbers that are wrong:
+    the others would wait for it, and XLA end the process. It yields NaN, as GPUs do."""
     kind, number = arguments[0].__dlpack_device__()
     if kind == _ON_CPU:
-        compute(cpu, np, [np.asarray(o) for o in out], [np.asarray(a) for a in arguments])
+        results = [np.asarray(o) for o in out]
+        try:
+            compute(cpu, np, results, [np.asarray(a) for a in arguments])
+        except ValueError:
+            if not several:
+                raise
+            for o in results:
+                (o.view(np.float64) if is_data(o) else o)[...] = np.nan
         return
     cuda = import_module("klcore.backends.cuda")
     with cuda.on_stream(number, context.stream) as cupy:
         compute(cuda, cupy, [cupy.from_dlpack(o) for o in out], [cupy.from_dlpack(a) for a in arguments])
 
 
-def call_back(program: Program, *arguments: Any) -> Any:
-    """The results of a program: where compiled code runs this, it calls that."""
+def call_back(program: Program, several: bool, *arguments: Any) -> Any:
+    """The results of a program: where compiled code runs this, it calls that, as one of several devices or alone."""
 
     def callback(context: Any, out: Any, *buffers: Any) -> None:
-        on_buffers(program, context, out, *buffers)
+        on_buffers(program, several, context, out, *buffers)
 
     return buffer_callback(callback, program.results(arguments))(*arguments)
