@@ -5,7 +5,7 @@
 Arrays of (rows, 32768) float32, and of (10, 10), where the time is that of the calls themselves. Contenders take turns,
 one call each, and the median counts; values are compared first. Nothing is written into given memory: every gradient
 is a new array, as in training. A step is the value and its gradient with respect to the model, by the library's own
-automatic differentiation.
+automatic differentiation. Then PyTorch's gradients of 2,000 samples, one for each, by torch.func.vmap.
 """
 
 import argparse
@@ -31,6 +31,7 @@ import klcore
 from klcore.compat import pytorch
 
 CLASSES = 32_768
+SAMPLES = 2_000
 ROUNDS = 7
 LIBRARY = {"PyTorch": "F.kl_div", "JAX": "jnp, jit"}  # whose time is the unit
 
@@ -90,6 +91,21 @@ def of_pytorch(data: dict[str, np.ndarray]) -> dict[str, Calls]:
     return found
 
 
+def of_samples(rows: int, n: int) -> Calls:
+    """A value and a gradient for each sample, of so many rows."""
+    x, y = torch.randn(2, SAMPLES, rows, n)
+    losses: dict[str, Callable[[Any, Any], Any]] = {
+        "klcore": lambda y, x: klcore.kl_div(x, y, space="logits", reduction="batchmean"),
+        "F.kl_div": lambda y, x: F.kl_div(torch.log_softmax(y, -1), torch.softmax(x, -1), reduction="batchmean"),
+    }
+
+    def step(loss: Any) -> Any:
+        gradients, values = torch.func.vmap(torch.func.grad_and_value(loss))(y, x)
+        return values.sum(), gradients
+
+    return {name: lambda f=f: step(f) for name, f in losses.items()}  # type: ignore[misc]
+
+
 def of_jax(data: dict[str, np.ndarray]) -> dict[str, Calls]:
     x, y = jnp.asarray(data["x logits"]), jnp.asarray(data["y logits"])
 
@@ -147,6 +163,14 @@ def main() -> None:
     warnings.simplefilter("ignore")
 
     found: dict[str, Any] = {}
+
+    def measure(library: str, operation: str, shape: str, calls: Calls, rounds: int, number: int, scale: float) -> None:
+        compare(operation, calls)
+        found[f"{library}, {operation}, {shape}"] = median = seconds(calls, rounds, number)
+        unit = median[LIBRARY[library]]
+        shown = ", ".join(f"{name} {t * scale:.1f} ({t / unit:.2f})" for name, t in median.items())
+        tqdm.write(f"{library:8} {operation:42} {shown}")
+
     for rows, n, rounds, number, unit, scale in (
         (args.rows, CLASSES, ROUNDS, 1, "ms", 1e3),
         (10, 10, 3 * ROUNDS, 300, "us", 1e6),
@@ -155,13 +179,10 @@ def main() -> None:
         print(f"\n({rows}, {n}) float32, {unit}; times what {' and '.join(LIBRARY.values())} takes")
         for library, make in (("PyTorch", of_pytorch), ("JAX", of_jax)):
             for operation, calls in tqdm(make(data).items(), desc=library, leave=False):
-                compare(operation, calls)
-                median = seconds(calls, rounds, number)
-                found[f"{library}, {operation}, ({rows}, {n})"] = median
-                shown = ", ".join(
-                    f"{name} {t * scale:.1f} ({t / median[LIBRARY[library]]:.2f})" for name, t in median.items()
-                )
-                tqdm.write(f"{library:8} {operation:42} {shown}")
+                measure(library, operation, f"({rows}, {n})", calls, rounds, number, scale)
+    print(f"\n{SAMPLES} samples, ms")
+    for rows, n in ((1, 10), (8, 10), (1, 100), (8, 100)):
+        measure("PyTorch", f"vmap of ({rows}, {n})", f"{SAMPLES} samples", of_samples(rows, n), 3 * ROUNDS, 1, 1e3)
     if args.json:
         about = {
             "date": datetime.date.today().isoformat(),
