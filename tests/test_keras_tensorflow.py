@@ -1,5 +1,6 @@
 """klcore.compat.keras on Keras' backend TensorFlow: by `make test-tensorflow`, in a process without another backend."""
 
+import importlib
 import os
 import sys
 import warnings
@@ -16,8 +17,7 @@ if os.environ.get("KERAS_BACKEND") != "tensorflow":
     pytest.skip("not run: make test-tensorflow does, with KERAS_BACKEND=tensorflow", allow_module_level=True)
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # those of the imports are not ours
-    tf = pytest.importorskip("tensorflow", reason="not run: TensorFlow is not installed")
-    keras = pytest.importorskip("keras", reason="not run: Keras is not installed")
+    tf, keras = map(importlib.import_module, ("tensorflow", "keras"))  # asked for: it fails without
 
 # TensorFlow's own, where it makes NumPy arrays of bfloat16
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy:DeprecationWarning")

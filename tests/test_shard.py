@@ -268,7 +268,7 @@ def test_no_classes_at_all():
     ("library", "message"), [("jax.numpy", "shard them over a mesh"), ("dask.array", "chunk the class axis")]
 )
 def test_libraries_that_do_it_themselves(library, message):
-    module = pytest.importorskip(library)
+    module = pytest.importorskip(library, reason=f"{library} is not installed")
     with pytest.raises(TypeError, match=message):
         klcore.Shard("kl_div", module.asarray(X), module.asarray(Y))
 
@@ -299,7 +299,7 @@ def loss_of(torch):
 @pytest.mark.parametrize("name", [name for name in FIRST if not OPERATIONS[name].single])
 def test_in_an_autograd_function(name, dtype):
     """Value and gradient have the bits of PyTorch's history of the whole rows; cotangents of both signs."""
-    torch = pytest.importorskip("torch")
+    torch = pytest.importorskip("torch", reason="PyTorch is not installed")
     teacher, student = torch.randn(2, 4, 2500, dtype=torch.float64).to(getattr(torch, dtype)) * 2
     weights = torch.tensor([1.0, 2.0, 0.0, 0.5])
     cotangent = torch.tensor([1.0, -2.0, 3.0, 0.5]).to(torch.float64 if dtype == "float64" else torch.float32)
@@ -315,7 +315,7 @@ def test_in_an_autograd_function(name, dtype):
 
 
 def test_tensors():
-    torch = pytest.importorskip("torch")
+    torch = pytest.importorskip("torch", reason="PyTorch is not installed")
     x, y = torch.tensor(X), torch.tensor(Y, requires_grad=True)
     with pytest.raises(TypeError, match=r"torch\.no_grad\(\), or in the forward of a torch\.autograd\.Function"):
         klcore.Shard("kl_div", x, y)
@@ -401,7 +401,7 @@ def test_bits_of_the_gpu(gpu, compared, name, space, dtype, fold):
 
 def test_tensors_on_the_gpu(gpu, monkeypatch):
     """They are CuPy's arrays to klcore, and its results tensors beside them."""
-    torch = pytest.importorskip("torch")
+    torch = pytest.importorskip("torch", reason="PyTorch is not installed")
     memory = importlib.import_module("klcore.backends.torch.memory")
     tensors = torch.randn(2, 3, 1500, generator=torch.Generator().manual_seed(0))
     words = {"space": "logits", **ON_GPU}

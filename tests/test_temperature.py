@@ -139,7 +139,7 @@ def test_other_containers(kind):
     x, y = logits(10, "float32", 6)
     library, _, name = kind.rpartition(".")
     given = WARMTHS[:6].tolist()
-    made = getattr(pytest.importorskip(library or "builtins"), name)(given)
+    made = getattr(pytest.importorskip(library or "builtins", reason=f"{library} is not installed"), name)(given)
     assert_same(kl(x, y, temperature=made), kl(x, y, temperature=np.array(given, "f4" if library == "torch" else "f8")))
 
 
