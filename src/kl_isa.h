@@ -51,6 +51,7 @@ inline void stream_line(char* to, const char* from) {
 }
 #include "kl_rows.h"
 #include "kl_few.h"
+#include "kl_sparse_steps.h"
 #include "kl_sparse_rows.h"
 }  // namespace generic
 
@@ -71,6 +72,7 @@ inline void stream_line(char* to, const char* from) {
 }
 #include "kl_rows.h"
 #include "kl_few.h"
+#include "kl_sparse_steps.h"
 #include "kl_sparse_rows.h"
 }  // namespace avx2
 #if defined(__clang__)
@@ -86,6 +88,7 @@ namespace avx512 {
 inline void stream_line(char* to, const char* from) { _mm512_stream_si512((__m512i*)to, _mm512_loadu_si512(from)); }
 #include "kl_rows.h"
 #include "kl_few.h"
+#include "kl_sparse_steps.h"
 #include "kl_sparse_rows.h"
 }  // namespace avx512
 #if defined(__clang__)

@@ -40,9 +40,17 @@ KL_FN long long first_slot(const Key* keys, long long count, long long c) {
   return low;
 }
 
-KL_FN bool has_outside(const Key* keys, long long count) {
+// The order of keys: by class, then by x's number, which only the same class asks for, then by place.
+template <class Number> KL_FN bool comes_first(Key k, Key other, const Number& number) {
+  if (class_of(k) != class_of(other) || !is_listed(k)) return k < other;
+  unsigned long long own = in_order(number(place_of(k))), others = in_order(number(place_of(other)));
+  return own != others ? own < others : k < other;
+}
+
+// What is added to all numbers of a row: NaN where an index lies outside or the temperature is none, which the CPU refuses.
+KL_FN double spoiled(const Key* keys, long long count, double it) {
   long long s = first_slot(keys, count, OUTSIDE);
-  return s < count && class_of(keys[s]) == OUTSIDE;
+  return (s < count && class_of(keys[s]) == OUTSIDE) | (it != it) ? nan<double>() : 0.0;
 }
 
 // ---- what is known of a row ------------------------------------------------------------------------------------------------
@@ -53,6 +61,7 @@ enum { OTHERS = 0, ALL = 3, ROW_NUMBERS = 5 };
 
 KL_FN constexpr bool is_log(int space) { return space == LOG_PROBS || space == LOGITS; }
 KL_FN double no_mass(int space) { return is_log(space) ? -infinity<double>() : 0.0; }
+KL_FN double prob_in(int space, double v) { return is_log(space) ? exp(v) : v; }
 KL_FN double temper(int space, double it) { return space == LOGITS ? it : 1.0; }
 
 KL_FN Norm norm_at(const double* k) { return {k[0], k[1], k[2]}; }

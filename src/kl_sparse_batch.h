@@ -7,21 +7,14 @@ namespace kl {
 
 constexpr i64 FEW_KEYS = 32;          // up to which they are sorted at once
 
-struct Before {                       // the order of keys: by class, then by x's number, which only the same class asks for
-  const Array& a;
-  const char* x;
-  unsigned long long number(Key k) const { return in_order(generic::number_at(a, x, place_of(k))); }
-  bool operator()(Key k, Key other) const {
-    return class_of(k) != class_of(other) ? class_of(k) < class_of(other) : number(k) < number(other);
-  }
-};
-
 // The keys of row r. Many come chunk by chunk of the classes first; `room` is for as many, `starts` for all chunks and two.
 inline void sort_keys(const Plan& p, i64 r, Key* room, i64* starts) {
   const Sparse& s = *p.sparse;
   const char* at = generic::at_row(p, s.indices, r);
   Key* keys = s.keys + r * s.count;
-  Before before = {s.x, generic::at_row(p, s.x, r)};
+  const char* x = generic::at_row(p, s.x, r);
+  auto number = [&](i64 place) { return generic::number_at(s.x, x, place); };
+  auto before = [&](Key k, Key other) { return comes_first(k, other, number); };
   for (i64 k = 0; k < s.count; k++) {
     i64 index;
     std::memcpy(&index, at + k * s.indices.stride, sizeof index);

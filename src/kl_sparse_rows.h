@@ -1,6 +1,7 @@
 // One row of which x lists some classes (kl_sparse.h), on the CPU: what y has of all other classes, the K + 1 classes that are
-// made of it, and their derivatives as those of all classes. kl_isa.h includes this file behind kl_rows.h, whose sweeps over
-// chunks it uses; klcore.backends.sparse calls the steps in their order, and computes the divergence between them.
+// made of it (kl_sparse_steps.h), and their derivatives as those of all classes. kl_isa.h includes this file behind kl_rows.h,
+// whose sweeps over chunks it uses; klcore.backends.sparse calls the steps in their order, and computes the divergence between
+// them.
 
 // The sum of f's numbers 0 to n - 1 in the order of kl_tree.h; f(at, m, to) puts m of them, from `at` on, where it is told.
 template <class F> double tree_sum(i64 at, i64 n, const F& f) {
@@ -18,11 +19,8 @@ template <class F> double tree_sum(i64 at, i64 n, const F& f) {
 
 inline i64 number_of(const Sparse& s, const Row& row) { return (row.known - s.known) / ROW_NUMBERS; }
 
-// f(i, slot) for the classes of a chunk that are listed
 template <class F> void each_listed(const Sparse& s, i64 r, i64 start, int n, const F& f) {
-  const Key* keys = s.keys + r * s.count;
-  for (i64 k = first_slot(keys, s.count, start); k < s.count && (i64)class_of(keys[k]) < start + n; k++)
-    if (leads(keys, k, s.count)) f((int)((i64)class_of(keys[k]) - start), k);
+  each_listed(s.keys + r * s.count, s.count, start, n, f);
 }
 
 template <typename T>
@@ -97,133 +95,52 @@ inline double number_at(const Array& a, const char* at, i64 k) {
   return v;
 }
 
-// What x has of the class of slot s, those of the same class taken together; `top`: where logits are measured from.
-inline double together(const Sparse& s, const Key* keys, i64 slot, const char* x, double top, double it) {
-  bool logs = is_log(s.space_x);
-  auto number = [&](i64 k) {
-    double v = number_at(s.x, x, place_of(keys[k]));
-    return s.space_x == LOGITS ? log_prob_of(v, top, 0.0, it) : v;
-  };
-  i64 first = slot;
-  while (first > 0 && class_of(keys[first - 1]) == class_of(keys[slot])) first--;
-  double most = number(slot);   // the largest of them
-  if (first == slot || (logs && excluded(most))) return most;
-  double sum = 0;
-  for (i64 k = first; k <= slot; k++) sum += logs ? exp(number(k) - most) : number(k);
-  return logs ? most + log(sum) : sum;
+struct Serial {               // a team of one
+  template <class F> void each(i64 n, const F& f) const {
+    for (i64 i = 0; i < n; i++) f(i);
+  }
+  template <class F> double sum(i64 n, const F& f) const {
+    return tree_sum(0, n, [&](i64 at, int m, double* t) {
+      for (int i = 0; i < m; i++) t[i] = f(at + i);
+    });
+  }
+  template <class F> double largest(i64 n, const F& f) const {
+    double most = -infinity<double>();
+    for (i64 i = 0; i < n; i++) {
+      double v = f(i);
+      most = v > most ? v : most;
+    }
+    return most;
+  }
+  template <class F> i64 count(i64 n, const F& f) const {
+    i64 found = 0;
+    for (i64 i = 0; i < n; i++) found += f(i) ? 1 : 0;
+    return found;
+  }
+};
+
+// f(the row, what reads x's numbers)
+template <class F> void with_listed(const Plan& p, i64 r, const Row& row, const F& f) {
+  const Sparse& s = *p.sparse;
+  const char *x = at_row(p, s.x, r), *mass = s.tail_mass.data ? at_row(p, s.tail_mass, r) : nullptr;
+  f(Listed{s.tail, s.space_x, s.space_y, p.n, s.count, row.inverse_temperature, s.keys + r * s.count, row.known,
+           s.xs + r * (s.count + 1), s.ys + r * (s.count + 1), mass != nullptr, mass ? number_at(s.tail_mass, mass, 0) : 0.0},
+    [&](i64 place) { return number_at(s.x, x, place); });
 }
 
 KL_APART inline void classes(const Plan& p, i64 r) {
-  const Sparse& s = *p.sparse;
   Row row = locate(p, r);
-  i64 count = s.count;
-  const Key* keys = s.keys + r * count;
-  double *xs = s.xs + r * (count + 1), *ys = s.ys + r * (count + 1), *known = row.known;
-  double it = row.inverse_temperature, of_x = temper(s.space_x, it), of_y = temper(s.space_y, it);
-  const char *x = at_row(p, s.x, r), *y = row.x;
-  bool renorm = s.tail == RENORM;
-  double top_x = -infinity<double>(), top_y = top_x, distinct = 0;
-  for (i64 k = 0; k < count; k++) {
-    xs[k] = no_mass(s.space_x);
-    ys[k] = no_mass(s.space_y);
-    if (!leads(keys, k, count)) continue;
-    distinct++;
-    ys[k] = number_at(p.x, y, class_of(keys[k]));
-    top_y = ys[k] > top_y ? ys[k] : top_y;
-    if (s.space_x == LOGITS) top_x = std::max(top_x, number_at(s.x, x, place_of(keys[k])));
-  }
-  double nothing = has_outside(keys, count) ? nan<double>() : 0.0;
-  for (i64 k = 0; k < count; k++)
-    if (leads(keys, k, count)) xs[k] = together(s, keys, k, x, top_of(top_x), of_x) + nothing;
-  // x's others
-  bool given = s.tail_mass.data;
-  double mass = given ? number_at(s.tail_mass, at_row(p, s.tail_mass, r), 0) : 0.0, listed = 0.0;
-  if (s.tail == BUCKET && !given)
-    listed = tree_sum(0, count, [&](i64 at, int m, double* t) {
-      for (int i = 0; i < m; i++) t[i] = is_log(s.space_x) ? exp(xs[at + i]) : xs[at + i];
-    });
-  double rest = mass_of_others(s.tail, given, mass, listed);
-  bool empty = renorm || distinct == (double)p.n;
-  xs[count] = (empty ? no_mass(s.space_x) : is_log(s.space_x) ? log(rest) : rest) + nothing;
-  // y
-  if (renorm) {
-    for (i64 k = 0; k < count; k++)
-      if (s.space_y == LOGITS) ys[k] = log_prob_of(ys[k], top_of(top_y), 0.0, of_y);
-    ys[count] = no_mass(s.space_y);
-    return;
-  }
-  Norm norm = {top_y, 0.0, 0.0};
-  Tally tally = {0.0, 0.0, 0.0};
-  if (s.space_y == LOGITS) {
-    double zero = top_of(top_y);
-    norm.rest = tree_sum(0, count, [&](i64 at, int m, double* t) {
-      for (int i = 0; i < m; i++) t[i] = rest_of_listed(ys[at + i], top_y, zero, of_y);
-    });
-    for (i64 k = 0; k < count; k++) norm.count += (ys[k] == top_y) & !excluded(top_y) ? 1 : 0;
-  } else if (s.space_y == COUNTS) {
-    auto all = [&](double by) {
-      return tree_sum(0, count, [&, by](i64 at, int m, double* t) {
-        for (int i = 0; i < m; i++) t[i] = count_of(ys[at + i]) * by;
-      });
-    };
-    tally = {all(1.0), all(FEWER), all(MORE)};
-  }
-  finish_all(s.space_y, norm, tally, of_y, known);
-  for (i64 k = 0; k < count; k++) ys[k] = of_listed(s.space_y, ys[k], known, of_y);
-  ys[count] = empty ? no_mass(s.space_y) : of_others(s.space_y, known, of_y);
+  with_listed(p, r, row, [&](const Listed& listed, auto x) {
+    make_classes(Serial(), listed, x, [&](i64 c) { return number_at(p.x, row.x, c); });
+  });
 }
-
-// ---- their derivatives ---------------------------------------------------------------------------------------------------------
-
-inline double prob_in(int space, double v) { return is_log(space) ? exp(v) : v; }
-
 KL_APART inline void slopes_of_y(const Plan& p, i64 r) {
-  const Sparse& s = *p.sparse;
-  Row row = locate(p, r);
-  i64 count = s.count + 1;
-  double *d = s.dys + r * count, it = row.inverse_temperature;
-  const double *ys = s.ys + r * count, *known = row.known;
-  if (s.tail == RENORM) {   // through the normalisation already
-    for (i64 k = 0; k < count; k++) d[k] *= temper(s.space_y, it);
-    return;
-  }
-  if (s.space_y == LOGITS) {
-    i64 top = 0;
-    for (i64 k = 1; k < count; k++) top = ys[k] > ys[top] ? k : top;
-    double centre = centre_of(d[top], exp(ys[top]));
-    for (i64 k = 0; k < count; k++) d[k] = less_centre(d[k], exp(ys[k]), centre, k == top);
-    double sum = tree_sum(0, count, [&](i64 at, int m, double* t) { std::copy(d + at, d + at + m, t); });
-    for (i64 k = 0; k < count; k++) d[k] = (d[k] - exp(ys[k]) * sum) * it;
-  } else if (s.space_y == COUNTS) {
-    double mean = tree_sum(0, count, [&](i64 at, int m, double* t) {
-      for (int i = 0; i < m; i++) t[i] = share_times(ys[at + i], d[at + i]);
-    });
-    for (i64 k = 0; k < count; k++) d[k] = through_share(d[k], mean, known + ALL);
-  }
+  with_listed(p, r, locate(p, r), [&](const Listed& listed, auto) {
+    slopes_of_y(Serial(), listed, p.sparse->dys + r * (listed.count + 1));
+  });
 }
-
 KL_APART inline void slopes_of_x(const Plan& p, i64 r) {
-  const Sparse& s = *p.sparse;
-  Row row = locate(p, r);
-  i64 count = s.count;
-  const Key* keys = s.keys + r * count;
-  const double *d = s.dxs + r * (count + 1), *xs = s.xs + r * (count + 1), rest = xs[count];
-  double *dx = s.dx + r * count, it = temper(s.space_x, row.inverse_temperature);
-  const char* x = at_row(p, s.x, r);
-  bool follows = has_rest(s.tail, s.tail_mass.data, s.space_x, rest);
-  auto number = [&](i64 k) { return number_at(s.x, x, place_of(keys[k])); };
-  double nothing = has_outside(keys, count) ? nan<double>() : 0.0;
-  for (i64 last = count - 1, first; last >= 0; last = first - 1) {
-    first = last;
-    if (!is_listed(keys[last])) {
-      dx[place_of(keys[last])] = nothing;
-      continue;
-    }
-    while (first > 0 && class_of(keys[first - 1]) == class_of(keys[last])) first--;
-    double by_class = (follows ? less_rest(s.space_x, d[last], xs[last], d[count], rest) : d[last]) * it, all = 0;
-    bool shared = is_log(s.space_x) && first < last;
-    for (i64 k = first; shared && k <= last; k++) all += share_in(number(k), number(last), it);
-    for (i64 k = first; k <= last; k++)
-      dx[place_of(keys[k])] = shared ? share_of_derivative(share_in(number(k), number(last), it), all, by_class) : by_class;
-  }
+  with_listed(p, r, locate(p, r), [&](const Listed& listed, auto x) {
+    slopes_of_x(Serial(), listed, x, p.sparse->dxs + r * (listed.count + 1), p.sparse->dx + r * listed.count);
+  });
 }

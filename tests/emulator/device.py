@@ -464,6 +464,14 @@ def asarray(a, dtype=None, order=None, *, blocking=False):
     return array(a, dtype, copy=False, order=order or "K")
 
 
+def ascontiguousarray(a, dtype=None):
+    return array(a, dtype, copy=not (isinstance(a, ndarray) and a.flags.c_contiguous), order="C")
+
+
+def put_along_axis(arr, indices, values, axis):
+    np.put_along_axis(_plain(arr), _plain(indices), _plain(values), axis)
+
+
 def asnumpy(a, stream=None, order="C", out=None, *, blocking=True):
     return a.get() if isinstance(a, ndarray) else np.asarray(a)
 
@@ -585,7 +593,7 @@ class Function:
             raise TypeError(f"{self.name}: a plan is passed by value, as a numpy.ndarray of size one")
         if plan.itemsize != self._library.emulator_plan_size():
             raise EmulatorError(
-                f"{self.name}: the plan has {plan.itemsize} bytes, kl::Plan {self._library.emulator_plan_size()}"
+                f"{self.name}: the plan has {plan.itemsize} bytes, its struct {self._library.emulator_plan_size()}"
             )
         error = self._library.emulator_launch(
             self.ptr,
@@ -658,6 +666,10 @@ cupy = _module(
     broadcast_to=lambda a, shape: np.broadcast_to(a, shape, subok=True),
     broadcast_shapes=np.broadcast_shapes,
     concatenate=lambda arrays, axis=0: array(np.concatenate([asnumpy(a) for a in arrays], axis)),
+    ascontiguousarray=ascontiguousarray,
+    put_along_axis=put_along_axis,
+    take_along_axis=lambda a, indices, axis: array(np.take_along_axis(asnumpy(a), asnumpy(indices), axis)),
+    minimum=np.minimum,
     moveaxis=np.moveaxis,
     expand_dims=np.expand_dims,
     squeeze=np.squeeze,

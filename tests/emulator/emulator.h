@@ -601,6 +601,7 @@ inline int __all_sync(unsigned mask, int predicate) {
   return emulator::meet(emulator::ALL, mask, predicate == 0, emulator::lane()) == 0;   // nobody votes against
 }
 inline int __ffs(int v) { return __builtin_ffs(v); }
+inline int __popc(unsigned v) { return __builtin_popcount(v); }
 inline void __threadfence() { std::atomic_thread_fence(std::memory_order_seq_cst); }
 inline unsigned atomicAdd(unsigned* at, unsigned by) { return __atomic_fetch_add(at, by, __ATOMIC_SEQ_CST); }
 inline unsigned atomicInc(unsigned* at, unsigned last) {

@@ -1,18 +1,23 @@
 // The door to the kernels of a CUDA source compiled with emulator.h: included after the source, which defines kl::Plan,
-// the one argument of every kernel. Called through ctypes by tests/emulator/device.py.
+// the one argument of every kernel, or names another by KL_ARGUMENT. Called through ctypes by tests/emulator/device.py.
 #pragma once
+#if !defined(KL_ARGUMENT)
+#define KL_ARGUMENT Plan
+#endif
 
 namespace emulator {
 
+typedef kl::KL_ARGUMENT Argument;
+
 inline void run_kernel(const Launch& l) {
-  reinterpret_cast<void (*)(const kl::Plan)>(l.kernel)(*static_cast<const kl::Plan*>(l.plan));
+  reinterpret_cast<void (*)(const Argument)>(l.kernel)(*static_cast<const Argument*>(l.plan));
 }
 
 }  // namespace emulator
 
 // Runs a kernel to its end. `seed`: of the schedule, 0 in order. `threads`: of the operating system, among which blocks
 // are shared out. Returns null, or what went wrong, valid until this thread's next launch.
-extern "C" const char* emulator_launch(void (*kernel)(const kl::Plan), const char* name, const kl::Plan* plan,
+extern "C" const char* emulator_launch(void (*kernel)(const emulator::Argument), const char* name, const void* plan,
                                        unsigned grid, unsigned block, std::size_t shared_bytes, unsigned seed,
                                        int threads) {
   static thread_local std::string error;
@@ -27,4 +32,4 @@ extern "C" emulator::Pool* emulator_pool(emulator::Pool* other) {
   return emulator::pool();
 }
 
-extern "C" std::size_t emulator_plan_size() { return sizeof(kl::Plan); }
+extern "C" std::size_t emulator_plan_size() { return sizeof(emulator::Argument); }

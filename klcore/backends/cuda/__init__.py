@@ -8,7 +8,7 @@ Launches are prepared without the addresses of the arrays, and kept: the next ca
 and dtypes only fills its own addresses in.
 
 Here is the road that a call takes. Of the other files each imports those before it alone: nvrtc.py, devices.py,
-kernels.py, plans.py, launches.py, preparation.py, parts.py.
+kernels.py, plans.py, launches.py, preparation.py, parts.py, listed.py.
 """
 
 import contextlib
@@ -19,10 +19,11 @@ from typing import Any
 
 import numpy as np
 
-from klcore.backends import rows
+from klcore.backends import rows, sparse
 from klcore.backends.cuda import devices, kernels, parts
 from klcore.backends.cuda.devices import missing, on_stream, ready
 from klcore.backends.cuda.launches import CHUNK, MAX_STATS, Launch
+from klcore.backends.cuda.listed import Listed
 from klcore.backends.cuda.plans import READ
 from klcore.backends.cuda.preparation import Prepared, prepare
 from klcore.operations import Call
@@ -69,6 +70,8 @@ def _number(temperature: Any) -> Any:
 def compute(call: Call) -> Any:
     """The value, or (value, *gradients); with a cotangent, the gradients alone."""
     cupy = ready()
+    if call.indices is not None:
+        return _of_listed(cupy, call)
     total = call.cotangent is not None and call.reduction not in ("row", "none")
     weights = devices.as_read(cupy, call.weights)
     divisor = None
@@ -122,6 +125,19 @@ def compute(call: Call) -> Any:
                 _kept.clear()
             _kept[key] = prepared
         return rows.result(task, value) if task.value_wanted else rows.gradients(task)
+
+
+def _of_listed(cupy: Any, call: Call) -> Any:
+    """A call in which x lists classes of y. It is laid out anew each time, but for the call that it makes."""
+    out = call.out if isinstance(call.out, tuple) else (call.out,)
+    read = {
+        "x": call.x, "y": call.y, "indices": call.indices, "weights": call.weights, "temperature": call.temperature,
+        "tail_mass": call.tail_mass, "cotangent": call.cotangent, "denominator": call.denominator,
+    }  # fmt: skip
+    device = devices.choose(cupy, call.device, read, out)
+    with cupy.cuda.Device(device):
+        listed = partial(Listed, cupy, _start)
+        return sparse.compute(cupy, partial(devices.asarray, cupy, device), listed, compute, call)
 
 
 def _divisor(cupy: Any, denominator: Any) -> Any:

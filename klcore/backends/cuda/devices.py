@@ -133,7 +133,7 @@ def _named_or_found(cupy: Any, device: str | None, arrays: dict[str, Any]) -> in
 
 
 def asarray(cupy: Any, device: int, a: Any, name: str) -> Any:
-    """`a` on the current device, of one of the four dtypes."""
+    """`a` on the current device, of one of the four dtypes; indices as they are."""
     if not is_here(a, cupy):
         a = rows.as_numpy(a, name)
         if not a.dtype.isnative:
@@ -145,7 +145,7 @@ def asarray(cupy: Any, device: int, a: Any, name: str) -> Any:
     elif a.device.id != device:
         a = cupy.array(a)  # copies to the current device
     if a.dtype.kind in "iub":
-        return a.astype(np.float64)
+        return a if name == "indices" else a.astype(np.float64)
     by_row = name in ("weights", "temperature")
     return a.astype(np.float32) if by_row and a.dtype.itemsize == 2 else a  # as kernels read them
 

@@ -1,4 +1,4 @@
-"""The kernels of src/kl_cuda.cu: the macros that one is compiled with, and one of them, loaded."""
+"""The kernels of src/kl_cuda.cu and src/kl_sparse.cu: the macros that one is compiled with, and one of them, loaded."""
 
 from functools import cache
 from typing import Any
@@ -12,8 +12,11 @@ OUTPUTS, TERMS = {"x": 1, "y": 2}, 4  # KL_OUTPUTS
 ENTRIES = {
     "kl_units": "KL_UNITS", "kl_narrow": "KL_NARROW", "kl_rows": "KL_ROWS", "kl_fold": "KL_FOLD", "kl_sum": "KL_SUM",
     "kl_weights": "KL_SUM", "kl_summed": "KL_SUMMED", "kl_summed_fold": "KL_SUMMED",
+    # of src/kl_sparse.cu
+    "kl_keys": "KL_LISTED", "kl_others_fold": "KL_LISTED", "kl_classes": "KL_LISTED", "kl_by_x": "KL_SLOPES",
+    "kl_by_y": "KL_SLOPES", "kl_others": "KL_OTHERS", "kl_spread": "KL_SPREAD", "kl_spread_fold": "KL_SPREAD",
 }  # fmt: skip
-_STAGING = ("kl_units", "kl_narrow", "kl_rows", "kl_summed")  # kernels that keep chunks in shared memory
+_STAGING = ("kl_units", "kl_narrow", "kl_rows", "kl_summed", "kl_others", "kl_spread")  # kernels that keep chunks in shared memory
 
 
 def is_beside(operation: Operation, spaces: tuple[int, int]) -> bool:
@@ -59,6 +62,14 @@ def options(
 def sum_options() -> tuple[str, ...]:
     pair, float32 = (rows.SPACES["probs"],) * 2, (rows.CODES["float32"],) * 2
     return options(KL_DIV, pair, float32, False, 0, ("kl_sum",))  # which looks at none of these
+
+
+@cache
+def listed_options(entry: str, dtype: str, wide: bool) -> tuple[str, ...]:
+    """The macros for one of src/kl_sparse.cu's; `dtype`: of what it reads or writes, `wide`: whether in double."""
+    code = rows.CODES[dtype]
+    spaces = rows.SPACES["probs"], rows.LOGITS  # a pair of which exponentials are exact; else nobody looks at it
+    return options(KL_DIV, spaces, (code, code), wide, 0, (entry,))
 
 
 @cache

@@ -1,4 +1,4 @@
-"""Compiles src/kl_cuda.cu for one GPU architecture with NVRTC, and keeps what it made on disk.
+"""Compiles src/kl_cuda.cu and src/kl_sparse.cu for one GPU architecture with NVRTC, and keeps what it made on disk.
 
 CuPy can compile too, but it appends its own options, flush-to-zero among them, and the last one wins; and it needs a
 driver. Here NVRTC is called through ctypes: it needs neither CuPy nor a GPU, so that any machine can check the kernels.
@@ -27,7 +27,7 @@ from klcore.backends import BackendUnavailableError
 
 SOURCES = (
     "kl_math.h", "kl_compat.h", "kl_estimate.h", "kl_tree.h", "kl_store.h", "kl_logits.h", "kl_family.h", "kl_renyi.h",
-    "kl_cuda.cu",
+    "kl_sparse.h", "kl_cuda.cu", "kl_sparse_steps.h", "kl_sparse.cu",
 )  # fmt: skip
 
 # Put behind the caller's, so that none of those can undo them: the last one wins.

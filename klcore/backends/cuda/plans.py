@@ -1,4 +1,4 @@
-"""What one launch is told: kl::Plan of src/kl_cuda.cu, with places where addresses will be."""
+"""What one launch is told: kl::Plan of src/kl_cuda.cu, or kl::Listing of src/kl_sparse.cu, with places where addresses will be."""
 
 import math
 from typing import Any, NamedTuple
@@ -16,7 +16,7 @@ class _Field(NamedTuple):
 
 
 def _fields(struct: str) -> list[_Field]:
-    """The members of a struct of src/kl_cuda.cu, where alone its layout stands; all are whole words."""
+    """The members of a struct of the CUDA source, where alone its layout stands; all are whole words."""
     body = nvrtc.source().partition(f"struct {struct} {{")[2].partition("\n};")[0]
     found = []
     for line in body.splitlines()[1:]:
@@ -29,10 +29,20 @@ def _fields(struct: str) -> list[_Field]:
 
 MAX_DIMS = int(nvrtc.source().partition("constexpr int MAX_DIMS = ")[2].partition(";")[0])
 _ARRAY = sum(field.words for field in _fields("Array"))
-_FIELDS = _fields("Plan")
-AT = {field.name: sum(f.words for f in _FIELDS[:k]) for k, field in enumerate(_FIELDS)}
-WORDS = sum(field.words for field in _FIELDS)
-_DOUBLES = {field.name for field in _FIELDS if field.double}
+
+
+class Struct:
+    """Where the members of one lie, in words."""
+
+    def __init__(self, name: str) -> None:
+        fields = _fields(name)
+        self.at = {field.name: sum(f.words for f in fields[:k]) for k, field in enumerate(fields)}
+        self.words = sum(field.words for field in fields)
+        self.doubles = {field.name for field in fields if field.double}
+
+
+PLAN, LISTING = Struct("Plan"), Struct("Listing")
+AT, WORDS = PLAN.at, PLAN.words
 # What has an address: what a call reads, in this order, then its value and gradients, then its working memory.
 READ = ("x", "y", "weights", "temperatures", "factors", "cotangent", "divisor", "counted")
 _SCRATCH = -1  # the last address of all
@@ -60,14 +70,14 @@ class Scratch:
 class View(NamedTuple):
     """An array as kl::Array describes it."""
 
-    place: Place
+    place: Place | int  # or its address
     stride: int
     batch: tuple[int, ...]
     dtype: int
     size: int
 
 
-def view_of(a: Any, place: Place, classes: bool) -> View:
+def view_of(a: Any, place: Place | int, classes: bool) -> View:
     strides = a.strides
     code = devices.code_of(a.dtype)
     assert code is not None  # devices.asarray and rows.py have seen to it
@@ -115,18 +125,18 @@ def layout_of(shape: tuple[int, ...], n: int, views: dict[str, View], keep_order
 
 
 class Plan:
-    """kl::Plan in words of eight bytes, and the places whose addresses some of them are to hold."""
+    """kl::Plan, or another struct, in words of eight bytes, and the places whose addresses some of them are to hold."""
 
-    __slots__ = ("places", "words")
+    __slots__ = ("places", "struct", "words")
 
-    def __init__(self, words: np.ndarray, places: dict[int, Place]) -> None:
-        self.words, self.places = words, places
+    def __init__(self, words: np.ndarray, places: dict[int, Place], struct: Struct) -> None:
+        self.words, self.places, self.struct = words, places, struct
 
     def with_fields(self, **fields: Any) -> "Plan":
         """A copy with some fields changed; None stands for the address 0."""
-        plan = Plan(self.words.copy(), self.places.copy())
+        plan = Plan(self.words.copy(), self.places.copy(), self.struct)
         for name, value in fields.items():
-            plan.put(AT[name], value, name in _DOUBLES)
+            plan.put(self.struct.at[name], value, name in self.struct.doubles)
         return plan
 
     def put(self, at: int, value: Any, double: bool = False) -> None:
@@ -139,16 +149,16 @@ class Plan:
             self.words[at] = 0 if value is None else value
 
 
-def plan_of(layout: Layout, n: int, **fields: Any) -> Plan:
-    plan = Plan(np.zeros(WORDS, np.int64), {})
-    words = plan.words
+def plan_of(layout: Layout, n: int, struct: Struct = PLAN, **fields: Any) -> Plan:
+    plan = Plan(np.zeros(struct.words, np.int64), {}, struct)
+    words, where = plan.words, struct.at
     words[: len(layout.shape)] = layout.shape
-    words[AT["ndim"]] = len(layout.shape)
-    words[AT["rows"]] = math.prod(layout.shape)
-    words[AT["n"]] = n
-    words[AT["chunks"]] = -(-n // _cpu.CHUNK)
+    words[where["ndim"]] = len(layout.shape)
+    words[where["rows"]] = math.prod(layout.shape)
+    words[where["n"]] = n
+    words[where["chunks"]] = -(-n // _cpu.CHUNK)
     for name, v in layout.views.items():
-        at = AT[name]
+        at = where[name]
         plan.put(at, v.place)
         words[at + 1] = v.stride
         words[at + 2 : at + 2 + len(v.batch)] = v.batch

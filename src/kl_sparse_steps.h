@@ -1,0 +1,134 @@
+// The steps of one row of which x lists some classes (kl_sparse.h): the K + 1 classes, and their derivatives. Written once for
+// the CPU and the GPU. Whoever includes this file, kl_isa.h for each instruction set and nvrtc.py, has a `Team` do it:
+//   team.each(n, f)      f(i) for all i < n, in any order; what stands behind it comes after all of them
+//   team.sum(n, f)       the sum of all f(i), in the order of kl_tree.h
+//   team.largest(n, f)   the largest f(i), or -infinity; NaN is passed over
+//   team.count(n, f)     how many f(i) are true
+
+struct Listed {               // a row
+  int tail, space_x, space_y;
+  i64 n, count;               // classes of y, and in the list
+  double it;                  // its inverse temperature
+  const Key* keys;
+  double *known, *xs, *ys;    // ROW_NUMBERS, and count + 1 of each side
+  bool given;                 // x's mass of all other classes:
+  double mass;
+};
+
+// f(i, slot) for the classes of a chunk that are listed; by one of `lanes`, or alone
+template <class F>
+inline void each_listed(const Key* keys, i64 count, i64 start, int n, const F& f, int lane = 0, int lanes = 1) {
+  for (i64 k = first_slot(keys, count, start) + lane; k < count && (i64)class_of(keys[k]) < start + n; k += lanes)
+    if (leads(keys, k, count)) f((int)((i64)class_of(keys[k]) - start), k);
+}
+
+inline i64 first_of_class(const Key* keys, i64 slot) {
+  while (slot > 0 && class_of(keys[slot - 1]) == class_of(keys[slot])) slot--;
+  return slot;
+}
+
+// What x has of the class of a slot, those of the same class taken together; `top`: where logits are measured from.
+template <class X> inline double together(const Listed& r, i64 slot, const X& x, double top, double it) {
+  bool logs = is_log(r.space_x);
+  auto number = [&](i64 k) {
+    double v = x(place_of(r.keys[k]));
+    return r.space_x == LOGITS ? log_prob_of(v, top, 0.0, it) : v;
+  };
+  i64 first = first_of_class(r.keys, slot);
+  double most = number(slot);   // the largest of them
+  if (first == slot || (logs && excluded(most))) return most;
+  double sum = 0;
+  for (i64 k = first; k <= slot; k++) sum += logs ? exp(number(k) - most) : number(k);
+  return logs ? most + log(sum) : sum;
+}
+
+// x(place), y(class): their numbers
+template <class Team, class X, class Y> inline void make_classes(const Team& team, const Listed& r, const X& x, const Y& y) {
+  const i64 count = r.count;
+  const Key* keys = r.keys;
+  double *xs = r.xs, *ys = r.ys;
+  double of_x = temper(r.space_x, r.it), of_y = temper(r.space_y, r.it), nothing = spoiled(keys, count, r.it);
+  bool renorm = r.tail == RENORM, of_logits = r.space_y == LOGITS;
+  auto leading = [&](i64 k) { return leads(keys, k, count); };
+  i64 distinct = team.count(count, leading);
+  double top_x = r.space_x != LOGITS ? -infinity<double>() : team.largest(count, [&](i64 k) {
+    return leading(k) ? x(place_of(keys[k])) : -infinity<double>();
+  });
+  team.each(count, [&](i64 k) {
+    xs[k] = leading(k) ? together(r, k, x, top_of(top_x), of_x) + nothing : no_mass(r.space_x);
+    ys[k] = leading(k) ? y(class_of(keys[k])) : no_mass(r.space_y);
+  });
+  // x's others
+  double listed = r.tail != BUCKET || r.given ? 0.0 : team.sum(count, [&](i64 k) { return prob_in(r.space_x, xs[k]); });
+  double rest = mass_of_others(r.tail, r.given, r.mass, listed);
+  bool empty = renorm || distinct == r.n;
+  double none = no_mass(r.space_x) + (r.given ? 0.0 * rest : 0.0);   // NaN where the mass that is given is none
+  double others = empty ? none : is_log(r.space_x) ? log(rest) : rest;
+  team.each(1, [&](i64) { xs[count] = others + nothing; });
+  // y
+  double top_y = team.largest(count, [&](i64 k) { return ys[k]; });
+  if (renorm) {
+    if (of_logits) team.each(count, [&](i64 k) { ys[k] = log_prob_of(ys[k], top_of(top_y), 0.0, of_y); });
+    team.each(1, [&](i64) { ys[count] = no_mass(r.space_y); });
+    return;
+  }
+  Norm norm = {top_y, 0.0, 0.0};
+  Tally tally = {0.0, 0.0, 0.0};
+  if (of_logits) {
+    double zero = top_of(top_y);
+    norm.rest = team.sum(count, [&](i64 k) { return rest_of_listed(ys[k], top_y, zero, of_y); });
+    norm.count = (double)team.count(count, [&](i64 k) { return (ys[k] == top_y) & !excluded(top_y); });
+  } else if (r.space_y == COUNTS) {
+    auto all = [&](double by) { return team.sum(count, [&, by](i64 k) { return count_of(ys[k]) * by; }); };
+    tally = {all(1.0), all(FEWER), all(MORE)};
+  }
+  double known[ROW_NUMBERS];
+  for (int k = 0; k < ROW_NUMBERS; k++) known[k] = r.known[k];
+  finish_all(r.space_y, norm, tally, of_y, known);
+  team.each(count, [&](i64 k) { ys[k] = of_listed(r.space_y, ys[k], known, of_y); });
+  team.each(1, [&](i64) {
+    for (int k = ALL; k < ROW_NUMBERS; k++) r.known[k] = known[k];
+    ys[count] = empty ? no_mass(r.space_y) : of_others(r.space_y, known, of_y);
+  });
+}
+
+// ---- their derivatives ---------------------------------------------------------------------------------------------------------
+
+// d: those by ys, in place those by y's numbers and what all others have in common
+template <class Team> inline void slopes_of_y(const Team& team, const Listed& r, double* d) {
+  const i64 count = r.count + 1;
+  const double* ys = r.ys;
+  if (r.tail == RENORM) {   // through the normalisation already
+    double it = temper(r.space_y, r.it);
+    team.each(count, [&](i64 k) { d[k] *= it; });
+  } else if (r.space_y == LOGITS) {
+    double most = team.largest(count, [&](i64 k) { return ys[k]; });
+    i64 top = (i64)-team.largest(count, [&](i64 k) { return -(double)(ys[k] == most ? k : count - 1); });   // the first of them
+    double centre = centre_of(d[top], exp(ys[top]));
+    team.each(count, [&](i64 k) { d[k] = less_centre(d[k], exp(ys[k]), centre, k == top); });
+    double sum = team.sum(count, [&](i64 k) { return d[k]; });
+    team.each(count, [&](i64 k) { d[k] = (d[k] - exp(ys[k]) * sum) * r.it; });
+  } else if (r.space_y == COUNTS) {
+    double mean = team.sum(count, [&](i64 k) { return share_times(ys[k], d[k]); });
+    team.each(count, [&](i64 k) { d[k] = through_share(d[k], mean, r.known + ALL); });
+  }
+}
+
+// d: those by xs; dx: by x's numbers, in the caller's order
+template <class Team, class X> inline void slopes_of_x(const Team& team, const Listed& r, const X& x, const double* d, double* dx) {
+  const i64 count = r.count;
+  const Key* keys = r.keys;
+  double it = temper(r.space_x, r.it), nothing = spoiled(keys, count, r.it), rest = r.xs[count];
+  bool follows = has_rest(r.tail, r.given, r.space_x, rest);
+  auto number = [&](i64 k) { return x(place_of(keys[k])); };
+  team.each(count, [&](i64 last) {
+    if (!is_listed(keys[last])) dx[place_of(keys[last])] = nothing;
+    if (!leads(keys, last, count)) return;
+    i64 first = first_of_class(keys, last);
+    double by_class = (follows ? less_rest(r.space_x, d[last], r.xs[last], d[count], rest) : d[last]) * it, all = 0;
+    bool shared = is_log(r.space_x) && first < last;
+    for (i64 k = first; shared && k <= last; k++) all += share_in(number(k), number(last), it);
+    for (i64 k = first; k <= last; k++)
+      dx[place_of(keys[k])] = shared ? share_of_derivative(share_in(number(k), number(last), it), all, by_class) : by_class;
+  });
+}
