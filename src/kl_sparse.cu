@@ -263,7 +263,7 @@ struct Piece {                // a chunk of a row
   int n;
   // f(i, slot) for the classes that are listed
   template <class F> KL_DEVICE void each_listed(const F& f) const {
-    ::each_listed(p.keys + row.number * p.count, p.count, start, n, f, lane_of(), WARP);
+    kl::each_listed(p.keys + row.number * p.count, p.count, start, n, f, lane_of(), WARP);
   }
   KL_DEVICE void stage_y(Y* slot) const {
     __syncwarp();
@@ -323,8 +323,8 @@ namespace kl {
 template <int D> KL_DEVICE void spread(const Piece& piece, Y* slot, typename Stored<D>::Type* out) {
   const Listing& p = piece.p;
   const ListedRow& row = piece.row;
+  __syncwarp();
   if (p.values.data) {
-    __syncwarp();
 #pragma unroll 1
     for (int i = lane_of(); i < piece.n; i += WARP)
       out[i] = Stored<D>::narrow((T)read_number(p.values, row.values + (piece.start + i) * p.values.stride));

@@ -4,6 +4,9 @@
 //   team.sum(n, f)       the sum of all f(i), in the order of kl_tree.h
 //   team.largest(n, f)   the largest f(i), or -infinity; NaN is passed over
 //   team.count(n, f)     how many f(i) are true
+#if defined(KL_DEVICE)   // the GPU, where there is no namespace around this file
+namespace kl {
+#endif
 
 struct Listed {               // a row
   int tail, space_x, space_y;
@@ -132,3 +135,7 @@ template <class Team, class X> inline void slopes_of_x(const Team& team, const L
       dx[place_of(keys[k])] = shared ? share_of_derivative(share_in(number(k), number(last), it), all, by_class) : by_class;
   });
 }
+
+#if defined(KL_DEVICE)
+}  // namespace kl
+#endif
