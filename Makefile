@@ -15,6 +15,7 @@ examples: .venv/examples
 	$(BIN)/python examples/torch_distill.py
 	$(BIN)/python examples/keras_cnn.py
 	$(BIN)/python examples/tensor_parallel.py
+	$(BIN)/python examples/linear_distillation.py
 test: .venv/test
 	$(BIN)/python -m pytest -n 2 --dist worksteal
 	$(BIN)/python -m pytest -p docs.pages --ignore docs/_extensions README.md docs  # a page is one program, for one process
