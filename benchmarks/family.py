@@ -131,6 +131,7 @@ def medians(calls: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float
     times: dict[str, list[float]] = {name: [] for name in calls}
     for k in range(rounds + 1):
         for name, f in calls.items():
+            time.sleep(0.01)  # the threads of the one before spin for a while
             start = time.perf_counter()
             f()
             if k:
