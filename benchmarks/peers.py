@@ -38,7 +38,7 @@ def jax_terms(space: str, x: Any, y: Any) -> Any:
     return jnp.exp(x) * (x - y)
 
 
-# ---- a teacher's top k: values of rows, of the student's logits y, and the teacher's log_p at `indices` ---------------
+# ---- a teacher's top k: values of rows, of the student's logits y, and the teacher's log_p at `indices` --------------
 #
 # Written from descriptions of what the systems compute, on tensors of PyTorch; on one device, and of the KL forward.
 

@@ -1,20 +1,23 @@
 """A teacher's k largest log-probabilities beside what others make of them: python benchmarks/topk.py [--accuracy] ...
 
---speed (the default): values, and values and the student's gradient, of (128, 151936) student logits that obey Zipf's
-law. The unit is one pass over these logits: a C loop that reads them (and writes as much, for the gradient), and
-PyTorch's logsumexp, compiled, which is its quickest. Beside klcore the formulas of verl, NeMo-RL and TRL in PyTorch,
-eager and compiled, for their values are compared first; interleaved, medians. klcore writes its gradient into an array
-that is there already, but where the line says "new array"; the others allocate theirs.
---memory: what a second call takes at its peak, each in a process of its own, in arrays of the size of the logits. Only
-Linux can tell.
---accuracy: float32 rows whose other classes have the probability p_R. The reference is the divergence of the classes
-listed and all others, in 40 digits, of what is stored: log-probabilities and tail mass in float32. The errors are
-relative, the worst of 8 rows: of values / of gradients, to the largest of their row.
+--speed (the default): values, and values and the student's gradient, of (128, 151936) logits of students. The units are
+a floor, a C loop that reads these logits (and writes as much, for the gradient), and one logsumexp of the rows by
+PyTorch, compiled, which is its quickest. Beside klcore the formulas of verl, NeMo-RL and TRL in PyTorch, eager and
+compiled; their values and gradients are compared first. Interleaved, medians. klcore writes its gradient into an array
+that is there already, but where the line says "new array"; the others allocate theirs. What that costs is the
+system's: with --keep freed memory stays with the process, as it does under allocators that cache.
+--memory: what a second call takes at its peak, each contender in a process of its own, in arrays of the size of the
+logits. Only Linux can tell.
+--accuracy: float32 rows whose classes that are not listed have the probability p_R. The reference, in 40 digits, is the
+divergence of the listed classes and all others as one, of what is stored: log-probabilities and tail_mass, in float32.
+Relative errors, the worst of 8 rows: of values / of gradients, to the largest of their row. Without tail_mass p_R is
+what the stored log-probabilities leave of 1; each is rounded to some 1e-7 of itself, so a p_R of 1e-6 is off by
+percents, and smaller ones are lost. The peers take it so as well, in float32, and of the student too; verl leaves it
+out, which is another number than the divergence. "of storing" is what the reference itself differs from the teacher's.
 """
 
 import argparse
 import json
-import math
 import multiprocessing
 import os
 from collections.abc import Callable
@@ -65,8 +68,8 @@ class Job:
 
     @classmethod
     def of(cls, rows: int, k: int, dtype: str) -> "Job":
-        """Teachers of Zipf's law, the classes in a random order, and students that are flatter. So verl clamps nothing: no
-        logarithm is below -10, no sum negative."""
+        """Teachers of Zipf's law, the classes in a random order, and students that are flatter. So verl clamps nothing:
+        no logarithm is below -10, no sum negative."""
         rng = np.random.default_rng(0)
         y, grad = (buffer((rows, CLASSES), dtype) for _ in range(2))
         log_p, indices = np.empty((rows, k), np.float32), np.empty((rows, k), np.int64)
@@ -168,7 +171,7 @@ def speed(rounds: int, *arguments: Any) -> dict[str, dict[str, float]]:
 
 
 def print_speed(title: str, found: dict[str, dict[str, float]]) -> None:
-    print(f"\n{title}\n\n| | value, ms | of the floor | of logsumexp | value and gradient, ms | of the floor | likewise |")
+    print(f"\n{title}\n\n| | value, ms | floors | logsumexps | value and gradient, ms | floors | logsumexps |")
     print("|---|" + "--:|" * 6)
     for name in CONTENDERS:
         cells = [
@@ -251,35 +254,39 @@ def values(y: np.ndarray, log_p: np.ndarray, tail_mass: np.ndarray) -> dict[str,
     return found
 
 
-def accuracy() -> dict[str, dict[str, list[float]]]:
-    """By noise, then by p_R: the divergence, and the errors of each contender's values and gradients."""
-    found: dict[str, dict[str, list[float]]] = {}
+def errors_of(tail: float, apart: float, rng: np.random.Generator) -> tuple[float, dict[str, list[float]]]:
+    """The median divergence, and the errors of each contender's values and gradients."""
+    x, y = rows_of(tail, apart, rng)
+    teachers = [softmax(row) for row in x]
+    log_p = np.array([[float(mpmath.log(p)) for p in row[:K]] for row in teachers], np.float32)
+    tail_mass = np.array([float(mpmath.fsum(row[K:])) for row in teachers], np.float32)
+    of_stored = [
+        exact([mpmath.exp(float(v)) for v in a], mpmath.mpf(float(t)), b)
+        for a, t, b in zip(log_p, tail_mass, y, strict=True)
+    ]
+    value, gradient = (np.array(v) for v in zip(*of_stored, strict=True))
+    of_teacher = [exact(p[:K], mpmath.fsum(p[K:]), b)[0] for p, b in zip(teachers, y, strict=True)]
+    size = np.abs(gradient).max(-1, keepdims=True)
+    found = {
+        name: [float(np.max(np.abs(v - value) / value)), float(np.max(np.abs(g - gradient) / size))]
+        for name, (v, g) in values(y, log_p, tail_mass).items()
+    }
+    return float(np.median(value)), found | {"of storing": [float(np.abs(value / of_teacher - 1).max())]}
+
+
+def accuracy() -> list[dict[str, Any]]:
+    found = []
     rng = np.random.default_rng(0)
     mpmath.mp.dps = 40
     for apart in APART:
-        print(f"\nStudents {apart:g} from their teachers\n", flush=True)
+        print(f"\nStudents {apart:g} from their teachers\n")
         for tail in TAILS:
-            x, y = rows_of(tail, apart, rng)
-            teachers = [softmax(row) for row in x]
-            log_p = np.array([[float(mpmath.log(p)) for p in row[:K]] for row in teachers], np.float32)
-            tail_mass = np.array([float(mpmath.fsum(row[K:])) for row in teachers], np.float32)
-            right = [
-                exact([mpmath.exp(float(v)) for v in a], mpmath.mpf(float(t)), b)
-                for a, t, b in zip(log_p, tail_mass, y, strict=True)
-            ]
-            value, gradient = (np.array(v) for v in zip(*right, strict=True))
-            size = np.abs(gradient).max(-1)
-            errors = {
-                name: [float((np.abs(v - value) / value).max()), float((np.abs(g - gradient).max(-1) / size).max())]
-                for name, (v, g) in values(y, log_p, tail_mass).items()
-            }
-            stored = [exact(p[:K], mpmath.fsum(p[K:]), b)[0] for p, b in zip(teachers, y, strict=True)]
-            errors["of storing"] = [float(np.abs(value / stored - 1).max())]
+            kl, errors = errors_of(tail, apart, rng)
+            found.append({"apart": apart, "p_R": tail, "KL": kl, "errors": errors})
             if tail == TAILS[0]:
                 print("| p_R | KL | " + " | ".join(errors) + " |\n|---|" + "--:|" * (1 + len(errors)))
             cells = [" / ".join(f"{e:.0e}" for e in pair) for pair in errors.values()]
-            print(f"| {tail:.0e} | {np.median(value):.1e} | " + " | ".join(cells) + " |", flush=True)
-            found[f"{apart:g}, {tail:g}"] = {"kl": value.tolist(), **errors}
+            print(f"| {tail:.0e} | {kl:.1e} | " + " | ".join(cells) + " |", flush=True)
     return found
 
 
@@ -300,15 +307,18 @@ def main() -> None:
     parser.add_argument("--k", type=int, nargs="+", default=[16, 128, 1024])
     parser.add_argument("--dtype", choices=DTYPES, default="float32")
     parser.add_argument("--threads", type=int, nargs="+", default=sorted({1, klcore.get_num_threads()}))
+    parser.add_argument("--keep", action="store_true", help="freed memory, for speed; glibc only")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--json", type=Path, metavar="FILE", help="add the figures to those that are there")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="save all figures there")
     args = parser.parse_args()
     if args.rows % ROWS:
         parser.error(f"--rows: {args.rows} is no multiple of {ROWS}")
+    if args.keep:
+        os.environ |= {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40)}
     figures: dict[str, Any] = {}
     if args.speed or not (args.memory or args.accuracy):
         for k, threads in ((k, threads) for k in args.k for threads in args.threads):
-            title = f"K = {k}, ({args.rows}, {CLASSES}) {args.dtype}, {threads} thread{'s' * (threads > 1)}"
+            title = f"K = {k}, ({args.rows}, {CLASSES}) {args.dtype}, threads: {threads}{', memory kept' * args.keep}"
             figures[title] = alone(speed, args.rounds, args.rows, k, args.dtype, threads)
             print_speed(title, figures[title])
     if args.memory:

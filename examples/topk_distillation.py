@@ -39,9 +39,9 @@ import klcore
 
 VOCAB, K = 1000, 8
 CONTEXT = 6  # tokens before
-TEACHER, STUDENT = (64, 256), (24, 32)  # embedding, hidden units
+TEACHER, STUDENT = (48, 192), (24, 32)  # embedding, hidden units
 FILES = 60  # of the standard library
-BATCH, RATE, EPOCHS = 512, 4e-3, 4
+BATCH, RATE, EPOCHS = 512, 4e-3, 5
 PICTURE = Path(__file__).parent / "output" / "topk_distillation.png"
 TAILS = ("bucket", "zero", "renorm")
 ALL, LABELS = "all classes", "next token"  # the other two students' teachers
@@ -66,8 +66,8 @@ def load():
     windows = [
         np.lib.stride_tricks.sliding_window_view([number.get(word, 0) for word in text], CONTEXT + 1) for text in texts
     ]
-    parts = [w for k, w in enumerate(windows) if k % 5 < 3], windows[3::5], windows[4::5]
-    for part in parts:
+    for some in (range(6), (6, 7, 8), (9,)):
+        part = [w for k, w in enumerate(windows) if k % 10 in some]
         both = torch.from_numpy(np.concatenate(part))
         yield both[:, :-1], both[:, -1]
 
@@ -156,7 +156,43 @@ def rest(of, places):
     return of.softmax(-1).scatter(-1, places, 0).sum(-1)
 
 
+def draw(histories, outside, truth):
+    """Left: how far students are from the teacher, by epoch. Right: what they give to the classes that are not listed,
+    where the teacher gives them little and where it gives them much."""
+    # Okabe and Ito's colour-blind safe palette
+    colours = dict(zip(histories, ("#0072B2", "#D55E00", "#009E73", "#000000", "#999999"), strict=True))
+    plt.rcParams.update({"font.size": 11, "axes.spines.top": False, "axes.spines.right": False})
+    figure, (left, right) = plt.subplots(1, 2, figsize=(13, 5), layout="constrained")
+    groups = torch.tensor_split(truth.argsort(), 12)
+    x = [100 * float(truth[group].mean()) for group in groups]
+    for name, colour in colours.items():
+        style = {"color": colour, "linewidth": 2, "linestyle": "-" if name in TAILS else "--", "label": name}
+        left.semilogy(range(1, EPOCHS + 1), histories[name][:, 0], marker="o", **style)
+        right.plot(x, [100 * float(outside[name][group].mean()) for group in groups], marker="o", **style)
+    right.axline((0, 0), slope=1, color="#BBBBBB", zorder=0)
+    right.annotate("as the teacher's", (x[-1], x[-1]), (0, -24), textcoords="offset points", ha="right", va="top")
+    left.set_xticks(range(1, EPOCHS + 1))
+    left.yaxis.set_major_formatter("{x:g}")
+    left.yaxis.set_minor_formatter("{x:g}")
+    left.set(title="Distance from the teacher", xlabel="epoch", ylabel="KL(teacher || student) (nats, log scale)")
+    right.set(
+        title=f"Probability of the {VOCAB - K} classes that are not listed (%)",
+        xlabel="the teacher's (means of twelfths of the tokens)", ylabel="the students'", ylim=(0, 100),
+    )  # fmt: skip
+    left.legend(frameon=False)
+    for panel in (left, right):
+        panel.grid(alpha=0.3)
+    figure.suptitle(
+        f"One student, five losses: the teacher's {K} largest of {VOCAB:,} classes with three tails, all, none"
+    )
+    PICTURE.parent.mkdir(exist_ok=True)
+    figure.savefig(PICTURE, dpi=110)
+    plt.close(figure)
+
+
 def main():
+    torch.set_num_threads(1)
+    klcore.set_num_threads(1)
     (before, after), (asked, asked_after), (judged, judged_after) = load()
     print(
         f"{len(after):,} tokens for the teacher, {len(asked):,} for students, {len(judged):,} to judge by; "
@@ -165,27 +201,33 @@ def main():
     teacher = network(*TEACHER)
     for _ in train(teacher, before, lambda b, y: torch.nn.functional.cross_entropy(y, after[b]), 3, "teacher"):
         pass
-    truth = logits(teacher, judged)
-    places = truth.topk(K).indices
-
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "teacher.npz")
         store(path, teacher, asked)
         size = path.stat().st_size
         of_students = losses(path, teacher, asked, asked_after)
-    print(f"stored: {size / len(asked):.0f} bytes a token; all classes in float16: {2 * VOCAB:,}\n")
+    print(f"stored: {size / len(asked):.0f} bytes a token; all classes in float16 would be {2 * VOCAB:,}\n")
 
-    print(f"{'from':<14}{'nats from teacher':>18}{'nats a token':>14}{'right':>8}{'teacher’s':>11}{'outside':>9}")
-    _, *figures = judge(truth, truth, judged_after)
-    print(f"{'(teacher)':<14}{'':>18}{figures[0]:>14.3f}{figures[1]:>8.1%}{'':>11}{rest(truth, places).mean():>9.1%}")
-    histories, tails = {}, {}
+    truth = logits(teacher, judged)
+    places = truth.topk(K).indices
+    others = rest(truth, places)
+    _, nats, right, _ = judge(truth, truth, judged_after)
+    print(f"{'trained with':<14}{'from teacher':>14}{'a token':>14}{'right':>8}{'as teacher':>12}{'not listed':>12}")
+    print(f"{'(teacher)':<14}{'':>14}{nats:>9.3f} nats{right:>8.1%}{'':>12}{others.mean():>12.1%}")
+    histories, outside = {}, {}
     for name, loss in of_students.items():
         net, history = network(*STUDENT), []
         for _ in train(net, asked, loss, EPOCHS, name):
-            history.append(judge(truth, logits(net, judged), judged_after))
-        histories[name], tails[name] = np.array(history), rest(logits(net, judged), places)
+            student = logits(net, judged)
+            history.append(judge(truth, student, judged_after))
+        histories[name], outside[name] = np.array(history), rest(student, places)
         kl, nats, right, same = history[-1]
-        print(f"{name:<14}{kl:>18.3f}{nats:>14.3f}{right:>8.1%}{same:>11.1%}{tails[name].mean():>9.1%}", flush=True)
+        print(
+            f"{name:<14}{kl:>9.3f} nats{nats:>9.3f} nats{right:>8.1%}{same:>12.1%}{outside[name].mean():>12.1%}",
+            flush=True,
+        )
+    draw(histories, outside, others)
+    print(f"\nPicture: {PICTURE}")
 
 
 if __name__ == "__main__":
