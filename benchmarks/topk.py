@@ -3,7 +3,8 @@
 --speed (the default): values, and values and the student's gradient, of (128, 151936) logits of students. The units are
 a floor, a C loop that reads these logits (and writes as much, for the gradient), and one logsumexp of the rows by
 PyTorch, compiled, which is its quickest. Beside klcore the formulas of verl, NeMo-RL and TRL in PyTorch, eager and
-compiled; their values and gradients are compared first. Interleaved, medians. klcore writes its gradient into an array
+compiled; their values and gradients are compared first. Interleaved, medians; of one thread the processor's time
+counts, which is the same however busy the machine is. klcore writes its gradient into an array
 that is there already, but where the line says "new array"; the others allocate theirs. What that costs is the
 system's: with --keep freed memory stays with the process, as it does under allocators that cache.
 --memory: what a second call takes at its peak, each contender in a process of its own, in arrays of the size of the
@@ -20,6 +21,7 @@ import argparse
 import json
 import multiprocessing
 import os
+import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -166,7 +168,8 @@ def speed(rounds: int, *arguments: Any) -> dict[str, dict[str, float]]:
     compare(job)
     kinds = {"value": False, "value and gradient": True}
     calls = {(name, kind): f(job, gradient) for name, f in CONTENDERS.items() for kind, gradient in kinds.items()}
-    found = medians({key: call for key, call in calls.items() if call}, rounds)
+    clock = time.process_time if klcore.get_num_threads() == 1 else time.perf_counter
+    found = medians({key: call for key, call in calls.items() if call}, rounds, clock)
     return {kind: {name: t for (name, of), t in found.items() if of == kind} for kind in kinds}
 
 
