@@ -13,6 +13,7 @@ demo-compare: .venv/compare
 	$(BIN)/python examples/compare_quantised.py
 examples: .venv/examples
 	$(BIN)/python examples/torch_distill.py
+	$(BIN)/python examples/topk_distillation.py
 	$(BIN)/python examples/keras_cnn.py
 	$(BIN)/python examples/tensor_parallel.py
 	$(BIN)/python examples/linear_distillation.py
@@ -54,9 +55,11 @@ bench: .venv/bench
 	$(BIN)/python benchmarks/side_by_side.py
 	$(BIN)/python benchmarks/adapters.py
 	$(BIN)/python benchmarks/family.py speed
+	$(BIN)/python benchmarks/topk.py
 accuracy: .venv/accuracy
 	$(BIN)/python benchmarks/accuracy.py
 	$(BIN)/python benchmarks/family.py accuracy
+	$(BIN)/python benchmarks/topk.py --accuracy
 plots: .venv/plots
 	$(BIN)/python benchmarks/plots.py
 # Commits as git names them ("RANGE=main~5..main"), or NEW: since the last measured ones. Each is built and installed in
