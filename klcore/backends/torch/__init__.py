@@ -51,7 +51,7 @@ def compute(call: Call) -> Any:
     if not as_given and not torch.compiler.is_compiling() and labels.are_there(*given[:4]):
         axis = rows.class_axis_of(call._replace(indices=indices), x, y)
         labels.check(axis, *given[:4], temperature=call.temperature)
-    if not as_given and _needs_grad(x, y, None):  # a NumPy array may change before backward looks at it again
+    if not as_given and _needs_grad(x, y, call.temperature):  # a NumPy array may change before backward looks at it again
         taken = tuple(
             t if t is a or t is None or isinstance(a, torch.Tensor) else t.clone()
             for t, a in zip(taken, given, strict=True)
@@ -131,14 +131,14 @@ def _history_or_not(call: Call) -> Any:
     return (value, *(g for name, g in zip("xy", both, strict=True) if name in wanted))
 
 
-def _needs_grad(*tensors: Any) -> bool:
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+def _needs_grad(*arguments: Any) -> bool:
+    return torch.is_grad_enabled() and any(isinstance(t, torch.Tensor) and t.requires_grad for t in arguments)
 
 
 def _into(call: Call) -> Any:
     """The same, into tensors of the caller's."""
     x, y, out = call.x, call.y, call.out
-    if _needs_grad(x, y, call.temperature if isinstance(call.temperature, torch.Tensor) else None):
+    if _needs_grad(x, y, call.temperature):
         raise TypeError(
             "out= has no place in autograd's history, and an argument requires a gradient; leave out= away, or detach "
             "the arguments, or compute within torch.no_grad()"
