@@ -176,7 +176,7 @@ ROOMS = {
         *(f"klcore.backends.torch.{name}" for name in ("kernels", "memory", "private")),
     },
     r"klcore\.backends\.torch\.sharded": {
-        "numpy", "torch", "klcore._cpu", "klcore.backends.cpu", "klcore.backends.rows",
+        "numpy", "torch", "klcore._cpu", "klcore.backends.cpu", "klcore.backends.rows", "klcore.backends.sparse",
         "klcore.operations",
         *(f"klcore.backends.torch.{name}" for name in ("autograd", "kernels", "memory", "operator")),
     },

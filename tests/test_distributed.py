@@ -220,6 +220,32 @@ def check_empty(mesh):
             compare(near, "kl_div", space, operands("kl_div", space, *shape), mesh, [[S(0)]] * 2, reduction=reduction)
 
 
+def check_lists_of_classes(mesh):
+    """x has some classes of y: their rows may be sharded in any way, and the classes may not."""
+    space, y = ("probs", "logits"), random(5, 7, seed=1)
+    x, indices = random(5, 7, space="probs").topk(3)
+    mass = random(5, seed=2).sigmoid()
+    for p, q, r in ((S(0), S(0), S(0)), (R, S(0), S(1)), (S(0), R, R), (R, R, S(0))):
+        for reduction in ("row", "none", "rowmean", "mean"):
+            words = {"reduction": reduction, "indices": placed(indices, mesh, r)}
+            for others in ({"tail": "bucket", "tail_mass": placed(mass, mesh, R)}, {"tail": "renorm"}):
+                compare(near, "js_div", space, [x, y], mesh, [[p], [q]], **words, **others)
+    lists = placed(indices, mesh, S(0))
+    compare(near, "kl_div", space, [x[0], y], mesh, [[R], [S(0)]], indices=lists, tail="bucket")
+
+    def kl(x, y, **words):
+        return lambda: klcore.kl_div(x, y, space=space, **{"indices": lists, "tail": "bucket", **words})
+
+    for p, q in ((S(0), S(1)), (S(1), R), (S(1), S(1))):
+        both = placed(x, mesh, p), placed(y, mesh, q)
+        raises(TypeError, r"the classes are sharded: .*redistribute.* or full_tensor\(\)", kl(*both))
+    x, y = placed(x, mesh, S(0)), placed(y, mesh, S(0))
+    for words in ({"indices": indices}, {"tail_mass": mass}, {"indices": indices.tolist()}):
+        raises(TypeError, "beside a DTensor: nobody can tell", kl(x, y, **words))
+    raises(TypeError, "^tail_mass requires a gradient", kl(x, y, tail_mass=placed(mass, mesh, R).requires_grad_()))
+    raises(ValueError, "x and indices must have the same number of classes", kl(y, y))
+
+
 def check_losses_and_estimators(mesh):
     x, y = operands("kl_div", ("log_probs", "probs"), 5, 7)
     for p in (S(0), S(1)):
@@ -411,8 +437,8 @@ def check_rows_and_classes(mesh):
 
 OF_ONE_DIMENSION = (
     check_rows_of_all_operations, check_totals, check_against_pytorch, check_axes, check_broadcast,
-    check_unlike_placements, check_empty, check_losses_and_estimators, check_classes_of_all_operations,
-    check_totals_over_classes,
+    check_unlike_placements, check_empty, check_lists_of_classes, check_losses_and_estimators,
+    check_classes_of_all_operations, check_totals_over_classes,
     check_temperature_of_each_row, check_shards_without_classes, check_axes_over_classes,
     check_nothing_but_states_is_exchanged, check_messages,
 )  # fmt: skip

@@ -21,6 +21,7 @@ from klcore.operations import KL_DIV, LOSSES, Call
 
 torch = pytest.importorskip("torch", reason="no PyTorch: its adapter is not tested")
 private = importlib.import_module("klcore.backends.torch.private")
+operators = importlib.import_module("klcore.backends.torch.operator")
 cpu = importlib.import_module("klcore.backends.cpu")
 
 FLOATS = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
@@ -181,7 +182,7 @@ def test_layouts(make, reduction, axis):
         same(got, e)
 
     def operator(x, y):
-        call = ("kl_div", x, y, "logits", "logits", axis, reduction, None, None, 1.0, None, None, None, 0.0, 1.0, 0)
+        call = operators.arguments_of(Call(KL_DIV, x, y, "logits", axis, reduction))
         value = torch.ops.klcore.value(*call, None)
         return value, *torch.ops.klcore.gradients(*call, torch.ones_like(value), True, True)
 
@@ -506,14 +507,16 @@ def test_flushing_subnormals_changes_no_bit(python):
 
 def test_arguments_of_the_operator():
     """Every field of a call, but for those that are not the operator's, is there and back again."""
-    operator = importlib.import_module("klcore.backends.torch.operator")
-    x, y, weights, ratio = torch.ones(4)
+    x, y, weights, ratio, indices, mass = torch.ones(6)
     call = Call(
-        KL_DIV, x, y, ("probs", "logits"), 1, "sum", weights, 2.5, parameter=0.25, factor=7.0, ratio=ratio, examples=2
-    )
+        KL_DIV, x, y, ("probs", "logits"), 1, "sum", weights, 2.5, parameter=0.25, factor=7.0, ratio=ratio, examples=2,
+        indices=indices, tail="bucket", tail_mass=mass,
+    )  # fmt: skip
     for number in (0.5, 3, torch.ones(())):
         call = call._replace(temperature=number, denominator=number)
-        assert operator.call_of(*operator.arguments_of(call)) == call
+        assert operators.call_of(*operators.arguments_of(call)) == call
+        placed = operators.arguments_of(call)
+        assert all(placed[operators.TENSORS[name]] is t for name, t in operators.tensors_of(call).items())
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
@@ -521,8 +524,9 @@ def test_arguments_of_the_operator():
 def test_opcheck(operation, space, reduction):
     """Schema, registration of autograd, fake; and, where it takes long, for one operation, ahead-of-time autograd."""
     x, y = (*operands(operation, space, "float32", (2, 3), requires_grad=True), None)[:2]
-    words = (operation, x, y, *space, -1, reduction, torch.ones(2), None, temperature_of(space), None, None, None, 0.0)
-    words = (*words, 1.0, 0)
+    words = operators.arguments_of(
+        Call(COMMON[operation], x, y, space, -1, reduction, torch.ones(2), temperature_of(space))
+    )
     tests = ["test_schema", "test_autograd_registration", "test_faketensor"]
     if operation == "kl_div" and space in (("logits", "logits"), ("probs", "log_probs")):
         tests.append("test_aot_dispatch_dynamic")

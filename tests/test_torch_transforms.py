@@ -102,6 +102,15 @@ def test_a_temperature_that_changes_before_backward():
     equal(x.grad, kl(x, y, temperature=2.0, return_grad="x")[1])
 
 
+def test_an_array_that_changes_before_the_temperatures_backward():
+    x, y, t = logits(2, 3), logits(2, 3, seed=1), torch.tensor(2.0, requires_grad=True)
+    expected = torch.autograd.grad(kl(x, y, "row", temperature=t).sum(), t)
+    array = x.clone().numpy()
+    value = kl(array, y, "row", temperature=t)
+    array[...] = 5.0
+    equal(torch.autograd.grad(value.sum(), t), expected)
+
+
 @pytest.mark.parametrize("shape", [(4, 3), (3,), (4, 1), (1,)], ids=str)
 def test_a_temperature_a_row(compiled, shape):  # noqa: F811
     """Each row as with its number, whoever calls."""

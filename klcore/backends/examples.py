@@ -20,8 +20,9 @@ def compute(xp: Any, backend: Any, call: Call) -> tuple[Any, ...]:
     """The totals in float64, and the gradients; with cotangents, one an example, the gradients alone."""
     with np.errstate(all="ignore"):
         by_row, denominator = _divided(xp, call)
-        if call.cotangent is None and call.return_grad is not None and isinstance(denominator, float):
-            values, *gradients = backend.block(by_row, denominator, ())  # all in one pass
+        in_one_pass = call.cotangent is None and isinstance(denominator, float) and call.indices is None
+        if call.return_grad is not None and in_one_pass:
+            values, *gradients = backend.block(by_row, denominator, ())  # which knows no lists
             return _totals(xp, values, denominator, call), *gradients
         gradients = []
         if call.return_grad is not None:
@@ -81,6 +82,8 @@ def _batch(call: Call) -> tuple[int, ...]:
 
 
 def _terms(call: Call) -> tuple[int, ...]:
+    if call.indices is not None:
+        return rows.lay_list(call.x, call.y, call.indices, call.axis)[1]
     return tuple(call.x.shape) if call.y is None else rows.broadcast_shapes(call.x.shape, call.y.shape)
 
 

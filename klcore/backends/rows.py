@@ -575,10 +575,37 @@ def class_axis(x: Any, y: Any, axis: Any) -> int:
 
 def class_axis_of(call: Call, x: Any, y: Any) -> int:
     """That of a call, of whose arguments adapters have made arrays; 0 where every number is a row."""
+    if call.indices is not None:
+        return lay_list(x, y, call.indices, call.axis)[0]
     if not call.operation.is_estimator:
         return class_axis(x, y, call.axis)
     estimate_shape(x, y)
     return 0
+
+
+def lay_list(x: Any, y: Any, indices: Any, axis: Any) -> tuple[int, tuple[int, ...]]:
+    """Where x lists classes of y: the class axis, counted from the end, and y's shape in the batch of all three."""
+    of_x, of_indices, of_y = shapes = tuple(x.shape), tuple(indices.shape), tuple(y.shape)
+    ndims = [len(shape) for shape in shapes]
+    last = axis_from_end(axis, max(ndims) or 1, max(ndims) == 0)
+    if min(ndims) < -last or of_x[last] != of_indices[last]:
+        raise ValueError(
+            f"x and indices must have the same number of classes along axis {axis}, on which y has all of them; found "
+            f"the shapes {of_x}, {of_indices} and {of_y} of x, indices and y"
+        )
+    try:
+        batch = broadcast_shapes(with_classes(of_x, last, 1), with_classes(of_indices, last, 1))
+        return last, broadcast_shapes(batch, of_y)
+    except ValueError:
+        raise ValueError(
+            f"x, indices and y must have batch shapes (all axes but axis {axis}) that broadcast; found the shapes "
+            f"{of_x}, {of_indices} and {of_y}"
+        ) from None
+
+
+def with_classes(shape: tuple[int, ...], last: int, n: int) -> tuple[int, ...]:
+    """The shape with n classes."""
+    return (*shape[:last], n, *shape[last:][1:])
 
 
 def estimate_shape(x: Any, y: Any) -> tuple[int, ...]:

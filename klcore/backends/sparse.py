@@ -148,7 +148,7 @@ def arrange(xp: Any, asarray: Any, call: Call) -> Task:
         _check(mass, 0, 1, weights, "tail_mass must lie in [0, 1]")
     _check(indices, -1, n - 1, weights, f"indices must lie in [0, {n}), or be -1 for no class")
     double = max(a.dtype.itemsize for a in laid.operands.values()) == 8
-    dtype = "float64" if double else "float32"
+    dtype = call.dtype or ("float64" if double else "float32")
 
     out = call.out if call.cotangent is None or call.out is None else (None, *call.out)
     value, *into = rows.results_in(out, wanted)
@@ -199,31 +199,14 @@ def _lay(xp: Any, asarray: Any, call: Call) -> tuple[rows.Laid, Any]:
     x, y, indices = asarray(call.x, "x"), asarray(call.y, "y"), asarray(call.indices, "indices")
     if indices.dtype.kind not in "iu" and (indices.size or isinstance(call.indices, type(indices))):
         raise TypeError(f"indices must be integers, the numbers of classes; found the dtype {indices.dtype}")
-    named = {"x": x, "indices": indices, "y": y}
-    ndim = max(a.ndim for a in named.values())
-    last = rows.axis_from_end(call.axis, ndim or 1, ndim == 0)
-    shapes = ", ".join(f"{name} {tuple(a.shape)}" for name, a in named.items())
-    if min(a.ndim for a in named.values()) < -last or x.shape[last] != indices.shape[last]:
-        raise ValueError(
-            f"x and indices must have the same number of classes along axis {call.axis}, on which y has all of them; "
-            f"found the shapes {shapes}"
-        )
-    xs, of, ys = (rows.classes_last(a, last) for a in named.values())
-    count, n = xs.shape[-1], ys.shape[-1]
+    last, terms = rows.lay_list(x, y, indices, call.axis)
+    count, n = x.shape[last], y.shape[last]
     if count > n:
-        raise ValueError(f"x and indices list {count} classes, more than the {n} of y; found the shapes {shapes}")
+        raise ValueError(f"x and indices list {count} classes along axis {call.axis}, more than the {n} of y")
     if n > _MOST:
         raise ValueError(f"y must have at most {_MOST} classes where x lists some of them; found {n}")
-    try:
-        batch = rows.broadcast_shapes(rows.broadcast_shapes(xs.shape[:-1], of.shape[:-1]), ys.shape[:-1])
-    except ValueError:
-        raise ValueError(
-            f"x, indices and y must have batch shapes (all axes but axis {call.axis}) that broadcast; found the shapes "
-            f"{shapes}"
-        ) from None
-    at = len(batch) + 1 + last
-    xs, of, ys = (rows.broadcast(xp, a, (*batch, a.shape[-1])) for a in (xs, of, ys))
-    terms = (*batch[:at], n, *batch[at:])
+    batch = (*terms[:last], *terms[last:][1:])
+    xs, of, ys = (rows.broadcast(xp, rows.classes_last(a, last), (*batch, a.shape[last])) for a in (x, indices, y))
     return rows.Laid({"x": x, "y": y}, xs, ys, batch, n, last, False, terms), of
 
 

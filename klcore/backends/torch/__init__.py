@@ -10,6 +10,7 @@ kernels.py, operator.py, batches.py, autograd.py. DTensors take sharded.py's, wh
 part; parts.py is for klcore.Shard.
 """
 
+from operator import is_
 from typing import Any
 
 import torch
@@ -19,18 +20,21 @@ from klcore.backends.torch import autograd, kernels, memory, private
 from klcore.operations import Call, named
 
 _HALVES = ("float16", "bfloat16")
+_TAKEN = ("x", "y", "weights", "ratio", "indices", "tail_mass")  # the fields of a call that become tensors
 _PLAIN = {*private.PLAIN, type(None), float, int}  # what stands in for nothing
 
 
 def compute(call: Call) -> Any:
     if type(call.x) is not torch.Tensor and private.is_distributed(call.x):
         return _sharded(call)
-    arguments = call.x, call.y, call.weights, call.ratio, call.temperature, call.denominator
+    arguments = (
+        call.x, call.y, call.weights, call.ratio, call.temperature, call.denominator, call.indices, call.tail_mass,
+    )  # fmt: skip
     plain = torch.compiler.is_compiling() or _PLAIN.issuperset(map(type, arguments))
     stand_ins = () if plain else tuple(filter(private.stands_in, call))
     if stand_ins:
         return torch.overrides.handle_torch_function(called, stand_ins, call.operation.name, *call[1:])
-    given = call.x, call.y, call.weights, call.ratio
+    given = call.x, call.y, call.weights, call.ratio, call.indices, call.tail_mass
     x, y = memory.operands(*given[:2], call.device)
     if call.operation.name == "puzzlelib":  # its gradient is none: autograd would descend where it should ascend
         x, y = x.detach(), y.detach()
@@ -38,20 +42,26 @@ def compute(call: Call) -> Any:
     name = "factors" if call.operation.is_loss else "weights"
     weights = memory.weights_beside(given[2], x, call.device, name, estimate)
     ratio = memory.weights_beside(given[3], x, call.device, "ratio", estimate)
-    as_given = x is given[0] and y is given[1] and weights is given[2] and ratio is given[3]
-    if not as_given and not torch.compiler.is_compiling() and labels.are_there(*given):
-        labels.check(rows.class_axis_of(call, x, y), *given, temperature=call.temperature)
-    if not as_given and _needs_grad(x, y, None):  # a NumPy array may change before backward looks at it again
-        x, y, weights, ratio = (
+    indices, mass = call.indices, call.tail_mass
+    if indices is not None or mass is not None or call.tail is not None:
+        rows.check_list(call, rows.space_pair(call.space, call.operation))
+        indices, mass = memory.list_beside(indices, mass, x, call.device)
+    taken = x, y, weights, ratio, indices, mass
+    as_given = all(map(is_, taken, given))
+    if not as_given and not torch.compiler.is_compiling() and labels.are_there(*given[:4]):
+        axis = rows.class_axis_of(call._replace(indices=indices), x, y)
+        labels.check(axis, *given[:4], temperature=call.temperature)
+    if not as_given and _needs_grad(x, y, call.temperature):  # a NumPy array may change before backward looks at it again
+        taken = tuple(
             t if t is a or t is None or isinstance(a, torch.Tensor) else t.clone()
-            for t, a in zip((x, y, weights, ratio), given, strict=True)
+            for t, a in zip(taken, given, strict=True)
         )
     call = _with_numbers(call, x)
     of_value = call.dtype
     if call.operation.name == "pytorch" and of_value in _HALVES and torch.is_autocast_enabled(x.device.type):
         of_value = "float32"  # autocast has PyTorch's own loss compute in it
     if not as_given or call.device is not None or of_value is not call.dtype:
-        call = call._replace(x=x, y=y, weights=weights, ratio=ratio, device=None, dtype=of_value)
+        call = call._replace(**dict(zip(_TAKEN, taken, strict=True)), device=None, dtype=of_value)
     return _history_or_not(call) if call.out is None else _into(call)
 
 
@@ -87,14 +97,15 @@ def _sharded(call: Call) -> Any:
 def _history_or_not(call: Call) -> Any:
     x, y = call.x, call.y
     t = call.temperature if isinstance(call.temperature, torch.Tensor) else None
-    eager = private.is_eager(x, y, call.weights, call.ratio, t)
-    if not eager and private.is_distributed(y, call.weights, call.ratio, t):
+    beside = y, call.weights, call.ratio, t, call.indices, call.tail_mass
+    eager = private.is_eager(x, *beside)
+    if not eager and private.is_distributed(*beside):
         return _sharded(call)
     if call.return_grad is None and t is not None and _needs_grad(t):
         call = call._replace(axis=rows.class_axis_of(call, x, y))
         if t.ndim and y is not None:  # rows that share an operand may have temperatures of their own
-            shape, _ = kernels.value_like(call._replace(reduction="none"))
-            x, y = x.expand(shape), y.expand(shape)
+            shape, axis = kernels.shape_of(call), call.axis
+            x, y = (a.expand(rows.with_classes(shape, axis, a.shape[axis])) for a in (x, y))
             call = call._replace(x=x, y=y)
     elif eager and t is not None and t.ndim == 0:
         call = call._replace(temperature=t.item() if t.is_cpu else t.clone())  # of now: backward comes later
@@ -120,14 +131,14 @@ def _history_or_not(call: Call) -> Any:
     return (value, *(g for name, g in zip("xy", both, strict=True) if name in wanted))
 
 
-def _needs_grad(*tensors: Any) -> bool:
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+def _needs_grad(*arguments: Any) -> bool:
+    return torch.is_grad_enabled() and any(isinstance(t, torch.Tensor) and t.requires_grad for t in arguments)
 
 
 def _into(call: Call) -> Any:
     """The same, into tensors of the caller's."""
     x, y, out = call.x, call.y, call.out
-    if _needs_grad(x, y, call.temperature if isinstance(call.temperature, torch.Tensor) else None):
+    if _needs_grad(x, y, call.temperature):
         raise TypeError(
             "out= has no place in autograd's history, and an argument requires a gradient; leave out= away, or detach "
             "the arguments, or compute within torch.no_grad()"
@@ -143,7 +154,8 @@ def _into(call: Call) -> Any:
                 raise ValueError("out is a view whose elements share memory; pass a tensor of its own")
             if t.requires_grad and torch.is_grad_enabled():
                 raise TypeError("out requires a gradient, and its history would not know of the call; pass another")
-    if not private.is_eager(x, y, call.weights, call.ratio, *outs) or any(t is not None and t.is_neg() for t in outs):
+    beside = y, call.weights, call.ratio, call.indices, call.tail_mass, *outs
+    if not private.is_eager(x, *beside) or any(t is not None and t.is_neg() for t in outs):
         return _copied(_history_or_not(call._replace(out=None)), out, outs)
     if not x.is_cpu:  # all results are to be PyTorch's own memory
         new = kernels.outs_of(call)

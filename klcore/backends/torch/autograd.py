@@ -3,6 +3,7 @@
 First derivatives only, but for the term of PyTorch itself, whose second ones are PyTorch's.
 """
 
+import math
 from collections.abc import Sequence
 from functools import cache
 from typing import Any, cast
@@ -116,8 +117,8 @@ def _of_temperature(ctx: Any, call: Call, dx: Any, dy: Any) -> Any:
         if space == "logits" and logits is not None and logits.numel():
             wide = torch.promote_types(logits.dtype, torch.float32)
             a, g = logits.to(wide), g.to(wide)
-            terms = (a - a.amax(call.axis, keepdim=True)) * g
-            terms = torch.where(g == 0, 0, terms)  # excluded classes, and rows that are left out
+            a = torch.where(g == 0, -math.inf, a)  # excluded classes, those not listed, and rows that are left out
+            terms = torch.where(g == 0, 0, (a - a.amax(call.axis, keepdim=True)) * g)
             found = found - terms.sum(call.axis).sum_to_size(t.shape).to(found.device)
     return torch.where(found == 0, 0, found / t).to(t.dtype)  # that of a row that is left out may be 0 or NaN
 

@@ -43,7 +43,10 @@ def _of_all(info: Any, dims: Dims, call: Call) -> Call:
     if not estimate:
         ndim = max(ndim, call.examples + 1)  # a number is one class
     batch = ndim if estimate else ndim - 1
-    behind = {"x": ndim, "y": ndim, "weights": ndim if call.operation.is_loss else batch, "denominator": call.examples}
+    behind = {
+        "x": ndim, "y": ndim, "indices": ndim, "weights": ndim if call.operation.is_loss else batch,
+        "denominator": call.examples,
+    }  # fmt: skip
     whole = ("x",) if call.operation.single else ("x", "y")  # of which each example has a gradient of its own
     laid = {
         name: _in_front(info, dims.get(name), getattr(call, name), behind.get(name, batch))
@@ -66,4 +69,5 @@ def _shape(dims: Dims, name: str, t: Any) -> tuple[int, ...]:
 
 def _ndim(dims: Dims, call: Call) -> int:
     """How many axes the terms of one example have."""
-    return max(len(_shape(dims, name, t)) for name, t in (("x", call.x), ("y", call.y)) if t is not None)
+    arrays = ("x", call.x), ("y", call.y), ("indices", call.indices)
+    return max(len(_shape(dims, name, t)) for name, t in arrays if t is not None)

@@ -11,27 +11,41 @@ from klcore.backends.torch.memory import FLOATS, as_pytorch, as_tensor, backend_
 from klcore.operations import Call
 
 
-def value_like(call: Call) -> tuple[tuple[int, ...], torch.dtype]:
-    """Shape and dtype of a value."""
+def shape_of(call: Call) -> tuple[int, ...]:
+    """That to which x and y broadcast; where x lists some classes, that of y."""
     x, y, shape = call.x, call.y, call.x.shape
+    if call.indices is not None:
+        return rows.lay_list(x, y, call.indices, call.axis)[1]
     if y is not None and y.shape != shape:
         try:
             shape = torch.broadcast_shapes(shape, y.shape)
         except RuntimeError:
             rows.class_axis_of(call, x, y)
             raise rows.batches_differ(x, y, call.axis) from None
+    return tuple(shape)
+
+
+def value_like(call: Call) -> tuple[tuple[int, ...], torch.dtype]:
+    """Shape and dtype of a value."""
+    x, y, shape = call.x, call.y, shape_of(call)
     dtype = None if call.dtype is None else getattr(torch, call.dtype)
     if dtype is None:
         wide = [t.dtype not in FLOATS[1:] for t in ((x,) if y is None else (x, y))]
         dtype = torch.float64 if any(wide) else torch.float32
     if call.examples and call.reduction not in ("row", "none"):
-        return tuple(shape[: call.examples]), dtype
+        return shape[: call.examples], dtype
     if call.reduction == "none" or (call.reduction == "row" and call.operation.is_estimator):
-        return tuple(shape), dtype
+        return shape if call.indices is None else _listed(call, shape), dtype
     if call.reduction != "row" or not shape:
         return (), dtype
     axis = call.axis % len(shape)
     return (*shape[:axis], *shape[axis + 1 :]), dtype
+
+
+def _listed(call: Call, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape of terms: those of the classes listed, and that of all others."""
+    axis = rows.class_axis_of(call, call.x, call.y)
+    return rows.with_classes(shape, axis, call.x.shape[axis] + (call.tail != "renorm"))
 
 
 def gradient_like(t: Any) -> Any:
@@ -56,7 +70,7 @@ def lent(call: Call) -> Call:
         None if weights is None else lend(weights), temperature, call.return_grad, out, None,
         denominator, call.parameter, call.factor, call.dtype,
         None if cotangent is None else lend(cotangent), None if ratio is None else lend(ratio),
-        call.examples,
+        call.examples, lend(call.indices), call.tail, lend(call.tail_mass),
     )  # fmt: skip
 
 

@@ -149,13 +149,18 @@ def operands(x: Any, y: Any, device: str | None) -> tuple[Any, Any]:
     found = next((t.device for t in (x, y) if isinstance(t, torch.Tensor)), torch.device("cpu"))
     where = found if device is None else _named(device)
     for name, t in (("x", x), ("y", y)):
-        if where.type == "cuda" and device is None and not isinstance(t, (torch.Tensor, *_NUMBERS, type(None))):
-            raise TypeError(
-                f"{name} is a {type(t).__module__}.{type(t).__qualname__}, in the host's memory, and the other "
-                f"argument a tensor on {where}; move one of them, as with torch.asarray({name}, "
-                f"device={str(where)!r}), or pass device= to have klcore do it"
-            )
+        _refuse_host(t, name, where, device)
     return _on(where, x, "x", device), _on(where, y, "y", device)
+
+
+def _refuse_host(t: Any, name: str, where: Any, device: str | None) -> None:
+    """Arrays that nobody said to move."""
+    if where.type == "cuda" and device is None and not isinstance(t, (torch.Tensor, *_NUMBERS, type(None))):
+        raise TypeError(
+            f"{name} is a {type(t).__module__}.{type(t).__qualname__}, in the host's memory, and the other "
+            f"argument a tensor on {where}; move one of them, as with torch.asarray({name}, "
+            f"device={str(where)!r}), or pass device= to have klcore do it"
+        )
 
 
 def _named(device: str) -> Any:
@@ -228,3 +233,27 @@ def weights_beside(weights: Any, like: Any, device: str | None, name: str, estim
                 f"or multiply the {instead}"
             )
     return _on(like.device, weights, name, device)
+
+
+def list_beside(indices: Any, mass: Any, like: Any, device: str | None) -> tuple[Any, Any]:
+    """The numbers of the classes that x lists, and the mass of all others, on the tensors' device."""
+    if isinstance(mass, torch.Tensor) and mass.requires_grad and torch.is_grad_enabled():
+        raise TypeError(
+            "tail_mass requires a gradient, and klcore gives none with respect to it; pass tail_mass.detach(), or "
+            "leave it away: the mass is then what x leaves, and its derivative is x's"
+        )
+    mass = data(mass) if torch.compiler.is_compiling() else mass
+    return _indices_beside(indices, like, device), weights_beside(mass, like, device, "tail_mass")
+
+
+def _indices_beside(indices: Any, like: Any, device: str | None) -> Any:
+    if isinstance(indices, torch.Tensor):
+        check(indices, "indices")
+        found = _on(like.device, indices, "indices", device)
+    else:
+        _refuse_host(indices, "indices", like.device, device)
+        found = torch.as_tensor(indices) if torch.compiler.is_compiling() else _lent_by(indices, "indices")
+        found = (found if found.numel() else found.long()).to(like.device)  # NumPy takes an empty list for floats
+    if found.dtype is torch.bool or found.dtype.is_floating_point or found.dtype.is_complex:
+        raise TypeError(f"indices must be integers, the numbers of classes; found the dtype {found.dtype}")
+    return found

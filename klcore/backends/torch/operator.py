@@ -14,7 +14,7 @@ from klcore.operations import Call, named
 ARGUMENTS = (
     "str operation, Tensor x, Tensor? y, str space_x, str space_y, int axis, str reduction, Tensor? weights, "
     "Tensor? ratio, float temperature, Tensor? temperatures, Scalar? denominator, Tensor? divisor, float parameter, "
-    "float factor, int examples"
+    "float factor, int examples, Tensor? indices, str? tail, Tensor? tail_mass"
 )
 LIBRARY = torch.library.Library("klcore", "DEF")
 LIBRARY.define(f"value({ARGUMENTS}, ScalarType? dtype) -> Tensor")
@@ -24,7 +24,7 @@ LIBRARY.define(f"gradients({ARGUMENTS}, Tensor cotangent, bool of_x, bool of_y) 
 def call_of(
     operation: str, x: Any, y: Any, space_x: str, space_y: str, axis: int, reduction: str, weights: Any,
     ratio: Any, temperature: float, temperatures: Any, denominator: float | None, divisor: Any, parameter: float,
-    factor: float, examples: int,
+    factor: float, examples: int, indices: Any, tail: str | None, tail_mass: Any,
 ) -> Call:  # fmt: skip
     """The call that the operator's arguments stand for."""
     space = space_x if space_x == space_y else (space_x, space_y)
@@ -33,7 +33,7 @@ def call_of(
     return Call(
         found, x, y, space, axis, reduction, weights, temperature if temperatures is None else temperatures,
         denominator=denominator if divisor is None else divisor, parameter=parameter, factor=factor, ratio=ratio,
-        examples=examples,
+        examples=examples, indices=indices, tail=tail, tail_mass=tail_mass,
     )  # fmt: skip
 
 
@@ -45,11 +45,14 @@ def arguments_of(call: Call) -> tuple[Any, ...]:
     return (
         call.operation.name, call.x, call.y, *pair_of(call), call.axis, call.reduction, call.weights,
         call.ratio, temperature, temperatures, number, divisor, call.parameter, call.factor, call.examples,
+        call.indices, call.tail, call.tail_mass,
     )  # fmt: skip
 
 
 # the fields of a call that may be tensors, and where the operators have them
-TENSORS = {"x": 1, "y": 2, "weights": 7, "ratio": 8, "temperature": 10, "denominator": 12}
+TENSORS = {
+    "x": 1, "y": 2, "weights": 7, "ratio": 8, "temperature": 10, "denominator": 12, "indices": 16, "tail_mass": 18,
+}  # fmt: skip
 
 
 def tensors_of(call: Call) -> dict[str, Any]:

@@ -15,7 +15,7 @@ import torch
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
 from klcore import _cpu
-from klcore.backends import cpu, rows
+from klcore.backends import cpu, rows, sparse
 from klcore.backends.torch import autograd, kernels, memory, operator
 from klcore.operations import Call
 
@@ -93,13 +93,15 @@ def _check(call: Call) -> None:
         raise TypeError("out= has no place beside DTensors, whose parts are in several processes; use the result")
     if call.device is not None:
         raise ValueError(f"device={call.device!r}: DTensors are computed on the devices of their mesh")
-    for name in ("x", "y", "weights", "ratio", "temperature", "denominator"):
+    for name in ("x", "y", "weights", "ratio", "temperature", "denominator", "indices", "tail_mass"):
         t = getattr(call, name)
         if isinstance(t, DTensor):
             memory.check(t, name)
             if isinstance(call.x, DTensor) and t.device_mesh != call.x.device_mesh:
                 raise ValueError(f"x and {name} are DTensors on different meshes; distribute {name} over x.device_mesh")
-        elif t is not None and (name in ("x", "y") or getattr(t, "shape", ()) != () or isinstance(t, (list, tuple))):
+        elif t is not None and (
+            name in ("x", "y", "indices") or getattr(t, "shape", ()) != () or isinstance(t, (list, tuple))
+        ):
             raise TypeError(
                 f"{name} is a {type(t).__module__}.{type(t).__qualname__} beside a DTensor: nobody can tell whether it "
                 f"is a part or the whole; pass distribute_tensor({name}, mesh, placements) of the whole, or "
@@ -128,7 +130,7 @@ def compute(call: Call, locally: Callable[[Call], Any]) -> Any:
     if isinstance(call.denominator, DTensor):
         call = call._replace(denominator=call.denominator.full_tensor())
     rows.words(call)
-    terms, _ = kernels.value_like(call._replace(reduction="none"))
+    terms = kernels.shape_of(call)
     if operation.is_loss:
         classes = call.axis - len(terms) if call.axis >= 0 else call.axis
     else:
@@ -138,8 +140,14 @@ def compute(call: Call, locally: Callable[[Call], Any]) -> Any:
             raise ValueError(
                 "this process is not in x.device_mesh, and holds no part of x: call klcore in those that do"
             )
-        rows.arrange(np, _shape_of, call._replace(return_grad=None, reduction="row", denominator=None, dtype=None))
+        arrange = rows.arrange if call.indices is None else sparse.arrange
+        arrange(np, _shape_of, call._replace(return_grad=None, reduction="row", denominator=None, dtype=None))
     layout = _layout(x, y, classes)
+    if layout.exchanged and call.indices is not None:
+        raise TypeError(
+            "x lists some classes of y, and the classes are sharded: klcore takes these whole, and the batch sharded; "
+            "move them with redistribute(placements=[Shard(0)]), say, or full_tensor()"
+        )
     if layout.exchanged and (call.reduction == "none" or operation.is_loss) and _sweeps(call, True, False) == 1:
         layout = layout._replace(exchanged=False)  # every class by itself
     if call.return_grad is None and torch.is_grad_enabled() and getattr(call.temperature, "requires_grad", False):
@@ -147,7 +155,7 @@ def compute(call: Call, locally: Callable[[Call], Any]) -> Any:
 
     alone = operation.is_estimator
     batch = terms if alone or not terms else (*terms[:classes], *terms[len(terms) + classes + 1 :])
-    shape = terms if call.reduction == "none" else batch if call.reduction == "row" else ()
+    shape, _ = kernels.value_like(call)
     if not shape and call.reduction != "sum":
         call = call._replace(**_divided(call, terms, batch))
     by_row = not (alone or operation.is_loss)
@@ -158,6 +166,8 @@ def compute(call: Call, locally: Callable[[Call], Any]) -> Any:
         weights=layout.part(call.weights, by_row),
         ratio=layout.part(call.ratio, by_row),
         temperature=layout.part(call.temperature, by_row),
+        indices=layout.part(call.indices),
+        tail_mass=layout.part(call.tail_mass, by_row),
     )
     found = _exchanging(parts, layout, x.shape[classes]) if layout.exchanged else locally(parts)
     value, *gradients = found if isinstance(found, tuple) else (found,)
@@ -174,8 +184,8 @@ def compute(call: Call, locally: Callable[[Call], Any]) -> Any:
 
 
 def _shape_of(a: Any, name: str) -> Any:
-    """An array of ones without memory: what rows.py checks it by."""
-    return np.broadcast_to(1.0, getattr(a, "shape", ()))
+    """An array of ones without memory: what rows.py checks it by. No number of a class is checked."""
+    return np.broadcast_to(-1 if name == "indices" else 1.0, getattr(a, "shape", ()))
 
 
 def _divided(call: Call, terms: tuple[int, ...], batch: tuple[int, ...]) -> dict[str, Any]:
