@@ -252,6 +252,13 @@ def gradient_of(laid: Laid, name: str, array: Any) -> Gradient:
     return Gradient(name, array, view, inner)
 
 
+def share(xp: Any, gradients: list[Gradient], shared: tuple[str, ...]) -> None:
+    """Have those of operands that blocks share written as parts of a sum."""
+    for g in gradients:
+        if g.of in shared:
+            g.array = g.view = xp.zeros(g.view.shape, np.float64)
+
+
 def _arrange_loss(xp: Any, asarray: Any, call: Call) -> Task:
     """The arguments of ``klcore.divergence.loss``: x and y broadcast over the classes as well."""
     _, _, wanted = words(call)
@@ -575,6 +582,9 @@ def class_axis(x: Any, y: Any, axis: Any) -> int:
 
 def class_axis_of(call: Call, x: Any, y: Any) -> int:
     """That of a call, of whose arguments adapters have made arrays; 0 where every number is a row."""
+    if call.indices is not None:
+        ndim = max(a.ndim for a in (x, y, call.indices))
+        return axis_from_end(call.axis, ndim or 1, ndim == 0)
     if not call.operation.is_estimator:
         return class_axis(x, y, call.axis)
     estimate_shape(x, y)

@@ -6,12 +6,12 @@ reduction and weight is computed by the kernels that compute it anyway. y is rea
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
-from klcore.backends import rows
+from klcore.backends import labels, rows
 from klcore.operations import Call
 
 RENORM = rows.TAILS["renorm"]
@@ -36,7 +36,7 @@ class Task:
     value: Any  # out= for it
 
 
-def compute(xp: Any, asarray: Any, listed: Any, dense: Any, call: Call) -> Any:
+def compute(xp: Any, asarray: Any, listed: Any, dense: Any, call: Call, shared: tuple[str, ...] = ()) -> Any:
     """What a backend's `compute` returns.
 
     Parameters
@@ -49,8 +49,11 @@ def compute(xp: Any, asarray: Any, listed: Any, dense: Any, call: Call) -> Any:
         The backend's `compute`, of calls without indices.
     call : Call
         With indices.
+    shared : tuple
+        As of ``cpu.block``, which is then `dense`.
     """
     task = arrange(xp, asarray, call)
+    rows.share(xp, task.gradients, shared)
     laid, wanted = task.laid, [g.of for g in task.gradients]
     steps = listed(
         laid.x, task.indices, laid.y, task.weights, task.temperature, task.tail_mass, *task.spaces, task.tail
@@ -101,7 +104,7 @@ def _of_classes(xp: Any, task: Task, steps: Any, dense: Any, call: Call) -> tupl
     found = dense(inner)
     if call.cotangent is not None:
         return (None, *found)
-    value, *gradients = found if task.gradients else (found,)
+    value, *gradients = found if isinstance(found, tuple) else (found,)
     if places is not None:
         value = _as_listed(xp, task, places, count, value)
     return (value, *gradients)
@@ -148,7 +151,7 @@ def arrange(xp: Any, asarray: Any, call: Call) -> Task:
         _check(mass, 0, 1, weights, "tail_mass must lie in [0, 1]")
     _check(indices, -1, n - 1, weights, f"indices must lie in [0, {n}), or be -1 for no class")
     double = max(a.dtype.itemsize for a in laid.operands.values()) == 8
-    dtype = "float64" if double else "float32"
+    dtype = call.dtype or ("float64" if double else "float32")
 
     out = call.out if call.cotangent is None or call.out is None else (None, *call.out)
     value, *into = rows.results_in(out, wanted)
@@ -174,6 +177,18 @@ def arrange(xp: Any, asarray: Any, call: Call) -> Task:
         seen = rows.over_rows(xp, rows.multiplier(asarray, call.cotangent, "cotangent"), batch, "cotangent") != 0
         seen = seen if weights is None else seen & (weights != 0)
     return Task(laid, indices, tail, mass, spaces, seen, temperature, gradients, inner, value)
+
+
+def outcome(xp: Any, asarray: Any, call: Call) -> rows.Task:
+    """The call checked, for adapters that only want that: with the task of the K + 1 classes, but the value, gradients
+    and temperature of the call itself."""
+    task = arrange(xp, asarray, call)
+    one = xp.broadcast_to(np.ones((), task.inner.dtype), (*task.laid.batch, task.indices.shape[-1] + 1))
+    found = rows.arrange(xp, asarray, task.inner._replace(x=one, y=one, return_grad=None))
+    value = found.value
+    if found.output == rows.TERMS:
+        value = xp.moveaxis(value[..., : _terms(task)], -1, task.laid.last)
+    return replace(found, value=value, gradients=task.gradients, temperature=task.temperature)
 
 
 def inner_spaces(spaces: tuple[int, int], tail: int) -> tuple[int, int]:
@@ -224,6 +239,9 @@ def _lay(xp: Any, asarray: Any, call: Call) -> tuple[rows.Laid, Any]:
     at = len(batch) + 1 + last
     xs, of, ys = (rows.broadcast(xp, a, (*batch, a.shape[-1])) for a in (xs, of, ys))
     terms = (*batch[:at], n, *batch[at:])
+    given = call.x, call.y, call.weights, None, call.temperature, call.indices, call.tail_mass
+    if labels.are_there(*given):
+        labels.check(last, *given)
     return rows.Laid({"x": x, "y": y}, xs, ys, batch, n, last, False, terms), of
 
 
