@@ -100,13 +100,15 @@ def _array(a: Any, name: str) -> Any:
 
 
 def _indices(a: Any) -> Any:
-    """One that is out of this integer's range is out of y's classes: it stays so."""
+    """One that JAX' integer has no room for is not in y: it stays so, as the last one that there is room for."""
     a = jnp.asarray(a) if _holds_jax(a) else a
-    own = jnp.iinfo(jax.dtypes.canonicalize_dtype(int))
-    if not jnp.issubdtype(a.dtype, jnp.integer):
-        return jnp.asarray(a, None if a.size else own.dtype)  # which is refused; of an empty list NumPy makes floats
+    info: Any = jnp.iinfo  # without types
+    own = info(jax.dtypes.canonicalize_dtype(int))
+    if not jnp.issubdtype(a.dtype, jnp.integer):  # to be refused; but of an empty list NumPy makes floats
+        return jnp.asarray(a, None if a.size else own.dtype)
     xp: Any = jnp if isinstance(a, jax.Array) else np
-    return jnp.asarray(xp.clip(a, max(own.min, jnp.iinfo(a.dtype).min), min(own.max, jnp.iinfo(a.dtype).max)), own.dtype)
+    given = info(a.dtype)
+    return jnp.asarray(xp.clip(a, max(own.min, given.min), min(own.max, given.max)), own.dtype)
 
 
 def _holds_jax(a: Any) -> bool:
