@@ -341,7 +341,13 @@ def refuse(a: Any, name: str) -> None:
     dtype = getattr(a, "dtype", None)
     if dtype is not None and dtype.kind not in "iub" and dtype.name not in FLOATS:
         columns = f"pass its columns as one array, as numpy.lib.recfunctions.structured_to_unstructured({name})"
-        hint = columns if dtype.names else "" if dtype.kind == "c" else f"pass {name}.astype(float)"
+        hint = (
+            columns
+            if dtype.names
+            else ""
+            if dtype.kind == "c"
+            else f"pass {name}.astype({'int' if name == 'indices' else 'float'})"
+        )
         if dtype.kind == "O" and a.size and isinstance(np.ravel(a)[0], (list, tuple, np.ndarray)):
             hint = _of_rows(name)
         raise TypeError(

@@ -5,6 +5,7 @@ up over the devices. Where the classes are sharded, devices exchange states of t
 (shards.py). JAX asks for all this once it knows how the arguments are sharded; nothing here runs when the program does.
 """
 
+import itertools
 import math
 from collections.abc import Callable
 from dataclasses import replace
@@ -72,22 +73,23 @@ class Axes:
 
     def rule(self) -> tuple[str, dict[str, Any]]:
         """The same, as Shardy is told it."""
-        own: list[str] = []
+        own = (f"own{k}" for k in itertools.count())
+        alone: dict[str, None] = {}  # in the order in which they come
 
-        def own_name() -> str:
-            own.append(f"own{len(own)}")
-            return own[-1]
+        def factor(label: Label, n: int) -> str:
+            whole = n == self.sizes[label]
+            name = _factor(label) if whole else next(own)
+            if (whole and label == self.classes and not self.may_split_classes) or (self.lists and label is None):
+                alone[name] = None
+            return name
 
         def factors(name: str, a: Any) -> str:
-            axes = zip(self.labels(name, a), a.shape, strict=True)
-            return " ".join(_factor(label) if n == self.sizes[label] else own_name() for label, n in axes)
+            return " ".join(map(factor, self.labels(name, a), a.shape))
 
         arguments, results = (
             ", ".join(factors(name, a) for name, a in side.items()) for side in (self.arguments, self.results)
         )
-        alone = () if self.may_split_classes or self.classes is None else (_factor(self.classes),)
-        listed = tuple(own) if self.lists else ()
-        return f"{arguments} -> {results}", {"need_replication_factors": alone + listed}
+        return f"{arguments} -> {results}", {"need_replication_factors": tuple(alone)}
 
     def split(self, mesh: Any, *sides: Any) -> Split:
         """By which axes of the mesh to split what, as the first of arguments, or then results, says it that has any:
