@@ -163,15 +163,6 @@ def divergence(p, q):
     return jnp.where(there, p * jnp.log(jnp.where(there, p, 1) / jnp.where(q > 0, q, 1)), 0) - p + q
 
 
-TERMS = {
-    "kl_div": divergence,
-    "rel_entr": lambda p, q: divergence(p, q) + p - q,
-    "js_div": lambda p, q: (divergence(p, (p + q) / 2) + divergence(q, (p + q) / 2)) / 2,
-    "mixed_kl_div": lambda p, q: (divergence(p, q) + divergence(q, p)) / 2,
-    "tv_dist": lambda p, q: abs(p - q) / 2,
-}
-
-
 def probabilities(a, space, temperature, there=True):
     """Those of the classes that are there."""
     if space == "logits":
@@ -181,7 +172,7 @@ def probabilities(a, space, temperature, there=True):
 
 
 def naive(operation, tail, space, arrays):
-    """The value of one row, by JAX alone: all classes in a row, and one more for those that are not listed."""
+    """The value of one row of all classes, and one more for those that are not listed: by JAX alone for one operation."""
     x, y, indices, temperature, n = arrays["x"], arrays["y"], arrays["indices"], arrays.get("temperature"), CLASSES
     listed = jnp.zeros(n + 1).at[indices].set(1)[:n]  # -1 is the one behind them
     p = jnp.zeros(n + 1).at[indices].add(probabilities(x, space[0], temperature, indices >= 0))[:n]
@@ -190,7 +181,8 @@ def naive(operation, tail, space, arrays):
     q = q * listed
     if tail == "renorm":
         p, q, rest_p, rest_q = p / p.sum(), q / q.sum(), 0.0, 0.0
-    return TERMS[operation](jnp.append(p, rest_p), jnp.append(q, rest_q)).sum()
+    p, q = jnp.append(p, rest_p), jnp.append(q, rest_q)
+    return divergence(p, q).sum() if operation == "kl_div" else getattr(klcore, operation)(p, q)
 
 
 @BY_CASE
