@@ -275,6 +275,73 @@ def test_sharded_classes_under_vmap():
         close(found, expected)
 
 
+# ---- lists of classes ------------------------------------------------------------------------------------------------
+
+
+def listing(count=8, n=40, rows=8):
+    """x, y and indices."""
+    rng = np.random.default_rng(4)
+    indices = np.argsort(rng.random((rows, n)))[:, :count].astype(np.int32)
+    x = rng.dirichlet(np.ones(n), rows).astype(np.float32)
+    return np.take_along_axis(x, indices, -1), rng.normal(size=(rows, n)).astype(np.float32), indices
+
+
+@pytest.mark.usefixtures("partitioner")
+@pytest.mark.parametrize(("reduction", "count"), [("row", 8), ("none", 40), ("rowmean", 8)])
+def test_lists_of_classes(reduction, count, shapes):
+    """Every device computes its own rows, and no other's; classes that are sharded are gathered."""
+    x, y, indices = listing(count)
+    w = np.arange(8, dtype=np.float32)
+
+    def f(x, y, i, w):
+        return klcore.kl_div(
+            x, y, indices=i, tail="bucket", space=("probs", "logits"), weights=w, reduction=reduction,
+            return_grad=("x", "y"),
+        )  # fmt: skip
+
+    expected = f(x, y, indices, w)
+    for specs, rows in (((ROWS,) * 4, 2), ((CLASSES,) * 3 + (P(),), 8), ((P(), BOTH, SOME_ROWS, ROWS), 4)):
+        given = [put(a, spec) for a, spec in zip((x, y, indices, w), specs, strict=True)]
+        del shapes[:]
+        found = jax.block_until_ready(jax.jit(f)(*given))
+        same(found, expected, slice(reduction == "rowmean", None))
+        close(found[:1], expected[:1])
+        assert set(shapes) == {(rows, count), (rows, count + 1)}  # the K, and the K + 1 made of them
+    by_jax = jax.jit(jax.grad(lambda *a: f(*a)[0].sum(), (0, 1)))
+    close(by_jax(*(put(a, ROWS) for a in (x, y, indices, w))), expected[1:])
+
+
+def test_lists_that_rows_share():
+    """In shard_map, under vmap, on a mesh whose axes are explicit; a list and an operand that all devices have."""
+    x, y, indices = listing()
+
+    def f(x, y, i):
+        return klcore.kl_div(x, y, indices=i, tail="renorm", space=("probs", "logits"), reduction="sum")
+
+    g = jax.grad(f, (0, 1))
+    expected = g(x[0], y, indices[0])
+    close(jax.jit(g)(put(x[0], P()), put(y, ROWS), put(indices[0], P())), expected)
+    mapped = partial(jax.shard_map, mesh=MESH, in_specs=(P(), ROWS, P()))
+    close(jax.jit(mapped(g, out_specs=(P(), ROWS)))(x[0], y, indices[0]), expected)
+    each = jax.jit(jax.vmap(g))
+    close(each(*(put(a, ROWS) for a in (x, y, indices))), each(x, y, indices))
+    mesh = jax.make_mesh((2, 2), ("a", "b"), axis_types=(AxisType.Explicit,) * 2)
+    for spec in (ROWS, BOTH):
+        a, b, i = (jax.device_put(v, NamedSharding(mesh, spec)) for v in (x, y, indices))
+        close(jax.jit(g)(a, b, i), g(x, y, indices))
+
+
+def test_lists_that_are_wrong():
+    """Make NaN, where compiled code finds them."""
+    x, y, indices = listing()
+    indices[5, 0] = 40
+    found = jax.jit(partial(klcore.kl_div, tail="bucket"))(
+        *(put(np.abs(a), ROWS) for a in (x, y)), indices=put(indices, ROWS)
+    )
+    assert np.isnan(found[5])
+    assert np.isfinite(found[:4]).all()
+
+
 # ---- meshes whose axes types show, and by hand -----------------------------------------------------------------------
 
 

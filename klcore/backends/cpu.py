@@ -190,6 +190,9 @@ def sum_of(values: Any) -> float:
 
 def block(call: Call, denominator: float, shared: tuple[str, ...]) -> tuple[Any, ...]:
     """A block of whole rows: (value, *gradients) for reduction="row" or "none", the gradients divided."""
+    if call.indices is not None:
+        found = sparse.compute(np, asarray, _Listed, lambda dense: block(dense, denominator, ()), call, shared)
+        return found if isinstance(found, tuple) else (found,)
     task = arrange(call, shared)
     task.cotangent = rows.scale(denominator)
     _compute(task)
@@ -278,9 +281,7 @@ def outputs(call: Call, number: int, stats: Any, denominator: float, shared: tup
 def arrange(call: Call, shared: tuple[str, ...] = ()) -> rows.Task:
     """The call, checked and laid out in rows."""
     task = rows.arrange(np, asarray, call)
-    for g in task.gradients:
-        if g.of in shared:
-            g.array = g.view = np.zeros(g.view.shape, np.float64)
+    rows.share(np, task.gradients, shared)
     return task
 
 

@@ -3,6 +3,7 @@
 Arguments are checked at once, by rows.py on arrays that have a shape and no memory. What is computed later:
 
 * the class axis in one chunk: each block by itself, with the bits of the whole array;
+* a list of classes, in one chunk as y's class axis has to be: likewise;
 * the class axis in several chunks: the sweeps of the kernels over a row, block by block. A block leaves a state
   for every 1024 of its classes, these are merged into the rows' statistics, and from them a block's outputs follow
   (src/kl_partial.h);
@@ -26,7 +27,7 @@ import numpy as np
 from dask import delayed
 from dask.array.utils import meta_from_array
 
-from klcore.backends import cpu, labels, rows
+from klcore.backends import cpu, labels, rows, sparse
 from klcore.backends.threads import threads
 from klcore.operations import Call
 
@@ -38,7 +39,10 @@ _SHAPES = SimpleNamespace(
     dtype=np.dtype,
     empty=lambda shape, dtype: np.broadcast_to(np.zeros((), dtype), shape),
     empty_like=lambda a: a,
+    minimum=np.minimum,
+    moveaxis=np.moveaxis,
 )
+_LISTED = -1  # stands for the class axis of x and indices, where that is another than y's
 
 
 def _array(a: Any, name: str) -> Any:
@@ -64,7 +68,7 @@ def _array(a: Any, name: str) -> Any:
         a = a if of == "cupy" else rows.as_numpy(a, name)  # CuPy's stay where they are
         rows.refuse(a, name)
         a = da.from_array(a, chunks=-1)
-    return a.astype(np.float64) if a.dtype.kind in "iub" else a
+    return a.astype(np.float64) if a.dtype.kind in "iub" and name != "indices" else a
 
 
 def _library(a: Any) -> str:
@@ -80,45 +84,66 @@ def _like(a: Any, b: Any) -> Any:
     return a.map_blocks(importlib.import_module("cupy").asarray, dtype=a.dtype, meta=meta)
 
 
-def _stand_in(a: Any, sizes: list[Any]) -> Any:
-    """An array of ones without memory for a dask array; a size that is not known is taken from `sizes`."""
+def _stand_in(a: Any, name: str, sizes: list[Any]) -> Any:
+    """An array without memory for a dask array; a size that is not known is taken from `sizes`. Of ones; but of rows
+    that might have no weight nothing is looked at."""
     shape = tuple(sizes[k - a.ndim] if math.isnan(n) else n for k, n in enumerate(a.shape))
-    return np.broadcast_to(np.ones((), a.dtype.newbyteorder("=")), shape)
+    dtype = np.int64 if a.dtype.kind in "iu" else a.dtype.newbyteorder("=")
+    return np.broadcast_to(np.array(name not in ("weights", "indices"), dtype), shape)
 
 
-def _axes(x: Any, y: Any, by_row: dict[str, Any], axis: int) -> list[tuple[str, Any, tuple[int, ...]]]:
-    """The operands there are, with the axes that theirs are in the broadcast shape. `by_row`: one a row."""
-    ndim = max(a.ndim for a in (x, y) if a is not None)
-    whole = tuple(range(ndim))
-    batch = tuple(d for d in whole if d != axis % max(ndim, 1))
-    named = (("x", x, whole), ("y", y, whole), *((name, a, batch) for name, a in by_row.items()))
-    return [(name, a, axes[len(axes) - a.ndim :]) for name, a, axes in named if a is not None]
+def _axes(
+    of_classes: dict[str, Any], by_row: dict[str, Any], axis: int
+) -> list[tuple[str, Any, tuple[int, ...]]]:
+    """The operands, with the axes that theirs are in the broadcast shape. `by_row`: one a row."""
+    whole = tuple(range(_ndim(of_classes)))
+    classes = axis % max(len(whole), 1)
+    batch = tuple(d for d in whole if d != classes)
+    listed = tuple(_LISTED if d == classes else d for d in whole) if "indices" in of_classes else whole
+    axes = {"x": listed, "indices": listed, "y": whole} | dict.fromkeys(by_row, batch)
+    return [(name, a, axes[name][len(axes[name]) - a.ndim :]) for name, a in (of_classes | by_row).items()]
 
 
-def _arrange(call: Call, by_row: dict[str, Any], given: dict[str, Any]) -> rows.Task:
-    """The call, of dask arrays, as rows.py sees it, all errors included; `given`: `by_row` as the caller did."""
-    x, y, axis, reduction = call.x, call.y, call.axis, call.reduction
-    ndim = max(a.ndim for a in (x, y) if a is not None)
+def _ndim(of_classes: dict[str, Any]) -> int:
+    return max(a.ndim for a in of_classes.values())
+
+
+def _arrange(call: Call, of_classes: dict[str, Any], by_row: dict[str, Any], given: dict[str, Any]) -> rows.Task:
+    """The call, of dask arrays, as rows.py sees it, all errors included; `given`: the arguments as the caller gave
+    them."""
+    axis, reduction, ndim = call.axis, call.reduction, _ndim(of_classes)
     # along the axes of the broadcast shape; where nobody knows a size, any that is not 1 will do
     sizes = [
-        max((a.shape[d] for a in (x, y) if a is not None and a.ndim >= -d and a.shape[d] > 1), default=2)
+        max((a.shape[d] for a in of_classes.values() if a.ndim >= -d and a.shape[d] > 1), default=2)
         for d in range(-ndim, 0)
     ]
-    unknown = any(math.isnan(n) for a in (x, y, *by_row.values()) if a is not None for n in a.shape)
+    unknown = any(math.isnan(n) for a in (of_classes | by_row).values() for n in a.shape)
 
     def asarray(a: Any, name: str) -> Any:
-        if name not in by_row:
-            return _stand_in(a, sizes)
-        if unknown and a.ndim < ndim:
-            _check_sizes(_axes(x, y, {name: a}, axis), axis % ndim, reduction)
+        if name in ("x", "y"):
+            return _stand_in(a, name, sizes)
+        if name in by_row and unknown and a.ndim < ndim:
+            _check_sizes(_axes(of_classes, {name: a}, axis), axis % ndim, reduction)
         if isinstance(given[name], da.Array) or hasattr(given[name], "__cuda_array_interface__"):
-            return _stand_in(a, [n for d, n in enumerate(sizes) if d != axis % ndim])
+            of_axes = sizes if name == "indices" else [n for d, n in enumerate(sizes) if d != axis % ndim]
+            return _stand_in(a, name, of_axes)
         return np.asarray(given[name], a.dtype.newbyteorder("="))  # its values are looked at
 
-    task = rows.arrange(_SHAPES, asarray, call)
+    arrange = rows.arrange if call.indices is None else sparse.outcome
+    task = arrange(_SHAPES, asarray, call._replace(**of_classes, **by_row))
     if unknown:
-        _check_sizes(_axes(x, y, by_row, axis), axis % ndim, reduction)
+        _check_sizes(_axes(of_classes, by_row, axis), axis % ndim, reduction)
     return task
+
+
+def _check_whole(of_classes: dict[str, Any], axis: int) -> None:
+    """Raise ValueError if classes are in several chunks."""
+    for name, a in of_classes.items():
+        if a.numblocks[axis] > 1:
+            raise ValueError(
+                f"{name} has its classes in {a.numblocks[axis]} chunks, and where x lists some of y's classes a block "
+                f"takes whole rows; pass {name}.rechunk({{{axis}: -1}})"
+            )
 
 
 def _check_sizes(operands: list[tuple[str, Any, tuple[int, ...]]], classes: int, reduction: str) -> None:
@@ -128,7 +153,7 @@ def _check_sizes(operands: list[tuple[str, Any, tuple[int, ...]]], classes: int,
             if not math.isnan(a.shape[k]):
                 continue
             others = [b.shape[of_b.index(axes[k])] for _, b, of_b in operands if axes[k] in of_b]
-            if axes[k] == classes:
+            if axes[k] in (classes, _LISTED):
                 what = "the number of classes must be known"
             elif any(n > 1 for n in others):
                 what = "another argument's is known: they might not match"
@@ -156,17 +181,18 @@ def _backend(a: Any) -> Any:
     return importlib.import_module("klcore.backends.cuda") if hasattr(a, "__cuda_array_interface__") else cpu
 
 
-def _of_block(call: Call, x: Any, y: Any, weights: Any, temperature: Any) -> Call:
+def _of_block(call: Call, x: Any, y: Any, weights: Any, temperature: Any, **listed: Any) -> Call:
     temperature = call.temperature if temperature is None else temperature
-    return call._replace(x=x, y=y, weights=weights, temperature=temperature)
+    return call._replace(x=x, y=y, weights=weights, temperature=temperature, **listed)
 
 
 def _rows(
-    x: Any, y: Any, weights: Any, temperature: Any, denominator: Any, call: Call, totals: bool, shared: Any
-) -> tuple[Any, ...]:
+    x: Any, y: Any, weights: Any, temperature: Any, indices: Any, tail_mass: Any, denominator: Any, call: Call,
+    totals: bool, shared: Any,
+) -> tuple[Any, ...]:  # fmt: skip
     """A block whose rows are whole: the value, or the sums of 1024 rows each, and gradients."""
     with _threads():
-        call = _of_block(call, x, y, weights, temperature)
+        call = _of_block(call, x, y, weights, temperature, indices=indices, tail_mass=tail_mass)
         value, *gradients = _backend(x).block(call, float(denominator), shared)
     return cpu.chunk_sums(_host(value)) if totals else value, *gradients
 
@@ -268,25 +294,27 @@ def _host(a: Any) -> Any:
 # ---- the graph -------------------------------------------------------------------------------------------------------
 
 
-_READ = ("x", "y", "weights", "temperature")  # the operands of a block, in the order in which its functions take them
+# the operands of a block, in the order in which its functions take them
+_READ = ("x", "y", "weights", "temperature")
+_ARGUMENTS = (*_READ, "indices", "tail_mass")
 
 
 class _Graph:
     """The layers of one call. Axes have numbers as labels: those of the broadcast shape, and two of our own."""
 
-    def __init__(self, task: rows.Task, x: Any, y: Any, by_row: dict[str, Any], axis: int) -> None:
+    def __init__(self, task: rows.Task, of_classes: dict[str, Any], by_row: dict[str, Any], axis: int) -> None:
         self.task, self.axis = task, axis
-        self.chunk_library = _library(x)
-        self._unify(x, y, by_row)
-        ndim = max(a.ndim for a in self.arrays.values())
+        self.chunk_library = _library(of_classes["x"])
+        self._unify(of_classes, by_row)
+        ndim = _ndim(of_classes)
         self.all = tuple(range(ndim))
         self.classes = axis % ndim
         self.batch = tuple(d for d in self.all if d != self.classes)
         self.states, self.stats = ndim, ndim + 1
 
-    def _unify(self, x: Any, y: Any, by_row: dict[str, Any]) -> None:
+    def _unify(self, of_classes: dict[str, Any], by_row: dict[str, Any]) -> None:
         """Give all operands the same chunks."""
-        operands = _axes(x, y, by_row, self.axis)
+        operands = _axes(of_classes, by_row, self.axis)
         self.chunks, unified = da.unify_chunks(*(word for _, a, axes in operands for word in (a, axes)))
         self.arrays = {name: a for (name, _, _), a in zip(operands, unified, strict=True)}
         self.axes = {name: axes for name, _, axes in operands}
@@ -345,12 +373,13 @@ class _Graph:
         """Result k of packed blocks: a gradient, or parts of one that is a sum over blocks."""
         operand = self.arrays[g.of]
         pick = ((packed, self.all), (k, None))
+        listed = {self.classes: operand.shape[self.classes - len(self.all)]} if "indices" in self.arrays else {}
         if not g.inner:
-            return self.layer(_pick, self.axes[g.of], *pick, dtype=g.array.dtype)
+            axes = tuple(self.classes if d == _LISTED else d for d in self.axes[g.of])
+            return self.layer(_pick, axes, *pick, dtype=g.array.dtype, adjust_chunks=listed)
         inner = tuple(self.batch[d] for d in g.inner)
-        parts = self.layer(
-            _pick, (*self.batch, self.classes), *pick, dtype=np.float64, adjust_chunks=dict.fromkeys(inner, 1)
-        )
+        adjust = dict.fromkeys(inner, 1) | listed
+        parts = self.layer(_pick, (*self.batch, self.classes), *pick, dtype=np.float64, adjust_chunks=adjust)
         meta = meta_from_array(operand._meta, parts.ndim, np.float64)
         whole = da.reduction(parts, _add, _add, axis=g.inner, keepdims=True, dtype=np.float64, meta=meta)
         whole = da.moveaxis(whole, -1, self.classes)[(0,) * (len(self.all) - operand.ndim)]
@@ -378,35 +407,42 @@ def compute(call: Call) -> Any:
             f"device={call.device!r}: dask's chunks are computed where they are; move them first, as with "
             "x.map_blocks(cupy.asarray)"
         )
-    given = call.x, call.y, call.weights, None, call.temperature
-    named = {"weights": call.weights, "temperature": call.temperature if rows.has_numbers(call.temperature) else None}
-    by_row = {name: _array(a, name) for name, a in named.items() if a is not None}
-    x, y = _array(call.x, "x"), None if call.operation.single else _array(call.y, "y")
-    if y is not None:  # a list goes with the other's chunks
-        x = x if isinstance(given[0], da.Array) else _like(x, y)
-        y = y if isinstance(given[1], da.Array) else _like(y, x)
-    if y is not None and _library(x) != _library(y):
+    given = {name: getattr(call, name) for name in _ARGUMENTS}
+    if not rows.has_numbers(call.temperature):
+        del given["temperature"]
+    arrays = {name: _array(a, name) for name, a in given.items() if a is not None}
+    like = next(arrays[name] for name in ("x", "y") if isinstance(given[name], da.Array))
+    of_classes = {  # a list goes with the other's chunks
+        name: a if isinstance(given[name], da.Array) else _like(a, like)
+        for name, a in arrays.items()
+        if name in ("x", "y", "indices")
+    }
+    by_row = {name: a for name, a in arrays.items() if name not in of_classes}
+    if len({_library(a) for a in of_classes.values()}) > 1:
+        found = " and ".join(f"{name} of {_library(a)}" for name, a in of_classes.items())
         raise TypeError(
-            f"x has chunks of {_library(x)} and y of {_library(y)}; move one of them, as with "
-            "x.map_blocks(cupy.asarray)"
+            f"all chunks must be of one library, found {found}; move them, as with x.map_blocks(cupy.asarray)"
         )
     rows.check_reduction(call.reduction, call.operation)
     rows.check_denominator(call)
     divisor = call.denominator if isinstance(call.denominator, da.Array) else None
     if divisor is not None:
         call = call._replace(denominator=None)
-    task = _arrange(call._replace(x=x, y=y, **by_row), by_row, named)
+    task = _arrange(call, of_classes, by_row, given)
     task.divisor = divisor
     axis = operator.index(call.axis)
-    if labels.are_there(*given):
-        labels.check(axis if axis < 0 else axis - max(a.ndim for a in (x, y) if a is not None), *given)
-    scalar = task.x.ndim == 1 and all(a.ndim == 0 for a in (x, y) if a is not None)
+    last = axis if axis < 0 else axis - _ndim(of_classes)
+    if labels.are_there(*given.values()):
+        labels.check(last, **given)
+    if "indices" in of_classes:
+        _check_whole(of_classes, last)
+    scalar = task.x.ndim == 1 and all(a.ndim == 0 for a in of_classes.values())
     if scalar:  # one class
-        x, y = (a if a is None else a.reshape(1) for a in (x, y))
+        of_classes = {name: a.reshape(1) for name, a in of_classes.items()}
     if "temperature" in by_row and by_row["temperature"].ndim == 0:
-        double = any(a.dtype.itemsize == 8 for a in (x, y) if a is not None)
+        double = any(a.dtype.itemsize == 8 for name, a in of_classes.items() if name in ("x", "y"))
         by_row["temperature"] = by_row["temperature"].map_blocks(_checked, double, dtype=by_row["temperature"].dtype)
-    graph = _Graph(task, x, y, by_row, axis)
+    graph = _Graph(task, of_classes, by_row, axis)
     denominator = task.denominator if divisor is None else divisor
     if task.by_weights:
         factor = graph.move_weights() if task.weights.dtype.itemsize == 8 else 1.0
@@ -419,6 +455,8 @@ def compute(call: Call) -> Any:
         x=None,
         y=None,
         weights=None,
+        indices=None,
+        tail_mass=None,
         axis=last,
         temperature=1.0 if "temperature" in by_row else task.temperature,
         return_grad=_wanted(task),
@@ -438,15 +476,17 @@ def _by_rows(graph: _Graph, call: Call, scale: Any) -> tuple[Any, list[Any]]:
     task, totals = graph.task, graph.task.output == rows.TOTAL
     block = call._replace(reduction="row", dtype="float64") if totals else call
     packed = graph.layer(
-        _rows, graph.all, *graph.operands(*_READ), scale, dtype=object, concatenate=True, call=block,
+        _rows, graph.all, *graph.operands(*_ARGUMENTS), scale, dtype=object, concatenate=True, call=block,
         totals=totals, shared=_shared(task),
     )  # fmt: skip
     first = (packed, graph.all), (0, None)
     if totals:
         value = graph.sums(_pick, *first)
     else:
-        axes = graph.all if call.reduction == "none" else graph.batch
-        value = graph.layer(_pick, axes, *first, dtype=task.scalar_dtype)
+        axes, terms = graph.batch, {}
+        if call.reduction == "none":
+            axes, terms = graph.all, {graph.classes: task.value.shape[call.axis]}
+        value = graph.layer(_pick, axes, *first, dtype=task.scalar_dtype, adjust_chunks=terms)
     return value, [graph.gradient(packed, k, g) for k, g in enumerate(task.gradients, 1)]
 
 

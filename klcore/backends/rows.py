@@ -252,6 +252,13 @@ def gradient_of(laid: Laid, name: str, array: Any) -> Gradient:
     return Gradient(name, array, view, inner)
 
 
+def share(xp: Any, gradients: list[Gradient], shared: tuple[str, ...]) -> None:
+    """Have those of operands that blocks share written as parts of a sum."""
+    for g in gradients:
+        if g.of in shared:
+            g.array = g.view = xp.zeros(g.view.shape, np.float64)
+
+
 def _arrange_loss(xp: Any, asarray: Any, call: Call) -> Task:
     """The arguments of ``klcore.divergence.loss``: x and y broadcast over the classes as well."""
     _, _, wanted = words(call)
@@ -334,7 +341,13 @@ def refuse(a: Any, name: str) -> None:
     dtype = getattr(a, "dtype", None)
     if dtype is not None and dtype.kind not in "iub" and dtype.name not in FLOATS:
         columns = f"pass its columns as one array, as numpy.lib.recfunctions.structured_to_unstructured({name})"
-        hint = columns if dtype.names else "" if dtype.kind == "c" else f"pass {name}.astype(float)"
+        hint = (
+            columns
+            if dtype.names
+            else ""
+            if dtype.kind == "c"
+            else f"pass {name}.astype({'int' if name == 'indices' else 'float'})"
+        )
         if dtype.kind == "O" and a.size and isinstance(np.ravel(a)[0], (list, tuple, np.ndarray)):
             hint = _of_rows(name)
         raise TypeError(

@@ -6,12 +6,12 @@ reduction and weight is computed by the kernels that compute it anyway. y is rea
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
-from klcore.backends import rows
+from klcore.backends import labels, rows
 from klcore.operations import Call
 
 RENORM = rows.TAILS["renorm"]
@@ -36,7 +36,7 @@ class Task:
     value: Any  # out= for it
 
 
-def compute(xp: Any, asarray: Any, listed: Any, dense: Any, call: Call) -> Any:
+def compute(xp: Any, asarray: Any, listed: Any, dense: Any, call: Call, shared: tuple[str, ...] = ()) -> Any:
     """What a backend's `compute` returns.
 
     Parameters
@@ -49,8 +49,11 @@ def compute(xp: Any, asarray: Any, listed: Any, dense: Any, call: Call) -> Any:
         The backend's `compute`, of calls without indices.
     call : Call
         With indices.
+    shared : tuple
+        As of ``cpu.block``, which is then `dense`.
     """
     task = arrange(xp, asarray, call)
+    rows.share(xp, task.gradients, shared)
     laid, wanted = task.laid, [g.of for g in task.gradients]
     steps = listed(
         laid.x, task.indices, laid.y, task.weights, task.temperature, task.tail_mass, *task.spaces, task.tail
@@ -101,7 +104,7 @@ def _of_classes(xp: Any, task: Task, steps: Any, dense: Any, call: Call) -> tupl
     found = dense(inner)
     if call.cotangent is not None:
         return (None, *found)
-    value, *gradients = found if task.gradients else (found,)
+    value, *gradients = found if isinstance(found, tuple) else (found,)
     if places is not None:
         value = _as_listed(xp, task, places, count, value)
     return (value, *gradients)
@@ -176,6 +179,18 @@ def arrange(xp: Any, asarray: Any, call: Call) -> Task:
     return Task(laid, indices, tail, mass, spaces, seen, temperature, gradients, inner, value)
 
 
+def outcome(xp: Any, asarray: Any, call: Call) -> rows.Task:
+    """The call checked, for adapters that only want that: with the task of the K + 1 classes, but the value, gradients
+    and temperature of the call itself."""
+    task = arrange(xp, asarray, call)
+    one = xp.broadcast_to(np.ones((), task.inner.dtype), (*task.laid.batch, task.indices.shape[-1] + 1))
+    found = rows.arrange(xp, asarray, task.inner._replace(x=one, y=one, return_grad=None))
+    value = found.value
+    if found.output == rows.TERMS:
+        value = xp.moveaxis(value[..., : _terms(task)], -1, task.laid.last)
+    return replace(found, value=value, gradients=task.gradients, temperature=task.temperature)
+
+
 def inner_spaces(spaces: tuple[int, int], tail: int) -> tuple[int, int]:
     """Those of the K + 1 classes: logits and counts, where these are to be normalised; else they are already."""
     logs = tuple(space in (_LOG_PROBS, rows.LOGITS) for space in spaces)
@@ -207,6 +222,9 @@ def _lay(xp: Any, asarray: Any, call: Call) -> tuple[rows.Laid, Any]:
         raise ValueError(f"y must have at most {_MOST} classes where x lists some of them; found {n}")
     batch = (*terms[:last], *terms[last:][1:])
     xs, of, ys = (rows.broadcast(xp, rows.classes_last(a, last), (*batch, a.shape[last])) for a in (x, indices, y))
+    given = call.x, call.y, call.weights, None, call.temperature, call.indices, call.tail_mass
+    if labels.are_there(*given):
+        labels.check(last, *given)
     return rows.Laid({"x": x, "y": y}, xs, ys, batch, n, last, False, terms), of
 
 

@@ -22,35 +22,39 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from klcore.backends import BackendUnavailableError, cpu, labels, rows
+from klcore.backends import BackendUnavailableError, cpu, labels, rows, sparse
 from klcore.backends.jax import partition, private
 from klcore.backends.jax.primitives import value
 from klcore.backends.jax.programs import SMALL, Program, as_data
 from klcore.operations import Call
 
 _DTYPES = frozenset(jnp.dtype(name) for name in rows.FLOATS)
-_ARRAYS = ("x", "y", "weights", "ratio", "temperature")  # what may be one
+_ARRAYS = ("x", "y", "weights", "ratio", "temperature", "indices", "tail_mass")  # what may be one
+_OF_CLASSES = ("x", "y", "indices")
 
 
 # ---- the contract of a backend ---------------------------------------------------------------------------------------
 
 
-def _stand_in(a: Any) -> Any:
-    """An array of NumPy's of the shape and dtype, of no size in memory."""
-    return np.broadcast_to(np.ones((), a.dtype), a.shape)
+def _arranged(call: Call, arrays: dict[str, Any], known: tuple[str, ...] = ()) -> rows.Task:
+    """A call's arguments, checked as those of NumPy arrays are; but the numbers of the known ones only."""
 
+    def to_check(name: str, a: Any) -> Any:
+        if name in known:
+            return np.asarray(a)
+        # of no size in memory; of rows that might have no weight nothing is looked at
+        return np.broadcast_to(np.array(name not in ("weights", "indices"), a.dtype), a.shape)
 
-def _arranged(call: Call, arrays: dict[str, Any]) -> rows.Task:
-    """A call's arguments, checked as those of NumPy arrays are."""
-    return rows.arrange(np, lambda a, name: a, call._replace(**arrays))
+    arranged = rows.arrange if call.tail is None else sparse.outcome
+    return arranged(np, lambda a, name: a, call._replace(**{name: to_check(name, a) for name, a in arrays.items()}))
 
 
 @partial(jax.jit, static_argnums=0)
 def _compute(call: Call, arrays: dict[str, Any], numbers: dict[str, Any]) -> tuple[Any, ...]:
     """The value and the gradients asked for; what is wrong with the arguments is raised while JAX traces this."""
-    task = _arranged(call, {name: _stand_in(a) for name, a in arrays.items()})
+    task = _arranged(call, arrays)
     shape = () if task.output == rows.TOTAL else task.value.shape
-    operands = {name: arrays[name] for name in "xy" if name in arrays}
+    operands = {name: arrays[name] for name in _OF_CLASSES if name in arrays}
     ndim = max(0 if call.operation.is_estimator else 1, *(a.ndim for a in operands.values()))
     of_rows = ndim if call.operation.is_loss or call.operation.is_estimator else ndim - 1
     axes = frozenset[str]().union(*map(private.varying_axes, arrays.values()))
@@ -77,7 +81,8 @@ def _compute(call: Call, arrays: dict[str, Any], numbers: dict[str, Any]) -> tup
 
 
 def _array(a: Any, name: str) -> Any:
-    """A JAX array of one of klcore's dtypes. Integers become JAX's own float: float64 only if jax_enable_x64 is set."""
+    """A JAX array of one of klcore's dtypes. Integers become JAX's own float: float64 only if jax_enable_x64 is set;
+    but indices JAX's own integer."""
     if isinstance(a, jax.Array) and a.dtype in _DTYPES:
         return a
     if not isinstance(a, jax.Array) and not _holds_jax(a):
@@ -85,11 +90,25 @@ def _array(a: Any, name: str) -> Any:
         rows.refuse(a, name)
         a = a if a.dtype.isnative else a.astype(a.dtype.newbyteorder("="))
     with jax.ensure_compile_time_eval():  # numbers stay known while JAX traces, so that weights can be checked
+        if name == "indices":
+            return _indices(a)
         a = jnp.asarray(a)
         if jnp.issubdtype(a.dtype, jax.dtypes.extended):
             raise TypeError(f"{name} has dtype {a.dtype}; klcore computes with {', '.join(rows.FLOATS)} and integers")
         rows.refuse(a, name)
         return a.astype(float) if a.dtype.kind in "iub" else a
+
+
+def _indices(a: Any) -> Any:
+    """One that JAX' integer has no room for is not in y: it stays so, as the last one that there is room for."""
+    a = jnp.asarray(a) if _holds_jax(a) else a
+    info: Any = jnp.iinfo  # without types
+    own = info(jax.dtypes.canonicalize_dtype(int))
+    if not jnp.issubdtype(a.dtype, jnp.integer):  # to be refused; but of an empty list NumPy makes floats
+        return jnp.asarray(a, None if a.size else own.dtype)
+    xp: Any = jnp if isinstance(a, jax.Array) else np
+    given = info(a.dtype)
+    return jnp.asarray(xp.clip(a, max(own.min, given.min), min(own.max, given.max)), own.dtype)
 
 
 def _holds_jax(a: Any) -> bool:
@@ -142,13 +161,14 @@ def compute(call: Call) -> Any:
     if not several:
         del given["temperature"]
     call = call._replace(
-        x=None, y=None, weights=None, ratio=None, device=None,
+        x=None, y=None, weights=None, ratio=None, indices=None, tail_mass=None, device=None,
         space=call.space if isinstance(call.space, str) else tuple(call.space),
         axis=rows.integer(call.axis, "axis"), temperature=1.0 if several else temperature, return_grad=wanted or None,
     )  # fmt: skip
     arrays = {name: _array(a, name) for name, a in given.items()}
     if labels.are_there(*given.values()):
-        labels.check(rows.class_axis_of(call, arrays["x"], arrays.get("y")), *map(given.get, _ARRAYS))
+        last = rows.class_axis_of(call._replace(indices=arrays.get("indices")), arrays["x"], arrays.get("y"))
+        labels.check(last, *map(given.get, _ARRAYS))
     if device is not None:
         arrays = _moved(device, arrays)
     # In this thread a signal ends the call: JAX does not look for any while its programs run. Only where there is one
@@ -161,9 +181,9 @@ def compute(call: Call) -> Any:
     if here and not (wanted and any(a.dtype.kind == "V" for a in operands)):
         return _in_this_thread(call, arrays)
     call, numbers = _numbers(call)
-    known = [name for name in arrays if name not in ("x", "y", "ratio") and _platform(arrays[name]) == "cpu"]
+    known = tuple(name for name in arrays if name not in ("x", "y", "ratio") and _platform(arrays[name]) == "cpu")
     if known:  # compiled code would raise JAX's own error
-        _arranged(call, {name: np.asarray(a) if name in known else _stand_in(a) for name, a in arrays.items()})
+        _arranged(call, arrays, known)
     if "gpu" in map(_platform, operands):
         import_module("klcore.backends.cuda").ready()
     results = _compute(call, arrays, numbers)
@@ -173,7 +193,7 @@ def compute(call: Call) -> Any:
 def _in_this_thread(call: Call, arrays: dict[str, Any]) -> Any:
     """The same for arrays of numbers on the CPU, outside of JAX' programs."""
     arrays = {name: np.asarray(a) for name, a in arrays.items()}
-    task = _arranged(call, {name: _stand_in(a) for name, a in arrays.items() if name != "weights"})
+    task = _arranged(call, {name: a for name, a in arrays.items() if name != "weights"})
     out = [None if task.value is None else _to_be_taken_over(task.value.shape, task.scalar_dtype)]
     out += [_to_be_taken_over(arrays[g.of].shape, arrays[g.of].dtype) for g in task.gradients]
     to = None if all(a is None for a in out) else tuple(out)

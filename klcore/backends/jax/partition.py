@@ -14,7 +14,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.experimental.custom_partitioning import custom_partitioning
 from jax.sharding import NamedSharding, PartitionSpec
 
@@ -42,6 +41,7 @@ class Axes:
     def __init__(self, program: Program, arguments: Any, results: Any) -> None:
         self.program = program
         self.arguments = dict(zip(program.names, arguments, strict=True))
+        self.lists = "indices" in self.arguments
         value = () if program.pull else ("value",)
         self.results = dict(zip((*value, *program.gradients), results, strict=True))
         self.sizes: dict[Label, int] = {}
@@ -54,7 +54,8 @@ class Axes:
         # where every class is by itself no device needs another's
         self.by_class = call.reduction == "none" and all(space in BY_CLASS for space in program.spaces.values())
         terms_pulled = call.reduction == "none" and program.pull
-        self.may_split_classes = not call.operation.is_loss and (self.by_class or not terms_pulled)
+        whole = call.operation.is_loss or self.lists  # kernels take whole rows of these
+        self.may_split_classes = not whole and (self.by_class or not terms_pulled)
 
     def labels(self, name: str, a: Any) -> tuple[Label, ...]:
         """Those of an argument or result; a gradient's are those of its operand."""
@@ -62,25 +63,33 @@ class Axes:
         whole: tuple[Label, ...] = tuple(range(-program.ndim, 0))
         of_rows = tuple(label for label in whole if label != program.call.axis)
         of_rows = whole if program.call.operation.is_estimator else of_rows
-        of_value = {"row": of_rows, "none": whole}.get(program.call.reduction, ())
+        listed = tuple(None if self.lists and label == program.call.axis else label for label in whole)
+        of_value = {"row": of_rows, "none": listed}.get(program.call.reduction, ())
         of_weights = whole if program.call.operation.is_loss else of_rows
-        known = {"x": whole, "y": whole, "weights": of_weights, "cotangent": of_value, "value": of_value}
+        known = {"x": listed, "indices": listed, "y": whole, "weights": of_weights}
+        known |= {"cotangent": of_value, "value": of_value}
         own: tuple[Label, ...] = (None,) if is_data(a) else () if name == "denominator" else known.get(name, of_rows)
         return *range(a.ndim - len(own)), *own
 
     def rule(self) -> tuple[str, dict[str, Any]]:
         """The same, as Shardy is told it."""
-        names = (f"own{k}" for k in itertools.count())
+        own = (f"own{k}" for k in itertools.count())
+        alone: dict[str, None] = {}  # in the order in which they come
+
+        def factor(label: Label, n: int) -> str:
+            whole = n == self.sizes[label]
+            name = _factor(label) if whole else next(own)
+            if (whole and label == self.classes and not self.may_split_classes) or (self.lists and label is None):
+                alone[name] = None
+            return name
 
         def factors(name: str, a: Any) -> str:
-            axes = zip(self.labels(name, a), a.shape, strict=True)
-            return " ".join(_factor(label) if n == self.sizes[label] else next(names) for label, n in axes)
+            return " ".join(map(factor, self.labels(name, a), a.shape))
 
         arguments, results = (
             ", ".join(factors(name, a) for name, a in side.items()) for side in (self.arguments, self.results)
         )
-        alone = () if self.may_split_classes or self.classes is None else (_factor(self.classes),)
-        return f"{arguments} -> {results}", {"need_replication_factors": alone}
+        return f"{arguments} -> {results}", {"need_replication_factors": tuple(alone)}
 
     def split(self, mesh: Any, *sides: Any) -> Split:
         """By which axes of the mesh to split what, as the first of arguments, or then results, says it that has any:
@@ -211,16 +220,17 @@ def _on_device(site: _Site, split: Split, *arguments: Any) -> Any:
     for name, axes in shared.items():
         if axes and arrays[name].dtype.itemsize == 2:
             arrays[name] = arrays[name].astype(jnp.float32)
-    operands = [arrays[name] for name in "xy" if name in arrays]
-    whole = np.broadcast_shapes(*(a.shape[a.ndim - own.ndim :] for a in operands))
+    whole = own.whole(arrays)["x"]
+    whole = whole[len(whole) - own.ndim :]
     batch = tuple(n for label, n in zip(range(-own.ndim, 0), whole, strict=True) if label != site.classes)
+    terms = own.with_classes(whole, own.shape[own.call.axis]) if site.lists and own.call.reduction == "none" else whole
     if "weigh" in site.steps:
         weights = arrays["weights"]
         mapped = weights.shape[: weights.ndim - len(batch)]
         (sums,) = site.steps["weigh"]([shards.doubles(*mapped, 1)], jnp.broadcast_to(weights, mapped + batch))
         arrays["denominator"] = _gathered(sums, of_rows)
     given = [arrays[name] for name in own.names]
-    shape = () if own.total else whole if own.call.reduction == "none" else batch
+    shape = () if own.total else terms if own.call.reduction == "none" else batch
     types = dict(zip(site.results, replace(own, shape=shape).results(given), strict=True))
     if site.classes in split and not site.by_class:
         found = _by_states(site, split[site.classes], types, own.mapped(given) + batch, given)

@@ -132,21 +132,22 @@ def _gradients(program: Program, arrays: Arrays) -> Arrays:
 
 def _by_row(program: Program, arrays: Arrays, tangents: Arrays) -> tuple[Arrays, Arrays, tuple[int, ...]]:
     """The derivatives of rows or terms by their own operands' elements, the tangents, and the axes to add up over."""
-    call = program.call
-    if call.reduction == "none" and not all(program.spaces[name] in BY_CLASS for name in tangents):
+    call, listed = program.call, "indices" in arrays
+    if call.reduction == "none" and (listed or not all(program.spaces[name] in BY_CLASS for name in tangents)):
+        of = "where x lists some classes" if listed else "of logits or counts"
         raise NotImplementedError(
             f"klcore.{call.operation.function} has no forward mode (jax.jvp, jax.linearize, jax.jacfwd) for "
-            "reduction='none' of logits or counts, of which every term depends on the whole row; use reduction='row', "
-            "or jax.grad, jax.vjp or jax.jacrev"
+            f"reduction='none' {of}, of which every term depends on the whole row; use reduction='row', or jax.grad, "
+            "jax.vjp or jax.jacrev"
         )
-    operands = [arrays[name] for name in "xy" if name in arrays]
-    whole = jnp.broadcast_shapes(*(a.shape for a in operands))
-    spread = {n: jnp.broadcast_to(a, whole) if n in _PARTS else a for n, a in arrays.items()}
-    count = len(whole) - program.ndim
-    one = jnp.ones(whole[:count] + program.shape, jnp.float32)
+    whole = program.whole(arrays)
+    spread = arrays | {name: jnp.broadcast_to(arrays[name], shape) for name, shape in whole.items()}
+    count = len(whole["x"]) - program.ndim
+    one = jnp.ones(whole["x"][:count] + program.shape, jnp.float32)
     pulled = _gradients(replace(program, pull=True), spread | {"cotangent": one})
     summed = () if call.reduction == "none" or call.operation.is_estimator else (call.axis,)
-    return pulled, {name: jnp.broadcast_to(t, t.shape[:count] + whole[count:]) for name, t in tangents.items()}, summed
+    rows_of = {name: jnp.broadcast_to(t, t.shape[:count] + whole[name][count:]) for name, t in tangents.items()}
+    return pulled, rows_of, summed
 
 
 def _transpose(cotangent: Any, result: Any, *arguments: Any, program: Program, known: Any, second: bool) -> Any:
@@ -164,7 +165,10 @@ def _transpose(cotangent: Any, result: Any, *arguments: Any, program: Program, k
         found = list(_gradients(replace(program, pull=True), given).values())
         if program.call.reduction != "row":  # there the engine leaves such rows out
             zero = _under(cotangent, program) == 0
-            found = [jnp.where(zero, 0, g) if program.total or g.shape == zero.shape else g for g in found]
+            by_term = "indices" not in arrays  # a term may be of an element
+            found = [
+                jnp.where(zero, 0, g) if program.total or (by_term and g.shape == zero.shape) else g for g in found
+            ]
     return [*nothing, *(g if isinstance(t, ad.UndefinedPrimal) else None for g, t in zip(found, tangents, strict=True))]
 
 
@@ -256,6 +260,8 @@ def _by_temperature(program: Program, arrays: Arrays, moving: Arrays) -> tuple[A
     spread = {name: jnp.broadcast_to(arrays[name], _whole(arrays[name], t)) for name in logits}
     moved = {name: moving[name] for name in "xy" if name in moving}
     for name, a in spread.items():
+        if name == "x" and "indices" in arrays:  # where no class is listed the number means nothing
+            a = jnp.where(arrays["indices"] < 0, -jnp.inf, a)
         a = a if a.dtype.itemsize > 2 else a.astype(jnp.float32)
         greatest = jnp.max(a, call.axis, keepdims=True, where=jnp.isfinite(a), initial=-jnp.inf)
         share = (greatest - a) / t

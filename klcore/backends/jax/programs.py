@@ -72,6 +72,19 @@ class Program:
         """Those of x and y, by their codes."""
         return dict(zip("xy", rows.space_pair(self.call.space, self.call.operation), strict=True))
 
+    def whole(self, arrays: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+        """The shapes of the arguments that have classes, in all their rows."""
+        of = {name: tuple(arrays[name].shape) for name in ("x", "y", "indices") if name in arrays}
+        if "indices" not in of:
+            return dict.fromkeys(of, np.broadcast_shapes(*of.values()))
+        batch = np.broadcast_shapes(*(self.with_classes(shape, 1) for shape in of.values()))
+        return {name: self.with_classes(batch, shape[self.call.axis]) for name, shape in of.items()}
+
+    def with_classes(self, shape: tuple[int, ...], n: int) -> tuple[int, ...]:
+        """A shape, with another number of classes."""
+        at = len(shape) + self.call.axis
+        return (*shape[:at], n, *shape[at + 1 :])
+
     def mapped(self, arguments: Any) -> tuple[int, ...]:
         """The axes in front."""
         count = arguments[self.names.index("x")].ndim - self.ndim
