@@ -24,6 +24,8 @@ CHUNK: int
 COLUMNS: int
 TEMPERATURES: tuple[float, float]
 NARROW_TEMPERATURES: tuple[float, float]
+TAILS: dict[str, int]
+ROW_NUMBERS: int
 
 def is_wide(operation: int, space_x: int, space_y: int, temperature: float, parameter: float = 0.0) -> bool: ...
 
@@ -100,3 +102,29 @@ def merge(
     into: Any,
     fold: bool = False,
 ) -> None: ...
+
+@disjoint_base
+class Listed:
+    keys: Any
+    known: Any
+    xs: Any
+    ys: Any
+    def __init__(
+        self,
+        x: Any,
+        indices: Any,
+        y: Any,
+        weights: Any,
+        temperature: Any,
+        tail_mass: Any,
+        space_x: int,
+        space_y: int,
+        tail: int,
+        threads: int,
+    ) -> None: ...
+    def by_x(self, dxs: Any) -> Any: ...
+    def by_y(self, dys: Any) -> None: ...
+    def spread(
+        self, dys: Any, y: Any, weights: Any, temperature: Any, known: Any, dy: Any, inner_axes: int
+    ) -> None: ...
+    def copy(self, values: Any, dx: Any, inner_axes: int) -> None: ...

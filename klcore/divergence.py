@@ -14,38 +14,46 @@ from klcore.typing import ArrayT, BothGrads, EntropyGrad, OneGrad, Plain, Return
 if TYPE_CHECKING:
     from typing_extensions import Unpack  # in typing from Python 3.11
 
-    from klcore.typing import EntropyOptions, EntropyTotalOptions, OfNumPy, Options, TotalOptions
+    from klcore.typing import (
+        EntropyOptions,
+        EntropyTotalOptions,
+        ListedOptions,
+        ListedTotalOptions,
+        OfNumPy,
+        Options,
+        TotalOptions,
+    )
 
 
 @overload
 def kl_div(
-    x: "OfNumPy", y: "OfNumPy", *, reduction: Total, return_grad: None = None, **options: "Unpack[TotalOptions]"
+    x: "OfNumPy", y: "OfNumPy", *, reduction: Total, return_grad: None = None, **options: "Unpack[ListedTotalOptions]"
 ) -> Any: ...
 @overload
 def kl_div(
-    x: "OfNumPy", y: "OfNumPy", *, reduction: Total, return_grad: OneGrad, **options: "Unpack[TotalOptions]"
+    x: "OfNumPy", y: "OfNumPy", *, reduction: Total, return_grad: OneGrad, **options: "Unpack[ListedTotalOptions]"
 ) -> tuple[Any, Any]: ...
 @overload
 def kl_div(
-    x: "OfNumPy", y: "OfNumPy", *, reduction: Total, return_grad: BothGrads, **options: "Unpack[TotalOptions]"
+    x: "OfNumPy", y: "OfNumPy", *, reduction: Total, return_grad: BothGrads, **options: "Unpack[ListedTotalOptions]"
 ) -> tuple[Any, Any, Any]: ...
 @overload
-def kl_div(x: Plain, y: Plain, *, return_grad: ReturnGrad | None = None, **options: "Unpack[Options]") -> Any: ...
+def kl_div(x: Plain, y: Plain, *, return_grad: ReturnGrad | None = None, **options: "Unpack[ListedOptions]") -> Any: ...
 @overload
 def kl_div(
-    x: ArrayT | Plain, y: ArrayT | Plain, *, return_grad: None = None, **options: "Unpack[Options]"
+    x: ArrayT | Plain, y: ArrayT | Plain, *, return_grad: None = None, **options: "Unpack[ListedOptions]"
 ) -> ArrayT: ...
 @overload
 def kl_div(
-    x: ArrayT | Plain, y: ArrayT | Plain, *, return_grad: OneGrad, **options: "Unpack[Options]"
+    x: ArrayT | Plain, y: ArrayT | Plain, *, return_grad: OneGrad, **options: "Unpack[ListedOptions]"
 ) -> tuple[ArrayT, ArrayT]: ...
 @overload
 def kl_div(
-    x: ArrayT | Plain, y: ArrayT | Plain, *, return_grad: BothGrads, **options: "Unpack[Options]"
+    x: ArrayT | Plain, y: ArrayT | Plain, *, return_grad: BothGrads, **options: "Unpack[ListedOptions]"
 ) -> tuple[ArrayT, ArrayT, ArrayT]: ...
 @overload
 def kl_div(
-    x: ArrayT | Plain, y: ArrayT | Plain, *, return_grad: ReturnGrad | None, **options: "Unpack[Options]"
+    x: ArrayT | Plain, y: ArrayT | Plain, *, return_grad: ReturnGrad | None, **options: "Unpack[ListedOptions]"
 ) -> Any: ...
 def kl_div(
     x: Any,
@@ -58,6 +66,9 @@ def kl_div(
     denominator: Any = None,
     temperature: Temperature = 1.0,
     base: SupportsFloat | None = None,
+    indices: Any = None,
+    tail: str | None = None,
+    tail_mass: Any = None,
     return_grad: str | tuple[str, ...] | None = None,
     out: Any = None,
     device: str | None = None,
@@ -105,6 +116,17 @@ def kl_div(
         GPU.
     base : float, optional
         Of the logarithms, above 1: the value and the gradients are in its unit, as in bits for 2. None: nats.
+    indices : array of integers, optional
+        x lists some classes only, a teacher's best K, say: these, of the shape (..., K) as x has, where y has all of
+        them. In any order; -1 stands for no class, and the probabilities of one that is listed several times are added.
+    tail : {"bucket", "zero", "renorm"}
+        With `indices`: what x has of all other classes. "bucket": together they are one class, of the mass that is left
+        to x, and what y has of them is that class's. "zero": nothing. "renorm": x and y are both renormalised on the
+        classes listed. The first two take x as probabilities or log-probabilities, at the temperature that divides y's
+        logits.
+    tail_mass : array, optional
+        With "bucket": the mass that is left to x, one number between 0 and 1 a row, which then does not depend on x.
+        None: 1 less the sum of x.
     return_grad : {"x", "y", ("x", "y")}, optional
         Also return the derivative of the value (for "row" and "none": of the sum of what is returned) with respect to
         these arguments as they were given, computed in the same pass. PyTorch's autograd and ``jax.grad`` need no such
@@ -129,7 +151,8 @@ def kl_div(
     ------
     TypeError
         For complex, object, string, masked or sparse arrays, those with units, arrays of an unknown library, or of two
-        that do not go together; for labels that contradict the positions of an argument without labels.
+        that do not go together; for labels that contradict the positions of an argument without labels; for `indices`
+        without `tail`.
     ValueError
         For shapes and labels that do not match and words that are not known.
     klcore.BackendUnavailableError
@@ -141,6 +164,12 @@ def kl_div(
     negative numbers and NaN make NaN. Of log-probabilities and logits -inf is an exact zero. A row of logits that is
     all -inf, or holds +inf or NaN, is NaN, and so is a row of counts that is all 0, or holds a negative number, +inf
     or NaN. No row affects another.
+
+    With `indices` the value is that of K + 1 classes, computed in float64: the terms above of each class listed, and of
+    all others as one. What y has of these is summed over them, and is not 1 less the rest. A class of its own that is
+    empty, because all are listed, counts nothing. Terms ("none") are those of the classes in the order listed, and last
+    of all others; that of a class that is listed several times stands at its largest number. On a GPU an index outside
+    of y, or a mass outside of [0, 1], makes its row NaN; on the CPU they raise.
 
     Accuracy and the order of addition are part of the contract (docs/maths.md): the same input gives the same bits for
     any number of threads, instruction set, batch and memory layout.
@@ -165,42 +194,51 @@ def kl_div(
     ... )
     >>> print(round(float(loss), 6), dy.round(6).tolist())
     0.327813 [[-0.380797, 0.380797], [0.0, 0.0]]
+
+    The two best classes of a teacher, out of four:
+
+    >>> best = {"indices": [1, 3], "tail": "bucket", "space": ("probs", "logits")}
+    >>> print(round(float(klcore.kl_div([0.6, 0.3], [1.0, 2.0, 0.0, 1.0], **best)), 6))
+    0.033366
     """
     return find(x, y, device).compute(Call(
         KL_DIV, x, y, space, axis, reduction, weights, temperature, return_grad, out, device, denominator, 0.0,
         units_per_nat(base),
+        indices=indices, tail=tail, tail_mass=tail_mass,
     ))  # fmt: skip
 
 
 @overload
 def rel_entr(
-    x: "OfNumPy", y: "OfNumPy", *, reduction: Total, return_grad: None = None, **options: "Unpack[TotalOptions]"
+    x: "OfNumPy", y: "OfNumPy", *, reduction: Total, return_grad: None = None, **options: "Unpack[ListedTotalOptions]"
 ) -> Any: ...
 @overload
 def rel_entr(
-    x: "OfNumPy", y: "OfNumPy", *, reduction: Total, return_grad: OneGrad, **options: "Unpack[TotalOptions]"
+    x: "OfNumPy", y: "OfNumPy", *, reduction: Total, return_grad: OneGrad, **options: "Unpack[ListedTotalOptions]"
 ) -> tuple[Any, Any]: ...
 @overload
 def rel_entr(
-    x: "OfNumPy", y: "OfNumPy", *, reduction: Total, return_grad: BothGrads, **options: "Unpack[TotalOptions]"
+    x: "OfNumPy", y: "OfNumPy", *, reduction: Total, return_grad: BothGrads, **options: "Unpack[ListedTotalOptions]"
 ) -> tuple[Any, Any, Any]: ...
 @overload
-def rel_entr(x: Plain, y: Plain, *, return_grad: ReturnGrad | None = None, **options: "Unpack[Options]") -> Any: ...
+def rel_entr(
+    x: Plain, y: Plain, *, return_grad: ReturnGrad | None = None, **options: "Unpack[ListedOptions]"
+) -> Any: ...
 @overload
 def rel_entr(
-    x: ArrayT | Plain, y: ArrayT | Plain, *, return_grad: None = None, **options: "Unpack[Options]"
+    x: ArrayT | Plain, y: ArrayT | Plain, *, return_grad: None = None, **options: "Unpack[ListedOptions]"
 ) -> ArrayT: ...
 @overload
 def rel_entr(
-    x: ArrayT | Plain, y: ArrayT | Plain, *, return_grad: OneGrad, **options: "Unpack[Options]"
+    x: ArrayT | Plain, y: ArrayT | Plain, *, return_grad: OneGrad, **options: "Unpack[ListedOptions]"
 ) -> tuple[ArrayT, ArrayT]: ...
 @overload
 def rel_entr(
-    x: ArrayT | Plain, y: ArrayT | Plain, *, return_grad: BothGrads, **options: "Unpack[Options]"
+    x: ArrayT | Plain, y: ArrayT | Plain, *, return_grad: BothGrads, **options: "Unpack[ListedOptions]"
 ) -> tuple[ArrayT, ArrayT, ArrayT]: ...
 @overload
 def rel_entr(
-    x: ArrayT | Plain, y: ArrayT | Plain, *, return_grad: ReturnGrad | None, **options: "Unpack[Options]"
+    x: ArrayT | Plain, y: ArrayT | Plain, *, return_grad: ReturnGrad | None, **options: "Unpack[ListedOptions]"
 ) -> Any: ...
 def rel_entr(
     x: Any,
@@ -213,6 +251,9 @@ def rel_entr(
     denominator: Any = None,
     temperature: Temperature = 1.0,
     base: SupportsFloat | None = None,
+    indices: Any = None,
+    tail: str | None = None,
+    tail_mass: Any = None,
     return_grad: str | tuple[str, ...] | None = None,
     out: Any = None,
     device: str | None = None,
@@ -227,7 +268,8 @@ def rel_entr(
     ----------
     x, y : array of shape (..., n, ...)
         The truth and the model.
-    space, axis, reduction, weights, denominator, temperature, base, return_grad, out, device
+    space, axis, reduction, weights, denominator, temperature, base, indices, tail, tail_mass, return_grad, out,
+    device
         As for :func:`kl_div`.
 
     Returns
@@ -253,6 +295,7 @@ def rel_entr(
     return find(x, y, device).compute(Call(
         REL_ENTR, x, y, space, axis, reduction, weights, temperature, return_grad, out, device, denominator,
         0.0, units_per_nat(base),
+        indices=indices, tail=tail, tail_mass=tail_mass,
     ))  # fmt: skip
 
 

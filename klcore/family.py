@@ -31,6 +31,8 @@ if TYPE_CHECKING:
         BetaTotalOptions,
         ForwardOptions,
         ForwardTotalOptions,
+        ListedOptions,
+        ListedTotalOptions,
         OfNumPy,
         Options,
         RenyiOptions,
@@ -86,6 +88,9 @@ def js_div(
     denominator: Any = None,
     temperature: Temperature = 1.0,
     base: SupportsFloat | None = None,
+    indices: Any = None,
+    tail: str | None = None,
+    tail_mass: Any = None,
     return_grad: str | tuple[str, ...] | None = None,
     out: Any = None,
     device: str | None = None,
@@ -101,7 +106,8 @@ def js_div(
         these.
     scaled : bool
         Divide by ``beta*(1 - beta)``. This is continuous: ``kl_div(x, y)`` at beta=0, ``kl_div(y, x)`` at beta=1.
-    space, axis, reduction, weights, denominator, temperature, base, return_grad, out, device
+    space, axis, reduction, weights, denominator, temperature, base, indices, tail, tail_mass, return_grad, out,
+    device
         As for :func:`kl_div`.
 
     Returns
@@ -155,6 +161,7 @@ def js_div(
     return find(x, y, device).compute(Call(
         operation, x, y, space, axis, reduction, weights, temperature, return_grad, out, device, denominator,
         parameter, factor,
+        indices=indices, tail=tail, tail_mass=tail_mass,
     ))  # fmt: skip
 
 
@@ -202,6 +209,9 @@ def mixed_kl_div(
     denominator: Any = None,
     temperature: Temperature = 1.0,
     base: SupportsFloat | None = None,
+    indices: Any = None,
+    tail: str | None = None,
+    tail_mass: Any = None,
     return_grad: str | tuple[str, ...] | None = None,
     out: Any = None,
     device: str | None = None,
@@ -216,7 +226,8 @@ def mixed_kl_div(
         The truth and the model.
     forward : float
         The weight of KL(x || y), from 0 to 1. NeMo's ``mixed_kl_weight``, torchtune's ``sym_kd_ratio``.
-    space, axis, reduction, weights, denominator, temperature, base, return_grad, out, device
+    space, axis, reduction, weights, denominator, temperature, base, indices, tail, tail_mass, return_grad, out,
+    device
         As for :func:`kl_div`.
 
     Returns
@@ -255,6 +266,7 @@ def mixed_kl_div(
     return find(x, y, device).compute(Call(
         MIXED_KL_DIV, x, y, space, axis, reduction, weights, temperature, return_grad, out, device, denominator,
         forward, units_per_nat(base),
+        indices=indices, tail=tail, tail_mass=tail_mass,
     ))  # fmt: skip
 
 
@@ -573,33 +585,35 @@ def renyi_div(
 
 @overload
 def tv_dist(
-    x: "OfNumPy", y: "OfNumPy", *, reduction: Total, return_grad: None = None, **options: "Unpack[TotalOptions]"
+    x: "OfNumPy", y: "OfNumPy", *, reduction: Total, return_grad: None = None, **options: "Unpack[ListedTotalOptions]"
 ) -> Any: ...
 @overload
 def tv_dist(
-    x: "OfNumPy", y: "OfNumPy", *, reduction: Total, return_grad: OneGrad, **options: "Unpack[TotalOptions]"
+    x: "OfNumPy", y: "OfNumPy", *, reduction: Total, return_grad: OneGrad, **options: "Unpack[ListedTotalOptions]"
 ) -> tuple[Any, Any]: ...
 @overload
 def tv_dist(
-    x: "OfNumPy", y: "OfNumPy", *, reduction: Total, return_grad: BothGrads, **options: "Unpack[TotalOptions]"
+    x: "OfNumPy", y: "OfNumPy", *, reduction: Total, return_grad: BothGrads, **options: "Unpack[ListedTotalOptions]"
 ) -> tuple[Any, Any, Any]: ...
 @overload
-def tv_dist(x: Plain, y: Plain, *, return_grad: ReturnGrad | None = None, **options: "Unpack[Options]") -> Any: ...
+def tv_dist(
+    x: Plain, y: Plain, *, return_grad: ReturnGrad | None = None, **options: "Unpack[ListedOptions]"
+) -> Any: ...
 @overload
 def tv_dist(
-    x: ArrayT | Plain, y: ArrayT | Plain, *, return_grad: None = None, **options: "Unpack[Options]"
+    x: ArrayT | Plain, y: ArrayT | Plain, *, return_grad: None = None, **options: "Unpack[ListedOptions]"
 ) -> ArrayT: ...
 @overload
 def tv_dist(
-    x: ArrayT | Plain, y: ArrayT | Plain, *, return_grad: OneGrad, **options: "Unpack[Options]"
+    x: ArrayT | Plain, y: ArrayT | Plain, *, return_grad: OneGrad, **options: "Unpack[ListedOptions]"
 ) -> tuple[ArrayT, ArrayT]: ...
 @overload
 def tv_dist(
-    x: ArrayT | Plain, y: ArrayT | Plain, *, return_grad: BothGrads, **options: "Unpack[Options]"
+    x: ArrayT | Plain, y: ArrayT | Plain, *, return_grad: BothGrads, **options: "Unpack[ListedOptions]"
 ) -> tuple[ArrayT, ArrayT, ArrayT]: ...
 @overload
 def tv_dist(
-    x: ArrayT | Plain, y: ArrayT | Plain, *, return_grad: ReturnGrad | None, **options: "Unpack[Options]"
+    x: ArrayT | Plain, y: ArrayT | Plain, *, return_grad: ReturnGrad | None, **options: "Unpack[ListedOptions]"
 ) -> Any: ...
 def tv_dist(
     x: Any,
@@ -612,6 +626,9 @@ def tv_dist(
     denominator: Any = None,
     temperature: Temperature = 1.0,
     base: Any = None,
+    indices: Any = None,
+    tail: str | None = None,
+    tail_mass: Any = None,
     return_grad: str | tuple[str, ...] | None = None,
     out: Any = None,
     device: str | None = None,
@@ -624,7 +641,8 @@ def tv_dist(
     ----------
     x, y : array of shape (..., n, ...)
         The truth and the model.
-    space, axis, reduction, weights, denominator, temperature, base, return_grad, out, device
+    space, axis, reduction, weights, denominator, temperature, base, indices, tail, tail_mass, return_grad, out,
+    device
         As for :func:`kl_div`.
 
     Returns
@@ -645,6 +663,7 @@ def tv_dist(
     refuse_base(base, "tv_dist")
     return find(x, y, device).compute(Call(
         TV_DIST, x, y, space, axis, reduction, weights, temperature, return_grad, out, device, denominator,
+        indices=indices, tail=tail, tail_mass=tail_mass,
     ))  # fmt: skip
 
 

@@ -29,6 +29,7 @@ class Operation:
     needed: dict[str, float] = field(default_factory=dict)  # the keywords without a default, with a value to try
     has_terms: bool = True  # a row's value is their sum
     is_estimator: bool = False  # each number is a row of its own, of one class: there is no class axis
+    takes_indices: bool = False  # x may list some classes of y
 
     @property
     def function(self) -> str:
@@ -62,17 +63,17 @@ def _estimator(name: str) -> Operation:
     return Operation(name, code, form, False, False, pairs, ("x", "y"), ("ratio", "limit"), is_estimator=True)
 
 
-KL_DIV = _divergence("kl_div")
-REL_ENTR = _divergence("rel_entr")
+KL_DIV = replace(_divergence("kl_div"), takes_indices=True)
+REL_ENTR = replace(_divergence("rel_entr"), takes_indices=True)
 CROSS_ENTROPY = _divergence("cross_entropy")
 ENTROPY = _divergence("entropy")
 
-JS_DIV = _divergence("js_div", "beta", "scaled")
-MIXED_KL_DIV = _divergence("mixed_kl_div", "forward")
+JS_DIV = replace(_divergence("js_div", "beta", "scaled"), takes_indices=True)
+MIXED_KL_DIV = replace(_divergence("mixed_kl_div", "forward"), takes_indices=True)
 SKEW_KL_DIV = _divergence("skew_kl_div", "alpha")
 ALPHA_DIV = _divergence("alpha_div", "alpha")
 RENYI_DIV = replace(_divergence("renyi_div", "alpha"), needed={"alpha": 0.5}, has_terms=False)
-TV_DIST = _divergence("tv_dist")
+TV_DIST = replace(_divergence("tv_dist"), takes_indices=True)
 SQ_HELLINGER = _divergence("sq_hellinger")
 CHI2_DIV = _divergence("chi2_div")
 
@@ -112,3 +113,6 @@ class Call(NamedTuple):
     cotangent: Any = None  # not None: the gradients alone, of sum(cotangent * value), and `out` is for these
     ratio: Any = None  # an estimator's: multiplies the terms as their weights do, but no mean is divided by it
     examples: int = 0  # an adapter's: how many of the first axes count examples, each with a total of its own
+    indices: Any = None  # the classes of y that x lists
+    tail: Any = None
+    tail_mass: Any = None

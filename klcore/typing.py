@@ -67,6 +67,7 @@ Space = Literal["probs", "log_probs", "logits", "counts"]
 Spaces = Space | tuple[Space, Space]
 Total = Literal["sum", "rowmean", "batchmean", "mean"]
 Reduction = Literal["row", "sum", "rowmean", "none", "batchmean", "mean"]
+Tail = Literal["bucket", "zero", "renorm"]
 Estimator = Literal["k1", "k2", "k3"]
 EstimateTotal = Literal["sum", "mean"]
 EstimateReduction = Literal["none", "sum", "mean"]
@@ -87,10 +88,20 @@ class _CommonOptions(TypedDict, total=False):
 
 
 class Options(_CommonOptions, total=False):
-    """The keywords of kl_div, rel_entr and cross_entropy but `return_grad`; for ``**options: Unpack[Options]``."""
+    """The keywords of cross_entropy but `return_grad`, and what others have too; for ``**options: Unpack[Options]``."""
 
     space: Spaces
     reduction: Reduction
+
+
+class _Listed(TypedDict, total=False):
+    indices: Any
+    tail: Tail | None
+    tail_mass: Any
+
+
+class ListedOptions(Options, _Listed, total=False):
+    """Those of Options, and how x lists some classes: of kl_div, rel_entr and tv_dist."""
 
 
 class EntropyOptions(_CommonOptions, total=False):
@@ -100,21 +111,21 @@ class EntropyOptions(_CommonOptions, total=False):
     reduction: Reduction
 
 
-class BetaOptions(Options, total=False):
-    """Those of Options, and what js_div has beside them."""
+class BetaOptions(ListedOptions, total=False):
+    """Those of ListedOptions, and what js_div has beside them."""
 
     beta: SupportsFloat
     scaled: bool
 
 
-class ForwardOptions(Options, total=False):
+class ForwardOptions(ListedOptions, total=False):
     """The same of mixed_kl_div."""
 
     forward: SupportsFloat
 
 
 class AlphaOptions(Options, total=False):
-    """The same of skew_kl_div and alpha_div."""
+    """Those of Options, and what skew_kl_div and alpha_div have beside them."""
 
     alpha: SupportsFloat
 
@@ -125,14 +136,18 @@ class TotalOptions(_CommonOptions, total=False):
     space: Spaces
 
 
-class BetaTotalOptions(TotalOptions, total=False):
+class ListedTotalOptions(TotalOptions, _Listed, total=False):
+    """Those of ListedOptions but `reduction`."""
+
+
+class BetaTotalOptions(ListedTotalOptions, total=False):
     """Those of BetaOptions but `reduction`."""
 
     beta: SupportsFloat
     scaled: bool
 
 
-class ForwardTotalOptions(TotalOptions, total=False):
+class ForwardTotalOptions(ListedTotalOptions, total=False):
     """Those of ForwardOptions but `reduction`."""
 
     forward: SupportsFloat

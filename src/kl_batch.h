@@ -79,7 +79,7 @@ inline void write_value(const Array& a, char* at, double v) {
 
 // Joins neighbouring batch axes over which every array moves in even steps.
 inline void collapse(Plan& p) {
-  Array* arrays[] = {&p.x, &p.y, &p.weights, &p.temperatures, &p.factors, &p.value, &p.dx, &p.dy};
+  Array* arrays[] = {&p.x, &p.y, &p.weights, &p.temperatures, &p.factors, &p.value, &p.dx, &p.dy, &p.known};
   for (int d = p.ndim - 2; d >= 0; d--) {
     bool even = true;
     for (Array* a : arrays) even = even && (!a->data || a->batch[d] == a->batch[d + 1] * p.shape[d + 1]);

@@ -44,12 +44,31 @@ cdef extern from "kl_batch.h" namespace "kl" nogil:
         i64 stride
         i64* batch
         int dtype
+    ctypedef unsigned long long Key "kl::Key"
+    int _BUCKET "kl::BUCKET"
+    int _ZERO "kl::ZERO"
+    int _RENORM "kl::RENORM"
+    int _ROW_NUMBERS "kl::ROW_NUMBERS"
+    int SUM_OTHERS, SPREAD, COPY
+    cdef struct Sparse:
+        i64 count
+        int tail, space_x, space_y
+        Array x, indices, tail_mass
+        Key* keys
+        double* known
+        double* xs
+        double* ys
+        double* dxs
+        double* dys
+        double* dx
     cdef struct Plan:
         int operation, space_x, space_y, output, wide, threads, ndim
         i64* shape
         i64 rows, n
         double inverse_temperature, gradient_scale, parameter, factor, total
-        Array x, y, weights, temperatures, factors, value, dx, dy
+        Array x, y, weights, temperatures, factors, value, dx, dy, known
+        const Sparse* sparse
+        int step
     cdef struct Isa:
         const char* name
         bint supported
@@ -165,7 +184,7 @@ cdef int _dtype(Py_buffer* v) except -1:
 
 cdef class _Borrowed:
     """Buffers held for one call."""
-    cdef Py_buffer view[8]
+    cdef Py_buffer view[16]
     cdef int held
 
     def __dealloc__(self):
@@ -357,10 +376,12 @@ def plain(call, int threads):
     is for rows.py to understand, or to refuse.
     """
     (of, x, y, space, axis, words, weights, temperature, return_grad, out, _device, divisor, parameter, factor,
-     dtype, cotangent, _ratio, _examples) = <tuple>call
+     dtype, cotangent, _ratio, _examples, indices, tail, tail_mass) = <tuple>call
     if type(x) is not _ndarray or type(y) is not _ndarray or type(axis) is not int or axis != -1:
         return None
     if weights is not None or out is not None or dtype is not None or of.is_estimator:
+        return None
+    if indices is not None or tail is not None or tail_mass is not None:
         return None
     if type(words) is not str or type(temperature) not in (float, int) or temperature != 1.0:
         return None
@@ -613,6 +634,123 @@ def merge(int number, int operation, int space_x, int space_y, weights, bint wid
         found = merge_plan(p, _isa.load()[0], number, &states[0] if states.shape[0] else NULL, count, &into[0],
                            fold, ask)
     _end(found)
+
+
+# ---- rows of which x lists some classes: kl_sparse_batch.h -----------------------------------------------------------
+
+cdef extern from "kl_sparse_batch.h" namespace "kl" nogil:
+    int sort_all(const Plan&, Ask) noexcept
+    int step_all(const Plan&, const Isa&, int, Ask) noexcept
+
+TAILS = {"bucket": _BUCKET, "zero": _ZERO, "renorm": _RENORM}
+ROW_NUMBERS = _ROW_NUMBERS
+
+
+cdef class Listed:
+    """A call in which x lists classes of y, and what its steps leave for each other.
+
+    x, indices and y have the shape batch + (K,) or (n,), tail_mass (or None) the shape batch, as `weights` and a
+    temperature that is no float; indices are int64. `xs` and `ys` are the K + 1 classes, of the shape batch + (K + 1,).
+    """
+    cdef Plan plan
+    cdef Sparse sparse
+    cdef _Borrowed arrays
+    cdef readonly object keys, known, xs, ys
+    cdef object batch
+
+    def __init__(self, x, indices, y, weights, temperature, tail_mass, int space_x, int space_y, int tail, int threads):
+        cdef _Borrowed b = _Borrowed.__new__(_Borrowed)
+        cdef Py_buffer* v
+        cdef Sparse* s = &self.sparse
+        cdef int d, found
+        self.arrays = b
+        _lay_out(&self.plan, b, 0, 0, 0, TOTAL, y, None, weights, None, None, None, False, False, temperature, 1.0, threads,
+                 0.0, 1.0)
+        self.plan.wide = self.plan.x.dtype == FLOAT64
+        self.batch = batch = tuple([self.plan.shape[d] for d in range(self.plan.ndim)])
+        b.lend(x, &s.x, True, False)
+        v = b.borrow(indices, False)
+        s.indices.data = <char*>v.buf
+        for d in range(v.ndim - 1):
+            s.indices.batch[d] = v.strides[d]
+        s.count = v.shape[v.ndim - 1]
+        s.indices.stride = v.strides[v.ndim - 1]
+        if tail_mass is not None:
+            b.lend(tail_mass, &s.tail_mass, False, False)
+        s.space_x, s.space_y, s.tail = space_x, space_y, tail
+        self.keys = numpy.zeros((*batch, s.count), numpy.uint64)
+        self.known = numpy.zeros((*batch, ROW_NUMBERS))
+        self.xs, self.ys = numpy.zeros((*batch, s.count + 1)), numpy.zeros((*batch, s.count + 1))
+        s.keys = <Key*>b.borrow(self.keys, True).buf
+        s.xs = <double*>b.borrow(self.xs, True).buf
+        s.ys = <double*>b.borrow(self.ys, True).buf
+        b.lend(self.known, &self.plan.known, True, True)
+        s.known = <double*>self.plan.known.data
+        self.plan.sparse = s
+        cdef Ask ask = _ask()
+        cdef Plan sweep = self.plan        # which joins batch axes
+        sweep.step = SUM_OTHERS
+        cdef Task task
+        task.plan, task.inner_axes = &sweep, -1
+        with nogil:
+            found = sort_all(self.plan, ask)
+            if found == 0 and tail != _RENORM:
+                found = run_tasks(&task, 1, _isa.load()[0], ask)
+            if found == 0:
+                found = step_all(self.plan, _isa.load()[0], 0, ask)
+        _end(found)
+
+    def by_x(self, dxs):
+        """The derivatives by x, as float64 of the shape batch + (K,), from those by `xs`."""
+        cdef _Borrowed b = _Borrowed.__new__(_Borrowed)
+        dx = numpy.zeros((*self.batch, self.sparse.count))
+        self.sparse.dxs, self.sparse.dx = <double*>b.borrow(dxs, False).buf, <double*>b.borrow(dx, True).buf
+        self._step(1)
+        return dx
+
+    def by_y(self, dys):
+        """Of the derivatives by `ys` makes those by y of the classes listed, and what all others have in common."""
+        cdef _Borrowed b = _Borrowed.__new__(_Borrowed)
+        self.sparse.dys = <double*>b.borrow(dys, True).buf
+        self._step(2)
+
+    cdef int _step(self, int step) except -1:
+        cdef Ask ask = _ask()
+        cdef int found
+        with nogil:
+            found = step_all(self.plan, _isa.load()[0], step, ask)
+        return _end(found)
+
+    def spread(self, dys, y, weights, temperature, known, dy, int inner_axes):
+        """The derivative by y, from what `by_y` made of dys. Arrays are those of the call, with the batch axes in the order
+        of dy's; with inner_axes >= 0 it is summed over so many of the last."""
+        cdef Plan p
+        cdef _Borrowed b = _Borrowed.__new__(_Borrowed)
+        cdef bint wide = self.plan.wide
+        _lay_out(&p, b, 0, 0, 0, TOTAL, y, None, weights, None, None, dy, True, wide, temperature, 1.0, self.plan.threads,
+                 0.0, 1.0)
+        self.sparse.dys = <double*>b.borrow(dys, False).buf
+        b.lend(known, &p.known, True, False)
+        p.sparse, p.step = &self.sparse, SPREAD
+        _run_one(&p, inner_axes)
+
+    def copy(self, values, dx, int inner_axes):
+        """float64 into a gradient, or summed over the last batch axes."""
+        cdef Plan p
+        cdef _Borrowed b = _Borrowed.__new__(_Borrowed)
+        _lay_out(&p, b, 0, 0, 0, TOTAL, values, None, None, None, dx, None, True, True, 1.0, 1.0, self.plan.threads, 0.0, 1.0)
+        p.sparse, p.step = &self.sparse, COPY
+        _run_one(&p, inner_axes)
+
+
+cdef int _run_one(Plan* p, int inner_axes) except -1:
+    cdef Task task
+    cdef Ask ask = _ask()
+    cdef int found
+    task.plan, task.inner_axes = p, inner_axes
+    with nogil:
+        found = run_tasks(&task, 1, _isa.load()[0], ask)
+    return _end(found)
 
 
 watch_forks()

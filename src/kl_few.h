@@ -566,7 +566,7 @@ template <typename T> void few_mixed(const Plan& p, i64 r, int count, double* va
 
 inline Few few(const Plan& p) {
   bool tempered = is_tempered(p);
-  if (p.factors.data || of_members(p) || p.operation == RENYI_DIV) return nullptr;
+  if (p.sparse || p.factors.data || of_members(p) || p.operation == RENYI_DIV) return nullptr;
   if (p.dy.data && p.dy.data == p.y.data) return nullptr;   // rows that are odd are read again, after all are written
   if (of_logits(p))
     return p.wide ? (tempered ? few_logits<double, true> : few_logits<double, false>)

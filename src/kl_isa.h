@@ -1,4 +1,4 @@
-// kl_rows.h and kl_few.h, compiled once for each instruction set into a namespace of that name; `choose_isa` picks one at
+// kl_rows.h, kl_few.h and kl_sparse_rows.h, compiled once for each instruction set into a namespace of that name; `choose_isa` picks one at
 // run time.
 // All of them compute the same bits: only the width of the vectors differs.
 #pragma once
@@ -14,6 +14,7 @@
 #include "kl_store.h"
 #include "kl_logits.h"
 #include "kl_renyi.h"
+#include "kl_sparse.h"
 #include "kl_plan.h"
 #include "kl_turn.h"
 
@@ -50,6 +51,7 @@ inline void stream_line(char* to, const char* from) {
 }
 #include "kl_rows.h"
 #include "kl_few.h"
+#include "kl_sparse_rows.h"
 }  // namespace generic
 
 // KLCORE_ONE_ISA: nothing else, in a third of the time.
@@ -69,6 +71,7 @@ inline void stream_line(char* to, const char* from) {
 }
 #include "kl_rows.h"
 #include "kl_few.h"
+#include "kl_sparse_rows.h"
 }  // namespace avx2
 #if defined(__clang__)
 #pragma clang attribute pop
@@ -83,6 +86,7 @@ namespace avx512 {
 inline void stream_line(char* to, const char* from) { _mm512_stream_si512((__m512i*)to, _mm512_loadu_si512(from)); }
 #include "kl_rows.h"
 #include "kl_few.h"
+#include "kl_sparse_rows.h"
 }  // namespace avx512
 #if defined(__clang__)
 #pragma clang attribute pop
@@ -102,9 +106,13 @@ struct Isa {
   double (*sum_levels)(double*, i64);
   void (*elementary_float)(int, const float*, float*, i64);
   void (*elementary_double)(int, const double*, double*, i64);
+  void (*sparse[3])(const Plan&, i64 r);   // of a row of which x lists some classes: the K + 1 classes; derivatives by x, by y
 };
 
-#define KL_ROWS(ns) ns::kernel, ns::few, ns::lanes, ns::sum_levels, ns::elementary<float>, ns::elementary<double>
+#define KL_ROWS(ns)                                                                                    \
+  ns::kernel, ns::few, ns::lanes, ns::sum_levels, ns::elementary<float>, ns::elementary<double>, {     \
+    ns::classes, ns::slopes_of_x, ns::slopes_of_y                                                      \
+  }
 
 inline const Isa* isa_table() {   // best last
 #ifdef KL_MORE
@@ -115,9 +123,9 @@ inline const Isa* isa_table() {   // best last
       {"avx512", __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
                      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
                      __builtin_cpu_supports("fma"), KL_ROWS(avx512)},
-      {nullptr, false, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr}};
+      {}};
 #else
-  static const Isa table[] = {{"generic", true, KL_ROWS(generic)}, {nullptr, false, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr}};
+  static const Isa table[] = {{"generic", true, KL_ROWS(generic)}, {}};
 #endif
   return table;
 }

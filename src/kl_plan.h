@@ -18,6 +18,8 @@ struct Array {                // strides in bytes, of any sign; data == nullptr:
   int dtype;
 };
 
+enum Step { SUM_OTHERS, SPREAD, COPY };   // of a call in which x lists some classes
+struct Sparse;
 struct Plan {
   int operation, space_x, space_y;   // kl::Operation, kl::Space
   int output;
@@ -36,6 +38,20 @@ struct Plan {
   Array factors;                     // one a class, float64 or float32, which multiplies term and gradients
   Array value, dx, dy;               // dx and dy: one gradient row for every batch row
   double total;                      // result of TOTAL
+  const Sparse* sparse;              // of a step of kl_sparse_rows.h, in which x is the side that has all classes; or nullptr
+  int step;                          // kl::Step
+  Array known;                       // what these steps know of a row: ROW_NUMBERS doubles
+};
+
+// A call in which x lists `count` classes of each row of y (kl_sparse.h). What the steps leave for each other lies row by row.
+struct Sparse {
+  i64 count;
+  int tail, space_x, space_y;        // kl::Tail; kl::Space
+  Array x, indices, tail_mass;       // `count` a row, of any strides; int64; one a row, or absent
+  Key* keys;                         // `count` a row, sorted
+  double* known;                     // ROW_NUMBERS a row
+  double *xs, *ys, *dxs, *dys;       // count + 1 a row: the classes listed, in order, then all others as one
+  double* dx;                        // `count` a row, in the caller's order
 };
 
 // How one number a row lies in memory: as kl::Dtype says, or as a whole number. A boolean is an UINT8.
@@ -73,6 +89,7 @@ struct Row {                  // one row of the plan: where it lies, what it wei
   double weight, inverse_temperature;
   const char *next_x, *next_y;   // the row after it, if it may be asked for ahead of time
   char* kept;                    // room for what a sweep leaves for a later one, 64-byte aligned; or nullptr
+  double* known;
 };
 
 // Whether some logits may have to be divided by a temperature; by one of 1 changes no bit
@@ -80,7 +97,7 @@ inline bool is_tempered(const Plan& p) { return p.temperatures.data || p.inverse
 
 inline Row locate(const Plan& p, i64 r) {
   Row row = {p.x.data, p.y.data, p.factors.data, p.value.data, p.dx.data, p.dy.data, 1.0, p.inverse_temperature, nullptr,
-             nullptr, nullptr};
+             nullptr, nullptr, (double*)p.known.data};
   const char *weight = p.weights.data, *temperature = p.temperatures.data;
   for (int d = p.ndim - 1; d >= 0; d--) {
     i64 i = d > 0 ? r % p.shape[d] : r;
@@ -93,6 +110,7 @@ inline Row locate(const Plan& p, i64 r) {
     row.dy += i * p.dy.batch[d];
     weight += i * p.weights.batch[d];
     temperature += i * p.temperatures.batch[d];
+    row.known += i * p.known.batch[d] / (i64)sizeof(double);
   }
   if (p.weights.data) read_numbers(p.weights.dtype, weight, 0, 1, &row.weight);
   row.weight *= p.factor;

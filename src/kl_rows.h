@@ -838,13 +838,12 @@ template <typename T> void norm_of(const T* x, int n, double it, double* state, 
   state[2 * pitch] = undefined ? nan<double>() : rest.total();
 }
 
-inline void tally_chunk(const Array& a, const char* row, i64 start, int n, double* state, i64 pitch, Buffers<double>& s) {
-  const double* x = load(a, row, start, n, s.x);
+inline void tally_of(const double* x, int n, bool whole, double* state, i64 pitch) {   // `whole`: they may be of any size
   alignas(64) double c[CHUNK];
   for (int i = 0; i < n; i++) c[i] = count_of(x[i]);
   state[0] = sum(c, n);
   state[pitch] = state[2 * pitch] = state[0];
-  if (a.dtype != FLOAT64) return;
+  if (!whole) return;
   for (int i = 0; i < n; i++) c[i] *= FEWER;
   state[pitch] = sum(c, n);
   for (int i = 0; i < n; i++) c[i] = count_of(x[i]) * MORE;
@@ -870,7 +869,7 @@ template <typename T>   // what normalises a side, in a space that is not normal
 void side_chunk(int space, const Array& a, const char* row, i64 start, int n, double it, double* state, i64 pitch, Buffers<T>& s) {
   if (space == LOGITS) norm_of(load(a, row, start, n, s.x), n, it, state, pitch);
   if constexpr (sizeof(T) == sizeof(double))
-    if (space == COUNTS) tally_chunk(a, row, start, n, state, pitch, s);
+    if (space == COUNTS) tally_of(load(a, row, start, n, s.x), n, a.dtype == FLOAT64, state, pitch);
 }
 inline void side_fold(int space, double it, const double* from, int count, i64 pitch, double* to, i64 to_pitch) {
   if (space == LOGITS) norm_fold(it, from, count, pitch, to, to_pitch);
@@ -1460,7 +1459,10 @@ inline Kernel sums_kernel(const Plan& p) {
   if (p.wide) return {1, {1, 0, 0}, terms_chunk<double>, terms_fold, terms_finish, 0};
   return {1, {1, 0, 0}, terms_chunk<float>, terms_fold, terms_finish, 0};
 }
-inline Kernel kernel(const Plan& p) { return p.operation == RENYI_DIV ? renyi_kernel(p) : sums_kernel(p); }
+Kernel sparse_kernel(const Plan& p);   // kl_sparse_rows.h
+inline Kernel kernel(const Plan& p) {
+  return p.sparse ? sparse_kernel(p) : p.operation == RENYI_DIV ? renyi_kernel(p) : sums_kernel(p);
+}
 
 // klcore's own elementary functions over arrays, for the tests
 template <typename T> void elementary(int function, const T* x, T* out, i64 n) {

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from klcore import _cpu
-from klcore.backends import rows
+from klcore.backends import rows, sparse
 from klcore.backends.threads import get_num_threads
 from klcore.operations import Call, Operation
 
@@ -38,7 +38,7 @@ def asarray(a: Any, name: str) -> Any:
     if a.dtype.char in "dfe" and a.dtype.isnative:
         return a
     rows.refuse(a, name)
-    if a.dtype.kind in "iub" and name not in ("weights", "temperature"):  # which kernels read as they are
+    if a.dtype.kind in "iub" and name not in ("weights", "temperature", "indices"):  # which are read as they are
         return a.astype(np.float64)
     return a if a.dtype.isnative else a.astype(a.dtype.newbyteorder("="))
 
@@ -50,6 +50,8 @@ def _lent(a: Any) -> Any:
 
 def compute(call: Call) -> Any:
     """The value, or (value, *gradients); with a cotangent, the gradients alone."""
+    if call.indices is not None:
+        return sparse.compute(np, asarray, _Listed, compute, call)
     found = _cpu.plain(call, get_num_threads())
     return _compute(rows.arrange(np, asarray, call)) if found is None else found
 
@@ -121,6 +123,35 @@ def _turned(task: rows.Task, g: rows.Gradient) -> tuple[Any, tuple[Any, ...], tu
 
     read = task.x, task.y, task.weights, task.temperature, task.factors
     return turn(g.view), tuple(map(turn, read)), order
+
+
+class _Listed:
+    """The steps of sparse.py, of arrays as C++ reads them."""
+
+    def __init__(
+        self,
+        x: Any,
+        indices: Any,
+        y: Any,
+        weights: Any,
+        temperature: Any,
+        mass: Any,
+        space_x: int,
+        space_y: int,
+        tail: int,
+    ) -> None:
+        of = _cpu.Listed(
+            _lent(x), indices, _lent(y), _lent(weights), _lent(temperature), mass, space_x, space_y, tail,
+            get_num_threads(),
+        )  # fmt: skip
+        self._of, self.keys, self.known, self.xs, self.ys = of, of.keys, of.known, of.xs, of.ys
+        self.by_x, self.by_y = of.by_x, of.by_y
+
+    def spread(self, dys: Any, y: Any, weights: Any, temperature: Any, known: Any, dy: Any, inner_axes: int) -> None:
+        self._of.spread(dys, _lent(y), _lent(weights), _lent(temperature), known, _lent(dy), inner_axes)
+
+    def copy(self, values: Any, dx: Any, inner_axes: int) -> None:
+        self._of.copy(values, _lent(dx), inner_axes)
 
 
 # ---- blocks of arrays that are never in one place, for backends/dask.py and klcore.Shard -----------------------------

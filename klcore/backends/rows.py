@@ -23,6 +23,12 @@ SPACES, CODES = _cpu.SPACES, _cpu.DTYPES
 LOGITS = SPACES["logits"]
 PER_ROW, TERMS, TOTAL = (_cpu.OUTPUTS[name] for name in ("row", "none", "total"))
 REDUCTIONS = ("row", "sum", "rowmean", "none", "batchmean", "mean")
+TAILS = _cpu.TAILS
+_MEANINGS = (
+    "tail='bucket' (all other classes are one, of the mass that x has left), tail='zero' (x has nothing there), "
+    "tail='renorm' (both are renormalised on the classes listed), or rel_entr with tail='zero' (the truncated sum of "
+    "x*log(x/y), which may be negative)"
+)
 GRADIENTS: dict[Any, tuple[str, ...]] = {
     None: (),
     "x": ("x",),
@@ -112,7 +118,7 @@ def arrange(xp: Any, asarray: Any, call: Call) -> Task:
     return (_arrange_loss if call.operation.is_loss else _arrange)(xp, asarray, call)
 
 
-class _Laid(NamedTuple):
+class Laid(NamedTuple):
     """x and y as rows, and what shape that gives."""
 
     operands: dict[str, Any]  # as arrays, in their own shapes
@@ -127,18 +133,18 @@ class _Laid(NamedTuple):
 
     def classes_last(self, a: Any) -> Any:
         """An array of the terms' shape, as kernels see it."""
-        return a[..., None] if self.alone else _classes_last(a.reshape(1) if self.scalar else a, self.last)
+        return a[..., None] if self.alone else classes_last(a.reshape(1) if self.scalar else a, self.last)
 
 
-def _lay_alone(xp: Any, asarray: Any, call: Call) -> _Laid:
+def _lay_alone(xp: Any, asarray: Any, call: Call) -> Laid:
     """Every number as a row of one class."""
     x, y = asarray(call.x, "x"), asarray(call.y, "y")
     batch = estimate_shape(x, y)
-    xs, ys = (_broadcast(xp, a[..., None], (*batch, 1)) for a in (x, y))
-    return _Laid({"x": x, "y": y}, xs, ys, batch, 1, -1, False, batch, True)
+    xs, ys = (broadcast(xp, a[..., None], (*batch, 1)) for a in (x, y))
+    return Laid({"x": x, "y": y}, xs, ys, batch, 1, -1, False, batch, True)
 
 
-def _lay(xp: Any, asarray: Any, call: Call) -> _Laid:
+def _lay(xp: Any, asarray: Any, call: Call) -> Laid:
     if call.operation.is_estimator:
         return _lay_alone(xp, asarray, call)
     x = asarray(call.x, "x")
@@ -147,7 +153,7 @@ def _lay(xp: Any, asarray: Any, call: Call) -> _Laid:
     xs, ys = (x.reshape(1), y.reshape(1)) if scalar else (x, y)
     ndim = max(xs.ndim, ys.ndim)
     last = class_axis(x, y, call.axis)
-    xs, ys = _classes_last(xs, last), _classes_last(ys, last)
+    xs, ys = classes_last(xs, last), classes_last(ys, last)
     n = xs.shape[-1]
     batch = xs.shape[:-1]
     if batch != ys.shape[:-1]:
@@ -155,26 +161,26 @@ def _lay(xp: Any, asarray: Any, call: Call) -> _Laid:
             batch = broadcast_shapes(batch, ys.shape[:-1])
         except ValueError:
             raise batches_differ(x, y, call.axis) from None
-    y_rows = None if call.operation.single else _broadcast(xp, ys, (*batch, n))
+    y_rows = None if call.operation.single else broadcast(xp, ys, (*batch, n))
     terms = () if scalar else _insert(batch, ndim + last, n)
-    return _Laid({"x": x, "y": y}, _broadcast(xp, xs, (*batch, n)), y_rows, batch, n, last, scalar, terms)
+    return Laid({"x": x, "y": y}, broadcast(xp, xs, (*batch, n)), y_rows, batch, n, last, scalar, terms)
 
 
 def _arrange(xp: Any, asarray: Any, call: Call, factors: Any = None, signed: bool = False) -> Task:
     """`factors`, of every term, broadcast to their shape; `signed`: weights may be any numbers."""
     spaces, temperature, wanted = words(call)
     laid = _lay(xp, asarray, call)
-    weights = by = _weights(xp, asarray, call.weights, laid.batch, signed)
+    weights = by = read_weights(xp, asarray, call.weights, laid.batch, signed)
     double = max(a.dtype.itemsize for a in laid.operands.values()) == 8
     if not isinstance(temperature, float):
-        temperature = _temperatures(xp, asarray, temperature, laid.batch, weights, double)
+        temperature = read_temperatures(xp, asarray, temperature, laid.batch, weights, double)
     if call.ratio is not None:
-        by = times_ratio(xp, weights, _over_rows(xp, _multiplier(asarray, call.ratio, "ratio"), laid.batch, "ratio"))
+        by = times_ratio(xp, weights, over_rows(xp, multiplier(asarray, call.ratio, "ratio"), laid.batch, "ratio"))
     given = call.x, call.y, call.weights, call.ratio, call.temperature
     if labels.are_there(*given):
         labels.check(0 if laid.alone else laid.last, *given)
     if factors is not None:
-        factors = laid.classes_last(_broadcast(xp, _multiplier(asarray, factors, "factors"), laid.terms))
+        factors = laid.classes_last(broadcast(xp, multiplier(asarray, factors, "factors"), laid.terms))
     dtype = call.dtype or ("float64" if double else "float32")
     wide = (
         double
@@ -210,17 +216,17 @@ def _arrange(xp: Any, asarray: Any, call: Call, factors: Any = None, signed: boo
     return task
 
 
-def _arrange_results(xp: Any, task: Task, laid: _Laid, out: Any, wanted: tuple[str, ...]) -> None:
+def _arrange_results(xp: Any, task: Task, laid: Laid, out: Any, wanted: tuple[str, ...]) -> None:
     """Where the value and the gradients go: to `out`, if that is fit for it, or to new arrays."""
     shape = laid.batch if task.output == PER_ROW else laid.terms if task.output == TERMS else ()
     value, *gradients = results_in(out, wanted)
     if out is not None:
         if value is not None:
-            _check_out(xp, value, "the value", shape, task.scalar_dtype)
+            check_out(xp, value, "the value", shape, task.scalar_dtype)
         for name, result in zip(wanted, gradients, strict=True):
             if result is not None:
                 operand = laid.operands[name]
-                _check_out(xp, result, f"the gradient with respect to {name}", operand.shape, operand.dtype)
+                check_out(xp, result, f"the gradient with respect to {name}", operand.shape, operand.dtype)
         read = *laid.operands.values(), task.weights, task.temperature
         inputs = [a for a in read if a is not None and not isinstance(a, float)]
         whole = all(laid.operands[name].shape == laid.terms for name in wanted)
@@ -235,10 +241,10 @@ def _arrange_results(xp: Any, task: Task, laid: _Laid, out: Any, wanted: tuple[s
             task.value_view = laid.classes_last(task.value)
     for name, result in zip(wanted, gradients, strict=True):
         array = xp.empty_like(laid.operands[name]) if result is None else result
-        task.gradients.append(_gradient(laid, name, array))
+        task.gradients.append(gradient_of(laid, name, array))
 
 
-def _gradient(laid: _Laid, name: str, array: Any) -> Gradient:
+def gradient_of(laid: Laid, name: str, array: Any) -> Gradient:
     batch, view = laid.batch, laid.classes_last(array)
     lead = len(batch) - (view.ndim - 1)
     view = view[(None,) * lead] if lead else view
@@ -251,7 +257,7 @@ def _arrange_loss(xp: Any, asarray: Any, call: Call) -> Task:
     _, _, wanted = words(call)
     operands = {"x": asarray(call.x, "x"), "y": asarray(call.y, "y")}
     ndim = max(a.ndim for a in operands.values())
-    last = -1 if ndim == 0 else _axis(call.axis, ndim, False)
+    last = -1 if ndim == 0 else axis_from_end(call.axis, ndim, False)
     x, y = operands.values()
     if ndim:
         sizes = {a.shape[last] for a in (x, y) if a.ndim >= -last}
@@ -290,19 +296,19 @@ def _arrange_gradient(xp: Any, asarray: Any, call: Call) -> Task:
     cotangent, weights, factors = call.cotangent, call.weights, None
     summed = call._replace(cotangent=None, out=out, reduction=call.reduction if total else "sum")
     if call.operation.is_loss:
-        weights = None if weights is None else _multiplier(asarray, weights, "factors")
+        weights = None if weights is None else multiplier(asarray, weights, "factors")
         if not total:
-            c = _multiplier(asarray, cotangent, "cotangent")
+            c = multiplier(asarray, cotangent, "cotangent")
             c = xp.expand_dims(c, call.axis) if call.reduction == "row" and c.ndim else c
             weights = c if weights is None else c * weights
         task = _arrange_loss(xp, asarray, summed._replace(weights=weights, reduction="sum", dtype=None))
     else:
         if call.reduction == "row":
-            cotangent = _multiplier(asarray, cotangent, "cotangent")
+            cotangent = multiplier(asarray, cotangent, "cotangent")
             if weights is None:
                 weights = cotangent
             else:
-                weights = _multiplier(asarray, weights, "weights")
+                weights = multiplier(asarray, weights, "weights")
                 with np.errstate(over="ignore", invalid="ignore"):
                     product = cotangent * weights
                 weights = xp.where(weights == 0, 0, product)  # such a row yields 0, whatever the cotangent: inf as well
@@ -499,10 +505,31 @@ def words(call: Call) -> tuple[tuple[int, int], Any, tuple[str, ...]]:
     temperatures comes as it was given; its numbers are looked at later."""
     operation = call.operation
     spaces = space_pair(call.space, operation)
+    check_list(call, spaces)
     temperature = _temperature(call.temperature, spaces)
     check_reduction(call.reduction, operation)
     check_denominator(call)
     return spaces, temperature, _wanted(call.return_grad, operation)
+
+
+def check_list(call: Call, spaces: tuple[int, int]) -> None:
+    """The words of a call whose x lists some classes (sparse.py), or of one that should be one."""
+    if call.indices is None:
+        if call.tail is not None or call.tail_mass is not None:
+            word = "tail" if call.tail is not None else "tail_mass"
+            raise TypeError(f"{word}= says what x has beside the classes that indices= lists; pass indices as well")
+        return
+    if call.tail is None:
+        raise TypeError(f"indices= lists the classes that x is of; say by tail= what x has beside them: {_MEANINGS}")
+    if not isinstance(call.tail, str) or call.tail not in TAILS:
+        raise ValueError(f"tail must be one of {_list(TAILS)}; found {shown(call.tail)}")
+    if call.tail_mass is not None and call.tail != "bucket":
+        raise ValueError(f"tail_mass goes with tail='bucket'; found it with tail={call.tail!r}")
+    if spaces[0] in (LOGITS, SPACES["counts"]) and call.tail != "renorm":
+        raise ValueError(
+            f"x as {'logits' if spaces[0] == LOGITS else 'counts'} is normalised on the classes listed: it goes with "
+            f"tail='renorm' only; pass probabilities or log-probabilities with tail={call.tail!r}"
+        )
 
 
 def check_reduction(reduction: Any, operation: Operation) -> None:
@@ -535,7 +562,7 @@ def class_axis(x: Any, y: Any, axis: Any) -> int:
     """Counted from the end; x and y have the same number of classes along it."""
     shapes = tuple(x.shape), tuple(x.shape if y is None else y.shape)
     ndim = max(map(len, shapes))
-    last = _axis(axis, ndim or 1, ndim == 0)
+    last = axis_from_end(axis, ndim or 1, ndim == 0)
     xs, ys = (shape if ndim else (1,) for shape in shapes)
     if min(len(xs), len(ys)) < -last or xs[last] != ys[last]:
         n, m = (shape[last] if len(shape) >= -last else 1 for shape in (xs, ys))
@@ -588,7 +615,7 @@ def has_numbers(temperature: Any) -> bool:
     """Whether a temperature is an array to read from: not NumPy's of no dimensions, which is a number."""
     if isinstance(temperature, (int, float)):
         return False
-    if isinstance(temperature, (np.ndarray, np.generic)) and _on_host(temperature) is not None:
+    if isinstance(temperature, (np.ndarray, np.generic)) and on_host(temperature) is not None:
         return temperature.ndim > 0
     return hasattr(temperature, "shape") or isinstance(temperature, (list, tuple))
 
@@ -628,7 +655,7 @@ def _wanted(return_grad: Any, operation: Operation) -> tuple[str, ...]:
     return wanted
 
 
-def _axis(axis: Any, ndim: int, scalar: bool) -> int:
+def axis_from_end(axis: Any, ndim: int, scalar: bool) -> int:
     a = integer(axis, "axis")
     if not -ndim <= a < ndim:
         what = "0-dimensional arrays, taken as one class" if scalar else f"arrays of {ndim} dimensions"
@@ -647,7 +674,7 @@ def integer(axis: Any, name: str) -> int:
         raise TypeError(f"{name} must be an integer, found {type(axis).__name__}") from None
 
 
-def _classes_last(a: Any, last: int) -> Any:
+def classes_last(a: Any, last: int) -> Any:
     if last == -1:
         return a
     axis = a.ndim + last
@@ -665,7 +692,7 @@ def broadcast_shapes(a: tuple[int, ...], b: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(shape)
 
 
-def _broadcast(xp: Any, a: Any, shape: tuple[int, ...]) -> Any:
+def broadcast(xp: Any, a: Any, shape: tuple[int, ...]) -> Any:
     return a if a.shape == shape else xp.broadcast_to(a, shape)
 
 
@@ -673,7 +700,7 @@ def _insert(batch: tuple[int, ...], position: int, n: int) -> tuple[int, ...]:
     return (*batch[:position], n, *batch[position:])
 
 
-def _multiplier(asarray: Any, a: Any, name: str) -> Any:
+def multiplier(asarray: Any, a: Any, name: str) -> Any:
     """Factors, a cotangent, or weights to multiply it with, of a dtype that kernels read them in."""
     a = asarray(a, name)
     if a.dtype.kind in "iub":
@@ -681,19 +708,17 @@ def _multiplier(asarray: Any, a: Any, name: str) -> Any:
     return a.astype("float32") if a.dtype.itemsize < 4 else a
 
 
-def _weights(xp: Any, asarray: Any, weights: Any, batch: tuple[int, ...], signed: bool) -> Any:
+def read_weights(xp: Any, asarray: Any, weights: Any, batch: tuple[int, ...], signed: bool) -> Any:
     if weights is None:
         return None
     w = asarray(weights, "weights")
-    view = _over_rows(xp, w, batch, "weights")
+    view = over_rows(xp, w, batch, "weights")
     if signed:
         return view
-    host = _on_host(w, weights)  # on a GPU a bad weight makes its row NaN
+    host = on_host(w, weights)  # on a GPU a bad weight makes its row NaN
     if host is not None and w.size and not (np.min(host) >= 0 and np.max(host) < math.inf):  # NaN fails both
         host = np.asarray(host)
-        raise ValueError(
-            f"weights must be finite and >= 0; found {_bad_ones(host, ~((host >= 0) & (host < math.inf)))}"
-        )
+        raise ValueError(f"weights must be finite and >= 0; found {bad_ones(host, ~((host >= 0) & (host < math.inf)))}")
     return view
 
 
@@ -703,15 +728,17 @@ _POSITIVE, _NARROW = _cpu.TEMPERATURES, _cpu.NARROW_TEMPERATURES
 _BE_POSITIVE = "be positive and finite, and so must be 1 / temperature"
 
 
-def _temperatures(xp: Any, asarray: Any, temperature: Any, batch: tuple[int, ...], weights: Any, double: bool) -> Any:
+def read_temperatures(
+    xp: Any, asarray: Any, temperature: Any, batch: tuple[int, ...], weights: Any, double: bool
+) -> Any:
     """One a row; or a float, where NumPy makes a number of it."""
     t = asarray(temperature, "temperature")
-    if t.ndim == 0 and isinstance(_on_host(t), np.ndarray):
+    if t.ndim == 0 and isinstance(on_host(t), np.ndarray):
         return _temperature(t, (LOGITS, LOGITS))
-    view = _over_rows(xp, t, batch, "temperature")
-    host = _on_host(t, temperature)  # on a GPU a bad one makes its row NaN
+    view = over_rows(xp, t, batch, "temperature")
+    host = on_host(t, temperature)  # on a GPU a bad one makes its row NaN
     if host is not None:
-        check_temperatures(_broadcast(np, np.asarray(host), batch), weights, double)
+        check_temperatures(broadcast(np, np.asarray(host), batch), weights, double)
     return view
 
 
@@ -721,27 +748,27 @@ def check_temperatures(t: Any, weights: Any, double: bool) -> None:
     narrow = "lie between 2**-20 and 2**100 where it is an array and no argument is float64; pass one as float64"
     for (low, high), must in ((_POSITIVE, _BE_POSITIVE), (_NARROW, narrow))[: 1 if double else 2]:
         good = (t > 0) & (t >= low) & (t <= high)
-        if weights is not None and _on_host(weights) is not None:
+        if weights is not None and on_host(weights) is not None:
             good |= weights == 0
         if not good.all():
-            raise ValueError(f"temperature must {must}; found {_bad_ones(t, ~good)}")
+            raise ValueError(f"temperature must {must}; found {bad_ones(t, ~good)}")
 
 
-def _on_host(*same: Any) -> Any:
+def on_host(*same: Any) -> Any:
     """One of these, that NumPy can look at. On a GPU nobody does, which would mean to wait for it."""
     return next((a for a in same if not hasattr(a, "__cuda_array_interface__")), None)
 
 
-def _bad_ones(a: Any, bad: Any) -> str:
+def bad_ones(a: Any, bad: Any) -> str:
     """The first, where it is, and how many more there are."""
     where = np.argwhere(bad)
     at = tuple(where[0].tolist())
     return f"{a[at]!s}{f' at index {at}' if at else ''}{f', and {len(where) - 1} more' if len(where) > 1 else ''}"
 
 
-def _over_rows(xp: Any, a: Any, batch: tuple[int, ...], name: str) -> Any:
+def over_rows(xp: Any, a: Any, batch: tuple[int, ...], name: str) -> Any:
     try:
-        return _broadcast(xp, a, batch)
+        return broadcast(xp, a, batch)
     except ValueError:
         do = "do" if name == "weights" else "does"
         raise ValueError(f"{name} of shape {a.shape} {do} not broadcast to the batch shape {batch}") from None
@@ -795,7 +822,7 @@ def results_in(out: Any, wanted: tuple[str, ...]) -> tuple[Any, ...]:
     return results
 
 
-def _check_out(xp: Any, out: Any, what: str, shape: tuple[int, ...], dtype: Any) -> None:
+def check_out(xp: Any, out: Any, what: str, shape: tuple[int, ...], dtype: Any) -> None:
     hint = "; where a gradient goes is said by a tuple, as out=(None, array)" if what == "the value" else ""
     if not isinstance(out, xp.ndarray) or hasattr(out, "mask") or _has_meaning(type(out)):
         raise TypeError(f"out for {what} must be a plain {xp.__name__}.ndarray, found {type(out).__name__}{hint}")

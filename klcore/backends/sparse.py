@@ -1,0 +1,244 @@
+"""Calls in which x lists some classes of y: a teacher's best K, say. For NumPy and CuPy alike.
+
+Of each row K + 1 classes are made, those listed and all others as one (src/kl_sparse.h). Their divergence is one more
+call to the same backend, of two dense arrays; and its derivatives are taken back to x and y. So every operation,
+reduction and weight is computed by the kernels that compute it anyway. y is read once, and once more for its gradient.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from klcore.backends import rows
+from klcore.operations import Call
+
+RENORM = rows.TAILS["renorm"]
+_COUNTS, _LOG_PROBS, _PROBS = (rows.SPACES[name] for name in ("counts", "log_probs", "probs"))
+_MOST = 2**32 - 3  # classes that keys have room for
+_NAMES = {code: name for name, code in rows.SPACES.items()}
+
+
+@dataclass(slots=True)
+class Task:
+    """Such a call, checked. Views have the shape batch + (K,), batch + (n,), or batch."""
+
+    laid: rows.Laid
+    indices: Any  # int64
+    tail: int
+    tail_mass: Any
+    spaces: tuple[int, int]
+    weights: Any  # 0 where a row is not looked at
+    temperature: Any
+    gradients: list[rows.Gradient]
+    inner: Call  # that of the K + 1 classes, but for their arrays
+    value: Any  # out= for it
+
+
+def compute(xp: Any, asarray: Any, listed: Any, dense: Any, call: Call) -> Any:
+    """What a backend's `compute` returns.
+
+    Parameters
+    ----------
+    xp, asarray
+        As for ``rows.arrange``.
+    listed : callable
+        Makes the K + 1 classes: ``_cpu.Listed``, or what does the same. All its arrays are float64.
+    dense : callable
+        The backend's `compute`, of calls without indices.
+    call : Call
+        With indices.
+    """
+    task = arrange(xp, asarray, call)
+    laid, wanted = task.laid, [g.of for g in task.gradients]
+    steps = listed(
+        laid.x, task.indices, laid.y, task.weights, task.temperature, task.tail_mass, *task.spaces, task.tail
+    )
+    value, *found = _of_classes(xp, task, steps, dense, call)
+    gradients = dict(zip(wanted, found, strict=True))
+    for g in task.gradients:
+        if not math.prod(laid.batch):
+            g.array[...] = 0
+            continue
+        d = xp.ascontiguousarray(gradients[g.of])
+        order = task_order(laid, g)
+        inner = len(g.inner) or -1
+
+        def turned(a: Any, order: tuple[int, ...] = order) -> Any:  # None and a number as they are
+            return a.transpose(*order, *range(len(order), a.ndim)) if hasattr(a, "transpose") else a
+
+        if g.of == "x":
+            steps.copy(turned(steps.by_x(d)), turned(g.view), inner)
+        else:
+            steps.by_y(d)
+            steps.spread(
+                d, turned(laid.y), turned(task.weights), turned(task.temperature), turned(steps.known), turned(g.view),
+                inner,
+            )  # fmt: skip
+    arrays = tuple(g.array for g in task.gradients)
+    if call.cotangent is not None:
+        return arrays
+    if task.value is not None:
+        task.value[...] = value
+        value = task.value
+    return (value, *arrays) if arrays else value
+
+
+def task_order(laid: rows.Laid, g: rows.Gradient) -> tuple[int, ...]:
+    return (*(d for d in range(len(laid.batch)) if d not in g.inner), *g.inner)
+
+
+def _of_classes(xp: Any, task: Task, steps: Any, dense: Any, call: Call) -> tuple[Any, ...]:
+    """The value of the K + 1 classes, or None, and the gradients by them."""
+    inner = task.inner._replace(x=steps.xs, y=steps.ys)
+    count = task.indices.shape[-1]
+    places = None
+    if call.reduction == "none":
+        places = (steps.keys & 0xFFFFFFFF).astype(np.int64)
+        if call.cotangent is not None:
+            inner = inner._replace(cotangent=_sorted(xp, task, places, count, call.cotangent))
+    found = dense(inner)
+    if call.cotangent is not None:
+        return (None, *found)
+    value, *gradients = found if task.gradients else (found,)
+    if places is not None:
+        value = _as_listed(xp, task, places, count, value)
+    return (value, *gradients)
+
+
+def _terms(task: Task) -> int:
+    """How many there are in a row: without the others', where that is nothing."""
+    return task.indices.shape[-1] + (task.tail != RENORM)
+
+
+def _as_listed(xp: Any, task: Task, places: Any, count: int, terms: Any) -> Any:
+    """Terms in the caller's order, and on the caller's axis."""
+    found = xp.zeros_like(terms)
+    if terms.size:
+        xp.put_along_axis(found[..., :count], places, terms[..., :count], -1)
+        found[..., count] = terms[..., count]
+    return xp.moveaxis(found[..., : _terms(task)], -1, task.laid.last)
+
+
+def _sorted(xp: Any, task: Task, places: Any, count: int, cotangent: Any) -> Any:
+    """What multiplies the terms, in the order of the classes."""
+    batch, last, terms = task.laid.batch, task.laid.last, _terms(task)
+    at = len(batch) + 1 + last
+    c = xp.moveaxis(xp.broadcast_to(xp.asarray(cotangent), (*batch[:at], terms, *batch[at:])), last, -1)
+    found = xp.zeros((*batch, count + 1))
+    found[..., :count] = xp.take_along_axis(c[..., :count], places, -1)
+    if terms > count:
+        found[..., count] = c[..., count]
+    return found
+
+
+def arrange(xp: Any, asarray: Any, call: Call) -> Task:
+    """Check the arguments of a call, before anything is computed."""
+    spaces, temperature, wanted = rows.words(call)
+    tail = rows.TAILS[call.tail]
+    laid, indices = _lay(xp, asarray, call)
+    batch, n = laid.batch, laid.n
+    weights = rows.read_weights(xp, asarray, call.weights, batch, False)
+    if not isinstance(temperature, float):
+        temperature = rows.read_temperatures(xp, asarray, temperature, batch, weights, True)
+    mass = None if call.tail_mass is None else rows.multiplier(asarray, call.tail_mass, "tail_mass")
+    if mass is not None:
+        mass = rows.over_rows(xp, mass, batch, "tail_mass")
+        _check(mass, 0, 1, weights, "tail_mass must lie in [0, 1]")
+    _check(indices, -1, n - 1, weights, f"indices must lie in [0, {n}), or be -1 for no class")
+    double = max(a.dtype.itemsize for a in laid.operands.values()) == 8
+    dtype = "float64" if double else "float32"
+
+    out = call.out if call.cotangent is None or call.out is None else (None, *call.out)
+    value, *into = rows.results_in(out, wanted)
+    if out is not None:
+        _check_results(xp, laid, call, dtype, value, into, (indices, mass, weights, temperature), wanted, spaces, tail)
+    gradients = [
+        rows.gradient_of(laid, name, xp.empty_like(laid.operands[name]) if a is None else a)
+        for name, a in zip(wanted, into, strict=True)
+    ]
+    inner = call._replace(
+        space=tuple(_NAMES[s] for s in inner_spaces(spaces, tail)), axis=-1, temperature=1.0, out=None, dtype=dtype,
+        indices=None, tail=None, tail_mass=None, device=None,
+    )  # fmt: skip
+    if call.reduction in ("mean", "batchmean"):  # by numbers of y's, not of the K + 1 classes
+        inner = inner._replace(reduction="sum", denominator=rows.denominator(call, laid.terms, batch, weights))
+    indices = (xp.minimum(indices, 2**62) if indices.dtype.kind == "u" else indices).astype(np.int64)
+    seen = weights
+    if (
+        call.cotangent is not None and call.reduction == "row"
+    ):  # a row whose cotangent is 0 has no gradient, even if it is NaN
+        seen = rows.over_rows(xp, rows.multiplier(asarray, call.cotangent, "cotangent"), batch, "cotangent") != 0
+        seen = seen if weights is None else seen & (weights != 0)
+    return Task(laid, indices, tail, mass, spaces, seen, temperature, gradients, inner, value)
+
+
+def inner_spaces(spaces: tuple[int, int], tail: int) -> tuple[int, int]:
+    """Those of the K + 1 classes: logits and counts, where these are to be normalised; else they are already."""
+    logs = tuple(space in (_LOG_PROBS, rows.LOGITS) for space in spaces)
+    log, plain = (rows.LOGITS, _COUNTS) if tail == RENORM else (_LOG_PROBS, _PROBS)
+    return (log if logs[0] else plain, log if logs[1] else plain)
+
+
+def _check(a: Any, low: int, high: int, weights: Any, must: str) -> None:
+    """Raise ValueError for numbers of rows that count, where NumPy can look at them; a GPU makes such a row NaN."""
+    if rows.on_host(a) is None:
+        return
+    good = (a >= low) & (a <= high)
+    if weights is not None and rows.on_host(weights) is not None:
+        good = good | (weights == 0).reshape(*weights.shape, *[1] * (good.ndim - weights.ndim))
+    if not good.all():
+        raise ValueError(f"{must}; found {rows.bad_ones(a, ~good)}")
+
+
+def _lay(xp: Any, asarray: Any, call: Call) -> tuple[rows.Laid, Any]:
+    """x and y as rows, of K and of n classes, and the indices."""
+    x, y, indices = asarray(call.x, "x"), asarray(call.y, "y"), asarray(call.indices, "indices")
+    if indices.dtype.kind not in "iu" and (indices.size or isinstance(call.indices, type(indices))):
+        raise TypeError(f"indices must be integers, the numbers of classes; found the dtype {indices.dtype}")
+    named = {"x": x, "indices": indices, "y": y}
+    ndim = max(a.ndim for a in named.values())
+    last = rows.axis_from_end(call.axis, ndim or 1, ndim == 0)
+    shapes = ", ".join(f"{name} {tuple(a.shape)}" for name, a in named.items())
+    if min(a.ndim for a in named.values()) < -last or x.shape[last] != indices.shape[last]:
+        raise ValueError(
+            f"x and indices must have the same number of classes along axis {call.axis}, on which y has all of them; "
+            f"found the shapes {shapes}"
+        )
+    xs, of, ys = (rows.classes_last(a, last) for a in named.values())
+    count, n = xs.shape[-1], ys.shape[-1]
+    if count > n:
+        raise ValueError(f"x and indices list {count} classes, more than the {n} of y; found the shapes {shapes}")
+    if n > _MOST:
+        raise ValueError(f"y must have at most {_MOST} classes where x lists some of them; found {n}")
+    try:
+        batch = rows.broadcast_shapes(rows.broadcast_shapes(xs.shape[:-1], of.shape[:-1]), ys.shape[:-1])
+    except ValueError:
+        raise ValueError(
+            f"x, indices and y must have batch shapes (all axes but axis {call.axis}) that broadcast; found the shapes "
+            f"{shapes}"
+        ) from None
+    at = len(batch) + 1 + last
+    xs, of, ys = (rows.broadcast(xp, a, (*batch, a.shape[-1])) for a in (xs, of, ys))
+    terms = (*batch[:at], n, *batch[at:])
+    return rows.Laid({"x": x, "y": y}, xs, ys, batch, n, last, False, terms), of
+
+
+def _check_results(
+    xp: Any, laid: rows.Laid, call: Call, dtype: str, value: Any, into: list[Any], read: tuple[Any, ...],
+    wanted: tuple[str, ...], spaces: tuple[int, int], tail: int,
+) -> None:  # fmt: skip
+    if value is not None:
+        shape: tuple[int, ...] = laid.batch if call.reduction == "row" else ()
+        if call.reduction == "none":
+            at = len(laid.batch) + 1 + laid.last
+            shape = (*laid.batch[:at], laid.x.shape[-1] + (tail != RENORM), *laid.batch[at:])
+        rows.check_out(xp, value, "the value", shape, xp.dtype(dtype))
+    for name, a in zip(wanted, into, strict=True):
+        if a is not None:
+            operand = laid.operands[name]
+            rows.check_out(xp, a, f"the gradient with respect to {name}", operand.shape, operand.dtype)
+    inputs = [*laid.operands.values(), *(a for a in read if a is not None and not isinstance(a, float))]
+    over_y = "y" in wanted and spaces[1] == rows.LOGITS and laid.operands["y"].shape == laid.terms
+    rows.check_overlap([a for a in (value, *into) if a is not None], inputs, into[-1] if over_y else None)

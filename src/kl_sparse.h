@@ -1,0 +1,132 @@
+// Rows of which x lists some classes: a teacher's best K, say. All others are one class, or are left out; what is left is a
+// divergence of K + 1 classes, for which these formulas make the numbers, in double, and take its derivatives back to what
+// they were made of. Shared by the CPU (kl_sparse_rows.h) and the GPU (kl_sparse.cu). Derived in docs/maths.md.
+#pragma once
+
+namespace kl {
+
+// All other classes are one that has what is left of x's mass, or a mass that is given; one that x excludes; or nothing.
+enum Tail { BUCKET, ZERO, RENORM };
+
+// ---- which classes are listed ----------------------------------------------------------------------------------------------
+//
+// A key is a class and the place in the list where it stands. Sorted by class, and by x's numbers where one is listed several
+// times, keys have one order, whatever that of the list: so it changes no bit.
+typedef unsigned long long Key;
+constexpr unsigned ABSENT = ~0u, OUTSIDE = ABSENT - 1;   // what stands where there is no class
+KL_FN Key key_of(long long index, long long n, long long place) {
+  unsigned c = index >= 0 && index < n ? (unsigned)index : index == -1 ? ABSENT : OUTSIDE;
+  return (Key)c << 32 | (Key)place;
+}
+KL_FN unsigned class_of(Key k) { return (unsigned)(k >> 32); }
+KL_FN long long place_of(Key k) { return (long long)(k & 0xffffffffu); }
+KL_FN unsigned long long in_order(double x) {   // an integer that orders numbers, NaN too
+  unsigned long long b = bits(x);
+  return b & Real<double>::sign ? ~b : b | Real<double>::sign;
+}
+// Of those that are the same class the last one stands for all: slot s of `count`.
+KL_FN bool is_listed(Key k) { return class_of(k) < OUTSIDE; }
+KL_FN bool leads(const Key* keys, long long s, long long count) {
+  return is_listed(keys[s]) && (s + 1 == count || class_of(keys[s + 1]) != class_of(keys[s]));
+}
+// The first slot whose class is not below c
+KL_FN long long first_slot(const Key* keys, long long count, long long c) {
+  long long low = 0, high = count;
+  while (low < high) {
+    long long middle = (low + high) / 2;
+    if ((long long)class_of(keys[middle]) < c) low = middle + 1;
+    else high = middle;
+  }
+  return low;
+}
+
+KL_FN bool has_outside(const Key* keys, long long count) {
+  long long s = first_slot(keys, count, OUTSIDE);
+  return s < count && class_of(keys[s]) == OUTSIDE;
+}
+
+// ---- what is known of a row ------------------------------------------------------------------------------------------------
+//
+// Of y: the other classes, as Norm or Tally; all classes, as norm_finish or tally_finish leave them, where the row is
+// normalised.
+enum { OTHERS = 0, ALL = 3, ROW_NUMBERS = 5 };
+
+KL_FN constexpr bool is_log(int space) { return space == LOG_PROBS || space == LOGITS; }
+KL_FN double no_mass(int space) { return is_log(space) ? -infinity<double>() : 0.0; }
+KL_FN double temper(int space, double it) { return space == LOGITS ? it : 1.0; }
+
+KL_FN Norm norm_at(const double* k) { return {k[0], k[1], k[2]}; }
+KL_FN Tally tally_at(const double* k) { return {k[0], k[1], k[2]}; }
+KL_FN double log_mass(const Norm& n) {   // less max
+  return excluded(n.max) & (n.rest == n.rest) ? n.max : log_norm(n);
+}
+KL_FN double rest_of_listed(double y, double top, double zero, double it) { return y == y ? norm_rest(y, top, zero, it) : y; }
+KL_FN void finish_all(int space, const Norm& listed, const Tally& tally, double it, double* known) {
+  if (space == COUNTS) {
+    Tally others = tally_at(known + OTHERS);
+    tally_finish({others.sum + tally.sum, others.fewer + tally.fewer, others.more + tally.more}, known + ALL);
+  } else if (space == LOGITS) {
+    Norm others = norm_at(known + OTHERS);
+    double top = others.max > listed.max ? others.max : listed.max, zero = top_of(top);
+    double ties = (others.max == top ? others.count : 0.0) + (listed.max == top ? listed.count : 0.0);
+    Norm all = {top, ties, merge_rest(others, top, zero, it) + merge_rest(listed, top, zero, it)};
+    known[ALL] = top;
+    known[ALL + 1] = log_norm(all);
+  }
+}
+
+// What y has of a class that is listed, in the space of K + 1 classes: log-probabilities of logits, probabilities of counts;
+KL_FN double of_listed(int space, double y, const double* known, double it) {
+  if (space == LOGITS) return log_prob_of(y, known[ALL], known[ALL + 1], it);
+  return space == COUNTS ? share_of(y, known + ALL) : y;
+}
+// and of all others.
+KL_FN double of_others(int space, const double* known, double it) {
+  const double* others = known + OTHERS;
+  if (is_log(space)) {
+    double l = log_mass(norm_at(others)), from = space == LOGITS ? log_prob_of(others[0], known[ALL], known[ALL + 1], it) : others[0];
+    return excluded(l) ? l + 0 * from : from + l;
+  }
+  double own[2];
+  tally_finish(tally_at(others), own);
+  if (space == PROBS) return own[SUM] / own[SCALE];
+  double scaled = known[ALL + SCALE] == FEWER ? others[1] : known[ALL + SCALE] == MORE ? others[2] : others[0];
+  return scaled / known[ALL + SUM];
+}
+// What x has of them: `mass` is given, or NaN, and then `listed` is what x has of those that are listed.
+KL_FN double mass_of_others(int tail, bool given, double mass, double listed) {
+  double rest = 1.0 - listed;
+  rest = rest <= 0 ? 0.0 : rest;
+  double own = (mass >= 0) & (mass <= 1) ? mass : nan<double>();
+  return tail == ZERO ? 0.0 : given ? own : rest;
+}
+
+// ---- derivatives -----------------------------------------------------------------------------------------------------------
+//
+// By y: of the K + 1 classes to those of y itself. Those listed have their own; that of another one is `slope` times its part of
+// their mass (of its probability or count, where y is such: `slope` itself).
+//
+// Through a softmax the derivative of class i is d_i - q_i sum(d). Where one class has all but the whole of q that cancels: so
+// d_i - q_i c comes first, with c = d/q of the likeliest class, which itself is left with nothing.
+KL_FN double centre_of(double d, double q) { return q > 0 ? d / q : 0.0; }
+KL_FN double less_centre(double d, double q, double centre, bool likeliest) { return likeliest ? 0.0 : d - q * centre; }
+
+// Of logarithms: what multiplies a class's weight, and that
+KL_FN double slope_of(double slope, const Norm& others) {
+  double mass = others.count + others.rest;
+  return mass > 0 ? slope / mass : 0 * slope;
+}
+template <typename T> KL_FN T part_of_others(T y, T max, const Inverse<T>& it) { return weight<true>(y, max, it); }
+
+// Whether what x has of all other classes follows from what it has of those listed: `rest` is that mass, in x's space.
+KL_FN bool has_rest(int tail, bool given, int space, double rest) { return tail == BUCKET && !given && rest > no_mass(space); }
+// By x's number, of the one that stands for its class: d, and of the others' mass d_rest
+KL_FN double less_rest(int space, double d, double x, double d_rest, double rest) {
+  return is_log(space) ? d - exp(x - rest) * d_rest : d - d_rest;
+}
+
+// Where several numbers are one class, logarithms share its derivative as they do its mass: e^x, less the last one's
+KL_FN double share_in(double x, double last, double it) { return exp(log_prob_of(x, top_of(last), 0.0, it)); }
+KL_FN double share_of_derivative(double own, double all, double d) { return all > 0 ? share_times(own / all, d) : 0.0; }
+
+}  // namespace kl
