@@ -43,18 +43,24 @@ def are_there(*arrays: Any) -> bool:
     return any(_reader(type(a)) for a in arrays)
 
 
-def check(last: int, x: Any, y: Any, weights: Any, ratio: Any = None, temperature: Any = None) -> None:
+def check(
+    last: int, x: Any, y: Any, weights: Any, ratio: Any = None, temperature: Any = None, indices: Any = None,
+    tail_mass: Any = None,
+) -> None:  # fmt: skip
     """Raise ValueError where labels say another thing than positions, TypeError where they may, and nobody can tell.
 
     Parameters
     ----------
     last : int
         The class axis, counted from the end; 0 if there is none.
-    x, y, weights, ratio, temperature
-        As the caller gave them; all but x may be None.
+    x, y, weights, ratio, temperature, indices, tail_mass
+        As the caller gave them; all but x may be None. With `indices` the classes of x are not those of y.
     """
     found = {}
-    given = {"x": x, "y": y, "weights": weights, "ratio": ratio, "temperature": temperature}
+    given = {
+        "x": x, "y": y, "weights": weights, "ratio": ratio, "temperature": temperature, "indices": indices,
+        "tail_mass": tail_mass,
+    }  # fmt: skip
     for name, a in given.items():
         if a is None:
             continue
@@ -62,8 +68,9 @@ def check(last: int, x: Any, y: Any, weights: Any, ratio: Any = None, temperatur
         axes = reader(a) if reader else [(None, None)] * len(shape)
         for k, (n, (dimension, labels)) in enumerate(zip(shape, axes, strict=True)):
             at = k - len(shape)  # in the broadcast shape of x and y, from its end; what is one a row has no class axis
-            at -= name in ("weights", "temperature") and at <= last < 0
-            found[name, at] = f"axis {k} of {name}", n, dimension, labels
+            at -= name in ("weights", "temperature", "tail_mass") and at <= last < 0
+            listed = at == last and indices is not None and name in ("x", "indices")
+            found[name, (at, listed)] = f"axis {k} of {name}", n, dimension, labels
     for ((one, at), a), ((other, to), b) in itertools.combinations(found.items(), 2):
         if at == to:
             _compare(one, other, a, b)

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from klcore.backends import rows
+from klcore.backends import labels, rows
 from klcore.operations import Call
 
 RENORM = rows.TAILS["renorm"]
@@ -147,6 +147,9 @@ def arrange(xp: Any, asarray: Any, call: Call) -> Task:
         mass = rows.over_rows(xp, mass, batch, "tail_mass")
         _check(mass, 0, 1, weights, "tail_mass must lie in [0, 1]")
     _check(indices, -1, n - 1, weights, f"indices must lie in [0, {n}), or be -1 for no class")
+    given = call.x, call.y, call.weights, call.ratio, call.temperature, call.indices, call.tail_mass
+    if labels.are_there(*given):
+        labels.check(laid.last, *given)
     double = max(a.dtype.itemsize for a in laid.operands.values()) == 8
     dtype = "float64" if double else "float32"
 
@@ -164,7 +167,7 @@ def arrange(xp: Any, asarray: Any, call: Call) -> Task:
     )  # fmt: skip
     if call.reduction in ("mean", "batchmean"):  # by numbers of y's, not of the K + 1 classes
         inner = inner._replace(reduction="sum", denominator=rows.denominator(call, laid.terms, batch, weights))
-    indices = (xp.minimum(indices, 2**62) if indices.dtype.kind == "u" else indices).astype(np.int64)
+    indices = (xp.minimum(indices, 2**62) if indices.dtype == np.uint64 else indices).astype(np.int64)
     seen = weights
     if (
         call.cotangent is not None and call.reduction == "row"
