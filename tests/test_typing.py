@@ -259,6 +259,7 @@ def test_losses_between_language_models() -> None:
 def test_words_are_those_of_rows() -> None:
     assert get_args(words.Space) == tuple(rows.SPACES)
     assert get_args(words.Reduction) == rows.REDUCTIONS
+    assert get_args(words.Tail) == tuple(rows.TAILS)
     one, two = (get_args(get_args(words.ReturnGrad)[k]) for k in (0, 2))
     assert {*one, *((name,) for name in one), ("x", "y"), None} == rows.GRADIENTS.keys()
     assert [get_args(name) for name in two] == [("x",), ("y",)]
@@ -275,7 +276,8 @@ def test_words_of_estimates() -> None:
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_options_are_the_keywords(name: str) -> None:
     row = OPERATIONS[name]
-    own = row.parameters[0].capitalize() if row.parameters else "Entropy" if row.single else ""
+    plain = "Listed" if row.takes_indices else "Entropy" if row.single else ""
+    own = row.parameters[0].capitalize() if row.parameters else plain
     options = getattr(words, f"{own}Options")
     assert is_typeddict(options)
     keywords = [
