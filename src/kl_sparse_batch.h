@@ -7,12 +7,14 @@ namespace kl {
 
 constexpr i64 FEW_KEYS = 32;          // up to which they are sorted at once
 
-struct Before {                       // the order of keys: by class, then by x's number, which only the same class asks for
+struct Before {                       // the order of keys: by class; of the same one by x's number, and if need be by place
   const Array& a;
   const char* x;
   unsigned long long number(Key k) const { return in_order(generic::number_at(a, x, place_of(k))); }
   bool operator()(Key k, Key other) const {
-    return class_of(k) != class_of(other) ? class_of(k) < class_of(other) : number(k) < number(other);
+    if (class_of(k) != class_of(other)) return class_of(k) < class_of(other);
+    unsigned long long one = number(k), two = number(other);
+    return one != two ? one < two : k < other;
   }
 };
 

@@ -245,9 +245,9 @@ def _of_listed(
 
     listed = np.full(len(x), ar.mp.mpf(0))
     for k in range(len(classes)):  # the term of duplicates stands where the largest number does
-        listed[max(given[at == k], key=lambda i: x[i])] = terms[k]
+        listed[max(given[at == k], key=lambda i: (x[i], i))] = terms[k]
     listed = listed if tail == "renorm" else np.append(listed, terms[-1] if kept else 0)
-    logs = max((abs(ar.mp.log(v)) for v in (*p, *q)), default=0)
+    logs = max((abs(ar.mp.log(v)) for v in (*p, *q) if v > _least(ar)), default=0)
     return [sum(terms), ar.double(listed), dx, dy, sum(abs(by_p)) + sum(abs(by_q)), logs]
 
 
