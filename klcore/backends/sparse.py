@@ -167,7 +167,9 @@ def arrange(xp: Any, asarray: Any, call: Call) -> Task:
     )  # fmt: skip
     if call.reduction in ("mean", "batchmean"):  # by numbers of y's, not of the K + 1 classes
         inner = inner._replace(reduction="sum", denominator=rows.denominator(call, laid.terms, batch, weights))
-    indices = (xp.minimum(indices, 2**62) if indices.dtype == np.uint64 else indices).astype(np.int64)
+    if indices.dtype == np.uint64:  # of which the largest would become -1
+        indices = xp.minimum(indices, 2**63 - 1)
+    indices = indices.astype(np.int64, copy=False)
     seen = weights
     if (
         call.cotangent is not None and call.reduction == "row"
