@@ -161,6 +161,19 @@ def test_accuracy(case, tail):
 
 
 @names
+def test_others_next_to_nothing(name):
+    """Of which the student has no more than e^-700, and the teacher a quarter, or as little: all is in range."""
+    indices = np.array([[4, 0], [0, 4]])
+    log_q = log_softmax(np.array([[0.0, -700.5, -702.0, -745.0, -1.0], [0.0, -90.0, -95.0, -103.0, 1.0]]))
+    for pair, dtype in itertools.product(PAIRS[:3], ("float64", "float32")):
+        x, y = in_space(np.log([[0.5, 0.25], [0.25, 0.5]]), pair[0], dtype), in_space(log_q, pair[1], dtype)
+        for mass in (0.25, 1e-300, 1e-40):
+            found = all_of(name, x, y, indices=indices, space=pair, tail="bucket", tail_mass=mass)
+            true = true_of(name, x, y, indices, pair, tail="bucket", tail_mass=[mass] * 2, digits=400)
+            assert_right(name, found, true, pair, x, y)
+
+
+@names
 def test_accuracy_of_half_types(name):
     """Cached numbers are of 16 bits, and a student's logits may be."""
     half, brain = "float16", "bfloat16"
@@ -179,9 +192,9 @@ def test_accuracy_of_half_types(name):
 def test_accuracy_of_long_rows(name):
     """Of many chunks, whose ends are listed."""
     n = 9 * 1024 + 1
-    pair, at = ("log_probs", "logits"), np.array([0, 1023, 1024, n - 1])
-    for of, tail in ((((1e-3, 1e-6),), "bucket with tail_mass"), (((1e-6, 1.0),), "zero")):
-        x, y, indices = rows(pair, "float32", of, n, at=at)
+    pair, of, at = ("log_probs", "logits"), ((1e-3, 1e-6),), np.array([0, 1023, 1024, n - 1])
+    x, y, indices = rows(pair, "float32", of, n, at=at)
+    for tail in ("bucket with tail_mass", "renorm") if name == NAMES[0] else ("bucket with tail_mass",):
         options = words(tail, of)
         found = all_of(name, x, y, indices=indices, space=pair, **options)
         assert_right(name, found, true_of(name, x, y, indices, pair, **options), pair, x, y)
