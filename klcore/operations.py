@@ -12,6 +12,7 @@ from klcore import _cpu
 
 SPACES = tuple(_cpu.SPACES)
 PAIRS = tuple((x, y) for x in SPACES for y in SPACES)
+TAILS = tuple(_cpu.TAILS)
 
 
 @dataclass(frozen=True, eq=False)

@@ -19,7 +19,7 @@ from klcore import _cpu, divergence, estimate, family
 from klcore.backends.threads import get_num_threads, threads
 from klcore.config import show_config
 from klcore.exact import ANSWERS
-from klcore.operations import ESTIMATORS, OPERATIONS, Operation
+from klcore.operations import ESTIMATORS, OPERATIONS, TAILS, Operation
 
 FUNCTIONS = vars(divergence) | vars(family) | vars(estimate)
 SPACES = ("probs", "log_probs", "logits")
@@ -97,6 +97,11 @@ DIGESTS = {
     "tv_dist counts": "0d7c50ab1b874b1a",
     "sq_hellinger counts": "2f1472f2237e11e4",
     "chi2_div counts": "79ab83908f85a75c",
+    "kl_div listed": "b1fb71e6cc43e14a",
+    "rel_entr listed": "7383f4ea161c4b5c",
+    "js_div listed": "3a5112362989f45c",
+    "mixed_kl_div listed": "84566b18fce626b8",
+    "tv_dist listed": "9f61071e6b875cb5",
     "k1 float64": "18b6fc8cf7970175",
     "k2 float64": "f13179a9aacaba7d",
     "k3 float64": "25d70d58c422e5bf",
@@ -212,6 +217,17 @@ def _counts(operation: str) -> Iterator[Call]:
                 yield operation, _arrays(shape, pair[: len(row.gradients)], dtype), _options(row, pair)
 
 
+def _listed(operation: str) -> Iterator[Call]:
+    """x lists some classes: in no order, one of them twice, and sometimes none."""
+    u = _uniform(5, (6, 40))
+    indices = (u * 2500).astype(np.int64)
+    indices[:, 7], indices[::2, 9] = -1, indices[::2, 8]
+    for dtype, tail in product(DTYPES[:2], TAILS):
+        (y,) = _arrays((6, 2500), ("logits",), dtype)
+        options = {"indices": indices, "tail": tail, "return_grad": ("x", "y")}
+        yield operation, [(u * -12 - 4).astype(dtype), y], {**options, "space": ("log_probs", "logits")}
+
+
 def _estimates(kind: str, dtype: str) -> Iterator[Call]:
     """Tokens of which r = log_y - log_x is next to 0, about 1, and far from 0; masks, ratios and limits."""
     u, v = _uniform(1, (60, 70)), _uniform(2, (60, 70))
@@ -303,7 +319,7 @@ def _signs(device: str) -> Iterator[Line]:
 def _bits(device: str) -> Iterator[Line]:
     """On the CPU with every instruction set, and with several numbers of threads."""
     if device != "cpu":
-        yield _digests(device, {"kernels": _kernels}, "")
+        yield _digests(device, {"kernels": _kernels, "kl_div listed": partial(_listed, "kl_div")}, "")
         return
     groups: dict[str, Callable[[], Iterator[Call]]] = {"kernels": _kernels}
     bfloat16 = importlib.util.find_spec("ml_dtypes") is not None
@@ -313,6 +329,7 @@ def _bits(device: str) -> Iterator[Line]:
         if OPERATIONS[operation].form != _cpu.BY_CLASS or dtype in DTYPES[:2]:  # 16 bits of these: as float32
             groups[f"{operation} {dtype}"] = partial(_calls, operation, dtype)
     groups |= {f"{operation} counts": partial(_counts, operation) for operation in OPERATIONS}
+    groups |= {f"{o.name} listed": partial(_listed, o.name) for o in OPERATIONS.values() if o.takes_indices}
     for dtype in DTYPES[:2]:  # 16 bits: as float32
         groups |= {f"{kind} {dtype}": partial(_estimates, kind, dtype) for kind in ESTIMATORS}
     in_use = _cpu.instruction_set()

@@ -51,9 +51,13 @@ def _lent(a: Any) -> Any:
 def compute(call: Call) -> Any:
     """The value, or (value, *gradients); with a cotangent, the gradients alone."""
     if call.indices is not None:
-        return sparse.compute(np, asarray, _Listed, compute, call)
+        return sparse.compute(np, asarray, _Listed, _arranged, call)
     found = _cpu.plain(call, get_num_threads())
-    return _compute(rows.arrange(np, asarray, call)) if found is None else found
+    return _arranged(call) if found is None else found
+
+
+def _arranged(call: Call) -> Any:
+    return _compute(rows.arrange(np, asarray, call))
 
 
 def _compute(task: rows.Task) -> Any:
