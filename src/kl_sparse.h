@@ -94,7 +94,7 @@ KL_FN double of_others(int space, const double* known, double it) {
   const double* others = known + OTHERS;
   if (is_log(space)) {
     double l = log_mass(norm_at(others)), from = space == LOGITS ? log_prob_of(others[0], known[ALL], known[ALL + 1], it) : others[0];
-    return excluded(l) ? l + 0 * from : from + l;
+    return excluded(l) ? from : from + l;
   }
   double own[2];
   tally_finish(tally_at(others), own);

@@ -107,7 +107,52 @@ class Answer:
     slope: np.ndarray  # of the value, by all log p and log q together: how far errors of these take it
 
 
+@dataclass
+class OfTopK:
+    """The same of rows that list some classes. As float64, by row and, where that is meant, by number."""
+
+    value: np.ndarray
+    terms: np.ndarray  # the last is that of all other classes, unless these are left out
+    dx: np.ndarray
+    dy: np.ndarray
+    slope: np.ndarray
+    logs: np.ndarray  # the largest logarithm of the row
+    value_off: np.ndarray  # by how much the double 1 - sum p may miss, and what that makes of the value,
+    dx_off: np.ndarray  # and of each derivative
+    dy_off: np.ndarray
+
+
 _digits = cache(oracle.Digits)
+
+
+def _side(ar: Any, a: np.ndarray, space: str, temperature: float) -> Any:
+    """The probabilities."""
+    return ar.number(a) / ar.sum(ar.number(a)) if space == "counts" else oracle._side(ar, a, space, temperature).p
+
+
+@cache
+def _least(ar: Any) -> Any:
+    """A zero is as good as a limit: even its logarithm is more than float64 holds."""
+    return ar.mp.mpf(10) ** -(10**700)
+
+
+def _positive(ar: Any, p: Any) -> Any:
+    return np.where(p == 0, _least(ar), p)
+
+
+def _through(ar: Any, d: Any, a: np.ndarray, p: Any, space: str, temperature: float) -> np.ndarray:
+    """The derivatives by the numbers that were given, of those by log p."""
+    if space == "logits":
+        d = (d - p * ar.sum(d)) / ar.mp.mpf(temperature)
+    if space == "counts":
+        return ar.double((d / p - ar.sum(d)) / ar.sum(ar.number(a)))
+    return ar.double(d / p if space == "probs" else d)
+
+
+def _by_logs(of: Any, p: Any, q: Any, step: Any) -> tuple[Any, Any]:
+    """The derivatives of a function of p and q, class by class, by log p and log q."""
+    up, down = 1 + step, 1 - step
+    return (of(p * up, q) - of(p * down, q)) / (2 * step), (of(p, q * up) - of(p, q * down)) / (2 * step)
 
 
 def _of_sum(ar: Any, p: Any, q: Any, step: Any, **parameters: Any) -> tuple[Any, Any, Any]:
@@ -134,21 +179,10 @@ def exact(
     sx, sy = (space, space) if isinstance(space, str) else space
     x, y = np.broadcast_arrays(*(np.atleast_2d(np.asarray(v).astype(np.float64)) for v in (x, y)))
     step = ar.mp.mpf(10) ** -30
-    least = ar.mp.mpf(10) ** -(10**700)  # even its logarithm is more than float64 holds
-
-    def side(a: np.ndarray, space: str) -> Any:
-        p = ar.number(a) / ar.sum(ar.number(a)) if space == "counts" else oracle._side(ar, a, space, temperature).p
-        return np.where(p == 0, least, p)
-
-    p, q = side(x, sx), side(y, sy)
+    p, q = (_positive(ar, _side(ar, a, s, temperature)) for a, s in ((x, sx), (y, sy)))
 
     def through(d: Any, a: np.ndarray, p: Any, space: str) -> np.ndarray:
-        d = d if cotangent is None else d * ar.number(cotangent)
-        if space == "logits":
-            d = (d - p * ar.sum(d)) / ar.mp.mpf(temperature)
-        if space == "counts":
-            return ar.double((d / p - ar.sum(d)) / ar.sum(ar.number(a)))
-        return ar.double(d / p if space == "probs" else d)
+        return _through(ar, d if cotangent is None else d * ar.number(cotangent), a, p, space, temperature)
 
     if operation == "renyi_div":
         rows = [_of_sum(ar, p[r], q[r], step, **parameters) for r in range(len(p))]
@@ -160,16 +194,85 @@ def exact(
     def of(p: Any, q: Any) -> Any:
         return term(p, q, **parameters)
 
-    def by_log(p: Any, q: Any) -> Any:
-        return (of(p * (1 + step), q) - of(p * (1 - step), q)) / (2 * step)
-
-    def by_log_q(p: Any, q: Any) -> Any:
-        return (of(p, q * (1 + step)) - of(p, q * (1 - step))) / (2 * step)
-
     terms = np.frompyfunc(of, 2, 1)(p, q)
-    dx, dy = (np.frompyfunc(f, 2, 1)(p, q) for f in (by_log, by_log_q))
+    dx, dy = _by_logs(np.frompyfunc(of, 2, 1), p, q, step)
     if operation == "tv_dist":  # of no derivative where both agree, klcore says 0
         dx, dy = (np.where(p == q, ar.mp.mpf(0), d) for d in (dx, dy))
     value = ar.double(ar.sum(terms))[..., 0]
     slope = ar.double(ar.sum(abs(dx) + abs(dy)))[..., 0]
     return Answer(value, ar.double(terms), through(dx, x, p, sx), through(dy, y, q, sy), slope)
+
+
+# ---- rows that list some classes -------------------------------------------------------------------------------------
+
+
+def _of_listed(
+    ar: Any, of: Any, x: np.ndarray, y: np.ndarray, indices: np.ndarray, tail: str, mass: float | None, space: Any,
+    temperature: float, off: float,
+) -> list[Any]:  # fmt: skip
+    """One row: value, terms, dx, dy, slope, logs. `off` is added to 1 - sum p."""
+    (sx, sy), step = space, ar.mp.mpf(10) ** -20
+    given = np.flatnonzero(indices >= 0)
+    classes, at = np.unique(indices[given].astype(np.int64), return_inverse=True)
+    others = np.setdiff1d(np.arange(len(y)), classes)
+    each, all_q = _side(ar, x[given], sx, temperature), _side(ar, y, sy, temperature)
+    p = np.array([sum(each[at == k], ar.mp.mpf(0)) for k in range(len(classes))], object)
+    q, kept = all_q[classes], tail != "renorm" and len(others) > 0
+    share = each / np.where(p == 0, ar.mp.mpf(1), p)[at]
+    free = tail == "bucket" and mass is None and 1 - sum(p) + off > 0  # p of all others depends on x
+    if tail == "renorm":
+        p_sum, q_sum = sum(p), sum(q)
+        p, q = p / p_sum, q / q_sum
+    elif kept:
+        left = 1 - sum(p) + off if free else ar.mp.mpf(mass or 0.0) if tail == "bucket" else ar.mp.mpf(0)
+        p, q = np.append(p, left), np.append(q, sum(all_q[others]))
+    p, q, each, all_q = (_positive(ar, v) for v in (p, q, each, all_q))
+    of = np.frompyfunc(of, 2, 1)
+    terms, (by_p, by_q) = of(p, q), _by_logs(of, p, q, step)
+
+    by_each = share * by_p[: len(classes)][at]
+    by_all = np.full(len(y), ar.mp.mpf(0))
+    by_all[classes] = by_q[: len(classes)]
+    if tail == "renorm":
+        by_each = by_each - each / p_sum * sum(by_p)
+        by_all[classes] -= q * sum(by_q)
+    elif kept:
+        by_each = by_each - each * (by_p[-1] / p[-1] if free else 0)
+        by_all[others] = all_q[others] * (by_q[-1] / q[-1])
+    dx = np.zeros(len(x))
+    dx[given] = _through(ar, by_each, x[given], each, sx, temperature)
+    dy = _through(ar, by_all, y, all_q, sy, temperature)
+
+    listed = np.full(len(x), ar.mp.mpf(0))
+    for k in range(len(classes)):  # the term of duplicates stands where the largest number does
+        listed[max(given[at == k], key=lambda i: (x[i], i))] = terms[k]
+    listed = listed if tail == "renorm" else np.append(listed, terms[-1] if kept else 0)
+    logs = max((abs(ar.mp.log(v)) for v in (*p, *q) if v > _least(ar)), default=0)
+    return [sum(terms), ar.double(listed), dx, dy, sum(abs(by_p)) + sum(abs(by_q)), logs]
+
+
+def top_k(
+    operation: str, x: Any, y: Any, indices: Any, tail: str, tail_mass: Any = None, space: Any = "probs",
+    temperature: float = 1.0, digits: int = 50, **parameters: Any,
+) -> OfTopK:  # fmt: skip
+    """Of rows of numbers x, shape (rows, K), at `indices`, and y, shape (rows, n)."""
+    ar = _digits(digits)
+    x, y = (np.asarray(v).astype(np.float64) for v in (x, y))
+    space = (space, space) if isinstance(space, str) else space
+    masses = [None] * len(x) if tail_mass is None else [float(v) for v in tail_mass]
+    term = getattr(Definitions(ar.mp), operation)
+
+    def rows(off: float) -> list[np.ndarray]:
+        found = [
+            _of_listed(ar, lambda p, q: term(p, q, **parameters), *row, tail, mass, space, temperature, off)
+            for *row, mass in zip(x, y, np.asarray(indices), masses, strict=True)
+        ]
+        return [np.array([row[k] for row in found]).astype(np.float64) for k in range(6)]
+
+    value, terms, dx, dy, slope, logs = rows(0.0)
+    off = [np.zeros(1)] * 4
+    if tail == "bucket" and tail_mass is None:  # K additions of up to half an eps, and exponentials
+        with np.errstate(invalid="ignore"):
+            moved = rows((2 + x.shape[-1] / 2) * oracle.EPS64)
+            off = [abs(a - b) for a, b in zip(moved, (value, terms, dx, dy), strict=False)]
+    return OfTopK(value, terms, dx, dy, slope, logs, off[0], off[2], off[3])

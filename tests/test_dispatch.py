@@ -66,7 +66,9 @@ def test_toy_backend(toy, operation):
     """It gets every argument of the public function."""
     x, y = array_class("toylib")(), array_class("toylib")()
     arrays = operands(operation, x, y)
+    lists = {"indices": object(), "tail": object(), "tail_mass": object()}
     keywords = {
+        **(lists if OPERATIONS[operation].takes_indices else {}),
         "space": "logits",
         "axis": 3,
         "reduction": "rowmean",

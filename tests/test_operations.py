@@ -75,7 +75,7 @@ def test_the_self_test_knows_all():
 # __all__; definitions; what zeros contribute; columns for each of three; an identity of three; looks; what has no unit
 LISTS = {
     "klcore/__init__.py", "tests/oracle.py", "tests/relatives.py", "tests/test_family.py", "tests/test_values.py",
-    "tests/test_properties.py", "benchmarks/plots.py", "tests/test_words.py",
+    "tests/test_properties.py", "benchmarks/plots.py", "tests/test_words.py", "tests/test_topk.py",
 }  # fmt: skip
 
 

@@ -54,11 +54,13 @@ def check(
     last : int
         The class axis, counted from the end; 0 if there is none.
     x, y, weights, ratio, temperature, indices, tail_mass
-        As the caller gave them; all but x may be None. With indices the classes of x are none that y's labels name.
+        As the caller gave them; all but x may be None. With `indices` the classes of x are not those of y.
     """
     found = {}
-    given = {"x": x, "y": y, "weights": weights, "ratio": ratio, "temperature": temperature}
-    given |= {"indices": indices, "tail_mass": tail_mass}
+    given = {
+        "x": x, "y": y, "weights": weights, "ratio": ratio, "temperature": temperature, "indices": indices,
+        "tail_mass": tail_mass,
+    }  # fmt: skip
     for name, a in given.items():
         if a is None:
             continue
@@ -67,9 +69,8 @@ def check(
         for k, (n, (dimension, labels)) in enumerate(zip(shape, axes, strict=True)):
             at = k - len(shape)  # in the broadcast shape of x and y, from its end; what is one a row has no class axis
             at -= name in ("weights", "temperature", "tail_mass") and at <= last < 0
-            if indices is not None and at == last:
-                continue
-            found[name, at] = f"axis {k} of {name}", n, dimension, labels
+            listed = at == last and indices is not None and name in ("x", "indices")
+            found[name, (at, listed)] = f"axis {k} of {name}", n, dimension, labels
     for ((one, at), a), ((other, to), b) in itertools.combinations(found.items(), 2):
         if at == to:
             _compare(one, other, a, b)

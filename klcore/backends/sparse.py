@@ -150,6 +150,9 @@ def arrange(xp: Any, asarray: Any, call: Call) -> Task:
         mass = rows.over_rows(xp, mass, batch, "tail_mass")
         _check(mass, 0, 1, weights, "tail_mass must lie in [0, 1]")
     _check(indices, -1, n - 1, weights, f"indices must lie in [0, {n}), or be -1 for no class")
+    given = call.x, call.y, call.weights, call.ratio, call.temperature, call.indices, call.tail_mass
+    if labels.are_there(*given):
+        labels.check(laid.last, *given)
     double = max(a.dtype.itemsize for a in laid.operands.values()) == 8
     dtype = call.dtype or ("float64" if double else "float32")
 
