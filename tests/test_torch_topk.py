@@ -390,3 +390,14 @@ def test_operations_without_lists():
         with pytest.raises(TypeError, match="indices"):
             getattr(klcore, name)(*both, space="logits", indices=INDICES, tail="renorm", **OPERATIONS[name].needed)
     assert set(TAILS) == {tail for tail, _ in WAYS}
+
+
+def test_labels():
+    """Those of the rows are compared, and the classes of x are not those of y."""
+    pandas = pytest.importorskip("pandas", reason="pandas is not installed")
+    x, y, indices = best(2)
+    rows = {"index": ["a", "b"]}
+    frame, mass = pandas.DataFrame(indices.numpy(), **rows), pandas.Series([0.1, 0.2], **rows)
+    equal(kl(x, y, frame, tail_mass=mass), kl(x, y, indices, tail_mass=torch.tensor([0.1, 0.2], dtype=torch.float64)))
+    with pytest.raises(ValueError, match="indices and axis 0 of tail_mass have different labels"):
+        kl(x, y, frame, tail_mass=mass[::-1])
