@@ -96,7 +96,9 @@ ROOMS = {
     },
     r"klcore\.backends\.threads": set(),
     r"klcore\.backends\.examples": {"numpy", "klcore._cpu", "klcore.backends.rows", "klcore.operations"},
-    r"klcore\.backends\.sparse": {"numpy", "klcore.backends.rows", "klcore.operations"},
+    r"klcore\.backends\.sparse": {
+        "numpy", "klcore.backends.labels", "klcore.backends.rows", "klcore.operations",
+    },
     r"klcore\.backends\.cpu": {
         "numpy", "klcore._cpu", "klcore.backends.rows", "klcore.backends.sparse", "klcore.backends.threads",
         "klcore.operations",
@@ -149,12 +151,13 @@ ROOMS = {
     },
     r"klcore\.backends\.jax": {
         "numpy", "jax", "klcore.backends.cpu", "klcore.backends.cuda", "klcore.backends.labels", "klcore.backends.rows",
-        "klcore.operations", REGISTRY_ERROR,
+        "klcore.backends.sparse", "klcore.operations", REGISTRY_ERROR,
         *(f"klcore.backends.jax.{name}" for name in ("partition", "primitives", "private", "programs")),
     },
     r"klcore\.backends\.(?P<library>dask|dlpack)": {
         "numpy", "cupy", "ml_dtypes", "klcore.backends.cpu", "klcore.backends.cuda", "klcore.backends.rows",
-        "klcore.backends.threads", "klcore.backends.labels", "klcore.operations", REGISTRY_ERROR,
+        "klcore.backends.threads", "klcore.backends.labels", "klcore.backends.sparse", "klcore.operations",
+        REGISTRY_ERROR,
     },
     r"klcore\.backends\.torch\.private": {"torch"},
     r"klcore\.backends\.torch\.memory": {

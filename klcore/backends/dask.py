@@ -92,9 +92,7 @@ def _stand_in(a: Any, name: str, sizes: list[Any]) -> Any:
     return np.broadcast_to(np.array(name not in ("weights", "indices"), dtype), shape)
 
 
-def _axes(
-    of_classes: dict[str, Any], by_row: dict[str, Any], axis: int
-) -> list[tuple[str, Any, tuple[int, ...]]]:
+def _axes(of_classes: dict[str, Any], by_row: dict[str, Any], axis: int) -> list[tuple[str, Any, tuple[int, ...]]]:
     """The operands, with the axes that theirs are in the broadcast shape. `by_row`: one a row."""
     whole = tuple(range(_ndim(of_classes)))
     classes = axis % max(len(whole), 1)
