@@ -69,8 +69,9 @@ def check(
         for k, (n, (dimension, labels)) in enumerate(zip(shape, axes, strict=True)):
             at = k - len(shape)  # in the broadcast shape of x and y, from its end; what is one a row has no class axis
             at -= name in ("weights", "temperature", "tail_mass") and at <= last < 0
-            listed = at == last and indices is not None and name in ("x", "indices")
-            found[name, (at, listed)] = f"axis {k} of {name}", n, dimension, labels
+            if indices is not None and at == last and name in ("x", "indices"):
+                at = 1  # classes of their own
+            found[name, at] = f"axis {k} of {name}", n, dimension, labels
     for ((one, at), a), ((other, to), b) in itertools.combinations(found.items(), 2):
         if at == to:
             _compare(one, other, a, b)
