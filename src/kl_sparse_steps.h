@@ -18,8 +18,6 @@ struct Listed {               // a row
   double mass;
 };
 
-inline double spoiled(const Listed& r) { return spoiled(r.keys, r.count, r.it, r.mass); }
-
 // f(i, slot) for the classes of a chunk that are listed, from the chunk's first slot on; or for one in so many
 template <class F>
 inline void each_listed(const Key* keys, i64 count, i64 slot, i64 start, int n, const F& f, int step = 1) {
@@ -52,7 +50,7 @@ template <class Team, class X, class Y> inline void make_classes(const Team& tea
   const i64 count = r.count;
   const Key* keys = r.keys;
   double *xs = r.xs, *ys = r.ys;
-  double of_x = temper(r.space_x, r.it), of_y = temper(r.space_y, r.it), nothing = spoiled(r);
+  double of_x = temper(r.space_x, r.it), of_y = temper(r.space_y, r.it), nothing = spoiled(keys, count, r.it, r.mass);
   bool renorm = r.tail == RENORM, of_logits = r.space_y == LOGITS;
   auto leading = [&](i64 k) { return leads(keys, k, count); };
   i64 distinct = team.count(count, leading);
@@ -122,7 +120,7 @@ template <class Team> inline void slopes_of_y(const Team& team, const Listed& r,
 template <class Team, class X> inline void slopes_of_x(const Team& team, const Listed& r, const X& x, const double* d, double* dx) {
   const i64 count = r.count;
   const Key* keys = r.keys;
-  double it = temper(r.space_x, r.it), nothing = spoiled(r), rest = r.xs[count];
+  double it = temper(r.space_x, r.it), nothing = spoiled(keys, count, r.it, r.mass), rest = r.xs[count];
   bool follows = has_rest(r.tail, r.given, r.space_x, rest);
   auto number = [&](i64 k) { return x(place_of(keys[k])); };
   team.each(count, [&](i64 last) {
