@@ -663,6 +663,7 @@ cupy = _module(
     ),
     empty_like=_allocate_like,
     zeros_like=lambda a, *args, **keywords: _filled(_allocate_like(a, *args, **keywords), 0),
+    full_like=lambda a, value: _filled(_allocate_like(a), value),
     broadcast_to=lambda a, shape: np.broadcast_to(a, shape, subok=True),
     broadcast_shapes=np.broadcast_shapes,
     concatenate=lambda arrays, axis=0: array(np.concatenate([asnumpy(a) for a in arrays], axis)),
