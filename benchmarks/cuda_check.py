@@ -104,6 +104,16 @@ def every_build() -> Iterator[Build]:
             if dtype in ("float64", "float32") or not wide:
                 yield Build(f"{label} summed", build(1, folding), folding, ())
     yield Build("sum", kernels.sum_options(), ("kl_sum", "kl_weights"), ())
+    of_rows = ("kl_keys", "kl_others_fold", "kl_classes"), ("kl_by_x", "kl_by_y")
+    spreading = ("kl_spread", "kl_spread_fold")
+    for entries in of_rows:
+        yield Build(f"listed {entries[-1]}", kernels.listed_options(entries[0], "float32", False), entries, ())
+    for dtype in rows.CODES:
+        wide = dtype == "float64"
+        yield Build(f"listed {dtype} others", kernels.listed_options("kl_others", dtype, wide), ("kl_others",), ())
+        yield Build(f"listed {dtype} dx", kernels.listed_options("kl_spread", dtype, True), spreading, ())
+        if not wide:
+            yield Build(f"listed {dtype} dy", kernels.listed_options("kl_spread", dtype, False), spreading, ())
 
 
 class Budget(NamedTuple):

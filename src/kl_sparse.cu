@@ -214,7 +214,7 @@ extern "C" __global__ void __launch_bounds__(1024) kl_keys(const Listing p) {
 
 // The states of the chunks, `level` of each row: every 1024 of them into one, left in `sums` as they were in `states`; the last
 // one is what is known of the row.
-extern "C" __global__ void __launch_bounds__(128) kl_others_fold(const Listing p) {
+extern "C" __global__ void __launch_bounds__(128, 4) kl_others_fold(const Listing p) {
 #pragma unroll 1
   for (i64 item = this_warp(); item < p.rows * p.groups; item += warps_in_all()) {
     i64 r = item / p.groups, g = item % p.groups;
@@ -233,7 +233,7 @@ extern "C" __global__ void __launch_bounds__(128) kl_others_fold(const Listing p
   }
 }
 
-extern "C" __global__ void __launch_bounds__(128) kl_classes(const Listing p) {
+extern "C" __global__ void __launch_bounds__(128, 4) kl_classes(const Listing p) {
   each_row(p, [&](const Listed& r, const ListedRow& row) {
     make_classes(Warp(), r, [&](i64 place) { return number_at(p.x, row.x, place); }, [&](i64 c) { return number_at(p.y, row.y, c); });
   });
@@ -241,13 +241,13 @@ extern "C" __global__ void __launch_bounds__(128) kl_classes(const Listing p) {
 #endif
 
 #if defined(KL_SLOPES)
-extern "C" __global__ void __launch_bounds__(128) kl_by_x(const Listing p) {
+extern "C" __global__ void __launch_bounds__(128, 4) kl_by_x(const Listing p) {
   each_row(p, [&](const Listed& r, const ListedRow& row) {
     slopes_of_x(Warp(), r, [&](i64 place) { return number_at(p.x, row.x, place); }, p.slopes + row.number * (p.count + 1),
                 p.dx + row.number * p.count);
   });
 }
-extern "C" __global__ void __launch_bounds__(128) kl_by_y(const Listing p) {
+extern "C" __global__ void __launch_bounds__(128, 4) kl_by_y(const Listing p) {
   each_row(p, [&](const Listed& r, const ListedRow& row) { slopes_of_y(Warp(), r, p.slopes + row.number * (p.count + 1)); });
 }
 #endif
@@ -261,9 +261,11 @@ struct Piece {                // a chunk of a row
   const ListedRow& row;
   i64 start;
   int n;
+  KL_DEVICE const Key* keys() const { return p.keys + row.number * p.count; }
+  KL_DEVICE i64 first() const { return first_slot(keys(), p.count, start); }   // looked for while copies are under way
   // f(i, slot) for the classes that are listed
-  template <class F> KL_DEVICE void each_listed(const F& f) const {
-    kl::each_listed(p.keys + row.number * p.count, p.count, start, n, f, lane_of(), WARP);
+  template <class F> KL_DEVICE void each_listed(i64 first, const F& f) const {
+    kl::each_listed(keys(), p.count, first + lane_of(), start, n, f, WARP);
   }
   KL_DEVICE void stage_y(Y* slot) const {
     __syncwarp();
@@ -295,9 +297,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 4) kl_others(const Listing
     if (row.weight == 0) continue;
     Piece piece = {p, row, c * CHUNK, classes_of(p.n, c)};
     piece.stage_y(slot);
+    const i64 first = piece.first();
     arrived();
     __syncwarp();
-    piece.each_listed([&](int i, i64) { slot[i] = Stored<DY>::narrow((T)no_mass((int)p.space_y)); });
+    piece.each_listed(first, [&](int i, i64) { slot[i] = Stored<DY>::narrow((T)no_mass((int)p.space_y)); });
     piece.pad(slot);
     Wide at(piece.n);
     Norm norm;
@@ -334,12 +337,13 @@ template <int D> KL_DEVICE void spread(const Piece& piece, Y* slot, typename Sto
   const bool renorm = p.tail == RENORM, logs = is_log((int)p.space_y);
   const double *by_class = p.slopes + row.number * (p.count + 1), slope = by_class[p.count];
   const Scale<T> scale(logs ? slope_of(slope, norm_at(row.known + OTHERS)) : slope);
-  const T same = renorm ? (T)spoiled(p.keys + row.number * p.count, p.count, row.inverse_temperature) : T(1) * scale;
+  const T same = renorm ? (T)spoiled(piece.keys(), p.count, row.inverse_temperature) : T(1) * scale;
   const T max = (T)top_of(row.known[OTHERS]);
   const Inverse<T> it = inverse<T>(row.inverse_temperature);
   const bool parts = logs && !renorm;
+  if (parts) piece.stage_y(slot);
+  const i64 first = piece.first();
   if (parts) {
-    piece.stage_y(slot);
     arrived();
     piece.pad(slot);
   }
@@ -359,13 +363,13 @@ template <int D> KL_DEVICE void spread(const Piece& piece, Y* slot, typename Sto
     }
   }
   __syncwarp();
-  piece.each_listed([&](int i, i64 k) { out[i] = Stored<D>::narrow((T)by_class[k]); });
+  piece.each_listed(first, [&](int i, i64 k) { out[i] = Stored<D>::narrow((T)by_class[k]); });
   __syncwarp();
 }
 
 }  // namespace kl
 
-extern "C" __global__ void __launch_bounds__(THREADS, 4) kl_spread(const Listing p) {
+extern "C" __global__ void __launch_bounds__(THREADS, KL_WIDE ? 3 : 4) kl_spread(const Listing p) {
   KL_SHARED_MEMORY(shared);
   const bool summed = p.inner > 1;
   char* mine = shared + warp_of() * CHUNK * (int)(sizeof(Y) + (summed ? sizeof(T) + sizeof(double) : 0));
@@ -406,7 +410,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 4) kl_spread(const Listing
   }
 }
 // and the groups in order.
-extern "C" __global__ void __launch_bounds__(128) kl_spread_fold(const Listing p) {
+extern "C" __global__ void __launch_bounds__(128, 4) kl_spread_fold(const Listing p) {
   i64 all = p.rows / p.inner * p.n;
   for (i64 e = (i64)blockIdx.x * blockDim.x + threadIdx.x; e < all; e += (i64)gridDim.x * blockDim.x) {
     i64 outer = e / p.n, i = e % p.n;

@@ -20,7 +20,8 @@ template <class F> double tree_sum(i64 at, i64 n, const F& f) {
 inline i64 number_of(const Sparse& s, const Row& row) { return (row.known - s.known) / ROW_NUMBERS; }
 
 template <class F> void each_listed(const Sparse& s, i64 r, i64 start, int n, const F& f) {
-  each_listed(s.keys + r * s.count, s.count, start, n, f);
+  const Key* keys = s.keys + r * s.count;
+  each_listed(keys, s.count, first_slot(keys, s.count, start), start, n, f);
 }
 
 template <typename T>

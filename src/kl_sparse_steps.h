@@ -18,10 +18,10 @@ struct Listed {               // a row
   double mass;
 };
 
-// f(i, slot) for the classes of a chunk that are listed; by one of `lanes`, or alone
+// f(i, slot) for the classes of a chunk that are listed, from the chunk's first slot on; or for one in so many
 template <class F>
-inline void each_listed(const Key* keys, i64 count, i64 start, int n, const F& f, int lane = 0, int lanes = 1) {
-  for (i64 k = first_slot(keys, count, start) + lane; k < count && (i64)class_of(keys[k]) < start + n; k += lanes)
+inline void each_listed(const Key* keys, i64 count, i64 slot, i64 start, int n, const F& f, int step = 1) {
+  for (i64 k = slot; k < count && (i64)class_of(keys[k]) < start + n; k += step)
     if (leads(keys, k, count)) f((int)((i64)class_of(keys[k]) - start), k);
 }
 

@@ -149,12 +149,13 @@ ROOMS = {
     },
     r"klcore\.backends\.jax": {
         "numpy", "jax", "klcore.backends.cpu", "klcore.backends.cuda", "klcore.backends.labels", "klcore.backends.rows",
-        "klcore.operations", REGISTRY_ERROR,
+        "klcore.backends.sparse", "klcore.operations", REGISTRY_ERROR,
         *(f"klcore.backends.jax.{name}" for name in ("partition", "primitives", "private", "programs")),
     },
     r"klcore\.backends\.(?P<library>dask|dlpack)": {
         "numpy", "cupy", "ml_dtypes", "klcore.backends.cpu", "klcore.backends.cuda", "klcore.backends.rows",
-        "klcore.backends.threads", "klcore.backends.labels", "klcore.operations", REGISTRY_ERROR,
+        "klcore.backends.threads", "klcore.backends.labels", "klcore.backends.sparse", "klcore.operations",
+        REGISTRY_ERROR,
     },
     r"klcore\.backends\.torch\.private": {"torch"},
     r"klcore\.backends\.torch\.memory": {

@@ -702,6 +702,147 @@ def test_weights_at_an_end_of_the_range_beside_a_denominator(exponent):
         assert_close(klcore.kl_div(*lazy, weights=w, **keywords).compute(), expected)
 
 
+# ---- lists of classes ------------------------------------------------------------------------------------------------
+
+LISTED = [name for name, operation in OPERATIONS.items() if operation.takes_indices]
+TAILS = {"bucket": ("probs", "logits"), "mass": ("log_probs", "probs"), "zero": ("probs", "counts")}
+TAILS["renorm"] = ("logits", "logits")
+
+
+def listing(tail, batch=(7,), n=30, dtype="float32"):
+    """x of six of y's classes, y, and the other arrays by their names: a row of no weight is not to be looked at."""
+    rng = np.random.default_rng(3)
+    x, y = (numbers((*batch, n), s, dtype, side) for s, side in zip(TAILS[tail], "xy", strict=True))
+    indices = np.argsort(rng.random((*batch, n)))[..., :6].astype(np.int32)
+    x = np.take_along_axis(x, indices, -1)
+    indices[..., 2] = -1
+    more = {"indices": indices, "weights": np.resize([1, 0.5, 0, 2, 1, 1, 3], batch)}
+    more["indices"][more["weights"] == 0] = 99
+    if tail == "mass":
+        more["tail_mass"] = rng.random(batch)
+    if "logits" in TAILS[tail]:
+        more["temperature"] = rng.uniform(0.5, 2, batch)
+    return x, y, more
+
+
+def of_list(operation, x, y, tail, more, **keywords):
+    keywords |= {"tail": "bucket" if tail == "mass" else tail, "space": TAILS[tail], "return_grad": ("x", "y")}
+    return getattr(klcore, operation)(x, y, **more, **keywords)
+
+
+def in_chunks(arrays, rows):
+    """Rows in chunks, the classes in one."""
+    return {name: da.from_array(a, chunks=(*rows, *[-1] * (a.ndim - len(rows)))) for name, a in arrays.items()}
+
+
+@pytest.mark.parametrize("tail", TAILS)
+@pytest.mark.parametrize("operation", LISTED)
+def test_lists_of_classes_have_the_bits_of_the_whole(operation, tail):
+    """All reductions of one operation; NumPy's lists beside dask's arrays."""
+    x, y, more = listing(tail)
+    lazy = in_chunks({"x": x, "y": y}, [3]), in_chunks(more, [(2, 4, 1)])
+    for reduction in REDUCTIONS if operation == "kl_div" else ["row"]:
+        whole = of_list(operation, x, y, tail, more, reduction=reduction)
+        for rest in (lazy[1], more) if reduction == "row" else lazy[1:]:
+            found = of_list(operation, *lazy[0].values(), tail, rest, reduction=reduction)
+            check(found, whole, assert_same_bits)
+
+
+@pytest.mark.parametrize("dtype", ["float64", "bfloat16"])
+def test_lists_along_any_axis(dtype):
+    """Gradients of what is broadcast are summed over all blocks, of lists as well."""
+    x, y, more = listing("mass", (4, 5), dtype=dtype)
+    more["indices"] = np.maximum(more["indices"] % 30, 0)
+    for axis in (0, 1, -1):
+        arrays = {"x": x[0], "y": y[:, :1], "indices": more["indices"]}
+        arrays = {name: np.moveaxis(a[(None,) * (3 - a.ndim)], -1, axis) for name, a in arrays.items()}
+        lazy = {
+            name: da.from_array(a, chunks=[-1 if k == axis % 3 else 2 for k in range(3)]) for name, a in arrays.items()
+        }
+        by_row = {"tail_mass": more["tail_mass"][:, :1], "weights": more["weights"][0]}
+        for reduction in ("row", "none", "batchmean"):
+            options = {"axis": axis, "reduction": reduction}
+            whole = of_list(
+                "kl_div", arrays["x"], arrays["y"], "mass", by_row | {"indices": arrays["indices"]}, **options
+            )
+            found = of_list("kl_div", lazy["x"], lazy["y"], "mass", by_row | {"indices": lazy["indices"]}, **options)
+            check(found, whole, assert_close)
+
+
+def test_lists_are_lazy():
+    """Nothing is computed, and nothing is made of the arrays' size; the same call has the same keys."""
+    y = da.zeros((1 << 25, 1 << 24), dtype="f4", chunks=(1 << 24, -1)).map_blocks(
+        explode, dtype="f4", meta=np.empty((0, 0))
+    )
+    x, w = y[:, :64], y[:, 0]
+    options = {"indices": x.astype("i4"), "tail": "bucket", "tail_mass": w, "weights": w, "return_grad": ("x", "y")}
+    terms, dx, dy = klcore.kl_div(x, y, reduction="none", **options)
+    assert (terms.shape, dx.shape, dy.shape) == ((1 << 25, 65), x.shape, y.shape)
+    assert terms.name == klcore.kl_div(x, y, reduction="none", **options)[0].name
+    assert klcore.kl_div(x, y, reduction="mean", **options)[0].shape == ()
+    with pytest.raises(RuntimeError, match="computed"):
+        terms[:1].compute()
+
+
+def test_lists_of_unknown_sizes():
+    x, y, more = listing("bucket", (12,))
+    kept = KEPT["x"]
+    here = {name: a[kept] for name, a in ({"x": x, "y": y} | more).items()}
+    lazy = {name: left(a, kept, (4, *[-1] * (a.ndim - 1))) for name, a in ({"x": x, "y": y} | more).items()}
+    for reduction in ("row", "none", "sum"):
+        whole, found = (
+            of_list("kl_div", a.pop("x"), a.pop("y"), "bucket", a, reduction=reduction)
+            for a in (dict(here), dict(lazy))
+        )
+        for a, b in zip(dask.compute(*found), whole, strict=True):
+            assert_close(a, b)
+    with pytest.raises(ValueError, match=r"x has an unknown size along axis 0.*mean.*compute_chunk_sizes"):
+        of_list("kl_div", lazy.pop("x"), lazy.pop("y"), "bucket", lazy, reduction="mean")
+
+
+@pytest.mark.parametrize("name", ["x", "y", "indices"])
+def test_lists_and_classes_in_several_chunks(name):
+    x, y, more = listing("bucket")
+    arrays = in_chunks({"x": x, "y": y, "indices": more["indices"]}, [3])
+    arrays[name] = arrays[name].rechunk({1: 4})
+    for axis in (-1, 1):
+        with pytest.raises(ValueError, match=rf"{name} has its classes in \d chunks.*{name}\.rechunk\({{-1: -1}}\)"):
+            klcore.kl_div(**arrays, tail="bucket", axis=axis)
+
+
+@pytest.mark.parametrize(
+    ("bad", "error", "words"),
+    [
+        ({"indices": np.array([[9]])}, ValueError, r"indices must lie in \[0, 3\).*found 9"),
+        ({"indices": np.array([[0.5]])}, TypeError, "indices must be integers"),
+        ({"indices": da.zeros((2, 1))}, TypeError, "indices must be integers"),
+        ({"indices": da.zeros((2, 2), dtype=int)}, ValueError, "the same number of classes"),
+        ({"tail_mass": 1.5}, ValueError, r"tail_mass must lie in \[0, 1\]; found 1.5"),
+        ({"tail": None}, TypeError, "indices= lists the classes"),
+        ({"indices": None}, TypeError, "tail= says"),
+    ],
+)
+def test_lists_that_are_wrong(bad, error, words):
+    """Are refused at once, as far as they are known."""
+    x, y = da.full((2, 1), 0.5), da.full((2, 3), 0.25)
+    with pytest.raises(error, match=words):
+        klcore.kl_div(x, y, **{"indices": np.array([[0]]), "tail": "bucket", **bad})
+
+
+def test_lists_that_are_wrong_when_they_are_there():
+    """Or when it is, as their row might have no weight."""
+    x, y = da.full((2, 1), 0.5), da.full((2, 3), 0.25)
+    lazy = klcore.kl_div(x, y, indices=da.full((2, 1), 9), tail="bucket", tail_mass=da.full(2, 0.5))
+    with pytest.raises(ValueError, match="indices must lie in"):
+        lazy.compute()
+    more = {"indices": np.array([[0], [9]]), "tail": "bucket", "tail_mass": np.array([0.5, 7])}
+    found = klcore.kl_div(x, y, weights=da.from_array([1, 0]), **more)
+    np.testing.assert_array_equal(found, klcore.kl_div(np.asarray(x), np.asarray(y), weights=[1, 0], **more))
+    lazy = klcore.kl_div(x, y, weights=da.ones(2), **more)
+    with pytest.raises(ValueError, match="tail_mass must lie in"):
+        lazy.compute()
+
+
 # ---- temperatures ----------------------------------------------------------------------------------------------------
 
 

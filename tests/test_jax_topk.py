@@ -172,7 +172,7 @@ def probabilities(a, space, temperature, there=True):
 
 
 def naive(operation, tail, space, arrays):
-    """The value of one row of all classes, and one more for those that are not listed: by JAX alone for one operation."""
+    """The value of a row of all classes, and one more for those that are not listed; of one operation by JAX alone."""
     x, y, indices, temperature, n = arrays["x"], arrays["y"], arrays["indices"], arrays.get("temperature"), CLASSES
     listed = jnp.zeros(n + 1).at[indices].set(1)[:n]  # -1 is the one behind them
     p = jnp.zeros(n + 1).at[indices].add(probabilities(x, space[0], temperature, indices >= 0))[:n]

@@ -12,7 +12,8 @@ import pytest
 from conftest import COMMON, DEVICES, DTYPES, computing_on, some_pairs
 from test_estimate import tokens
 from test_gradient import REDUCTIONS
-from test_torch import array, kl, logits, operands, options, same
+from test_torch import array, kl, logits, operands, options, same, tensor
+from test_torch_topk import OF_PROBS, WAYS, lists
 
 import klcore
 from klcore.operations import KL_DIV, Call
@@ -135,6 +136,10 @@ def calls():
             yield x, y, {"space": space, "reduction": reduction, "weights": weights, "return_grad": ("x", "y")}
         yield x, y[:1], {"space": space, "return_grad": "y"}
         yield x.requires_grad_(), y, {"space": space, "reduction": "rowmean", "weights": weights > 0.3}
+    best, indices = x.detach().softmax(-1).topk(3)
+    for words in ({"return_grad": ("x", "y")}, {"reduction": "mean"}):
+        words |= {"indices": indices, "tail": "bucket", "space": OF_PROBS}
+        yield best.requires_grad_("reduction" in words), y, words
 
 
 def test_all_memory_is_pytorchs(posing, monkeypatch):
@@ -290,6 +295,48 @@ def test_estimates(emulated, monkeypatch, reduction):
     same(value.detach(), expected[0])
     value.backward(torch.ones_like(value))
     np.testing.assert_allclose(x.grad, expected[1], rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("way", "reduction", "dtype"),
+    [(0, "row", "float32"), (1, "mean", "bfloat16"), (2, "none", "float32"), (3, "none", "bfloat16")],
+)
+def test_lists_of_classes(emulated, monkeypatch, way, reduction, dtype):
+    """The bits of CuPy's arrays; with weights and a temperature a row, which stay where they are."""
+    (tail, mass), (x, y, indices) = WAYS[way], lists(OF_PROBS, getattr(torch, dtype))
+    tensors = {"weights": torch.tensor([1.0, 0.5, 0.0, 2.0]), "temperature": torch.tensor([0.5, 2.0, 1.0, 3.0])}
+    tensors |= {"indices": indices} | ({} if mass is None else {"tail_mass": mass})
+    options = {"space": OF_PROBS, "tail": tail, "reduction": reduction}
+    there = {name: emulated.put(array(t)) for name, t in tensors.items()}
+    both = (emulated.put(array(t)) for t in (x, y))
+    expected = tuple(map(emulated.get, klcore.kl_div(*both, **there, **options, return_grad=("x", "y"))))
+    pose_as_cuda(monkeypatch)
+    found = klcore.kl_div(x, y, **tensors, **options, return_grad=("x", "y"))
+    out = tuple(torch.full_like(t, 7) for t in found)
+    into = klcore.kl_div(x, y, **tensors, **options, return_grad=("x", "y"), out=out)
+    for got, given, written, a in zip(found, into, out, expected, strict=True):
+        assert given is written
+        same(got, a)
+        same(given, a)
+    leaves = [t.clone().requires_grad_() for t in (x, y)]
+    value = klcore.kl_div(*leaves, **tensors, **options)
+    value.sum().backward()
+    same(value.detach(), expected[0])
+    for leaf, a in zip(leaves, expected[1:], strict=True):
+        if reduction == "none":  # a cotangent of its own for every term: another computation
+            torch.testing.assert_close(leaf.grad, tensor(a))
+        else:
+            same(leaf.grad, a)
+
+
+def test_lists_that_are_no_lists(posing):
+    """Nobody waits for a GPU to look at numbers: such a row is NaN."""
+    x, y, indices = lists(OF_PROBS)
+    indices[1, 0] = 9
+    value, dx, dy = klcore.kl_div(x, y, indices=indices, tail="bucket", space=OF_PROBS, return_grad=("x", "y"))
+    for result in (value, dx, dy):
+        assert torch.isnan(result[1]).all()
+        assert not torch.isnan(result[[0, 2, 3]]).any()
 
 
 @pytest.mark.parametrize("reduction", ["row", "sum"])

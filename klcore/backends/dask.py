@@ -92,9 +92,7 @@ def _stand_in(a: Any, name: str, sizes: list[Any]) -> Any:
     return np.broadcast_to(np.array(name not in ("weights", "indices"), dtype), shape)
 
 
-def _axes(
-    of_classes: dict[str, Any], by_row: dict[str, Any], axis: int
-) -> list[tuple[str, Any, tuple[int, ...]]]:
+def _axes(of_classes: dict[str, Any], by_row: dict[str, Any], axis: int) -> list[tuple[str, Any, tuple[int, ...]]]:
     """The operands, with the axes that theirs are in the broadcast shape. `by_row`: one a row."""
     whole = tuple(range(_ndim(of_classes)))
     classes = axis % max(len(whole), 1)
@@ -369,11 +367,15 @@ class _Graph:
         )
         return factor
 
+    def classes_of(self, a: Any) -> dict[int, int]:
+        """How many an array has, for chunks that are not those of y."""
+        return {self.classes: a.shape[self.classes - len(self.all)]} if "indices" in self.arrays else {}
+
     def gradient(self, packed: Any, k: int, g: rows.Gradient) -> Any:
         """Result k of packed blocks: a gradient, or parts of one that is a sum over blocks."""
         operand = self.arrays[g.of]
         pick = ((packed, self.all), (k, None))
-        listed = {self.classes: operand.shape[self.classes - len(self.all)]} if "indices" in self.arrays else {}
+        listed = self.classes_of(operand)
         if not g.inner:
             axes = tuple(self.classes if d == _LISTED else d for d in self.axes[g.of])
             return self.layer(_pick, axes, *pick, dtype=g.array.dtype, adjust_chunks=listed)
@@ -483,9 +485,7 @@ def _by_rows(graph: _Graph, call: Call, scale: Any) -> tuple[Any, list[Any]]:
     if totals:
         value = graph.sums(_pick, *first)
     else:
-        axes, terms = graph.batch, {}
-        if call.reduction == "none":
-            axes, terms = graph.all, {graph.classes: task.value.shape[call.axis]}
+        axes, terms = (graph.all, graph.classes_of(task.value)) if call.reduction == "none" else (graph.batch, {})
         value = graph.layer(_pick, axes, *first, dtype=task.scalar_dtype, adjust_chunks=terms)
     return value, [graph.gradient(packed, k, g) for k, g in enumerate(task.gradients, 1)]
 

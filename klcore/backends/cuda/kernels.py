@@ -16,7 +16,8 @@ ENTRIES = {
     "kl_keys": "KL_LISTED", "kl_others_fold": "KL_LISTED", "kl_classes": "KL_LISTED", "kl_by_x": "KL_SLOPES",
     "kl_by_y": "KL_SLOPES", "kl_others": "KL_OTHERS", "kl_spread": "KL_SPREAD", "kl_spread_fold": "KL_SPREAD",
 }  # fmt: skip
-_STAGING = ("kl_units", "kl_narrow", "kl_rows", "kl_summed", "kl_others", "kl_spread")  # kernels that keep chunks in shared memory
+# kernels that keep chunks in shared memory
+_STAGING = ("kl_units", "kl_narrow", "kl_rows", "kl_summed", "kl_others", "kl_spread")
 
 
 def is_beside(operation: Operation, spaces: tuple[int, int]) -> bool:

@@ -113,10 +113,14 @@ class Kind(NamedTuple):
         return max(range(1, _WARPS + 1), key=lambda w: (w * blocks(w * bytes_a_warp, w, most), w))
 
 
+def grid_of(device: int, items: int) -> tuple[int]:
+    """For so many blocks' worth of work."""
+    return (max(1, min(items, int(_MOST_BLOCKS * devices.properties(device).multiprocessors))),)
+
+
 def launch_of(kind: Kind, name: str, plan: plans.Plan, items: int, warps: int, shared: int) -> Planned:
     """One launch; `items` blocks' worth of work."""
-    most = int(_MOST_BLOCKS * devices.properties(kind.device).multiprocessors)
-    return Launch(name, kind.kernel(name), (max(1, min(items, most)),), (32 * warps,), shared), plan
+    return Launch(name, kind.kernel(name), grid_of(kind.device, items), (32 * warps,), shared), plan
 
 
 def units(kind: Kind, plan: plans.Plan, layout: plans.Layout, first: int, last: int) -> Planned:

@@ -1,4 +1,5 @@
-"""What one launch is told: kl::Plan of src/kl_cuda.cu, or kl::Listing of src/kl_sparse.cu, with places where addresses will be."""
+"""What one launch is told: kl::Plan of src/kl_cuda.cu, with places where addresses will be; or kl::Listing of
+src/kl_sparse.cu."""
 
 import math
 from typing import Any, NamedTuple

@@ -48,10 +48,10 @@ def compute(call: Call) -> Any:
         indices, mass = memory.list_beside(indices, mass, x, call.device)
     taken = x, y, weights, ratio, indices, mass
     as_given = all(map(is_, taken, given))
-    if not as_given and not torch.compiler.is_compiling() and labels.are_there(*given[:4]):
+    if not as_given and not torch.compiler.is_compiling() and labels.are_there(*given):
         axis = rows.class_axis_of(call._replace(indices=indices), x, y)
-        labels.check(axis, *given[:4], temperature=call.temperature)
-    if not as_given and _needs_grad(x, y, call.temperature):  # a NumPy array may change before backward looks at it again
+        labels.check(axis, *given[:4], call.temperature, *given[4:])
+    if not as_given and _needs_grad(x, y, call.temperature):  # an array may change before backward reads it
         taken = tuple(
             t if t is a or t is None or isinstance(a, torch.Tensor) else t.clone()
             for t, a in zip(taken, given, strict=True)
