@@ -170,7 +170,7 @@ def draw(histories, outside, truth):
         left.semilogy(range(1, EPOCHS + 1), histories[name][:, 0], marker="o", **style)
         right.plot(x, [100 * float(outside[name][group].mean()) for group in groups], marker="o", **style)
     right.axline((0, 0), slope=1, color="#BBBBBB", zorder=0)
-    right.annotate("as the teacher's", (x[-1], x[-1]), (0, -24), textcoords="offset points", ha="right", va="top")
+    right.annotate("as the teacher's", (15, 15), (8, 0), textcoords="offset points", va="top")
     left.set_xticks(range(1, EPOCHS + 1))
     left.yaxis.set_major_formatter("{x:g}")
     left.yaxis.set_minor_formatter("{x:g}")
