@@ -58,7 +58,7 @@ template <class Team, class X, class Y> inline void make_classes(const Team& tea
     return leading(k) ? x(place_of(keys[k])) : -infinity<double>();
   });
   team.each(count, [&](i64 k) {
-    xs[k] = leading(k) ? together(r, k, x, top_of(top_x), of_x) + nothing : no_mass(r.space_x);
+    xs[k] = (leading(k) ? together(r, k, x, top_of(top_x), of_x) : no_mass(r.space_x)) + nothing;
     ys[k] = leading(k) ? y(class_of(keys[k])) : no_mass(r.space_y);
   });
   // x's others
