@@ -149,7 +149,8 @@ def arrange(xp: Any, asarray: Any, call: Call) -> Task:
     if mass is not None:
         mass = rows.over_rows(xp, mass, batch, "tail_mass")
         _check(mass, 0, 1, weights, "tail_mass must lie in [0, 1]")
-    _check(indices, -1, n - 1, weights, f"indices must lie in [0, {n}), or be -1 for no class")
+    no_class = "or be -1, of a signed dtype, for no class; rows to leave out have the weight 0"
+    _check(indices, -1, n - 1, weights, f"indices must lie in [0, {n}), {no_class}")
     given = call.x, call.y, call.weights, call.ratio, call.temperature, call.indices, call.tail_mass
     if labels.are_there(*given):
         labels.check(laid.last, *given)
