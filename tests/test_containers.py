@@ -273,7 +273,7 @@ def test_tables_that_list_classes(name):
 
 @pytest.mark.parametrize("library", ["numpy", "jax", "dask"])
 def test_labels_of_lists(library):
-    """Those of rows are compared; those of classes mean nothing, as x's are not y's."""
+    """Those of rows are compared; those of classes are no classes of y."""
     with contextlib.nullcontext(np.asarray) if library == "numpy" else lending(library) as lend:
         x, y, indices = lend(np.array(A[:, :2])), lend(np.array(B)), pd.DataFrame(BEST, columns=["best", "next"])
         klcore.kl_div(x, y, indices=indices, tail="bucket")
@@ -292,11 +292,13 @@ def test_labels_of_lists(library):
 def test_tables_of_all_that_lists_take():
     """As x and y too, whose classes are called otherwise."""
     x = frame(columns=["best", "next"], a=A[:, :2])
-    klcore.kl_div(x, frame(a=B), indices=pd.DataFrame(BEST), tail="bucket")
+    klcore.kl_div(x, frame(a=B), indices=pd.DataFrame(BEST, columns=x.columns), tail="bucket")
+    with pytest.raises(ValueError, match="axis 1 of x and axis 1 of indices have different labels"):
+        klcore.kl_div(x, frame(a=B), indices=pd.DataFrame(BEST, columns=["next", "best"]), tail="bucket")
     with pytest.raises(ValueError, match="axis 0 of y and axis 0 of indices have different labels"):
         klcore.kl_div(A[:, :2], frame("uvw", a=B), indices=pd.DataFrame(BEST, list("uwv")), tail="bucket")
     with pytest.raises(TypeError, match=r"indices, .*dtype object"):
-        klcore.kl_div(x, B, indices=pd.DataFrame(BEST).convert_dtypes().mask(BEST < 0), tail="bucket")
+        klcore.kl_div(A[:, :2], B, indices=pd.DataFrame(BEST).convert_dtypes().mask(BEST < 0), tail="bucket")
 
 
 # ---- what means something else ---------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 function that makes whole rows of the list."""
 
 import importlib
+import types
 from functools import partial
 
 import ml_dtypes
@@ -11,10 +12,10 @@ import pytest
 jax = pytest.importorskip("jax", reason="JAX is not installed")
 
 import jax.numpy as jnp  # noqa: E402
-from test_jax import into, same  # noqa: E402
+from test_jax import buffer, into, same  # noqa: E402, F401
 
 import klcore  # noqa: E402
-from klcore.operations import OPERATIONS  # noqa: E402
+from klcore.operations import OPERATIONS, Call  # noqa: E402
 
 LISTED = [name for name, operation in OPERATIONS.items() if operation.takes_indices]
 REDUCTIONS = ["row", "none", "sum", "rowmean", "batchmean", "mean"]
@@ -333,6 +334,24 @@ def test_lowering():
     same(compiled(x, y, turned), np.asarray(f(x, y, turned)))
     with pytest.raises(NotImplementedError, match=r"cannot be exported"):
         jax.export.export(f)(x, y, turned)
+
+
+def test_buffers_on_a_gpu(gpu, buffer):  # noqa: F811
+    """What XLA would call there: an index outside of y makes its row NaN."""
+    x, y, more = arguments("mass", ("probs", "logits"), batch=(3,))
+    more["indices"][1, 2] = CLASSES
+    call = Call(OPERATIONS["kl_div"], None, None, ("probs", "logits"), -1, "row", tail="bucket")
+    programs = importlib.import_module("klcore.backends.jax.programs")
+    names = ("x", "y", "indices", "tail_mass")
+    program = programs.Program(call, 2, (3,), np.dtype("float32"), ("x", "y"), names=names)
+    results = [buffer(np.empty_like(a)) for a in (y[:, 0], x, y)]
+    given = [buffer(a) for a in (x, y, more["indices"], more["tail_mass"])]
+    programs.on_buffers(program, False, types.SimpleNamespace(stream=0), results, *given)
+    expected = on("kl_div", x, y, "mass", ("probs", "logits"), more | {"weights": [1, 0, 1]}, return_grad=("x", "y"))
+    for result, e in zip(results, expected, strict=True):
+        found = gpu.get(result.array)
+        np.testing.assert_array_equal(found[::2], e[::2])
+        assert np.isnan(found[1]).any()
 
 
 # ---- errors ----------------------------------------------------------------------------------------------------------
