@@ -716,8 +716,10 @@ def counts(kernels: list[Kernel]) -> Iterator[str]:
 
 def is_common(build: Any) -> bool:
     """Whether --quick takes it: hot, and of one space in float32, or else one output at a time and not both a pair of
-    spaces and 16 bits."""
+    spaces and 16 bits. Of lists, what is of no dtype or of float32."""
     pair, narrow = "/" in build.name, "16" in build.name
+    if build.name.startswith("listed"):
+        return not narrow and "64" not in build.name
     return build.hot and ("terms" not in build.name or not (pair or narrow)) and not (pair and narrow)
 
 

@@ -337,7 +337,7 @@ template <int D> KL_DEVICE void spread(const Piece& piece, Y* slot, typename Sto
   const bool renorm = p.tail == RENORM, logs = is_log((int)p.space_y);
   const double *by_class = p.slopes + row.number * (p.count + 1), slope = by_class[p.count];
   const Scale<T> scale(logs ? slope_of(slope, norm_at(row.known + OTHERS)) : slope);
-  const T same = renorm ? (T)spoiled(piece.keys(), p.count, row.inverse_temperature) : T(1) * scale;
+  const T same = renorm ? (T)spoiled(piece.keys(), p.count, row.inverse_temperature, 0.0) : T(1) * scale;
   const T max = (T)top_of(row.known[OTHERS]);
   const Inverse<T> it = inverse<T>(row.inverse_temperature);
   const bool parts = logs && !renorm;

@@ -47,10 +47,11 @@ template <class Number> KL_FN bool comes_first(Key k, Key other, const Number& n
   return own != others ? own < others : k < other;
 }
 
-// What is added to all numbers of a row: NaN where an index lies outside or the temperature is none, which the CPU refuses.
-KL_FN double spoiled(const Key* keys, long long count, double it) {
+// What is added to all numbers of a row: NaN where an index, the mass or the temperature is none. The CPU refuses these.
+KL_FN double spoiled(const Key* keys, long long count, double it, double mass) {
   long long s = first_slot(keys, count, OUTSIDE);
-  return (s < count && class_of(keys[s]) == OUTSIDE) | (it != it) ? nan<double>() : 0.0;
+  bool outside = s < count && class_of(keys[s]) == OUTSIDE;
+  return outside | (it != it) | !((mass >= 0) & (mass <= 1)) ? nan<double>() : 0.0;
 }
 
 // ---- what is known of a row ------------------------------------------------------------------------------------------------
@@ -102,12 +103,11 @@ KL_FN double of_others(int space, const double* known, double it) {
   double scaled = known[ALL + SCALE] == FEWER ? others[1] : known[ALL + SCALE] == MORE ? others[2] : others[0];
   return scaled / known[ALL + SUM];
 }
-// What x has of them: `mass` is given, or NaN, and then `listed` is what x has of those that are listed.
+// What x has of them: `mass`, if that is given; else what it has not of those that are listed
 KL_FN double mass_of_others(int tail, bool given, double mass, double listed) {
   double rest = 1.0 - listed;
   rest = rest <= 0 ? 0.0 : rest;
-  double own = (mass >= 0) & (mass <= 1) ? mass : nan<double>();
-  return tail == ZERO ? 0.0 : given ? own : rest;
+  return tail == ZERO ? 0.0 : given ? mass : rest;
 }
 
 // ---- derivatives -----------------------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ struct Listed {               // a row
   double it;                  // its inverse temperature
   const Key* keys;
   double *known, *xs, *ys;    // ROW_NUMBERS, and count + 1 of each side
-  bool given;                 // x's mass of all other classes:
+  bool given;                 // x's mass of all other classes, else 0:
   double mass;
 };
 
@@ -50,7 +50,7 @@ template <class Team, class X, class Y> inline void make_classes(const Team& tea
   const i64 count = r.count;
   const Key* keys = r.keys;
   double *xs = r.xs, *ys = r.ys;
-  double of_x = temper(r.space_x, r.it), of_y = temper(r.space_y, r.it), nothing = spoiled(keys, count, r.it);
+  double of_x = temper(r.space_x, r.it), of_y = temper(r.space_y, r.it), nothing = spoiled(keys, count, r.it, r.mass);
   bool renorm = r.tail == RENORM, of_logits = r.space_y == LOGITS;
   auto leading = [&](i64 k) { return leads(keys, k, count); };
   i64 distinct = team.count(count, leading);
@@ -65,8 +65,7 @@ template <class Team, class X, class Y> inline void make_classes(const Team& tea
   double listed = r.tail != BUCKET || r.given ? 0.0 : team.sum(count, [&](i64 k) { return prob_in(r.space_x, xs[k]); });
   double rest = mass_of_others(r.tail, r.given, r.mass, listed);
   bool empty = renorm || distinct == r.n;
-  double none = no_mass(r.space_x) + (r.given ? 0.0 * rest : 0.0);   // NaN where the mass that is given is none
-  double others = empty ? none : is_log(r.space_x) ? log(rest) : rest;
+  double others = empty ? no_mass(r.space_x) : is_log(r.space_x) ? log(rest) : rest;
   team.each(1, [&](i64) { xs[count] = others + nothing; });
   // y
   double top_y = team.largest(count, [&](i64 k) { return ys[k]; });
@@ -121,7 +120,7 @@ template <class Team> inline void slopes_of_y(const Team& team, const Listed& r,
 template <class Team, class X> inline void slopes_of_x(const Team& team, const Listed& r, const X& x, const double* d, double* dx) {
   const i64 count = r.count;
   const Key* keys = r.keys;
-  double it = temper(r.space_x, r.it), nothing = spoiled(keys, count, r.it), rest = r.xs[count];
+  double it = temper(r.space_x, r.it), nothing = spoiled(keys, count, r.it, r.mass), rest = r.xs[count];
   bool follows = has_rest(r.tail, r.given, r.space_x, rest);
   auto number = [&](i64 k) { return x(place_of(keys[k])); };
   team.each(count, [&](i64 last) {

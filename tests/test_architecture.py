@@ -124,11 +124,15 @@ ROOMS = {
         "klcore.backends.rows", "klcore.operations",
         *(f"klcore.backends.cuda.{name}" for name in ("kernels", "launches", "plans", "preparation")),
     },
+    r"klcore\.backends\.cuda\.listed": {
+        "numpy", "klcore._cpu", "klcore.backends.rows",
+        *(f"klcore.backends.cuda.{name}" for name in ("devices", "kernels", "launches", "plans", "preparation")),
+    },
     r"klcore\.backends\.cuda": {
-        "numpy", "klcore.backends.rows", "klcore.operations",
+        "numpy", "klcore.backends.rows", "klcore.backends.sparse", "klcore.operations",
         *(
             f"klcore.backends.cuda.{name}"
-            for name in ("devices", "kernels", "launches", "parts", "plans", "preparation")
+            for name in ("devices", "kernels", "launches", "listed", "parts", "plans", "preparation")
         ),
     },
     r"klcore\.backends\.jax\.private": {"numpy", "jax"},

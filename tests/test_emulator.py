@@ -372,7 +372,7 @@ def test_shared_memory_beyond_48_kb_has_to_be_asked_for(modules):
         kernel.max_dynamic_shared_size_bytes = 100_000
     kernel.max_dynamic_shared_size_bytes = 100_000
     kernel((1,), (32,), (plan,), shared_mem=100_000)
-    with pytest.raises(EmulatorError, match="the plan has 8 bytes, kl::Plan 24"):
+    with pytest.raises(EmulatorError, match="the plan has 8 bytes, its struct 24"):
         kernel((1,), (32,), (np.zeros(1),))
 
 

@@ -245,6 +245,21 @@ def test_gradients_beside_a_value_and_by_terms():
     same(jax.value_and_grad(partial(f, reduction="sum"), (0, 1))(a, b)[1], expected[1:])
 
 
+@pytest.mark.parametrize("tail", ["zero", "bucket", "renorm"])
+@pytest.mark.parametrize("reduction", ["row", "none", "sum"])
+def test_cotangent_of_zero_gives_zero(tail, reduction):
+    """Where the derivative is infinite, or nothing is left to normalise, as well."""
+    x, y, indices = jnp.float32([[0.5], [0.5]]), jnp.float32([[0, 1], [0.5, 0.5]]), jnp.array([[0], [0]])
+
+    def f(x, y, c):
+        value = klcore.kl_div(x, y, indices=indices, tail=tail, reduction=reduction)
+        return (c.reshape((2,) + (1,) * (value.ndim - 1)) * value).sum() if value.ndim else c[0] * value
+
+    for found in jax.grad(f, (0, 1))(x, y, jnp.float32([0, 1])):
+        assert np.isfinite(found).all()
+        assert (found[0] == 0).all()
+
+
 def test_as_many_terms_as_classes():
     """A term of y's row is of no class of y, however many there are: K + 1 = V."""
     x, y = jnp.float32([[0.5, 0.25]]), jnp.float32([[0.125, 0.375, 0.5]])
