@@ -5,8 +5,8 @@ a floor, a C loop that reads these logits (and writes as much, for the gradient)
 PyTorch, compiled, which is its quickest. Beside klcore the formulas of verl, NeMo-RL and TRL in PyTorch, eager and
 compiled; their values and gradients are compared first. Interleaved, medians; of one thread the processor's time
 counts, which is the same however busy the machine is. klcore writes its gradient into an array
-that is there already, but where the line says "new array"; the others allocate theirs. What that costs is the
-system's: with --keep freed memory stays with the process, as it does under allocators that cache.
+that is there already, but through PyTorch's autograd, where all allocate theirs. What that costs is the system's: with
+--keep freed memory stays with the process, as it does under allocators that cache.
 --memory: what a second call takes at its peak, each contender in a process of its own, in arrays of the size of the
 logits. Only Linux can tell.
 --accuracy: float32 rows whose classes that are not listed have the probability p_R. The reference, in 40 digits, is the
@@ -84,15 +84,13 @@ class Job:
         return cls(y, grad, log_p, indices)
 
 
-Build = Callable[[Job, bool], Callable[[], Any] | None]
+Build = Callable[[Job, bool], Callable[[], Any]]
 
 
-def ours(function: str, tail: str, new: bool = False) -> Build:
+def ours(function: str, tail: str) -> Build:
     def build(job: Job, gradient: bool) -> Any:
         call = partial(getattr(klcore, function), job.log_p, job.y, indices=job.indices, tail=tail, space=SPACE)
-        if gradient:
-            return partial(call, return_grad="y", **({} if new else {"out": (None, job.grad)}))
-        return None if new else call
+        return partial(call, return_grad="y", out=(None, job.grad)) if gradient else call
 
     return build
 
@@ -124,6 +122,10 @@ def lowest(job: Job, gradient: bool) -> Any:
     return floor("read_stream", y, y, grad) if gradient else floor("read_both", y, y)
 
 
+def bucket(y: Any, log_p: Any, indices: Any) -> Any:
+    return klcore.kl_div(log_p, y, indices=indices, tail="bucket", space=SPACE, reduction="sum")
+
+
 def logsumexp(y: Any, log_p: Any, indices: Any) -> Any:
     return y.logsumexp(-1)
 
@@ -135,7 +137,7 @@ CONTENDERS: dict[str, Build] = {
     "torch logsumexp": theirs(logsumexp, False),
     "klcore entropy, of y alone": entropy,
     "klcore bucket": ours("kl_div", "bucket"),
-    "klcore bucket, new array": ours("kl_div", "bucket", new=True),
+    "klcore bucket, PyTorch": theirs(bucket, False),
     "klcore zero, rel_entr": ours("rel_entr", "zero"),
     "klcore renorm": ours("kl_div", "renorm"),
     **{f"{name}{', compiled' * c}": theirs(f, c) for name, (f, _) in PEERS.items() for c in (False, True)},
@@ -169,8 +171,8 @@ def speed(rounds: int, *arguments: Any) -> dict[str, dict[str, float]]:
     kinds = {"value": False, "value and gradient": True}
     calls = {(name, kind): f(job, gradient) for name, f in CONTENDERS.items() for kind, gradient in kinds.items()}
     clock = time.process_time if klcore.get_num_threads() == 1 else time.perf_counter
-    found = medians({key: call for key, call in calls.items() if call}, rounds, clock)
-    return {kind: {name: t for (name, of), t in found.items() if of == kind} for kind in kinds}
+    found = medians(calls, rounds, clock)
+    return {kind: {name: found[name, kind] for name in CONTENDERS} for kind in kinds}
 
 
 def print_speed(title: str, found: dict[str, dict[str, float]]) -> None:
@@ -178,8 +180,7 @@ def print_speed(title: str, found: dict[str, dict[str, float]]) -> None:
     print("|---|" + "--:|" * 6)
     for name in CONTENDERS:
         cells = [
-            f"{of[name] * 1e3:.1f} | {of[name] / of[FLOOR]:.2f} | {of[name] / of[UNIT]:.2f}" if name in of else " | | "
-            for of in found.values()
+            f"{of[name] * 1e3:.1f} | {of[name] / of[FLOOR]:.2f} | {of[name] / of[UNIT]:.2f}" for of in found.values()
         ]
         print(f"| {name} | " + " | ".join(cells) + " |", flush=True)
 
@@ -192,16 +193,13 @@ def status(key: str) -> int:
     return int(side_by_side.first_match("/proc/self/status", key).split()[0]) * 1024
 
 
-def peaks(name: str, *arguments: Any) -> list[float | None]:
+def peaks(name: str, *arguments: Any) -> list[float]:
     """Of the value, and of value and gradient."""
     job = prepare(*arguments)
     job.grad[...] = 1  # its pages are there
-    found: list[float | None] = []
+    found = []
     for gradient in (False, True):
         call = CONTENDERS[name](job, gradient)
-        if call is None:
-            found.append(None)
-            continue
         call()
         before = status("VmRSS")
         Path("/proc/self/clear_refs").write_text("5")  # the peak begins here
@@ -210,10 +208,10 @@ def peaks(name: str, *arguments: Any) -> list[float | None]:
     return found
 
 
-def print_memory(found: dict[str, list[float | None]]) -> None:
+def print_memory(found: dict[str, list[float]]) -> None:
     print("\n| arrays of the size of y | value | value and gradient |\n|---|--:|--:|")
-    for name, peaks in found.items():
-        print(f"| {name} | " + " | ".join("" if p is None else f"{p:.2f}" for p in peaks) + " |", flush=True)
+    for name, arrays in found.items():
+        print(f"| {name} | " + " | ".join(f"{p:.2f}" for p in arrays) + " |", flush=True)
 
 
 # ---- accuracy --------------------------------------------------------------------------------------------------------
@@ -312,10 +310,12 @@ def main() -> None:
     parser.add_argument("--threads", type=int, nargs="+", default=sorted({1, klcore.get_num_threads()}))
     parser.add_argument("--keep", action="store_true", help="freed memory, for speed; glibc only")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--json", type=Path, metavar="FILE", help="save all figures there")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="add the figures to those that are there")
     args = parser.parse_args()
     if args.rows % ROWS:
         parser.error(f"--rows: {args.rows} is no multiple of {ROWS}")
+    if args.keep and args.memory:
+        parser.error("--keep hides what --memory measures")
     if args.keep:
         os.environ |= {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40)}
     figures: dict[str, Any] = {}
@@ -331,8 +331,9 @@ def main() -> None:
     if args.accuracy:
         figures["accuracy"] = accuracy()
     if args.json:
+        there = json.loads(args.json.read_text()) if args.json.exists() else {}
         machine = side_by_side.describe(LIBRARIES)
-        args.json.write_text(json.dumps({"machine": machine} | figures, indent=1) + "\n")
+        args.json.write_text(json.dumps(there | {"machine": machine} | figures, indent=1) + "\n")
 
 
 if __name__ == "__main__":

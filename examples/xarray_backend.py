@@ -21,6 +21,8 @@ def _named(a, like):
 def compute(call):
     if call.operation.is_loss:
         raise TypeError("klcore.compat takes no DataArrays: pass `.data`")
+    if call.indices is not None:
+        raise TypeError("indices= is not for DataArrays: pass `.data`")
     if call.out is not None:
         raise TypeError("out= is not for DataArrays, whose memory belongs to the array within: pass `.data`")
     operands = [a for a in (call.x, call.y) if a is not None]

@@ -117,8 +117,9 @@ def kl_div(
     base : float, optional
         Of the logarithms, above 1: the value and the gradients are in its unit, as in bits for 2. None: nats.
     indices : array of integers, optional
-        x lists some classes only, a teacher's best K, say: these, of the shape (..., K) as x has, where y has all of
-        them. In any order; -1 stands for no class, and the probabilities of one that is listed several times are added.
+        x lists some classes only, a teacher's best K, say: these, where y has all. Of the shape (..., K), as x; batch
+        axes broadcast. In any order; -1 stands for no class, and the probabilities of one that is listed several times
+        are added.
     tail : {"bucket", "zero", "renorm"}
         With `indices`: what x has of all other classes. "bucket": together they are one class, of the mass that is left
         to x, and what y has of them is that class's. "zero": nothing. "renorm": x and y are both renormalised on the
@@ -126,7 +127,7 @@ def kl_div(
         logits.
     tail_mass : array, optional
         With "bucket": the mass that is left to x, one number between 0 and 1 a row, which then does not depend on x.
-        None: 1 less the sum of x.
+        None: 1 less the sum of x, or 0 where that is negative.
     return_grad : {"x", "y", ("x", "y")}, optional
         Also return the derivative of the value (for "row" and "none": of the sum of what is returned) with respect to
         these arguments as they were given, computed in the same pass. PyTorch's autograd and ``jax.grad`` need no such

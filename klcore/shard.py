@@ -16,6 +16,8 @@ from klcore.operations import OPERATIONS, Call, Operation
 from klcore.parameters import shown
 from klcore.typing import Temperature
 
+_OF_LISTS = ("indices", "tail", "tail_mass")
+
 
 class Shard:
     """A process's shard of rows whose classes are spread over several, as the logits of a vocabulary-parallel model.
@@ -99,10 +101,12 @@ class Shard:
         if (y is None) != of.single:
             raise TypeError(f"{name} takes {'x alone' if of.single else 'x and y'}")
         for word in parameters.keys() - set(of.parameters):
-            raise TypeError(
-                f"a shard of {name} takes no {word!r}: it has one value a row, and gradients for a cotangent of each; "
-                "reduce the values yourself"
-            )
+            why = "it has one value a row, and gradients for a cotangent of each; reduce the values yourself"
+            if of.takes_indices and word in _OF_LISTS:
+                why = (
+                    f"where x lists some of y's classes y's rows have to be whole; gather them, and call klcore.{name}"
+                )
+            raise TypeError(f"a shard of {name} takes no {word!r}: {why}")
         given = (x,) if of.single else (x, y)
         words = {"space": space, "axis": axis, "weights": weights, "temperature": temperature, "base": base}
         self._lender = parts.lender_of(function(*given, **words, **parameters, device=Unevaluated))

@@ -821,12 +821,13 @@ KL_APART void norm_piece(const T* __restrict x, int n, int m, double max, double
   for (int i = n; i < m; i++) e[i] = 0.0;
   down(m, [=, &e](int j, int i) KL_LAMBDA { rest[j] += e[i]; });
 }
-template <typename T> void norm_of(const T* x, int n, double it, double* state, i64 pitch) {
+// `ahead`: what will be read next, for which the memory is asked meanwhile
+template <typename T> void norm_of(const T* x, int n, double it, double* state, i64 pitch, const T* ahead) {
   int n16 = (n + 15) & ~15, count = 0, undefined = 0;
   T m = maximum(x, n16);
   Columns<double> rest;
   for (int i = 0; i < n; i += PIECE) {
-    ask_for<T>((const char*)(x + CHUNK), i, PIECE);
+    ask_for<T>((const char*)ahead, i, PIECE);
     norm_piece(x + i, n - i, n16 - i < PIECE ? n16 - i : PIECE, (double)m, top_of((double)m), it, rest.at);
   }
   for (int i = 0; i < n; i++) {
@@ -836,6 +837,10 @@ template <typename T> void norm_of(const T* x, int n, double it, double* state, 
   state[0] = m;
   state[pitch] = excluded(m) ? 0.0 : count;
   state[2 * pitch] = undefined ? nan<double>() : rest.total();
+}
+
+template <typename T> void norm_of(const T* x, int n, double it, double* state, i64 pitch) {
+  norm_of(x, n, it, state, pitch, x + CHUNK);
 }
 
 inline void tally_of(const double* x, int n, bool whole, double* state, i64 pitch) {   // `whole`: they may be of any size

@@ -28,7 +28,7 @@ template <typename T>
 void others_chunk(const Plan& p, const Row& row, int, i64 start, int n, const double*, double* state, i64 pitch, void* scratch) {
   Buffers<T>& s = *(Buffers<T>*)scratch;
   const Sparse& of = *p.sparse;
-  const T* y = load(p.x, row.x, start, n, s.x);
+  const T *y = load(p.x, row.x, start, n, s.x), *ahead = y + CHUNK;
   bool any = false;
   each_listed(of, number_of(of, row), start, n, [&](int i, i64) {
     if (y != s.x) y = (const T*)std::memcpy(s.x, y, sizeof(T) * (size_t)n);
@@ -36,7 +36,7 @@ void others_chunk(const Plan& p, const Row& row, int, i64 start, int n, const do
     any = true;
   });
   for (int i = n; any && i % 16; i++) s.x[i] = s.x[0];
-  if (is_log(of.space_y)) return norm_of(y, n, row.inverse_temperature, state, pitch);
+  if (is_log(of.space_y)) return norm_of(y, n, row.inverse_temperature, state, pitch, ahead);
   if constexpr (sizeof(T) == sizeof(double)) tally_of(y, n, p.x.dtype == FLOAT64, state, pitch);
 }
 inline void others_fold(const Plan& p, const Row& row, int, const double* from, int count, i64 pitch, double* to, i64 to_pitch) {

@@ -252,6 +252,55 @@ def test_labels_are_compared_beside_every_library(library):
             klcore.kl_div(x, frame("uvw"), weights=pd.Series(W, list("uvw")))
 
 
+# ---- lists of classes ------------------------------------------------------------------------------------------------
+
+BEST = np.array([[3, 0], [1, -1], [2, 3]])
+LIST = {"indices": BEST, "tail": "bucket", "return_grad": PAIR}
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_tables_that_list_classes(name):
+    """By position; of whichever argument."""
+    x, make = A[:, :2], TABLES[name]
+    expected = klcore.kl_div(x, B, **LIST)
+    same(klcore.kl_div(make(x), make(B), **LIST | {"indices": make(BEST)}), expected)
+    same(klcore.kl_div(x, B, **LIST | {"indices": make(BEST)}), expected)
+    mass = W / 4
+    expected = klcore.kl_div(x, B, **LIST, tail_mass=mass)
+    for vector in (pl.Series(mass), xr.DataArray(mass, dims=["row"]), list(mass)):
+        same(klcore.kl_div(make(x), make(B), **LIST | {"indices": make(BEST)}, tail_mass=vector), expected)
+
+
+@pytest.mark.parametrize("library", ["numpy", "jax", "dask"])
+def test_labels_of_lists(library):
+    """Those of rows are compared; those of classes are no classes of y."""
+    with contextlib.nullcontext(np.asarray) if library == "numpy" else lending(library) as lend:
+        x, y, indices = lend(np.array(A[:, :2])), lend(np.array(B)), pd.DataFrame(BEST, columns=["best", "next"])
+        klcore.kl_div(x, y, indices=indices, tail="bucket")
+        with pytest.raises(TypeError, match=r"axis 0 of indices .*2, 1, 0.* x has no labels"):
+            klcore.kl_div(x, y, indices=indices.set_axis([2, 1, 0]), tail="bucket")
+        named, mass = indices.set_axis(list("uvw")), pd.Series(W / 4, list("uwv"))
+        with pytest.raises(ValueError, match="axis 0 of indices and axis 0 of tail_mass have different labels"):
+            klcore.kl_div(x, y, indices=named, tail="bucket", tail_mass=mass)
+        klcore.kl_div(x, y, indices=named, tail="bucket", tail_mass=mass.reindex(list("uvw")))
+        turned = {"indices": named.T, "tail": "bucket", "axis": 0}
+        klcore.kl_div(x.T, y.T, **turned, weights=pd.Series(W, list("uvw")))
+        with pytest.raises(ValueError, match="axis 1 of indices and axis 0 of tail_mass have different labels"):
+            klcore.kl_div(x.T, y.T, **turned, tail_mass=mass)
+
+
+def test_tables_of_all_that_lists_take():
+    """As x and y too, whose classes are called otherwise."""
+    x = frame(columns=["best", "next"], a=A[:, :2])
+    klcore.kl_div(x, frame(a=B), indices=pd.DataFrame(BEST, columns=x.columns), tail="bucket")
+    with pytest.raises(ValueError, match="axis 1 of x and axis 1 of indices have different labels"):
+        klcore.kl_div(x, frame(a=B), indices=pd.DataFrame(BEST, columns=["next", "best"]), tail="bucket")
+    with pytest.raises(ValueError, match="axis 0 of y and axis 0 of indices have different labels"):
+        klcore.kl_div(A[:, :2], frame("uvw", a=B), indices=pd.DataFrame(BEST, list("uwv")), tail="bucket")
+    with pytest.raises(TypeError, match=r"indices, .*dtype object"):
+        klcore.kl_div(A[:, :2], B, indices=pd.DataFrame(BEST).convert_dtypes().mask(BEST < 0), tail="bucket")
+
+
 # ---- what means something else ---------------------------------------------------------------------------------------
 
 

@@ -769,6 +769,21 @@ def test_lists_along_any_axis(dtype):
             check(found, whole, assert_close)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_lists_of_cupy_chunks(gpu, on_gpu, dtype):
+    """NumPy's lists beside them; gradients of an operand that blocks share."""
+    x, y, more = listing("mass", dtype=dtype)
+    for of_x, indices in ((x, more["indices"]), (x[0], more["indices"][0])):
+        rest = more | {"indices": indices}
+        lazy = on_gpu(of_x, (3, -1) if of_x.ndim > 1 else -1), on_gpu(y, (2, -1))
+        for reduction in ("row", "none", "rowmean"):
+            whole = of_list("kl_div", of_x, y, "mass", rest, reduction=reduction)
+            for a, b in zip(of_list("kl_div", *lazy, "mass", rest, reduction=reduction), whole, strict=True):
+                computed = a.compute()
+                assert isinstance(computed, gpu.array_type())
+                (assert_close if of_x.ndim == 1 or a.ndim == 0 else assert_same_bits)(gpu.get(computed), b)
+
+
 def test_lists_are_lazy():
     """Nothing is computed, and nothing is made of the arrays' size; the same call has the same keys."""
     y = da.zeros((1 << 25, 1 << 24), dtype="f4", chunks=(1 << 24, -1)).map_blocks(

@@ -68,7 +68,6 @@ def test_toy_backend(toy, operation):
     arrays = operands(operation, x, y)
     lists = {"indices": object(), "tail": object(), "tail_mass": object()}
     keywords = {
-        **(lists if OPERATIONS[operation].takes_indices else {}),
         "space": "logits",
         "axis": 3,
         "reduction": "rowmean",
@@ -76,6 +75,7 @@ def test_toy_backend(toy, operation):
         "denominator": object(),
         "temperature": 2.5,
         "base": None,
+        **(lists if OPERATIONS[operation].takes_indices else {}),
         "return_grad": "x",
         "out": object(),
         "device": None,

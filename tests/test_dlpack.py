@@ -71,6 +71,18 @@ def test_same_bits_as_numpy(operation, space, dtype):
         assert all(same(a, np.asarray(b)) for a, b in zip(got, expected, strict=True))
 
 
+@pytest.mark.parametrize("make", [strict, Other, np.asarray], ids=["strict", "another", "numpy"])
+def test_lists_of_classes(make):
+    """Indices, masses and temperatures of any kind beside arrays of a library."""
+    indices, rows = np.argsort(Y)[:, :7], np.linspace(0.25, 1, 6)
+    x, y = np.take_along_axis(X, indices, -1), np.log(Y)
+    more = {"indices": indices, "tail_mass": rows, "temperature": rows}
+    options = {"tail": "bucket", "space": ("probs", "logits"), "return_grad": ("x", "y")}
+    got = klcore.kl_div(strict(x), strict(y), **{name: make(a) for name, a in more.items()}, **options)
+    assert all(type(a) is type(strict(X)) for a in got)
+    assert all(same(a, b) for a, b in zip(got, klcore.kl_div(x, y, **more, **options), strict=True))
+
+
 def test_totals_have_no_dimensions():
     total = klcore.kl_div(strict(X), strict(Y), reduction="sum")
     assert total.shape == ()

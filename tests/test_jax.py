@@ -373,6 +373,18 @@ def test_terms_that_are_masked():
     np.testing.assert_allclose(g, [[0, 0], [np.log(2), 0]], rtol=1e-6)
 
 
+@pytest.mark.parametrize("space", oracle.PAIRS)
+def test_gradient_of_a_few_terms(space):
+    """A cotangent of 0 is of its term: others depend on the same numbers, where these are normalised."""
+    x, y = map(jnp.asarray, arguments(space))
+    _, back = jax.vjp(lambda x, y: klcore.kl_div(x, y, space=space, reduction="none"), x, y)
+    c = jnp.zeros(x.shape).at[1, 2, 3].set(2).at[0].set(1)
+    nearly = jnp.where(c == 0, 1e-30, c)
+    for found, expected in zip(back(c), back(nearly), strict=True):
+        np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-9)
+        assert (found[2:] == 0).all()
+
+
 @pytest.mark.parametrize("reduction", ["row", "sum", "none"])
 @pytest.mark.parametrize("term", ["pytorch", "keras"])
 def test_cotangent_of_zero_of_a_loss(term, reduction):

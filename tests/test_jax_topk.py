@@ -2,6 +2,7 @@
 function that makes whole rows of the list."""
 
 import importlib
+import types
 from functools import partial
 
 import ml_dtypes
@@ -11,10 +12,10 @@ import pytest
 jax = pytest.importorskip("jax", reason="JAX is not installed")
 
 import jax.numpy as jnp  # noqa: E402
-from test_jax import into, same  # noqa: E402
+from test_jax import buffer, into, same  # noqa: E402, F401
 
 import klcore  # noqa: E402
-from klcore.operations import OPERATIONS  # noqa: E402
+from klcore.operations import OPERATIONS, Call  # noqa: E402
 
 LISTED = [name for name, operation in OPERATIONS.items() if operation.takes_indices]
 REDUCTIONS = ["row", "none", "sum", "rowmean", "batchmean", "mean"]
@@ -245,6 +246,21 @@ def test_gradients_beside_a_value_and_by_terms():
     same(jax.value_and_grad(partial(f, reduction="sum"), (0, 1))(a, b)[1], expected[1:])
 
 
+@pytest.mark.parametrize("tail", ["zero", "bucket", "renorm"])
+@pytest.mark.parametrize("reduction", ["row", "none", "sum"])
+def test_cotangent_of_zero_gives_zero(tail, reduction):
+    """Where the derivative is infinite, or nothing is left to normalise, as well."""
+    x, y, indices = jnp.float32([[0.5], [0.5]]), jnp.float32([[0, 1], [0.5, 0.5]]), jnp.array([[0], [0]])
+
+    def f(x, y, c):
+        value = klcore.kl_div(x, y, indices=indices, tail=tail, reduction=reduction)
+        return (c.reshape((2,) + (1,) * (value.ndim - 1)) * value).sum() if value.ndim else c[0] * value
+
+    for found in jax.grad(f, (0, 1))(x, y, jnp.float32([0, 1])):
+        assert np.isfinite(found).all()
+        assert (found[0] == 0).all()
+
+
 def test_as_many_terms_as_classes():
     """A term of y's row is of no class of y, however many there are: K + 1 = V."""
     x, y = jnp.float32([[0.5, 0.25]]), jnp.float32([[0.125, 0.375, 0.5]])
@@ -318,6 +334,24 @@ def test_lowering():
     same(compiled(x, y, turned), np.asarray(f(x, y, turned)))
     with pytest.raises(NotImplementedError, match=r"cannot be exported"):
         jax.export.export(f)(x, y, turned)
+
+
+def test_buffers_on_a_gpu(gpu, buffer):  # noqa: F811
+    """What XLA would call there: an index outside of y makes its row NaN."""
+    x, y, more = arguments("mass", ("probs", "logits"), batch=(3,))
+    more["indices"][1, 2] = CLASSES
+    call = Call(OPERATIONS["kl_div"], None, None, ("probs", "logits"), -1, "row", tail="bucket")
+    programs = importlib.import_module("klcore.backends.jax.programs")
+    names = ("x", "y", "indices", "tail_mass")
+    program = programs.Program(call, 2, (3,), np.dtype("float32"), ("x", "y"), names=names)
+    results = [buffer(np.empty_like(a)) for a in (y[:, 0], x, y)]
+    given = [buffer(a) for a in (x, y, more["indices"], more["tail_mass"])]
+    programs.on_buffers(program, False, types.SimpleNamespace(stream=0), results, *given)
+    expected = on("kl_div", x, y, "mass", ("probs", "logits"), more | {"weights": [1, 0, 1]}, return_grad=("x", "y"))
+    for result, e in zip(results, expected, strict=True):
+        found = gpu.get(result.array)
+        np.testing.assert_array_equal(found[::2], e[::2])
+        assert np.isnan(found[1]).any()
 
 
 # ---- errors ----------------------------------------------------------------------------------------------------------

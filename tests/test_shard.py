@@ -219,6 +219,8 @@ X, Y = np.random.default_rng(0).dirichlet(np.ones(5), (2, 3))
         ((klcore.entropy, X, Y), {}, TypeError, "entropy takes x alone"),
         ((klcore.kl_div, X, Y), {"reduction": "sum"}, TypeError, "takes no 'reduction'"),
         ((klcore.js_div, X, Y), {"alpha": 0.5}, TypeError, "takes no 'alpha'"),
+        ((klcore.kl_div, X, Y), {"indices": [0]}, TypeError, "takes no 'indices': where x lists some of y's classes"),
+        ((klcore.kl_div, X, Y), {"tail": "zero"}, TypeError, "takes no 'tail': where x lists some"),
         ((klcore.js_div, X, Y), {"beta": 2}, ValueError, "beta must be in"),
         (("renyi_div", X, Y), {}, TypeError, "alpha"),
         (("kl_div", X, Y[:, :4]), {}, ValueError, "same number of classes"),

@@ -85,6 +85,7 @@ def test_dask_stays_lazy(x, y):
         (ValueError, "dimension of all operands", {"axis": "year"}),
         (ValueError, "dimension of all operands", {"axis": 3}),
         (ValueError, "reduction must be one of", {"reduction": "rows"}),
+        (TypeError, "indices= is not for DataArrays", {"indices": np.zeros(1, int), "tail": "zero"}),
         (TypeError, "out= is not for DataArrays", {"out": np.empty(3)}),
     ],
 )

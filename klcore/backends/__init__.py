@@ -2,7 +2,7 @@
 
 A backend is a module with a function ``compute(call)``: it gets a ``klcore.operations.Call`` with arrays of its
 library, and returns what ``klcore.kl_div`` says, as arrays of its library. Calls of losses come from ``klcore.compat``,
-those of estimators from ``klcore.kl_estimate``.
+those of estimators from ``klcore.kl_estimate``. In those with ``indices`` x has some of y's classes only.
 What cpu.py and cuda/ take besides (a cotangent) or offer (`block`) is for the adapters, which lend them their arrays.
 
 A backend is imported when the first array of its library arrives: a library may be absent, heavy or broken, and nobody
@@ -181,8 +181,8 @@ def register_backend(library: str, module: str) -> None:
     module : str
         Import path of a module with a function ``compute(call)``, which takes a ``klcore.operations.Call`` and returns
         what the public function of its operation does. If ``call.operation.is_loss`` it comes from ``klcore.compat``,
-        if ``is_estimator`` from ``klcore.kl_estimate``: a backend without these raises TypeError. It is imported when
-        the first such array arrives.
+        if ``is_estimator`` from ``klcore.kl_estimate``, and if ``call.indices`` is not None, x has some of y's classes
+        only: a backend without these raises TypeError. It is imported when the first such array arrives.
 
     Raises
     ------

@@ -114,17 +114,12 @@ def _results(found: Any, out: Any, like: Any) -> Any:
     return results if isinstance(found, tuple) else results[0]
 
 
+_ARGUMENTS = ("x", "y", "weights", "ratio", "temperature", "indices", "tail_mass")
+
+
 def compute(call: Call) -> Any:
     x, y, out = call.x, call.y, call.out
     backend = _backend({"x": x, "y": y}, call.device)
-    found = backend.compute(
-        call._replace(
-            x=lend(x, "x"),
-            y=lend(y, "y"),
-            weights=lend(call.weights, "weights"),
-            out=_outs(out),
-            device=None,
-            ratio=lend(call.ratio, "ratio"),
-        )
-    )
+    lent = {name: lend(getattr(call, name), name) for name in _ARGUMENTS}
+    found = backend.compute(call._replace(**lent, out=_outs(out), device=None))
     return _results(found, out, x if _lends(x) else y)

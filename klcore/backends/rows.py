@@ -539,9 +539,10 @@ def check_list(call: Call, spaces: tuple[int, int]) -> None:
     if call.tail_mass is not None and call.tail != "bucket":
         raise ValueError(f"tail_mass goes with tail='bucket'; found it with tail={call.tail!r}")
     if spaces[0] in (LOGITS, SPACES["counts"]) and call.tail != "renorm":
+        numbers = "logits" if spaces[0] == LOGITS else "counts"
         raise ValueError(
-            f"x as {'logits' if spaces[0] == LOGITS else 'counts'} is normalised on the classes listed: it goes with "
-            f"tail='renorm' only; pass probabilities or log-probabilities with tail={call.tail!r}"
+            f"x, which has the classes listed, is {numbers} here: these are normalised on the list, which goes with "
+            f"tail='renorm' only; pass its probabilities or log-probabilities with tail={call.tail!r}"
         )
 
 
@@ -579,9 +580,10 @@ def class_axis(x: Any, y: Any, axis: Any) -> int:
     xs, ys = (shape if ndim else (1,) for shape in shapes)
     if min(len(xs), len(ys)) < -last or xs[last] != ys[last]:
         n, m = (shape[last] if len(shape) >= -last else 1 for shape in (xs, ys))
+        hint = "; where x has some of them, indices= says which" if n < m else ""
         raise ValueError(
             f"x and y must have the same number of classes along axis {axis} of the shape to which they broadcast; "
-            f"found {n} and {m} (shapes {shapes[0]} and {shapes[1]})"
+            f"found {n} and {m} (shapes {shapes[0]} and {shapes[1]}){hint}"
         )
     return last
 

@@ -149,7 +149,8 @@ def arrange(xp: Any, asarray: Any, call: Call) -> Task:
     if mass is not None:
         mass = rows.over_rows(xp, mass, batch, "tail_mass")
         _check(mass, 0, 1, weights, "tail_mass must lie in [0, 1]")
-    _check(indices, -1, n - 1, weights, f"indices must lie in [0, {n}), or be -1 for no class")
+    no_class = "or be -1, of a signed dtype, for no class; rows to leave out have the weight 0"
+    _check(indices, -1, n - 1, weights, f"indices must lie in [0, {n}), {no_class}")
     given = call.x, call.y, call.weights, call.ratio, call.temperature, call.indices, call.tail_mass
     if labels.are_there(*given):
         labels.check(laid.last, *given)
@@ -201,6 +202,12 @@ def inner_spaces(spaces: tuple[int, int], tail: int) -> tuple[int, int]:
     return (log if logs[0] else plain, log if logs[1] else plain)
 
 
+def refuse_others(dtype: Any, are_integers: bool) -> None:
+    """Raise TypeError for indices that are none."""
+    if not are_integers:
+        raise TypeError(f"indices must be integers, the numbers of classes; found the dtype {dtype}")
+
+
 def _check(a: Any, low: int, high: int, weights: Any, must: str) -> None:
     """Raise ValueError for numbers of rows that count, where NumPy can look at them; a GPU makes such a row NaN."""
     if rows.on_host(a) is None:
@@ -218,8 +225,8 @@ def _check(a: Any, low: int, high: int, weights: Any, must: str) -> None:
 def _lay(xp: Any, asarray: Any, call: Call) -> tuple[rows.Laid, Any]:
     """x and y as rows, of K and of n classes, and the indices."""
     x, y, indices = asarray(call.x, "x"), asarray(call.y, "y"), asarray(call.indices, "indices")
-    if indices.dtype.kind not in "iu" and (indices.size or isinstance(call.indices, type(indices))):
-        raise TypeError(f"indices must be integers, the numbers of classes; found the dtype {indices.dtype}")
+    if indices.size or isinstance(call.indices, type(indices)):  # of an empty list NumPy makes floats
+        refuse_others(indices.dtype, indices.dtype.kind in "iu")
     last, terms = rows.lay_list(x, y, indices, call.axis)
     count, n = x.shape[last], y.shape[last]
     if count > n:

@@ -13,7 +13,7 @@ kernels.py, plans.py, launches.py, preparation.py, parts.py, listed.py.
 
 import contextlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -71,7 +71,7 @@ def compute(call: Call) -> Any:
     """The value, or (value, *gradients); with a cotangent, the gradients alone."""
     cupy = ready()
     if call.indices is not None:
-        return _of_listed(cupy, call)
+        return _of_listed(cupy, call, compute)
     total = call.cotangent is not None and call.reduction not in ("row", "none")
     weights = devices.as_read(cupy, call.weights)
     divisor = None
@@ -127,7 +127,7 @@ def compute(call: Call) -> Any:
         return rows.result(task, value) if task.value_wanted else rows.gradients(task)
 
 
-def _of_listed(cupy: Any, call: Call) -> Any:
+def _of_listed(cupy: Any, call: Call, dense: Callable[[Call], Any], shared: tuple[str, ...] = ()) -> Any:
     """A call in which x lists classes of y. It is laid out anew each time, but for the call that it makes."""
     out = call.out if isinstance(call.out, tuple) else (call.out,)
     read = {
@@ -137,7 +137,7 @@ def _of_listed(cupy: Any, call: Call) -> Any:
     device = devices.choose(cupy, call.device, read, out)
     with cupy.cuda.Device(device):
         listed = partial(Listed, cupy, _start)
-        return sparse.compute(cupy, partial(devices.asarray, cupy, device), listed, compute, call)
+        return sparse.compute(cupy, partial(devices.asarray, cupy, device), listed, dense, call, shared)
 
 
 def _divisor(cupy: Any, denominator: Any) -> Any:
@@ -245,6 +245,9 @@ def _compute(cupy: Any, device: int, task: rows.Task) -> tuple[Any, Prepared | N
 
 def block(call: Call, denominator: float, shared: tuple[str, ...]) -> tuple[Any, ...]:
     """What cpu.block does, for backends/dask.py."""
+    if call.indices is not None:
+        found = _of_listed(ready(), call, lambda dense: block(dense, denominator, ()), shared)
+        return found if isinstance(found, tuple) else (found,)
     with _there(call) as (cupy, device):
         task = _laid_out(cupy, device, call, shared)
         task.cotangent = rows.scale(denominator)

@@ -83,7 +83,7 @@ def _compute(call: Call, arrays: dict[str, Any], numbers: dict[str, Any]) -> tup
 def _array(a: Any, name: str) -> Any:
     """A JAX array of one of klcore's dtypes. Integers become JAX's own float: float64 only if jax_enable_x64 is set;
     but indices JAX's own integer."""
-    if isinstance(a, jax.Array) and a.dtype in _DTYPES:
+    if isinstance(a, jax.Array) and a.dtype in _DTYPES and name != "indices":
         return a
     if not isinstance(a, jax.Array) and not _holds_jax(a):
         a = rows.as_numpy(a, name)
@@ -104,8 +104,11 @@ def _indices(a: Any) -> Any:
     a = jnp.asarray(a) if _holds_jax(a) else a
     info: Any = jnp.iinfo  # without types
     own = info(jax.dtypes.canonicalize_dtype(int))
-    if not jnp.issubdtype(a.dtype, jnp.integer):  # to be refused; but of an empty list NumPy makes floats
-        return jnp.asarray(a, None if a.size else own.dtype)
+    if not a.size:  # of an empty list NumPy makes floats
+        return jnp.zeros(a.shape, own.dtype)
+    sparse.refuse_others(a.dtype, jnp.issubdtype(a.dtype, jnp.integer))
+    if isinstance(a, jax.Array) and a.dtype == own.dtype:
+        return a
     xp: Any = jnp if isinstance(a, jax.Array) else np
     given = info(a.dtype)
     return jnp.asarray(xp.clip(a, max(own.min, given.min), min(own.max, given.max)), own.dtype)

@@ -164,12 +164,20 @@ def _transpose(cotangent: Any, result: Any, *arguments: Any, program: Program, k
         given = arrays | {"cotangent": cotangent}
         found = list(_gradients(replace(program, pull=True), given).values())
         if program.call.reduction != "row":  # there the engine leaves such rows out
-            zero = _under(cotangent, program) == 0
-            by_term = "indices" not in arrays  # a term may be of an element
+            zero, listed = _under(cotangent, program) == 0, "indices" in arrays
             found = [
-                jnp.where(zero, 0, g) if program.total or (by_term and g.shape == zero.shape) else g for g in found
+                _left_out(program, name, listed, zero, g) for name, g in zip(program.gradients, found, strict=True)
             ]
     return [*nothing, *(g if isinstance(t, ad.UndefinedPrimal) else None for g, t in zip(found, tangents, strict=True))]
+
+
+def _left_out(program: Program, name: str, listed: bool, zero: Any, g: Any) -> Any:
+    """A gradient of totals or terms: 0 where all that it is of have a cotangent of 0, as of an infinite derivative."""
+    of_row = not program.total and (listed or program.spaces[name] not in BY_CLASS)  # else a term is of its own number
+    if of_row:
+        zero = zero.all(program.call.axis, keepdims=True)
+    shapes = [program.with_classes(a.shape, 1) if of_row else a.shape for a in (zero, g)]
+    return jnp.where(zero, 0, g) if program.total or shapes[0] == shapes[1] else g
 
 
 def _under(cotangent: Any, program: Program) -> Any:

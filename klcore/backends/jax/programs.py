@@ -81,9 +81,8 @@ class Program:
         return {name: self.with_classes(batch, shape[self.call.axis]) for name, shape in of.items()}
 
     def with_classes(self, shape: tuple[int, ...], n: int) -> tuple[int, ...]:
-        """A shape, with another number of classes."""
-        at = len(shape) + self.call.axis
-        return (*shape[:at], n, *shape[at + 1 :])
+        """A shape, with n classes."""
+        return rows.with_classes(shape, self.call.axis, n)
 
     def mapped(self, arguments: Any) -> tuple[int, ...]:
         """The axes in front."""

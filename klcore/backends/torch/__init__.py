@@ -10,7 +10,6 @@ kernels.py, operator.py, batches.py, autograd.py. DTensors take sharded.py's, wh
 part; parts.py is for klcore.Shard.
 """
 
-from operator import is_
 from typing import Any
 
 import torch
@@ -20,49 +19,52 @@ from klcore.backends.torch import autograd, kernels, memory, private
 from klcore.operations import Call, named
 
 _HALVES = ("float16", "bfloat16")
-_TAKEN = ("x", "y", "weights", "ratio", "indices", "tail_mass")  # the fields of a call that become tensors
 _PLAIN = {*private.PLAIN, type(None), float, int}  # what stands in for nothing
 
 
 def compute(call: Call) -> Any:
     if type(call.x) is not torch.Tensor and private.is_distributed(call.x):
         return _sharded(call)
-    arguments = (
-        call.x, call.y, call.weights, call.ratio, call.temperature, call.denominator, call.indices, call.tail_mass,
-    )  # fmt: skip
-    plain = torch.compiler.is_compiling() or _PLAIN.issuperset(map(type, arguments))
+    arguments = call.x, call.y, call.weights, call.ratio, call.temperature, call.denominator
+    plain = torch.compiler.is_compiling() or (call.indices is None and _PLAIN.issuperset(map(type, arguments)))
     stand_ins = () if plain else tuple(filter(private.stands_in, call))
     if stand_ins:
         return torch.overrides.handle_torch_function(called, stand_ins, call.operation.name, *call[1:])
-    given = call.x, call.y, call.weights, call.ratio, call.indices, call.tail_mass
-    x, y = memory.operands(*given[:2], call.device)
+    given = call
+    x, y = memory.operands(call.x, call.y, call.device)
     if call.operation.name == "puzzlelib":  # its gradient is none: autograd would descend where it should ascend
         x, y = x.detach(), y.detach()
     estimate = "klcore.kl_estimate(...)" if call.operation.is_estimator else None
     name = "factors" if call.operation.is_loss else "weights"
-    weights = memory.weights_beside(given[2], x, call.device, name, estimate)
-    ratio = memory.weights_beside(given[3], x, call.device, "ratio", estimate)
-    indices, mass = call.indices, call.tail_mass
-    if indices is not None or mass is not None or call.tail is not None:
+    weights = memory.weights_beside(call.weights, x, call.device, name, estimate)
+    ratio = memory.weights_beside(call.ratio, x, call.device, "ratio", estimate)
+    if call.indices is not None or call.tail is not None or call.tail_mass is not None:
         rows.check_list(call, rows.space_pair(call.space, call.operation))
-        indices, mass = memory.list_beside(indices, mass, x, call.device)
-    taken = x, y, weights, ratio, indices, mass
-    as_given = all(map(is_, taken, given))
-    if not as_given and not torch.compiler.is_compiling() and labels.are_there(*given):
-        axis = rows.class_axis_of(call._replace(indices=indices), x, y)
-        labels.check(axis, *given[:4], call.temperature, *given[4:])
+        indices, mass = memory.list_beside(call.indices, call.tail_mass, x, call.device)
+        call = call._replace(indices=indices, tail_mass=mass)
+    before = given.x, given.y, given.weights, given.ratio
+    as_given = call is given and x is before[0] and y is before[1] and weights is before[2] and ratio is before[3]
+    if not as_given and not torch.compiler.is_compiling():
+        _check_labels(given, call, x, y)
     if not as_given and _needs_grad(x, y, call.temperature):  # an array may change before backward reads it
-        taken = tuple(
+        x, y, weights, ratio = (
             t if t is a or t is None or isinstance(a, torch.Tensor) else t.clone()
-            for t, a in zip(taken, given, strict=True)
+            for t, a in zip((x, y, weights, ratio), before, strict=True)
         )
     call = _with_numbers(call, x)
     of_value = call.dtype
     if call.operation.name == "pytorch" and of_value in _HALVES and torch.is_autocast_enabled(x.device.type):
         of_value = "float32"  # autocast has PyTorch's own loss compute in it
     if not as_given or call.device is not None or of_value is not call.dtype:
-        call = call._replace(**dict(zip(_TAKEN, taken, strict=True)), device=None, dtype=of_value)
+        call = call._replace(x=x, y=y, weights=weights, ratio=ratio, device=None, dtype=of_value)
     return _history_or_not(call) if call.out is None else _into(call)
+
+
+def _check_labels(given: Call, call: Call, x: Any, y: Any) -> None:
+    """Of what the caller gave, before tensors were made of it."""
+    arrays = given.x, given.y, given.weights, given.ratio, given.temperature, given.indices, given.tail_mass
+    if labels.are_there(*arrays):
+        labels.check(rows.class_axis_of(call, x, y), *arrays)
 
 
 def _with_numbers(call: Call, x: Any) -> Call:
@@ -97,7 +99,8 @@ def _sharded(call: Call) -> Any:
 def _history_or_not(call: Call) -> Any:
     x, y = call.x, call.y
     t = call.temperature if isinstance(call.temperature, torch.Tensor) else None
-    beside = y, call.weights, call.ratio, t, call.indices, call.tail_mass
+    beside: tuple[Any, ...] = (y, call.weights, call.ratio, t)
+    beside = beside if call.indices is None else (*beside, call.indices, call.tail_mass)
     eager = private.is_eager(x, *beside)
     if not eager and private.is_distributed(*beside):
         return _sharded(call)

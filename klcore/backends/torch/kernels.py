@@ -58,7 +58,7 @@ def lent(call: Call) -> Call:
     if call.dtype == "bfloat16":
         bfloat16()  # or what to install
     weights, out, cotangent, ratio = call.weights, call.out, call.cotangent, call.ratio
-    temperature, denominator = call.temperature, call.denominator
+    temperature, denominator, indices, mass = call.temperature, call.denominator, call.indices, call.tail_mass
     if isinstance(temperature, torch.Tensor):
         temperature = _number_or_array(temperature, call.x)
     if isinstance(denominator, torch.Tensor):
@@ -70,7 +70,7 @@ def lent(call: Call) -> Call:
         None if weights is None else lend(weights), temperature, call.return_grad, out, None,
         denominator, call.parameter, call.factor, call.dtype,
         None if cotangent is None else lend(cotangent), None if ratio is None else lend(ratio),
-        call.examples, lend(call.indices), call.tail, lend(call.tail_mass),
+        call.examples, None if indices is None else lend(indices), call.tail, None if mass is None else lend(mass),
     )  # fmt: skip
 
 

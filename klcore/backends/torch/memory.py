@@ -236,14 +236,17 @@ def weights_beside(weights: Any, like: Any, device: str | None, name: str, estim
 
 
 def list_beside(indices: Any, mass: Any, like: Any, device: str | None) -> tuple[Any, Any]:
-    """The numbers of the classes that x lists, and the mass of all others, on the tensors' device."""
+    """The numbers of the classes that x lists, and the mass of all others, on the tensors' device; copies of what is no
+    tensor, and may change before backward reads it."""
     if isinstance(mass, torch.Tensor) and mass.requires_grad and torch.is_grad_enabled():
         raise TypeError(
             "tail_mass requires a gradient, and klcore gives none with respect to it; pass tail_mass.detach(), or "
             "leave it away: the mass is then what x leaves, and its derivative is x's"
         )
     mass = data(mass) if torch.compiler.is_compiling() else mass
-    return _indices_beside(indices, like, device), weights_beside(mass, like, device, "tail_mass")
+    beside = weights_beside(mass, like, device, "tail_mass")
+    beside = beside if mass is None or isinstance(mass, torch.Tensor) else beside.clone()
+    return _indices_beside(indices, like, device), beside
 
 
 def _indices_beside(indices: Any, like: Any, device: str | None) -> Any:
@@ -253,7 +256,7 @@ def _indices_beside(indices: Any, like: Any, device: str | None) -> Any:
     else:
         _refuse_host(indices, "indices", like.device, device)
         found = torch.as_tensor(indices) if torch.compiler.is_compiling() else _lent_by(indices, "indices")
-        found = (found if found.numel() else found.long()).to(like.device)  # NumPy takes an empty list for floats
+        found = (found.clone() if found.numel() else found.long()).to(like.device)  # NumPy takes [] for floats
     if found.dtype is torch.bool or found.dtype.is_floating_point or found.dtype.is_complex:
         raise TypeError(f"indices must be integers, the numbers of classes; found the dtype {found.dtype}")
     return found
