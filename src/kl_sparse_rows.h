@@ -132,6 +132,8 @@ template <class F> void with_listed(const Plan& p, i64 r, const Row& row, const 
 KL_APART inline void classes(const Plan& p, i64 r) {
   Row row = locate(p, r);
   with_listed(p, r, row, [&](const Listed& listed, auto x) {
+    for (i64 k = 0; k < listed.count; k++)   // they lie far apart: none waits for another
+      if (is_listed(listed.keys[k])) prefetch(row.x + class_of(listed.keys[k]) * p.x.stride);
     make_classes(Serial(), listed, x, [&](i64 c) { return number_at(p.x, row.x, c); });
   });
 }
