@@ -21,7 +21,7 @@ struct Listing {              // one launch; what steps leave for each other lie
   i64 level;                  // kl_others_fold: states a row
   double inverse_temperature;
   Key* keys;                  // `count` a row, sorted
-  double *xs, *ys;            // count + 1 a row: the classes listed, in order, then all others as one
+  double *xs, *ys;            // count + 1 a row: all other classes as one, then those listed, in order
   double *slopes;             // likewise: derivatives by xs, or by ys
   double *dx;                 // `count` a row, in the caller's order
   double *states, *sums;      // working memory: see the kernels
@@ -335,7 +335,7 @@ template <int D> KL_DEVICE void spread(const Piece& piece, Y* slot, typename Sto
     return;
   }
   const bool renorm = p.tail == RENORM, logs = is_log((int)p.space_y);
-  const double *by_class = p.slopes + row.number * (p.count + 1), slope = by_class[p.count];
+  const double *by_class = p.slopes + row.number * (p.count + 1), slope = by_class[0];
   const Scale<T> scale(logs ? slope_of(slope, norm_at(row.known + OTHERS)) : slope);
   const T same = renorm ? (T)spoiled(piece.keys(), p.count, row.inverse_temperature, 0.0) : T(1) * scale;
   const T max = (T)top_of(row.known[OTHERS]);
@@ -363,7 +363,7 @@ template <int D> KL_DEVICE void spread(const Piece& piece, Y* slot, typename Sto
     }
   }
   __syncwarp();
-  piece.each_listed(first, [&](int i, i64 k) { out[i] = Stored<D>::narrow((T)by_class[k]); });
+  piece.each_listed(first, [&](int i, i64 k) { out[i] = Stored<D>::narrow((T)by_class[k + 1]); });
   __syncwarp();
 }
 

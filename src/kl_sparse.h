@@ -118,7 +118,7 @@ KL_FN double mass_of_others(int tail, bool given, double mass, double listed) {
 // Through a softmax the derivative of class i is d_i - q_i sum(d). Where one class has all but the whole of q that cancels: so
 // d_i - q_i c comes first, with c = d/q of the likeliest class, which itself is left with nothing.
 KL_FN double centre_of(double d, double q) { return q > 0 ? d / q : 0.0; }
-KL_FN double less_centre(double d, double q, double centre, bool likeliest) { return likeliest ? 0.0 : d - q * centre; }
+KL_FN double less_centre(double d, double q, double centre, bool likeliest) { return likeliest ? 0.0 : d - share_times(q, centre); }
 
 // Of logarithms: what multiplies a class's weight, and that
 KL_FN double slope_of(double slope, const Norm& others) {
@@ -131,11 +131,13 @@ template <typename T> KL_FN T part_of_others(T y, T max, const Inverse<T>& it) {
 KL_FN bool has_rest(int tail, bool given, int space, double rest) { return tail == BUCKET && !given && rest > no_mass(space); }
 // By x's number, of the one that stands for its class: d, and of the others' mass d_rest
 KL_FN double less_rest(int space, double d, double x, double d_rest, double rest) {
-  return is_log(space) ? d - exp(x - rest) * d_rest : d - d_rest;
+  return is_log(space) ? d - share_times(exp(x - rest), d_rest) : d - d_rest;
 }
 
 // Where several numbers are one class, logarithms share its derivative as they do its mass: e^x, less the last one's
 KL_FN double share_in(double x, double last, double it) { return exp(log_prob_of(x, top_of(last), 0.0, it)); }
-KL_FN double share_of_derivative(double own, double all, double d) { return all > 0 ? share_times(own / all, d) : 0.0; }
+KL_FN double share_of_derivative(double own, double all, long long count, double d) {   // equal ones of nothing
+  return all == 0 ? d / (double)count : share_times(own / all, d);
+}
 
 }  // namespace kl

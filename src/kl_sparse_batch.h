@@ -7,6 +7,18 @@ namespace kl {
 
 constexpr i64 FEW_KEYS = 32;          // up to which they are sorted at once
 
+// The keys of a class one after the other, as numbers; and then those of one class by x's numbers, which somebody may write
+// meanwhile: so by a heap, which stays within its bounds whatever it is told.
+template <class Before> void sort_run(Key* first, Key* last, const Before& before) {
+  std::sort(first, last);
+  for (Key* end; first != last; first = end) {
+    for (end = first + 1; end != last && class_of(*end) == class_of(*first);) end++;
+    if (end - first == 1 || !is_listed(*first)) continue;
+    std::make_heap(first, end, before);
+    std::sort_heap(first, end, before);
+  }
+}
+
 // The keys of row r. Many come chunk by chunk of the classes first; `room` is for as many, `starts` for all chunks and two.
 inline void sort_keys(const Plan& p, i64 r, Key* room, i64* starts) {
   const Sparse& s = *p.sparse;
@@ -20,7 +32,7 @@ inline void sort_keys(const Plan& p, i64 r, Key* room, i64* starts) {
     std::memcpy(&index, at + k * s.indices.stride, sizeof index);
     keys[k] = key_of(index, p.n, k);
   }
-  if (s.count <= FEW_KEYS) return std::sort(keys, keys + s.count, before);
+  if (s.count <= FEW_KEYS) return sort_run(keys, keys + s.count, before);
   i64 chunks = (p.n + CHUNK - 1) / CHUNK;
   auto bin = [&](Key k) { return is_listed(k) ? class_of(k) / CHUNK : chunks; };
   std::fill(starts, starts + chunks + 2, 0);
@@ -28,7 +40,7 @@ inline void sort_keys(const Plan& p, i64 r, Key* room, i64* starts) {
   for (i64 c = 0; c <= chunks; c++) starts[c + 1] += starts[c];
   for (i64 k = 0; k < s.count; k++) room[starts[bin(keys[k])]++] = keys[k];
   std::copy(room, room + s.count, keys);
-  for (i64 c = 0, first = 0; c <= chunks; first = starts[c++]) std::sort(keys + first, keys + starts[c], before);
+  for (i64 c = 0, first = 0; c <= chunks; first = starts[c++]) sort_run(keys + first, keys + starts[c], before);
 }
 
 // f(row, its number, what is this thread's of the room) for all rows that count

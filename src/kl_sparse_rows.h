@@ -54,7 +54,7 @@ void spread_chunk(const Plan& p, const Row& row, int, i64 start, int n, const do
   Buffers<T>& s = *(Buffers<T>*)scratch;
   const Sparse& of = *p.sparse;
   i64 r = number_of(of, row);
-  const double *by_class = of.dys + r * (of.count + 1), slope = by_class[of.count];
+  const double *by_class = of.dys + r * (of.count + 1), slope = by_class[0];
   const Scale<T> scale(is_log(of.space_y) ? slope_of(slope, norm_at(row.known + OTHERS)) : slope);
   if (of.tail == RENORM || !is_log(of.space_y)) {
     T same = of.tail == RENORM ? T(0) : T(1) * scale;
@@ -69,7 +69,7 @@ void spread_chunk(const Plan& p, const Row& row, int, i64 start, int n, const do
     else
       for (int i = 0; i < n; i++) s.dy[i] = s.dy[i] * scale.near;
   }
-  each_listed(of, r, start, n, [&](int i, i64 k) { s.dy[i] = (T)by_class[k]; });
+  each_listed(of, r, start, n, [&](int i, i64 k) { s.dy[i] = (T)by_class[k + 1]; });
   store(p.dy, row.dy, start, n, s.dy, 1.0, p.stream);
 }
 

@@ -13,7 +13,7 @@ struct Listed {               // a row
   i64 n, count;               // classes of y, and in the list
   double it;                  // its inverse temperature
   const Key* keys;
-  double *known, *xs, *ys;    // ROW_NUMBERS, and count + 1 of each side
+  double *known, *xs, *ys;    // ROW_NUMBERS; and count + 1 of each side: all other classes as one, then those listed in order
   bool given;                 // x's mass of all other classes, else 0:
   double mass;
 };
@@ -38,18 +38,23 @@ template <class X> inline double together(const Listed& r, i64 slot, const X& x,
     return r.space_x == LOGITS ? log_prob_of(v, top, 0.0, it) : v;
   };
   i64 first = first_of_class(r.keys, slot);
-  double most = number(slot);   // the largest of them
-  if (first == slot || (logs && excluded(most))) return most;
-  double sum = 0;
-  for (i64 k = first; k <= slot; k++) sum += logs ? exp(number(k) - most) : number(k);
-  return logs ? most + log(sum) : sum;
+  if (first == slot) return number(slot);
+  double most = -infinity<double>(), sum = 0;
+  for (i64 k = first; k <= slot; k++) {
+    double v = number(k);
+    most = v > most ? v : most;
+    sum = (logs ? v == v : v >= 0) ? sum : nan<double>();   // what is no probability spoils all
+  }
+  bool beyond = excluded(most) | (most == infinity<double>());   // no number is measured from there
+  for (i64 k = first; k <= slot && !beyond; k++) sum += logs ? exp(number(k) - most) : number(k);
+  return beyond ? most + sum : logs ? most + log(sum) : sum;
 }
 
 // x(place), y(class): their numbers
 template <class Team, class X, class Y> inline void make_classes(const Team& team, const Listed& r, const X& x, const Y& y) {
   const i64 count = r.count;
   const Key* keys = r.keys;
-  double *xs = r.xs, *ys = r.ys;
+  double *xs = r.xs + 1, *ys = r.ys + 1;
   double of_x = temper(r.space_x, r.it), of_y = temper(r.space_y, r.it), nothing = spoiled(keys, count, r.it, r.mass);
   bool renorm = r.tail == RENORM, of_logits = r.space_y == LOGITS;
   auto leading = [&](i64 k) { return leads(keys, k, count); };
@@ -66,12 +71,12 @@ template <class Team, class X, class Y> inline void make_classes(const Team& tea
   double rest = mass_of_others(r.tail, r.given, r.mass, listed);
   bool empty = renorm || distinct == r.n;
   double others = empty ? no_mass(r.space_x) : is_log(r.space_x) ? log(rest) : rest;
-  team.each(1, [&](i64) { xs[count] = others + nothing; });
+  team.each(1, [&](i64) { r.xs[0] = others + nothing; });
   // y
   double top_y = team.largest(count, [&](i64 k) { return ys[k]; });
   if (renorm) {
     if (of_logits) team.each(count, [&](i64 k) { ys[k] = log_prob_of(ys[k], top_of(top_y), 0.0, of_y); });
-    team.each(1, [&](i64) { ys[count] = no_mass(r.space_y); });
+    team.each(1, [&](i64) { r.ys[0] = no_mass(r.space_y); });
     return;
   }
   Norm norm = {top_y, 0.0, 0.0};
@@ -90,7 +95,7 @@ template <class Team, class X, class Y> inline void make_classes(const Team& tea
   team.each(count, [&](i64 k) { ys[k] = of_listed(r.space_y, ys[k], known, of_y); });
   team.each(1, [&](i64) {
     for (int k = ALL; k < ROW_NUMBERS; k++) r.known[k] = known[k];
-    ys[count] = empty ? no_mass(r.space_y) : of_others(r.space_y, known, of_y);
+    r.ys[0] = empty ? no_mass(r.space_y) : of_others(r.space_y, known, of_y);
   });
 }
 
@@ -109,7 +114,7 @@ template <class Team> inline void slopes_of_y(const Team& team, const Listed& r,
     double centre = centre_of(d[top], exp(ys[top]));
     team.each(count, [&](i64 k) { d[k] = less_centre(d[k], exp(ys[k]), centre, k == top); });
     double sum = team.sum(count, [&](i64 k) { return d[k]; });
-    team.each(count, [&](i64 k) { d[k] = (d[k] - exp(ys[k]) * sum) * r.it; });
+    team.each(count, [&](i64 k) { d[k] = (d[k] - share_times(exp(ys[k]), sum)) * r.it; });
   } else if (r.space_y == COUNTS) {
     double mean = team.sum(count, [&](i64 k) { return share_times(ys[k], d[k]); });
     team.each(count, [&](i64 k) { d[k] = through_share(d[k], mean, r.known + ALL); });
@@ -120,18 +125,20 @@ template <class Team> inline void slopes_of_y(const Team& team, const Listed& r,
 template <class Team, class X> inline void slopes_of_x(const Team& team, const Listed& r, const X& x, const double* d, double* dx) {
   const i64 count = r.count;
   const Key* keys = r.keys;
-  double it = temper(r.space_x, r.it), nothing = spoiled(keys, count, r.it, r.mass), rest = r.xs[count];
+  double it = temper(r.space_x, r.it), nothing = spoiled(keys, count, r.it, r.mass), rest = r.xs[0];
   bool follows = has_rest(r.tail, r.given, r.space_x, rest);
   auto number = [&](i64 k) { return x(place_of(keys[k])); };
   team.each(count, [&](i64 last) {
     if (!is_listed(keys[last])) dx[place_of(keys[last])] = nothing;
     if (!leads(keys, last, count)) return;
     i64 first = first_of_class(keys, last);
-    double by_class = (follows ? less_rest(r.space_x, d[last], r.xs[last], d[count], rest) : d[last]) * it, all = 0;
+    double by_class = (follows ? less_rest(r.space_x, d[last + 1], r.xs[last + 1], d[0], rest) : d[last + 1]) * it, all = 0;
     bool shared = is_log(r.space_x) && first < last;
     for (i64 k = first; shared && k <= last; k++) all += share_in(number(k), number(last), it);
-    for (i64 k = first; k <= last; k++)
-      dx[place_of(keys[k])] = shared ? share_of_derivative(share_in(number(k), number(last), it), all, by_class) : by_class;
+    for (i64 k = first; k <= last; k++) {
+      double own = shared ? share_in(number(k), number(last), it) : 1.0;
+      dx[place_of(keys[k])] = shared ? share_of_derivative(own, all, last - first + 1, by_class) : by_class;
+    }
   });
 }
 

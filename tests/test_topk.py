@@ -5,6 +5,8 @@ through the textbook's form; the rest is what docs/choosing.md and the docstring
 """
 
 import itertools
+import subprocess
+import sys
 
 import conftest
 import ml_dtypes
@@ -12,7 +14,7 @@ import numpy as np
 import oracle
 import pytest
 import relatives
-from conftest import DTYPES
+from conftest import DTYPES, as_here
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -333,6 +335,75 @@ def test_listed_twice_and_absent(name, tail):
             assert terms[r, at[x[r, at].argmax()]] == terms[r, at].sum()
             if pair[0] == "probs":
                 assert len(set(dx[r, at])) == 1
+
+
+@tails
+@names
+def test_no_class_changes_no_bit(name, tail):
+    """Rows that list fewer classes than others of their batch: -1 stands beside them."""
+    of = ((0.2, 0), (0.1, 0), (0.3, 0))
+    for pair, dtype in itertools.product(pairs(tail), ("float64", "float32")):
+        x, y, indices = rows(pair, dtype, of=of)
+        padding = np.full((3, 300), -1)
+        options = {"space": pair, **words(tail, of)}
+        value, dx, dy, terms = all_of(name, x, y, indices=indices, **options)
+        wide = np.append(padding.astype(x.dtype) * np.nan, x, -1), np.append(padding, indices, -1)
+        found = all_of(name, wide[0], y, indices=wide[1], **options)
+        assert_same((found[0], found[1][:, 300:], found[2], found[3][:, 300:]), (value, dx, dy, terms), (pair, dtype))
+
+
+@names
+def test_what_is_no_probability_spoils_its_class(name, device):
+    """Of whichever sign NaN is, and wherever it stands among the numbers of one class."""
+    nan, other = np.array([0x7FF8 << 48, 0xFFF8 << 48], np.uint64).view(float)
+    y = np.log([0.4, 0.3, 0.2, 0.1])
+    rows = [[-np.inf, nan, -0.5], [-np.inf, other, -0.5], [-1, nan, -1], [other, -1, -1]]
+    for space, tail in itertools.product(("log_probs", "logits"), ("bucket", "renorm")):
+        if (space, tail) == ("logits", "bucket"):
+            continue
+        for x in rows:
+            options = {"indices": device.put(np.array([1, 1, 0])), "tail": tail, "space": (space, "logits")}
+            value, dx = (
+                device.get(v) for v in call(name, device.put(np.array(x)), device.put(y), return_grad="x", **options)
+            )
+            assert np.isnan(value), (space, tail, x)
+            assert np.isnan(dx[:2]).all()
+    for x, kind, tail in (([0.5, -0.1, 0.2], "probs", "bucket"), ([5.0, -1, 1], "counts", "renorm")):
+        value = call(name, np.array(x), y, indices=[1, 1, 0], tail=tail, space=(kind, "logits"))
+        assert np.isnan(value), (kind, tail)
+
+
+def test_derivatives_of_zeros():
+    """What x excludes has no part in the mass that is left; parts of nothing are equal; -1 changes none."""
+    words = {"tail": "bucket", "space": ("log_probs", "logits"), "return_grad": "x"}
+    value, dx = klcore.kl_div([-np.inf, -1.0], [0.0, 0.0, -np.inf, -np.inf], indices=[1, 0], **words)
+    assert (value, dx[0]) == (np.inf, 0)
+    y = np.log([0.4, 0.3, 0.2, 0.1])
+    _, once = klcore.mixed_kl_div([-np.inf, -1.0], y, indices=[1, 0], **words)
+    _, twice = klcore.mixed_kl_div([-np.inf, -np.inf, -1.0], y, indices=[1, 1, 0], **words)
+    np.testing.assert_allclose(twice, [once[0] / 2, once[0] / 2, once[1]], rtol=1e-15)
+    words |= {"tail": "zero", "return_grad": "y"}
+    for indices in ([0], [0, -1]):
+        _, dy = klcore.mixed_kl_div([-1.0] * len(indices), y, indices=indices, **words)
+        np.testing.assert_array_equal(dy, [np.nan, np.inf, np.inf, np.inf])
+
+
+def test_numbers_that_change_meanwhile():
+    """Where a class is listed twice its order is by x: whoever writes x meanwhile gets wrong numbers, no more."""
+    script = """if True:
+        import threading, time
+        import numpy as np, klcore
+        x, y, end = np.random.rand(50, 200), np.zeros(1000), time.monotonic() + 1
+        def write():
+            while time.monotonic() < end:
+                x[...] = np.random.rand(50, 200)
+        thread = threading.Thread(target=write)
+        thread.start()
+        while time.monotonic() < end:
+            klcore.kl_div(x, y, indices=np.zeros(200, int), tail="bucket", space=("probs", "logits"))
+        thread.join()
+    """
+    assert subprocess.run([sys.executable, "-c", script], timeout=60, **as_here()).returncode == 0
 
 
 @tails

@@ -119,8 +119,8 @@ def _as_listed(xp: Any, task: Task, places: Any, count: int, terms: Any) -> Any:
     """Terms in the caller's order, and on the caller's axis."""
     found = xp.zeros_like(terms)
     if terms.size:
-        xp.put_along_axis(found[..., :count], places, terms[..., :count], -1)
-        found[..., count] = terms[..., count]
+        xp.put_along_axis(found[..., :count], places, terms[..., 1:], -1)
+        found[..., count] = terms[..., 0]
     return xp.moveaxis(found[..., : _terms(task)], -1, task.laid.last)
 
 
@@ -130,9 +130,9 @@ def _sorted(xp: Any, task: Task, places: Any, count: int, cotangent: Any) -> Any
     at = len(batch) + 1 + last
     c = xp.moveaxis(xp.broadcast_to(xp.asarray(cotangent), (*batch[:at], terms, *batch[at:])), last, -1)
     found = xp.zeros((*batch, count + 1))
-    found[..., :count] = xp.take_along_axis(c[..., :count], places, -1)
+    found[..., 1:] = xp.take_along_axis(c[..., :count], places, -1)
     if terms > count:
-        found[..., count] = c[..., count]
+        found[..., 0] = c[..., count]
     return found
 
 
