@@ -26,6 +26,9 @@ TEMPERATURES: tuple[float, float]
 NARROW_TEMPERATURES: tuple[float, float]
 TAILS: dict[str, int]
 ROW_NUMBERS: int
+NORM_STATES: int
+MOST_CLASSES: int
+PLACE_OF_KEY: int
 
 def is_wide(operation: int, space_x: int, space_y: int, temperature: float, parameter: float = 0.0) -> bool: ...
 

@@ -12,7 +12,6 @@ from klcore import _cpu
 
 SPACES = tuple(_cpu.SPACES)
 PAIRS = tuple((x, y) for x in SPACES for y in SPACES)
-TAILS = tuple(_cpu.TAILS)
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,11 +45,11 @@ def named(name: str) -> Operation:
     return OPERATIONS.get(name) or LOSSES.get(name) or ESTIMATORS[name]
 
 
-def _divergence(name: str, *parameters: str) -> Operation:
+def _divergence(name: str, *parameters: str, takes_indices: bool = False) -> Operation:
     code, form, arguments = _cpu.OPERATIONS[name]
     if arguments == 1:
         return Operation(name, code, form, True, False, tuple((s, s) for s in SPACES), ("x",))
-    return Operation(name, code, form, False, False, PAIRS, ("x", "y"), parameters)
+    return Operation(name, code, form, False, False, PAIRS, ("x", "y"), parameters, takes_indices=takes_indices)
 
 
 def _loss(name: str, *pairs: tuple[str, str], gradients: tuple[str, ...] = ("x", "y")) -> Operation:
@@ -64,17 +63,17 @@ def _estimator(name: str) -> Operation:
     return Operation(name, code, form, False, False, pairs, ("x", "y"), ("ratio", "limit"), is_estimator=True)
 
 
-KL_DIV = replace(_divergence("kl_div"), takes_indices=True)
-REL_ENTR = replace(_divergence("rel_entr"), takes_indices=True)
+KL_DIV = _divergence("kl_div", takes_indices=True)
+REL_ENTR = _divergence("rel_entr", takes_indices=True)
 CROSS_ENTROPY = _divergence("cross_entropy")
 ENTROPY = _divergence("entropy")
 
-JS_DIV = replace(_divergence("js_div", "beta", "scaled"), takes_indices=True)
-MIXED_KL_DIV = replace(_divergence("mixed_kl_div", "forward"), takes_indices=True)
+JS_DIV = _divergence("js_div", "beta", "scaled", takes_indices=True)
+MIXED_KL_DIV = _divergence("mixed_kl_div", "forward", takes_indices=True)
 SKEW_KL_DIV = _divergence("skew_kl_div", "alpha")
 ALPHA_DIV = _divergence("alpha_div", "alpha")
 RENYI_DIV = replace(_divergence("renyi_div", "alpha"), needed={"alpha": 0.5}, has_terms=False)
-TV_DIST = replace(_divergence("tv_dist"), takes_indices=True)
+TV_DIST = _divergence("tv_dist", takes_indices=True)
 SQ_HELLINGER = _divergence("sq_hellinger")
 CHI2_DIV = _divergence("chi2_div")
 
@@ -115,5 +114,5 @@ class Call(NamedTuple):
     ratio: Any = None  # an estimator's: multiplies the terms as their weights do, but no mean is divided by it
     examples: int = 0  # an adapter's: how many of the first axes count examples, each with a total of its own
     indices: Any = None  # the classes of y that x lists
-    tail: Any = None
-    tail_mass: Any = None
+    tail: Any = None  # what x has beside them
+    tail_mass: Any = None  # and how much that is

@@ -49,6 +49,9 @@ cdef extern from "kl_batch.h" namespace "kl" nogil:
     int _ZERO "kl::ZERO"
     int _RENORM "kl::RENORM"
     int _ROW_NUMBERS "kl::ROW_NUMBERS"
+    int _NORM_STATES "kl::NORM_STATES"
+    unsigned _OUTSIDE "kl::OUTSIDE"
+    Key _PLACE_OF_KEY "kl::PLACE_OF_KEY"
     int SUM_OTHERS, SPREAD, COPY
     cdef struct Sparse:
         i64 count
@@ -58,8 +61,7 @@ cdef extern from "kl_batch.h" namespace "kl" nogil:
         double* known
         double* xs
         double* ys
-        double* dxs
-        double* dys
+        double* slopes
         double* dx
     cdef struct Plan:
         int operation, space_x, space_y, output, wide, threads, ndim
@@ -69,12 +71,14 @@ cdef extern from "kl_batch.h" namespace "kl" nogil:
         Array x, y, weights, temperatures, factors, value, dx, dy, known
         const Sparse* sparse
         int step
+    ctypedef void (*RowStep)(const Plan&, i64) noexcept nogil
     cdef struct Isa:
         const char* name
         bint supported
         double (*sum_levels)(double*, i64) noexcept nogil
         void (*elementary_float)(int, const float*, float*, i64) noexcept nogil
         void (*elementary_double)(int, const double*, double*, i64) noexcept nogil
+        RowStep classes, slopes_of_x, slopes_of_y
     const Isa* isa_table()
     int _MAX_TASKS "kl::MAX_TASKS"
     cdef struct Task:
@@ -640,10 +644,11 @@ def merge(int number, int operation, int space_x, int space_y, weights, bint wid
 
 cdef extern from "kl_sparse_batch.h" namespace "kl" nogil:
     int sort_all(const Plan&, Ask) noexcept
-    int step_all(const Plan&, const Isa&, int, Ask) noexcept
+    int step_all(const Plan&, RowStep, Ask) noexcept
 
 TAILS = {"bucket": _BUCKET, "zero": _ZERO, "renorm": _RENORM}
-ROW_NUMBERS = _ROW_NUMBERS
+ROW_NUMBERS, NORM_STATES = _ROW_NUMBERS, _NORM_STATES
+MOST_CLASSES, PLACE_OF_KEY = _OUTSIDE, _PLACE_OF_KEY   # that keys have room for; what of a key is a place
 
 
 cdef class Listed:
@@ -660,7 +665,6 @@ cdef class Listed:
 
     def __init__(self, x, indices, y, weights, temperature, tail_mass, int space_x, int space_y, int tail, int threads):
         cdef _Borrowed b = _Borrowed.__new__(_Borrowed)
-        cdef Py_buffer* v
         cdef Sparse* s = &self.sparse
         cdef int d, found
         self.arrays = b
@@ -669,12 +673,8 @@ cdef class Listed:
         self.plan.wide = self.plan.x.dtype == FLOAT64
         self.batch = batch = tuple([self.plan.shape[d] for d in range(self.plan.ndim)])
         b.lend(x, &s.x, True, False)
-        v = b.borrow(indices, False)
-        s.indices.data = <char*>v.buf
-        for d in range(v.ndim - 1):
-            s.indices.batch[d] = v.strides[d]
-        s.count = v.shape[v.ndim - 1]
-        s.indices.stride = v.strides[v.ndim - 1]
+        b.lend(indices.view(numpy.float64), &s.indices, True, False)   # eight bytes each
+        s.count = x.shape[x.ndim - 1]
         if tail_mass is not None:
             b.lend(tail_mass, &s.tail_mass, False, False)
         s.space_x, s.space_y, s.tail = space_x, space_y, tail
@@ -697,28 +697,28 @@ cdef class Listed:
             if found == 0 and tail != _RENORM:
                 found = run_tasks(&task, 1, _isa.load()[0], ask)
             if found == 0:
-                found = step_all(self.plan, _isa.load()[0], 0, ask)
+                found = step_all(self.plan, _isa.load().classes, ask)
         _end(found)
 
     def by_x(self, dxs):
         """The derivatives by x, as float64 of the shape batch + (K,), from those by `xs`."""
         cdef _Borrowed b = _Borrowed.__new__(_Borrowed)
         dx = numpy.zeros((*self.batch, self.sparse.count))
-        self.sparse.dxs, self.sparse.dx = <double*>b.borrow(dxs, False).buf, <double*>b.borrow(dx, True).buf
-        self._step(1)
+        self.sparse.slopes, self.sparse.dx = <double*>b.borrow(dxs, False).buf, <double*>b.borrow(dx, True).buf
+        self._step(_isa.load().slopes_of_x)
         return dx
 
     def by_y(self, dys):
         """Of the derivatives by `ys` makes those by y of the classes listed, and what all others have in common."""
         cdef _Borrowed b = _Borrowed.__new__(_Borrowed)
-        self.sparse.dys = <double*>b.borrow(dys, True).buf
-        self._step(2)
+        self.sparse.slopes = <double*>b.borrow(dys, True).buf
+        self._step(_isa.load().slopes_of_y)
 
-    cdef int _step(self, int step) except -1:
+    cdef int _step(self, RowStep step) except -1:
         cdef Ask ask = _ask()
         cdef int found
         with nogil:
-            found = step_all(self.plan, _isa.load()[0], step, ask)
+            found = step_all(self.plan, step, ask)
         return _end(found)
 
     def spread(self, dys, y, weights, temperature, known, dy, int inner_axes):
@@ -729,7 +729,7 @@ cdef class Listed:
         cdef bint wide = self.plan.wide
         _lay_out(&p, b, 0, 0, 0, TOTAL, y, None, weights, None, None, dy, True, wide, temperature, 1.0, self.plan.threads,
                  0.0, 1.0)
-        self.sparse.dys = <double*>b.borrow(dys, False).buf
+        self.sparse.slopes = <double*>b.borrow(dys, False).buf
         b.lend(known, &p.known, True, False)
         p.sparse, p.step = &self.sparse, SPREAD
         _run_one(&p, inner_axes)

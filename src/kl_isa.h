@@ -1,6 +1,5 @@
-// kl_rows.h, kl_few.h and kl_sparse_rows.h, compiled once for each instruction set into a namespace of that name; `choose_isa` picks one at
-// run time.
-// All of them compute the same bits: only the width of the vectors differs.
+// kl_rows.h, kl_few.h and kl_sparse_rows.h, compiled once for each instruction set into a namespace of that name; `choose_isa`
+// picks one at run time. All of them compute the same bits: only the width of the vectors differs.
 #pragma once
 #include <algorithm>
 #include <cmath>
@@ -100,6 +99,8 @@ inline void stream_line(char* to, const char* from) { _mm512_stream_si512((__m51
 
 #endif  // KL_MORE
 
+typedef void (*RowStep)(const Plan&, i64 r);
+
 struct Isa {
   const char* name;
   bool supported;                    // by this processor
@@ -109,13 +110,12 @@ struct Isa {
   double (*sum_levels)(double*, i64);
   void (*elementary_float)(int, const float*, float*, i64);
   void (*elementary_double)(int, const double*, double*, i64);
-  void (*sparse[3])(const Plan&, i64 r);   // of a row of which x lists some classes: the K + 1 classes; derivatives by x, by y
+  RowStep classes, slopes_of_x, slopes_of_y;   // of rows of which x lists some classes
 };
 
-#define KL_ROWS(ns)                                                                                    \
-  ns::kernel, ns::few, ns::lanes, ns::sum_levels, ns::elementary<float>, ns::elementary<double>, {     \
-    ns::classes, ns::slopes_of_x, ns::slopes_of_y                                                      \
-  }
+#define KL_ROWS(ns)                                                                                 \
+  ns::kernel, ns::few, ns::lanes, ns::sum_levels, ns::elementary<float>, ns::elementary<double>,    \
+      ns::classes, ns::slopes_of_x, ns::slopes_of_y
 
 inline const Isa* isa_table() {   // best last
 #ifdef KL_MORE

@@ -50,7 +50,7 @@ struct Sparse {
   Array x, indices, tail_mass;       // `count` a row, of any strides; int64; one a row, or absent
   Key* keys;                         // `count` a row, sorted
   double* known;                     // ROW_NUMBERS a row
-  double *xs, *ys, *dxs, *dys;       // count + 1 a row: all other classes as one, then those listed, in order
+  double *xs, *ys, *slopes;          // count + 1 a row: all other classes as one, then those listed, in order
   double* dx;                        // `count` a row, in the caller's order
 };
 

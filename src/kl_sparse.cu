@@ -1,6 +1,6 @@
 // Rows of which x lists some classes of y (kl_sparse.h) on the GPU: what kl_sparse_batch.h and kl_sparse_rows.h are for the CPU,
 // with the same bits. klcore/backends/cuda/listed.py fills in a Listing and launches; nvrtc.py compiles this file behind
-// kl_cuda.cu, with its macros (KL_Y: the dtype of y, or of the gradient that is written) and those that say which kernels:
+// kl_cuda.cu, with its macros (KL_X: the dtype that is read, KL_Y: that is written) and those that say which kernels:
 //   KL_LISTED   what is done once a row: the keys and the K + 1 classes, which depend on no dtype
 //   KL_SLOPES   likewise: the derivatives of these
 //   KL_OTHERS   what y has of all other classes, a warp a chunk
@@ -267,11 +267,11 @@ struct Piece {                // a chunk of a row
   template <class F> KL_DEVICE void each_listed(i64 first, const F& f) const {
     kl::each_listed(keys(), p.count, first + lane_of(), start, n, f, WARP);
   }
-  KL_DEVICE void stage_y(Y* slot) const {
+  template <typename S> KL_DEVICE void stage_y(S* slot) const {
     __syncwarp();
     stage(slot, row.y + start * p.y.stride, p.y.stride, n);
   }
-  KL_DEVICE void pad(Y* slot) const {   // behind what was staged, as kl_cuda.cu does
+  template <typename S> KL_DEVICE void pad(S* slot) const {   // behind what was staged, as kl_cuda.cu does
     int end = (n + 255) / 256 * 256;
     __syncwarp();
 #pragma unroll 1
@@ -323,7 +323,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 4) kl_others(const Listing
 #if defined(KL_SPREAD)
 namespace kl {
 
-template <int D> KL_DEVICE void spread(const Piece& piece, Y* slot, typename Stored<D>::Type* out) {
+template <int D> KL_DEVICE void spread(const Piece& piece, X* slot, typename Stored<D>::Type* out) {
   const Listing& p = piece.p;
   const ListedRow& row = piece.row;
   __syncwarp();
@@ -352,7 +352,7 @@ template <int D> KL_DEVICE void spread(const Piece& piece, Y* slot, typename Sto
   for (int step = 0; step < at.steps(); step++) {
     T v[Wide::E];
     if (parts) {
-      at.template read<DY>(slot, step, v);
+      at.template read<DX>(slot, step, v);
 #pragma unroll
       for (int e = 0; e < Wide::E; e++) v[e] = part_of_others(v[e], max, it);
       at.template write<D>(out, step, v, scale);
@@ -371,11 +371,11 @@ template <int D> KL_DEVICE void spread(const Piece& piece, Y* slot, typename Sto
 
 extern "C" __global__ void __launch_bounds__(THREADS, KL_WIDE ? 3 : 4) kl_spread(const Listing p) {
   KL_SHARED_MEMORY(shared);
-  const bool summed = p.inner > 1;
-  char* mine = shared + warp_of() * CHUNK * (int)(sizeof(Y) + (summed ? sizeof(T) + sizeof(double) : 0));
+  const bool summed = DX != DY || p.inner > 1;
+  char* mine = shared + warp_of() * CHUNK * (int)(sizeof(X) + (summed ? sizeof(T) + sizeof(double) : 0));
   double* sums = (double*)mine;
   T* own = (T*)(sums + CHUNK);
-  Y* slot = summed ? (Y*)(own + CHUNK) : (Y*)mine;
+  X* slot = summed ? (X*)(own + CHUNK) : (X*)mine;
   const i64 rows = p.rows / p.inner;
 #pragma unroll 1
   for (i64 item = this_warp(); item < rows * p.groups * p.chunks; item += warps_in_all()) {
@@ -391,12 +391,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, KL_WIDE ? 3 : 4) kl_spread
       Piece piece = {p, row, c * CHUNK, n};
       if (!summed) {
         __syncwarp();
-        if (row.weight != 0) spread<DY>(piece, slot, slot);
+        if (row.weight != 0) spread<DX>(piece, slot, slot);
         else
 #pragma unroll 1
-          for (int j = lane_of(); j < n; j += WARP) slot[j] = Stored<DY>::narrow(T(0));
+          for (int j = lane_of(); j < n; j += WARP) slot[j] = Stored<DX>::narrow(T(0));
         __syncwarp();
-        unstage(row.to + c * CHUNK * p.to.stride, p.to.stride, slot, n);
+        unstage(row.to + c * CHUNK * p.to.stride, p.to.stride, (Y*)slot, n);   // DX is DY
       } else if (row.weight != 0) {
         spread<code_of<T>()>(piece, slot, own);
 #pragma unroll 1

@@ -19,7 +19,8 @@ KL_FN Key key_of(long long index, long long n, long long place) {
   return (Key)c << 32 | (Key)place;
 }
 KL_FN unsigned class_of(Key k) { return (unsigned)(k >> 32); }
-KL_FN long long place_of(Key k) { return (long long)(k & 0xffffffffu); }
+constexpr Key PLACE_OF_KEY = 0xffffffffu;
+KL_FN long long place_of(Key k) { return (long long)(k & PLACE_OF_KEY); }
 KL_FN unsigned long long in_order(double x) {   // an integer that orders numbers, NaN too
   unsigned long long b = bits(x);
   return b & Real<double>::sign ? ~b : b | Real<double>::sign;
@@ -58,7 +59,7 @@ KL_FN double spoiled(const Key* keys, long long count, double it, double mass) {
 //
 // Of y: the other classes, as Norm or Tally; all classes, as norm_finish or tally_finish leave them, where the row is
 // normalised.
-enum { OTHERS = 0, ALL = 3, ROW_NUMBERS = 5 };
+enum { OTHERS = 0, ALL = NORM_STATES, ROW_NUMBERS = ALL + 2 };
 
 KL_FN constexpr bool is_log(int space) { return space == LOG_PROBS || space == LOGITS; }
 KL_FN double no_mass(int space) { return is_log(space) ? -infinity<double>() : 0.0; }

@@ -60,10 +60,9 @@ inline int sort_all(const Plan& p, Ask ask) noexcept {
   });
 }
 
-// A step of all rows, one of Isa::sparse.
-inline int step_all(const Plan& p, const Isa& isa, int step, Ask ask) noexcept {
+inline int step_all(const Plan& p, RowStep step, Ask ask) noexcept {
   return guarded(ask, [&](Watch& watch) {
-    each_row(p, p.sparse->count, 0, watch, [&](i64 r, char*) { isa.sparse[step](p, r); });
+    each_row(p, p.sparse->count, 0, watch, [&](i64 r, char*) { step(p, r); });
   });
 }
 

@@ -54,7 +54,7 @@ void spread_chunk(const Plan& p, const Row& row, int, i64 start, int n, const do
   Buffers<T>& s = *(Buffers<T>*)scratch;
   const Sparse& of = *p.sparse;
   i64 r = number_of(of, row);
-  const double *by_class = of.dys + r * (of.count + 1), slope = by_class[0];
+  const double *by_class = of.slopes + r * (of.count + 1), slope = by_class[0];
   const Scale<T> scale(is_log(of.space_y) ? slope_of(slope, norm_at(row.known + OTHERS)) : slope);
   if (of.tail == RENORM || !is_log(of.space_y)) {
     T same = of.tail == RENORM ? T(0) : T(1) * scale;
@@ -139,11 +139,11 @@ KL_APART inline void classes(const Plan& p, i64 r) {
 }
 KL_APART inline void slopes_of_y(const Plan& p, i64 r) {
   with_listed(p, r, locate(p, r), [&](const Listed& listed, auto) {
-    slopes_of_y(Serial(), listed, p.sparse->dys + r * (listed.count + 1));
+    slopes_of_y(Serial(), listed, p.sparse->slopes + r * (listed.count + 1));
   });
 }
 KL_APART inline void slopes_of_x(const Plan& p, i64 r) {
   with_listed(p, r, locate(p, r), [&](const Listed& listed, auto x) {
-    slopes_of_x(Serial(), listed, x, p.sparse->dxs + r * (listed.count + 1), p.sparse->dx + r * listed.count);
+    slopes_of_x(Serial(), listed, x, p.sparse->slopes + r * (listed.count + 1), p.sparse->dx + r * listed.count);
   });
 }

@@ -96,7 +96,9 @@ ROOMS = {
     },
     r"klcore\.backends\.threads": set(),
     r"klcore\.backends\.examples": {"numpy", "klcore._cpu", "klcore.backends.rows", "klcore.operations"},
-    r"klcore\.backends\.sparse": {"numpy", "klcore.backends.labels", "klcore.backends.rows", "klcore.operations"},
+    r"klcore\.backends\.sparse": {
+        "numpy", "klcore._cpu", "klcore.backends.labels", "klcore.backends.rows", "klcore.operations",
+    },
     r"klcore\.backends\.cpu": {
         "numpy", "klcore._cpu", "klcore.backends.rows", "klcore.backends.sparse", "klcore.backends.threads",
         "klcore.operations",

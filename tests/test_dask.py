@@ -773,15 +773,16 @@ def test_lists_along_any_axis(dtype):
 def test_lists_of_cupy_chunks(gpu, on_gpu, dtype):
     """NumPy's lists beside them; gradients of an operand that blocks share."""
     x, y, more = listing("mass", dtype=dtype)
-    for of_x, indices in ((x, more["indices"]), (x[0], more["indices"][0])):
+    for of_x, of_y, indices in ((x, y, more["indices"]), (x[0], y, more["indices"][0]), (x, y[0], more["indices"])):
         rest = more | {"indices": indices}
-        lazy = on_gpu(of_x, (3, -1) if of_x.ndim > 1 else -1), on_gpu(y, (2, -1))
+        lazy = on_gpu(of_x, (3, -1) if of_x.ndim > 1 else -1), on_gpu(of_y, (2, -1) if of_y.ndim > 1 else -1)
+        shared = min(of_x.ndim, of_y.ndim) == 1
         for reduction in ("row", "none", "rowmean"):
-            whole = of_list("kl_div", of_x, y, "mass", rest, reduction=reduction)
+            whole = of_list("kl_div", of_x, of_y, "mass", rest, reduction=reduction)
             for a, b in zip(of_list("kl_div", *lazy, "mass", rest, reduction=reduction), whole, strict=True):
                 computed = a.compute()
                 assert isinstance(computed, gpu.array_type())
-                (assert_close if of_x.ndim == 1 or a.ndim == 0 else assert_same_bits)(gpu.get(computed), b)
+                (assert_close if shared or a.ndim == 0 else assert_same_bits)(gpu.get(computed), b)
 
 
 def test_lists_are_lazy():

@@ -373,7 +373,7 @@ def test_buffers_on_a_gpu(gpu, buffer):  # noqa: F811
         ({"indices": None}, TypeError, r"tail= says what x has"),
         ({"indices": None, "tail": None, "tail_mass": 0.5}, TypeError, r"tail_mass= says what x has"),
         ({"tail": "renorm", "tail_mass": 0.5}, ValueError, r"tail_mass goes with tail='bucket'"),
-        ({"space": "logits"}, ValueError, r"it goes with tail='renorm' only"),
+        ({"space": "logits"}, ValueError, r"which goes with tail='renorm' only"),
     ],
 )  # fmt: skip
 def test_errors_are_numpys(bad, error, match, traced):

@@ -343,13 +343,13 @@ def test_no_class_changes_no_bit(name, tail):
     """Rows that list fewer classes than others of their batch: -1 stands beside them."""
     of = ((0.2, 0), (0.1, 0), (0.3, 0))
     for pair, dtype in itertools.product(pairs(tail), ("float64", "float32")):
-        x, y, indices = rows(pair, dtype, of=of)
-        padding = np.full((3, 300), -1)
+        x, y, indices = rows(pair, dtype, of=of, n=1200)
+        padding = np.full((3, 1100), -1)
         options = {"space": pair, **words(tail, of)}
         value, dx, dy, terms = all_of(name, x, y, indices=indices, **options)
         wide = np.append(padding.astype(x.dtype) * np.nan, x, -1), np.append(padding, indices, -1)
         found = all_of(name, wide[0], y, indices=wide[1], **options)
-        assert_same((found[0], found[1][:, 300:], found[2], found[3][:, 300:]), (value, dx, dy, terms), (pair, dtype))
+        assert_same((found[0], found[1][:, 1100:], found[2], found[3][:, 1100:]), (value, dx, dy, terms), (pair, dtype))
 
 
 @names
@@ -571,6 +571,12 @@ def test_labels():
         given[name] = given[name].iloc[::-1]
         with pytest.raises(ValueError, match="have different labels"):
             klcore.kl_div(given["x"], given["y"], **logits(indices=given["indices"]))
+    turned = {name: frame.set_axis([2, 0, 1]) for name, frame in frames.items()}
+    weights = np.array([0.5, 0.0, 2.0])
+    found = klcore.kl_div(
+        turned["x"], turned["y"], **logits(indices=turned["indices"], weights=pandas.Series(weights, [2, 0, 1]))
+    )
+    assert_same([found], [klcore.kl_div(x, y, **logits(indices=indices, weights=weights))])
     masses = pandas.Series([0.1, 0.2, 0.3], index=[2, 1, 0])
     with pytest.raises(ValueError, match="tail_mass have different labels"):
         klcore.kl_div(frames["x"], y, **logits(indices=indices, tail_mass=masses))

@@ -253,7 +253,7 @@ def test_compile_terms(compiled):  # noqa: F811
 def test_numbers_are_looked_at_when_a_program_runs(compiled):  # noqa: F811
     x, y, indices = best()
     for f in (compiled(loss), loss, torch.func.vmap(loss)):
-        with pytest.raises(ValueError, match=r"indices must lie in \[0, 9\), or be -1 for no class; found 9"):
+        with pytest.raises(ValueError, match=r"indices must lie in \[0, 9\), .*; found 9"):
             f(x, y, torch.where(indices == indices[2, 1], 9, indices), MASS)
         with pytest.raises(ValueError, match=r"tail_mass must lie in \[0, 1\]; found 1.5"):
             f(x, y, indices, torch.tensor([0.0, 1.5, 0.0, 0.0]))
@@ -345,7 +345,7 @@ REFUSED = {
     "no indices": ({"indices": None, "x": Y}, TypeError, "tail=", "pass indices as well"),
     "tail": ({"tail": "rest"}, ValueError, "'bucket', 'zero', 'renorm'", "'rest'"),
     "mass": ({"tail": "zero", "tail_mass": MASS}, ValueError, "tail_mass goes with tail='bucket'"),
-    "logits": ({"space": "logits"}, ValueError, "x as logits", "tail='renorm' only"),
+    "logits": ({"space": "logits"}, ValueError, "is logits here", "tail='renorm' only"),
     "floats": ({"indices": INDICES.double()}, TypeError, "indices must be integers", "torch.float64"),
     "a list of floats": ({"indices": INDICES.double().tolist()}, TypeError, "indices must be integers"),
     "booleans": ({"indices": INDICES > 2}, TypeError, "indices must be integers", "torch.bool"),
@@ -357,7 +357,7 @@ REFUSED = {
     "too many": ({"y": Y[:, :2]}, ValueError, "list 3 classes", "more than the 2 of y"),
     "axis": ({"axis": 2}, ValueError, "axis 2 is out of range"),
     "index": ({"indices": INDICES + 9}, ValueError, "indices must lie in [0, 9)", "11 more"),
-    "negative": ({"indices": INDICES - 9}, ValueError, "or be -1 for no class"),
+    "negative": ({"indices": INDICES - 9}, ValueError, "for no class"),
     "negative mass": ({"tail_mass": -MASS}, ValueError, "tail_mass must lie in [0, 1]"),
     "history": ({"tail_mass": WITH_HISTORY}, TypeError, "none with respect to it; pass tail_mass.detach()"),
 }

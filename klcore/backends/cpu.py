@@ -120,7 +120,7 @@ def _summed_gradient(task: rows.Task, g: rows.Gradient, scale: float, threads: i
 
 def _turned(task: rows.Task, g: rows.Gradient) -> tuple[Any, tuple[Any, ...], tuple[int, ...]]:
     """The gradient, what is read, and their batch axes' order: the operand's own in front, those to sum over behind."""
-    order = task.order(g)
+    order = g.order
 
     def turn(a: Any) -> Any:  # None and a number as they are
         return _lent(a.transpose(*order, *range(len(order), a.ndim))) if isinstance(a, np.ndarray) else a

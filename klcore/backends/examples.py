@@ -20,9 +20,9 @@ def compute(xp: Any, backend: Any, call: Call) -> tuple[Any, ...]:
     """The totals in float64, and the gradients; with cotangents, one an example, the gradients alone."""
     with np.errstate(all="ignore"):
         by_row, denominator = _divided(xp, call)
-        in_one_pass = call.cotangent is None and isinstance(denominator, float) and call.indices is None
+        in_one_pass = call.cotangent is None and isinstance(denominator, float)
         if call.return_grad is not None and in_one_pass:
-            values, *gradients = backend.block(by_row, denominator, ())  # which knows no lists
+            values, *gradients = backend.block(by_row, denominator, ())
             return _totals(xp, values, denominator, call), *gradients
         gradients = []
         if call.return_grad is not None:

@@ -50,6 +50,11 @@ class Gradient:
     spread: tuple[int, Any] | None = None  # the class axis and the operand, if that is broadcast over it
     out: Any = None  # where the sum over that axis goes, if not to a new array
 
+    @property
+    def order(self) -> tuple[int, ...]:
+        """The batch axes: a broadcast operand's own in front, those to sum its gradient over behind."""
+        return (*(d for d in range(self.view.ndim - 1) if d not in self.inner), *self.inner)
+
 
 @dataclass(slots=True)
 class Task:
@@ -96,10 +101,6 @@ class Task:
         mean = self.output == TOTAL and divided and not self.signed
         return mean and self.weights is not None and self.weights.dtype == np.float64
 
-    def order(self, g: Gradient) -> tuple[int, ...]:
-        """The batch axes of a broadcast operand in front, those to sum its gradient over behind."""
-        return (*(d for d in range(self.x.ndim - 1) if d not in g.inner), *g.inner)
-
 
 def arrange(xp: Any, asarray: Any, call: Call) -> Task:
     """Check the arguments of a call and lay its arrays out in rows.
@@ -128,7 +129,9 @@ class Laid(NamedTuple):
     n: int
     last: int  # the class axis, counted from the end
     scalar: bool  # one class: neither has a dimension
-    terms: tuple[int, ...]  # the shape of the terms, the classes where the caller has them
+    terms: tuple[
+        int, ...
+    ]  # the shape of the terms, or where x lists classes of y; the classes where the caller has them
     alone: bool = False  # every number is a row
 
     def classes_last(self, a: Any) -> Any:
@@ -221,17 +224,12 @@ def _arrange_results(xp: Any, task: Task, laid: Laid, out: Any, wanted: tuple[st
     shape = laid.batch if task.output == PER_ROW else laid.terms if task.output == TERMS else ()
     value, *gradients = results_in(out, wanted)
     if out is not None:
-        if value is not None:
-            check_out(xp, value, "the value", shape, task.scalar_dtype)
-        for name, result in zip(wanted, gradients, strict=True):
-            if result is not None:
-                operand = laid.operands[name]
-                check_out(xp, result, f"the gradient with respect to {name}", operand.shape, operand.dtype)
-        read = *laid.operands.values(), task.weights, task.temperature
-        inputs = [a for a in read if a is not None and not isinstance(a, float)]
         whole = all(laid.operands[name].shape == laid.terms for name in wanted)
         task.over_y = "y" in wanted and task.spaces[1] == LOGITS and whole
-        check_overlap([a for a in (value, *gradients) if a is not None], inputs, gradients[-1] if task.over_y else None)
+        read = task.weights, task.temperature
+        check_results(
+            xp, laid, shape, task.scalar_dtype, value, dict(zip(wanted, gradients, strict=True)), read, task.over_y
+        )
 
     if task.output == TOTAL:
         task.out = value
@@ -242,6 +240,23 @@ def _arrange_results(xp: Any, task: Task, laid: Laid, out: Any, wanted: tuple[st
     for name, result in zip(wanted, gradients, strict=True):
         array = xp.empty_like(laid.operands[name]) if result is None else result
         task.gradients.append(gradient_of(laid, name, array))
+
+
+def check_results(
+    xp: Any, laid: Laid, shape: tuple[int, ...], dtype: Any, value: Any, gradients: dict[str, Any],
+    read: tuple[Any, ...], over_y: bool,
+) -> None:  # fmt: skip
+    """Whether results that the caller gave are fit for it: the value of this shape and dtype, gradients of their
+    operands', none of which lies over these or over what is `read` besides, but perhaps that for y over y."""
+    if value is not None:
+        _check_out(xp, value, "the value", shape, dtype)
+    for name, result in gradients.items():
+        if result is not None:
+            operand = laid.operands[name]
+            _check_out(xp, result, f"the gradient with respect to {name}", operand.shape, operand.dtype)
+    inputs = [a for a in (*laid.operands.values(), *read) if a is not None and not isinstance(a, float)]
+    outs = [a for a in (value, *gradients.values()) if a is not None]
+    check_overlap(outs, inputs, gradients["y"] if over_y else None)
 
 
 def gradient_of(laid: Laid, name: str, array: Any) -> Gradient:
@@ -264,7 +279,7 @@ def _arrange_loss(xp: Any, asarray: Any, call: Call) -> Task:
     _, _, wanted = words(call)
     operands = {"x": asarray(call.x, "x"), "y": asarray(call.y, "y")}
     ndim = max(a.ndim for a in operands.values())
-    last = -1 if ndim == 0 else axis_from_end(call.axis, ndim, False)
+    last = -1 if ndim == 0 else _axis(call.axis, ndim, False)
     x, y = operands.values()
     if ndim:
         sizes = {a.shape[last] for a in (x, y) if a.ndim >= -last}
@@ -341,13 +356,8 @@ def refuse(a: Any, name: str) -> None:
     dtype = getattr(a, "dtype", None)
     if dtype is not None and dtype.kind not in "iub" and dtype.name not in FLOATS:
         columns = f"pass its columns as one array, as numpy.lib.recfunctions.structured_to_unstructured({name})"
-        hint = (
-            columns
-            if dtype.names
-            else ""
-            if dtype.kind == "c"
-            else f"pass {name}.astype({'int' if name == 'indices' else 'float'})"
-        )
+        numbers = f"pass {name}.astype({'int' if name == 'indices' else 'float'})"
+        hint = columns if dtype.names else "" if dtype.kind == "c" else numbers
         if dtype.kind == "O" and a.size and isinstance(np.ravel(a)[0], (list, tuple, np.ndarray)):
             hint = _of_rows(name)
         raise TypeError(
@@ -576,7 +586,7 @@ def class_axis(x: Any, y: Any, axis: Any) -> int:
     """Counted from the end; x and y have the same number of classes along it."""
     shapes = tuple(x.shape), tuple(x.shape if y is None else y.shape)
     ndim = max(map(len, shapes))
-    last = axis_from_end(axis, ndim or 1, ndim == 0)
+    last = _axis(axis, ndim or 1, ndim == 0)
     xs, ys = (shape if ndim else (1,) for shape in shapes)
     if min(len(xs), len(ys)) < -last or xs[last] != ys[last]:
         n, m = (shape[last] if len(shape) >= -last else 1 for shape in (xs, ys))
@@ -602,7 +612,7 @@ def lay_list(x: Any, y: Any, indices: Any, axis: Any) -> tuple[int, tuple[int, .
     """Where x lists classes of y: the class axis, counted from the end, and y's shape in the batch of all three."""
     of_x, of_indices, of_y = shapes = tuple(x.shape), tuple(indices.shape), tuple(y.shape)
     ndims = [len(shape) for shape in shapes]
-    last = axis_from_end(axis, max(ndims) or 1, max(ndims) == 0)
+    last = _axis(axis, max(ndims) or 1, max(ndims) == 0)
     if min(ndims) < -last or of_x[last] != of_indices[last]:
         raise ValueError(
             f"x and indices must have the same number of classes along axis {axis}, on which y has all of them; found "
@@ -697,7 +707,7 @@ def _wanted(return_grad: Any, operation: Operation) -> tuple[str, ...]:
     return wanted
 
 
-def axis_from_end(axis: Any, ndim: int, scalar: bool) -> int:
+def _axis(axis: Any, ndim: int, scalar: bool) -> int:
     a = integer(axis, "axis")
     if not -ndim <= a < ndim:
         what = "0-dimensional arrays, taken as one class" if scalar else f"arrays of {ndim} dimensions"
@@ -864,7 +874,7 @@ def results_in(out: Any, wanted: tuple[str, ...]) -> tuple[Any, ...]:
     return results
 
 
-def check_out(xp: Any, out: Any, what: str, shape: tuple[int, ...], dtype: Any) -> None:
+def _check_out(xp: Any, out: Any, what: str, shape: tuple[int, ...], dtype: Any) -> None:
     hint = "; where a gradient goes is said by a tuple, as out=(None, array)" if what == "the value" else ""
     if not isinstance(out, xp.ndarray) or hasattr(out, "mask") or _has_meaning(type(out)):
         raise TypeError(f"out for {what} must be a plain {xp.__name__}.ndarray, found {type(out).__name__}{hint}")

@@ -11,13 +11,12 @@ from typing import Any
 
 import numpy as np
 
+from klcore import _cpu
 from klcore.backends import labels, rows
 from klcore.operations import Call
 
 RENORM = rows.TAILS["renorm"]
-_COUNTS, _LOG_PROBS, _PROBS = (rows.SPACES[name] for name in ("counts", "log_probs", "probs"))
-_MOST = 2**32 - 3  # classes that keys have room for
-_NAMES = {code: name for name, code in rows.SPACES.items()}
+_LOGS = (rows.SPACES["log_probs"], rows.LOGITS)
 
 
 @dataclass(slots=True)
@@ -54,19 +53,16 @@ def compute(xp: Any, asarray: Any, listed: Any, dense: Any, call: Call, shared: 
     """
     task = arrange(xp, asarray, call)
     rows.share(xp, task.gradients, shared)
-    laid, wanted = task.laid, [g.of for g in task.gradients]
+    laid = task.laid
     steps = listed(
         laid.x, task.indices, laid.y, task.weights, task.temperature, task.tail_mass, *task.spaces, task.tail
     )
     value, *found = _of_classes(xp, task, steps, dense, call)
-    gradients = dict(zip(wanted, found, strict=True))
-    for g in task.gradients:
+    for g, d in zip(task.gradients, found, strict=True):
         if not math.prod(laid.batch):
             g.array[...] = 0
             continue
-        d = xp.ascontiguousarray(gradients[g.of])
-        order = task_order(laid, g)
-        inner = len(g.inner) or -1
+        order, inner = g.order, len(g.inner) or -1
 
         def turned(a: Any, order: tuple[int, ...] = order) -> Any:  # None and a number as they are
             return a.transpose(*order, *range(len(order), a.ndim)) if hasattr(a, "transpose") else a
@@ -88,17 +84,13 @@ def compute(xp: Any, asarray: Any, listed: Any, dense: Any, call: Call, shared: 
     return (value, *arrays) if arrays else value
 
 
-def task_order(laid: rows.Laid, g: rows.Gradient) -> tuple[int, ...]:
-    return (*(d for d in range(len(laid.batch)) if d not in g.inner), *g.inner)
-
-
 def _of_classes(xp: Any, task: Task, steps: Any, dense: Any, call: Call) -> tuple[Any, ...]:
     """The value of the K + 1 classes, or None, and the gradients by them."""
     inner = task.inner._replace(x=steps.xs, y=steps.ys)
     count = task.indices.shape[-1]
     places = None
     if call.reduction == "none":
-        places = (steps.keys & 0xFFFFFFFF).astype(np.int64)
+        places = (steps.keys & _cpu.PLACE_OF_KEY).astype(np.int64)
         if call.cotangent is not None:
             inner = inner._replace(cotangent=_sorted(xp, task, places, count, call.cotangent))
     found = dense(inner)
@@ -127,8 +119,8 @@ def _as_listed(xp: Any, task: Task, places: Any, count: int, terms: Any) -> Any:
 def _sorted(xp: Any, task: Task, places: Any, count: int, cotangent: Any) -> Any:
     """What multiplies the terms, in the order of the classes."""
     batch, last, terms = task.laid.batch, task.laid.last, _terms(task)
-    at = len(batch) + 1 + last
-    c = xp.moveaxis(xp.broadcast_to(xp.asarray(cotangent), (*batch[:at], terms, *batch[at:])), last, -1)
+    c = xp.broadcast_to(xp.asarray(cotangent), rows.with_classes(task.laid.terms, last, terms))
+    c = xp.moveaxis(c, last, -1)
     found = xp.zeros((*batch, count + 1))
     found[..., 1:] = xp.take_along_axis(c[..., :count], places, -1)
     if terms > count:
@@ -160,14 +152,21 @@ def arrange(xp: Any, asarray: Any, call: Call) -> Task:
     out = call.out if call.cotangent is None or call.out is None else (None, *call.out)
     value, *into = rows.results_in(out, wanted)
     if out is not None:
-        _check_results(xp, laid, call, dtype, value, into, (indices, mass, weights, temperature), wanted, spaces, tail)
+        shape = laid.batch if call.reduction == "row" else ()
+        if call.reduction == "none":
+            shape = rows.with_classes(laid.terms, laid.last, laid.x.shape[-1] + (tail != RENORM))
+        over_y = "y" in wanted and spaces[1] == rows.LOGITS and laid.operands["y"].shape == laid.terms
+        read = indices, mass, weights, temperature
+        rows.check_results(xp, laid, shape, xp.dtype(dtype), value, dict(zip(wanted, into, strict=True)), read, over_y)
     gradients = [
         rows.gradient_of(laid, name, xp.empty_like(laid.operands[name]) if a is None else a)
         for name, a in zip(wanted, into, strict=True)
     ]
+    # logits and counts, where they are to be normalised; else they are already
+    log, plain = ("logits", "counts") if tail == RENORM else ("log_probs", "probs")
     inner = call._replace(
-        space=tuple(_NAMES[s] for s in inner_spaces(spaces, tail)), axis=-1, temperature=1.0, out=None, dtype=dtype,
-        indices=None, tail=None, tail_mass=None, device=None,
+        space=tuple(log if space in _LOGS else plain for space in spaces), axis=-1, weights=weights, temperature=1.0,
+        out=None, dtype=dtype, indices=None, tail=None, tail_mass=None, device=None,
     )  # fmt: skip
     if call.reduction in ("mean", "batchmean"):  # by numbers of y's, not of the K + 1 classes
         inner = inner._replace(reduction="sum", denominator=rows.denominator(call, laid.terms, batch, weights))
@@ -175,9 +174,8 @@ def arrange(xp: Any, asarray: Any, call: Call) -> Task:
         indices = xp.minimum(indices, 2**63 - 1)
     indices = indices.astype(np.int64, copy=False)
     seen = weights
-    if (
-        call.cotangent is not None and call.reduction == "row"
-    ):  # a row whose cotangent is 0 has no gradient, even if it is NaN
+    # a row whose cotangent is 0 has no gradient, even if it is NaN
+    if call.cotangent is not None and call.reduction == "row":
         seen = rows.over_rows(xp, rows.multiplier(asarray, call.cotangent, "cotangent"), batch, "cotangent") != 0
         seen = seen if weights is None else seen & (weights != 0)
     return Task(laid, indices, tail, mass, spaces, seen, temperature, gradients, inner, value)
@@ -188,18 +186,11 @@ def outcome(xp: Any, asarray: Any, call: Call) -> rows.Task:
     and temperature of the call itself."""
     task = arrange(xp, asarray, call)
     one = xp.broadcast_to(np.ones((), task.inner.dtype), (*task.laid.batch, task.indices.shape[-1] + 1))
-    found = rows.arrange(xp, asarray, task.inner._replace(x=one, y=one, return_grad=None))
+    found = rows.arrange(xp, asarray, task.inner._replace(x=one, y=one, weights=call.weights, return_grad=None))
     value = found.value
     if found.output == rows.TERMS:
         value = xp.moveaxis(value[..., : _terms(task)], -1, task.laid.last)
     return replace(found, value=value, gradients=task.gradients, temperature=task.temperature)
-
-
-def inner_spaces(spaces: tuple[int, int], tail: int) -> tuple[int, int]:
-    """Those of the K + 1 classes: logits and counts, where these are to be normalised; else they are already."""
-    logs = tuple(space in (_LOG_PROBS, rows.LOGITS) for space in spaces)
-    log, plain = (rows.LOGITS, _COUNTS) if tail == RENORM else (_LOG_PROBS, _PROBS)
-    return (log if logs[0] else plain, log if logs[1] else plain)
 
 
 def refuse_others(dtype: Any, are_integers: bool) -> None:
@@ -231,30 +222,8 @@ def _lay(xp: Any, asarray: Any, call: Call) -> tuple[rows.Laid, Any]:
     count, n = x.shape[last], y.shape[last]
     if count > n:
         raise ValueError(f"x and indices list {count} classes along axis {call.axis}, more than the {n} of y")
-    if n > _MOST:
-        raise ValueError(f"y must have at most {_MOST} classes where x lists some of them; found {n}")
+    if n > _cpu.MOST_CLASSES:
+        raise ValueError(f"y must have at most {_cpu.MOST_CLASSES} classes where x lists some of them; found {n}")
     batch = (*terms[:last], *terms[last:][1:])
     xs, of, ys = (rows.broadcast(xp, rows.classes_last(a, last), (*batch, a.shape[last])) for a in (x, indices, y))
-    given = call.x, call.y, call.weights, None, call.temperature, call.indices, call.tail_mass
-    if labels.are_there(*given):
-        labels.check(last, *given)
     return rows.Laid({"x": x, "y": y}, xs, ys, batch, n, last, False, terms), of
-
-
-def _check_results(
-    xp: Any, laid: rows.Laid, call: Call, dtype: str, value: Any, into: list[Any], read: tuple[Any, ...],
-    wanted: tuple[str, ...], spaces: tuple[int, int], tail: int,
-) -> None:  # fmt: skip
-    if value is not None:
-        shape: tuple[int, ...] = laid.batch if call.reduction == "row" else ()
-        if call.reduction == "none":
-            at = len(laid.batch) + 1 + laid.last
-            shape = (*laid.batch[:at], laid.x.shape[-1] + (tail != RENORM), *laid.batch[at:])
-        rows.check_out(xp, value, "the value", shape, xp.dtype(dtype))
-    for name, a in zip(wanted, into, strict=True):
-        if a is not None:
-            operand = laid.operands[name]
-            rows.check_out(xp, a, f"the gradient with respect to {name}", operand.shape, operand.dtype)
-    inputs = [*laid.operands.values(), *(a for a in read if a is not None and not isinstance(a, float))]
-    over_y = "y" in wanted and spaces[1] == rows.LOGITS and laid.operands["y"].shape == laid.terms
-    rows.check_overlap([a for a in (value, *into) if a is not None], inputs, into[-1] if over_y else None)

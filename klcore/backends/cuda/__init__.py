@@ -308,7 +308,7 @@ def outputs(call: Call, number: int, stats: Any, denominator: float, shared: tup
         for g in task.gradients:
             arrays["d" + g.of] = g.array
             if g.inner and stats is not None:
-                order = task.order(g)
+                order = g.order
                 arrays["stats d" + g.of] = cupy.array(stats.transpose(*order, len(order)), order="C")
         if task.rows and task.n:
             scale = rows.scale(denominator, task.cotangent)

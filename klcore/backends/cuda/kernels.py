@@ -66,11 +66,10 @@ def sum_options() -> tuple[str, ...]:
 
 
 @cache
-def listed_options(entry: str, dtype: str, wide: bool) -> tuple[str, ...]:
-    """The macros for one of src/kl_sparse.cu's; `dtype`: of what it reads or writes, `wide`: whether in double."""
-    code = rows.CODES[dtype]
+def listed_options(entry: str, dtypes: tuple[str, str], wide: bool) -> tuple[str, ...]:
+    """The macros for one of src/kl_sparse.cu's; `dtypes`: of what it reads and writes, `wide`: whether in double."""
     spaces = rows.SPACES["probs"], rows.LOGITS  # a pair of which exponentials are exact; else nobody looks at it
-    return options(KL_DIV, spaces, (code, code), wide, 0, (entry,))
+    return options(KL_DIV, spaces, (rows.CODES[dtypes[0]], rows.CODES[dtypes[1]]), wide, 0, (entry,))
 
 
 @cache

@@ -15,7 +15,6 @@ from klcore.backends.cuda import devices, kernels, plans
 from klcore.backends.cuda.launches import CHUNK, Launch, grid_of
 from klcore.backends.cuda.preparation import inverse_of
 
-_NUMBERS = _cpu.ROW_NUMBERS  # known of a row, or of a chunk
 _WARPS, _SORTING = 4, 32  # in a block; in one that sorts a row of more than CHUNK keys
 
 Start = Callable[[list[Launch], np.ndarray], None]
@@ -43,7 +42,7 @@ class Listed:
         batch, count, n = x.shape[:-1], x.shape[-1], y.shape[-1]
         self._rows, self._dtype = math.prod(batch), y.dtype.name
         self._filled = cupy.empty if weights is None else cupy.zeros  # rows of weight 0 are not looked at
-        self.keys, self.known = self._filled((*batch, count), np.uint64), self._filled((*batch, _NUMBERS))
+        self.keys, self.known = self._filled((*batch, count), np.uint64), self._filled((*batch, _cpu.ROW_NUMBERS))
         self.xs, self.ys = self._filled((*batch, count + 1)), self._filled((*batch, count + 1))
         self._fields = {
             "count": count, "tail": tail, "space_x": space_x, "space_y": space_y, "keys": self.keys.data.ptr,
@@ -75,11 +74,11 @@ class Listed:
         order of dy's; with inner_axes >= 0 it is summed over so many of the last."""
         weights = devices.as_read(self._cupy, weights)
         plan = self._planned({"y": y, "known": known, "to": dy}, weights, temperature)
-        self._write(plan.with_fields(slopes=dys.data.ptr), y.shape, dy, inner_axes, self._dtype == "float64")
+        self._write(plan.with_fields(slopes=dys.data.ptr), y.shape, dy, inner_axes, self._dtype)
 
     def copy(self, values: Any, dx: Any, inner_axes: int) -> None:
         """float64 into a gradient, or summed over the last batch axes."""
-        self._write(self._planned({"values": values, "to": dx}), values.shape, dx, inner_axes, True)
+        self._write(self._planned({"values": values, "to": dx}), values.shape, dx, inner_axes, dx.dtype.name, True)
 
     def _planned(
         self, arrays: dict[str, Any], weights: Any = None, temperature: Any = 1.0, mass: Any = None
@@ -102,40 +101,43 @@ class Listed:
 
     def _sum_others(self, chunks: int) -> None:
         """What y has of the classes that are not listed."""
-        count, states = chunks, self._cupy.empty(self._rows * _NUMBERS * chunks)
+        count, states = chunks, self._cupy.empty(self._rows * _cpu.NORM_STATES * chunks)
         plan, size = self._plan.with_fields(states=states.data.ptr), _cpu.SIZES[rows.CODES[self._dtype]]
         wide = self._dtype == "float64"
-        self._launch("kl_others", plan, self._rows * chunks, _WARPS, CHUNK * size, self._dtype, wide)
+        self._launch("kl_others", plan, self._rows * chunks, _WARPS, CHUNK * size, (self._dtype, self._dtype), wide)
         while count > 1:
             groups = -(-count // CHUNK)
-            sums = self._cupy.empty(self._rows * _NUMBERS * groups)
+            sums = self._cupy.empty(self._rows * _cpu.NORM_STATES * groups)
             plan = plan.with_fields(states=states.data.ptr, sums=sums.data.ptr, level=count, groups=groups)
             self._launch("kl_others_fold", plan, self._rows * groups)
             states, count = sums, groups
 
-    def _write(self, plan: plans.Plan, shape: tuple[int, ...], to: Any, inner_axes: int, wide: bool) -> None:
-        """A gradient; `wide`: of what is computed in double."""
+    def _write(
+        self, plan: plans.Plan, shape: tuple[int, ...], to: Any, inner_axes: int, read: str, wide: bool = False
+    ) -> None:
+        """A gradient; `read`: y's dtype; `wide`: of what is computed in double."""
         batch, n, dtype = shape[:-1], shape[-1], to.dtype.name
+        wide = wide or read == "float64"
         inner = math.prod(batch[len(batch) - inner_axes :]) if inner_axes >= 0 else 1
         groups, outer = -(-inner // CHUNK), self._rows // inner
-        size = _cpu.SIZES[rows.CODES[dtype]]
-        if inner > 1:
+        summed, size = inner > 1 or read != dtype, _cpu.SIZES[rows.CODES[read]]
+        if summed:
             size += 8 + (8 if wide else 4)  # sums, and a row's own
-        sums = self._cupy.empty(outer * groups * n if inner > 1 else 0)
+        sums = self._cupy.empty(outer * groups * n if summed else 0)
         plan = plan.with_fields(sums=sums.data.ptr, inner=inner, groups=groups)
         warps = min(_WARPS, devices.properties(self._device).shared // (CHUNK * size))
-        self._launch("kl_spread", plan, outer * groups * -(-n // CHUNK), warps, CHUNK * size, dtype, wide)
-        if inner > 1:
-            self._launch("kl_spread_fold", plan, -(-outer * n // 32), _WARPS, 0, dtype, wide)
+        self._launch("kl_spread", plan, outer * groups * -(-n // CHUNK), warps, CHUNK * size, (read, dtype), wide)
+        if summed:
+            self._launch("kl_spread_fold", plan, -(-outer * n // 32), _WARPS, 0, (read, dtype), wide)
 
     def _launch(
         self, name: str, plan: plans.Plan, items: int, warps: int = _WARPS, bytes_a_warp: int = 0,
-        dtype: str = "float32", wide: bool = False,
+        dtypes: tuple[str, str] = ("float32", "float32"), wide: bool = False,
     ) -> None:  # fmt: skip
         """`items`: a warp's worth of work each."""
         if not items:
             return
-        function = kernels.kernel(self._device, kernels.listed_options(name, dtype, wide), name)
+        function = kernels.kernel(self._device, kernels.listed_options(name, dtypes, wide), name)
         grid = grid_of(self._device, -(-items // warps))
         launch = Launch(name, function, grid, (32 * warps,), warps * bytes_a_warp)
         self._start([launch], plan.words.view(f"V{8 * plan.struct.words}"))

@@ -145,7 +145,7 @@ def summed(
 ) -> list[Planned]:  # fmt: skip
     """The gradient of a broadcast operand, 1024 rows at a time. `stats` of these, in its order, may be known."""
     batch = task.x.shape[:-1]
-    order = task.order(g)
+    order = g.order
     shape = tuple(batch[d] for d in order)
     inner = math.prod(batch[d] for d in g.inner)
     turned = {
