@@ -121,10 +121,14 @@ class LinearDivergence(torch.autograd.Function):
 def linear_divergence(teacher, student, labels, *, divergence=klcore.kl_div, denominator=None, chunk_bytes=CHUNK_BYTES):
     """The mean over the rows that have a label of ``divergence(teacher, student, space="logits")``, of two `Side`.
 
-    `labels` belong to the rows, one each; or it is a mask. Rows without one are left out before they are multiplied.
-    `denominator` is for a batch that is computed in parts: the rows of all, which the sum is divided by. Parameters of
-    the divergence are bound to it: ``functools.partial(klcore.js_div, beta=0.1, temperature=2.0)``.
+    `labels` belong to the rows, one each, shifted before; or it is a mask, of booleans. Rows without one are left out
+    before they are multiplied. `denominator` is for a batch that is computed in parts: the rows of all, which divide the
+    sum. Parameters of the divergence are bound to it: ``functools.partial(klcore.js_div, beta=0.1, temperature=2.0)``,
+    or for the reverse ``functools.partial(klcore.mixed_kl_div, forward=0.0)``.
     """
+    shapes = [tuple(t.shape) for t in (teacher.hidden[..., 0], student.hidden[..., 0], labels)]
+    if len(set(shapes)) > 1 or labels.is_floating_point():
+        raise ValueError(f"labels are integers or booleans, one a row of both sides; found {labels.dtype}, {shapes}")
     teacher, student = (side._replace(hidden=side.hidden.flatten(0, -2)) for side in (teacher, student))
     labelled = labels if labels.dtype is torch.bool else labels != PADDING
     rows = labelled.flatten().nonzero().squeeze(1)
@@ -271,6 +275,10 @@ def main():
         print(f"{'how':<18} {'states':<9}{'MB':>8}{'s':>8}{'value':>10}{'hidden':>10}{'layer':>10}")
         for name in ways:
             torch.multiprocessing.spawn(process, (size, name, folder))
+    print(
+        "\nMemory by chunks does not grow with the rows, which here are few; --full shows that. In bfloat16 it is the"
+        "\nonly way that does not round the logits: compare the gradients' errors."
+    )
 
 
 if __name__ == "__main__":

@@ -144,6 +144,16 @@ def test_nothing_but_padding(example):
     assert all((g == 0).all() for g in gradients(value, student))
 
 
+@pytest.mark.parametrize("wrong", ["a row less", "a mask of floats", "rows of the teacher"])
+def test_refused(example, wrong):
+    teacher, student, labels = sides(example, torch.float32)
+    labels = labels[1:] if wrong == "a row less" else labels.float() if "floats" in wrong else labels
+    if wrong == "rows of the teacher":
+        teacher = teacher._replace(hidden=torch.cat([teacher.hidden, teacher.hidden]))
+    with pytest.raises(ValueError, match="one a row of both sides"):
+        example.linear_divergence(teacher, student, labels)
+
+
 def test_parts_of_a_batch(example):
     """Divided by the rows of all, they add up to the whole."""
     teacher, student, labels = sides(example, torch.float64)
