@@ -122,9 +122,9 @@ def linear_divergence(teacher, student, labels, *, divergence=klcore.kl_div, den
     """The mean over the rows that have a label of ``divergence(teacher, student, space="logits")``, of two `Side`.
 
     `labels` belong to the rows, one each, shifted before; or it is a mask, of booleans. Rows without one are left out
-    before they are multiplied. `denominator` is for a batch that is computed in parts: the rows of all, which divide the
-    sum. Parameters of the divergence are bound to it: ``functools.partial(klcore.js_div, beta=0.1, temperature=2.0)``,
-    or for the reverse ``functools.partial(klcore.mixed_kl_div, forward=0.0)``.
+    before they are multiplied. `denominator` is for a batch that is computed in parts: the rows of all, which divide
+    the sum. Parameters of the divergence are bound to it: ``functools.partial(klcore.js_div, beta=0.1,
+    temperature=2.0)``, or for the reverse ``functools.partial(klcore.mixed_kl_div, forward=0.0)``.
     """
     shapes = [tuple(t.shape) for t in (teacher.hidden[..., 0], student.hidden[..., 0], labels)]
     if len(set(shapes)) > 1 or labels.is_floating_point():
