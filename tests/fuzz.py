@@ -45,6 +45,7 @@ GUARD = 0xA5
 DTYPES = {name: np.dtype(getattr(ml_dtypes, name, name)) for name in ("float64", "float32", "float16", "bfloat16")}
 DTYPES |= {name: np.dtype(name) for name in ("int32", "uint8", "bool")}
 REDUCTIONS = ("row", "none", "sum", "rowmean", "batchmean", "mean")
+LISTING = [name for name, o in OPERATIONS.items() if o.takes_indices]
 OF_TWO = [name for name, o in OPERATIONS.items() if not o.single]
 # sums of terms of both signs, or that do not vanish where both agree
 SIGNED = ("rel_entr", *(name for name, o in OPERATIONS.items() if o.form == _cpu.BY_COST))
@@ -810,6 +811,83 @@ def check_estimate(rng):
     return collections.Counter([*words, *["tokens judged"] * like.size])
 
 
+def check_lists(rng):
+    """One call of which x lists classes of y: in other layouts, orders and threads by its bits, and where numbers are
+    ordinary against the dense call of K + 1 classes that NumPy makes."""
+
+    def pick(*choices):
+        return choices[rng.integers(len(choices))]
+
+    name, tail = pick(*LISTING), pick(*_cpu.TAILS)
+    n = int(pick(1, 2, 17, 128, 129, 1023, 1024, 1025, 3000, rng.integers(1, 9000)))
+    count, batch = int(pick(0, 1, n, rng.integers(0, min(n, 60) + 1))), pick((), (0,), (1,), (3,), (2, 3), (70,))
+    spaces = pick("log_probs", "probs", *(["logits", "counts"] if tail == "renorm" else [])), pick(*_cpu.SPACES)
+    dtypes = [pick("float64", "float32", "float32", "float16", "bfloat16") for _ in "xy"]
+    indices = rng.permuted(np.broadcast_to(np.arange(n), (*batch, n)), axis=-1)[..., :count].copy()
+    ordinary = rng.random() < 0.7
+    if not ordinary and count:  # twice, and absent
+        indices[rng.random(indices.shape) < 0.2] = -1
+        indices = np.where(rng.random(indices.shape) < 0.2, indices[..., :1], indices)
+    spread = pick(0.1, 3, 30)
+    logs = [spread * rng.normal(size=(*batch, k)) for k in (count, n)]
+    if not ordinary:
+        logs = [np.where(rng.random(a.shape) < 0.05, pick(-np.inf, np.nan, -1e4), a) for a in logs]
+    with np.errstate(all="ignore"):
+        logs[0] = logs[0] - np.logaddexp.reduce(logs[0], -1, keepdims=True, initial=0.0)  # some mass is left
+        if spaces[1] in ("log_probs", "probs"):
+            logs[1] = logs[1] - np.logaddexp.reduce(logs[1], -1, keepdims=True)
+        x, y = (
+            (a if "log" in space else np.exp(a)).astype(DTYPES[dtype])
+            for a, space, dtype in zip(logs, spaces, dtypes, strict=True)
+        )
+    mass = rng.uniform(0, 1, batch) if tail == "bucket" and rng.random() < 0.5 else None
+    weights = rng.choice([0, 1, 0.3], batch) if rng.random() < 0.4 else None
+    temperature = pick(1.0, 2.5, rng.uniform(0.5, 4, batch)) if "logits" in spaces else 1.0
+    options = {"tail": tail, "space": spaces, "reduction": pick("row", "none", "sum", "rowmean", "batchmean", "mean")}
+    memory, results = Memory(rng), []
+    sets = [isa for isa, usable in _cpu.instruction_sets().items() if usable]
+    order = rng.permuted(np.broadcast_to(np.arange(count), (*batch, count)), axis=-1)
+    for lay, threads in ((memory.lay, 2), (lambda a: a, pick(1, 5))):
+        _cpu.use_instruction_set(pick(*sets))
+        turned = order if lay == memory.lay else np.broadcast_to(np.arange(count), order.shape)
+        a, i = np.take_along_axis(x, turned, -1), np.take_along_axis(indices, turned, -1).astype(pick("i2", "i4", "i8"))
+        more = {"weights": weights, "tail_mass": mass, "temperature": temperature}
+        more = {k: lay(v) if isinstance(v, np.ndarray) else v for k, v in more.items()}
+        with klcore.threads(threads):
+            value, dx, dy = klcore.__dict__[name](
+                lay(a), lay(y), indices=lay(i), return_grad=("x", "y"), **options, **more
+            )
+        back = np.argsort(turned, -1)
+        if options["reduction"] == "none":
+            terms = np.take_along_axis(value[..., :count], back, -1)
+            terms = terms if ordinary else np.sort(terms, -1)  # that of equal numbers stands at any of them
+            value = np.append(terms, value[..., count:], -1)
+        results.append((value, np.take_along_axis(dx, back, -1), dy))
+    memory.check()
+    for k, (a, b) in enumerate(zip(*results, strict=True)):
+        same(a, b, f"result {k} in another layout or order")
+    words = [f"listing {name}", f"tail {tail}", f"reduction {options['reduction']}", *(f"dtype {d}" for d in dtypes)]
+    if not ordinary or options["reduction"] != "row" or spread > 3 or math.prod(batch) == 0 or count == 0:
+        return collections.Counter(words)
+    by = np.asarray(temperature)[..., None]
+    a, b = (v.astype("f8") / (by if space == "logits" else 1) for v, space in zip((x, y), spaces, strict=True))
+    p, q = (np.exp(v) if "log" in space else v for v, space in zip((a, b), spaces, strict=True))
+    q = q / q.sum(-1, keepdims=True) if spaces[1] in ("logits", "counts") else q
+    listed = np.take_along_axis(q, indices, -1)
+    if tail == "renorm":
+        p, listed = p / p.sum(-1, keepdims=True), listed / listed.sum(-1, keepdims=True)
+    else:
+        np.put_along_axis(q, indices, 0, -1)
+        left = np.clip(1 - p.sum(-1), 0, None) if mass is None else mass
+        left = 0 * left if tail == "zero" or count == n else left
+        p, listed = np.append(p, left[..., None], -1), np.append(listed, q.sum(-1, keepdims=True), -1)
+    expected = getattr(klcore, name)(p, listed, weights=weights)
+    with np.errstate(invalid="ignore"):
+        size = np.abs(expected) + (1.0 if name == "rel_entr" else 0)
+        assert (np.isclose(value, expected, rtol=1e-4, atol=1e-7) | (np.abs(value - expected) <= 1e-4 * size)).all()
+    return collections.Counter([*words, *["rows of lists judged"] * math.prod(batch)])
+
+
 # ---- all of them -----------------------------------------------------------------------------------------------------
 
 
@@ -826,6 +904,9 @@ def one(seed, call, note=lambda p: None):
     if call % 8 == 3:
         note("klcore.kl_estimate")
         return check_estimate(rng)
+    if call % 8 == 5:
+        note("a call with indices")
+        return check_lists(rng)
     p = draw(rng)
     note(p)
     seen = collections.Counter(check(p, rng))
