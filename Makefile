@@ -27,7 +27,7 @@ test-tensorflow: .venv/demo build/tensorflow/installed
 		&& $(BIN)/python examples/keras_cnn.py
 # The adapters with the lower bounds of pyproject.toml; .venv has the newest.
 test-oldest: build/oldest/installed
-	PYTHONPATH=$(CURDIR)/build/oldest $(BIN)/python -m pytest -n 2 --dist worksteal $(patsubst %,tests/test_%.py,torch torch_transforms jax jax_sharded compat)
+	PYTHONPATH=$(CURDIR)/build/oldest $(BIN)/python -m pytest -n 2 --dist worksteal $(patsubst %,tests/test_%.py,torch torch_topk torch_transforms jax jax_topk jax_sharded compat)
 # Random calls against the oracle, under gcc's sanitizers: make fuzz SECONDS=900 SEED=7, or again what failed: SEED=7 CALL=8
 fuzz: SECONDS ?= 60
 fuzz: SEED ?= 0
