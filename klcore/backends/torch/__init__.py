@@ -43,7 +43,8 @@ def compute(call: Call) -> Any:
         indices, mass = memory.list_beside(call.indices, call.tail_mass, x, call.device)
         call = call._replace(indices=indices, tail_mass=mass)
     before = given.x, given.y, given.weights, given.ratio
-    as_given = call is given and x is before[0] and y is before[1] and weights is before[2] and ratio is before[3]
+    same = x is before[0] and y is before[1] and weights is before[2] and ratio is before[3]
+    as_given = same and call.indices is None
     if not as_given and not torch.compiler.is_compiling():
         _check_labels(given, call, x, y)
     if not as_given and _needs_grad(x, y, call.temperature):  # an array may change before backward reads it
