@@ -346,16 +346,19 @@ def test_dask(chunks):
 
 SHAPES = [(3, 40), (1, 2100), (33, 10)]
 OF_Y = [name for name, o in COMMON.items() if not o.single]
+ONE_A_FORM = {o.form: name for name, o in COMMON.items() if not o.single}.values()
 
 
 @pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16"])
 @pytest.mark.parametrize("pair", [("logits", "logits"), ("probs", "logits")])
 @pytest.mark.parametrize("name", OF_Y)
 def test_out_over_y(device, name, pair, dtype):
+    """The emulator compiles each kernel for seconds: those of one operation of each form, and one of all others."""
+    all_roads = not device.emulated or name in ONE_A_FORM
     for shape in SHAPES:
         x, y = (device.put(a) for a in rows(pair, shape, dtype=DTYPES[dtype]))
-        for options in ({}, {"reduction": "sum"}, {"reduction": "none"}, {"temperature": 2.0}):
-            for wanted in ("y", ("x", "y")):
+        for options in ({}, {"reduction": "sum"}, {"reduction": "none"}, {"temperature": 2.0})[: 4 if all_roads else 1]:
+            for wanted in ("y", ("x", "y"))[: 2 if all_roads else 1]:
                 expected = call(name, pair, (x, y), return_grad=wanted, **options)
                 for _ in range(2):  # on a GPU the second is another road
                     over = y.copy()
