@@ -37,6 +37,10 @@ OPERATIONS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
     "one y for all": (klcore.kl_div, {}),
     "one y for all, gradient": (klcore.kl_div, {"return_grad": "y"}),
     "axis 0": (klcore.kl_div, {"axis": 0}),
+    "64 classes listed, gradient": (
+        klcore.kl_div,
+        {"space": ("probs", "logits"), "tail": "bucket", "return_grad": "y"},
+    ),
 }
 OTHERS = {  # than kl_div: value and gradient of each
     f"{row.name}, {space}": (
@@ -122,6 +126,9 @@ def prepare(operation: str, device: str, dtype: str, shape: str) -> Call:
     inputs = [xp.asarray(full(s, dtype, size, seed)) for seed, (s, size) in enumerate(zip(spaces, sizes, strict=False))]
     if operation == "axis 0":
         inputs = [a.reshape(n, rows) for a in inputs]
+    if "tail" in words:
+        inputs[0] = xp.ascontiguousarray(inputs[0][:, :: n // 64])
+        words["indices"] = xp.asarray(np.tile(np.arange(0, n, n // 64), (rows, 1)))
     if "weights" in words:
         words["weights"] = xp.asarray(np.linspace(0.5, 1.5, rows))
     outputs = []

@@ -43,10 +43,18 @@ class Dtypes(_Calls):
 
 
 class Arguments(_Calls):
-    """Probabilities, called in other ways."""
+    """Probabilities, or logits of which a list is known, called in other ways."""
 
     params = (
-        ["sum", "terms", "weights", "one y for all", "one y for all, gradient", "axis 0"],
+        [
+            "sum",
+            "terms",
+            "weights",
+            "one y for all",
+            "one y for all, gradient",
+            "axis 0",
+            "64 classes listed, gradient",
+        ],
         DEVICES,
         ["float32"],
         [IN_CACHE],
