@@ -107,13 +107,15 @@ def every_build() -> Iterator[Build]:
     of_rows = ("kl_keys", "kl_others_fold", "kl_classes"), ("kl_by_x", "kl_by_y")
     spreading = ("kl_spread", "kl_spread_fold")
     for entries in of_rows:
-        yield Build(f"listed {entries[-1]}", kernels.listed_options(entries[0], "float32", False), entries, ())
+        yield Build(f"listed {entries[-1]}", kernels.listed_options(entries[0], ("float32",) * 2, False), entries, ())
     for dtype in rows.CODES:
         wide = dtype == "float64"
-        yield Build(f"listed {dtype} others", kernels.listed_options("kl_others", dtype, wide), ("kl_others",), ())
-        yield Build(f"listed {dtype} dx", kernels.listed_options("kl_spread", dtype, True), spreading, ())
+        same, parts = (dtype, dtype), (dtype, "float64")  # parts of a gradient that blocks share
+        yield Build(f"listed {dtype} others", kernels.listed_options("kl_others", same, wide), ("kl_others",), ())
+        yield Build(f"listed {dtype} dx", kernels.listed_options("kl_spread", same, True), spreading, ())
         if not wide:
-            yield Build(f"listed {dtype} dy", kernels.listed_options("kl_spread", dtype, False), spreading, ())
+            yield Build(f"listed {dtype} dy", kernels.listed_options("kl_spread", same, False), spreading, ())
+            yield Build(f"listed {dtype} dy parts", kernels.listed_options("kl_spread", parts, False), spreading, ())
 
 
 class Budget(NamedTuple):

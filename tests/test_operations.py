@@ -68,6 +68,7 @@ def test_the_self_test_knows_all():
         *itertools.product(narrow, ("float16", "bfloat16")),
         *itertools.product(ESTIMATORS, ("float64", "float32")),
         *itertools.product(OPERATIONS, ("counts",)),
+        *itertools.product((name for name, o in OPERATIONS.items() if o.takes_indices), ("listed",)),
     ]
     assert set(selftest.DIGESTS) == {"kernels", *map(" ".join, groups)}, "klcore/selftest.py: DIGESTS"
 
