@@ -668,8 +668,8 @@ cdef class Listed:
         cdef Sparse* s = &self.sparse
         cdef int d, found
         self.arrays = b
-        _lay_out(&self.plan, b, 0, 0, 0, TOTAL, y, None, weights, None, None, None, False, False, temperature, 1.0, threads,
-                 0.0, 1.0)
+        _lay_out(&self.plan, b, 0, 0, 0, TOTAL, y, None, weights, None, None, None, False, False, temperature, 1.0,
+                 threads, 0.0, 1.0)
         self.plan.wide = self.plan.x.dtype == FLOAT64
         self.batch = batch = tuple([self.plan.shape[d] for d in range(self.plan.ndim)])
         b.lend(x, &s.x, True, False)
@@ -722,13 +722,13 @@ cdef class Listed:
         return _end(found)
 
     def spread(self, dys, y, weights, temperature, known, dy, int inner_axes):
-        """The derivative by y, from what `by_y` made of dys. Arrays are those of the call, with the batch axes in the order
-        of dy's; with inner_axes >= 0 it is summed over so many of the last."""
+        """The derivative by y, from what `by_y` made of dys. Arrays are those of the call, with the batch axes in the
+        order of dy's; with inner_axes >= 0 it is summed over so many of the last."""
         cdef Plan p
         cdef _Borrowed b = _Borrowed.__new__(_Borrowed)
         cdef bint wide = self.plan.wide
-        _lay_out(&p, b, 0, 0, 0, TOTAL, y, None, weights, None, None, dy, True, wide, temperature, 1.0, self.plan.threads,
-                 0.0, 1.0)
+        _lay_out(&p, b, 0, 0, 0, TOTAL, y, None, weights, None, None, dy, True, wide, temperature, 1.0,
+                 self.plan.threads, 0.0, 1.0)
         self.sparse.slopes = <double*>b.borrow(dys, False).buf
         b.lend(known, &p.known, True, False)
         p.sparse, p.step = &self.sparse, SPREAD
@@ -738,7 +738,8 @@ cdef class Listed:
         """float64 into a gradient, or summed over the last batch axes."""
         cdef Plan p
         cdef _Borrowed b = _Borrowed.__new__(_Borrowed)
-        _lay_out(&p, b, 0, 0, 0, TOTAL, values, None, None, None, dx, None, True, True, 1.0, 1.0, self.plan.threads, 0.0, 1.0)
+        _lay_out(&p, b, 0, 0, 0, TOTAL, values, None, None, None, dx, None, True, True, 1.0, 1.0, self.plan.threads,
+                 0.0, 1.0)
         p.sparse, p.step = &self.sparse, COPY
         _run_one(&p, inner_axes)
 
