@@ -353,8 +353,8 @@ ONE_A_FORM = {COMMON[name].form: name for name in reversed(OF_Y)}.values()  # th
 @pytest.mark.parametrize("pair", [("logits", "logits"), ("probs", "logits")])
 @pytest.mark.parametrize("name", OF_Y)
 def test_out_over_y(device, name, pair, dtype):
-    """The emulator compiles each kernel for seconds: those of kl_div, of one operation of each other form in float32, and
-    one of the rest."""
+    """The emulator compiles each kernel for seconds: those of kl_div, of one operation of each other form in float32,
+    and one of the rest."""
     all_roads = not device.emulated or name == "kl_div" or (name in ONE_A_FORM and dtype == "float32")
     for shape in SHAPES:
         x, y = (device.put(a) for a in rows(pair, shape, dtype=DTYPES[dtype]))
