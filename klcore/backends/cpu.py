@@ -129,33 +129,18 @@ def _turned(task: rows.Task, g: rows.Gradient) -> tuple[Any, tuple[Any, ...], tu
     return turn(g.view), tuple(map(turn, read)), order
 
 
-class _Listed:
+class _Listed(_cpu.Listed):
     """The steps of sparse.py, of arrays as C++ reads them."""
 
-    def __init__(
-        self,
-        x: Any,
-        indices: Any,
-        y: Any,
-        weights: Any,
-        temperature: Any,
-        mass: Any,
-        space_x: int,
-        space_y: int,
-        tail: int,
-    ) -> None:
-        of = _cpu.Listed(
-            _lent(x), indices, _lent(y), _lent(weights), _lent(temperature), mass, space_x, space_y, tail,
-            get_num_threads(),
-        )  # fmt: skip
-        self._of, self.keys, self.known, self.xs, self.ys = of, of.keys, of.known, of.xs, of.ys
-        self.by_x, self.by_y = of.by_x, of.by_y
+    def __init__(self, x: Any, indices: Any, y: Any, weights: Any, temperature: Any, mass: Any, *words: int) -> None:
+        read: tuple[Any, ...] = _lent(x), indices, _lent(y), _lent(weights), _lent(temperature), mass
+        super().__init__(*(*read, *words, get_num_threads()))
 
     def spread(self, dys: Any, y: Any, weights: Any, temperature: Any, known: Any, dy: Any, inner_axes: int) -> None:
-        self._of.spread(dys, _lent(y), _lent(weights), _lent(temperature), known, _lent(dy), inner_axes)
+        super().spread(dys, _lent(y), _lent(weights), _lent(temperature), known, _lent(dy), inner_axes)
 
     def copy(self, values: Any, dx: Any, inner_axes: int) -> None:
-        self._of.copy(values, _lent(dx), inner_axes)
+        super().copy(values, _lent(dx), inner_axes)
 
 
 # ---- blocks of arrays that are never in one place, for backends/dask.py and klcore.Shard -----------------------------

@@ -366,6 +366,12 @@ def refuse(a: Any, name: str) -> None:
         )
 
 
+def refuse_others(dtype: Any, are_integers: bool) -> None:
+    """Raise TypeError for indices that are none."""
+    if not are_integers:
+        raise TypeError(f"indices must be integers, the numbers of classes; found the dtype {dtype}")
+
+
 def _refuse_kind(a: Any, name: str) -> None:
     """The same for those that are masked, sparse, or of a meaning that their numbers alone do not have."""
     if isinstance(a, np.ma.MaskedArray):

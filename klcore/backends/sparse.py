@@ -193,12 +193,6 @@ def outcome(xp: Any, asarray: Any, call: Call) -> rows.Task:
     return replace(found, value=value, gradients=task.gradients, temperature=task.temperature)
 
 
-def refuse_others(dtype: Any, are_integers: bool) -> None:
-    """Raise TypeError for indices that are none."""
-    if not are_integers:
-        raise TypeError(f"indices must be integers, the numbers of classes; found the dtype {dtype}")
-
-
 def _check(a: Any, low: int, high: int, weights: Any, must: str) -> None:
     """Raise ValueError for numbers of rows that count, where NumPy can look at them; a GPU makes such a row NaN."""
     if rows.on_host(a) is None:
@@ -217,7 +211,7 @@ def _lay(xp: Any, asarray: Any, call: Call) -> tuple[rows.Laid, Any]:
     """x and y as rows, of K and of n classes, and the indices."""
     x, y, indices = asarray(call.x, "x"), asarray(call.y, "y"), asarray(call.indices, "indices")
     if indices.size or isinstance(call.indices, type(indices)):  # of an empty list NumPy makes floats
-        refuse_others(indices.dtype, indices.dtype.kind in "iu")
+        rows.refuse_others(indices.dtype, indices.dtype.kind in "iu")
     last, terms = rows.lay_list(x, y, indices, call.axis)
     count, n = x.shape[last], y.shape[last]
     if count > n:

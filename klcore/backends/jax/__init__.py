@@ -106,7 +106,7 @@ def _indices(a: Any) -> Any:
     own = info(jax.dtypes.canonicalize_dtype(int))
     if not a.size:  # of an empty list NumPy makes floats
         return jnp.zeros(a.shape, own.dtype)
-    sparse.refuse_others(a.dtype, jnp.issubdtype(a.dtype, jnp.integer))
+    rows.refuse_others(a.dtype, jnp.issubdtype(a.dtype, jnp.integer))
     if isinstance(a, jax.Array) and a.dtype == own.dtype:
         return a
     xp: Any = jnp if isinstance(a, jax.Array) else np

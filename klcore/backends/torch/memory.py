@@ -257,6 +257,6 @@ def _indices_beside(indices: Any, like: Any, device: str | None) -> Any:
         _refuse_host(indices, "indices", like.device, device)
         found = torch.as_tensor(indices) if torch.compiler.is_compiling() else _lent_by(indices, "indices")
         found = (found.clone() if found.numel() else found.long()).to(like.device)  # NumPy takes [] for floats
-    if found.dtype is torch.bool or found.dtype.is_floating_point or found.dtype.is_complex:
-        raise TypeError(f"indices must be integers, the numbers of classes; found the dtype {found.dtype}")
+    odd = found.dtype is torch.bool or found.dtype.is_floating_point or found.dtype.is_complex
+    rows.refuse_others(found.dtype, not odd)
     return found
