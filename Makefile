@@ -58,6 +58,7 @@ bench: .venv/bench
 	$(BIN)/python benchmarks/topk.py
 accuracy: .venv/accuracy
 	$(BIN)/python benchmarks/accuracy.py
+	$(BIN)/python benchmarks/accuracy.py --close
 	$(BIN)/python benchmarks/family.py accuracy
 	$(BIN)/python benchmarks/topk.py --accuracy
 plots: .venv/plots

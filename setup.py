@@ -1,8 +1,10 @@
-"""The one thing pyproject.toml cannot say: the extension, and its OpenMP flags by compiler."""
+"""What pyproject.toml cannot say: the extension, its OpenMP flags by compiler, and the README as PyPI shows it."""
 
 import os
+import re
 import sys
 from glob import glob
+from pathlib import Path
 
 from Cython.Build import cythonize
 from setuptools import Extension, setup
@@ -58,7 +60,16 @@ class build(build_ext):
             ) from error
 
 
+def readme():
+    """README.md for PyPI, where no files stand beside it: its links and pictures are those of the repository."""
+    text = Path("README.md").read_text(encoding="utf-8")
+    text = re.sub(r"\]\((?!https?:)", "](https://github.com/klcore/klcore/blob/main/", text)
+    return re.sub(r'(src|srcset)="(?!https?:)', r'\1="https://raw.githubusercontent.com/klcore/klcore/main/', text)
+
+
 setup(
+    long_description=readme(),
+    long_description_content_type="text/markdown",
     ext_modules=cythonize(
         Extension(
             "klcore._cpu",

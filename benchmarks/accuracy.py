@@ -1,10 +1,13 @@
 """How exact klcore is on the CPU, beside the libraries one would use instead: ``make accuracy``, three minutes.
 
     python benchmarks/accuracy.py [--quick] [--json FILE]
+    python benchmarks/accuracy.py --close [--json FILE]
     python benchmarks/accuracy.py --spaces
 
-The second prints the worst errors of every pair of spaces beside their bounds, for docs/accuracy.md, in a minute. The
-first writes docs/benchmarks/accuracy-DATE.json, which benchmarks/plots.py draws. Two questions:
+--close records what klcore, NumPy and PyTorch return for some pairs of float32 logits, beside the exact divergence.
+--spaces prints the worst errors of every pair of spaces beside their bounds, for docs/accuracy.md, in a minute. Without
+either, the record answers two questions. Records are docs/benchmarks/accuracy-DATE.json and close-DATE.json;
+benchmarks/plots.py draws them.
 
 * By how many units in the last place do log, exp, log1p and expm1 err? Random arguments, octave by octave, where
   argument and result are normal numbers (tests/test_accuracy.py tries all others). Exact are the results of mpmath, and
@@ -240,6 +243,23 @@ def divergences(space: str, dtype: str, fewer: int) -> dict[str, Any]:
     return figures
 
 
+# ---- a few values themselves -----------------------------------------------------------------------------------------
+
+CLOSE_CLASSES, CLOSE_PAIRS = 1_000, 160
+CLOSE_RANGE = (1e-12, 1.0)  # nats
+
+
+def close() -> dict[str, Any]:
+    """Divergences of rows of float32 logits: exact, and as contenders return them; in ascending order."""
+    x, y = rows_of("logits", "float32", CLOSE_CLASSES, CLOSE_PAIRS, np.random.default_rng(0))
+    true = exact("logits", x, y)["divergence"]
+    job = Job("logits", "row", False, x, y, np.empty(len(x), x.dtype), np.empty_like(x))
+    returned = {name: np.asarray(VALUES[name](job)(), np.float64) for name in (OURS, "NumPy", "PyTorch")}
+    kept = [k for k in np.argsort(true) if CLOSE_RANGE[0] <= true[k] <= CLOSE_RANGE[1]]
+    found = {name: list(values[kept]) for name, values in returned.items()}
+    return {"classes": CLOSE_CLASSES, "dtype": "float32", "exact": list(true[kept]), "returned": found}
+
+
 # ---- every pair of spaces --------------------------------------------------------------------------------------------
 
 ROWS = {2: 20_000, 3: 16_000, 10: 10_000, 100: 2_000, 1_500: 150}  # classes -> rows of a pair of spaces, in BATCHES
@@ -337,13 +357,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--quick", action="store_true", help=f"{QUICK} times fewer of all: for a first look")
     parser.add_argument("--json", type=Path, metavar="FILE", help="the record's place, if not docs/benchmarks")
+    parser.add_argument("--close", action="store_true", help="record what is returned for a few pairs of logits")
     parser.add_argument("--spaces", action="store_true", help="print the worst errors of every pair of spaces")
     args = parser.parse_args()
     if args.spaces:
         return spaces()
     machine = side_by_side.describe(LIBRARIES)
-    path = args.json or ROOT / "docs" / "benchmarks" / f"accuracy-{machine['date'][:10]}.json"
-    text = json.dumps({"machine": machine} | measure(QUICK if args.quick else 1), indent=1)
+    kind, found = ("close", close()) if args.close else ("accuracy", measure(QUICK if args.quick else 1))
+    path = args.json or ROOT / "docs" / "benchmarks" / f"{kind}-{machine['date'][:10]}.json"
+    text = json.dumps({"machine": machine} | found, indent=1)
     path.write_text(re.sub(r"\[[^][]*\]", lambda found: " ".join(found[0].split()), text) + "\n")  # a list a line
     print(path)
 

@@ -1,4 +1,4 @@
-"""The plots of docs/accuracy.md, docs/performance.md and docs/choosing.md: ``make plots``.
+"""The plots of README.md, docs/accuracy.md, docs/performance.md and docs/choosing.md: ``make plots``.
 
     python benchmarks/plots.py
 
@@ -20,6 +20,7 @@ import matplotlib
 import numpy as np
 from gpu_report import OURS, PERCENT, RECORDS, benchmark_of, markdown, marked, newest_cpu, newest_gpu
 from matplotlib import pyplot
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
@@ -245,6 +246,71 @@ def gpu(record: dict[str, Any], theme: Theme) -> Figure:
     return ratios(times, "GPU", "a copy", theme)
 
 
+# ---- the front page --------------------------------------------------------------------------------------------------
+
+LOST = 1e-7  # nats: float32's rounding of a sum of terms of order 1
+TIMED = "value and gradient, logits, 'row'"
+NAMED = {
+    OURS: "klcore, out=", HOLLOW: "klcore, new arrays", "torch.compile": "torch.compile", "numba": "numba",
+    "JAX jit": "JAX jit", "torch eager": "PyTorch",
+}  # fmt: skip
+
+
+def returned(panel: Axes, record: dict[str, Any], theme: Theme) -> None:
+    """What is returned for pairs of rows, against the exact divergence; below the line at 0 the negative ones."""
+    exact = array(record["exact"])
+    panel.plot(exact, exact, color=theme["ink"], linewidth=1.2, zorder=4)
+    panel.axhspan(-1, 0, color=theme["orange"], alpha=0.12, linewidth=0)
+    others = [name for name in record["returned"] if name != OURS]
+    for name in [*others, OURS]:
+        style = look(name, theme, linestyle="", markersize=6 if name == OURS else 5)
+        panel.plot(exact, array(record["returned"][name]), **style)
+    below = exact < LOST
+    negative = sum(int((array(record["returned"][name])[below] < 0).sum()) for name in others)
+    panel.set_title(
+        f"Below {short(LOST)} the usual lines return noise:\n"
+        f"{negative} of {len(others) * below.sum()} values are negative",
+        x=-0.3, ha="left", weight="bold", pad=12,
+    )  # fmt: skip
+    panel.set_xscale("log")
+    panel.set_yscale("symlog", linthresh=1e-12, linscale=0.3)
+    panel.set(xlim=(1e-12, 1), ylim=(-1e-6, 1), xticks=[1e-12, 1e-8, 1e-4, 1], yticks=[-1e-8, 0, 1e-8, 1e-4, 1])
+    panel.minorticks_off()
+    panel.set(xlabel="exact KL of float32 logits, nats", ylabel="returned")
+    panel.legend(frameon=False, loc="upper left", handletextpad=0.2, borderaxespad=0.2)
+
+
+def times(panel: Axes, record: dict[str, Any], theme: Theme) -> None:
+    """Milliseconds of one call for value and gradient."""
+    found = {f["contender"]: f["median_ms"] for f in record["operations"][TIMED] if f["contender"] in NAMED}
+    names = sorted(found, key=lambda name: found[name])
+    for k, name in enumerate(names):
+        colour = theme["blue" if name in (OURS, HOLLOW) else "grey"]
+        panel.barh(k, found[name], color="none" if name == HOLLOW else colour, edgecolor=colour, linewidth=1.6)
+        panel.annotate(f"{found[name]:,.0f}", (found[name], k), (4, 0), textcoords="offset points", va="center")
+    other = found["torch.compile"]
+    panel.set_title(
+        f"{other / found[OURS]:.1f} times the speed of torch.compile with out=,\n"
+        f"{other / found[HOLLOW]:.1f} times without",
+        x=-0.53, ha="left", weight="bold", pad=12,
+    )  # fmt: skip
+    panel.set_yticks(range(len(names)), [NAMED[name] for name in names])
+    panel.set(ylim=(len(names) - 0.4, -0.6), xlim=(0, 1.18 * max(found.values())), xticks=[])
+    panel.tick_params(length=0)
+    panel.spines["bottom"].set_visible(False)
+    panel.grid(visible=False)
+    panel.set_xlabel("ms, value + gradient of logits")
+
+
+def front(close: dict[str, Any], speed: dict[str, Any], theme: Theme) -> Figure:
+    """For README.md: right and fast."""
+    with pyplot.rc_context({"font.size": 14, "axes.titlesize": 14}):
+        figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 4.2), layout="constrained")
+        returned(left, close, theme)
+        times(right, speed, theme)
+    return figure
+
+
 # ---- the divergences -------------------------------------------------------------------------------------------------
 
 HEIGHT = 1.5  # nats
@@ -345,30 +411,34 @@ def newest_accuracy(folder: Path) -> Path | None:
     return max(folder.glob("accuracy-*.json"), default=None)
 
 
-def plots(folder: Path = RECORDS) -> Iterator[tuple[str, Path | None, Callable[[Theme], Figure]]]:
-    """Name, record and drawing of every plot that there is a record for, or that needs none."""
-    yield "family", None, family
-    for path, drawings in (
-        (newest_accuracy(folder), {
-            "elementary": elementary,
-            "divergence-float32": functools.partial(divergence, dtype="float32"),
-            "divergence-float64": functools.partial(divergence, dtype="float64"),
-        }),
-        (newest_cpu(folder), {"cpu": cpu}),
-        (newest_gpu(folder), {"gpu": gpu}),
-    ):  # fmt: skip
-        record = json.loads(path.read_text()) if path else None
-        for name, drawing in drawings.items() if path else ():
-            yield name, path, functools.partial(drawing, record)
+def plots(folder: Path = RECORDS) -> Iterator[tuple[str, list[Path], Callable[[Theme], Figure]]]:
+    """Name, records and drawing of every plot whose records are there."""
+    accuracy, close, on_cpu = (
+        newest_accuracy(folder),
+        max(folder.glob("close-*.json"), default=None),
+        newest_cpu(folder),
+    )
+    drawings: dict[str, tuple[Callable[..., Figure], list[Path | None]]] = {
+        "family": (family, []),
+        "elementary": (elementary, [accuracy]),
+        "divergence-float32": (functools.partial(divergence, dtype="float32"), [accuracy]),
+        "divergence-float64": (functools.partial(divergence, dtype="float64"), [accuracy]),
+        "front": (front, [close, on_cpu]),
+        "cpu": (cpu, [on_cpu]),
+        "gpu": (gpu, [newest_gpu(folder)]),
+    }
+    for name, (drawing, paths) in drawings.items():
+        found = [path for path in paths if path]
+        if len(found) == len(paths):
+            yield name, found, functools.partial(drawing, *(json.loads(path.read_text()) for path in found))
 
 
 def draw(folder: Path, records: Path = RECORDS) -> list[Path]:
     """All plots, each for light and for dark pages, as SVG with text as text."""
     written = []
-    for name, record, drawing in plots(records):
-        source = "klcore"
-        if record:
-            source = f"{record.name}, sha256 {hashlib.sha256(record.read_text().encode()).hexdigest()}"
+    for name, paths, drawing in plots(records):
+        digests = [f"{path.name}, sha256 {hashlib.sha256(path.read_text().encode()).hexdigest()}" for path in paths]
+        source = "; ".join(digests) or "klcore"
         for kind, theme in THEMES.items():
             ink, grid = theme["ink"], theme["grid"]
             style = {

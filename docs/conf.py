@@ -18,6 +18,7 @@ extensions = [
     "sphinx.ext.autosummary",
     "sphinx.ext.intersphinx",
     "sphinx_copybutton",
+    "sphinx_design",
     "mathml",
     "pictures",
     "repository",
@@ -25,7 +26,7 @@ extensions = [
 exclude_patterns = ["_build", "_extensions", "benchmarks"]
 nitpicky = True
 
-myst_enable_extensions = ["dollarmath"]
+myst_enable_extensions = ["colon_fence", "dollarmath"]
 myst_heading_anchors = 3
 autodoc_typehints = "none"  # numpydoc's sections say what the types are
 autodoc_mock_imports = ["torch"]  # which klcore.compat.trl and .liger import, and which is large

@@ -1,6 +1,7 @@
 """The ways to install: sdist, wheel from the sdist without the sources at hand, and a build that cannot have OpenMP."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -58,6 +59,14 @@ def test_sdist_is_complete(sdist):
     assert "kl_cpu.cpp" not in names
     assert (sdist / "LICENSE").is_file()
     assert {"conftest.py", "oracle.py", "emulator", "golden"} <= {p.name for p in (sdist / "tests").iterdir()}
+
+
+def test_readme_on_pypi_links_to_the_repository(sdist):
+    text = (sdist / "PKG-INFO").read_text(encoding="utf-8")
+    links = re.findall(r'(?:\]\(|src="|srcset=")([^)"]+)', text)
+    assert len(links) > 5
+    assert all(link.startswith("https://") for link in links)
+    assert all((ROOT / path).exists() for path in re.findall(r"klcore/klcore/(?:blob/)?main/([^)\"\s]+)", text))
 
 
 def stand_in(folder, command):

@@ -40,8 +40,8 @@ def test_the_pictures_show_the_newest_records(script, tmp_path):
     drawn = {path.name: texts(path) for path in script("plots").draw(tmp_path)}
     assert drawn == {path.name: texts(path) for path in (ROOT / "docs" / "plots").glob("*.svg")}
     assert len(drawn) >= 8
-    pages = "".join((ROOT / "docs" / f"{name}.md").read_text() for name in ("accuracy", "performance", "choosing"))
-    assert [name for name in drawn if f'"plots/{name}"' not in pages] == []
+    pages = "".join(path.read_text() for path in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
+    assert [name for name in drawn if f'plots/{name}"' not in pages] == []
 
 
 def test_the_page_is_up_to_date(script):
@@ -69,6 +69,17 @@ def test_titles_are_true(script):
                 assert (~(worst > bound)).all()
                 assert sum(ours.get("negative", [])) == sum(ours["not finite"]) == 0
                 assert (np.array(found["pairs"]) > 0).sum() >= 16
+
+
+def test_the_front_page_is_true(script):
+    plots = script("plots")
+    record = json.loads(max(RECORDS.glob("close-*.json")).read_text())
+    exact, returned = np.array(record["exact"]), record["returned"]
+    assert set(returned) == {"klcore", "NumPy", "PyTorch"}
+    np.testing.assert_allclose(returned["klcore"], exact, rtol=4e-6)
+    for name in ("NumPy", "PyTorch"):
+        errors = np.abs(np.array(returned[name]) / exact - 1)
+        assert np.median(errors[exact < plots.LOST]) > 1 > errors[exact > 10 * plots.LOST].max()
 
 
 def test_a_record_of_a_gpu_is_drawn(script, tmp_path):
@@ -131,6 +142,16 @@ def test_the_measurement_sees_what_errs(script, space):
     assert sum(found["values"]["NumPy"]["negative"]) > 0
     if space == "logits":
         assert found["gradients"]["klcore"]["worst"][close] < 2e-5 < found["gradients"]["NumPy"]["worst"][close]
+
+
+def test_what_is_returned_for_close_rows(script):
+    accuracy = script("accuracy")
+    found = accuracy.close()
+    assert found["exact"] == sorted(found["exact"])
+    assert len(found["exact"]) > 80
+    np.testing.assert_allclose(found["returned"]["klcore"], found["exact"], rtol=4e-6)
+    assert min(found["returned"]["NumPy"]) < 0
+    assert min(found["returned"]["PyTorch"]) < 0
 
 
 def test_the_units_of_elementary_functions(script, monkeypatch):
