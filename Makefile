@@ -40,7 +40,7 @@ lint: .venv/lint
 	$(BIN)/mypy && $(BIN)/stubtest klcore._cpu --ignore-missing-stub --mypy-config-file .ci/stubtest.ini
 	$(BIN)/zizmor --offline --quiet .
 docs: .venv/docs
-	$(BIN)/sphinx-build -W --keep-going docs docs/_build/html
+	$(BIN)/sphinx-build -EW --keep-going docs docs/_build/html
 wheel: .venv/wheel
 	rm -rf dist && $(BIN)/python -m build
 	[ $$(uname) != Linux ] || PATH=$(CURDIR)/$(BIN):$$PATH auditwheel repair --strip -w dist dist/*-linux_*.whl
