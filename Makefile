@@ -23,11 +23,11 @@ test: .venv/test
 # Keras on TensorFlow: a process has one backend of Keras', and TensorFlow is not for everybody's .venv.
 test-tensorflow: .venv/demo build/tensorflow/installed
 	export KERAS_BACKEND=tensorflow PYTHONPATH=$(CURDIR)/build/tensorflow; \
-		$(BIN)/python -m pytest -n 2 -k tensorflow tests/test_keras_tensorflow.py tests/test_compat.py \
+		$(BIN)/python -m pytest -n 2 -k tensorflow tests/test_keras_tensorflow.py tests/test_compat_keras.py \
 		&& $(BIN)/python examples/keras_cnn.py
 # The adapters with the lower bounds of pyproject.toml; .venv has the newest.
 test-oldest: build/oldest/installed
-	PYTHONPATH=$(CURDIR)/build/oldest $(BIN)/python -m pytest -n 2 --dist worksteal $(patsubst %,tests/test_%.py,torch torch_topk torch_transforms jax jax_topk jax_sharded compat)
+	PYTHONPATH=$(CURDIR)/build/oldest $(BIN)/python -m pytest -n 2 --dist worksteal $(patsubst %,tests/test_%.py,torch torch_topk torch_transforms jax jax_topk jax_sharded compat*)
 # Random calls against the oracle, under gcc's sanitizers: make fuzz SECONDS=900 SEED=7, or again what failed: SEED=7 CALL=8
 fuzz: SECONDS ?= 60
 fuzz: SEED ?= 0

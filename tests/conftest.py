@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import warnings
 
 import ml_dtypes
 import numpy as np
@@ -88,6 +89,67 @@ def gpu(request):
     """Those that run the CUDA kernels."""
     with computing_on(request.param) as device:
         yield device
+
+
+# ---- arrays of other libraries ---------------------------------------------------------------------------------------
+
+
+class Arrays:
+    """Where a test computes: `put` makes an array of the library of a NumPy one, `get` brings a result back."""
+
+    def __init__(self, name, put, get):
+        self.name, self._put, self.get = name, put, get
+
+    def put(self, array, dtype=None):
+        array = np.asarray(array) if not isinstance(array, np.ndarray) else array
+        return self._put(array, dtype or array.dtype.name)
+
+    def __repr__(self):
+        return self.name
+
+
+def torch_arrays():
+    torch = pytest.importorskip("torch", reason="not run: PyTorch is not installed")
+
+    def put(array, dtype):
+        return torch.from_numpy(np.array(array)).to(getattr(torch, dtype))
+
+    def get(tensor):
+        return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).detach().numpy()
+
+    return Arrays("torch", put, get)
+
+
+def jax_arrays():
+    jax = pytest.importorskip("jax", reason="not run: JAX is not installed")
+    return Arrays("jax", lambda array, dtype: jax.numpy.asarray(array, dtype), np.asarray)
+
+
+@pytest.fixture(scope="module")
+def arrays(request):
+    """By name: a device of KLCORE_TEST_DEVICES, "torch" or "jax"."""
+    if request.param in ("torch", "jax"):
+        yield {"torch": torch_arrays, "jax": jax_arrays}[request.param]()
+        return
+    with computing_on(request.param) as device:
+        yield Arrays(
+            request.param, lambda a, dtype: device.put(a.astype(DTYPES.get(dtype, dtype), copy=False)), device.get
+        )
+
+
+@pytest.fixture
+def without_keras(request, monkeypatch):
+    """Keras may be loaded by other tests; here it is not, unless a test asks for it."""
+    if "keras" not in request.fixturenames:
+        monkeypatch.delitem(sys.modules, "keras", raising=False)
+
+
+@pytest.fixture
+def keras():
+    os.environ.setdefault("KERAS_BACKEND", "torch")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # those of the import are not ours
+        return pytest.importorskip("keras", reason="not run: Keras is not installed")
 
 
 # ---- how much was compared, for the summary --------------------------------------------------------------------------
