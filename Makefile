@@ -83,14 +83,14 @@ gpu-check:
 	$(PYTHON) -m pip install -q --no-index --no-build-isolation --no-deps --upgrade --target build/gpu-check .
 	out=build/gpu-check-$$(date +%Y%m%d-%H%M%S); export PYTHONPATH=$(CURDIR)/build/gpu-check:$$PYTHONPATH; failed=0; \
 		$(PYTHON) benchmarks/gpu_run.py $$out $(patsubst %,--only %,$(CHECKED)) $(ARGS) || failed=1; \
-		$(PYTHON) benchmarks/gpu_report.py $$out && { ! $(PYTHON) -c "import matplotlib" || $(PYTHON) benchmarks/plots.py; } \
+		$(PYTHON) benchmarks/report.py $$out && { ! $(PYTHON) -c "import matplotlib" || $(PYTHON) benchmarks/plots.py; } \
 		&& exit $$failed
 # What a GPU that can be had for a quarter of an hour should have with it; gpu_run.py says how it is used there.
 gpu-carry: .venv/gpu-carry
 	$(BIN)/python benchmarks/gpu_carry.py $(ARGS)
 # Pages of what gpu_run.py brought home: make gpu-report RUNS="FIRST SECOND", the folders of its calls.
 gpu-report: .venv/plots
-	$(BIN)/python benchmarks/gpu_report.py $(RUNS) && $(BIN)/python benchmarks/plots.py
+	$(BIN)/python benchmarks/report.py $(RUNS) && $(BIN)/python benchmarks/plots.py
 minimax: .venv/test
 	$(BIN)/python docs/minimax.py
 clean:

@@ -14,7 +14,7 @@ One *contender* is a way of computing it.
 * Contenders take turns, one replay each, round after round. Medians and the 20th and 80th percentile count.
 * "wall" is the time of one uncaptured call from Python, when many are made without waiting: where it is more than the
   time on the GPU, it is what launching costs.
-* Times are recorded, and what a copy reaches on this GPU. gpu_report.py makes percentages of them.
+* Times are recorded, and what a copy reaches on this GPU. report.py makes percentages of them.
 * Errors are those of the value, relative, and of the gradient's first rows, in units of the largest entry, against
   float64. 16-bit libraries give 16-bit values.
 """

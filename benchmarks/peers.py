@@ -5,11 +5,20 @@ student. A library is imported where it is used: no machine needs all of them.
 """
 
 import functools
+import importlib.metadata
 import math
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+
+
+def version(name: str) -> str:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
 
 # ---- NumPy, CuPy, SciPy, numexpr -------------------------------------------------------------------------------------
 

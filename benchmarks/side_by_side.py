@@ -21,7 +21,6 @@ What is fair is stated, not assumed:
 import argparse
 import datetime
 import functools
-import importlib.metadata
 import importlib.util
 import json
 import os
@@ -477,13 +476,6 @@ def last_level_cache() -> str:
     return f"{int(sizes[-1].read_text().strip().removesuffix('K')) // 1024} MiB" if sizes else "unknown"
 
 
-def version(name: str) -> str:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"
-
-
 def describe(libraries: Iterable[str]) -> dict[str, Any]:
     try:
         config = klcore.show_config(mode="dicts")
@@ -497,7 +489,7 @@ def describe(libraries: Iterable[str]) -> dict[str, Any]:
         "last-level cache": last_level_cache(),
         # processes wanting a processor before we start: more than a few tenths, and others share in the times
         "load average of the last minute": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
-        "versions": {"python": platform.python_version()} | {name: version(name) for name in libraries},
+        "versions": {"python": platform.python_version()} | {name: peers.version(name) for name in libraries},
     }
 
 

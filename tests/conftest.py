@@ -4,6 +4,7 @@ import collections
 import contextlib
 import importlib
 import os
+import pathlib
 import shutil
 import subprocess
 import sys
@@ -216,7 +217,20 @@ def call(operation, x, y, space="probs", **options):
     return getattr(klcore, operation)(*operands(operation, x, y), space=space, **options)
 
 
-# ---- parameters and processes ----------------------------------------------------------------------------------------
+# ---- scripts, parameters and processes -------------------------------------------------------------------------------
+
+
+BENCHMARKS = pathlib.Path(__file__).resolve().parents[1] / "benchmarks"
+
+
+@pytest.fixture(scope="module")
+def script():
+    """Imports a file of benchmarks/."""
+    if not BENCHMARKS.exists():
+        pytest.skip("no benchmarks beside the tests: these are of an installed package")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(BENCHMARKS))
+        yield importlib.import_module
 
 
 @pytest.fixture(params=DTYPES)
