@@ -100,8 +100,10 @@ def test_mxnet_weight_of_zero_keeps_nan():
     np.testing.assert_array_equal(mxnet.KLDivLoss()(pred, label, np.array([[0.0], [0.0]])), [np.nan, 0.0])
 
 
-@pytest.mark.parametrize(("words", "shape"), [({}, (4, 1, 1)), ({"batch_axis": 1}, (1, 3, 1)), ({}, (1,)),
-                                              ({"from_logits": False}, (4, 1, 1)), ({}, None)])  # fmt: skip
+@pytest.mark.parametrize(
+    ("words", "shape"),
+    [({}, (4, 1, 1)), ({"batch_axis": 1}, (1, 3, 1)), ({}, (1,)), ({"from_logits": False}, (4, 1, 1)), ({}, None)],
+)
 def test_mxnet_needs_no_array_of_terms(words, shape, monkeypatch):
     """Where one weight holds for a sample."""
     calls = []
