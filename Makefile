@@ -23,11 +23,11 @@ test: .venv/test
 # Keras on TensorFlow: a process has one backend of Keras', and TensorFlow is not for everybody's .venv.
 test-tensorflow: .venv/demo build/tensorflow/installed
 	export KERAS_BACKEND=tensorflow PYTHONPATH=$(CURDIR)/build/tensorflow; \
-		$(BIN)/python -m pytest -n 2 -k tensorflow tests/test_keras_tensorflow.py tests/test_compat.py \
+		$(BIN)/python -m pytest -n 2 -k tensorflow tests/test_keras_tensorflow.py tests/test_compat_keras.py \
 		&& $(BIN)/python examples/keras_cnn.py
 # The adapters with the lower bounds of pyproject.toml; .venv has the newest.
 test-oldest: build/oldest/installed
-	PYTHONPATH=$(CURDIR)/build/oldest $(BIN)/python -m pytest -n 2 --dist worksteal $(patsubst %,tests/test_%.py,torch torch_topk torch_transforms jax jax_topk jax_sharded compat)
+	PYTHONPATH=$(CURDIR)/build/oldest $(BIN)/python -m pytest -n 2 --dist worksteal $(patsubst %,tests/test_%.py,torch torch_topk torch_transforms jax jax_topk jax_sharded compat*)
 # Random calls against the oracle, under gcc's sanitizers: make fuzz SECONDS=900 SEED=7, or again what failed: SEED=7 CALL=8
 fuzz: SECONDS ?= 60
 fuzz: SEED ?= 0
@@ -83,14 +83,14 @@ gpu-check:
 	$(PYTHON) -m pip install -q --no-index --no-build-isolation --no-deps --upgrade --target build/gpu-check .
 	out=build/gpu-check-$$(date +%Y%m%d-%H%M%S); export PYTHONPATH=$(CURDIR)/build/gpu-check:$$PYTHONPATH; failed=0; \
 		$(PYTHON) benchmarks/gpu_run.py $$out $(patsubst %,--only %,$(CHECKED)) $(ARGS) || failed=1; \
-		$(PYTHON) benchmarks/gpu_report.py $$out && { ! $(PYTHON) -c "import matplotlib" || $(PYTHON) benchmarks/plots.py; } \
+		$(PYTHON) benchmarks/report.py $$out && { ! $(PYTHON) -c "import matplotlib" || $(PYTHON) benchmarks/plots.py; } \
 		&& exit $$failed
 # What a GPU that can be had for a quarter of an hour should have with it; gpu_run.py says how it is used there.
 gpu-carry: .venv/gpu-carry
 	$(BIN)/python benchmarks/gpu_carry.py $(ARGS)
 # Pages of what gpu_run.py brought home: make gpu-report RUNS="FIRST SECOND", the folders of its calls.
 gpu-report: .venv/plots
-	$(BIN)/python benchmarks/gpu_report.py $(RUNS) && $(BIN)/python benchmarks/plots.py
+	$(BIN)/python benchmarks/report.py $(RUNS) && $(BIN)/python benchmarks/plots.py
 minimax: .venv/test
 	$(BIN)/python docs/minimax.py
 clean:

@@ -19,10 +19,11 @@ benchmarks/plots.py draws them.
   is rounded is therefore recorded as well. Pairs of doubles, from tests/oracle.py, which imports nothing of klcore,
   compute what is exact here.
 
-The peers' expressions are those that side_by_side.py times, and two more of SciPy's.
+The peers' expressions are those that side_by_side.py times (peers.py), and two more of SciPy's.
 """
 
 import argparse
+import functools
 import json
 import re
 import sys
@@ -36,7 +37,6 @@ import mpmath
 import numpy as np
 import peers
 import scipy.special
-import scipy.stats
 import side_by_side
 import torch
 from tqdm import tqdm
@@ -144,18 +144,15 @@ class Job(side_by_side.Job):
         return self.x, self.y
 
 
-def of_scipy(function: Callable[..., Any]) -> Callable[..., Any]:
-    def build(job: Job) -> Callable[[], Any]:
-        return lambda: function(*map(peers.to_probs(job.space), (job.x, job.y)))
-
-    return build
+def of_scipy(name: str) -> Callable[..., Any]:
+    return lambda job: functools.partial(peers.scipy_kl, name, job.space, job.x, job.y)
 
 
 VALUES: Contenders = {
     OURS: side_by_side.klcore_out,
     "SciPy kl_div": side_by_side.scipy_special,
-    "SciPy rel_entr": of_scipy(lambda p, q: scipy.special.rel_entr(p, q).sum(axis=-1)),
-    "SciPy entropy": of_scipy(lambda p, q: scipy.stats.entropy(p, q, axis=-1)),
+    "SciPy rel_entr": of_scipy("rel_entr"),
+    "SciPy entropy": of_scipy("entropy"),
     "PyTorch": side_by_side.torch_eager,
     "JAX": side_by_side.jax_jit,
     "NumPy": side_by_side.numpy_lines,

@@ -16,6 +16,7 @@ import statistics
 import time
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,6 @@ import jax.numpy as jnp
 import numpy as np
 import peers
 import torch
-import torch.nn.functional as F
 from tqdm import tqdm
 
 import klcore
@@ -52,27 +52,30 @@ def of_pytorch(data: dict[str, np.ndarray]) -> dict[str, Calls]:
     t = {name: torch.from_numpy(a) for name, a in data.items()}
     words = {"reduction": "batchmean"}
 
-    def logits(y: Any) -> Any:
-        return F.kl_div(torch.log_softmax(y, -1), torch.softmax(t["x logits"], -1), **words)
+    def theirs(space: str, x: str) -> Callable[[Any], Any]:
+        return partial(peers.torch_loss(space, peers.torch_kl("batchmean")), t[x])
 
     losses: dict[str, tuple[str, dict[str, Callable[[Any], Any]]]] = {
         "logits": (
             "y logits",
-            {"klcore": lambda y: klcore.kl_div(t["x logits"], y, space="logits", **words), "F.kl_div": logits},
+            {
+                "klcore": lambda y: klcore.kl_div(t["x logits"], y, space="logits", **words),
+                "F.kl_div": theirs("soft targets", "x logits"),
+            },
         ),
         "log-probabilities": (
             "y log_probs",
             {
                 "klcore": lambda y: klcore.kl_div(t["x log_probs"], y, space="log_probs", **words),
                 "compat.pytorch": lambda y: pytorch.kl_div(y, t["x log_probs"], log_target=True, **words),
-                "F.kl_div": lambda y: F.kl_div(y, t["x log_probs"], log_target=True, **words),
+                "F.kl_div": theirs("log_probs", "x log_probs"),
             },
         ),
         "probabilities, log-probabilities": (
             "y log_probs",
             {
                 "compat.pytorch": lambda y: pytorch.kl_div(y, t["x probs"], **words),
-                "F.kl_div": lambda y: F.kl_div(y, t["x probs"], **words),
+                "F.kl_div": theirs("probs log_probs", "x probs"),
             },
         ),
     }
@@ -95,12 +98,12 @@ def of_samples(rows: int, n: int) -> Calls:
     """A value and a gradient for each sample, of so many rows."""
     x, y = torch.randn(2, SAMPLES, rows, n)
     losses: dict[str, Callable[[Any, Any], Any]] = {
-        "klcore": lambda y, x: klcore.kl_div(x, y, space="logits", reduction="batchmean"),
-        "F.kl_div": lambda y, x: F.kl_div(torch.log_softmax(y, -1), torch.softmax(x, -1), reduction="batchmean"),
+        "klcore": partial(klcore.kl_div, space="logits", reduction="batchmean"),
+        "F.kl_div": peers.torch_loss("soft targets", peers.torch_kl("batchmean")),
     }
 
     def step(loss: Any) -> Any:
-        gradients, values = torch.func.vmap(torch.func.grad_and_value(loss))(y, x)
+        gradients, values = torch.func.vmap(torch.func.grad_and_value(loss, 1))(x, y)
         return values.sum(), gradients
 
     return {name: lambda f=f: step(f) for name, f in losses.items()}  # type: ignore[misc]

@@ -21,9 +21,8 @@ from typing import Any
 
 import jax
 import numpy as np
+import peers
 import torch
-import torch.nn.functional as F
-from scipy.spatial.distance import jensenshannon
 
 import klcore
 from klcore import _cpu
@@ -32,43 +31,7 @@ from klcore.operations import OPERATIONS
 NAMES = ["kl_div", *(o.name for o in OPERATIONS.values() if o.form == _cpu.BY_CLASS)]
 
 
-# ---- the formulas of others, from their descriptions; a are the teacher's rows of logits, b the student's ------------
-
-
-def trl(a: Any, b: Any, beta: float = 0.5) -> Any:
-    """The mixture's logarithm by log-sum-exp."""
-    s, t, w = F.log_softmax(b, -1), F.log_softmax(a, -1), torch.tensor(beta, dtype=a.dtype)
-    m = torch.logsumexp(torch.stack([s + torch.log1p(-w), t + torch.log(w)]), 0)
-    of_t, of_s = (F.kl_div(m, v, reduction="none", log_target=True) for v in (t, s))
-    return (w * of_t + (1 - w) * of_s).sum(-1)
-
-
-def liger(a: Any, b: Any, beta: float = 0.5) -> Any:
-    """Entropies of the parts, less that of the mixture."""
-    s, t = F.log_softmax(b, -1), F.log_softmax(a, -1)
-    of_t, of_s = beta * t.exp(), (1 - beta) * s.exp()
-    m = of_t + of_s
-    return (of_t * t + of_s * s - m * m.log()).sum(-1)
-
-
-def mlx(a: Any, b: Any) -> Any:
-    s, t = F.log_softmax(b, -1), F.log_softmax(a, -1)
-    of_t, of_s = (v.exp() * (math.log(2) - torch.log(1 + torch.exp(o - v))) for v, o in ((t, s), (s, t)))
-    return (of_t + of_s).sum(-1) / 2
-
-
-def torchmetrics(a: Any, b: Any) -> Any:
-    p, q = a.softmax(-1), b.softmax(-1)
-    m = (p + q) / 2
-    return sum(torch.special.xlogy(v, v / m).sum(-1) for v in (p, q)) / 2
-
-
-def scipy(a: Any, b: Any) -> Any:
-    return jensenshannon(a.softmax(-1).numpy(), b.softmax(-1).numpy(), axis=-1) ** 2
-
-
-def tvd(a: Any, b: Any) -> Any:
-    return (a.softmax(-1) - b.softmax(-1)).abs().sum(-1) / 2
+# ---- accuracy -------------------------------------------------------------------------------------------------------
 
 
 def ours(name: str) -> Callable[[Any, Any], Any]:
@@ -77,10 +40,15 @@ def ours(name: str) -> Callable[[Any, Any], Any]:
 
 CONTENDERS = {
     "js_div": {
-        "TRL": trl, "Liger": liger, "MLX": mlx, "torchmetrics": torchmetrics, "SciPy": scipy, "klcore": ours("js_div"),
+        "TRL": peers.trl_js,
+        "Liger": peers.liger_js,
+        "MLX": peers.mlx_js,
+        "torchmetrics": peers.torchmetrics_js,
+        "SciPy": peers.scipy_js,
+        "klcore": ours("js_div"),
     },
-    "tv_dist": {"Liger TVD": tvd, "klcore tv_dist": ours("tv_dist")},
-}  # fmt: skip
+    "tv_dist": {"Liger TVD": peers.liger_tvd, "klcore tv_dist": ours("tv_dist")},
+}
 
 
 def accuracy() -> None:
@@ -114,15 +82,10 @@ def accuracy() -> None:
 
 
 def in_jax(a: Any, b: Any) -> tuple[Callable[[], Any], Callable[[], Any]]:
-    """TRL's formula for two arrays of JAX: the values, and values and the student's gradient."""
+    """The values, and the total and the student's gradient, of two arrays of JAX."""
     x, y = jax.numpy.asarray(a), jax.numpy.asarray(b)
-
-    def js(x: Any, y: Any) -> Any:
-        t, s = jax.nn.log_softmax(x), jax.nn.log_softmax(y)
-        m = jax.numpy.logaddexp(s, t) - math.log(2)
-        return (jax.numpy.exp(t) * (t - m) + jax.numpy.exp(s) * (s - m)).sum(-1) / 2
-
-    value, gradient = jax.jit(js), jax.jit(jax.value_and_grad(lambda x, y: js(x, y).sum(), 1))
+    value = jax.jit(peers.jax_js)
+    gradient = jax.jit(jax.value_and_grad(lambda x, y: peers.jax_js(x, y).sum(), 1))
     return lambda: jax.block_until_ready(value(x, y)), lambda: jax.block_until_ready(gradient(x, y))
 
 
@@ -147,23 +110,7 @@ def speed(rows: int, n: int, rounds: int) -> None:
     a = rng.normal(0, 3, (rows, n)).astype(np.float32)
     b = (a + rng.normal(0, 0.5, a.shape)).astype(np.float32)
     p, q = (torch.tensor(v).softmax(-1).numpy() for v in (a, b))
-    teacher, student = torch.tensor(a), torch.tensor(b, requires_grad=True)
-    compiled = torch.compile(trl)
-
-    def step(f: Callable[[Any, Any], Any]) -> Callable[[], Any]:
-        def run() -> None:
-            student.grad = None
-            f(teacher, student).sum().backward()
-
-        return run
-
-    def plain(f: Callable[[Any, Any], Any]) -> Callable[[], Any]:
-        def run() -> None:
-            with torch.no_grad():
-                f(teacher, student)
-
-        return run
-
+    teacher, student = torch.tensor(a), torch.tensor(b)
     print(f"({rows}, {n}) float32, {klcore.get_num_threads()} threads, milliseconds and multiples of kl_div's")
     print("| | value | | value and gradient | |\n|---|--:|--:|--:|--:|")
     for space, x, y in (("logits", a, b), ("probs", p, q)):
@@ -173,8 +120,9 @@ def speed(rows: int, n: int, rounds: int) -> None:
             calls[name] = partial(f, x, y, space=space)
             calls[f"{name}, y"] = partial(f, x, y, space=space, return_grad="y")
         if space == "logits":
-            for name, f in (("TRL's js, PyTorch", trl), ("TRL's js, torch.compile", compiled)):
-                calls[name], calls[f"{name}, y"] = plain(f), step(f)
+            for name, f in (("PyTorch", peers.trl_js), ("torch.compile", torch.compile(peers.trl_js))):
+                calls[f"TRL's js, {name}"] = partial(f, teacher, student)
+                calls[f"TRL's js, {name}, y"] = peers.torch_step(partial(f, teacher), student)
             calls["TRL's js, JAX jit"], calls["TRL's js, JAX jit, y"] = in_jax(a, b)
         found = medians(calls, rounds)
         for name in (name for name in found if not name.endswith(", y")):

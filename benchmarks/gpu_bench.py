@@ -14,7 +14,7 @@ One *contender* is a way of computing it.
 * Contenders take turns, one replay each, round after round. Medians and the 20th and 80th percentile count.
 * "wall" is the time of one uncaptured call from Python, when many are made without waiting: where it is more than the
   time on the GPU, it is what launching costs.
-* Times are recorded, and what a copy reaches on this GPU. gpu_report.py makes percentages of them.
+* Times are recorded, and what a copy reaches on this GPU. report.py makes percentages of them.
 * Errors are those of the value, relative, and of the gradient's first rows, in units of the largest entry, against
   float64. 16-bit libraries give 16-bit values.
 """
@@ -280,10 +280,7 @@ class Torch(Contender):
         return tensor.view(self.torch.bfloat16) if self.case.dtype == "bfloat16" else tensor
 
     def loss(self) -> Callable[[Any, Any], Any]:
-        F = importlib.import_module("torch.nn.functional")
-        return peers.torch_loss(
-            self.case.space, lambda log_y, x, log_target: F.kl_div(log_y, x, reduction="sum", log_target=log_target)
-        )
+        return peers.torch_loss(self.case.space, peers.torch_kl("sum"))
 
     def call(self, k: int) -> Any:
         value = self._loss(*self.sets[k])
@@ -328,9 +325,7 @@ class Liger(Torch):
     """Liger-Kernel's divergence."""
 
     def loss(self) -> Callable[[Any, Any], Any]:
-        module = importlib.import_module("liger_kernel.transformers")
-        losses = [module.LigerKLDIVLoss(reduction="sum", log_target=flag) for flag in (False, True)]
-        return peers.torch_loss(self.case.space, lambda log_y, x, log_target: losses[log_target](log_y, x))
+        return peers.torch_loss(self.case.space, peers.liger_kl())
 
     @property
     def captured(self) -> bool:  # type: ignore[override]
@@ -372,21 +367,8 @@ class Cupy(Contender):
     """The formulas as one writes them with arrays."""
 
     def call(self, k: int) -> Any:
-        cupy, (x, y) = self.gpu.cupy, self.data.sets[k]
-        if self.case.space == "probs":
-            value = (x * cupy.log(x / y)).sum()
-            return (value, -x / y) if self.with_gradient else value
-        if self.case.space == "logits":
-            x, y = self._log_softmax(x), self._log_softmax(y)
-        p = cupy.exp(x)
-        value = (p * (x - y)).sum()
-        if not self.with_gradient:
-            return value
-        return value, cupy.exp(y) - p if self.case.space == "logits" else -p
-
-    def _log_softmax(self, a: Any) -> Any:
-        a = a - a.max(axis=-1, keepdims=True)
-        return a - self.gpu.cupy.log(self.gpu.cupy.exp(a).sum(axis=-1, keepdims=True))
+        cupy = self.gpu.cupy
+        return peers.array_kl(cupy, self.case.space, *self.data.sets[k], cupy.sum, self.with_gradient)
 
 
 CONTENDERS: dict[str, tuple[type[Contender], tuple[str, ...]]] = {

@@ -21,8 +21,7 @@ from klcore.operations import OPERATIONS
 # just one class more, and odd numbers of classes, so that no two rows are aligned alike; enough rows that each stays in
 # one block; few rows of many chunks, spread over the device. And (held_rows, HELD) where logits are swept more than
 # once.
-SHAPES = ((70, 1), (33, 3), (5, 128), (9, 129), (6, 1024), (150, 2500), (3, 5003), (16, 40_001),
-          (1, (1 << 20) + 1029))  # fmt: skip
+SHAPES = ((70, 1), (33, 3), (5, 128), (9, 129), (6, 1024), (150, 2500), (3, 5003), (16, 40_001), (1, (1 << 20) + 1029))
 EMULATED_SHAPES = ((33, 3), (6, 1025), (33, 1025))
 HELD = 1030  # classes: a block holds such rows if there are enough of them
 LAYOUT_SHAPE = (17, 300)

@@ -63,7 +63,7 @@ def of_stages(gpu: Gpu) -> None:
         x, y = (gpu.cupy.empty(shape, numpy_dtype(dtype)) for _ in range(2))
         keywords = {name: value for name, value in given.items() if name != "broadcast"}
         gpu_bits.light_call(gpu, [x, y[:1] if "broadcast" in given else y], space, **keywords)
-    for stage in gpu_run.gpu_report.BENCHMARKS:
+    for stage in gpu_run.report.BENCHMARKS:
         for task in gpu_bench.tasks(stage, False):
             gpu_bench.Klcore(gpu_bench.Data(gpu, task.case)).call(0)
     for make in gpu_bits.roles(gpu).values():

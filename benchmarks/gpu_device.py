@@ -8,7 +8,6 @@ import contextlib
 import functools
 import hashlib
 import importlib
-import importlib.metadata
 import subprocess
 import sys
 import time
@@ -116,13 +115,6 @@ extern "C" __global__ void copy(const uint4* a, uint4* c, i64 tiles) {
 
 def numpy_dtype(name: str) -> np.dtype[Any]:
     return np.dtype(getattr(importlib.import_module("ml_dtypes"), name)) if name == "bfloat16" else np.dtype(name)
-
-
-def version(name: str) -> str:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"
 
 
 def smi(*fields: str) -> dict[str, str]:

@@ -1,6 +1,6 @@
 """What a run on a GPU finds, as lines of JSON: results.jsonl, a line the moment something is known.
 
-gpu_run.py and the processes of its stages write, gpu_report.py reads. Nothing waits in memory for an end that may not
+gpu_run.py and the processes of its stages write, report.py reads. Nothing waits in memory for an end that may not
 come: whoever is killed leaves complete lines. A line names its `stage`, and its `item` if it is about one of the things
 that a stage goes through.
 """

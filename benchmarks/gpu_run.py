@@ -51,7 +51,7 @@ from pathlib import Path
 from typing import Any
 
 import gpu_lines
-import gpu_report
+import report
 from gpu_lines import each, known, say, sentence
 
 HERE = Path(__file__).resolve().parent
@@ -297,7 +297,8 @@ def environment(run: Run) -> list[str]:
 
 
 def work_on_environment(emulated: bool) -> None:
-    from gpu_device import open_device, version
+    from gpu_device import open_device
+    from peers import version
 
     from klcore.backends.cuda import nvrtc
 
@@ -319,7 +320,7 @@ def work_on_environment(emulated: bool) -> None:
 
 
 def first_light(run: Run) -> list[str]:
-    failures = run.items("first-light") + gpu_report.judge("first-light", known()).failures
+    failures = run.items("first-light") + report.judge("first-light", known()).failures
     if failures or run.out_of_time:
         raise Stop("; ".join(failures[:3]) or "out of time")
     return []
@@ -528,7 +529,7 @@ def chosen(second: bool, only: list[str]) -> list[Stage]:
         elif not second or stage.name == "environment":
             wanted = True
         else:
-            wanted = gpu_report.judge(stage.name, known()).status not in ("ok", "skipped")
+            wanted = report.judge(stage.name, known()).status not in ("ok", "skipped")
         if wanted:
             found.append(stage)
     return found
@@ -600,10 +601,10 @@ def main() -> int:
         for process in list(run.children):
             run.kill(process)
     lines = gpu_lines.read(out / gpu_lines.NAME)
-    table = "\n".join(gpu_report.table(lines)) + "\n"
+    table = "\n".join(report.table(lines)) + "\n"
     (out / "table.txt").write_text(table)
     print(table, end="", flush=True)
-    return int(any(gpu_report.judge(stage.name, lines).failures for stage in stages))
+    return int(any(report.judge(stage.name, lines).failures for stage in stages))
 
 
 if __name__ == "__main__":

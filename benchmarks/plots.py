@@ -3,7 +3,7 @@
     python benchmarks/plots.py
 
 writes docs/plots/NAME-light.svg and NAME-dark.svg, for white and for dark pages, and the tables of docs/accuracy.md. It
-measures nothing: it draws the newest records in docs/benchmarks, which accuracy.py, side_by_side.py and gpu_report.py
+measures nothing: it draws the newest records in docs/benchmarks, which accuracy.py, side_by_side.py and report.py
 make, and the divergences as klcore computes them. Readable on a telephone: seven inches wide, panels one above the
 other, large letters. The same record gives the same file.
 """
@@ -18,11 +18,11 @@ from typing import Any
 
 import matplotlib
 import numpy as np
-from gpu_report import OURS, PERCENT, RECORDS, benchmark_of, markdown, marked, newest_cpu, newest_gpu
 from matplotlib import pyplot
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from report import OURS, PERCENT, RECORDS, benchmark_of, markdown, marked, newest_cpu, newest_gpu
 
 import klcore
 from klcore.operations import OPERATIONS
@@ -232,7 +232,7 @@ def cpu(record: dict[str, Any], theme: Theme) -> Figure:
 
 
 def gpu(record: dict[str, Any], theme: Theme) -> Figure:
-    """Of a GPU's record, the first shape at which all contenders ran; gpu_report.py draws every case."""
+    """Of a GPU's record, the first shape at which all contenders ran; report.py draws every case."""
     cases = benchmark_of(record)["cases"]
     compared = [c for c in cases if len(c["contenders"]) > 1] or cases
     shape = [(c["rows"], c["n"]) for c in compared][:1]

@@ -21,7 +21,6 @@ What is fair is stated, not assumed:
 import argparse
 import datetime
 import functools
-import importlib.metadata
 import importlib.util
 import json
 import os
@@ -82,6 +81,9 @@ class Job:
     def reduced(self, values: Any) -> Any:
         """Row values, or their sum if that is the operation."""
         return values.sum() if self.reduction == "sum" else values
+
+    def total(self, terms: Any) -> Any:
+        return self.reduced(terms.sum(axis=-1))
 
 
 @dataclass
@@ -153,14 +155,7 @@ def klcore_new(job: Job) -> Any:
 
 
 def torch_loss(job: Job) -> Callable[[Any, Any], Any]:
-    import torch.nn.functional as F
-
-    def kl(log_y: Any, x: Any, log_target: bool) -> Any:
-        if job.reduction == "sum":
-            return F.kl_div(log_y, x, reduction="sum", log_target=log_target)
-        return F.kl_div(log_y, x, reduction="none", log_target=log_target).sum(-1)
-
-    return peers.torch_loss(job.space, kl)
+    return peers.torch_loss(job.space, peers.torch_kl(job.reduction))
 
 
 def torch_call(job: Job, loss: Callable[[Any, Any], Any]) -> Callable[[], Any]:
@@ -168,14 +163,7 @@ def torch_call(job: Job, loss: Callable[[Any, Any], Any]) -> Callable[[], Any]:
 
     torch.set_num_threads(klcore.get_num_threads())
     x, y = torch.from_numpy(job.x), torch.from_numpy(job.y)
-
-    def value_and_gradient() -> Any:
-        student = y.detach().requires_grad_()
-        value = loss(x, student)
-        value.sum().backward()
-        return value.detach(), student.grad
-
-    return value_and_gradient if job.gradient else lambda: loss(x, y)
+    return peers.torch_step(functools.partial(loss, x), y) if job.gradient else lambda: loss(x, y)
 
 
 @contender("torch eager", "torch")
@@ -218,98 +206,15 @@ def jax_jit(job: Job) -> Any:
     return lambda: jax.block_until_ready(compiled(y, x))
 
 
-# --- numba: one fused parallel kernel per space ----------------------------------------------------------------------
-
-
-@functools.cache
-def numba_kernels() -> dict[tuple[str, bool], Any]:
-    from numba import njit, prange, set_num_threads
-
-    set_num_threads(klcore.get_num_threads())
-    kernel = njit(parallel=True, fastmath=True)
-    zero = np.float32(0)
-
-    @kernel
-    def probs(x: Any, y: Any, values: Any) -> None:
-        for r in prange(x.shape[0]):
-            s = zero
-            for i in range(x.shape[1]):
-                s += x[r, i] * np.log(x[r, i] / y[r, i])
-            values[r] = s
-
-    @kernel
-    def probs_gradient(x: Any, y: Any, values: Any, grad: Any) -> None:
-        for r in prange(x.shape[0]):
-            s = zero
-            for i in range(x.shape[1]):
-                ratio = x[r, i] / y[r, i]
-                s += x[r, i] * np.log(ratio)
-                grad[r, i] = -ratio
-            values[r] = s
-
-    @kernel
-    def log_probs(x: Any, y: Any, values: Any) -> None:
-        for r in prange(x.shape[0]):
-            s = zero
-            for i in range(x.shape[1]):
-                s += np.exp(x[r, i]) * (x[r, i] - y[r, i])
-            values[r] = s
-
-    @kernel
-    def log_probs_gradient(x: Any, y: Any, values: Any, grad: Any) -> None:
-        for r in prange(x.shape[0]):
-            s = zero
-            for i in range(x.shape[1]):
-                p = np.exp(x[r, i])
-                s += p * (x[r, i] - y[r, i])
-                grad[r, i] = -p
-            values[r] = s
-
-    @njit(fastmath=True)
-    def log_of_sum(row: Any) -> Any:
-        top = row[0]
-        for i in range(row.size):
-            top = max(top, row[i])
-        s = zero
-        for i in range(row.size):
-            s += np.exp(row[i] - top)
-        return top + np.log(s)
-
-    @kernel
-    def logits(x: Any, y: Any, values: Any) -> None:
-        for r in prange(x.shape[0]):
-            lx, ly = log_of_sum(x[r]), log_of_sum(y[r])
-            s = zero
-            for i in range(x.shape[1]):
-                a = x[r, i] - lx
-                s += np.exp(a) * (a - (y[r, i] - ly))
-            values[r] = s
-
-    @kernel
-    def logits_gradient(x: Any, y: Any, values: Any, grad: Any) -> None:
-        for r in prange(x.shape[0]):
-            lx, ly = log_of_sum(x[r]), log_of_sum(y[r])
-            s = zero
-            for i in range(x.shape[1]):
-                a, b = x[r, i] - lx, y[r, i] - ly
-                p = np.exp(a)
-                s += p * (a - b)
-                grad[r, i] = np.exp(b) - p
-            values[r] = s
-
-    return {
-        ("probs", False): probs,
-        ("probs", True): probs_gradient,
-        ("log_probs", False): log_probs,
-        ("log_probs", True): log_probs_gradient,
-        ("logits", False): logits,
-        ("logits", True): logits_gradient,
-    }
+# --- numba and numexpr ------------------------------------------------------------------------------------------------
 
 
 @contender("numba", "numba")
 def numba_fused(job: Job) -> Any:
-    kernel = numba_kernels()[job.space, job.gradient]
+    import numba
+
+    numba.set_num_threads(klcore.get_num_threads())
+    kernel = peers.numba_kernels()[job.space, job.gradient]
 
     def call() -> Any:
         if job.gradient:
@@ -321,36 +226,12 @@ def numba_fused(job: Job) -> Any:
     return call
 
 
-# --- numexpr: elementwise expressions over threads; the sums are NumPy's, which it does no faster ---------------------
-
-
 @contender("numexpr", "numexpr")
 def numexpr_blocks(job: Job) -> Any:
     import numexpr
 
     numexpr.set_num_threads(klcore.get_num_threads())
-    work = job.grad
-
-    def evaluate(expression: str, **names: Any) -> np.ndarray:
-        return numexpr.evaluate(expression, names, out=work)
-
-    def log_of_sum(a: np.ndarray) -> np.ndarray:
-        top = a.max(axis=-1, keepdims=True)
-        return top + np.log(evaluate("exp(a - top)", a=a, top=top).sum(axis=-1, keepdims=True))
-
-    def call() -> Any:
-        names = {"x": job.x, "y": job.y}
-        value, gradient = {
-            "probs": ("x * log(x / y)", "-x / y"),
-            "log_probs": ("exp(x) * (x - y)", "-exp(x)"),
-            "logits": ("exp(x - lx) * ((x - lx) - (y - ly))", "exp(y - ly) - exp(x - lx)"),
-        }[job.space]
-        if job.space == "logits":
-            names |= {"lx": log_of_sum(job.x), "ly": log_of_sum(job.y)}
-        values = job.reduced(evaluate(value, **names).sum(axis=-1))
-        return (values, evaluate(gradient, **names)) if job.gradient else values
-
-    return call
+    return lambda: peers.numexpr_kl(job.space, job.x, job.y, job.grad, job.total, job.gradient)
 
 
 # --- SciPy and NumPy: one thread, on a slice of the rows -------------------------------------------------------------
@@ -358,35 +239,14 @@ def numexpr_blocks(job: Job) -> Any:
 
 @contender("SciPy", "scipy", sliced=True)
 def scipy_special(job: Job) -> Any:
-    from scipy.special import kl_div
-
     if job.gradient:
         return None
-    x, y = job.slice()
-    to_probs = peers.to_probs(job.space)
-    return lambda: job.reduced(kl_div(to_probs(x), to_probs(y)).sum(axis=-1))
+    return lambda: job.reduced(peers.scipy_kl("kl_div", job.space, *job.slice()))
 
 
 @contender("NumPy", sliced=True)
 def numpy_lines(job: Job) -> Any:
-    x, y = job.slice()
-
-    def log_softmax(a: np.ndarray) -> np.ndarray:
-        a = a - a.max(axis=-1, keepdims=True)
-        return a - np.log(np.exp(a).sum(axis=-1, keepdims=True))
-
-    def probs() -> Any:
-        ratio = x / y
-        value = job.reduced((x * np.log(ratio)).sum(axis=-1))
-        return (value, -ratio) if job.gradient else value
-
-    def logarithms() -> Any:
-        a, b = (log_softmax(x), log_softmax(y)) if job.space == "logits" else (x, y)
-        p = np.exp(a)
-        value = job.reduced((p * (a - b)).sum(axis=-1))
-        return (value, np.exp(b) - p) if job.gradient else value
-
-    return probs if job.space == "probs" else logarithms
+    return lambda: peers.array_kl(np, job.space, *job.slice(), job.total, job.gradient)
 
 
 # --- agreement -------------------------------------------------------------------------------------------------------
@@ -616,13 +476,6 @@ def last_level_cache() -> str:
     return f"{int(sizes[-1].read_text().strip().removesuffix('K')) // 1024} MiB" if sizes else "unknown"
 
 
-def version(name: str) -> str:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"
-
-
 def describe(libraries: Iterable[str]) -> dict[str, Any]:
     try:
         config = klcore.show_config(mode="dicts")
@@ -636,7 +489,7 @@ def describe(libraries: Iterable[str]) -> dict[str, Any]:
         "last-level cache": last_level_cache(),
         # processes wanting a processor before we start: more than a few tenths, and others share in the times
         "load average of the last minute": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
-        "versions": {"python": platform.python_version()} | {name: version(name) for name in libraries},
+        "versions": {"python": platform.python_version()} | {name: peers.version(name) for name in libraries},
     }
 
 

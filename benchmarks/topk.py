@@ -100,14 +100,8 @@ def theirs(f: Callable[..., Any], compiled: bool) -> Build:
         torch._dynamo.reset()  # or it would compile the second operation for any shape
         loss = torch.compile(f, dynamic=False) if compiled else f
         y, log_p, indices = (of_torch(a) for a in (job.y, job.log_p, job.indices))
-
-        def step() -> Any:
-            student = y.detach().requires_grad_()
-            value = loss(student, log_p, indices)
-            value.sum().backward()
-            return value.detach(), student.grad
-
-        return step if gradient else lambda: loss(y, log_p, indices)
+        of = partial(loss, log_p=log_p, indices=indices)
+        return peers.torch_step(of, y) if gradient else partial(of, y)
 
     return build
 

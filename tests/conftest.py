@@ -4,9 +4,11 @@ import collections
 import contextlib
 import importlib
 import os
+import pathlib
 import shutil
 import subprocess
 import sys
+import warnings
 
 import ml_dtypes
 import numpy as np
@@ -90,6 +92,67 @@ def gpu(request):
         yield device
 
 
+# ---- arrays of other libraries ---------------------------------------------------------------------------------------
+
+
+class Arrays:
+    """Where a test computes: `put` makes an array of the library of a NumPy one, `get` brings a result back."""
+
+    def __init__(self, name, put, get):
+        self.name, self._put, self.get = name, put, get
+
+    def put(self, array, dtype=None):
+        array = np.asarray(array) if not isinstance(array, np.ndarray) else array
+        return self._put(array, dtype or array.dtype.name)
+
+    def __repr__(self):
+        return self.name
+
+
+def torch_arrays():
+    torch = pytest.importorskip("torch", reason="not run: PyTorch is not installed")
+
+    def put(array, dtype):
+        return torch.from_numpy(np.array(array)).to(getattr(torch, dtype))
+
+    def get(tensor):
+        return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).detach().numpy()
+
+    return Arrays("torch", put, get)
+
+
+def jax_arrays():
+    jax = pytest.importorskip("jax", reason="not run: JAX is not installed")
+    return Arrays("jax", lambda array, dtype: jax.numpy.asarray(array, dtype), np.asarray)
+
+
+@pytest.fixture(scope="module")
+def arrays(request):
+    """By name: a device of KLCORE_TEST_DEVICES, "torch" or "jax"."""
+    if request.param in ("torch", "jax"):
+        yield {"torch": torch_arrays, "jax": jax_arrays}[request.param]()
+        return
+    with computing_on(request.param) as device:
+        yield Arrays(
+            request.param, lambda a, dtype: device.put(a.astype(DTYPES.get(dtype, dtype), copy=False)), device.get
+        )
+
+
+@pytest.fixture
+def without_keras(request, monkeypatch):
+    """Keras may be loaded by other tests; here it is not, unless a test asks for it."""
+    if "keras" not in request.fixturenames:
+        monkeypatch.delitem(sys.modules, "keras", raising=False)
+
+
+@pytest.fixture
+def keras():
+    os.environ.setdefault("KERAS_BACKEND", "torch")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # those of the import are not ours
+        return pytest.importorskip("keras", reason="not run: Keras is not installed")
+
+
 # ---- how much was compared, for the summary --------------------------------------------------------------------------
 
 COMPARED = pytest.StashKey[collections.Counter]()
@@ -154,7 +217,20 @@ def call(operation, x, y, space="probs", **options):
     return getattr(klcore, operation)(*operands(operation, x, y), space=space, **options)
 
 
-# ---- parameters and processes ----------------------------------------------------------------------------------------
+# ---- scripts, parameters and processes -------------------------------------------------------------------------------
+
+
+BENCHMARKS = pathlib.Path(__file__).resolve().parents[1] / "benchmarks"
+
+
+@pytest.fixture(scope="module")
+def script():
+    """Imports a file of benchmarks/."""
+    if not BENCHMARKS.exists():
+        pytest.skip("no benchmarks beside the tests: these are of an installed package")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(BENCHMARKS))
+        yield importlib.import_module
 
 
 @pytest.fixture(params=DTYPES)

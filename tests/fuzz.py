@@ -219,9 +219,11 @@ class Memory:
     def lay(self, a, written=False):
         """The array `a` in a layout drawn at random; its buffer ends where it does."""
         rng, a = self.rng, np.asarray(a)
-        how = "contiguous" if not a.ndim else rng.choice(
-            ["contiguous", "fortran", "steps", "negative", "unaligned", "mixed", "repeated", "swapped"]
-        )  # fmt: skip
+        how = (
+            "contiguous"
+            if not a.ndim
+            else rng.choice(["contiguous", "fortran", "steps", "negative", "unaligned", "mixed", "repeated", "swapped"])
+        )
         order, steps, offset = np.arange(a.ndim), np.ones(a.ndim, int), 0
         if how == "repeated":  # a step of 0, along one axis or more
             same = [k for k in range(a.ndim) if a.shape[k] and (a == a.take([0], k)).all()]
@@ -780,8 +782,10 @@ def check_estimate(rng):
         same(some[k], got[1 + "xy".index(name) if name else 0], f"d{name} alone")
     value_dtype = np.dtype("f8" if double else "f4")
     assert [(a.shape, a.dtype) for a in got] == [
-        (batch if reduction == "none" else (), value_dtype), (x.shape, gradient_dtype(x)), (y.shape, gradient_dtype(y))
-    ]  # fmt: skip
+        (batch if reduction == "none" else (), value_dtype),
+        (x.shape, gradient_dtype(x)),
+        (y.shape, gradient_dtype(y)),
+    ]
     words = [f"estimator {kind}", f"reduction {reduction}", *(f"dtype {d}" for d in dtypes)]
     if like.size > 300:
         return collections.Counter(words)

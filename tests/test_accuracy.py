@@ -242,8 +242,10 @@ def test_cross_entropy_of_such_rows(operation, space, n, count, temperature, dty
     within = ~(ranges.beyond(a) | ranges.beyond(b))
     a, b = a[within], b[within]
     with np.errstate(over="ignore", divide="ignore"):
-        x, y = (into(v.astype(np.float64) / (temperature if s != "logits" else 1), s, v.dtype)
-                for v, s in zip((a, b), space, strict=True))  # fmt: skip
+        x, y = (
+            into(v.astype(np.float64) / (temperature if s != "logits" else 1), s, v.dtype)
+            for v, s in zip((a, b), space, strict=True)
+        )
     options = {"temperature": temperature}
     gradients = OPERATIONS[operation].gradients
     value, *grads = call(operation, x, y, space, return_grad=gradients, **options)

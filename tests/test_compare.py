@@ -915,7 +915,7 @@ OTHERS = {
     "twice": (("base.npy", "quant.npy", "--rows", "new.json"), "new.json is named for two outputs"),
     "no folder": (("base.npy", "quant.npy", "--rows", "no/r.npy"), "there is no folder no"),
     "picture": (("base.npy", "quant.npy", "--plot", "p.jpg"), "must end in .png, .svg, .pdf"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", OTHERS)

@@ -662,9 +662,10 @@ TRUTHS = {
     "mxnet from_logits": ("from_logits", lambda v: compat("mxnet").KLDivLoss(v)(LOG_A, B)),
     "puzzlelib maxlabels": ("maxlabels", lambda v: compat("puzzlelib").KLDivergence(v)(A.astype("f4"), B.astype("f4"))),
     "puzzlelib normTarget": (
-        "normTarget", lambda v: compat("puzzlelib").KLDivergence(normTarget=v)(A.astype("f4"), B.astype("f4")),
+        "normTarget",
+        lambda v: compat("puzzlelib").KLDivergence(normTarget=v)(A.astype("f4"), B.astype("f4")),
     ),
-}  # fmt: skip
+}
 NEVER = [
     np.array(["sum"]), np.array(["sum", "mean"]), np.array(["float32"]), ["sum"], [["sum"]], {"sum": 1}, ("x", ["y"]),
     HUGE, 10**5000, np.array([0.5, 1.0]),

@@ -349,10 +349,11 @@ def assert_run(gpu, compared, case, n, run):
         )
     if run["out"]:
         keywords["out"] = tuple(
-            placed(gpu, np.zeros_like(e), run["layout"] if e.ndim else "plain", other=True) if e.ndim
+            placed(gpu, np.zeros_like(e), run["layout"] if e.ndim else "plain", other=True)
+            if e.ndim
             else gpu.put(np.asarray(e))
             for e in map(np.asarray, expected)
-        )  # fmt: skip
+        )
     before = [gpu.get(a) for a in on_device]
     with settings(gpu, seed=run["seed"], threads=run["threads"]):
         found = call(operation, on_device, **keywords)
@@ -1142,7 +1143,7 @@ ROWS = np.full((2, 3), 0.25)
         (ValueError, ("the value", "float64", "float32"), lambda put: {"out": put(np.zeros(2, "float32"))}),
         (ValueError, ("'cuda'", "'gpu'"), lambda put: {"device": "gpu"}),
     ],
-)  # fmt: skip
+)
 def test_bad_input(gpu, launched, error, words, arguments):
     given = {"x": gpu.put(ROWS), "y": gpu.put(ROWS), **arguments(gpu.put)}
     with pytest.raises(error) as raised:

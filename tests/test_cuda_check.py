@@ -2,17 +2,11 @@
 
 import importlib
 import re
-import sys
-from pathlib import Path
 
 import pytest
 
 import klcore
 from klcore.operations import KL_DIV
-
-SCRIPTS = Path(__file__).resolve().parents[1] / "benchmarks"
-if not SCRIPTS.exists():
-    pytest.skip("no benchmarks beside the tests: these are of an installed package", allow_module_level=True)
 
 nvrtc = importlib.import_module("klcore.backends.cuda.nvrtc")
 
@@ -69,11 +63,9 @@ BACK_BY_CALL = """        /*00c0*/               @P3 CALL.REL.NOINC `(.L_x_4) ;
 
 
 @pytest.fixture(scope="module")
-def tool():
+def tool(script):
     pytest.importorskip("tqdm")
-    sys.path.insert(0, str(SCRIPTS))
-    yield importlib.import_module("cuda_check")
-    sys.path.remove(str(SCRIPTS))
+    return script("cuda_check")
 
 
 def count(tool, sass, source=SOURCE):

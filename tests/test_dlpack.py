@@ -274,7 +274,7 @@ def raising(error):
         ({"x": strict(X), "y": strict(Y), "weights": Plain(np.ones(6), (8, 0))}, TypeError, "weights, .*Metal"),
         ({"x": object(), "y": [1.0]}, TypeError, "x is of the type builtins.object, which klcore does not.*__dlpack__"),
     ],
-)  # fmt: skip
+)
 def test_errors(arguments, error, words):
     with pytest.raises(error, match=words):
         klcore.kl_div(**arguments)

@@ -16,12 +16,11 @@ import time
 import numpy as np
 import oracle
 import pytest
-from conftest import DTYPES, as_here
+from conftest import BENCHMARKS, DTYPES, as_here
 
 from klcore.operations import OPERATIONS
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-SCRIPTS = ROOT / "benchmarks"
 SPACES = ("probs", "log_probs", "logits")
 KINDS = oracle.CALLS
 TOOL = """#!/bin/bash
@@ -32,20 +31,9 @@ echo "========= ERROR SUMMARY: 0 errors"
 exit $status
 """
 
-if not (SCRIPTS / "gpu_run.py").exists():
-    pytest.skip("no benchmarks beside the tests: these are of an installed package", allow_module_level=True)
-
 
 @pytest.fixture(scope="module")
-def script():
-    """Imports a file of benchmarks/."""
-    sys.path.insert(0, str(SCRIPTS))
-    yield importlib.import_module
-    sys.path.remove(str(SCRIPTS))
-
-
-@pytest.fixture(scope="module")
-def start(tmp_path_factory):
+def start(script, tmp_path_factory):
     """Starts an emulated run, with stand-ins for NVIDIA's tools that run what they are to look at."""
     if not shutil.which("g++") or sys.platform == "win32":
         pytest.skip("the emulator needs g++ and POSIX")
@@ -60,7 +48,7 @@ def start(tmp_path_factory):
         carry = keep / "carry"
         carry.mkdir(parents=True, exist_ok=True)
         (carry / "liger_kernel-0-py3-none-any.whl").touch()  # no wheel: what is carried may be of no use
-        words = [sys.executable, str(SCRIPTS / "gpu_run.py"), str(out), "--emulated", "--keep", str(keep)]
+        words = [sys.executable, str(BENCHMARKS / "gpu_run.py"), str(out), "--emulated", "--keep", str(keep)]
         words += ["--carry", str(carry), *arguments]
         return subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **keywords)
 
@@ -84,8 +72,8 @@ def lines_of(folder):
 
 def test_every_stage_runs(script, emulated):
     lines, out, _ = emulated
-    gpu_run, gpu_report = script("gpu_run"), script("gpu_report")
-    record = gpu_report.record_of(lines)
+    gpu_run, report = script("gpu_run"), script("report")
+    record = report.record_of(lines)
     assert list(record["stages"]) == gpu_run.NAMES
     assert {stage["status"] for stage in record["stages"].values()} == {"ok"}
     assert not any(stage["failures"] or stage["not_run"] for stage in record["stages"].values())
@@ -96,7 +84,7 @@ def test_every_stage_runs(script, emulated):
     assert len((out / "table.txt").read_text().splitlines()) < 50
     found = record["benchmark"]
     assert not found["not run"]
-    assert {case["part"] for case in found["cases"]} == set(gpu_report.BENCHMARKS)
+    assert {case["part"] for case in found["cases"]} == set(report.BENCHMARKS)
     for case in found["cases"]:
         (ours,) = case["contenders"]
         assert not ours["wrong"]
@@ -131,7 +119,7 @@ def test_a_second_call_does_what_is_left(script, start, emulated, tmp_path):
     begun = [line["item"] for line in second if "begin" in line]
     assert begun == ["kl_div logits logits float32", "float16 probs"]
     assert "kl_rows" not in printed
-    record = script("gpu_report").record_of([line for line in lines if not is_lost(line)] + second)
+    record = script("report").record_of([line for line in lines if not is_lost(line)] + second)
     assert {stage["status"] for stage in record["stages"].values()} == {"ok"}
 
 
@@ -144,17 +132,17 @@ def test_who_is_killed_leaves_complete_lines(script, start, emulated, tmp_path):
     process.send_signal(signal.SIGKILL)
     process.communicate()
     lines = lines_of(out)
-    gpu_report = script("gpu_report")
-    record = gpu_report.record_of(lines)
+    report = script("report")
+    record = report.record_of(lines)
     assert record["benchmark"]["cases"]
     assert record["benchmark"]["ceilings"]
     assert record["stages"]["alone"]["status"] in ("cut off", "ok")
     assert record["stages"]["peers"]["status"] in ("not run", "cut off")
-    page = gpu_report.write(record, tmp_path)[1].read_text()
+    page = report.write(record, tmp_path)[1].read_text()
     assert "Emulated on a CPU: not one of these times means anything." in page
     assert "| alone |" in page
-    assert gpu_report.table(lines)
-    done = subprocess.run([sys.executable, SCRIPTS / "gpu_report.py", out], capture_output=True, text=True)
+    assert report.table(lines)
+    done = subprocess.run([sys.executable, BENCHMARKS / "report.py", out], capture_output=True, text=True)
     assert "no record of a GPU" in done.stderr  # in docs/benchmarks
 
 
@@ -183,7 +171,7 @@ def test_limits_are_kept(script, run):
 
 
 def test_a_failure_ends_its_stage_and_no_other(script, run, monkeypatch):
-    gpu_run, gpu_report = script("gpu_run"), script("gpu_report")
+    gpu_run, report = script("gpu_run"), script("report")
 
     def fails(run):
         raise OSError("out of smoke")
@@ -196,7 +184,7 @@ def test_a_failure_ends_its_stage_and_no_other(script, run, monkeypatch):
 
     kinds = {"a": fails, "b": skips, "c": stops, "d": fails}
     gpu_run.run_stages(run, [gpu_run.Stage(name, 9, kind) for name, kind in kinds.items()], False)
-    found = {name: gpu_report.judge(name, lines_of(run.out)) for name in kinds}
+    found = {name: report.judge(name, lines_of(run.out)) for name in kinds}
     assert {name: verdict.status for name, verdict in found.items()} == {
         "a": "failed", "b": "skipped", "c": "failed", "d": "not run",
     }  # fmt: skip
@@ -211,10 +199,10 @@ def test_a_failure_ends_its_stage_and_no_other(script, run, monkeypatch):
 
 def test_who_dies_is_passed_over(script, run, monkeypatch):
     """By the process that goes on, but not by a second call."""
-    gpu_lines, gpu_report = script("gpu_lines"), script("gpu_report")
+    gpu_lines, report = script("gpu_lines"), script("report")
     code = f"""
 import os, sys, time
-sys.path.insert(0, {str(SCRIPTS)!r})
+sys.path.insert(0, {str(BENCHMARKS)!r})
 from gpu_lines import each
 def work(name):
     if name == "b":
@@ -229,16 +217,18 @@ each("s", "abcde", work, time.time() + 1e6, patience=0.1)
     monkeypatch.setattr(run, "work", lambda *arguments: run.start([sys.executable, "-c", code]))
     run.deadline = math.inf
     assert run.items("s") == []
-    verdict = gpu_report.judge("s", lines_of(run.out))
+    verdict = report.judge("s", lines_of(run.out))
     assert (verdict.done, verdict.not_run) == (3, 2)
     assert verdict.failures == [
-        "b: its process ended, exit status -6", "c: ValueError: wrong", "d: its process ended, exit status 1",
-    ]  # fmt: skip
+        "b: its process ended, exit status -6",
+        "c: ValueError: wrong",
+        "d: its process ended, exit status 1",
+    ]
     monkeypatch.setenv(gpu_lines.CALL, "2")
     again = []
     gpu_lines.each("s", "abcdef", lambda name: again.append(name) or {}, math.inf)
     assert again == ["f", "b", "d"]  # who ended a process comes last
-    assert gpu_report.judge("s", lines_of(run.out)).not_run == 0
+    assert report.judge("s", lines_of(run.out)).not_run == 0
 
 
 # ---- what is planned for hardware ------------------------------------------------------------------------------------
@@ -284,7 +274,7 @@ def test_what_is_carried(script):
 
 def test_all_cases_are_planned(script):
     gpu_bench = script("gpu_bench")
-    stages = {stage: gpu_bench.tasks(stage, False) for stage in script("gpu_report").BENCHMARKS}
+    stages = {stage: gpu_bench.tasks(stage, False) for stage in script("report").BENCHMARKS}
     names = [task.name for tasks in stages.values() for task in tasks]
     assert len(set(names)) == len(names)
     alone, others = ({t.case for t in stages["alone"] if t.part == part} for part in ("alone", "operations"))
@@ -374,12 +364,12 @@ NCU = """==PROF== Connected to process 508 (/usr/bin/python3.12)
 
 
 def test_what_a_profiler_says(script):
-    gpu_report = script("gpu_report")
-    rows, narrow = gpu_report.profile_of(NCU)
+    report = script("report")
+    rows, narrow = report.profile_of(NCU)
     call = {"call": "(8192, 32768) float32 probs value+dy", "kernel": "kl_rows"}
     assert rows == call | {"DRAM %": 77.38, "ms": pytest.approx(0.86122), "SM %": 61.39, "registers": 124}
     assert narrow == {"call": "(9, 3) float32 logits value", "kernel": "kl_narrow", "ms": 1.91}
-    made = gpu_report.profile_table([rows, narrow])
+    made = report.profile_table([rows, narrow])
     assert "| (8192, 32768) float32 probs value+dy: kl_rows | 0.861 | 77.4 | 61.4 |  | 124 |" in made
 
 
@@ -389,11 +379,11 @@ def test_what_a_profiler_says(script):
 def test_the_page_is_up_to_date(script):
     """After a new record: make gpu-report"""
     text = (ROOT / "docs" / "performance.md").read_text()
-    assert script("gpu_report").page(text) == text
+    assert script("report").page(text) == text
 
 
 def test_the_page_takes_the_newest_record_of_a_gpu(script, tmp_path):
-    gpu_report = script("gpu_report")
+    report = script("report")
     text = (ROOT / "docs" / "performance.md").read_text()
     ours = {"name": "klcore", "ms": 1.0, "wall us": 9.0, "extra bytes": 0, "wrong": False}
     ours["errors"] = {"value": 1e-7}
@@ -411,9 +401,9 @@ def test_the_page_takes_the_newest_record_of_a_gpu(script, tmp_path):
     ]
     for date in ("2027-01-01", "2027-01-03", "2027-01-02"):
         line = run | {"date": f"{date}T00:00:00+00:00", "emulated": date.endswith("3")}
-        record = gpu_report.record_of([line, *copy.deepcopy(lines)])
-        assert gpu_report.write(record, tmp_path)[0].name == f"nvidia-h200-{date}-c.json"
-    made = gpu_report.page(text, tmp_path)
+        record = report.record_of([line, *copy.deepcopy(lines)])
+        assert report.write(record, tmp_path)[0].name == f"nvidia-h200-{date}-c.json"
+    made = report.page(text, tmp_path)
     for words in (
         "2027-01-02",
         "3.00 (wrong)",
@@ -431,8 +421,8 @@ def test_the_page_takes_the_newest_record_of_a_gpu(script, tmp_path):
     ):
         assert words in made
     assert "2027-01-03" not in made  # emulated
-    assert gpu_report.NO_GPU not in made
+    assert report.NO_GPU not in made
     with pytest.raises(ValueError, match="one section 'gpu'"):
-        gpu_report.page(text.replace("<!-- gpu: end -->", ""), tmp_path)
+        report.page(text.replace("<!-- gpu: end -->", ""), tmp_path)
     with pytest.raises(ValueError, match="not the results of one run"):
-        gpu_report.record_of([run | {"date": ""}, run | {"date": "", "sources": "t"}])
+        report.record_of([run | {"date": ""}, run | {"date": "", "sources": "t"}])

@@ -3,9 +3,7 @@
 benchmarks/host_time.py measures the microseconds; a test must not. The arrays here are benchmarks/stub.py's.
 """
 
-import importlib
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,17 +11,10 @@ import pytest
 import klcore
 from klcore.operations import KL_DIV, Call
 
-BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
-if not (BENCHMARKS / "stub.py").exists():
-    pytest.skip("no benchmarks beside the tests: these are of an installed package", allow_module_level=True)
-
 
 @pytest.fixture(scope="module")
-def modules():
-    """stub.py and host_time.py."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(BENCHMARKS))
-        yield importlib.import_module("stub"), importlib.import_module("host_time")
+def modules(script):
+    return script("stub"), script("host_time")
 
 
 @pytest.fixture

@@ -718,8 +718,10 @@ def test_numbers_that_are_traced(function, name, transform):
     one = jnp.array([0.5]) if transform is jax.vmap else 0.5
     with pytest.raises(TypeError, match=rf"{name} is traced by JAX.*static_argnames='{name}'"):
         transform(lambda number: f(**{name: number}))(one)
-    np.testing.assert_array_equal(jax.jit(f, static_argnames=name)(**{name: 1.5 if name == "base" else 0.5}),
-                                  f(**{name: 1.5 if name == "base" else 0.5}))  # fmt: skip
+    np.testing.assert_array_equal(
+        jax.jit(f, static_argnames=name)(**{name: 1.5 if name == "base" else 0.5}),
+        f(**{name: 1.5 if name == "base" else 0.5}),
+    )
 
 
 def test_an_axis_that_is_traced():

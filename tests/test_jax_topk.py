@@ -375,7 +375,7 @@ def test_buffers_on_a_gpu(gpu, buffer):  # noqa: F811
         ({"tail": "renorm", "tail_mass": 0.5}, ValueError, r"tail_mass goes with tail='bucket'"),
         ({"space": "logits"}, ValueError, r"which goes with tail='renorm' only"),
     ],
-)  # fmt: skip
+)
 def test_errors_are_numpys(bad, error, match, traced):
     """Of what is known when JAX traces: an index as well, unless its row might have no weight."""
     x, y = np.float32([[0.5, 0.25], [0.5, 0.25]]), np.float32([[0.5, 0.25, 0.25]])

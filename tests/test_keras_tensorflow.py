@@ -7,7 +7,8 @@ import warnings
 
 import numpy as np
 import pytest
-from test_compat import check, keras_call, values
+from golden import check, values
+from test_compat_keras import keras_call
 
 import klcore
 from klcore.compat import keras as ours

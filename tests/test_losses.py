@@ -1,6 +1,6 @@
 """Other systems' terms in the engine, and products of cotangent and Jacobian: what klcore.compat and the adapters use.
 
-The front-ends are tested against what the systems returned in test_compat.py; here against their formulas in extended
+The front-ends are tested against what the systems returned in test_compat_*.py; here against their formulas in extended
 precision, on every device, with the CPU's bits on the GPU.
 """
 

@@ -158,7 +158,7 @@ def loss(""",
         ("import cross_entropy,", "import toy_dist, cross_entropy,"),
         ('    "threads",\n', '    "threads",\n    "toy_dist",\n'),
     ),
-}  # fmt: skip
+}
 
 TRY_IT = """
     import contextlib, importlib, sys

@@ -1,10 +1,8 @@
 """docs/plots and docs/accuracy.md show the newest records, the plots' titles are true, and accuracy.py measures."""
 
-import importlib
 import json
 import pathlib
 import re
-import sys
 from xml.etree import ElementTree
 
 import numpy as np
@@ -12,20 +10,9 @@ import oracle
 import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-SCRIPTS = ROOT / "benchmarks"
 RECORDS = ROOT / "docs" / "benchmarks"
 
-if not (SCRIPTS / "plots.py").exists():
-    pytest.skip("no benchmarks beside the tests: these are of an installed package", allow_module_level=True)
 pytest.importorskip("matplotlib").use("svg")
-
-
-@pytest.fixture(scope="module")
-def script():
-    """Imports a file of benchmarks/."""
-    sys.path.insert(0, str(SCRIPTS))
-    yield importlib.import_module
-    sys.path.remove(str(SCRIPTS))
 
 
 def texts(path):

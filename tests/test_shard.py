@@ -284,10 +284,12 @@ def loss_of(torch):
     class Loss(torch.autograd.Function):
         @staticmethod
         def forward(ctx, name, teachers, weights, *students):
-            ctx.shards = exchanged([
-                klcore.Shard(name, t, s, space="logits", weights=weights, temperature=2.0)
-                for t, s in zip(teachers, students, strict=True)
-            ])  # fmt: skip
+            ctx.shards = exchanged(
+                [
+                    klcore.Shard(name, t, s, space="logits", weights=weights, temperature=2.0)
+                    for t, s in zip(teachers, students, strict=True)
+                ]
+            )
             return ctx.shards[0].values()
 
         @staticmethod

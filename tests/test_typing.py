@@ -218,7 +218,7 @@ def test_losses_of_other_systems() -> None:
 
 
 def test_losses_are_of_those_libraries() -> None:
-    """Modules to type checkers, wherever PyTorch's types are; when it runs, where PyTorch is loaded: test_compat.py."""
+    """Modules to type checkers, wherever PyTorch's types are; when it runs: test_compat_pytorch.py."""
 
     def model() -> "torch.nn.Sequential":
         loss: torch.nn.Module = pytorch.KLDivLoss(reduction="batchmean")

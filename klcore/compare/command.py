@@ -86,7 +86,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="SIZE",
         help="of both files, in memory for each thread (8M)",
     )
-    how.add_argument("--threads", type=_positive, metavar="N", help="as klcore.threads")  # fmt: skip
+    how.add_argument("--threads", type=_positive, metavar="N", help="as klcore.threads")
 
 
 def _positive(text: str) -> int:

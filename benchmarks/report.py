@@ -1,6 +1,6 @@
 """Tables, plots and docs/performance.md, from what gpu_run.py and side_by_side.py found.
 
-    python benchmarks/gpu_report.py [FOLDER ...] [--to DIR]
+    python benchmarks/report.py [FOLDER ...] [--to DIR]
 
 makes of gpu_run.py's folders, those of one run, the record docs/benchmarks/GPU-DATE-COMMIT.json, and of that a page
 (.md) and, if matplotlib is there, a plot (.svg) beside it; then it puts the newest records, of the CPU and of a GPU,
@@ -595,7 +595,7 @@ def page(text: str, folder: Path = RECORDS) -> str:
         "gpu": newest_gpu_section(folder),
     }
     for name, section in sections.items():
-        text = marked(text, name, section, "gpu_report.py")
+        text = marked(text, name, section, "report.py")
     return text
 
 
