@@ -301,7 +301,7 @@ def peers_table(cases: list[dict[str, Any]]) -> str:
             c = of(case, name)
             cells.append(f"{c['ms'] / ours['ms']:.2f}{' (wrong)' if c['wrong'] else ''}" if "ms" in c else "")
         rows.append([title(case), f"{ours['ms']:.3f}", f"**{percent(ours)}**", *cells])
-    return markdown(["", "klcore ms", "% of copy", *(f"{name}, times klcore" for name in names)], rows)
+    return markdown(["", "klcore ms", "% of copy", *(f"{name} / klcore" for name in names)], rows)
 
 
 def ours_table(cases: list[dict[str, Any]], row: Sequence[str], column: Sequence[str]) -> str:
@@ -379,7 +379,7 @@ def targets(record: dict[str, Any]) -> str:
         add(words, ratios, functools.partial(operator.lt, times), "{:.2f}")
     calls = {name: us for name, us in found["overhead, microseconds"].items() if name.startswith(OURS)}
     add(f"a call from Python in {CALL_US:.0f} us", calls, functools.partial(operator.ge, CALL_US), "{:.1f} us")
-    return markdown(["target", "", "cases that met it", "farthest from it"], rows, text=(0, 1, 3))
+    return markdown(["target", "result", "cases that met it", "farthest from it"], rows, text=(0, 1, 3))
 
 
 def checks_table(record: dict[str, Any]) -> str:
@@ -403,47 +403,47 @@ def gpu_section(record: dict[str, Any], name: str, folder: str, earlier: Sequenc
     """A whole record as Markdown; `folder` leads to it, and `name` is what it is called there."""
     about, found = record["environment"], benchmark_of(record)
     versions = ", ".join(f"{k} {v}" for k, v in about.get("versions", {}).items() if v != "not installed")
-    parts = ["**Emulated on a CPU: not one of these times means anything.**"] if record["emulated"] else []
+    parts = ["**Emulated on a CPU: these times mean nothing.**"] if record["emulated"] else []
     parts += [
         f"{about.get('gpu', 'unknown GPU')}, driver {about.get('nvidia-smi', {}).get('driver_version', 'unknown')}, "
         f"NVRTC {about.get('NVRTC', 'unknown')}; {record['date'][:10]}; klcore {record['commit']} (sources "
         f"{record['sources']}); {versions}."
     ]
     cases = found["cases"]
+    compared = [c for c in cases if len(c["contenders"]) > 1]
+    parts += ["Beside other libraries:", peers_table(compared), *absent(compared)] if compared else []
+    if folder and cases:
+        parts.append(PICTURE)
     if cases:
         parts += ["Targets:", targets(record)]
     unknown = [name for name, stage in record["stages"].items() if stage["status"] == "not run"]
-    parts += [f"**Not run, so nothing is known of it: {', '.join(unknown)}.**"] if unknown else []
+    parts += [f"**Not run, so nothing is known about it: {', '.join(unknown)}.**"] if unknown else []
     if found["ceilings"]:
         speeds = sorted(found["ceilings"].items(), key=lambda entry: -entry[1])
         parts.append(
-            "Memory, GB/s: " + "; ".join(f"{k} {v / 1e9:.0f}" for k, v in speeds) + ". 100 percent is the fastest that "
-            f'reads and writes, here "{found["100 percent"]}"; a value alone only reads, and may have more. Bytes are '
-            "the necessary ones: each input read once, a gradient written once."
+            "Memory, GB/s: " + "; ".join(f"{k} {v / 1e9:.0f}" for k, v in speeds) + ". 100 % is the fastest that "
+            f'reads and writes, here "{found["100 percent"]}"; a value alone only reads, and can exceed it. Bytes are '
+            "the necessary ones: each input read once, each gradient written once."
         )
     calls = found["overhead, microseconds"]
     if calls:
         parts.append(
             "A call on (10, 10), in microseconds: " + ", ".join(f"{n} {t:.1f}" for n, t in calls.items()) + "."
         )
-    if folder and cases:
-        parts.append(PICTURE)
     what, shape = ("dtype", "space", "outputs"), ("rows", "n")
     for part, words, row, column in (
-        ("alone", "klcore over shapes:", what, shape),
+        ("alone", "klcore by shape:", what, shape),
         ("operations", "Other operations and pairs of spaces:", ("operation", "space"), ("dtype", "outputs")),
-        ("sweep", "Over row lengths, 2^28 elements:", shape, what),
+        ("sweep", "By row length, 2^28 elements:", shape, what),
     ):
         chosen = [c for c in cases if c["part"] == part]
         parts += [words, ours_table(chosen, row, column)] if chosen else []
-    compared = [c for c in cases if len(c["contenders"]) > 1]
-    parts += ["Beside other libraries:", peers_table(compared), *absent(compared)] if compared else []
     if earlier and cases:
-        parts += ["This and earlier states of klcore on such a GPU:", development(record, list(earlier))]
+        parts += ["This and earlier versions of klcore on the same kind of GPU:", development(record, list(earlier))]
     if record["profile"]:
         parts += [
-            "Under ncu, which slows a launch somewhat; SM is the busiest part of the multiprocessors, mostly their "
-            "issue of instructions:",
+            "Under ncu, which slows launches somewhat. SM is the use of the busiest part of the multiprocessors, "
+            "mostly instruction issue:",
             profile_table(record["profile"]),
         ]
     parts += ["Stages of the run:", checks_table(record)]
@@ -541,8 +541,8 @@ def write(record: dict[str, Any], folder: Path) -> list[Path]:
 # ---- docs/performance.md ---------------------------------------------------------------------------------------------
 
 NO_GPU = (
-    "There is no record of a GPU yet: the CUDA kernels are tested on an emulator, and no figure of theirs is known. On "
-    "a machine with a GPU, `make gpu-check` makes one."
+    "There is no record of a GPU yet: the CUDA kernels are tested on an emulator, and their speed is unknown. "
+    "`make gpu-check` makes a record on a machine with a GPU."
 )
 
 
@@ -591,7 +591,7 @@ def page(text: str, folder: Path = RECORDS) -> str:
     """docs/performance.md with its marked sections made anew from the records in `folder`."""
     cpu = newest_cpu(folder)
     sections = {
-        "cpu": cpu_section(cpu) if cpu else "There is no record of a CPU: `make bench` makes one.",
+        "cpu": cpu_section(cpu) if cpu else "There is no record of a CPU yet: `make bench` makes one.",
         "gpu": newest_gpu_section(folder),
     }
     for name, section in sections.items():

@@ -139,7 +139,7 @@ def test_who_is_killed_leaves_complete_lines(script, start, emulated, tmp_path):
     assert record["stages"]["alone"]["status"] in ("cut off", "ok")
     assert record["stages"]["peers"]["status"] in ("not run", "cut off")
     page = report.write(record, tmp_path)[1].read_text()
-    assert "Emulated on a CPU: not one of these times means anything." in page
+    assert "Emulated on a CPU: these times mean nothing." in page
     assert "| alone |" in page
     assert report.table(lines)
     done = subprocess.run([sys.executable, BENCHMARKS / "report.py", out], capture_output=True, text=True)
@@ -415,7 +415,7 @@ def test_the_page_takes_the_newest_record_of_a_gpu(script, tmp_path):
         "| float32 logits, inputs of 1 GB and more: 85 % of a copy | not measured |",
         "| ahead of torch.compile | **missed** | 0 of 1 | (8192, 32768) float32 probs value 0.90 |",
         "| ahead of Liger-Kernel | not measured |",
-        "Not run, so nothing is known of it: first-light, alone, profile, bits, sanitizer, tests, large, more",
+        "Not run, so nothing is known about it: first-light, alone, profile, bits, sanitizer, tests, large, more",
         "plots/gpu-light.svg",
         "Earlier records: [nvidia-h200-2027-01-01-c](benchmarks/nvidia-h200-2027-01-01-c.json)",
     ):
