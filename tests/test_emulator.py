@@ -223,7 +223,7 @@ def test_some_warps_of_a_block_meet(launch):
     missed = "^some_warps: block 0, thread .*: is at warps_barrier and would wait for ever: thread .* has returned$"
     found(launch, missed, "some_warps", 1, 160, size=96, n=3, shared=4 * 96, wrong=1)
     found(launch, missed, "some_warps", 1, 160, size=96, n=3, shared=4 * 96, wrong=3)
-    found(launch, "a barrier of 6 warps, .* of which there are fewer", "some_warps", 1, 160, n=6, shared=768)
+    found(launch, "a barrier of 6 warps, .* the block has fewer", "some_warps", 1, 160, n=6, shared=768)
 
 
 def test_warps_of_which_lanes_are_missing(launch):
@@ -241,7 +241,7 @@ def test_lanes_that_meet(launch):
 @pytest.mark.parametrize(
     ("wrong", "error"),
     [
-        (1, "thread 16: .*mask 0000ffff, outside of which lies its own lane, 16"),
+        (1, "thread 16: .*mask 0000ffff, which excludes its own lane, 16"),
         (2, "thread 0: is at __shfl_xor_sync with mask 0000ffff, but reads lane 16"),
         (3, "thread 31: is at __all_sync with .*, but lane 0 is at __any_sync"),
         (4, "thread 0: is at __syncwarp and would wait for ever: thread 16 is at __syncthreads"),
@@ -368,7 +368,7 @@ def test_shared_memory_beyond_48_kb_has_to_be_asked_for(modules):
     plan = np.zeros(1, PLAN)
     with pytest.raises(EmulatorError, match="max_dynamic_shared_size_bytes is 49152"):
         kernel((1,), (32,), (plan,), shared_mem=50_000)
-    with using(architecture="75"), pytest.raises(EmulatorError, match="are not to be had"):
+    with using(architecture="75"), pytest.raises(EmulatorError, match="are not available"):
         kernel.max_dynamic_shared_size_bytes = 100_000
     kernel.max_dynamic_shared_size_bytes = 100_000
     kernel((1,), (32,), (plan,), shared_mem=100_000)
