@@ -1,11 +1,11 @@
-"""The relatives of the divergence beside what others compute: `python benchmarks/family.py speed` or `accuracy`.
+"""The relatives of the divergence compared with other implementations: `python benchmarks/family.py speed` or
+`accuracy`.
 
-speed: float32, (2048, 32768) unless --shape says otherwise: each function's value, and value and gradient, as multiples
-of kl_div's, interleaved, medians; beside them TRL's formula of the Jensen-Shannon divergence in PyTorch, eager and
-compiled, and in JAX.
-accuracy: the Jensen-Shannon divergence and the total variation distance by the formulas of TRL, Liger-Kernel, MLX-LM
-and torchmetrics in float32 PyTorch, and by SciPy, of the same rows of logits: the worst relative error, and how many
-are negative or NaN.
+speed: float32, (2048, 32768) unless --shape says otherwise. Each function's value, and value and gradient, as multiples
+of the time of kl_div, interleaved, medians. Beside them TRL's formula of the Jensen-Shannon divergence in PyTorch,
+eager and compiled, and in JAX. accuracy: the Jensen-Shannon divergence and the total variation distance of the same
+rows of logits, by the formulas of TRL, Liger-Kernel, MLX-LM and torchmetrics in float32 PyTorch, and by SciPy: the
+worst relative error, and how many results are negative or NaN.
 """
 
 import argparse
@@ -32,11 +32,11 @@ from klcore.operations import OPERATIONS
 NAMES = ["kl_div", *(o.name for o in OPERATIONS.values() if o.form == _cpu.BY_CLASS)]
 
 
-# ---- the formulas of others, from their descriptions; a are the teacher's rows of logits, b the student's ------------
+# ---- other systems' formulas, written from their descriptions; a are the teacher's logits, b the student's -----------
 
 
 def trl(a: Any, b: Any, beta: float = 0.5) -> Any:
-    """The mixture's logarithm by log-sum-exp."""
+    """The logarithm of the mixture by log-sum-exp."""
     s, t, w = F.log_softmax(b, -1), F.log_softmax(a, -1), torch.tensor(beta, dtype=a.dtype)
     m = torch.logsumexp(torch.stack([s + torch.log1p(-w), t + torch.log(w)]), 0)
     of_t, of_s = (F.kl_div(m, v, reduction="none", log_target=True) for v in (t, s))
@@ -44,7 +44,7 @@ def trl(a: Any, b: Any, beta: float = 0.5) -> Any:
 
 
 def liger(a: Any, b: Any, beta: float = 0.5) -> Any:
-    """Entropies of the parts, less that of the mixture."""
+    """Entropies of the parts, minus that of the mixture."""
     s, t = F.log_softmax(b, -1), F.log_softmax(a, -1)
     of_t, of_s = beta * t.exp(), (1 - beta) * s.exp()
     m = of_t + of_s
@@ -114,7 +114,7 @@ def accuracy() -> None:
 
 
 def in_jax(a: Any, b: Any) -> tuple[Callable[[], Any], Callable[[], Any]]:
-    """TRL's formula for two arrays of JAX: the values, and values and the student's gradient."""
+    """TRL's formula for two JAX arrays: the values, and the values with the student's gradient."""
     x, y = jax.numpy.asarray(a), jax.numpy.asarray(b)
 
     def js(x: Any, y: Any) -> Any:
@@ -129,11 +129,11 @@ def in_jax(a: Any, b: Any) -> tuple[Callable[[], Any], Callable[[], Any]]:
 def medians(
     calls: dict[Any, Callable[[], Any]], rounds: int, clock: Callable[[], float] = time.perf_counter
 ) -> dict[Any, float]:
-    """Seconds, each call once a round."""
+    """Seconds of each call, called once per round."""
     times: dict[Any, list[float]] = {name: [] for name in calls}
     for k in range(rounds + 1):
         for name, f in calls.items():
-            time.sleep(0.01)  # the threads of the one before spin for a while
+            time.sleep(0.01)  # the threads of the previous call spin for a while
             start = clock()
             f()
             if k:
