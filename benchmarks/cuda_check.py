@@ -563,7 +563,7 @@ def check(job: Job) -> tuple[list[Kernel], list[str]]:
         if kernel.hot and kernel.instructions and not kernel.wide_loads:
             wrong.append(f"{job.build}: {name} is hot and has no 16-byte load from global memory")
         if kernel.budget and kernel.a_class > kernel.budget.most:
-            took = f"{kernel.a_class:.1f} instructions a class, more than the {kernel.budget.most} that it may take"
+            took = f"{kernel.a_class:.1f} instructions per class, more than the {kernel.budget.most} that it may take"
             wrong.append(f"{job.build}: {name} takes {took}; see BUDGETS")
     wrong += [f"{job.build}: there is no kernel {name}" for name in job.kernels if name not in found]
     return [found[name] for name in job.kernels if name in found], wrong
@@ -696,7 +696,7 @@ def table(kernels: list[Kernel]) -> Iterator[str]:
         lines.setdefault(("* " if k.hot else "  ") + name, {})[k.arch] = k.cell
     first = max(map(len, lines), default=0)
     widths = {a: max(6, *(len(cells.get(a, "")) for cells in lines.values())) for a in archs}
-    yield "registers, bytes of stack, 16-byte loads from global memory, instructions a class:"
+    yield "registers, bytes of stack, 16-byte loads from global memory, instructions per class:"
     yield " " * first + "".join(f"  {f'sm_{a}':>{widths[a]}}" for a in archs)
     for name, cells in lines.items():
         yield f"{name:{first}}" + "".join(f"  {cells.get(a, ''):>{widths[a]}}" for a in archs)
@@ -710,7 +710,7 @@ def counts(kernels: list[Kernel]) -> Iterator[str]:
     counted = [k for k in kernels if k.arch == arch and k.parts]
     first = max((len(f"{k.build}: {k.kernel}") for k in counted), default=0)
     if counted:
-        yield f"{f'instructions a class, sm_{arch}':{first}}" + "".join(f"  {name:>13}" for name in (*PARTS, "all"))
+        yield f"{f'instructions per class, sm_{arch}':{first}}" + "".join(f"  {name:>13}" for name in (*PARTS, "all"))
     for k in counted:
         figures = [f"{k.parts[part]:.1f}" if part in k.parts else "" for part in PARTS] + [f"{k.a_class:.1f}"]
         verdict = f"  {'met' if k.a_class <= k.budget.aim else 'missed'}: {k.budget.aim}" if k.budget else ""
