@@ -1,4 +1,5 @@
-"""The emulator that runs CUDA kernels without a GPU: right kernels are right on it, wrong ones do not go unnoticed."""
+"""The emulator that runs CUDA kernels without a GPU: correct kernels give correct results, and wrong ones are
+detected."""
 
 import os
 import shutil
@@ -15,7 +16,7 @@ pytestmark = pytest.mark.skipif(
     not shutil.which("g++") or sys.platform == "win32", reason="the emulator needs g++ and POSIX"
 )
 
-# One source for all toys, compiled once. Like klcore's own kernels they take one kl::Plan; `wrong` makes them so.
+# One source for all toy kernels, compiled once. Like klcore's kernels they take one kl::Plan; `wrong` adds the faults.
 SOURCE = r"""
 #if defined(KL_EMULATOR)
 #define KL_SHARED(T) reinterpret_cast<T*>(emulator::shared_memory())
@@ -202,7 +203,7 @@ def test_a_missing_barrier_behind_the_reading_shows_where_a_warp_is_held_back(la
     right = np.roll(np.arange(96), 5)
     for seed in SEEDS:
         assert (passed(seed) == right).all(), seed
-    for seed in SEEDS[1::2]:  # whatever is written too early is there when the last warp of a block reads
+    for seed in SEEDS[1::2]:  # data that is written too early has arrived when the last warp of a block reads
         assert (passed(seed, wrong=1) != right).any(axis=1).all(), seed
 
 
@@ -317,7 +318,8 @@ def test_an_older_gpu_has_no_asynchronous_copies():
         device.compile(source, (), 75)
 
 
-# ---- in CuPy's and NVRTC's place -------------------------------------------------------------------------------------
+# ---- in place of CuPy and NVRTC
+# ----------------------------------------------------------------------------------------
 
 
 def test_arrays_are_cupys():
