@@ -150,7 +150,7 @@ def test_refused(example, wrong):
     labels = labels[1:] if wrong == "a row less" else labels.float() if "floats" in wrong else labels
     if wrong == "rows of the teacher":
         teacher = teacher._replace(hidden=torch.cat([teacher.hidden, teacher.hidden]))
-    with pytest.raises(ValueError, match="one a row of both sides"):
+    with pytest.raises(ValueError, match="one per row of both sides"):
         example.linear_divergence(teacher, student, labels)
 
 
