@@ -1,4 +1,4 @@
-# Everything happens in .venv, made on the first call; PYTHON chooses its interpreter.
+# Everything runs in .venv, which the first call creates; PYTHON chooses its interpreter.
 PYTHON ?= python3
 BIN := .venv/bin
 SOURCES := setup.py pyproject.toml $(wildcard src/*.h src/*.pyx)
@@ -63,21 +63,21 @@ accuracy: .venv/accuracy
 	$(BIN)/python benchmarks/topk.py --accuracy
 plots: .venv/plots
 	$(BIN)/python benchmarks/plots.py
-# Commits as git names them ("RANGE=main~5..main"), or NEW: since the last measured ones. Each is built and installed in
-# asv_bench/env. Then the pages: asv_bench/html, to be looked at with `asv preview`.
+# A range of commits for git ("RANGE=main~5..main"), or NEW: those since the last measurement. Each is built and installed
+# in asv_bench/env. Then the pages are written to asv_bench/html; `asv preview` shows them.
 asv: RANGE ?= HEAD^!
 asv: .venv/asv
 	cd asv_bench && ../$(BIN)/asv machine --yes && ../$(BIN)/asv run "$(RANGE)" && ../$(BIN)/asv publish
-# Every benchmark once, of klcore as it is in .venv; fails if one of them does. The figures mean nothing.
+# Runs every benchmark once, with klcore from .venv; fails if one of them fails. The figures mean nothing.
 asv-check: .venv/asv
 	cd asv_bench && ../$(BIN)/asv machine --yes && ../$(BIN)/asv check --python=same \
 		&& ../$(BIN)/asv run --python=same --quick --show-stderr
-# This commit beside BASE, in turns; fails where one of them is slower, larger or less exact by more than the factor.
+# Compares this commit with BASE, in turns; fails if a benchmark is slower, larger or less accurate by more than the factor.
 asv-compare: .venv/asv
 	cd asv_bench && ../$(BIN)/asv machine --yes && ../$(BIN)/asv continuous -f 1.2 $(BASE) HEAD
 cuda-check: .venv/cuda-check
 	$(BIN)/python benchmarks/cuda_check.py $(CHECK)
-# Not in .venv: with the packages that PYTHON has, beside which klcore is built, and without the network.
+# Without .venv and without network: klcore is built beside the packages that PYTHON has.
 CHECKED := first-light tests bits ceilings alone peers more
 gpu-check:
 	$(PYTHON) -m pip install -q --no-index --no-build-isolation --no-deps --upgrade --target build/gpu-check .
@@ -85,10 +85,10 @@ gpu-check:
 		$(PYTHON) benchmarks/gpu_run.py $$out $(patsubst %,--only %,$(CHECKED)) $(ARGS) || failed=1; \
 		$(PYTHON) benchmarks/report.py $$out && { ! $(PYTHON) -c "import matplotlib" || $(PYTHON) benchmarks/plots.py; } \
 		&& exit $$failed
-# What a GPU that can be had for a quarter of an hour should have with it; gpu_run.py says how it is used there.
+# Prepares what a GPU borrowed for a quarter of an hour needs; gpu_run.py describes how it is used there.
 gpu-carry: .venv/gpu-carry
 	$(BIN)/python benchmarks/gpu_carry.py $(ARGS)
-# Pages of what gpu_run.py brought home: make gpu-report RUNS="FIRST SECOND", the folders of its calls.
+# Pages of the results of gpu_run.py: make gpu-report RUNS="FIRST SECOND", the folders of its calls.
 gpu-report: .venv/plots
 	$(BIN)/python benchmarks/report.py $(RUNS) && $(BIN)/python benchmarks/plots.py
 minimax: .venv/test
@@ -100,11 +100,11 @@ clean:
 	$(PYTHON) -m venv .venv && $(BIN)/pip install -q --upgrade pip
 .venv/core: .venv/bin/python $(SOURCES)
 	$(BIN)/pip install -q -e . && touch $@
-# Beside .venv and before it: what its other packages do not go with.
+# Packages that conflict with those of .venv: installed beside it, and found first.
 build/tensorflow/installed: PACKAGES = tensorflow-cpu
 build/oldest/installed: PACKAGES := $(shell sed -nE 's/^(torch|jax) = \["([a-z]+)>=([0-9.]+)".*/\2==\3/p' pyproject.toml)
 build/%/installed: .venv/test-cpu
 	$(BIN)/pip install -q --upgrade --target $(@D) $(PACKAGES) && touch $@
-# klcore itself is compiled once: pip finds it installed, and brings what else a target needs.
+# klcore itself is compiled once: pip finds it installed, and installs whatever else a target needs.
 .venv/%: .venv/core
 	$(BIN)/pip install -q "klcore[$*]" && touch $@

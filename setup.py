@@ -1,4 +1,4 @@
-"""What pyproject.toml cannot say: the extension, its OpenMP flags by compiler, and the README as PyPI shows it."""
+"""What pyproject.toml cannot express: the extension, its OpenMP flags per compiler, and the README as PyPI shows it."""
 
 import os
 import re
@@ -12,10 +12,10 @@ from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError, LinkError
 
 NO_OPENMP = os.environ.get("KLCORE_NO_OPENMP") == "1"
-SANITIZE = os.environ.get("KLCORE_SANITIZE")  # gcc's or clang's, for `make fuzz`: address,undefined
+SANITIZE = os.environ.get("KLCORE_SANITIZE")  # gcc's or clang's sanitizers, for `make fuzz`: address,undefined
 
-# The same bits everywhere: no contraction, no fast-math. Without jump threading gcc leaves selects in one piece, which
-# its vectoriser needs; the other two say that nobody reads errno or the exception flags.
+# The same bits everywhere: no contraction, no fast-math. -fno-thread-jumps (below) keeps gcc from splitting selects,
+# which its vectoriser needs whole; the other two -fno- flags say that nobody reads errno or the exception flags.
 FLAGS = {
     "msvc": (["/O2", "/std:c++17", "/EHsc", "/fp:precise"], []),
     "unix": (
@@ -44,7 +44,7 @@ class build(build_ext):
         if kind == "unix" and "clang" not in " ".join(self.compiler.compiler_cxx) and sys.platform != "darwin":
             ext.extra_compile_args.append("-fno-thread-jumps")
         if SANITIZE:
-            # one instruction set, this processor's: three take as many minutes to compile
+            # this processor's instruction set alone: compiling all three takes three minutes
             ext.extra_compile_args += ["-O1", "-g1", f"-fsanitize={SANITIZE}", "-fno-sanitize-recover=all"]
             ext.extra_compile_args += ["-march=native", "-DKLCORE_ONE_ISA"]
             ext.extra_link_args.append(f"-fsanitize={SANITIZE}")

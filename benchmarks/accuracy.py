@@ -1,4 +1,4 @@
-"""How exact klcore is on the CPU, beside the libraries one would use instead: ``make accuracy``, three minutes.
+"""How accurate klcore is on the CPU, compared with the libraries people use instead: ``make accuracy``, three minutes.
 
     python benchmarks/accuracy.py [--quick] [--json FILE]
     python benchmarks/accuracy.py --close [--json FILE]
@@ -9,15 +9,15 @@
 either, the record answers two questions. Records are docs/benchmarks/accuracy-DATE.json and close-DATE.json;
 benchmarks/plots.py draws them.
 
-* By how many units in the last place do log, exp, log1p and expm1 err? Random arguments, octave by octave, where
-  argument and result are normal numbers (tests/test_accuracy.py tries all others). Exact are the results of mpmath, and
-  for float32 those of NumPy in float64.
-* How far from the divergence are the values that klcore and its peers compute from the same rows, and how far the
-  gradients? Students are their teachers plus noise of any size, so that divergences of 1e-14 to 1e3 occur. Exact is the
-  divergence of the very numbers given, normalised exactly: rounded probabilities do not add up to one, and what they
-  miss goes into every formula that takes them as they are. How far such a formula is from the divergence when nothing
-  is rounded is therefore recorded as well. Pairs of doubles, from tests/oracle.py, which imports nothing of klcore,
-  compute what is exact here.
+* What is the error of log, exp, log1p and expm1, in units in the last place? Arguments are random, octave by octave,
+  where argument and result are normal numbers (tests/test_accuracy.py covers all others). The exact results are those
+  of mpmath, and for float32 those of NumPy in float64.
+* How far from the divergence are the values that klcore and its peers compute from the same rows, and how far are the
+  gradients? Students are their teachers plus noise of any size, so that divergences range from 1e-14 to 1e3. The exact
+  divergence is that of the given numbers, normalised exactly. Rounded probabilities do not add up to one, and what is
+  missing enters every formula that takes them as they are. So the record also holds how far such a formula is from the
+  divergence when nothing is rounded. The exact numbers are computed with pairs of doubles by tests/oracle.py, which
+  imports nothing of klcore.
 
 The peers' expressions are those that side_by_side.py times (peers.py), and two more of SciPy's.
 """
@@ -56,18 +56,18 @@ LIBRARIES = ("klcore", "numpy", "scipy", "torch", "jax", "mpmath")
 DTYPES = ("float32", "float64")
 FUNCTIONS = ("log", "exp", "log1p", "expm1")
 OCTAVES = range(-32, 32)
-POINTS = {"float32": 1 << 17, "float64": 2_000}  # an octave
+POINTS = {"float32": 1 << 17, "float64": 2_000}  # per octave
 SPACES = ("probs", "log_probs", "logits")
 DECADES = range(-14, 3)
 PAIRS = {1_000: 3_400, 32_768: 170}  # classes -> pairs of rows
-QUICK = 32  # times fewer of all
-BLOCK = 1 << 15  # classes at a time: what is exact takes many intermediate arrays, which should stay in the cache
+QUICK = 32  # divisor of all of these
+BLOCK = 1 << 15  # classes at a time: exact results take many intermediate arrays, which should stay in the cache
 
 Contenders = dict[str, Callable[..., Any]]
 
 
 def digits(values: Any) -> list[float | None]:
-    """Three of each number; NaN, where nothing was measured, is none."""
+    """Three digits of each number; NaN, where nothing was measured, becomes None."""
     return [None if np.isnan(v) else float(f"{v:.3g}") for v in values]
 
 
@@ -90,8 +90,8 @@ def elementary_contenders(function: str) -> Contenders:
 
 
 def arguments(function: str, octave: int, count: int, rng: np.random.Generator) -> np.ndarray:
-    """Of either sign where there is a result. Of those around 1 every other close to it: log is 0 there, and at -1 is
-    log1p's pole."""
+    """Both signs where there is a result. Every other argument around 1 is close to 1, where log is 0; log1p has its
+    pole at -1."""
     x = 2.0**octave * rng.uniform(1, 2, count)
     if octave in (-1, 0):
         x[::2] = 1 + (1 if octave == 0 else -1) * 2.0 ** rng.uniform(-50, -1, len(x[::2]))
@@ -99,7 +99,7 @@ def arguments(function: str, octave: int, count: int, rng: np.random.Generator) 
 
 
 def exact_elementary(function: str, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The results as sums of two doubles; those that are not finite are NaN."""
+    """The results as sums of two doubles; results that are not finite become NaN."""
 
     def both(v: float) -> tuple[float, float]:
         if function == "log1p" and v <= -1:
@@ -117,11 +117,11 @@ def exact_elementary(function: str, x: np.ndarray) -> tuple[np.ndarray, np.ndarr
 
 
 def elementary(function: str, dtype: str, points: int) -> dict[str, list[float | None]]:
-    """The largest error in ulp of every contender, by octave of the argument."""
+    """The largest error of every contender, in ulp, by octave of the argument."""
     rng, limits = np.random.default_rng(0), np.finfo(dtype)
     contenders = elementary_contenders(function)
     worst: dict[str, list[float]] = {name: [] for name in contenders}
-    for call in contenders.values():  # PyTorch's first log of a process erred by 22 ulp in 2 of 150 processes
+    for call in contenders.values():  # PyTorch's first log in a process was off by 22 ulp in 2 of 150 processes
         call(np.ones(POINTS["float32"], dtype))
     for octave in OCTAVES:
         x = arguments(function, octave, points, rng).astype(dtype)
@@ -138,7 +138,7 @@ def elementary(function: str, dtype: str, points: int) -> dict[str, list[float |
 
 
 class Job(side_by_side.Job):
-    """As there, but no contender is too slow for all of the rows."""
+    """A job of side_by_side.py in which every contender gets all rows, however slow it is."""
 
     def slice(self) -> tuple[np.ndarray, np.ndarray]:
         return self.x, self.y
@@ -169,7 +169,7 @@ def rows_of(space: str, dtype: str, n: int, pairs: int, rng: np.random.Generator
         x, y = (scipy.special.log_softmax(a, axis=-1) for a in (x, y))
     if space == "probs":
         x, y = np.exp(x), np.exp(y)
-        normal = np.minimum(x, y).min(axis=-1) >= np.finfo(dtype).tiny  # below that JAX sees zeros
+        normal = np.minimum(x, y).min(axis=-1) >= np.finfo(dtype).tiny  # JAX takes smaller numbers for zeros
         x, y = x[normal], y[normal]
     return x.astype(dtype), y.astype(dtype)
 
@@ -181,7 +181,7 @@ def exact(space: str, x: np.ndarray, y: np.ndarray) -> dict[str, np.ndarray]:
     if space == "probs":
         p, q, log_ratio = x, y, Doubles.log(x) - Doubles.log(y)
     else:
-        if space == "logits":  # the normalisation undoes any shift; this one keeps exp in range
+        if space == "logits":  # normalising undoes any shift; this one keeps exp in range
             x, y = (a - a.hi.max(axis=-1, keepdims=True) for a in (x, y))
         p, q, log_ratio = Doubles.exp(x), Doubles.exp(y), x - y
     of_p, of_q, literal = Doubles.sum(p), Doubles.sum(q), Doubles.sum(p * log_ratio)
@@ -192,7 +192,7 @@ def exact(space: str, x: np.ndarray, y: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def by_decade(decade: np.ndarray, error: np.ndarray) -> dict[str, Any]:
-    """Worst and median of the finite errors, and how many are not."""
+    """Worst and median of the finite errors, and the number of errors that are not finite."""
     finite = np.isfinite(error)
     errors = [error[(decade == d) & finite] for d in DECADES]
     return {
@@ -207,7 +207,8 @@ def count(decade: np.ndarray, of: np.ndarray) -> list[int]:
 
 
 def divergences(space: str, dtype: str, fewer: int) -> dict[str, Any]:
-    """By decade of the divergence: errors of values, relative to it, and of gradients, to the largest of their row."""
+    """By decade of the divergence: errors of values, relative to the value, and of gradients, relative to the row's
+    largest."""
     rng = np.random.default_rng(0)
     decades: list[np.ndarray] = []
     errors: dict[tuple[str, str], list[np.ndarray]] = defaultdict(list)
@@ -259,7 +260,7 @@ def close() -> dict[str, Any]:
 
 # ---- every pair of spaces --------------------------------------------------------------------------------------------
 
-ROWS = {2: 20_000, 3: 16_000, 10: 10_000, 100: 2_000, 1_500: 150}  # classes -> rows of a pair of spaces, in BATCHES
+ROWS = {2: 20_000, 3: 16_000, 10: 10_000, 100: 2_000, 1_500: 150}  # classes -> rows per pair of spaces, in BATCHES
 BATCHES = 10
 
 
@@ -271,7 +272,7 @@ def in_space(a: np.ndarray, space: str, dtype: str, temperature: float) -> np.nd
 
 
 def worst_errors(operation: str, pair: tuple[str, str], dtype: str) -> tuple[float, dict[str, float]]:
-    """Of the value, relative to it; and of value and gradient, in shares of the bound."""
+    """Of the value, relative to the value; and of value and gradient, as fractions of the bound."""
     row = OPERATIONS[operation]
     rng = np.random.default_rng(0)
     worst, shares = 0.0, dict.fromkeys(("value", *(f"d{name}" for name in row.gradients)), 0.0)
@@ -295,7 +296,7 @@ def worst_errors(operation: str, pair: tuple[str, str], dtype: str) -> tuple[flo
             of = "value" if name == "value" else "gradient"
             relative, _ = oracle.tolerance(operation, pair, got.dtype, of)
             some = promised & np.isfinite(error) & (size > 1e-30) & (size < 1e30)  # far from the ends of float32
-            if name == "dy" and pair[1] == "probs":  # -p/q of a p that counts as zero
+            if name == "dy" and pair[1] == "probs":  # -p/q where p counts as zero
                 some &= ((y == 0) | (y > 2e6 * np.finfo(dtype).tiny)).all(axis=-1)
             limit = relative * size + (true.dy_floor if name == "dy" else 0)
             shares[name] = max(shares[name], np.max(error[some] / limit[some], initial=0))
@@ -304,8 +305,8 @@ def worst_errors(operation: str, pair: tuple[str, str], dtype: str) -> tuple[flo
 
 def spaces() -> None:
     np.seterr(all="ignore")
-    # not sums that may be of either sign, to which no error is relative: rel_entr, and costs of probabilities that are
-    # not normalised
+    # leaves out sums that may have either sign, for which relative errors mean nothing: rel_entr, and costs of
+    # probabilities that are not normalised
     lines = [
         (name, pair)
         for name, row in OPERATIONS.items()
@@ -363,7 +364,7 @@ def main() -> None:
     kind, found = ("close", close()) if args.close else ("accuracy", measure(QUICK if args.quick else 1))
     path = args.json or ROOT / "docs" / "benchmarks" / f"{kind}-{machine['date'][:10]}.json"
     text = json.dumps({"machine": machine} | found, indent=1)
-    path.write_text(re.sub(r"\[[^][]*\]", lambda found: " ".join(found[0].split()), text) + "\n")  # a list a line
+    path.write_text(re.sub(r"\[[^][]*\]", lambda found: " ".join(found[0].split()), text) + "\n")  # one line per list
     print(path)
 
 

@@ -1,11 +1,12 @@
-"""How fast klcore is through the adapters of PyTorch and JAX, beside those libraries' own losses: value, and gradient.
+"""How fast klcore is through the adapters of PyTorch and JAX, compared with those libraries' own losses.
 
     python benchmarks/adapters.py [--rows N] [--json FILE]
 
-Arrays of (rows, 32768) float32, and of (10, 10), where the time is that of the calls themselves. Contenders take turns,
-one call each, and the median counts; values are compared first. Nothing is written into given memory: every gradient
-is a new array, as in training. A step is the value and its gradient with respect to the model, by the library's own
-automatic differentiation. Then PyTorch's gradients of 2,000 samples, one for each, by torch.func.vmap.
+Values and gradients of arrays of (rows, 32768) float32, and of (10, 10), where the time is that of the call itself.
+Contenders take turns, one call each, and the median counts; their values are compared first. Nothing is written to
+existing memory: every gradient is a new array, as in training. A step is the value and its gradient with respect to the
+model, by the library's own automatic differentiation. Then come PyTorch's gradients of 2,000 samples, one per sample,
+by torch.func.vmap.
 """
 
 import argparse
@@ -95,7 +96,7 @@ def of_pytorch(data: dict[str, np.ndarray]) -> dict[str, Calls]:
 
 
 def of_samples(rows: int, n: int) -> Calls:
-    """A value and a gradient for each sample, of so many rows."""
+    """A value and a gradient per sample, for so many rows."""
     x, y = torch.randn(2, SAMPLES, rows, n)
     losses: dict[str, Callable[[Any, Any], Any]] = {
         "klcore": partial(klcore.kl_div, space="logits", reduction="batchmean"),
@@ -131,10 +132,10 @@ def of_jax(data: dict[str, np.ndarray]) -> dict[str, Calls]:
 
 
 def compare(operation: str, calls: Calls) -> None:
-    """All contenders' values are the same, to the rounding of the worst of them.
+    """Check that all contenders have the same values, up to the rounding of the worst of them.
 
-    Not the gradients: that of kl_div with respect to log-probabilities is q - p, of the literal sum -p. Through a
-    log-softmax both are the same; the tests see to that.
+    Gradients are not compared: for kl_div it is q - p with respect to log-probabilities, for the literal sum it is -p.
+    Through a log-softmax both are the same, which the tests check.
     """
     values = {}
     for name, call in calls.items():

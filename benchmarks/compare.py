@@ -1,11 +1,12 @@
-"""`klcore compare` on two large files beside `cat`, and beside the loops that people write; and klcore.Summary.
+"""`klcore compare` on two large files, compared with `cat` and with the loops people write; and klcore.Summary.
 
     python benchmarks/compare.py [--gigabytes 4] [--folder /tmp] [--loop-rows 512]
 
-Makes two files of float32 logits of so many gigabytes each (kept, for the next run), and measures: `cat` of both, with
-the files in the system's cache and without; `klcore compare` in full and with --quick, time and peak memory; a loop
-in NumPy and one in PyTorch over the first rows, for all figures (KL both ways, Jensen-Shannon, total variation,
-agreement). Then Summary on a million rows, with what it must equal, and four random splits and orders of merging.
+Creates two files of float32 logits of that many gigabytes each (and keeps them for the next run), and measures: `cat`
+of both, with and without the files in the system's cache; `klcore compare` in full and with --quick, time and peak
+memory; a NumPy loop and a PyTorch loop over the first rows, for all figures (KL both ways, Jensen-Shannon, total
+variation, agreement). Then it checks Summary on a million rows against the exact results, with four random splits and
+merge orders.
 """
 
 import argparse
@@ -26,7 +27,7 @@ from tqdm import tqdm
 import klcore
 
 VOCAB = 131_072
-PART = 64  # rows at a time, when files are made
+PART = 64  # rows at a time, when creating files
 
 
 def make(path, rows, seed, like=None):
@@ -42,14 +43,14 @@ def make(path, rows, seed, like=None):
 
 
 def forget(paths):
-    """Out of the system's cache."""
+    """Drop the files from the system's cache."""
     for path in paths:
         with open(path, "rb") as file:
             os.fsync(file.fileno())
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-# In an interpreter that has nothing in memory: what a parent has, counts as its child's peak.
+# In an interpreter that holds nothing in memory: the memory of a parent counts towards the peak of its child.
 WATCH = """
 import json, os, resource, subprocess, sys, time
 started = time.perf_counter()
@@ -60,7 +61,7 @@ print(json.dumps([status, seconds, used.ru_utime + used.ru_stime, used.ru_maxrss
 
 
 def run(command):
-    """Seconds, seconds of all processors, and megabytes at the peak."""
+    """Seconds, processor seconds, and megabytes at the peak."""
     watched = subprocess.run([sys.executable, "-S", "-c", WATCH, *command], stdout=subprocess.PIPE, check=True)
     status, *found = json.loads(watched.stdout)
     assert status == 0, command
@@ -68,7 +69,7 @@ def run(command):
 
 
 def numpy_loop(x, y):
-    """A row at a time, in float64, as scripts in issues do it."""
+    """One row at a time, in float64, as in scripts posted in issues."""
     for a, b in zip(x, y, strict=True):
         p, q = (np.exp(z - z.max()) for z in (a.astype(np.float64), b.astype(np.float64)))
         p, q = p / p.sum(), q / q.sum()
@@ -96,7 +97,7 @@ def torch_loop(x, y, batch=16):
 def files(folder, gigabytes, loop_rows):
     rows = round(gigabytes * 1e9 / 4 / VOCAB)
     base, quant = (folder / f"klcore-{name}-{rows}.npy" for name in ("base", "quant"))
-    # by another process: what this one has touched would count as its children's peak
+    # by another process: the memory that this one has used would count towards the peak of its children
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         pool.submit(make, base, rows, 0).result()
         pool.submit(make, quant, rows, 1, base).result()

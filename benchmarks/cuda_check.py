@@ -1,23 +1,23 @@
-"""What the compiler made of every CUDA kernel, on every architecture. Needs no GPU.
+"""What the compiler generates for every CUDA kernel, on every architecture. Needs no GPU.
 
     python benchmarks/cuda_check.py [--quick] [--arch 90,120] [--only TEXT] [--json FILE]
 
-Fails, with a sentence each, if a kernel does not compile or draws a warning, if it spills (uses any local memory), if
-one of the hot ones has no 16-byte load from global memory, if it cannot be counted because a loop is not known here, or
-if it takes more instructions than it did (BUDGETS). Everything else it prints is for reading.
+Fails, with a sentence for each problem, if a kernel does not compile or draws a warning, if it spills (uses any local
+memory), if a hot kernel has no 16-byte load from global memory, if it cannot be counted because it has an unknown loop,
+or if it takes more instructions than its budget (BUDGETS). Everything else that it prints is for information.
 
-The hot kernels are *counted*: how many instructions a lane issues for each class, all loops and the code between them
+The hot kernels are *counted*: how many instructions a lane issues per class, all loops and the code between them
 included, for a full chunk of 1024 classes of ordinary, contiguous, 16-byte aligned rows without weights. The machine
-code says nothing of how often a loop goes round; the `for` line that it comes from does (LOOPS), and line information
-tells which that is. Between the loops the *way* through a chunk is the one that passes the most of these loops, then
-the most of what must not be left out (`wanted`), and of those ways the shortest: slow paths for rare values are left
-out. Each sweep over a chunk has a way of its own; their instructions are added up. An instruction of a warp, once a
-chunk, is 32/1024 of an instruction a class.
+code does not say how often a loop runs, but the `for` line that it comes from does (LOOPS), and line information tells
+which line that is. Between the loops, the *way* through a chunk is the path that passes most of these loops, then most
+of what must not be left out (`wanted`), and among those paths the shortest: slow paths for rare values are left out.
+Each sweep over a chunk has its own way, and their instructions are added up. One instruction of a warp per chunk is
+32/1024 of an instruction per class.
 
-The parts are the loops; "per chunk" is all that stands around them: totals in double, the state, where the row is, the
-way into the copies. kl_rows: a chunk that is staged once, in the first sweep, or not at all if that is the only one;
-what is done once a row (fold, finish, barriers) is left out. kl_units: a row of one chunk, and what finishes it, but
-for writing the value. kl_narrow: eight rows of 128 classes, the same. An H200 has time for 6.9 instructions a byte read
+The parts are the loops; "per chunk" is everything around them: totals in double, the state, locating the row, the way
+into the copies. kl_rows: a chunk that is staged once, in the first sweep, or not at all if that is the only sweep; what
+is done once per row (fold, finish, barriers) is left out. kl_units: a row of one chunk with what finishes it, except
+writing the value. kl_narrow: eight rows of 128 classes, likewise. An H200 has time for 6.9 instructions per byte read
 or written (132 SMs x 128 lanes x 1.755 GHz / 4.3 TB/s).
 """
 
@@ -49,8 +49,8 @@ from klcore.backends.cuda import kernels, nvrtc
 from klcore.operations import LOSSES, OPERATIONS
 
 ARCHITECTURES = (70, 75, 80, 86, 89, 90, 100, 120)
-OLD = 70  # CUDA 13 has dropped it: needs NVRTC 12; of its machine code no more than the resources can be read
-SHOWN = 100  # sentences about what is wrong
+OLD = 70  # dropped by CUDA 13: needs NVRTC 12; only the resources of its machine code can be read
+SHOWN = 100  # messages about problems
 QUICK = (75, 90)
 
 
@@ -60,25 +60,25 @@ class Build(NamedTuple):
     name: str
     options: tuple[str, ...]
     kernels: tuple[str, ...]
-    hot: tuple[str, ...]  # those that should wait for memory, not for arithmetic
+    hot: tuple[str, ...]  # those that should be limited by memory, not by arithmetic
 
 
 def every_build() -> Iterator[Build]:
     """What calls compile, over all operations, pairs of spaces and dtypes.
 
-    Of the outputs, those that are the most and the least; for the hot ones, the commonest gradient as well.
+    With the most and the fewest outputs; for hot kernels, also with the most common gradient.
     """
     rows = importlib.import_module("klcore.backends.rows")
     sweeping, folding = ("kl_units", "kl_narrow", "kl_rows"), ("kl_summed", "kl_summed_fold", "kl_fold")
     for operation in (*OPERATIONS.values(), *LOSSES.values()):
         for (sx, sy), (dtype, code) in itertools.product(operation.pairs, rows.CODES.items()):
-            if "counts" in (sx, sy) and sx != sy and operation.name != "kl_div":  # as kl_div's
+            if "counts" in (sx, sy) and sx != sy and operation.name != "kl_div":  # like kl_div's
                 continue
             spaces = rows.SPACES[sx], rows.SPACES[sy]
             wide = dtype == "float64" or rows.is_wide(operation, spaces)
             build = functools.partial(kernels.options, operation, spaces, (code, code), wide)
             hot = () if wide or (not operation.is_loss and kernels.is_beside(operation, spaces)) else sweeping
-            if operation.form == _cpu.BY_CLASS:  # alike, and many
+            if operation.form == _cpu.BY_CLASS:  # similar to each other, and many
                 label = f"{operation.name} {sx}/{sy} {dtype}"
                 if sx == sy and dtype in ("float64", "float32"):
                     yield Build(f"{label} value", build(0, sweeping), sweeping, ())
@@ -119,13 +119,13 @@ def every_build() -> Iterator[Build]:
 
 
 class Budget(NamedTuple):
-    """Instructions a class: what it should come to, which is printed; and beyond what the check fails."""
+    """Instructions per class: the goal, which is printed, and the limit beyond which the check fails."""
 
     aim: int
     most: int
 
 
-# On sm_90, by build and kernel, that which treats long rows. `most`: what NVRTC 13.5 makes of it, and some for others.
+# For sm_90, by build and kernel, the one for long rows. `most`: the result of NVRTC 13.5, with a margin.
 BUDGETS = {
     r"kl_div logits float32 value: kl_rows": Budget(60, 86),
     r"kl_div logits float32 dy: kl_units": Budget(75, 111),
@@ -140,17 +140,17 @@ BUDGETS = {
 }
 BUDGETED = 90
 
-# What the counting knows of src/kl_cuda.cu. A place in the source is written "function: line".
+# What the counting knows about src/kl_cuda.cu. A place in the source is written "function: line".
 CHUNK = 1024
 PER_CHUNK, SWEEP = "per chunk", "the sweep it is in"
 PARTS = ("staging", "reading sweep", "writing sweep", "copy-out", PER_CHUNK)
-# kernel -> the loop whose round treats a chunk; and the loop that goes round once a sweep
+# kernel -> the loop that processes one chunk per iteration; and the loop that runs once per sweep
 ROWS = r"int c = warp_of\(\).* {$"
 UNITS = {"kl_rows": ROWS, "kl_units": r"unit = after\(p, unit\)", "kl_narrow": r"i64 g = .*groups"}
 EACH_SWEEP = rf"{ROWS}|int sweep = "
-# how full chunks of aligned rows are swept that are swept once: they take no other way
+# how full chunks of aligned rows are swept if one sweep suffices: they take no other path
 DIRECT = "terms_direct"
-# function of a sweep -> its part, and what is done in another one: flags say so, which a way does not see
+# function of a sweep -> its part, and what belongs to other sweeps: flags decide that, which a way does not see
 SWEEPS = {
     "terms_chunk": ("reading sweep", ""),
     DIRECT: ("reading sweep", r"^chunk: |stage_chunk|store_outputs|pad: |kl_units: Row row = locate\(p, r\)"),
@@ -159,18 +159,18 @@ SWEEPS = {
     "cross_state": ("reading sweep", r"cross_outputs|store_outputs"),
     "cross_outputs": ("writing sweep", r"cross_state|stage_chunk|finish"),
 }
-# what ordinary rows without weights do not meet; and what no way may leave out, though flags guard it
+# what ordinary rows without weights do not reach; and what no way may leave out, although it depends on flags
 RARE = r"far_chunk: |look_closer: |stage_again: |far_output: |far_row: |p\.weights\.data \?"
 WANTED = r"near_term: "
-# places of a loop's `for` -> which part the loop is, and how often it goes round
+# places of a loop's `for` -> the part that the loop is, and its number of iterations
 LOOPS = (
-    (r"copy_in: .*\n.*copy_in<16>", "staging", None),  # None: as often as makes a chunk
+    (r"copy_in: .*\n.*copy_in<16>", "staging", None),  # None: as many as make up a chunk
     (r"copy_out: .*\n.*copy_out<16>", "copy-out", None),
     (r"copy_(in|out): ", PER_CHUNK, 0),
-    (r".*for \(int step = 0", SWEEP, 4),  # 256 classes a step
+    (r".*for \(int step = 0", SWEEP, 4),  # 256 classes per step
     (r".*for \(int pair = ", SWEEP, 2),  # of steps
     (r".*for \(int r = lane_of\(\) / lanes", SWEEP, 8),  # rows of 128 classes
-    (r".*for \(int r = lane_of\(\);", PER_CHUNK, 1),  # a row in each lane
+    (r".*for \(int r = lane_of\(\);", PER_CHUNK, 1),  # one row per lane
     (r".*for \(int means = |spread_once: if \(more\)", SWEEP, 1),  # one, unless it cancels
     (r".*for \(int d = ", PER_CHUNK, 1),  # one batch axis
     (r".*for \(int o = lanes / 2;", PER_CHUNK, 5),
@@ -188,7 +188,7 @@ LOAD = re.compile(r"(?:LDG|LDGSTS)\b")
 LOCAL = re.compile(r"(?:LDL|STL)\b")
 PLACE = re.compile(
     r'//## File "(?:[^"]*[/\\\\])?([^"]+)", line (\d+)'
-)  # of the instructions below; its callers' follow
+)  # of the instructions below; those of its callers follow
 LABEL = re.compile(r"([.$][\w.$]+):$")
 WIDTHS = {"256": 32, "128": 16, "64": 8, "U16": 2, "S16": 2, "U8": 1, "S8": 1}
 
@@ -199,7 +199,7 @@ class Instruction:
     guarded: bool
     opcode: str
     operands: str
-    places: tuple[str, ...] = ()  # in the source: the line itself, where that is called, ...
+    places: tuple[str, ...] = ()  # in the source: the line itself, then the line that calls it, ...
 
     @property
     def bytes(self) -> int:
@@ -214,7 +214,7 @@ class Instruction:
 
     @property
     def wanted(self) -> int:
-        """How much a way gains by it: where states and gradients are left, which is no detour."""
+        """How much a way gains by it: it leaves states and gradients, and is no detour."""
         left = self.opcode.startswith("STS") and self.bytes >= 8 and not self.is_at("^copy_in: ")
         left |= self.opcode.startswith("STG") and self.is_at("^write: ")
         return 0 if self.is_at(RARE) else self.bytes * left + self.is_at(WANTED)
@@ -230,21 +230,21 @@ class Instruction:
     def falls_through(self) -> bool:
         """Whether the next instruction may be the next one."""
         name = self.opcode.split(".")[0]
-        if name == "BRA":  # one that depends on more than a guard has more operands
+        if name == "BRA":  # one with more than a guard as condition has more operands
             return self.guarded or self.opcode != "BRA" or "," in self.operands or "P" in self.operands
         return self.guarded or name not in ("EXIT", "RET", "BRX", "JMX", "JMP", "BPT")
 
 
 @dataclass
 class Block:
-    """Instructions without a way in or out between them."""
+    """Instructions without an entry or exit between them."""
 
     instructions: list[Instruction]
     after: list[int] = field(default_factory=list)  # numbers of blocks
 
 
 def blocks_of(code: list[Instruction]) -> tuple[list[Block], list[int]]:
-    """The control flow graph, and the numbers of the blocks where it is entered: the kernel, and what it calls."""
+    """The control flow graph, and the numbers of the entry blocks: of the kernel, and of what it calls."""
     after = {i.address: n.address for i, n in itertools.pairwise(code)}
     reconverge: dict[str, set[int]] = {}
     for i in code:
@@ -254,13 +254,13 @@ def blocks_of(code: list[Instruction]) -> tuple[list[Block], list[int]]:
     entries = [code[0].address]
     for i in code:
         name = i.opcode.split(".")[0]
-        if name in ("BRA", "JMP") or (name == "CALL" and i.guarded and "0x" in i.operands):  # out of a loop, for good
+        if name in ("BRA", "JMP") or (name == "CALL" and i.guarded and "0x" in i.operands):  # leaves a loop for good
             jumps[i.address] = [i.target]
         elif name == "BRX" and "TARGETS" in i.operands:
             jumps[i.address] = [int(t, 16) for t in re.findall(r"0x([0-9a-f]+)", i.operands.partition("TARGETS")[2])]
         elif name == "CALL" and ".REL" in i.opcode and "0x" in i.operands:
             entries.append(i.target)
-        elif name == "BSYNC":  # goes on where its BSSY said, which is nearly always the next instruction
+        elif name == "BSYNC":  # continues where its BSSY says, which is nearly always the next instruction
             places = reconverge.get(i.operands.strip(), set())
             if places and after.get(i.address) not in places:
                 jumps[i.address] = sorted(places)
@@ -286,7 +286,7 @@ def blocks_of(code: list[Instruction]) -> tuple[list[Block], list[int]]:
 
 
 def in_order(blocks: list[Block], entries: list[int]) -> list[int]:
-    """The blocks that can be reached, each before those that follow it, but for the ways back in loops."""
+    """The reachable blocks, each before those that follow it, except for back edges of loops."""
     order: list[int] = []
     seen: set[int] = set()
     for entry in entries:
@@ -305,7 +305,7 @@ def in_order(blocks: list[Block], entries: list[int]) -> list[int]:
 
 
 def dominators(blocks: list[Block], entries: list[int], order: list[int]) -> list[set[int]]:
-    """For each block, those that every way to it passes through; empty if there is none."""
+    """For each block, the blocks that every path to it passes through; empty if there is no path."""
     before: dict[int, list[int]] = {n: [] for n in order}
     for n in order:
         for m in blocks[n].after:
@@ -324,7 +324,7 @@ def dominators(blocks: list[Block], entries: list[int], order: list[int]) -> lis
 
 
 def loops_of(blocks: list[Block], over: list[set[int]]) -> dict[int, set[int]]:
-    """The natural loops: header -> blocks. (Cold code stands behind a kernel and jumps back: that makes no loop.)"""
+    """The natural loops: header -> blocks. (Cold code lies after a kernel and jumps back: that is no loop.)"""
     before: dict[int, list[int]] = {n: [] for n in range(len(blocks))}
     for n, block in enumerate(blocks):
         for m in block.after:
@@ -347,7 +347,7 @@ def loops_of(blocks: list[Block], over: list[set[int]]) -> dict[int, set[int]]:
 
 
 class Way(NamedTuple):
-    loops: int  # of LOOPS that it passes
+    loops: int  # number of LOOPS that it passes
     wanted: int
     parts: Counter[str]  # instructions
 
@@ -377,7 +377,7 @@ class Counting:
             self.sweeps = [DIRECT]
 
     def whole(self, kernel: str) -> dict[str, float]:
-        """Instructions a class, by part."""
+        """Instructions per class, by part."""
         units = [h for h in self.loops if any(re.search(UNITS[kernel], jump.places[0]) for jump in self.jumps(h))]
         unit = max(units, key=lambda h: len(self.loops[h]), default=None)
         if unit is None or not self.sweeps:
@@ -387,11 +387,12 @@ class Counting:
         return {part: parts[part] * 32 / CHUNK for part in PARTS if parts[part]}
 
     def round(self, header: int, part: str = PER_CHUNK, sweep: str | None = None) -> Way:
-        """The way once round a loop; `part`: what all of it belongs to, but for inner loops of a chunk's loop."""
+        """The way through one iteration of a loop; `part`: what all of it counts as, except for inner loops of a
+        chunk's loop."""
         own, unrelated = SWEEPS[sweep] if sweep else (part, "")
-        inner: dict[int, Way] = {}  # all rounds of a loop, at its header
-        hidden: set[int] = set()  # the other blocks of those
-        idle: set[int] = set()  # of loops that do not go round
+        inner: dict[int, Way] = {}  # all iterations of a loop, at its header
+        hidden: set[int] = set()  # the other blocks of these loops
+        idle: set[int] = set()  # of loops without iterations
         for h in self.order:  # outer loops come first
             if h not in self.loops or h not in self.loops[header] - hidden - idle - {header}:
                 continue
@@ -405,7 +406,7 @@ class Counting:
                 continue
             hidden |= self.loops[h] - {h}
 
-        best: dict[int, Way] = {}  # from a block to the end of the round
+        best: dict[int, Way] = {}  # from a block to the end of the iteration
         for n in reversed(self.order):
             if n not in self.loops[header] - hidden:
                 continue
@@ -434,9 +435,9 @@ class Counting:
         )
 
     def kind(self, header: int, unrelated: str) -> tuple[str, int]:
-        """Of a loop: the part of the work, and how often it goes round."""
+        """The part of the work that a loop is, and its number of iterations."""
         jumps = self.jumps(header)
-        waits = len(self.loops[header]) == 2 and any(  # for the other lanes, which are there
+        waits = len(self.loops[header]) == 2 and any(  # waits for the other lanes, which have arrived
             i.opcode == "YIELD" for n in self.loops[header] for i in self.blocks[n].instructions
         )
         if waits or any(jump.is_at(RARE) or jump.is_at(unrelated) for jump in jumps):
@@ -453,7 +454,7 @@ class Counting:
         return CHUNK * size // 32 // sum(moved)
 
     def jumps(self, header: int) -> list[Instruction]:
-        """The jumps back of a loop: they come from its `for` line."""
+        """The back edges of a loop: the jumps that come from its `for` line."""
         ends = (self.blocks[n] for n in self.loops[header] if header in self.blocks[n].after)
         return [end.instructions[-1] for end in ends if end.instructions[-1].places]
 
@@ -468,12 +469,12 @@ class Job:
     build: str
     options: tuple[str, ...]
     kernels: tuple[str, ...]
-    hot: tuple[str, ...]  # those of `kernels` that have to load wide, and are counted
+    hot: tuple[str, ...]  # those of `kernels` that must load wide, and are counted
     arch: int
 
     @property
     def size(self) -> int:
-        """Bytes of an element of x, and of y: those of every_build are of one dtype."""
+        """Bytes of an element of x, and of y: builds of every_build have one dtype."""
         return (8, 4, 2, 2)[int(next(o for o in self.options if o.startswith("-DKL_X="))[-1])]
 
 
@@ -490,7 +491,7 @@ class Kernel:
     instructions: int  # 0: not disassembled
     local_accesses: int
     wide_loads: int
-    parts: dict[str, float]  # instructions a class; empty: not counted
+    parts: dict[str, float]  # instructions per class; empty: not counted
 
     @property
     def a_class(self) -> float:
@@ -513,7 +514,7 @@ _nvdisasm = ""
 
 
 def prepare(source: str, library: str | None, cuobjdump: str, nvdisasm: str) -> None:
-    """In each worker. All compile the same source, whatever happens to the files meanwhile."""
+    """In each worker. All compile the same source, even if the files change meanwhile."""
     global _source, _cuobjdump, _nvdisasm
     _source, _cuobjdump, _nvdisasm = source, cuobjdump, nvdisasm
     if library:
@@ -522,13 +523,13 @@ def prepare(source: str, library: str | None, cuobjdump: str, nvdisasm: str) -> 
 
 
 def check(job: Job) -> tuple[list[Kernel], list[str]]:
-    """The kernels of a build, and what is wrong with them."""
+    """The kernels of a build, and their problems."""
     try:
         lines = ("--generate-line-info",) if job.hot else ()
         cubin, log = nvrtc._compile(_source, (*job.options, *lines), job.arch)
     except RuntimeError as error:
         return [], [f"{job.build} fails: {error}"]
-    # the compiler's own retirement plans are no warning about the code
+    # the compiler's announcements about retired architectures are no warnings about the code
     log = "\n".join(line for line in log.splitlines() if line and not line.startswith("nvrtc: warning: Architectures"))
     wrong = [f"{job.build}: the compiler warns:\n{log}"] if log else []
     found = {}
@@ -562,14 +563,14 @@ def check(job: Job) -> tuple[list[Kernel], list[str]]:
         if kernel.hot and kernel.instructions and not kernel.wide_loads:
             wrong.append(f"{job.build}: {name} is hot and has no 16-byte load from global memory")
         if kernel.budget and kernel.a_class > kernel.budget.most:
-            took = f"{kernel.a_class:.1f} instructions a class, more than the {kernel.budget.most} that it may take"
+            took = f"{kernel.a_class:.1f} instructions per class, more than the {kernel.budget.most} that it may take"
             wrong.append(f"{job.build}: {name} takes {took}; see BUDGETS")
     wrong += [f"{job.build}: there is no kernel {name}" for name in job.kernels if name not in found]
     return [found[name] for name in job.kernels if name in found], wrong
 
 
 def functions(cubin: bytes, source: str) -> Iterator[tuple[str, dict[str, int], list[Instruction]]]:
-    """Name, resources and machine code; without code where the disassembler has forgotten the architecture."""
+    """Name, resources and machine code; no code if the disassembler no longer knows the architecture."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "klcore.cubin")
         path.write_bytes(cubin)
@@ -588,7 +589,7 @@ def functions(cubin: bytes, source: str) -> Iterator[tuple[str, dict[str, int], 
 
 
 def places_of(source: str) -> dict[tuple[str, int], str]:
-    """(file, line) -> "function: line"; a function is what its first line says."""
+    """(file, line) -> "function: line"; the first line of a function names it."""
     places: dict[tuple[str, int], str] = {}
     file, number, function = "", 0, ""
     for line in source.splitlines():
@@ -651,7 +652,7 @@ def tool(name: str) -> str:
 
 
 def nvrtc_12() -> str | None:
-    """An NVRTC of CUDA 12, which pip installs beside that of CUDA 13."""
+    """An NVRTC of CUDA 12, which pip installs beside the one of CUDA 13."""
     try:
         spec = importlib.util.find_spec("nvidia.cuda_nvrtc")
     except ModuleNotFoundError:
@@ -666,7 +667,7 @@ def run(jobs: list[Job]) -> tuple[list[Kernel], list[str]]:
     spawn = multiprocessing.get_context("spawn")
     source = nvrtc.source()
     kernels: list[Kernel] = []
-    wrong: dict[str, list[int]] = {}  # what -> on which architectures
+    wrong: dict[str, list[int]] = {}  # problem -> indices of architectures
     with tqdm(total=len(jobs), desc="compile", disable=None) as bar:
         for old in (False, True):
             mine = [job for job in jobs if (job.arch not in nvrtc.supported()) == old]
@@ -695,7 +696,7 @@ def table(kernels: list[Kernel]) -> Iterator[str]:
         lines.setdefault(("* " if k.hot else "  ") + name, {})[k.arch] = k.cell
     first = max(map(len, lines), default=0)
     widths = {a: max(6, *(len(cells.get(a, "")) for cells in lines.values())) for a in archs}
-    yield "registers, bytes of stack, 16-byte loads from global memory, instructions a class:"
+    yield "registers, bytes of stack, 16-byte loads from global memory, instructions per class:"
     yield " " * first + "".join(f"  {f'sm_{a}':>{widths[a]}}" for a in archs)
     for name, cells in lines.items():
         yield f"{name:{first}}" + "".join(f"  {cells.get(a, ''):>{widths[a]}}" for a in archs)
@@ -709,7 +710,7 @@ def counts(kernels: list[Kernel]) -> Iterator[str]:
     counted = [k for k in kernels if k.arch == arch and k.parts]
     first = max((len(f"{k.build}: {k.kernel}") for k in counted), default=0)
     if counted:
-        yield f"{f'instructions a class, sm_{arch}':{first}}" + "".join(f"  {name:>13}" for name in (*PARTS, "all"))
+        yield f"{f'instructions per class, sm_{arch}':{first}}" + "".join(f"  {name:>13}" for name in (*PARTS, "all"))
     for k in counted:
         figures = [f"{k.parts[part]:.1f}" if part in k.parts else "" for part in PARTS] + [f"{k.a_class:.1f}"]
         verdict = f"  {'met' if k.a_class <= k.budget.aim else 'missed'}: {k.budget.aim}" if k.budget else ""
@@ -717,8 +718,8 @@ def counts(kernels: list[Kernel]) -> Iterator[str]:
 
 
 def is_common(build: Any) -> bool:
-    """Whether --quick takes it: hot, and of one space in float32, or else one output at a time and not both a pair of
-    spaces and 16 bits. Of lists, what is of no dtype or of float32."""
+    """Whether --quick includes it: hot, and of one space in float32, or else with one output at a time and not both a
+    pair of spaces and 16 bits. Of lists, what has no dtype, or float32."""
     pair, narrow = "/" in build.name, "16" in build.name
     if build.name.startswith("listed"):
         return not narrow and "64" not in build.name
@@ -727,9 +728,9 @@ def is_common(build: Any) -> bool:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--arch", help="as 90,120; all: " + ",".join(map(str, ARCHITECTURES)))
+    parser.add_argument("--arch", help="such as 90,120; all: " + ",".join(map(str, ARCHITECTURES)))
     parser.add_argument("--only", metavar="TEXT", default="", help="builds whose name contains this")
-    parser.add_argument("--quick", action="store_true", help="the commonest hot builds, on few architectures")
+    parser.add_argument("--quick", action="store_true", help="the most common hot builds, on few architectures")
     parser.add_argument("--json", type=Path, metavar="FILE", help="save all figures there")
     args = parser.parse_args()
 

@@ -1,11 +1,11 @@
-"""The relatives of the divergence beside what others compute: `python benchmarks/family.py speed` or `accuracy`.
+"""The relatives of the divergence compared with other implementations: `python benchmarks/family.py speed` or
+`accuracy`.
 
-speed: float32, (2048, 32768) unless --shape says otherwise: each function's value, and value and gradient, as multiples
-of kl_div's, interleaved, medians; beside them TRL's formula of the Jensen-Shannon divergence in PyTorch, eager and
-compiled, and in JAX.
-accuracy: the Jensen-Shannon divergence and the total variation distance by the formulas of TRL, Liger-Kernel, MLX-LM
-and torchmetrics in float32 PyTorch, and by SciPy, of the same rows of logits: the worst relative error, and how many
-are negative or NaN.
+speed: float32, (2048, 32768) unless --shape says otherwise. Each function's value, and value and gradient, as multiples
+of the time of kl_div, interleaved, medians. Beside them TRL's formula of the Jensen-Shannon divergence in PyTorch,
+eager and compiled, and in JAX. accuracy: the Jensen-Shannon divergence and the total variation distance of the same
+rows of logits, by the formulas of TRL, Liger-Kernel, MLX-LM and torchmetrics in float32 PyTorch, and by SciPy: the
+worst relative error, and how many results are negative or NaN.
 """
 
 import argparse
@@ -82,7 +82,7 @@ def accuracy() -> None:
 
 
 def in_jax(a: Any, b: Any) -> tuple[Callable[[], Any], Callable[[], Any]]:
-    """The values, and the total and the student's gradient, of two arrays of JAX."""
+    """The values of two JAX arrays, and the total with the gradient of the student."""
     x, y = jax.numpy.asarray(a), jax.numpy.asarray(b)
     value = jax.jit(peers.jax_js)
     gradient = jax.jit(jax.value_and_grad(lambda x, y: peers.jax_js(x, y).sum(), 1))
@@ -92,11 +92,11 @@ def in_jax(a: Any, b: Any) -> tuple[Callable[[], Any], Callable[[], Any]]:
 def medians(
     calls: dict[Any, Callable[[], Any]], rounds: int, clock: Callable[[], float] = time.perf_counter
 ) -> dict[Any, float]:
-    """Seconds, each call once a round."""
+    """Seconds of each call, called once per round."""
     times: dict[Any, list[float]] = {name: [] for name in calls}
     for k in range(rounds + 1):
         for name, f in calls.items():
-            time.sleep(0.01)  # the threads of the one before spin for a while
+            time.sleep(0.01)  # the threads of the previous call spin for a while
             start = clock()
             f()
             if k:

@@ -1,7 +1,7 @@
-"""What memory allows: C loops that only read two float32 arrays, or read two and write one, compiled here and now.
+"""The limit of memory: C loops that only read two float32 arrays, or read two and write one, compiled at run time.
 
-Called by side_by_side.py and by asv_bench/benchmarks/bandwidth.py. No operation on these arrays can be quicker than to
-move each necessary byte once.
+Used by side_by_side.py and by asv_bench/benchmarks/bandwidth.py. No operation on these arrays can be faster than moving
+each necessary byte once.
 """
 
 import ctypes
@@ -21,12 +21,12 @@ import klcore
 
 
 class Unavailable(Exception):
-    """A tool that something to be measured needs is not there."""
+    """A tool that a measurement needs is missing."""
 
 
 # Ordinary stores first read the line that they overwrite, a fourth array to move; streamed stores do not. Which is
-# quicker depends on the processor, so both are measured and the quicker one is the floor. No -ffast-math: linked into a
-# library it makes the whole process flush denormals to zero.
+# faster depends on the processor, so both are measured, and the faster one is the floor. No -ffast-math: a library
+# linked with it makes the whole process flush denormals to zero.
 SOURCE = """
 #include <stddef.h>
 #ifdef __SSE2__
@@ -85,9 +85,9 @@ def _library() -> ctypes.CDLL:
 
 
 def floor(function: str, *arrays: np.ndarray) -> Callable[[], Any]:
-    """A call of "read_both" (x, y), "read_write" or "read_stream" (x, y, z) with klcore's number of threads.
+    """A function that runs "read_both" (x, y), "read_write" or "read_stream" (x, y, z) with klcore's number of threads.
 
-    Arrays of one size, a multiple of 8192, made by `buffer`.
+    The arrays have one size, a multiple of 8192, and come from `buffer`.
     """
     pointers = [ctypes.c_void_p(a.ctypes.data) for a in arrays]
     return functools.partial(
@@ -96,7 +96,8 @@ def floor(function: str, *arrays: np.ndarray) -> Callable[[], Any]:
 
 
 def buffer(shape: tuple[int, ...], dtype: Any = np.float32) -> np.ndarray:
-    """Zeros aligned to a cache line, as JAX needs to share them and streamed stores to work; every page is touched."""
+    """Zeros aligned to a cache line, as JAX needs to share them and streamed stores need to work; every page is
+    touched."""
     dtype = np.dtype(dtype)
     size = math.prod(shape) * dtype.itemsize
     memory = np.empty(size + 64, np.uint8)

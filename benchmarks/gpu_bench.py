@@ -1,22 +1,22 @@
-"""How fast klcore is on a GPU: beside what memory allows, and beside the libraries one would use instead.
+"""How fast klcore is on a GPU, compared with the limit of memory and with the libraries people use instead.
 
-Run by gpu_run.py, for its stages "ceilings", "alone", "peers" and "more". One *case* is a shape, a dtype, a space and
-what is wanted: the value (the sum over all rows), or the value and a gradient; and an operation, kl_div but for a few.
-One *contender* is a way of computing it.
+Run by gpu_run.py, for its stages "ceilings", "alone", "peers" and "more". A *case* is a shape, a dtype, a space, an
+operation (mostly kl_div), and what is wanted: the value (the sum over all rows), or the value and a gradient. A
+*contender* is a way of computing it.
 
-* Every contender gets the same arrays, and gives gradients to the same operands. For probabilities all start from
-  probabilities, for logits from logits; none waits for the GPU.
-* Calls go over as many sets of arrays as it takes to fill four times the L2 cache, and 256 MB at least: data comes from
-  memory, not from a cache.
-* k calls are captured in a CUDA graph, k so large that a replay takes milliseconds, and replays are timed by events.
-  JAX cannot be captured: k calls are made without waiting, and the clock is read around them. So it is for whoever
-  fails to be captured; what was done stands in the record as "how".
+* Every contender gets the same arrays, and computes gradients with respect to the same operands. Probabilities start
+  from probabilities, logits from logits; no contender waits for the GPU.
+* Calls go over as many sets of arrays as fill four times the L2 cache, and at least 256 MB: data comes from memory, not
+  from a cache.
+* k calls are captured in a CUDA graph, with k so large that a replay takes milliseconds, and replays are timed by
+  events. JAX cannot be captured: k calls are made without waiting, and the clock is read around them. The same goes for
+  any contender that fails to be captured; the record says in "how" what was done.
 * Contenders take turns, one replay each, round after round. Medians and the 20th and 80th percentile count.
-* "wall" is the time of one uncaptured call from Python, when many are made without waiting: where it is more than the
-  time on the GPU, it is what launching costs.
-* Times are recorded, and what a copy reaches on this GPU. report.py makes percentages of them.
-* Errors are those of the value, relative, and of the gradient's first rows, in units of the largest entry, against
-  float64. 16-bit libraries give 16-bit values.
+* "wall" is the time of one uncaptured call from Python, when many are made without waiting: if it is more than the time
+  on the GPU, it is the cost of launching.
+* The record holds times, and the bandwidth of a copy on this GPU. report.py turns them into percentages.
+* Errors are relative for the value, and in units of the largest entry for the gradient of the first rows, compared with
+  float64. 16-bit libraries return 16-bit values.
 """
 
 import functools
@@ -47,17 +47,17 @@ COMPARED = ("float32", "bfloat16")
 FIRST = ((8_192, 32_768), (4_096, 128_256))  # a gigabyte and more: what the targets are about
 NAMED = ((2_048, 131_072), (4_096, 151_936), (4_096, 50_257), (1_000_000, 100))
 FEW = ((2_000_000, 2), (1_000_000, 10), (500_000, 32))  # classes
-# where klcore changes its ways, and between: 128 | classes share a warp, 1024 | one chunk; then by shared memory
+# where klcore changes its method, and between: 128 | classes share a warp, 1024 | one chunk; then by shared memory
 SWEEP = (
     64, 127, 128, 129, 256, 512, 1_000, 1_024, 1_025, 1_536, 2_048, 2_049, 4_096, 8_192, 8_193, 16_384, 16_385, 32_768,
     32_769, 65_536, 65_537, 131_072, 131_073, 262_144, 262_145, 524_288, 1_048_576, 1_048_577,
 )  # fmt: skip
-SWEPT = 1 << 28  # elements an array
+SWEPT = 1 << 28  # elements per array
 ROUNDS = 20
-WARM_SECONDS = 0.1  # before rounds count: the clocks come up
+WARM_SECONDS = 0.1  # before rounds count: until the clocks are up
 REPLAY_MS = 2.0
 MOST_CALLS = 256  # in a graph
-WRONG = {"float32": 1e-3, "float16": 3e-2, "bfloat16": 3e-2}  # more is a mistake, not rounding
+WRONG = {"float32": 1e-3, "float16": 3e-2, "bfloat16": 3e-2}  # a larger error is a mistake, not rounding
 SAMPLE = 16  # rows whose gradients are checked
 
 
@@ -66,7 +66,7 @@ class Case:
     rows: int
     n: int
     dtype: str
-    space: str  # or two words, where x and y differ
+    space: str  # or two names, where x and y differ
     outputs: str
     operation: str = "kl_div"
 
@@ -82,7 +82,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Task:
-    """A case, and those who compute it."""
+    """A case, and the contenders that compute it."""
 
     part: str
     case: Case
@@ -118,8 +118,8 @@ def tasks(stage: str, emulated: bool) -> list[Task]:
 
 
 def operations() -> Iterator[Task]:
-    """Every operation and pair of spaces that are not measured elsewhere, at one shape; of those that the oracle has
-    quick answers for."""
+    """Every operation and pair of spaces that is not measured elsewhere, at one shape, for operations with fast answers
+    from the oracle."""
     for dtype, sx, sy, row in itertools.product(COMPARED, SPACES, SPACES, OPERATIONS.values()):
         elsewhere = sx == sy and row.name == "kl_div"
         if not elsewhere and (sx, sy) in row.pairs and row.form != _cpu.BY_CLASS:
@@ -132,7 +132,8 @@ def operations() -> Iterator[Task]:
 
 
 def definitions(operation: str) -> list[Any]:
-    """Those of tests/oracle.py that a result may be by: libraries' divergences are with -x + y or without."""
+    """The definitions in tests/oracle.py that a result may follow: libraries' divergences are with or without -x +
+    y."""
     tests = str(Path(__file__).resolve().parents[1] / "tests")
     if tests not in sys.path:
         sys.path.append(tests)
@@ -141,7 +142,7 @@ def definitions(operation: str) -> list[Any]:
 
 
 class Data:
-    """The sets of arrays of one shape, dtype and spaces, and what float64 says about the first of them."""
+    """The sets of arrays of one shape, dtype and spaces, and the float64 results for the first of them."""
 
     def __init__(self, gpu: Gpu, case: Case) -> None:
         self.gpu, self.case = gpu, case
@@ -155,13 +156,13 @@ class Data:
         gpu.synchronize()
 
     def _widened(self, a: Any) -> Any:
-        """float64, on the GPU; bfloat16 by its bits, which are the upper half of a float32's."""
+        """float64, on the GPU; bfloat16 from its bits, which are the upper half of a float32's."""
         if self.case.dtype == "bfloat16":
             a = (a.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
         return a.astype(np.float64)
 
     def values(self, operation: str) -> list[float]:
-        """The right ones, in float64, some rows at a time."""
+        """The exact ones, in float64, some rows at a time."""
         if operation in self._values:
             return self._values[operation]
         x, y = self.sets[0]
@@ -174,7 +175,7 @@ class Data:
         return self._values[operation]
 
     def gradients(self, operation: str) -> list[np.ndarray]:
-        """Those of the first rows, in float64, likewise."""
+        """The exact ones of the first rows, in float64, likewise."""
         a, b = (self.gpu.get(v[:SAMPLE]).astype(np.float64) for v in self.sets[0])
         (p, log_p), (q, log_q) = map(distribution, (a, b), self.case.spaces)
         of = p, q, log_p, log_q
@@ -200,11 +201,11 @@ class Data:
 
 
 class Unavailable(Exception):
-    """What a contender needs is not there, or it cannot do what is asked for."""
+    """Something that a contender needs is missing, or it cannot do what is asked."""
 
 
 class Contender:
-    """`call(k)` computes set k and gives the value and the gradients, arrays of its library, without waiting."""
+    """`call(k)` computes set k and returns the value and the gradients, arrays of its library, without waiting."""
 
     captured = True
 
@@ -219,7 +220,7 @@ class Contender:
         self.gpu.synchronize()
 
     def capture(self, calls: Sequence[Callable[[], Any]]) -> Callable[[], float]:
-        """A function that replays the calls once and gives the milliseconds."""
+        """A function that replays the calls once and returns the milliseconds."""
         return self.gpu.capture(calls).milliseconds
 
     def uncaptured(self, calls: Sequence[Callable[[], Any]]) -> Callable[[], float]:
@@ -241,7 +242,7 @@ class Contender:
 
 
 class Klcore(Contender):
-    """klcore's functions, into arrays of the caller's."""
+    """klcore's functions, writing into existing arrays."""
 
     def __init__(self, data: Data) -> None:
         super().__init__(data)
@@ -262,7 +263,7 @@ class Klcore(Contender):
 
 
 class Torch(Contender):
-    """PyTorch's own functions, as one would write them."""
+    """PyTorch's own functions, written as usual."""
 
     def __init__(self, data: Data) -> None:
         super().__init__(data)
@@ -274,7 +275,7 @@ class Torch(Contender):
         self._loss = self.loss()
 
     def _lend(self, a: Any) -> Any:
-        """The same memory; bfloat16 as integers, which every exchange format knows."""
+        """The same memory; bfloat16 as integers, which every exchange format supports."""
         bits = a.view(np.int16) if self.case.dtype == "bfloat16" else a
         tensor = self.torch.from_dlpack(bits)
         return tensor.view(self.torch.bfloat16) if self.case.dtype == "bfloat16" else tensor
@@ -295,7 +296,7 @@ class Torch(Contender):
         torch = self.torch
         graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
         with torch.cuda.stream(stream):
-            calls[0]()  # libraries make themselves at home on a stream before it is captured
+            calls[0]()  # libraries initialise themselves on a stream before it is captured
         torch.cuda.synchronize()
         with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
             for call in calls:
@@ -317,7 +318,7 @@ class Torch(Contender):
 
 class TorchCompile(Torch):
     def loss(self) -> Callable[[Any, Any], Any]:
-        self.torch._dynamo.reset()  # or the second shape would be compiled for all shapes
+        self.torch._dynamo.reset()  # otherwise the second shape would be compiled for dynamic shapes
         return self.torch.compile(super().loss(), dynamic=False)
 
 
@@ -329,7 +330,7 @@ class Liger(Torch):
 
     @property
     def captured(self) -> bool:  # type: ignore[override]
-        return not self.with_gradient  # its backward looks at a number, which waits for the GPU
+        return not self.with_gradient  # its backward reads a number, which waits for the GPU
 
 
 class Jax(Contender):
@@ -364,7 +365,7 @@ class Jax(Contender):
 
 
 class Cupy(Contender):
-    """The formulas as one writes them with arrays."""
+    """The formulas written with arrays."""
 
     def call(self, k: int) -> Any:
         cupy = self.gpu.cupy
@@ -401,9 +402,9 @@ class Runner:
         calls = [functools.partial(self.contender.call, k) for k in range(len(data.sets))]
         once = self.contender.uncaptured(calls)
         once()
-        a_round = once()  # of all sets
+        a_round = once()  # over all sets
         self.calls = calls * max(1, min(round(REPLAY_MS / a_round), MOST_CALLS // len(calls)))
-        # many calls are under way before the first has ended, so this is what Python needs, if that is more
+        # many calls are pending before the first has ended, so this is Python's time if that is larger
         many = calls * max(1, min(round(10 / a_round), 100 // len(calls)))
         time_many = self.contender.uncaptured(many)
         self.wall_us = 1e3 * min(time_many() for _ in range(3)) / len(many)
@@ -450,9 +451,9 @@ def measure(task: Task, data: Data) -> dict[str, Any]:
     for name in task.contenders:
         try:
             runners.append(Runner(name, data))
-        except Exception as error:  # one that fails must not keep the others from being measured
+        except Exception as error:  # a case that fails must not stop the others
             absent.append({"name": name, "absent": str(error) if isinstance(error, Unavailable) else sentence(error)})
-            data.gpu.synchronize()  # raises if the GPU is lost to this process
+            data.gpu.synchronize()  # raises if this process has lost the GPU
             release(data.gpu)
     start = time.perf_counter()
     while runners and not data.gpu.emulated and time.perf_counter() - start < WARM_SECONDS:
@@ -466,7 +467,7 @@ def measure(task: Task, data: Data) -> dict[str, Any]:
 
 
 class Bench:
-    """Measures tasks by name; data is kept for as long as the next task needs the same."""
+    """Measures tasks by name; data is kept as long as the next task needs the same data."""
 
     def __init__(self, gpu: Gpu, stage: str) -> None:
         self.gpu = gpu
@@ -491,7 +492,7 @@ class Bench:
         return self._data
 
     def warm(self, name: str) -> dict[str, Any]:
-        """Have the libraries of a case compile, for whoever times it later, with the same caches on disk."""
+        """Make the libraries of a case compile, for a later timed run with the same caches on disk."""
         task = self.tasks[name]
         for contender in ("torch.compile", "Liger-Kernel", "JAX jit"):
             kind, needs = CONTENDERS[contender]
@@ -505,7 +506,7 @@ class Bench:
 
 
 def overhead(gpu: Gpu) -> dict[str, float]:
-    """Microseconds a call on (10, 10) float32 takes from Python."""
+    """Microseconds that a call on (10, 10) float32 takes from Python."""
     rounds, calls = (1, 5) if gpu.emulated else (15, 200)
     x, y = (gpu.fill(10, 10, "float32", "probs", 0, side) for side in (0, 1))
     out = gpu.cupy.empty(10, np.float32)
@@ -535,7 +536,7 @@ def overhead(gpu: Gpu) -> dict[str, float]:
 
 
 def release(gpu: Gpu) -> None:
-    """Give back what contenders leave behind: the next ones need it, and do not ask each other."""
+    """Free what contenders leave behind: the next ones need the memory, and cannot ask for it."""
     gc.collect()
     gpu.free()
     if "torch" in sys.modules:

@@ -1,7 +1,7 @@
-"""What gpu_run.py asks of the kernels on a GPU beside their time: first light, the bits, roles for compute-sanitizer,
-great arrays, launches for a profiler.
+"""What gpu_run.py checks of the kernels on a GPU apart from their time: first light, the bits, every role for
+compute-sanitizer, large arrays, launches for a profiler.
 
-What is wrong is said in sentences; none is what is wanted. gpu_carry.py makes the same calls without a GPU, to learn
+Problems are reported as sentences; there should be none. gpu_carry.py makes the same calls without a GPU, to find out
 which kernels they need.
 """
 
@@ -17,20 +17,20 @@ import klcore
 from klcore import _cpu
 from klcore.operations import OPERATIONS
 
-# (rows, n): every way of treating rows that launches.py has. Rows of one class; rows that share a warp; a chunk a row,
-# just one class more, and odd numbers of classes, so that no two rows are aligned alike; enough rows that each stays in
-# one block; few rows of many chunks, spread over the device. And (held_rows, HELD) where logits are swept more than
-# once.
+# (rows, n): every way in which launches.py processes rows. Rows of one class; rows that share a warp; one chunk per
+# row, or just one class more, and odd numbers of classes, so that rows differ in alignment; enough rows for each to
+# stay in one block; few rows of many chunks, spread over the device. And (held_rows, HELD) where logits are swept more
+# than once.
 SHAPES = ((70, 1), (33, 3), (5, 128), (9, 129), (6, 1024), (150, 2500), (3, 5003), (16, 40_001), (1, (1 << 20) + 1029))
 EMULATED_SHAPES = ((33, 3), (6, 1025), (33, 1025))
 HELD = 1030  # classes: a block holds such rows if there are enough of them
 LAYOUT_SHAPE = (17, 300)
-# Both sides are rounded, each by half a unit: a unit relative, and where numbers are subnormal, absolute.
+# Both results are rounded, each by half a unit: the bound is a unit, relative, and absolute for subnormal numbers.
 UNITS = {"float16": (2.0**-10, 2.0**-24), "bfloat16": (2.0**-7, 2.0**-133)}
 
 
 def held_rows(gpu: Gpu) -> int:
-    """So many that a block holds each, for all sweeps, instead of reading it again."""
+    """Enough rows for each to be held by a block for all sweeps, instead of being read again."""
     return 8 * int(gpu.cupy.cuda.Device().attributes["MultiProcessorCount"]) + 1
 
 
@@ -38,7 +38,7 @@ def held_rows(gpu: Gpu) -> int:
 
 
 def numbers(rows: int, n: int, space: str, dtype: str, side: int) -> np.ndarray:
-    """Rows of seven kinds that take turns: ordinary, close, equal, far apart, with excluded classes, NaN."""
+    """Rows of seven kinds in turn: ordinary, close, equal, far apart, with excluded classes, NaN."""
     shared = np.random.default_rng([rows, n])
     z = shared.normal(size=(rows, n))
     masked = shared.random((rows, n)) < 0.3
@@ -59,11 +59,11 @@ def numbers(rows: int, n: int, space: str, dtype: str, side: int) -> np.ndarray:
 
 
 def groups() -> list[str]:
-    """The names that check_group takes; those that matter most come first."""
+    """The names that check_group accepts, the most important first."""
     names = []
     for dtype, operation in itertools.product(("float32", "bfloat16", "float64", "float16"), OPERATIONS):
         pairs = sorted(OPERATIONS[operation].pairs, key=lambda pair: (pair[0] != pair[1], "counts" in pair))
-        if OPERATIONS[operation].form == _cpu.BY_CLASS:  # alike, and many: in double but for pairs of one space
+        if OPERATIONS[operation].form == _cpu.BY_CLASS:  # alike, and many: in double only for pairs of one space
             pairs = pairs[:4] if dtype == "float32" else []
         names += [f"{operation} {sx} {sy} {dtype}" for sx, sy in pairs]
     return names
@@ -80,7 +80,7 @@ def as_integers(a: np.ndarray) -> np.ndarray:
 
 
 def same_bits(a: np.ndarray, b: np.ndarray) -> bool:
-    """Equal to the sign of zero; of a NaN, sign and payload are nobody's promise."""
+    """Equal including the sign of zero; the sign and payload of a NaN are not promised."""
     if a.shape != b.shape or a.dtype != b.dtype:
         return False
     wide_a, wide_b = (v.astype(np.float64) for v in (a, b))
@@ -88,7 +88,7 @@ def same_bits(a: np.ndarray, b: np.ndarray) -> bool:
 
 
 def difference(found: np.ndarray, expected: np.ndarray, exact: bool, gradient: bool) -> str:
-    """What keeps `found` from being what the CPU says, or ''."""
+    """How `found` differs from the CPU's result, or ''."""
     if found.shape != expected.shape or found.dtype != expected.dtype:
         return f"{found.dtype}{found.shape} instead of {expected.dtype}{expected.shape}"
     if same_bits(found, expected):
@@ -96,7 +96,7 @@ def difference(found: np.ndarray, expected: np.ndarray, exact: bool, gradient: b
     f, e = found.astype(np.float64), expected.astype(np.float64)
     unlike = ~((as_integers(found) == as_integers(expected)) | (np.isnan(f) & np.isnan(e)))
     if not exact:
-        # 16-bit rows of one space are computed with the GPU's own exponential
+        # 16-bit rows of one space use the GPU's own exponential
         if gradient:
             size = np.where(np.isfinite(e), abs(e), 0)
             unit, least = UNITS[expected.dtype.name]
@@ -115,7 +115,7 @@ def is_exact(operation: str, sx: str, sy: str, dtype: str) -> bool:
     """Whether GPU and CPU promise the same bits."""
     beside = (
         sx != sy and "logits" in (sx, sy) and OPERATIONS[operation].form == _cpu.BY_RATIO
-    )  # computed alike whatever the dtype
+    )  # computed in the same way for every dtype
     return beside or dtype in ("float64", "float32")
 
 
@@ -124,7 +124,7 @@ def as_tuple(result: Any) -> tuple[Any, ...]:
 
 
 class Case:
-    """One call, on the CPU and on the GPU; `view` is applied to the arrays on either, for strides of its own."""
+    """One call, on the CPU and on the GPU; `view` is applied to the arrays on both, to change their strides."""
 
     def __init__(
         self,
@@ -156,7 +156,7 @@ class Case:
         return [self.gpu.get(r) for r in results]
 
     def compare(self, found: list[np.ndarray]) -> Iterator[str]:
-        """With what the CPU says."""
+        """Compare the results with the CPU's."""
         for k, (f, e) in enumerate(zip(found, self.cpu(), strict=True)):
             words = difference(f, e, self.exact, gradient=k > 0)
             if words:
@@ -174,14 +174,14 @@ def check_group(gpu: Gpu, name: str) -> dict[str, Any]:
             checked += 1
             try:
                 wrong += [f"{title}: {words}" for words in check(gpu, make())]
-            except Exception as error:  # of any kind: the cases that follow are worth as much
+            except Exception as error:  # of any kind: the following cases are worth as much
                 wrong.append(f"{title}: {sentence(error)}")
-                gpu.synchronize()  # raises if the GPU is lost to this process
+                gpu.synchronize()  # raises if this process has lost the GPU
     return {"checked": checked, "wrong": wrong, "launched": dict(sorted(found.items()))}
 
 
 def cases(gpu: Gpu, name: str) -> dict[str, Callable[[], Case]]:
-    """title -> what makes the case."""
+    """title -> function that creates the case."""
     operation, sx, sy, dtype = name.split()
     exact, single = is_exact(operation, sx, sy, dtype), OPERATIONS[operation].single
     every: Any = "x" if single else ("x", "y")
@@ -191,7 +191,7 @@ def cases(gpu: Gpu, name: str) -> dict[str, Callable[[], Case]]:
     found: dict[str, Callable[[], Case]] = {}
 
     def add(title: str, shape: Any = LAYOUT_SHAPE, change: Any = lambda *arrays: arrays, **keywords: Any) -> None:
-        """A call on arrays of that shape; `change` is applied to them on the host."""
+        """Add a call on arrays of that shape; `change` is applied to them on the host."""
 
         def make() -> Case:
             spaces = (sx,) if single else (sx, sy)
@@ -237,11 +237,11 @@ SANITIZED = ("logits logits float32", "probs probs float32", "logits logits bflo
 
 
 def roles(gpu: Gpu) -> dict[str, Callable[[], Case]]:
-    """A call or more of every kernel in every role, all kinds in turn."""
+    """At least one call of every kernel in every role, the kinds of rows in turn."""
     found = []
     for kind in SANITIZED[: 2 if gpu.emulated else None]:
         for k, (title, make) in enumerate(cases(gpu, f"kl_div {kind}").items()):
-            if title.endswith("'y')") if "(" in title else "mean" not in title:  # of each shape one call is enough
+            if title.endswith("'y')") if "(" in title else "mean" not in title:  # one call per shape is enough
                 found.append((k, f"{kind}, {title}", make))
     return {title: make for _, title, make in sorted(found, key=lambda role: role[0])}
 
@@ -257,7 +257,7 @@ def check_role(make: Callable[[], Case]) -> dict[str, Any]:
 
 
 def check(gpu: Gpu, case: Case) -> Iterator[str]:
-    """The CPU's bits; then its own, in every way of asking again."""
+    """Compare with the CPU's bits, then with its own bits in every other way of making the call."""
     new = case.run()
     found = case.get(new)
     yield from case.compare(found)
@@ -273,7 +273,7 @@ def check(gpu: Gpu, case: Case) -> Iterator[str]:
     case.run(out)
     yield from again("with out=", out)
 
-    # Behind other work on a stream that waits for nobody: arguments arrive late, and whoever looks early finds NaN.
+    # After other work on a non-blocking stream: arguments arrive late, and reading them early finds NaN.
     gpu.poison(*out)
     right = [a.copy() for a in case.bases]
     gpu.poison(*case.bases)
@@ -295,16 +295,16 @@ def check(gpu: Gpu, case: Case) -> Iterator[str]:
         yield from again("when a graph is replayed", out)
 
 
-# ---- great arrays ----------------------------------------------------------------------------------------------------
+# ---- large arrays ----------------------------------------------------------------------------------------------------
 
 LARGE = ("bfloat16 logits", "float16 probs")
 
 
 def check_large(gpu: Gpu, name: str) -> dict[str, Any]:
-    """More than 2^31 elements. Single rows say what the right bits are."""
+    """More than 2^31 elements. Single rows provide the expected bits."""
     dtype, space = name.split()
     if gpu.emulated and dtype == "bfloat16":
-        dtype = "float32"  # kernels that other stages compile anyway
+        dtype = "float32"  # kernels that other stages compile in any case
     rows, n = (40, 300) if gpu.emulated else (8_200, 262_144)
     wrong: list[str] = []
     edge = (1 << 31) // n  # the row that holds element 2^31
@@ -336,11 +336,11 @@ def check_large(gpu: Gpu, name: str) -> dict[str, Any]:
 
 
 # ---- first light -----------------------------------------------------------------------------------------------------
-# Every family of kernels in every role, against float64: NumPy's, so that klcore's extension need not be there yet.
+# Every family of kernels in every role, compared with NumPy in float64, so that klcore's extension is not needed yet.
 
 
 def light_cases(gpu: Gpu) -> dict[str, tuple[Any, ...]]:
-    """title -> shape, dtype, space, and what else the call is given."""
+    """title -> shape, dtype, space, and the other arguments of the call."""
     many = held_rows(gpu)
     found = {
         "narrow": ((33, 3), "float32", "probs", {}),
@@ -353,10 +353,10 @@ def light_cases(gpu: Gpu) -> dict[str, tuple[Any, ...]]:
         "sum": ((1030, 3), "float32", "probs", {"reduction": "sum"}),
         "summed": ((17, 300), "float32", "logits", {"broadcast": True}),
     }
-    found["float32, held"] = ((many, 3000), "float32", "logits", {})  # 16 bits never are
+    found["float32, held"] = ((many, 3000), "float32", "logits", {})  # never with 16 bits
     for dtype in ("float32", "bfloat16"):
         found[f"{dtype}, read again"] = ((40, 50_257), dtype, "logits", {})
-    if gpu.emulated:  # kernels that other stages compile anyway
+    if gpu.emulated:  # kernels that other stages compile in any case
         return {title: found[title] for title in ("narrow", "folds", "sum", "float32, held")}
     return found
 
@@ -392,7 +392,7 @@ def first_light(gpu: Gpu, title: str) -> dict[str, Any]:
 
 
 def light_data(rows: int, n: int, dtype: str, space: str) -> list[np.ndarray]:
-    """Ordinary rows. float16 has nothing below 2^-24, and a zero would be another case."""
+    """Ordinary rows. float16 has no numbers below 2^-24, and a zero would be another case."""
     shared, found = 2 * np.random.default_rng([rows, n]).normal(size=(rows, n)), []
     for side in (0, 1):
         z = shared + np.random.default_rng([rows, n, side]).normal(size=(rows, n))
@@ -403,7 +403,7 @@ def light_data(rows: int, n: int, dtype: str, space: str) -> list[np.ndarray]:
 
 
 def distribution(a: Any, space: str) -> tuple[Any, Any]:
-    """p and log p by the formulas; of a float64 array, NumPy's or CuPy's."""
+    """p and log p by the formulas, for a float64 array of NumPy or CuPy."""
     if space == "probs":
         return a, np.log(a)
     if space == "logits":
@@ -422,7 +422,7 @@ def light_reference(x: np.ndarray, y: np.ndarray, space: str) -> tuple[np.ndarra
 
 
 def profiled(gpu: Gpu) -> Iterator[tuple[str, Callable[[], Any]]]:
-    """A launch of each kernel whose speed counts, the most telling first."""
+    """A launch of each kernel whose speed matters, the most informative first."""
     chosen: list[tuple[int, int, str, str, Any]] = [
         (8_192, 32_768, "float32", "logits", "y"),
         (8_192, 32_768, "float32", "logits", None),
@@ -440,7 +440,7 @@ def profiled(gpu: Gpu) -> Iterator[tuple[str, Callable[[], Any]]]:
         (8_192, 32_768, "bfloat16", "log_probs", None),
         (4_096, 50_257, "bfloat16", "probs", None),
     ]
-    if gpu.emulated:  # kernels that other stages compile anyway
+    if gpu.emulated:  # kernels that other stages compile in any case
         chosen = [(20, 3, "float32", "probs", None), (20, 3, "float32", "logits", "y")]
     for rows, n, dtype, space, gradient in chosen:
 

@@ -1,11 +1,12 @@
-"""What a GPU that can be had for a quarter of an hour should have with it: ``make gpu-carry``.
+"""Prepare what a GPU borrowed for a quarter of an hour needs: ``make gpu-carry``.
 
     python benchmarks/gpu_carry.py [--to .carry] [--python 3.12] [--processes N] [--list]
 
-writes, for gpu_run.py: klcore's kernels for an H100 or H200, compiled by the NVRTC that is found there; wheels of what
-is missing there; manifest.json, which says of which sources the kernels are. It needs no GPU. Which kernels is asked,
-not listed: every stage makes its own calls, on a CuPy without work (stub.py), and the tests run with kernels that do
-nothing. Compiling takes 0.7 s each; it goes on where it was interrupted, and the most valuable come first.
+writes, for gpu_run.py: klcore's kernels for an H100 or H200, compiled by the NVRTC version that is installed there;
+wheels of what is missing there; and manifest.json, which names the sources of the kernels. It needs no GPU. The list of
+kernels is not written down but recorded: every stage makes its calls on a CuPy that does no work (stub.py), and the
+tests run with kernels that do nothing. Compiling takes 0.7 s per kernel; it continues where it was interrupted, and the
+most valuable kernels come first.
 """
 
 import argparse
@@ -30,12 +31,12 @@ from gpu_device import Gpu, numpy_dtype, own_kernels
 from tqdm import tqdm
 
 ROOT = gpu_run.ROOT
-NVRTC = "13.0.88"  # that of CUDA 13.0: the key of a kernel has the compiler's major and minor version
+NVRTC = "13.0.88"  # the one of CUDA 13.0: the key of a kernel contains the compiler's major and minor version
 ARCH = 90
 CACHE = ROOT / "build" / f"gpu-carry-{NVRTC}"
 WHEELS = ("liger_kernel", "setuptools>=77", "cython>=3.1")
 PLATFORMS = ("manylinux_2_28_x86_64", "manylinux_2_17_x86_64", "manylinux2014_x86_64", "any")
-RECORD = "KLCORE_GPU_CARRY"  # where the plugin of pytest writes what is asked for
+RECORD = "KLCORE_GPU_CARRY"  # where the pytest plugin writes the requested kernels
 MEBI = 1 << 20
 
 
@@ -43,7 +44,7 @@ MEBI = 1 << 20
 
 
 class Planned(Gpu):
-    """A GPU on which nothing is done; its arrays hold nothing."""
+    """A GPU that does nothing; its arrays hold nothing."""
 
     def __init__(self, cupy: Any) -> None:
         self.cupy = cupy
@@ -82,7 +83,7 @@ def of_stages(gpu: Gpu) -> None:
 
 
 def planned() -> list[tuple[str, ...]]:
-    """The options of every kernel that the stages ask for, in order."""
+    """The options of every kernel that the stages request, in order."""
     numbers = gpu_bits.numbers
     gpu_bits.numbers = lambda rows, n, space, dtype, side: np.empty((rows, n), numpy_dtype(dtype))  # type: ignore[assignment]
     stub.builds.clear()
@@ -95,7 +96,7 @@ def planned() -> list[tuple[str, ...]]:
 
 
 def pytest_sessionstart() -> None:
-    """This file is a plugin of pytest's as well: of the emulator's kernels remains that they are asked for."""
+    """This file is also a pytest plugin: it only records which kernels the emulator is asked for."""
     emulator = importlib.import_module("emulator.device")
 
     def build(options: tuple[str, ...], arch: int) -> Path:
@@ -116,7 +117,8 @@ def pytest_sessionstart() -> None:
 
 
 def of_tests() -> list[tuple[str, ...]]:
-    """The options of every kernel that the tests ask for. They fail, for nothing is computed, but go on: -O."""
+    """The options of every kernel that the tests request. The tests fail, since nothing is computed, but continue:
+    -O."""
     path = ROOT / "build" / f"gpu-carry-tests-{gpu_run.source_digest()}.jsonl"
     part = path.with_suffix(".part")
     part.parent.mkdir(exist_ok=True)
@@ -125,7 +127,7 @@ def of_tests() -> list[tuple[str, ...]]:
     words += ["-p", "no:cacheprovider", "--tb=no", *(test for test in gpu_run.TESTS if "torch" not in test)]
     paths = os.pathsep.join([str(gpu_run.HERE), os.environ.get("PYTHONPATH", "")])
     environment = os.environ | {"KLCORE_TEST_DEVICES": "emulated", RECORD: str(part), "PYTHONPATH": paths}
-    if not path.exists():  # else the sources are those that were asked already
+    if not path.exists():  # otherwise these sources have been asked already
         with open(path.with_suffix(".log"), "w") as log:
             subprocess.run(words, cwd=ROOT, env=environment, stdout=log, stderr=log)
         part.replace(path)
@@ -138,7 +140,7 @@ def of_tests() -> list[tuple[str, ...]]:
 
 @functools.cache
 def nvrtc() -> Any:
-    """klcore's module, with the compiler of that version in it."""
+    """klcore's module, using the compiler of that version."""
     folder = ROOT / "build" / f"nvrtc-{NVRTC}"
     if not folder.exists():
         words = ["-m", "pip", "install", "-q", "--no-deps", "--target", str(folder), f"nvidia-cuda-nvrtc=={NVRTC}"]
@@ -177,7 +179,7 @@ def main() -> None:
     parser.add_argument("--to", type=Path, default=ROOT / ".carry", help="the folder: .carry")
     parser.add_argument("--python", default="3.12", help="that of the machine with the GPU: 3.12")
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
-    parser.add_argument("--list", action="store_true", help="print which kernels, and no more")
+    parser.add_argument("--list", action="store_true", help="only print which kernels")
     args = parser.parse_args()
     wanted = list(dict.fromkeys([*planned(), *of_tests()]))
     if args.list:

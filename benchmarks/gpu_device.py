@@ -1,7 +1,7 @@
-"""The GPU as gpu_run.py's stages see it: data made there, streams, graphs, clocks; or the emulator in its place.
+"""The GPU as gpu_run.py's stages see it: data created there, streams, graphs, clocks; or the emulator in its place.
 
-`open_device` gives one or the other. The emulated one runs the same stages in the same order, at once and on the CPU:
-it shows that the scripts work, and its times mean nothing. `launched` tells which kernels a call starts.
+`open_device` returns one or the other. The emulated one runs the same stages in the same order, immediately and on the
+CPU: it shows that the scripts work, and its times mean nothing. `launched` records which kernels a call starts.
 """
 
 import contextlib
@@ -22,10 +22,10 @@ ROOT = Path(__file__).resolve().parents[1]
 SPACES = ("probs", "log_probs", "logits")
 DTYPES = ("float64", "float32", "float16", "bfloat16")
 
-# Includes nothing, so that a CUDA toolkit is not needed. `fill` makes rows of logits z = 2 N(0, 1), and on the side y
-# z + N(0, 1): a teacher and a student who agree more or less. Other spaces are made of them. `read`, `triad` and `copy`
-# move bytes and do nothing else: what no kernel that reads, or reads and writes, can beat. `copy` has four loads under
-# way before it stores, a tile of four times the block's threads at a time.
+# Includes nothing, so that no CUDA toolkit is needed. `fill` creates rows of logits z = 2 N(0, 1), and for y z + N(0,
+# 1): a teacher and a student that agree more or less. Other spaces are computed from these. `read`, `triad` and `copy`
+# only move bytes: no kernel that reads, or reads and writes, can be faster. `copy` issues four loads before it stores,
+# and processes tiles of four times the block's threads.
 KERNELS = r"""
 typedef long long i64;
 typedef unsigned long long u64;
@@ -118,7 +118,7 @@ def numpy_dtype(name: str) -> np.dtype[Any]:
 
 
 def smi(*fields: str) -> dict[str, str]:
-    """What nvidia-smi says; it changes nothing."""
+    """The output of nvidia-smi; it changes nothing."""
     try:
         words = ["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader"]
         done = subprocess.run(words, capture_output=True, text=True, timeout=30, check=True)
@@ -132,7 +132,7 @@ def clocks() -> dict[str, str]:
 
 
 def own_kernels(arch: int) -> Path:
-    """The path of KERNELS as a cubin, kept where klcore keeps its own."""
+    """The path of KERNELS as a cubin, in the folder where klcore keeps its own."""
     nvrtc = importlib.import_module("klcore.backends.cuda.nvrtc")
     key = hashlib.sha256(repr((KERNELS, nvrtc._OPTIONS, nvrtc.version(), arch)).encode()).hexdigest()[:32]
     path = nvrtc._folder() / f"gpu_device-{key}.cubin"
@@ -163,7 +163,7 @@ def launched() -> Iterator[Counter[str]]:
 
 
 class Graph:
-    """A captured sequence of calls. It keeps its memory: what ran in it wrote there, and will again."""
+    """A captured sequence of calls. It keeps its memory: what ran in it wrote there, and will do so again."""
 
     def __init__(self, graph: Any, stream: Any, pool: Any) -> None:
         self._graph, self.stream, self._pool = graph, stream, pool
@@ -188,7 +188,7 @@ class Gpu:
 
     def __init__(self) -> None:
         self.cupy = importlib.import_module("cupy")
-        self.stream = self.cupy.cuda.Stream(non_blocking=True)  # waits for nothing that is not asked for
+        self.stream = self.cupy.cuda.Stream(non_blocking=True)  # waits only for what it is asked to
 
     @functools.cached_property
     def _module(self) -> Any:
@@ -214,17 +214,17 @@ class Gpu:
         return a
 
     def poison(self, *arrays: Any) -> None:
-        """NaN in every element, whatever the dtype: what a kernel forgets to write shows."""
+        """NaN in every element, whatever the dtype: shows what a kernel does not write."""
         for a in arrays:
             self.cupy.cuda.runtime.memsetAsync(a.data.ptr, 0xFF, a.nbytes, self.cupy.cuda.get_current_stream().ptr)
 
     def keep_busy(self) -> None:
-        """A few milliseconds of work on the current stream: what is launched behind it must wait."""
+        """A few milliseconds of work on the current stream: what is launched after it has to wait."""
         self._kernel("spin", 1, 1, 4_000_000)
 
     def copies(self) -> dict[str, float]:
-        """Bytes a second, those read and those written, of ways to copy, of reading, and of reading two arrays and
-        writing one. The driver's copy is timed in a graph, as everything else is, and without."""
+        """Bytes per second, read and written, of several ways to copy, of reading, and of reading two arrays and
+        writing one. The driver's copy is timed in a graph, like everything else, and without."""
         nbytes = 2 << 30
         a, b = (self.fill(1 << 14, nbytes >> 16, "float32", "logits", seed, 0) for seed in (0, 1))
         c = self.cupy.empty_like(a)
@@ -254,7 +254,7 @@ class Gpu:
         return found
 
     def _milliseconds(self, work: Callable[[], Any]) -> float:
-        """Of what `work` puts on the stream."""
+        """Of the work that `work` submits to the stream."""
         start, end = self.cupy.cuda.Event(), self.cupy.cuda.Event()
         start.record(self.stream)
         work()
@@ -264,7 +264,7 @@ class Gpu:
 
     def capture(self, calls: Sequence[Callable[[], Any]]) -> Graph:
         self.synchronize()
-        # what is allocated in a graph must not be given to anybody else while the graph lives
+        # memory allocated in a graph must not be reused while the graph lives
         pool = self.cupy.cuda.MemoryPool()
         with self.cupy.cuda.using_allocator(pool.malloc), self.stream:
             self.stream.begin_capture()
@@ -279,7 +279,7 @@ class Gpu:
         self.cupy.get_default_memory_pool().free_all_blocks()
 
     def memory(self) -> int:
-        """Bytes that are free."""
+        """Free memory, in bytes."""
         return int(self.cupy.cuda.runtime.memGetInfo()[0])
 
     def cache_bytes(self) -> int:
@@ -301,7 +301,7 @@ class Gpu:
 
 
 class _Replay:
-    """A graph of the emulator: the calls themselves."""
+    """A graph of the emulator: just the calls."""
 
     def __init__(self, calls: Sequence[Callable[[], Any]]) -> None:
         self._calls = calls
@@ -318,7 +318,7 @@ class _Replay:
 
 
 class Emulated(Gpu):
-    """tests/emulator: kernels run at once, on the CPU."""
+    """tests/emulator: kernels run immediately, on the CPU."""
 
     emulated = True
 

@@ -1,8 +1,8 @@
-"""What a run on a GPU finds, as lines of JSON: results.jsonl, a line the moment something is known.
+"""The results of a run on a GPU as lines of JSON: results.jsonl, with a line as soon as something is known.
 
-gpu_run.py and the processes of its stages write, report.py reads. Nothing waits in memory for an end that may not
-come: whoever is killed leaves complete lines. A line names its `stage`, and its `item` if it is about one of the things
-that a stage goes through.
+gpu_run.py and the processes of its stages write it, report.py reads it. Nothing is held back until the end, so a
+process that is killed leaves complete lines. A line names its `stage`, and its `item` if it is about one of the items
+of a stage.
 """
 
 import faulthandler
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 NAME = "results.jsonl"
-FILES = "KLCORE_GPU_RESULTS"  # where lines go, split by os.pathsep; the last file knows earlier calls as well
+FILES = "KLCORE_GPU_RESULTS"  # files for lines, separated by os.pathsep; the last one also has earlier calls
 CALL = "KLCORE_GPU_CALL"
 
 
@@ -24,7 +24,7 @@ def call() -> int:
 
 
 def say(**line: Any) -> None:
-    """Append a line, by one write, to every file."""
+    """Append a line, in one write, to every file."""
     data = (json.dumps({"call": call(), **line}) + "\n").encode()
     for path in filter(None, os.environ.get(FILES, "").split(os.pathsep)):
         with open(path, "ab", buffering=0) as file:
@@ -32,7 +32,7 @@ def say(**line: Any) -> None:
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """All lines but those cut short, which a full disk could leave."""
+    """All lines except truncated ones, which a full disk could leave."""
     found = []
     for line in path.read_text().splitlines() if path.exists() else ():
         try:
@@ -43,7 +43,7 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 
 def known() -> list[dict[str, Any]]:
-    """The lines of this call, and in a second call those of the first."""
+    """The lines of this call and, in a second call, those of the first."""
     path = os.environ.get(FILES, "").rpartition(os.pathsep)[2]
     return read(Path(path)) if path else []
 
@@ -58,11 +58,12 @@ def each(
     alive: Callable[[], Any] = lambda: None, shard: tuple[int, int] = (0, 1), needs: float = 1.0,
     patience: float = 60.0,
 ) -> None:  # fmt: skip
-    """Do `work` for each name that has no result yet, until the deadline less the seconds that one `needs`.
+    """Do `work` for each name that has no result yet, until the deadline less the seconds that one item `needs`.
 
-    A line when it begins, and one with what was found. Who began in this call and left no result has ended its process,
-    and would again; of an earlier call's, it comes last. `alive` raises, after an error, if the process has lost the
-    GPU: then another goes on. So it does where there is a deadline and one takes longer than `patience`: kernels hang.
+    Writes a line when an item begins, and one with its result. An item that began in this call and has no result ended
+    its process, and would do so again; one from an earlier call comes last. After an error, `alive` raises if the
+    process has lost the GPU; another process then continues. The same happens, if there is a deadline, when an item
+    takes longer than `patience`, because kernels can hang.
     """
     names = list(names)
     k, count = shard
@@ -83,7 +84,7 @@ def each(
             faulthandler.dump_traceback_later(patience, exit=True)
         try:
             found, failed = work(name), False
-        except Exception as error:  # of any kind: what follows is worth as much
+        except Exception as error:  # of any kind: the following items are worth as much
             found, failed = {"failed": sentence(error)}, True
         faulthandler.cancel_dump_traceback_later()
         say(stage=stage, item=name, seconds=round(time.time() - start, 3), **found)

@@ -1,29 +1,29 @@
-"""Everything there is to know about klcore on this machine's GPU, the most valuable first.
+"""Check and measure everything about klcore on this machine's GPU, the most valuable first.
 
     python benchmarks/gpu_run.py OUT [--seconds N] [--second] [--only STAGE]... [--carry DIR] [--emulated]
 
-For a GPU that can be had for a quarter of an hour: `--seconds 520` ends in time whatever happens, and `--second
---seconds 170`, at once behind it on the same machine, does what failed or was not reached. `make gpu-carry` prepares
-what travels there. `make gpu-check` is the same for those who own a GPU: the stages that matter to them, without a
-limit.
+For a GPU borrowed for a quarter of an hour: `--seconds 520` ends in time whatever happens, and `--second --seconds
+170`, called right after it on the same machine, does what failed or was not reached. `make gpu-carry` prepares the
+files for this. `make gpu-check` is the same for owners of a GPU: the stages that matter to them, without a limit.
 
-environment    GPU, driver, clocks, versions; what was carried is unpacked; klcore is built meanwhile, if need be
+environment    GPU, driver, clocks, versions; prepared files are unpacked; klcore is built in the background if needed
 first-light    every family of kernels against float64. If that fails, the rest is not run
-ceilings       what memory allows, and what a small call costs
+ceilings       the limits of memory, and the cost of a small call
 alone          speed of klcore, beside those ceilings: shapes, operations, pairs of spaces
-profile        launches under ncu: what keeps a kernel from being faster
+profile        launches under ncu: what limits the speed of a kernel
 bits           every operation, pair of spaces and dtype against the CPU
-sanitizer      compute-sanitizer's four tools at once, on every kernel in every role
+sanitizer      the four tools of compute-sanitizer at the same time, on every kernel in every role
 peers          speed beside other libraries, in the same rounds
 tests          the tests of the CUDA kernels
 large          arrays of more than 2^31 elements
 more           more cases beside other libraries, and klcore over row lengths
 
-Each stage has processes of its own, which are ended with it: a kernel that kills its process ends nothing else. What is
-found is a line of OUT/results.jsonl at once; processes write to OUT/log.txt, the tools to a file each; OUT/table.txt is
-printed last. The exit status is 1 if something failed. `make gpu-report` makes pages of such folders.
+Each stage has its own processes, which end with it: a kernel that kills its process ends nothing else. Every result is
+immediately written as a line of OUT/results.jsonl; processes write to OUT/log.txt, each tool to its own file, and
+OUT/table.txt is printed last. The exit status is 1 if something failed. `make gpu-report` turns such folders into
+pages.
 
---emulated runs all of it on tests/emulator, with tiny arrays: it shows that this command works, and no more.
+--emulated runs everything on tests/emulator, with tiny arrays: it only shows that this command works.
 """
 
 import argparse
@@ -56,7 +56,7 @@ from gpu_lines import each, known, say, sentence
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
-KEEP = ROOT / "build" / "gpu-run"  # outlives a call
+KEEP = ROOT / "build" / "gpu-run"  # kept between calls
 LIBRARIES = (
     "klcore", "numpy", "cupy-cuda13x", "cupy-cuda12x", "ml_dtypes", "torch", "triton", "jax", "liger_kernel",
     "nvidia-cuda-nvrtc",
@@ -67,7 +67,7 @@ TESTS = (
     "tests/test_dispatch.py",
 )  # fmt: skip
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
-TOOL_FOUND = 77  # compute-sanitizer's exit status for errors of kernels
+TOOL_FOUND = 77  # exit status of compute-sanitizer if kernels have errors
 SECTIONS = (
     "SpeedOfLight", "ComputeWorkloadAnalysis", "MemoryWorkloadAnalysis", "MemoryWorkloadAnalysis_Tables",
     "SchedulerStats", "WarpStateStats", "Occupancy", "LaunchStats",
@@ -77,11 +77,11 @@ LAST = 8.0  # seconds kept for the table
 
 
 class Skip(Exception):
-    """A stage that cannot run here, and why."""
+    """A stage cannot run here, with the reason."""
 
 
 class Stop(Exception):
-    """What makes all that would follow worthless."""
+    """Raised if everything that follows would be worthless."""
 
 
 @dataclass
@@ -93,14 +93,14 @@ class Run:
     end: float
     carry: Path
     keep: Path
-    site: Path  # klcore, of these sources, if it is built on the way
-    deadline: float = 0.0  # of the stage that is under way
-    out_of_time: bool = False  # in that stage
+    site: Path  # klcore, installed from these sources, if it is built during the run
+    deadline: float = 0.0  # of the current stage
+    out_of_time: bool = False  # in the current stage
     children: list[subprocess.Popen[bytes]] = field(default_factory=list)
     builder: subprocess.Popen[bytes] | None = None
 
     def start(self, words: Sequence[str], to: str = "log.txt") -> subprocess.Popen[bytes]:
-        """A process in a session of its own: it can be ended with all that it started."""
+        """Start a process in a separate session, so that it can be killed with everything that it started."""
         environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
         environment |= {"KLCORE_GPU_DEADLINE": str(self.deadline), "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
         with open(self.out / to, "ab", buffering=0) as log:
@@ -120,7 +120,7 @@ class Run:
         return [sys.executable, str(HERE / "gpu_run.py"), str(self.out), *emulated, "--work", *arguments]
 
     def wait(self, process: subprocess.Popen[bytes]) -> int | None:
-        """Its exit status; None if it had to be ended when the stage was out of time."""
+        """Its exit status; None if it was killed because the stage was out of time."""
         try:
             status = process.wait(None if self.deadline == math.inf else max(0.1, self.deadline - time.time()))
         except subprocess.TimeoutExpired:
@@ -130,14 +130,15 @@ class Run:
 
     def kill(self, process: subprocess.Popen[bytes]) -> None:
         with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)  # and those that it started
+            os.killpg(process.pid, signal.SIGKILL)  # with all processes that it started
         with contextlib.suppress(subprocess.TimeoutExpired):  # a driver that hangs must not end the run
             process.wait(5)
         if process in self.children:
             self.children.remove(process)
 
     def items(self, stage: str, processes: int = 1) -> list[str]:
-        """Have workers go through a stage's items, others after those that died; what else went wrong."""
+        """Have workers go through a stage's items, and start others for those that died; returns what else went
+        wrong."""
         failures = []
         running = {k: self.work(stage, f"{k}/{processes}") for k in range(processes)}
         left = RESTARTS
@@ -163,19 +164,19 @@ class Run:
         return failures
 
     def needs_core(self) -> None:
-        """Wait until klcore's extension is there: what is compared is compared with the CPU."""
+        """Wait until klcore's extension exists: results are compared with the CPU."""
         if self.builder is None:
             return
         try:
             status = self.builder.wait(None if self.deadline == math.inf else max(0.1, self.deadline - time.time()))
-        except subprocess.TimeoutExpired:  # for a later stage it may be there
+        except subprocess.TimeoutExpired:  # a later stage may still find it
             raise RuntimeError("klcore is still being built") from None
         if status:
             raise RuntimeError("klcore could not be built; why stands in log.txt")
 
 
 def processes() -> int:
-    """At once: most of their time is the CPU's, and all share the GPU."""
+    """The number of processes at the same time: they mostly use the CPU, and all share the GPU."""
     return max(2, min(14, (os.cpu_count() or 2) - 2))
 
 
@@ -190,7 +191,7 @@ def tool(name: str) -> str:
 
 
 def source_digest() -> str:
-    """Of all that makes klcore: a commit says it only where git is, and nothing is uncommitted."""
+    """A digest of everything that makes up klcore: a commit identifies it only with git, and without local changes."""
     digest = hashlib.sha256()
     for pattern in ("src/*.h", "src/*.cu", "src/*.pyx", "klcore/**/*.py"):
         for path in sorted(ROOT.glob(pattern)):
@@ -200,13 +201,14 @@ def source_digest() -> str:
 
 
 def kernel_digest() -> str:
-    """Of all that makes a kernel beside the compiler and its options: what is carried must have it."""
+    """A digest of everything that makes up a kernel except compiler and options: prepared files must have the same
+    one."""
     nvrtc = importlib.import_module("klcore.backends.cuda.nvrtc")
     return hashlib.sha256(repr((nvrtc.source(), nvrtc._OPTIONS)).encode()).hexdigest()[:16]
 
 
 def commit() -> str:
-    """KLCORE_COMMIT, where git cannot be asked."""
+    """The commit, or KLCORE_COMMIT where there is no git."""
     given = os.environ.get("KLCORE_COMMIT")
     if given:
         return given
@@ -219,9 +221,9 @@ def commit() -> str:
 
 
 def prepare_paths(keep: Path, site: Path) -> None:
-    """For this process and its children: klcore as it is installed, else as it lies here, without its extension.
+    """For this process and its children: use klcore as installed, or else from this tree, without its extension.
 
-    What is built and installed on the way comes first, as soon as it is there.
+    What is built and installed during the run comes first, as soon as it exists.
     """
     given = filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))
     paths = [str(site), str(keep / "extra"), str(HERE), *given]
@@ -232,7 +234,7 @@ def prepare_paths(keep: Path, site: Path) -> None:
 
 
 def lay_out(folder: Path) -> Path:
-    """klcore as an installed package looks: the sources are in it, and it has a version."""
+    """Lay out klcore like an installed package, with its sources and a version."""
     package = folder / "klcore"
     package.mkdir(parents=True, exist_ok=True)
     entries = {path.name: path for path in (ROOT / "klcore").iterdir()} | {"_src": ROOT / "src"}
@@ -247,7 +249,7 @@ def lay_out(folder: Path) -> Path:
 
 
 def unpack(run: Run) -> str:
-    """What was carried, into run.keep; what became of it."""
+    """Unpack the prepared files into run.keep; returns what became of them."""
     manifest = run.carry / "manifest.json"
     if not manifest.exists():
         return "nothing was carried: kernels are compiled as they are needed"
@@ -264,16 +266,17 @@ def unpack(run: Run) -> str:
 
 
 def start_build(run: Run) -> str:
-    """Install what was carried, and build klcore's extension if it is not there, while stages run that do without."""
+    """Install the prepared wheels, and build klcore's extension if it is missing, while stages run that do not need
+    it."""
     pip = f"{shlex.quote(sys.executable)} -m pip install -q --no-index --no-deps --upgrade --target"
     tools, extra, part = (shlex.quote(str(run.keep / name)) for name in ("tools", "extra", "part"))
     built = importlib.util.find_spec("klcore._cpu") is not None
     lines = []
     for folder, names, needed in ((extra, "liger_kernel-*.whl", True), (tools, "[!l]*.whl", not built)):
         wheels = sorted(map(str, run.carry.glob(names)))
-        if wheels and needed:  # one that is of no use here must not keep the rest from being built
+        if wheels and needed:  # a useless wheel must not prevent the rest from being built
             lines.append(f"{pip} {folder} {shlex.join(wheels)} || true")
-    if not built:  # whole or not at all: others look there meanwhile
+    if not built:  # atomically: other processes look there meanwhile
         lines.append(f"PYTHONPATH={tools} {pip} {part} --no-build-isolation {shlex.quote(str(ROOT))}")
         lines.append(f"mv {part} {shlex.quote(str(run.site))}")
     if lines:
@@ -334,7 +337,7 @@ def bits(run: Run) -> list[str]:
     run.needs_core()
     warming = [] if run.emulated else [run.work("warm", f"{k}/2") for k in (0, 1)]
     failures = run.items("bits", 2 if run.emulated else processes())
-    for process in warming:  # whatever they have not done, the stage that needs it will
+    for process in warming:  # what they have not done, the stage that needs it will do
         run.kill(process)
     return failures
 
@@ -385,11 +388,11 @@ def profile(run: Run) -> list[str]:
 @dataclass(frozen=True)
 class Stage:
     name: str
-    limit: float  # seconds, where the call has a limit
+    limit: float  # seconds, if the call has a limit
     run: Callable[[Run], list[str]]
 
 
-# On an H200, with carried kernels: 4 s, 2, 7, 20 for 72 of the cases of `alone`, 10 for six launches, 28, tests 90.
+# On an H200, with prepared kernels: 4 s, 2, 7, 20 for 72 of the cases of `alone`, 10 for six launches, 28, tests 90.
 STAGES = (
     Stage("environment", 40, environment),
     Stage("first-light", 60, first_light),
@@ -406,12 +409,12 @@ STAGES = (
 NAMES = [stage.name for stage in STAGES]
 
 
-# ---- what a stage's processes do -------------------------------------------------------------------------------------
+# ---- the processes of a stage ----------------------------------------------------------------------------------------
 
 
 def work(name: str, argument: str, emulated: bool) -> int:
-    if sys.platform == "linux" and name not in ("sanitizer", "profile"):  # those are ended by their tools
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # end with the process that started this one
+    if sys.platform == "linux" and name not in ("sanitizer", "profile"):  # their tools end those
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # end when the parent process ends
     deadline = float(os.environ["KLCORE_GPU_DEADLINE"])
     if name == "environment":
         work_on_environment(emulated)
@@ -434,7 +437,7 @@ def work(name: str, argument: str, emulated: bool) -> int:
         each(name, groups, lambda group: gpu_bits.check_group(gpu, group), **go)
     elif name == "sanitizer":
         if not emulated:
-            gpu.cupy.cuda.set_allocator(None)  # an allocation an array: else an error hits what lies beside it
+            gpu.cupy.cuda.set_allocator(None)  # one allocation per array; otherwise an overrun hits its neighbour
         roles = gpu_bits.roles(gpu)
         each(
             f"sanitizer {argument}",
@@ -467,11 +470,11 @@ def work(name: str, argument: str, emulated: bool) -> int:
     return 0
 
 
-# This file is a plugin of pytest's as well (-p gpu_run): it says how each test ended, at once.
+# This file is also a pytest plugin (-p gpu_run): it reports how each test ended, immediately.
 
 
 def pytest_collection_modifyitems(config: Any, items: list[Any]) -> None:
-    """Without those that passed in an earlier call."""
+    """Leave out the tests that passed in an earlier call."""
     ended = [line for line in known() if line.get("outcome") == "passed" and line["call"] < gpu_lines.call()]
     earlier = {line["item"] for line in ended}
     config.hook.pytest_deselected(items=[item for item in items if item.nodeid in earlier])
@@ -497,7 +500,7 @@ def pytest_collectreport(report: Any) -> None:
 
 
 def say_test(report: Any) -> None:
-    if "PYTEST_XDIST_WORKER" in os.environ:  # a worker's reports come to the first process as well
+    if "PYTEST_XDIST_WORKER" in os.environ:  # the first process receives a worker's reports too
         return
     crash = getattr(report.longrepr, "reprcrash", None)
     why = crash.message.partition("\n")[0] if crash else str(report.longrepr or "").strip().rpartition("\n")[2]
@@ -553,7 +556,7 @@ def run_stages(run: Run, stages: list[Stage], limited: bool) -> None:
             status, why = "skipped", str(reason)
         except Stop as reason:
             failures, stopped = [str(reason)], f"{stage.name} failed"
-        except Exception as error:  # the stages that follow are worth as much
+        except Exception as error:  # the following stages are worth as much
             failures = [sentence(error)]
         for process in [p for p in run.children if p is not run.builder]:
             run.kill(process)
@@ -564,14 +567,14 @@ def run_stages(run: Run, stages: list[Stage], limited: bool) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("out", type=Path, help="the folder for what is found")
-    parser.add_argument("--seconds", type=float, default=math.inf, help="for everything; without, no stage has a limit")
+    parser.add_argument("out", type=Path, help="the folder for the results")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="for all stages; without it there is no limit")
     parser.add_argument("--second", action="store_true", help="what a first call left to do")
     parser.add_argument(
         "--only", action="append", choices=NAMES, metavar="STAGE", help=f"of {', '.join(NAMES)}; repeat"
     )
-    parser.add_argument("--carry", type=Path, default=ROOT / ".carry", help="what make gpu-carry made: .carry")
-    parser.add_argument("--keep", type=Path, default=KEEP, help="what a second call needs of a first: build/gpu-run")
+    parser.add_argument("--carry", type=Path, default=ROOT / ".carry", help="the output of make gpu-carry: .carry")
+    parser.add_argument("--keep", type=Path, default=KEEP, help="files for a second call: build/gpu-run")
     parser.add_argument("--emulated", action="store_true", help="without a GPU: does this command work?")
     parser.add_argument("--work", nargs="+", help=argparse.SUPPRESS)  # for processes of this command
     args = parser.parse_args()

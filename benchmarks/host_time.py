@@ -2,11 +2,11 @@
 
     python benchmarks/host_time.py [--against TREE]
 
-The arrays are those of stub.py, which cost nothing, and launches do nothing: what is measured is klcore's own work for
-a warm call, one whose shapes were seen before. What CuPy needs for an allocation and a launch comes on top; both are
-counted. `--against` measures another checkout of klcore in turns with this one, each round in a process of its own, and
-prints both. It is processor time, of the fastest repetition of a round and the median round, because other programs can
-only add to it.
+The arrays are those of stub.py, which cost nothing, and launches do nothing, so this measures klcore's own work for a
+warm call, one whose shapes were seen before. CuPy's time for allocations and launches comes on top; both are counted.
+`--against` measures another checkout of klcore as well, in turns, each round in a separate process, and prints both.
+The figure is processor time: the fastest repetition of a round, and the median round, because other programs can only
+add to it.
 """
 
 import argparse
@@ -29,7 +29,7 @@ ROUNDS, REPETITIONS, CALLS = 5, 7, 300
 
 
 def calls(cupy: Any, shape: tuple[int, int] = (8192, 32768)) -> dict[str, Callable[[], Any]]:
-    """Every kind of call whose time on the host counts, by name."""
+    """Every kind of call whose host time matters, by name."""
     import klcore
 
     x, y = (cupy.empty(shape, "float32") for _ in "xy")
@@ -64,7 +64,7 @@ def calls(cupy: Any, shape: tuple[int, int] = (8192, 32768)) -> dict[str, Callab
 
 
 def measure() -> dict[str, dict[str, float]]:
-    """Of each kind of call: microseconds, allocations, launches."""
+    """Microseconds, allocations and launches of each kind of call."""
     found = {}
     with stub.installed() as cupy:
         for name, call in calls(cupy).items():
@@ -78,7 +78,7 @@ def measure() -> dict[str, dict[str, float]]:
 
 
 def measure_in(tree: Path) -> dict[str, dict[str, float]]:
-    """The same of the klcore of another tree, in a process of its own."""
+    """The same for the klcore of another tree, in a separate process."""
     words = [sys.executable, str(Path(__file__).resolve()), "--json"]
     done = subprocess.run(words, env=os.environ | {"PYTHONPATH": str(tree)}, capture_output=True, text=True)
     if done.returncode:

@@ -2,10 +2,10 @@
 
     python benchmarks/plots.py
 
-writes docs/plots/NAME-light.svg and NAME-dark.svg, for white and for dark pages, and the tables of docs/accuracy.md. It
-measures nothing: it draws the newest records in docs/benchmarks, which accuracy.py, side_by_side.py and report.py
-make, and the divergences as klcore computes them. Readable on a telephone: seven inches wide, panels one above the
-other, large letters. The same record gives the same file.
+writes docs/plots/NAME-light.svg and NAME-dark.svg, for light and dark pages, and the tables of docs/accuracy.md. It
+measures nothing: it draws the newest records in docs/benchmarks, written by accuracy.py, side_by_side.py and
+report.py, and the divergences as klcore computes them. The plots are readable on a phone: seven inches wide, with
+panels one above the other and large letters. The same record gives the same file.
 """
 
 import functools
@@ -31,7 +31,7 @@ PLOTS = RECORDS.parent / "plots"
 PAGE = RECORDS.parent / "accuracy.md"
 WIDTH = 7.0  # inches
 
-# Darker on white, lighter on dark. After Okabe and Ito; of any two colours at least 12 units of CIELAB remain for the
+# Darker on white, lighter on dark. After Okabe and Ito; any two colours differ by at least 12 units of CIELAB for the
 # colour-blind, by the simulation of Machado, Oliveira and Fernandes (2009). Markers differ as well.
 THEMES = {
     "light": {
@@ -96,11 +96,11 @@ def array(found: list[float | None]) -> np.ndarray:
 
 # ---- elementary functions --------------------------------------------------------------------------------------------
 
-LEAST, TOP = 0.35, 8.0  # ulp; an error above that is written down
+LEAST, TOP = 0.35, 8.0  # ulp; a larger error is written as a number
 
 
 def elementary(record: dict[str, Any], theme: Theme) -> Figure:
-    """Worst error in ulp by octave: a row of panels a function, a column a dtype."""
+    """Worst error in ulp by octave: a row of panels per function, a column per dtype."""
     about = record["elementary"]
     functions = list(dict.fromkeys(name.split()[0] for name in about["ulp"]))
     dtypes = list(about["bounds"])
@@ -154,7 +154,7 @@ LITERAL, DIVERGENCE = "x log(x/y)", "x log(x/y) - x + y"
 
 
 def divergence(record: dict[str, Any], theme: Theme, dtype: str) -> Figure:
-    """Worst error by decade of the divergence, a panel a kind of input."""
+    """Worst error by decade of the divergence, one panel per kind of input."""
     about = record["divergence"]
     figure, axes = pyplot.subplots(
         len(PANELS), 1, figsize=(WIDTH, 10.5), sharex=True, sharey=True, layout="constrained"
@@ -171,7 +171,7 @@ def divergence(record: dict[str, Any], theme: Theme, dtype: str) -> Figure:
             panel.plot(centres, array(found["formulas"][LITERAL]["worst"]), **of_literal, zorder=6)
         panel.plot(centres, bound, **of_bound, zorder=2)
         shown = {name: errors for name, errors in found[of_what].items() if name != LIKE_NUMPY}
-        for k, (name, errors) in enumerate(shown.items()):  # markers in turn: many of the lines lie on each other
+        for k, (name, errors) in enumerate(shown.items()):  # markers at alternating points: many of the lines coincide
             panel.plot(centres, array(errors["worst"]), markevery=(k % 3, 3), **look(name, theme))
         names |= dict.fromkeys(shown)
         remarks = []
@@ -196,7 +196,7 @@ def divergence(record: dict[str, Any], theme: Theme, dtype: str) -> Figure:
 
 
 def ratios(times: dict[str, dict[str, float]], device: str, floor: str, theme: Theme) -> Figure:
-    """Contenders' times as multiples of the floor, one line an operation."""
+    """The contenders' times as multiples of the floor, one line per operation."""
     names = sorted({name for found in times.values() for name in found}, key=lambda name: (ORDER.get(name, 99), name))
     figure, panel = pyplot.subplots(figsize=(WIDTH, 2.2 + 0.55 * len(times)), layout="constrained")
     panel.axvline(1, color=theme["ink"], linestyle="--", linewidth=1.4)
@@ -206,7 +206,7 @@ def ratios(times: dict[str, dict[str, float]], device: str, floor: str, theme: T
     panel.set_xscale("log")
     panel.set_xlim(0.8, None)
     panel.xaxis.set_major_formatter("{x:g}")
-    if panel.get_xlim()[1] < 10:  # of the powers of ten it would show one
+    if panel.get_xlim()[1] < 10:  # a power-of-ten axis would show a single label
         panel.set_xticks([t for t in (1, 1.5, 2, 3, 4, 6, 8) if t < panel.get_xlim()[1]])
         panel.minorticks_off()
     panel.set_yticks(range(len(times)), list(times))
@@ -219,7 +219,7 @@ def ratios(times: dict[str, dict[str, float]], device: str, floor: str, theme: T
 
 
 def cpu(record: dict[str, Any], theme: Theme) -> Figure:
-    """Of side_by_side.py's record, rows' values: a sum over them takes as long."""
+    """From side_by_side.py's record, the values of rows: a sum over them takes as long."""
     times: dict[str, dict[str, float]] = {}
     for title, figures in record["operations"].items():
         what, space, reduction = title.split(", ")
@@ -232,7 +232,7 @@ def cpu(record: dict[str, Any], theme: Theme) -> Figure:
 
 
 def gpu(record: dict[str, Any], theme: Theme) -> Figure:
-    """Of a GPU's record, the first shape at which all contenders ran; report.py draws every case."""
+    """From a GPU's record, the first shape at which all contenders ran; report.py draws every case."""
     cases = benchmark_of(record)["cases"]
     compared = [c for c in cases if len(c["contenders"]) > 1] or cases
     shape = [(c["rows"], c["n"]) for c in compared][:1]
@@ -314,7 +314,7 @@ def front(close: dict[str, Any], speed: dict[str, Any], theme: Theme) -> Figure:
 # ---- the divergences -------------------------------------------------------------------------------------------------
 
 HEIGHT = 1.5  # nats
-# colour, line, and where the name stands: behind the line's right end, or above the end where it leaves the picture
+# colour, line, and position of the name: after the line's right end, or above the end if the line leaves the picture
 MEMBERS = {
     "chi2_div": ("orange", "-", "right"),
     "kl_div": ("blue", "-", "left"),
@@ -329,7 +329,7 @@ MEMBERS = {
 
 
 def family(theme: Theme) -> Figure:
-    """All divergences of (1/2, 1/2) from (s, 1 - s), with the parameters that are the default."""
+    """All divergences of (1/2, 1/2) from (s, 1 - s), with the default parameters."""
     s = np.linspace(0, 1, 2001)
     y = np.stack([s, 1 - s], -1)
     figure, panel = pyplot.subplots(figsize=(WIDTH, 5), layout="constrained")
@@ -390,7 +390,7 @@ def errors_table(record: dict[str, Any]) -> str:
 
 
 def page(text: str, folder: Path = RECORDS) -> str:
-    """docs/accuracy.md with its marked sections made anew from the newest record in `folder`."""
+    """docs/accuracy.md with its marked sections regenerated from the newest record in `folder`."""
     path = newest_accuracy(folder)
     if path is None:
         raise FileNotFoundError(f"no accuracy-*.json in {folder}: `make accuracy` writes one")

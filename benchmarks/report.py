@@ -1,11 +1,11 @@
-"""Tables, plots and docs/performance.md, from what gpu_run.py and side_by_side.py found.
+"""Tables, plots and docs/performance.md, from the results of gpu_run.py and side_by_side.py.
 
     python benchmarks/report.py [FOLDER ...] [--to DIR]
 
-makes of gpu_run.py's folders, those of one run, the record docs/benchmarks/GPU-DATE-COMMIT.json, and of that a page
-(.md) and, if matplotlib is there, a plot (.svg) beside it; then it puts the newest records, of the CPU and of a GPU,
-into the marked sections of docs/performance.md, and beside the GPU's times those of earlier records of such a GPU. It
-measures nothing and needs no GPU. gpu_run.py asks it how stages ended, and for the table that it prints last.
+turns the folders of one run of gpu_run.py into the record docs/benchmarks/GPU-DATE-COMMIT.json, and writes a page (.md)
+and, if matplotlib is installed, a plot (.svg) beside it. Then it puts the newest records, of the CPU and of a GPU, into
+the marked sections of docs/performance.md, with the times of earlier records of the same GPU. It measures nothing and
+needs no GPU. gpu_run.py uses it to find out how stages ended, and for the table that it prints last.
 """
 
 import argparse
@@ -28,19 +28,19 @@ ROOT = Path(__file__).resolve().parents[1]
 RECORDS = ROOT / "docs" / "benchmarks"
 PAGE = ROOT / "docs" / "performance.md"
 OURS = "klcore"
-SHOWN = 12  # entries of a list; the record has them all
+SHOWN = 12  # entries of a list; the record has all of them
 SIZES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}  # bytes
 PERCENT = "percent of copy"
-LARGE = 1e9  # bytes of both inputs: what the targets of bandwidth are about
-# percent of the copy that value, and value and gradient, are to reach
+LARGE = 1e9  # bytes of both inputs: the bandwidth targets are about these
+# percent of the copy's bandwidth: targets for the value, and for value and gradient
 TARGETS = {"H100": {"float32": 90, "bfloat16": 85}, "H200": {"float32": 85, "bfloat16": 75}}
-CALL_US = 20.0  # a call from Python, warm
+CALL_US = 20.0  # a warm call from Python
 MARKERS = "osD^v<>ph*"  # of a plot
 AHEAD = {"torch.compile": 1.0, "Liger-Kernel": 1.0, "torch eager": 4.0}
 
 
 def markdown(header: list[str], rows: Iterable[list[str]], text: Sequence[int] = (0,)) -> str:
-    """A table; those columns are text, the others are numbers."""
+    """A table; the given columns are text, the others are numbers."""
     lines = [header, ["---" if k in text else "--:" for k in range(len(header))], *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
@@ -49,7 +49,7 @@ def markdown(header: list[str], rows: Iterable[list[str]], text: Sequence[int] =
 
 
 def cpu_section(path: Path) -> str:
-    """Median milliseconds of side_by_side.py's record."""
+    """Median milliseconds from side_by_side.py's record."""
     record = json.loads(path.read_text())
     machine = record["machine"]
     names: list[str] = []
@@ -92,9 +92,9 @@ BENCHMARKS = ("alone", "peers", "more")  # of them
 
 @dataclass
 class Verdict:
-    """How a stage ended, of all lines about it."""
+    """How a stage ended, from all lines about it."""
 
-    status: str  # ok, failed, skipped, not run, out of time, or cut off: with the whole run
+    status: str  # ok, failed, skipped, not run, out of time, or cut off with the whole run
     seconds: float
     why: str
     done: int  # items
@@ -113,7 +113,7 @@ def judge(stage: str, lines: list[dict[str, Any]]) -> Verdict:
     for (_, item), line in (found | tools).items():
         failures += [f"{item}: {words}" for words in wrongs(line)]
     planned: dict[str, Any] = {}
-    for line in mine:  # of a second call only what was left: the first counts
+    for line in mine:  # a second call does only what was left: the first one counts
         if "planned" in line:
             planned.setdefault(line["stage"], line["planned"])
     not_run = 0
@@ -132,7 +132,7 @@ def judge(stage: str, lines: list[dict[str, Any]]) -> Verdict:
 
 
 def wrongs(line: dict[str, Any]) -> list[str]:
-    """What is wrong with an item."""
+    """The problems of an item."""
     found = [line[key] for key in ("failed", "died") if key in line] + line.get("wrong", [])
     if line.get("outcome") == "failed":
         found.append(line["why"])
@@ -143,7 +143,7 @@ def wrongs(line: dict[str, Any]) -> list[str]:
 
 
 def notes(stage: str, verdict: Verdict, lines: list[dict[str, Any]]) -> str:
-    """What is to be said about a stage, in a few words."""
+    """What to say about a stage, in a few words."""
     if verdict.why:
         return verdict.why
     words = [f"{verdict.done} done"] if verdict.done else []
@@ -155,11 +155,12 @@ def notes(stage: str, verdict: Verdict, lines: list[dict[str, Any]]) -> str:
         skipped = sum(line.get("outcome") == "skipped" for line in lines)
         words += [f"{skipped} of them skipped"] if skipped else []
     words += [line["note"] for line in lines if line["stage"] == stage and "note" in line]
-    return "; ".join(dict.fromkeys(words))  # a second call says the same
+    return "; ".join(dict.fromkeys(words))  # a second call repeats them
 
 
 def ceiling(copies: dict[str, float]) -> str:
-    """Which is 100 percent: the fastest that reads and writes. The driver's copy may be far from what memory can do."""
+    """What counts as 100 percent: the fastest kernel that reads and writes. The driver's copy may be far below the
+    limit."""
     return max((name for name in copies if name != "read"), key=lambda name: copies[name], default="")
 
 
@@ -170,12 +171,12 @@ def necessary_bytes(case: dict[str, Any]) -> int:
 
 
 def of_item(name: str, lines: list[dict[str, Any]]) -> dict[str, Any]:
-    """The last figures of an item; none if it has none."""
+    """The latest figures of an item, if there are any."""
     return next((line["figures"] for line in reversed(lines) if line["item"] == name and "figures" in line), {})
 
 
 def measured(lines: list[dict[str, Any]], most: float | None) -> dict[str, Any]:
-    """Cases by item, with percent of `most`, bytes a second, if that is known."""
+    """Cases by item, with percent of `most`, in bytes per second, if that is known."""
     found = {}
     for line in lines:
         if "contenders" in line.get("figures", ()):
@@ -197,7 +198,7 @@ MILLI = {"ns": 1e-6, "us": 1e-3, "ms": 1.0, "s": 1e3, "second": 1e3}
 
 
 def profile_of(text: str) -> list[dict[str, Any]]:
-    """Of each kernel that ncu ran: in which call, and what tells what keeps it from being faster."""
+    """For each kernel that ncu ran: the call it is in, and the figures that show what limits its speed."""
     calls, title, found = [], "", list[dict[str, Any]]()
     for line in text.splitlines():
         kernel = re.match(r"  (kl_\w+) \(\d+, \d+, \d+\)x", line)
@@ -215,7 +216,7 @@ def profile_of(text: str) -> list[dict[str, Any]]:
 
 
 def record_of(lines: list[dict[str, Any]], profile: str = "") -> dict[str, Any]:
-    """All that one run found, in one or two calls, as docs/benchmarks keeps it; `profile` is what ncu wrote."""
+    """All results of one run, in one or two calls, as docs/benchmarks keeps them; `profile` is the output of ncu."""
     runs = [line for line in lines if line["stage"] == "run"]
     if len({(line["sources"], line["emulated"]) for line in runs}) != 1:
         raise ValueError("these are not the results of one run: there must be one state of the sources")
@@ -255,7 +256,7 @@ def record_of(lines: list[dict[str, Any]], profile: str = "") -> dict[str, Any]:
 
 
 def table(lines: list[dict[str, Any]]) -> list[str]:
-    """What gpu_run.py prints last: the page, without what is long."""
+    """What gpu_run.py prints last: the page, without the long parts."""
     record = record_of(lines)
     found = benchmark_of(record)
     found["cases"] = [case for case in found["cases"] if case["part"] != "sweep"]
@@ -269,7 +270,7 @@ def table(lines: list[dict[str, Any]]) -> list[str]:
 
 
 def of(case: dict[str, Any], name: str) -> dict[str, Any]:
-    """A contender's figures; none if it was not there."""
+    """A contender's figures, if it was measured."""
     return next((c for c in case["contenders"] if c["name"] == name), {})
 
 
@@ -286,7 +287,7 @@ def benchmark_of(record: dict[str, Any]) -> dict[str, Any]:
 
 
 def peers_table(cases: list[dict[str, Any]]) -> str:
-    """Milliseconds, percent of the copy, and how many times klcore's time the others take."""
+    """Milliseconds, percent of the copy, and the others' times as multiples of klcore's."""
     names: list[str] = []
     for case in cases:
         names += [c["name"] for c in case["contenders"] if c["name"] not in names and c["name"] != OURS]
@@ -305,7 +306,8 @@ def peers_table(cases: list[dict[str, Any]]) -> str:
 
 
 def ours_table(cases: list[dict[str, Any]], row: Sequence[str], column: Sequence[str]) -> str:
-    """klcore's percent of the copy: what is computed, by the names of a case that say it, and in columns the others."""
+    """klcore's percent of the copy: a line for what is computed, by those names of a case, and columns for the other
+    names."""
 
     def words(case: dict[str, Any], names: Sequence[str]) -> str:
         found = [case.get(name, "kl_div") for name in names]
@@ -318,14 +320,14 @@ def ours_table(cases: list[dict[str, Any]], row: Sequence[str], column: Sequence
 
 
 def profile_table(kernels: list[dict[str, Any]]) -> str:
-    """What ncu found."""
+    """The figures from ncu."""
     names = ("ms", "DRAM %", "SM %", "warps an SM", "registers")
     rows = [[f"{k['call']}: {k['kernel']}", *(f"{k[n]:.3g}" if k.get(n) else "" for n in names)] for k in kernels]
     return markdown(["call: kernel", *names], rows)
 
 
 def development(record: dict[str, Any], earlier: list[dict[str, Any]]) -> str:
-    """klcore's milliseconds at the first shape, beside those of earlier records; newest first."""
+    """klcore's milliseconds at the first shape, beside those of earlier records; the newest first."""
     cases = [c for c in benchmark_of(record)["cases"] if c["part"] == "alone" and "ms" in of(c, OURS)]
     cases = [c for c in cases if (c["rows"], c["n"]) == (cases[0]["rows"], cases[0]["n"])]
     records = [record, *earlier]
@@ -337,7 +339,7 @@ def development(record: dict[str, Any], earlier: list[dict[str, Any]]) -> str:
 
 
 def absent(cases: list[dict[str, Any]]) -> list[str]:
-    """Who could not be measured, and why."""
+    """The contenders that could not be measured, and why."""
     found = {f"{c['name']}: {c['absent']}": None for case in cases for c in case["contenders"] if "absent" in c}
     return [f"Absent from some cases: {some(list(found))}."] if found else []
 
@@ -348,7 +350,7 @@ def some(entries: list[str], shown: int = SHOWN) -> str:
 
 
 def targets(record: dict[str, Any]) -> str:
-    """Whether each target was met: a table. What is farthest from it comes first."""
+    """A table of whether each target was met. The target that is missed by most comes first."""
     found = benchmark_of(record)
     ours = [(case, of(case, OURS)) for case in found.get("cases", []) if case["part"] in ("alone", "peers")]
     rows = []
@@ -400,7 +402,7 @@ PICTURE = """<picture>
 
 
 def gpu_section(record: dict[str, Any], name: str, folder: str, earlier: Sequence[dict[str, Any]] = ()) -> str:
-    """A whole record as Markdown; `folder` leads to it, and `name` is what it is called there."""
+    """A whole record as Markdown; `folder` is the path to it, and `name` its name there."""
     about, found = record["environment"], benchmark_of(record)
     versions = ", ".join(f"{k} {v}" for k, v in about.get("versions", {}).items() if v != "not installed")
     parts = ["**Emulated on a CPU: these times mean nothing.**"] if record["emulated"] else []
@@ -566,7 +568,7 @@ def newest_gpu(folder: Path) -> Path | None:
 
 
 def newest_gpu_section(folder: Path) -> str:
-    """The newest record, and what others of the same GPU say."""
+    """The newest record, and earlier records of the same GPU."""
     paths = gpus(folder)
     if not paths:
         return NO_GPU
@@ -578,7 +580,7 @@ def newest_gpu_section(folder: Path) -> str:
 
 
 def marked(text: str, name: str, section: str, script: str) -> str:
-    """`text`, a page, with what is between its marks of that name made anew."""
+    """`text`, a page, with the section between its marks of that name replaced."""
     start, end = f"<!-- {name}: made by benchmarks/{script} -->", f"<!-- {name}: end -->"
     made = f"{start}\n\n{section}\n\n{end}"
     text, count = re.subn(f"{re.escape(start)}.*{re.escape(end)}", lambda _: made, text, flags=re.DOTALL)
@@ -588,7 +590,7 @@ def marked(text: str, name: str, section: str, script: str) -> str:
 
 
 def page(text: str, folder: Path = RECORDS) -> str:
-    """docs/performance.md with its marked sections made anew from the records in `folder`."""
+    """docs/performance.md with its marked sections regenerated from the records in `folder`."""
     cpu = newest_cpu(folder)
     sections = {
         "cpu": cpu_section(cpu) if cpu else "There is no record of a CPU yet: `make bench` makes one.",
@@ -605,7 +607,7 @@ def update_page() -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("folders", nargs="*", type=Path, help="of gpu_run.py, the first call's first")
+    parser.add_argument("folders", nargs="*", type=Path, help="of gpu_run.py, that of the first call first")
     parser.add_argument("--to", type=Path, default=RECORDS, help="where the record goes: docs/benchmarks")
     args = parser.parse_args()
     if args.folders:

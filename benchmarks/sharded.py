@@ -2,9 +2,9 @@
 
     python benchmarks/sharded.py [--rows 256] [--classes 151936] [--processes 2]
 
-Every process computes a total of logits and its gradient by autograd: of whole rows alone, and of shards of the classes
-with klcore and with PyTorch's own loss. Memory is what the resident set grows by at its peak (Linux), beyond the logits
-themselves; bytes are those that each process sends, a row.
+Every process computes a total of logits and its gradient by autograd: of whole rows without sharding, and of shards of
+the classes with klcore and with PyTorch's own loss. Memory is the growth of the resident set at its peak (Linux),
+beyond the logits themselves; bytes are those that each process sends, per row.
 """
 
 import argparse
@@ -38,12 +38,12 @@ def with_pytorch(x: Any, y: Any) -> Any:
 
 
 class Sent(TorchDispatchMode):
-    """Counts what is handed to collectives."""
+    """Counts what is passed to collectives."""
 
     bytes = 0
 
     def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), keywords: Any = None) -> Any:
-        if DTensor in types:  # ask again of what it does with its parts
+        if DTensor in types:  # dispatch again, to see what it does with its local tensors
             return NotImplemented
         if function.namespace == "_c10d_functional" and function.name().partition("::")[2].startswith(
             ("all_", "reduce")
@@ -70,8 +70,8 @@ def measure(loss: Callable[..., Any], x: Any, y: Any, folder: str, reference: bo
         return value
 
     small = [t.redistribute(placements=t.placements) if isinstance(t, DTensor) else t for t in (x[:1], y[:1].detach())]
-    step(small[0], small[1].detach().requires_grad_())  # whatever is made once
-    ctypes.CDLL(None).malloc_trim(0)  # or what has been freed would be taken again
+    step(small[0], small[1].detach().requires_grad_())  # so that whatever is created only once exists
+    ctypes.CDLL(None).malloc_trim(0)  # otherwise freed memory would be reused
     Path("/proc/self/clear_refs").write_text("5")
     before = resident("VmRSS")
     value = step(x, y)

@@ -1,21 +1,22 @@
-"""How fast klcore is on the CPU: beside what memory allows, and beside the libraries one would use instead.
+"""How fast klcore is on the CPU, compared with the limit of memory and with the libraries people use instead.
 
     python benchmarks/side_by_side.py [--quick] [--isa avx2] [--json FILE]
 
-Every operation is measured on float32 arrays larger together than any last-level cache (not so with --quick). Then no
-library can do better than to move each necessary byte once: both inputs for a value (2u, u being the bytes of one
-input), and the output besides for a gradient (3u). The *floor* is a C loop that does only that, on the same buffers
-with the same number of threads. Each contender is called once beforehand, which compiles what there is to compile, and
-its result is compared with klcore's. Then they take turns, one call each, round after round, and the median counts: of
-five rounds, or of three for those that take more than a second. On a busy machine the figures mean little.
+Every operation is measured on float32 arrays that together are larger than any last-level cache (except with --quick).
+No library can then be faster than moving each necessary byte once: both inputs for a value (2u, where u are the bytes
+of one input), and also the output for a gradient (3u). The *floor* is a C loop that does only that, on the same buffers
+with the same number of threads. Each contender is called once first, so that everything is compiled, and its result is
+compared with klcore's. Then they take turns, one call each, round after round, and the median counts: of five rounds,
+or of three for contenders that take more than a second. On a busy machine the figures mean little.
 
-What is fair is stated, not assumed:
+The conditions:
 
-* klcore, numba and numexpr write into arrays that are there already. PyTorch, JAX and NumPy have no such way through
-  these expressions and allocate, as they do for their users; "klcore, new arrays" does as well.
-* SciPy and NumPy run on a sixteenth of the rows, scaled up: one thread each, and time in proportion to size.
-* --isa limits klcore alone; the others keep the instructions they find.
-* JAX takes its number of threads from the processors it may use; all others are set to klcore's.
+* klcore, numba and numexpr write into existing arrays. PyTorch, JAX and NumPy cannot do that with these expressions,
+  and allocate, as they do for their users; so does "klcore, new arrays".
+* SciPy and NumPy run on a sixteenth of the rows, scaled up: they use one thread, and their time is proportional to
+  size.
+* --isa limits only klcore; the others keep the instructions that they detect.
+* JAX takes its number of threads from the processors that it may use; all others are set to klcore's.
 """
 
 import argparse
@@ -44,11 +45,11 @@ from tqdm import tqdm
 import klcore
 
 CLASSES = 32_768
-ROWS, QUICK_ROWS = 8_192, 1_024  # 1 GiB and 128 MiB an array
+ROWS, QUICK_ROWS = 8_192, 1_024  # 1 GiB and 128 MiB per array
 ROUNDS, QUICK_ROUNDS = 5, 3
-SLOW_ROUNDS = 3  # of those that take more than a second: their median needs no more
+SLOW_ROUNDS = 3  # for contenders that take more than a second: their median needs no more
 SLICE = 16
-PEAK = 10  # memory in all, in arrays of the size of one input: ours and those of the greediest contender
+PEAK = 10  # memory in all, in arrays of the size of one input: ours and those of the contender that needs most
 LIBRARIES = ("klcore", "numpy", "scipy", "torch", "jax", "numba", "numexpr")
 
 
@@ -57,7 +58,7 @@ LIBRARIES = ("klcore", "numpy", "scipy", "torch", "jax", "numba", "numexpr")
 
 @dataclass
 class Job:
-    """One operation on arrays of shape (rows, n); `values` and `grad` are there to be written into."""
+    """One operation on arrays of shape (rows, n); `values` and `grad` are the arrays to write into."""
 
     space: str
     reduction: str
@@ -79,7 +80,7 @@ class Job:
         return self.x[: len(self.x) // SLICE], self.y[: len(self.y) // SLICE]
 
     def reduced(self, values: Any) -> Any:
-        """Row values, or their sum if that is the operation."""
+        """The values of rows, or their sum if that is the operation."""
         return values.sum() if self.reduction == "sum" else values
 
     def total(self, terms: Any) -> Any:
@@ -88,7 +89,7 @@ class Job:
 
 @dataclass
 class Contender:
-    """`build(job)` gives a function without arguments, whose result is the value or (value, gradient), or None."""
+    """`build(job)` returns a function without arguments that returns the value or (value, gradient), or None."""
 
     name: str
     build: Callable[[Job], Callable[[], Any] | None]
@@ -147,7 +148,7 @@ def klcore_out(job: Job) -> Any:
 @contender("klcore, new arrays")
 def klcore_new(job: Job) -> Any:
     if not job.gradient:
-        return None  # there is nothing big to allocate
+        return None  # it allocates nothing large
     return lambda: klcore.kl_div(job.x, job.y, space=job.space, reduction=job.reduction, return_grad="y")
 
 
@@ -177,7 +178,7 @@ def torch_compile(job: Job) -> Any:
 
     if shutil.which(os.environ.get("CXX", "g++")) is None:
         raise Unavailable("needs a C++ compiler")
-    torch._dynamo.reset()  # or it would compile the second operation for any shape
+    torch._dynamo.reset()  # otherwise it would compile the second operation for dynamic shapes
     return torch_call(job, torch.compile(torch_loss(job), dynamic=False))
 
 
@@ -254,7 +255,7 @@ def numpy_lines(job: Job) -> Any:
 
 @dataclass
 class Reference:
-    """What klcore says: every row's value, and the gradient of the first rows."""
+    """klcore's results: every row's value, and the gradient of the first rows."""
 
     values: np.ndarray
     gradients: list[np.ndarray]
@@ -263,7 +264,7 @@ class Reference:
     def of(cls, job: Job) -> "Reference":
         values = klcore.kl_div(job.x, job.y, space=job.space)
         few = job.x[:SLICE], job.y[:SLICE]
-        # of unnormalised arguments kl_div and rel_entr have gradients that differ, and libraries choose either
+        # for unnormalised arguments the gradients of kl_div and rel_entr differ, and libraries choose either
         both = [f(*few, space=job.space, return_grad="y")[1] for f in (klcore.kl_div, klcore.rel_entr)]
         return cls(values, both if job.gradient else [])
 
@@ -299,7 +300,7 @@ class Measurement:
 
 
 def prepare(job: Job) -> tuple[list[tuple[Contender, Callable[[], Any]]], list[Measurement]]:
-    """The contenders that can be measured, each called once and checked, and a note on each that cannot."""
+    """The contenders that can be measured, each called once and checked, and a note on each one that cannot."""
     reference, ready, absent = Reference.of(job), [], []
     for c in tqdm(CONTENDERS, desc="first calls", leave=False, disable=None):
         if note := c.missing():
@@ -313,7 +314,7 @@ def prepare(job: Job) -> tuple[list[tuple[Contender, Callable[[], Any]]], list[M
         except Unavailable as error:
             absent.append(Measurement(c.name, [], str(error)))
             continue
-        except Exception as error:  # one that fails must not keep the others from being measured
+        except Exception as error:  # a contender that fails must not stop the others
             absent.append(Measurement(c.name, [], f"failed: {str(error).strip().partition(chr(10))[0][:80]}", True))
             continue
         note = "" if c.floor else reference.disagreement(job, result, c.sliced)
@@ -332,11 +333,11 @@ def measure(job: Job, rounds: int) -> list[Measurement]:
         for c, call in ready:
             if turn >= SLOW_ROUNDS and min(seconds[c.name]) > 1:
                 continue
-            time.sleep(0.01)  # the threads of the one before spin for a while
+            time.sleep(0.01)  # the threads of the previous call spin for a while
             start = time.perf_counter()
             result = call()
             elapsed = time.perf_counter() - start
-            del result  # outside the time, and before the next allocates
+            del result  # outside the measured time, and before the next one allocates
             seconds[c.name].append(elapsed * (SLICE if c.sliced else 1))
     note = f"1/{SLICE} of the rows, scaled"
     return [Measurement(c.name, seconds[c.name], note if c.sliced else "") for c, _ in ready] + absent
@@ -377,7 +378,7 @@ def report(job: Job, measurements: list[Measurement]) -> list[dict[str, Any]]:
 
 
 def call_overhead(rounds: int = 15, calls: int = 2_000) -> dict[str, float]:
-    """Microseconds a call on (10, 10) float32 takes: all overhead, nothing to compute."""
+    """Microseconds that a call on (10, 10) float32 takes: nothing but overhead."""
     rng = np.random.default_rng(0)
     x, y = rng.dirichlet(np.ones(10), (2, 10)).astype(np.float32)
     timed: dict[str, Callable[[], Any]] = {
@@ -440,7 +441,7 @@ def run_all(rows: int, rounds: int, quick: bool) -> dict[str, Any]:
     for seed, a in enumerate((x, y)):
         fill_with_logits(a, seed)
     results: dict[str, Any] = {}
-    # each space is made of the one before, in place
+    # each space is computed from the previous one, in place
     for space, convert in (("logits", None), ("log_probs", to_log_probs), ("probs", to_probs)):
         if convert:
             for a in (x, y):
@@ -479,7 +480,7 @@ def last_level_cache() -> str:
 def describe(libraries: Iterable[str]) -> dict[str, Any]:
     try:
         config = klcore.show_config(mode="dicts")
-    except ValueError as error:  # an instruction set that is not there
+    except ValueError as error:  # an unknown instruction set
         sys.exit(str(error))
     return {
         "date": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
@@ -487,7 +488,7 @@ def describe(libraries: Iterable[str]) -> dict[str, Any]:
         "instruction set of klcore": config["cpu"]["instruction set in use"],
         "threads": klcore.get_num_threads(),
         "last-level cache": last_level_cache(),
-        # processes wanting a processor before we start: more than a few tenths, and others share in the times
+        # processes waiting for a processor before we start: with more than a few tenths, others affect the times
         "load average of the last minute": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
         "versions": {"python": platform.python_version()} | {name: peers.version(name) for name in libraries},
     }
@@ -499,7 +500,7 @@ def main() -> None:
     parser.add_argument("--isa", help="the instruction set that klcore uses, as KLCORE_ISA: generic, avx2, avx512")
     parser.add_argument("--json", type=Path, metavar="FILE", help="save all figures there")
     args = parser.parse_args()
-    if args.isa and os.environ.get("KLCORE_ISA") != args.isa:  # chosen once a process: start another
+    if args.isa and os.environ.get("KLCORE_ISA") != args.isa:  # chosen once per process: start another one
         os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | {"KLCORE_ISA": args.isa})
 
     rows = rows_that_fit(QUICK_ROWS if args.quick else ROWS)

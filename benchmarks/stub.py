@@ -1,7 +1,8 @@
-"""CuPy and NVRTC without a GPU and without work: arrays that only know where they would lie, launches that do nothing.
+"""CuPy and NVRTC without a GPU and without work: arrays that only have addresses, and launches that do nothing.
 
-What is left of a call is klcore's own Python. host_time.py times it, gpu_carry.py asks it which kernels a run on a GPU
-will need, tests/test_host.py counts allocations and launches. The device is an H100, if `installed` is told no other.
+What remains of a call is klcore's own Python. host_time.py times it, gpu_carry.py uses it to find the kernels that a
+run on a GPU will need, and tests/test_host.py counts allocations and launches. The device is an H100, unless
+`installed` is given another one.
 """
 
 import contextlib
@@ -24,8 +25,8 @@ H100 = {
     "L2CacheSize": 50 << 20,
 }
 counts: Counter[str] = Counter()  # "allocations", "launches"
-builds: dict[tuple[tuple[str, ...], int], None] = {}  # (options, architecture) of every kernel asked for, in order
-_addresses = itertools.count(1 << 40, 1 << 40)  # a terabyte for each array: none touches another
+builds: dict[tuple[tuple[str, ...], int], None] = {}  # (options, architecture) of every requested kernel, in order
+_addresses = itertools.count(1 << 40, 1 << 40)  # a terabyte per array: none touches another
 
 
 class MemoryPointer:
@@ -54,7 +55,7 @@ class Device:
 
 
 class ndarray:
-    """cupy.ndarray: a shape and strides over memory that nobody looks at."""
+    """cupy.ndarray: a shape and strides over memory that is never accessed."""
 
     __module__ = "cupy"
     __slots__ = ("_strides", "data", "dtype", "ndim", "packed", "shape")
@@ -78,7 +79,7 @@ class ndarray:
         return self._strides
 
     def _like_numpy(self) -> np.ndarray:
-        """NumPy's idea of such an array; there is no memory behind it, so it must not be read."""
+        """NumPy's view of such an array; there is no memory behind it, so it must not be read."""
         return np.lib.stride_tricks.as_strided(np.empty(0, self.dtype), self.shape, self.strides)
 
     def view_by(self, change: Callable[[np.ndarray], np.ndarray]) -> "ndarray":
@@ -138,7 +139,7 @@ class Function:
 
 
 class RawKernel:
-    """cupy.RawKernel; called by trees of klcore from before it held functions."""
+    """cupy.RawKernel; called by trees of klcore from before it kept functions."""
 
     max_dynamic_shared_size_bytes, preferred_shared_memory_carveout = 48 << 10, -1
 
@@ -177,7 +178,7 @@ def _module(name: str, **content: Any) -> types.ModuleType:
 
 @contextlib.contextmanager
 def installed(**device: int) -> Iterator[types.ModuleType]:
-    """Be CuPy and NVRTC for a while; `device` are attributes that are not an H100's."""
+    """Replace CuPy and NVRTC for a while; `device`: attributes that differ from an H100's."""
     nvrtc, backends = (importlib.import_module(f"klcore.backends{name}") for name in (".cuda.nvrtc", ""))
     Device.attributes = H100 | device
     runtime = _module("cupy.cuda.runtime", getDevice=lambda: 0, getDeviceCount=lambda: 1)
@@ -210,26 +211,26 @@ def installed(**device: int) -> Iterator[types.ModuleType]:
 
 
 def _backend() -> list[str]:
-    """Its modules, but for the compiler's, whose functions are replaced instead."""
+    """The backend's modules, except the compiler's, whose functions are replaced instead."""
     return [name for name in sys.modules if name.startswith("klcore.backends.cuda") and not name.endswith(".nvrtc")]
 
 
 def _forget(backends: types.ModuleType) -> None:
-    """Have the backend imported anew: it holds on to the CuPy that it found first."""
+    """Make Python import the backend again: it keeps the CuPy that it found first."""
     for name in _backend():
         del sys.modules[name]
     backends._loaded.clear()
 
 
 def _strides_like(a: ndarray) -> tuple[int, ...] | None:
-    """Of a new array in the order of `a`, without its gaps, as NumPy's empty_like has it."""
+    """Strides of a new array in the order of `a`, without its gaps, as for NumPy's empty_like."""
     if a.packed:
         return None
     return _packed(a.shape, a.dtype.itemsize, sorted(range(a.ndim), key=lambda d: (-abs(a.strides[d]), d)))
 
 
 def _packed(shape: tuple[int, ...], itemsize: int, order: Iterable[int]) -> tuple[int, ...]:
-    """Strides without gaps; `order`: the axes, the one that lies closest last."""
+    """Strides without gaps; `order`: the axes, the innermost one last."""
     strides, step = [0] * len(shape), itemsize
     for d in reversed(list(order)):
         strides[d] = step

@@ -1,20 +1,22 @@
-"""A teacher's k largest log-probabilities beside what others make of them: python benchmarks/topk.py [--accuracy] ...
+"""The top k log-probabilities of a teacher, compared with other implementations.
 
---speed (the default): values, and values and the student's gradient, of (128, 151936) logits of students. The units are
-a floor, a C loop that reads these logits (and writes as much, for the gradient), and one logsumexp of the rows by
-PyTorch, compiled, which is its quickest. Beside klcore the formulas of verl, NeMo-RL and TRL in PyTorch, eager and
-compiled; their values and gradients are compared first. Interleaved, medians; of one thread the processor's time
-counts, which is the same however busy the machine is. klcore writes its gradient into an array
-that is there already, but through PyTorch's autograd, where all allocate theirs. What that costs is the system's: with
---keep freed memory stays with the process, as it does under allocators that cache.
---memory: what a second call takes at its peak, each contender in a process of its own, in arrays of the size of the
-logits. Only Linux can tell.
---accuracy: float32 rows whose classes that are not listed have the probability p_R. The reference, in 40 digits, is the
-divergence of the listed classes and all others as one, of what is stored: log-probabilities and tail_mass, in float32.
-Relative errors, the worst of 8 rows: of values / of gradients, to the largest of their row. Without tail_mass p_R is
-what the stored log-probabilities leave of 1; each is rounded to some 1e-7 of itself, so a p_R of 1e-6 is off by
-percents, and smaller ones are lost. The peers take it so as well, in float32, and of the student too; verl leaves it
-out, which is another number than the divergence. "of storing" is what the reference itself differs from the teacher's.
+    python benchmarks/topk.py [--speed | --memory | --accuracy] ...
+
+--speed (the default): values, and values with the student's gradient, for (128, 151936) logits of students. The units
+are a floor, a C loop that reads these logits (and writes as much, for the gradient), and one logsumexp of the rows by
+PyTorch, compiled, which is its fastest. Beside klcore are the formulas of verl, NeMo-RL and TRL in PyTorch, eager and
+compiled; their values and gradients are compared first. Interleaved, medians. With one thread, processor time counts,
+which does not depend on how busy the machine is. klcore writes its gradient into an existing array, except through
+PyTorch's autograd, where all contenders allocate theirs. The cost of that depends on the system: with --keep freed
+memory stays with the process, as it does with caching allocators. --memory: the peak memory of a second call, each
+contender in a separate process, in arrays of the size of the logits. Only on Linux. --accuracy: float32 rows whose
+unlisted classes have the probability p_R. The reference, in 40 digits, is the divergence of the listed classes and all
+others as one, for the stored log-probabilities and tail_mass, in float32. Relative errors, the worst of 8 rows: of
+values / of gradients, relative to the largest of their row. Without tail_mass p_R is what the stored log-probabilities
+leave of 1. Each of them has a rounding error of about 1e-7 of itself, so a p_R of 1e-6 is off by percents, and smaller
+ones are lost. The peers compute p_R in this way too, in float32, for the student as well; verl leaves it out, which
+gives another number than the divergence. "of storing" is how far the reference itself is from the teacher's own
+divergence.
 """
 
 import argparse
@@ -44,7 +46,7 @@ SPACE = ("log_probs", "logits")
 DTYPES = ("float32", "bfloat16")
 LIBRARIES = ("klcore", "numpy", "torch")
 
-# their formula, and the line of klcore that is the same number
+# their formula, and the expression of klcore that gives the same number
 PEERS = {
     "verl": (peers.verl_topk, "klcore zero, rel_entr"),
     "NeMo-RL, zero_outside_topk": (peers.nemo_zero_topk, "klcore zero, rel_entr"),
@@ -61,7 +63,7 @@ def of_torch(a: np.ndarray) -> Any:
 
 @dataclass
 class Job:
-    """A student's logits, and a teacher's k largest; all in one place, for who reads NumPy's arrays and who tensors."""
+    """A student's logits, and a teacher's top k; in shared memory, as NumPy arrays and as tensors."""
 
     y: np.ndarray
     grad: np.ndarray
@@ -70,8 +72,8 @@ class Job:
 
     @classmethod
     def of(cls, rows: int, k: int, dtype: str) -> "Job":
-        """Teachers of Zipf's law, the classes in a random order, and students that are flatter. So verl clamps nothing:
-        no logarithm is below -10, no sum negative."""
+        """Teachers that follow Zipf's law, with the classes in random order, and students that are flatter. So verl
+        clamps nothing: no logarithm is below -10, and no sum is negative."""
         rng = np.random.default_rng(0)
         y, grad = (buffer((rows, CLASSES), dtype) for _ in range(2))
         log_p, indices = np.empty((rows, k), np.float32), np.empty((rows, k), np.int64)
@@ -97,7 +99,7 @@ def ours(function: str, tail: str) -> Build:
 
 def theirs(f: Callable[..., Any], compiled: bool) -> Build:
     def build(job: Job, gradient: bool) -> Any:
-        torch._dynamo.reset()  # or it would compile the second operation for any shape
+        torch._dynamo.reset()  # otherwise it would compile the second operation for dynamic shapes
         loss = torch.compile(f, dynamic=False) if compiled else f
         y, log_p, indices = (of_torch(a) for a in (job.y, job.log_p, job.indices))
         of = partial(loss, log_p=log_p, indices=indices)
@@ -183,20 +185,20 @@ def print_speed(title: str, found: dict[str, dict[str, float]]) -> None:
 
 
 def status(key: str) -> int:
-    """Bytes, of this process."""
+    """A number of bytes from the status of this process."""
     return int(side_by_side.first_match("/proc/self/status", key).split()[0]) * 1024
 
 
 def peaks(name: str, *arguments: Any) -> list[float]:
     """Of the value, and of value and gradient."""
     job = prepare(*arguments)
-    job.grad[...] = 1  # its pages are there
+    job.grad[...] = 1  # touch its pages
     found = []
     for gradient in (False, True):
         call = CONTENDERS[name](job, gradient)
         call()
         before = status("VmRSS")
-        Path("/proc/self/clear_refs").write_text("5")  # the peak begins here
+        Path("/proc/self/clear_refs").write_text("5")  # the peak is measured from here
         call()
         found.append((status("VmHWM") - before) / job.y.nbytes)
     return found
@@ -212,11 +214,11 @@ def print_memory(found: dict[str, list[float]]) -> None:
 
 TAILS = (1e-1, 1e-2, 1e-3, 1e-4, 1e-6, 1e-9, 1e-12)
 APART = (0.1, 1e-2, 1e-3)  # the noise on the student's logits
-PAIRS, N, K = 8, 3_000, 64  # rows of a p_R, classes, listed ones
+PAIRS, N, K = 8, 3_000, 64  # rows per p_R, classes, listed classes
 
 
 def rows_of(tail: float, apart: float, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """Logits of teachers, whose first K classes have all but `tail` of the probability, and of students."""
+    """Logits of teachers, whose first K classes have all of the probability except `tail`, and of students."""
     x = rng.normal(size=(PAIRS, N))
     x[:, K:] += np.log(tail / (1 - tail) * np.exp(x[:, :K]).sum(-1) / np.exp(x[:, K:]).sum(-1))[:, None]
     return x.astype(np.float32), (x + apart * rng.normal(size=x.shape)).astype(np.float32)
@@ -229,7 +231,8 @@ def softmax(a: np.ndarray) -> list[Any]:
 
 
 def exact(p: list[Any], rest: Any, y: np.ndarray) -> tuple[float, np.ndarray]:
-    """The divergence of p, of the first classes, and the rest of the probability; and its gradient by y."""
+    """The divergence for p, the probabilities of the first classes, and the rest; and its gradient with respect to
+    y."""
     q = softmax(y)
     others, mass = mpmath.fsum(q[len(p) :]), mpmath.fsum([*p, rest])
     pairs = [*zip(p, q[: len(p)], strict=True), (rest, others)]
@@ -239,7 +242,7 @@ def exact(p: list[Any], rest: Any, y: np.ndarray) -> tuple[float, np.ndarray]:
 
 
 def values(y: np.ndarray, log_p: np.ndarray, tail_mass: np.ndarray) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """And gradients, of all contenders."""
+    """Values and gradients of all contenders."""
     indices = np.broadcast_to(np.arange(K), log_p.shape)
     call = partial(klcore.kl_div, log_p, y, indices=indices, tail="bucket", space=SPACE, return_grad="y")
     found = {"klcore": call(tail_mass=tail_mass), "klcore, no tail_mass": call()}
@@ -289,7 +292,7 @@ def accuracy() -> list[dict[str, Any]]:
 
 
 def alone(f: Callable[..., Any], *args: Any) -> Any:
-    """In a process of its own: compiled code keeps the number of threads that it was compiled for."""
+    """In a separate process: compiled code keeps the number of threads that it was compiled for."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         return pool.submit(f, *args).result()
 
@@ -302,9 +305,9 @@ def main() -> None:
     parser.add_argument("--k", type=int, nargs="+", default=[16, 128, 1024])
     parser.add_argument("--dtype", choices=DTYPES, default="float32")
     parser.add_argument("--threads", type=int, nargs="+", default=sorted({1, klcore.get_num_threads()}))
-    parser.add_argument("--keep", action="store_true", help="freed memory, for speed; glibc only")
+    parser.add_argument("--keep", action="store_true", help="keep freed memory, for speed; glibc only")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--json", type=Path, metavar="FILE", help="add the figures to those that are there")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="add the figures to those in FILE")
     args = parser.parse_args()
     if args.rows % ROWS:
         parser.error(f"--rows: {args.rows} is no multiple of {ROWS}")

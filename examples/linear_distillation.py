@@ -1,13 +1,14 @@
-"""Distil from hidden states: a divergence of logits of which no more than a chunk of rows is ever in memory.
+"""Distil from hidden states: a divergence of logits of which only one chunk of rows is ever in memory.
 
-The logits of a language model are its last hidden states times its output layer, and much larger than either: those of
-8,192 tokens over a vocabulary of 151,936 are 5 GB in float32, once for the teacher, once for the student, and again for
-each gradient and intermediate result. `LinearDivergence` forms them chunk by chunk, and has klcore write the student's
-gradient over its logits. What is kept are gradients of the hidden states, of the output layer and of its bias. The loss
-is any of klcore's functions of two distributions. TRL and Liger-Kernel have losses of this kind; here is one to copy.
+The logits of a language model are its last hidden states times its output layer, and much larger than either: for 8,192
+tokens and a vocabulary of 151,936 they are 5 GB in float32, once for the teacher, once for the student, and again for
+each gradient and intermediate result. `LinearDivergence` computes them chunk by chunk, and lets klcore write the
+student's gradient over its logits. It keeps only the gradients of the hidden states, of the output layer and of its
+bias. The loss is any of klcore's functions of two distributions. TRL and Liger-Kernel have losses of this kind; this
+one is meant to be copied.
 
-This script runs it beside three that form all logits, klcore's, PyTorch's and ``torch.compile`` of that, each in a
-process of its own, and compares memory, time and what they are off from float64. Run it with ``make examples``, or
+This script compares its memory, time and error from float64 with those of three losses that compute all logits
+(klcore's, PyTorch's, and ``torch.compile`` of PyTorch's), each in a separate process. Run it with ``make examples``, or
 (half a minute)::
 
     pip install "klcore[examples]"
@@ -30,13 +31,13 @@ import torch.nn.functional as F
 
 import klcore
 
-CHUNK_BYTES = 2**28  # of logits, the teacher's and the student's together
+CHUNK_BYTES = 2**28  # of logits, for teacher and student together
 TILE = 4096  # classes of an output layer that are multiplied at a time
 PADDING = -100  # the label of rows that are left out
 
 
 class Side(NamedTuple):
-    """What the logits of one model are made of. `softcap` is Gemma's: ``softcap * tanh(logits / softcap)``."""
+    """What the logits of one model are computed from. `softcap` is Gemma's: ``softcap * tanh(logits / softcap)``."""
 
     hidden: torch.Tensor  # (rows, features)
     weight: torch.Tensor  # (classes, features)
@@ -48,7 +49,7 @@ class Side(NamedTuple):
         return torch.promote_types(self.hidden.dtype, torch.float32)
 
     def tiles(self):
-        """Slices of the classes, so that nothing of the size of the output layer is made for a product."""
+        """Slices of the classes, so that no product needs a copy as large as the output layer."""
         return [slice(k, k + TILE) for k in range(0, len(self.weight), TILE)]
 
     def logits(self, rows, out):
@@ -61,9 +62,9 @@ class Side(NamedTuple):
 
 
 def product(a, b, out=None):
-    """``a @ b``, at least float32: logits rounded to 16 bits have lost what a small divergence is made of.
+    """``a @ b``, at least float32: rounding logits to 16 bits loses what makes up a small divergence.
 
-    On CUDA PyTorch multiplies 16-bit matrices so. On the CPU it rounds such a product, so they are widened before.
+    On CUDA PyTorch does that for 16-bit matrices. On the CPU it rounds the product, so they are widened first.
     """
     if b.is_cuda and b.dtype in (torch.float16, torch.bfloat16):
         return torch.mm(a.to(b.dtype), b, out_dtype=torch.float32, out=out)
@@ -74,22 +75,22 @@ def product(a, b, out=None):
 class LinearDivergence(torch.autograd.Function):
     """The sum over chunks of rows of ``divergence(teacher's logits, student's logits)``.
 
-    Gradients are formed in forward, while the logits are there. Backward multiplies them by its cotangent, in place: it
-    can be called once. A denominator is part of the cotangent: logits' gradients divided by it are too small for
-    float16. The teacher is a tuple, which autograd does not look into, and has no gradient.
+    Gradients are computed in forward, while the logits exist. Backward multiplies them by its cotangent, in place, so
+    it can be called only once. A denominator is part of the cotangent: gradients of logits divided by it are too small
+    for float16. The teacher is a tuple, which autograd does not look into, and has no gradient.
     """
 
     @staticmethod
     def forward(ctx, divergence, teacher, chunks, softcap, hidden, weight, bias):
         student = Side(hidden, weight, bias, softcap)
         ctx.dtypes = [None if t is None else t.dtype for t in (hidden, weight, bias)]
-        gradients = dhidden, dweight, dbias = [  # chunks and tiles add to them: float32 at least
+        gradients = dhidden, dweight, dbias = [  # sums over chunks and tiles: at least float32
             torch.zeros_like(t, dtype=student.wide) if needed else None
             for t, needed in zip((hidden, weight, bias), ctx.needs_input_grad[-3:], strict=True)
         ]
         most = len(chunks[0])
         x, y = (hidden.new_empty(most, len(side.weight), dtype=side.wide) for side in (teacher, student))
-        g = y if softcap is None else torch.empty_like(y)  # the slope of a softcap takes y once more
+        g = y if softcap is None else torch.empty_like(y)  # the slope of a softcap needs y once more
         sizes = [len(rows) for rows in chunks]
         values = hidden.new_empty(sum(sizes), dtype=torch.promote_types(x.dtype, y.dtype))
         for rows, n, v in zip(chunks, sizes, values.split(sizes), strict=True):
@@ -119,16 +120,16 @@ class LinearDivergence(torch.autograd.Function):
 
 
 def linear_divergence(teacher, student, labels, *, divergence=klcore.kl_div, denominator=None, chunk_bytes=CHUNK_BYTES):
-    """The mean over the rows that have a label of ``divergence(teacher, student, space="logits")``, of two `Side`.
+    """The mean of ``divergence(teacher, student, space="logits")`` for two `Side`, over the rows that have a label.
 
-    `labels` belong to the rows, one each, shifted before; or it is a mask, of booleans. Rows without one are left out
-    before they are multiplied. `denominator` is for a batch that is computed in parts: the rows of all, which divide
-    the sum. Parameters of the divergence are bound to it: ``functools.partial(klcore.js_div, beta=0.1,
-    temperature=2.0)``, or for the reverse ``functools.partial(klcore.mixed_kl_div, forward=0.0)``.
+    `labels` has one label per row, already shifted; or it is a boolean mask. Rows without a label are left out before
+    the multiplication. `denominator` is for a batch that is computed in parts: the number of all rows, which divides
+    the sum. Bind parameters of the divergence with ``functools.partial(klcore.js_div, beta=0.1, temperature=2.0)``, or
+    for the reverse divergence ``functools.partial(klcore.mixed_kl_div, forward=0.0)``.
     """
     shapes = [tuple(t.shape) for t in (teacher.hidden[..., 0], student.hidden[..., 0], labels)]
     if len(set(shapes)) > 1 or labels.is_floating_point():
-        raise ValueError(f"labels are integers or booleans, one a row of both sides; found {labels.dtype}, {shapes}")
+        raise ValueError(f"labels are integers or booleans, one per row of both sides; found {labels.dtype}, {shapes}")
     teacher, student = (side._replace(hidden=side.hidden.flatten(0, -2)) for side in (teacher, student))
     labelled = labels if labels.dtype is torch.bool else labels != PADDING
     rows = labelled.flatten().nonzero().squeeze(1)
@@ -140,7 +141,7 @@ def linear_divergence(teacher, student, labels, *, divergence=klcore.kl_div, den
     return total / (max(1, len(rows)) if denominator is None else denominator)
 
 
-# ---- memory, time and error, beside losses that form all logits ------------------------------------------------------
+# ---- memory, time and error, compared with losses that compute all logits -------------------------------------------
 
 
 def by_chunks(teacher, student, labels, chunk_bytes):
@@ -220,10 +221,10 @@ def resident(name):
 
 
 def measured(function, *arguments):
-    """What it returns, the seconds of all processors, and the megabytes that it takes at its peak (on Linux)."""
+    """The function's result, its processor seconds, and its peak memory in megabytes (on Linux)."""
     linux = sys.platform == "linux"
     if linux:
-        ctypes.CDLL(None).malloc_trim(0)  # or what has been freed would be taken again
+        ctypes.CDLL(None).malloc_trim(0)  # otherwise freed memory would be reused
         Path("/proc/self/clear_refs").write_text("5")
         before = resident("VmRSS")
     begun = time.process_time()
@@ -233,10 +234,10 @@ def measured(function, *arguments):
 
 
 def process(rank, size, name, folder):
-    """Two lines of the table, by a process of its own."""
+    """Print two lines of the table, in a separate process."""
     for dtype, bound in ((torch.float32, 1e-5), (torch.bfloat16, 2**-8)):
         call = step, WAYS[name], *batch(size, dtype), size.chunk_bytes
-        step(*call[1:])  # whatever is made once
+        step(*call[1:])  # so that whatever is created only once exists
         fastest = float("inf")
         for _ in range(size.rounds):
             found, seconds, megabytes = measured(*call)
@@ -249,7 +250,7 @@ def process(rank, size, name, folder):
             flush=True,
         )
         if WAYS[name] is by_chunks and not (errors[0] <= 1e-5 and max(errors) <= bound):
-            raise SystemExit("the results by chunks are not those of float64")
+            raise SystemExit("the results by chunks do not agree with float64")
 
 
 def main():

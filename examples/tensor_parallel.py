@@ -1,11 +1,11 @@
-"""Distil over a vocabulary that is spread over processes: Megatron's vocabulary-parallel loss, with klcore.Shard.
+"""Distil over a vocabulary that is split over processes: Megatron's vocabulary-parallel loss, with klcore.Shard.
 
 Each of two processes holds half of the vocabulary: its columns of the teacher's and of the student's output layer, and
-so its half of the logits. `VocabularyParallel` is a loss of whole rows. In its forward 72 bytes a row and process are
-exchanged; no gradient goes through a collective, and nobody ever holds a whole row of logits.
+so its half of the logits. `VocabularyParallel` is a loss of whole rows. Its forward exchanges 72 bytes per row and
+process; no gradient goes through a collective, and no process ever holds a whole row of logits.
 
-Value and gradients are compared with those of one process that has the whole vocabulary; then a few steps of training
-are compared as well. Run it with ``make examples``, or (about ten seconds)::
+Value and gradients, and then a few steps of training, are compared with those of one process that has the whole
+vocabulary. Run it with ``make examples``, or (about ten seconds)::
 
     pip install "klcore[examples]"
     python examples/tensor_parallel.py
@@ -20,14 +20,14 @@ import torch.distributed as dist
 import klcore
 
 PROCESSES = 2
-TOKENS, HIDDEN, VOCABULARY = 48, 32, 20_000  # the halves of the vocabulary are no multiples of 1024
+TOKENS, HIDDEN, VOCABULARY = 48, 32, 20_000  # the halves of the vocabulary are not multiples of 1024
 TEMPERATURE = 2.0
 STEPS = 5
-AGREEMENT = 1e-5  # relative: float32, whose products of matrices differ as well
+AGREEMENT = 1e-5  # relative: float32, whose matrix products differ as well
 
 
 class VocabularyParallel(torch.autograd.Function):
-    """One value a token, of whole rows, from this process's logits; the gradient is the student's."""
+    """One value per token, for whole rows, from this process's logits; the gradient is the student's."""
 
     @staticmethod
     def forward(ctx, teacher, student, mask):
@@ -46,7 +46,7 @@ class VocabularyParallel(torch.autograd.Function):
 
 
 class Copied(torch.autograd.Function):
-    """The same hidden states in every process, whose parts of the gradient are added up (Megatron's f)."""
+    """The same hidden states in every process; their gradients are summed over the processes (Megatron's f)."""
 
     @staticmethod
     def forward(ctx, hidden):
@@ -64,7 +64,8 @@ def whole_loss(teacher, student, mask):
 
 
 def train(hidden, teacher, student, mask, loss, copied=lambda hidden: hidden):
-    """Some steps on the student's part of the output layer. Yields the loss, and the gradients of layer and states."""
+    """Train the student's part of the output layer for some steps. Yields the loss, and the gradients of layer and
+    states."""
     student = student.clone().requires_grad_()
     optimizer = torch.optim.SGD([student], lr=50.0)
     for _ in range(STEPS):

@@ -1,10 +1,10 @@
-"""A backend of klcore for xarray, in one file: the worked example of docs/backends.md.
+"""A klcore backend for xarray, in one file: the worked example of docs/backends.md.
 
     klcore.register_backend("xarray", "xarray_backend")
 
-From then on klcore takes DataArrays and returns DataArrays. Dimensions are matched by name, so `axis` may be a name,
-and `weights` a DataArray. Coordinates have to agree, and come back. No maths here: the arrays within are klcore's to
-compute with, be they NumPy's, CuPy's or Dask's.
+Then klcore accepts DataArrays and returns DataArrays. Dimensions are matched by name, so `axis` may be a name, and
+`weights` a DataArray. Coordinates must agree, and are returned. There is no mathematics here: klcore computes with the
+arrays inside, which may be NumPy's, CuPy's or Dask's.
 """
 
 import numpy as np
@@ -14,7 +14,7 @@ from klcore import backends
 
 
 def _named(a, like):
-    """A list or number next to a DataArray has its last dimensions."""
+    """A list or number beside a DataArray gets its last dimensions."""
     return a if isinstance(a, xr.DataArray) else xr.DataArray(np.asarray(a), dims=like.dims[like.ndim - np.ndim(a) :])
 
 

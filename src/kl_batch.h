@@ -1,6 +1,6 @@
-// All rows of a plan over OpenMP threads. Called by kl_cpu.pyx without the GIL; calls one row's sweeps, or a block of short
-// rows, through kl_isa.h. Holds no arithmetic but the adding up of rows, which follows kl_tree.h: which thread computes
-// what, and how many there are, never changes a bit. All memory is taken before anything is written.
+// All rows of a plan over OpenMP threads. Called by kl_cpu.pyx without the GIL; calls the sweeps of one row, or a block of short
+// rows, through kl_isa.h. The only arithmetic here is the summation of rows, in the order of kl_tree.h: neither the number of
+// threads, nor which of them computes what, changes a bit. All memory is allocated before anything is written.
 #pragma once
 #include <memory>
 #include <new>
@@ -10,23 +10,23 @@
 
 namespace kl {
 
-// Where classes lie far apart, neighbouring rows are taken together: at least LINE, which share cache lines, at most GROUP.
+// If classes are far apart in memory, neighbouring rows are computed together: LINE, which share cache lines, up to GROUP.
 constexpr int LINE = 16, GROUP = 256;
-constexpr i64 FEW = 4;                // rows below which it does not pay to take several at once
-constexpr i64 TILE = 128 * CHUNK;      // numbers of an array that such rows bring together at once; the second level holds it
-constexpr i64 STREAM = 64 << 20;      // bytes of output from which on it is streamed past the caches
-constexpr i64 KEPT = 4 << 20;         // bytes up to which what a sweep found out of a row is kept for the last one
-constexpr i64 AHEAD = 1 << 20;        // bytes of two pairs of rows up to which the next pair is read ahead
+constexpr i64 FEW = 4;                // fewer rows are not worth computing together
+constexpr i64 TILE = 128 * CHUNK;      // numbers per array that such rows gather at once; fits in the second-level cache
+constexpr i64 STREAM = 64 << 20;      // outputs of so many bytes or more bypass the caches
+constexpr i64 KEPT = 4 << 20;         // the most bytes of a row's intermediate results that are kept for the last sweep
+constexpr i64 AHEAD = 1 << 20;        // the most bytes of a pair of rows for the next pair to be read ahead
 constexpr i64 ROUND = 16 * CHUNK;     // rows whose totals are held at once
-constexpr i64 BLOCK = CHUNK;          // rows summed into one partial when a gradient is summed over rows
+constexpr i64 BLOCK = CHUNK;          // rows per partial sum when a gradient is summed over rows
 
-// 64-byte aligned memory. Each thread keeps some for its calls: to hand it back every time would cost a small call a third.
+// 64-byte aligned memory. Each thread keeps some between calls: freeing it every time would cost a small call a third of its time.
 class Scratch {
  public:
   explicit Scratch(size_t bytes = 0) {
     if (bytes) take(bytes);
   }
-  void take(size_t bytes) {           // once
+  void take(size_t bytes) {           // call once
     Memory& mine = kept();
     if (bytes <= KEPT_BYTES && !mine.lent) {
       if (!mine.at) mine.at = allocate(KEPT_BYTES);
@@ -46,9 +46,9 @@ class Scratch {
 
  private:
 #if defined(__SANITIZE_ADDRESS__)
-  static constexpr size_t KEPT_BYTES = 0;   // so that it sees what goes beyond
+  static constexpr size_t KEPT_BYTES = 0;   // so that the sanitizer sees accesses out of bounds
 #else
-  static constexpr size_t KEPT_BYTES = 192 * 1024;   // of which are resident those that were used
+  static constexpr size_t KEPT_BYTES = 192 * 1024;   // only the pages that have been used are resident
 #endif
   struct Memory {
     char* at = nullptr;
@@ -77,7 +77,7 @@ inline void write_value(const Array& a, char* at, double v) {
   generic::narrow_to(a.dtype, &v, 1.0, 1, at, 0);
 }
 
-// Joins neighbouring batch axes over which every array moves in even steps.
+// Merges neighbouring batch axes over which every array has a constant step.
 inline void collapse(Plan& p) {
   Array* arrays[] = {&p.x, &p.y, &p.weights, &p.temperatures, &p.factors, &p.value, &p.dx, &p.dy, &p.known};
   for (int d = p.ndim - 2; d >= 0; d--) {
@@ -96,9 +96,9 @@ inline void collapse(Plan& p) {
 
 inline bool scattered(const Array& a) { return a.data && std::abs(a.stride) > 64; }
 
-// n classes of m rows that are neighbours in memory, from columns to rows `pitch` bytes apart, or back. Eight classes at a
-// time: as many cache lines, in which the rows share, and the eight after the next ones are asked for, since no hardware
-// foresees steps of this size.
+// Transposes n classes of m rows that are neighbours in memory, from columns to rows `pitch` bytes apart, or back. Eight classes
+// at a time use eight cache lines, which the rows share. The eight after the next ones are prefetched, since no hardware predicts
+// strides of this size.
 template <int SIZE, bool BACK> void turn_tile(char* columns, i64 stride, int m, int n, char* rows, i64 pitch) {
   constexpr int STEP = 8;
   for (int start = 0; start < n; start += STEP) {
@@ -120,21 +120,21 @@ struct Batch {
   Kernel kernel;
   const Isa& isa;
   i64 chunks, group;
-  i64 panel, panels;                  // chunks whose states are held at once; how often that is
-  i64 per_row;                        // doubles that a row's states take: those of a panel, then one a panel
-  bool ahead;                         // read the next row while this one is written
-  Few few_rows;                       // for rows so short that several are taken at once; or nullptr
-  size_t bytes;                       // of scratch a thread: a chunk's, then states, then the rest
-  size_t rows_at;                     // where in the scratch a group's rows are noted
-  size_t kept = 0;                    // where what a sweep keeps for the last one; 0: nothing is kept
-  // Where classes lie far apart, a chunk of all rows of a group is brought into rows before it is computed, and results
-  // from rows into columns afterwards: `near` is the plan of that.
-  static constexpr int OUTPUTS = 2, SIDES = 5;   // the first that is written; how many there are
+  i64 panel, panels;                  // chunks whose states are held at once; the number of such panels
+  i64 per_row;                        // doubles for a row's states: those of a panel, then one per panel
+  bool ahead;                         // prefetch the next row while this one is written
+  Few few_rows;                       // for rows so short that several are computed together; or nullptr
+  size_t bytes;                       // of scratch per thread: a chunk's, then states, then the rest
+  size_t rows_at;                     // offset in the scratch of a group's rows
+  size_t kept = 0;                    // offset of what a sweep keeps for the last one; 0: nothing is kept
+  // If classes are far apart in memory, a chunk of all rows of a group is gathered into contiguous rows, the tile, before it is
+  // computed, and results are scattered from there: `near` is the plan for the tile.
+  static constexpr int OUTPUTS = 2, SIDES = 5;   // the index of the first output; the number of arrays
   static constexpr Array Plan::*sides[SIDES] = {&Plan::x, &Plan::y, &Plan::value, &Plan::dx, &Plan::dy};
-  size_t tile[SIDES] = {0};           // where in the scratch; 0: the array is used as it lies
+  size_t tile[SIDES] = {0};           // offset in the scratch; 0: the array is used in place
   Plan near;
 
-  // `whole`: rows are computed in one go, so that a sweep may keep something for the last one
+  // `whole`: all sweeps of a row follow each other, so that one may keep something for the last one
   Batch(const Plan& plan, const Isa& set, bool whole = true) : p(plan), kernel(set.kernel(plan)), isa(set), near(plan) {
     chunks = (p.n + CHUNK - 1) / CHUNK;
     bool far = scattered(p.x) || scattered(p.y) || scattered(p.dx) || scattered(p.dy);
@@ -164,21 +164,21 @@ struct Batch {
     }
   }
 
-  // How many rows are taken together: enough for TILE numbers, few enough that every thread finds some.
+  // How many rows are computed together: enough for TILE numbers, but few enough that every thread gets some.
   i64 group_size() const {
     i64 last = p.ndim ? p.shape[p.ndim - 1] : 1, rows = TILE / std::min<i64>(CHUNK, std::max<i64>(p.n, 1));
     rows = std::min<i64>(std::min<i64>(rows, GROUP), p.rows / (4ll * p.threads)) / LINE * LINE;
     return std::min(std::max<i64>(rows, LINE), std::max<i64>(last, 1));
   }
 
-  // Rows of the tile begin at different offsets within a page: the first-level cache keeps few lines of one offset.
+  // Rows of the tile begin at different offsets within a page: the first-level cache holds few lines of one offset.
   i64 pitch(int k) const { return ((std::min<i64>(CHUNK, p.n) * size_of((p.*sides[k]).dtype) + 63) & ~(i64)63) + 64; }
   static char*& place(Row& row, int k) {
     char** places[SIDES] = {(char**)&row.x, (char**)&row.y, &row.value, &row.dx, &row.dy};
     return *places[k];
   }
 
-  // The classes from `start` on of these rows, of sides [first, last), between arrays in which they lie far apart and the
+  // Copies the classes from `start` on of these rows, for sides [first, last), between arrays in which they are far apart and the
   // tile.
   template <bool BACK>
   void turn_chunk(int first, int last, Row* row, int count, i64 start, int n, char* scratch) const {
@@ -193,7 +193,7 @@ struct Batch {
     }
   }
 
-  // Row i of those in the tile, so that `start` classes on it finds its own.
+  // Row i in the tile, with addresses from which class `start` is the first one there
   Row in_tile(const Row& row, int i, i64 start, char* scratch) const {
     Row moved = row;
     for (int k = 0; k < SIDES; k++)
@@ -203,7 +203,7 @@ struct Batch {
 
   int size(i64 chunk) const { return (int)std::min<i64>(CHUNK, p.n - chunk * CHUNK); }
 
-  // One panel's states of a row, and then all panels', into one.
+  // Merges a row's states of one panel into one; finish_row merges those of all panels.
   void fold_panel(const Row& row, int s, double* states, i64 k) const {
     int count = (int)std::min<i64>(CHUNK, chunks - k * CHUNK);
     kernel.fold(p, row, s, states, count, panel, states + panel * kernel.states[s] + k, panels);
@@ -211,21 +211,21 @@ struct Batch {
   void finish_row(const Row& row, int s, double* states, double* stats) const {
     finish_states(row, s, states + panel * kernel.states[s], panels, panels, stats);
   }
-  // So many states, at least one, level by level, into one.
+  // Merges `count` states, at least one, level by level, into one.
   void fold_states(const Row& row, int s, double* at, i64 count, i64 pitch, double* last) const {
     for (; count > CHUNK; count = (count + CHUNK - 1) / CHUNK)
       for (i64 k = 0; k * CHUNK < count; k++)
         kernel.fold(p, row, s, at + k * CHUNK, (int)std::min<i64>(CHUNK, count - k * CHUNK), pitch, at + k, pitch);
     kernel.fold(p, row, s, at, (int)count, pitch, last, 1);
   }
-  // And that into the row's stats.
+  // Merges them, and turns the result into the row's stats.
   void finish_states(const Row& row, int s, double* at, i64 count, i64 pitch, double* stats) const {
     double last[MAX_STATES];
     if (count > 0) fold_states(row, s, at, count, pitch, last);
     kernel.finish(p, row, s, count > 0 ? last : nullptr, stats);
   }
 
-  // Sweeps [first, last) of rows [r, r + count), in one thread; false if it is to stop.
+  // Sweeps [first, last) of rows [r, r + count), in one thread; false if the call should stop.
   bool rows(i64 r, int count, int first, int last, Row* row, double (*stats)[MAX_STATS], char* scratch,
             Worker& worker) const {
     double* states = (double*)(scratch + SCRATCH);
@@ -245,7 +245,7 @@ struct Batch {
             if (row[i].weight != 0)
               kernel.chunk(near, in_tile(row[i], i, c * CHUNK, scratch), s, c * CHUNK, size(c), stats[i],
                            states + i * per_row + c % CHUNK, panel, scratch);
-          // each result in the sweep that writes it: the next chunk takes its place in the tile
+          // results are copied out in the sweep that writes them: the next chunk takes their place in the tile
           if (s == kernel.terms_sweep()) turn_chunk<true>(OUTPUTS, OUTPUTS + 1, row, count, c * CHUNK, size(c), scratch);
           if (s == kernel.sweeps - 1) turn_chunk<true>(OUTPUTS + 1, SIDES, row, count, c * CHUNK, size(c), scratch);
         }
@@ -258,7 +258,7 @@ struct Batch {
     return true;
   }
 
-  // All of rows [r, r + count), at most `group`, in one thread; `values`, if not nullptr, gets what they add to a total.
+  // All sweeps of rows [r, r + count), at most `group`, in one thread; `values`, if not nullptr, receives what they add to a total.
   void group_of_rows(i64 r, int count, double* values, char* scratch, Worker& worker) const {
     Row* row = (Row*)(scratch + rows_at);
     double(*stats)[MAX_STATS] = (double(*)[MAX_STATS])(row + group), *found = (double*)(stats + group);
@@ -276,7 +276,7 @@ struct Batch {
     if (values && !worker.watch.stopped) std::copy(found, found + count, values);
   }
 
-  // One row, its chunks over all threads; what it adds to a total. `all` is scratch for each of them.
+  // One row, with its chunks spread over all threads; returns what it adds to a total. `all` is the scratch of these threads.
   double long_row(i64 r, int threads, char* scratch, char* all, Watch& watch) const {
     Row row = locate(p, r);
     double stats[MAX_STATS] = {0}, *states = (double*)(scratch + SCRATCH);
@@ -298,7 +298,7 @@ struct Batch {
     return finish(row, stats, worker);
   }
 
-  // What becomes of a finished row; returns what it adds to the total.
+  // Writes the outputs of a finished row; returns what it adds to the total.
   double finish(const Row& row, const double* stats, Worker& worker) const {
     if (row.weight == 0) {            // never read: its value and gradient are zero
       if (p.output == TERMS) write_zeros(p.value, row.value, p.n, worker);
@@ -311,7 +311,7 @@ struct Batch {
   }
 };
 
-// Adds up the rows' totals in the order of kl_tree.h as they come.
+// Sums the rows' totals in the order of kl_tree.h as they arrive
 class Total {
  public:
   Total(const Isa& set, i64 rows) : isa(set) {
@@ -320,7 +320,7 @@ class Total {
       sums.back().reserve((size_t)std::min<i64>(n, CHUNK));
     }
   }
-  void add(double* rows, i64 count) {   // a multiple of CHUNK, but for the last time; overwrites them
+  void add(double* rows, i64 count) {   // a multiple of CHUNK, except in the last call; overwrites them
     for (i64 i = 0; i < count; i += CHUNK) push(0, isa.sum_levels(rows + i, std::min<i64>(CHUNK, count - i)));
   }
   double value() {
@@ -347,7 +347,7 @@ class Total {
   }
 };
 
-// What is done for a plan. All memory is taken when it is made: nothing is written if there is too little.
+// The work for one plan. All memory is allocated by the constructor: nothing is written if there is too little.
 struct Job {
   virtual void compute(Watch& watch) = 0;
   virtual ~Job() = default;
@@ -382,7 +382,7 @@ class EachRow : public Job {
   Plan& p;
   Batch b;
   Total total;
-  bool by_chunk;                      // few rows, whose chunks are shared by all threads
+  bool by_chunk;                      // few rows, whose chunks are shared among all threads
   int threads;
   i64 round;
   std::vector<double> held;           // what the rows of a round add to the total
@@ -397,7 +397,7 @@ class EachRow : public Job {
   }
   void row_by_row(i64 start, i64 rows, Watch& watch) {
     i64 groups = (rows + b.group - 1) / b.group;
-    i64 share = std::max<i64>(1, groups / (threads * 8));   // runs of rows, so that each finds its next one asked for
+    i64 share = std::max<i64>(1, groups / (threads * 8));   // runs of rows, so that each row finds the next one prefetched
     each(watch, threads, groups, share, p.stream, [&](i64 g, Worker& worker) {
       i64 r = g * b.group;
       b.group_of_rows(start + r, (int)std::min(b.group, rows - r), p.output == TOTAL ? held.data() + r : nullptr,
@@ -406,12 +406,12 @@ class EachRow : public Job {
   }
 };
 
-// One gradient of an operand that is broadcast over the last `inner_axes` batch axes: the sum over these rows of their
-// gradients, in blocks of BLOCK rows, each added up row by row in double, the blocks in order. The plan's dx or dy
-// (whichever is present) has the operand's own shape; its strides along the inner axes are not used.
+// The gradient of an operand that is broadcast over the last `inner_axes` batch axes: the sum of the gradients of these rows.
+// Blocks of BLOCK rows are summed row by row in double, then the blocks in order. The plan's dx or dy (whichever is present) has
+// the operand's shape; its strides along the inner axes are not used.
 //
-// Some blocks at once: first what the last sweep has to know of their rows, then that sweep. Where a row has chunks enough
-// for all threads, a thread takes one chunk of all these blocks; else one of one of them.
+// Several blocks are computed at once: first what the last sweep needs to know of their rows, then that sweep. If a row has enough
+// chunks for all threads, a thread takes one chunk of all these blocks, otherwise one chunk of one of them.
 class SummedGradient : public Job {
  public:
   SummedGradient(Plan& plan, const Isa& isa, int inner_axes) : SummedGradient(plan, isa, inner_axes, plan.dx.data) {}
@@ -437,7 +437,7 @@ class SummedGradient : public Job {
   int last, threads;
   bool deep;                          // a thread takes a chunk of all blocks
   std::vector<double> known, sums, result;
-  size_t pitch;                       // bytes of scratch a thread
+  size_t pitch;                       // bytes of scratch per thread
   Scratch scratch;
 
   SummedGradient(Plan& plan, const Isa& isa, int inner_axes, bool x)
@@ -482,7 +482,7 @@ class SummedGradient : public Job {
     });
   }
 
-  // The gradients of these rows, in `count` blocks: added to `result`, or written, if all blocks are among them.
+  // The gradients of these rows, in `count` blocks: added to `result`, or written if these are all the blocks.
   void add(i64 r, i64 rows, i64 count, Watch& watch) {
     each(watch, threads, (deep ? 1 : count) * b.chunks, 1, false, [&](i64 item, Worker& worker) {
       i64 k = item / b.chunks, c = item % b.chunks, end = deep ? count : k + 1;
@@ -511,13 +511,13 @@ class SummedGradient : public Job {
   }
 };
 
-// How many rows are computed at once because they are of few classes; 0: none.
+// How many rows of few classes are computed together; 0: rows are computed one by one
 inline int few_at_once(const Plan& p, const Isa& isa) {
   Batch b(p, isa);
   return b.few_rows ? (int)b.group : 0;
 }
 
-// A plan, and over how many of its last batch axes a gradient is summed; -1: it is no such gradient.
+// A plan, and the number of its last batch axes over which a gradient is summed; -1: it is no such gradient
 struct Task {
   Plan* plan;
   int inner_axes;

@@ -1,6 +1,6 @@
-// The terms of other systems, for klcore.compat: as they compute them, with what they make of zeros, negative numbers and
-// NaN (docs/compat.md). x is the target, y the prediction. Shared by the CPU and the GPU, as kl_math.h is, whose
-// functions they are made of; the list of their names stands there.
+// The losses of other systems, for klcore.compat. Each term computes what the original computes, including for zeros,
+// negative numbers and NaN (docs/compat.md). x is the target, y the prediction. Shared by the CPU and the GPU, like kl_math.h,
+// which holds the functions used here and the list of names (KL_LOSSES).
 #pragma once
 
 #include "kl_math.h"
@@ -14,7 +14,7 @@ template <> struct Term<PYTORCH, PROBS, LOG_PROBS> : Plain {
     v = x == T(0) ? x : v;
     return v - x * y;
   }
-  template <typename T> static KL_FN T dx(T x, T y) {      // log x + 1 - y, of which x/x is the 1
+  template <typename T> static KL_FN T dx(T x, T y) {      // log x + 1 - y, where the 1 is x/x: NaN at 0 and at infinity
     T d = (log(x) + T(1)) - y;
     d = x < infinity<T>() ? d : nan<T>();
     return x > T(0) ? d : nan<T>();
@@ -28,7 +28,7 @@ template <> struct Term<PYTORCH, LOG_PROBS, LOG_PROBS> : Plain {
   template <typename T> static KL_FN T dy(T x, T) { return -exp(x); }
 };
 
-// Keras: x log(x/y), both clipped to [e, 1]; the bounds themselves pass the gradient
+// Keras: x log(x/y), both clipped to [e, 1]; the gradient passes at the bounds themselves
 template <typename T> KL_FN T clipped(T x, T e) {
   x = x < e ? e : x;
   return x > T(1) ? T(1) : x;
@@ -57,13 +57,13 @@ template <> struct Term<MXNET, PROBS, LOG_PROBS> : Plain {
   template <typename T> static KL_FN T dy(T x, T, Given<T>) { return -x; }
 };
 
-// PuzzleLib: x (log x - y) where x > 0; its "gradient" is x - e^y, the way down for normalised targets
+// PuzzleLib: x (log x - y) where x > 0; its "gradient" is x - e^y, the descent direction for normalised targets
 template <int SX> struct Term<PUZZLELIB, SX, LOG_PROBS> : Plain {
   template <typename T> static KL_FN T value(T x, T y) {
     T p = prob<SX>(x), v = p * (log_prob<SX>(x) - y);
     return p > T(0) ? v : T(0);
   }
-  template <typename T> static KL_FN T dx(T x, T y) {      // nobody asks for it
+  template <typename T> static KL_FN T dx(T x, T y) {      // never requested
     T d = (log_prob<SX>(x) + T(1)) - y;
     return prob<SX>(x) > T(0) ? d : T(0);
   }

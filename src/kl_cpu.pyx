@@ -1,9 +1,9 @@
 # cython: language_level=3, boundscheck=False, wraparound=False, cdivision=True, freethreading_compatible=True
 # distutils: language = c++
-"""The CPU's door from Python: arrays in, through the buffer protocol, and a kl::Plan out to kl_batch.h.
+"""The Python interface of the CPU kernels: takes arrays by the buffer protocol and passes a kl::Plan to kl_batch.h.
 
-Called by klcore.backends.cpu, which has checked and broadcast everything. bfloat16 comes as two bytes of no meaning,
-NumPy's V2. The GIL is released while rows are computed; the main thread takes it now and then, for signals.
+Called by klcore.backends.cpu, which has checked and broadcast everything. bfloat16 arrives as opaque two-byte items,
+NumPy's V2. The GIL is released while rows are computed; the main thread takes it now and then to check for signals.
 """
 from cpython.buffer cimport PyBUF_FORMAT, PyBUF_STRIDES, PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer
 from libc.string cimport memset
@@ -113,14 +113,14 @@ cdef extern from *:
     const char* kl_compiler
 
 ctypedef const Isa* ChosenIsa
-cdef atomic[ChosenIsa] _isa           # atomic: one thread may choose while others compute, without the GIL
-_isa.store(isa_table())               # until klcore.backends.cpu chooses: the one that every processor has
+cdef atomic[ChosenIsa] _isa           # atomic: one thread may choose while others compute without the GIL
+_isa.store(isa_table())               # the one that every processor has, until klcore.backends.cpu chooses
 
 cdef double NAN = float("nan"), INFINITY = float("inf")
 
-# What Python reads of the kernels' headers: the codes, forms and numbers of arguments of all operations, the codes of
-# spaces, dtypes and outputs, bytes of dtypes; classes in a chunk, and of rows that are taken several at once;
-# between which temperatures lie, and those with which float32 is not computed in double.
+# What Python needs from the kernels' headers: code, form and number of arguments of every operation; codes of spaces,
+# dtypes and outputs; bytes per dtype; classes per chunk, and the most in rows that are computed several at once; the
+# range of temperatures, and the range in which float32 is not computed in double.
 OPERATIONS = {
     operation_rows[k].name.decode().lower(): (k, <int>operation_rows[k].form, operation_rows[k].arguments)
     for k in range(OPERATION_COUNT)
@@ -138,7 +138,7 @@ COMPILER = kl_compiler.decode()
 
 
 def instruction_sets():
-    """Names of the instruction sets built in, best last, each with whether this processor has it."""
+    """The instruction sets built in, best last, each with whether this processor supports it."""
     cdef const Isa* s = isa_table()
     found = {}
     while s.name != NULL:
@@ -148,7 +148,7 @@ def instruction_sets():
 
 
 def use_instruction_set(str name):
-    """Compute with this instruction set from now on. The caller has checked that it is supported."""
+    """Use this instruction set from now on. The caller has checked that it is supported."""
     cdef const Isa* s = isa_table()
     while s.name != NULL:
         if s.name.decode() == name:
@@ -164,7 +164,7 @@ def instruction_set():
 
 
 cdef int _dtype(Py_buffer* v) except -1:
-    """How the elements lie in memory: a kl::Dtype, or kl::WholeNumbers of what is one a row."""
+    """The dtype of the elements: a kl::Dtype or, for one number per row, also a kl::WholeNumbers."""
     cdef char c = v.format[0]
     cdef int size = 0
     if c == b"=" or c == b"@" or c == b"<" or c == b"^":
@@ -175,7 +175,7 @@ cdef int _dtype(Py_buffer* v) except -1:
         return FLOAT32
     if c == b"e":
         return FLOAT16
-    if c == b"2":                        # "2x", two bytes without a meaning
+    if c == b"2":                        # "2x", two opaque bytes
         return BFLOAT16
     while 1 << size < v.itemsize:
         size += 1
@@ -202,7 +202,7 @@ cdef class _Borrowed:
         return v
 
     cdef int lend(self, array, Array* a, bint classes, bint write) except -1:
-        """Fill in `a` from an array of shape batch + (n,), or of shape batch where `classes` is false."""
+        """Fill in `a` from an array of shape batch + (n,), or of shape batch if `classes` is false."""
         cdef Py_buffer* v = self.borrow(array, write)
         cdef int d, ndim = v.ndim - 1 if classes else v.ndim
         a.data = <char*>v.buf
@@ -218,10 +218,10 @@ cdef class _Borrowed:
 
 cdef extern from "Python.h" nogil:
     unsigned long PyThread_get_thread_ident()
-    int PyErr_CheckSignals()   # not that of cpython.exc: the exception that a handler raises is left to be found
+    int PyErr_CheckSignals()   # not from cpython.exc, which would raise: here the handler's exception stays set
 
-# Python runs signal handlers in this thread alone. No other may ask: while Python shuts down, a thread that asks for
-# the GIL is ended on the spot, within code that must not throw, which ends the process.
+# Python runs signal handlers only in this thread. Other threads must not ask for the GIL: while Python shuts down, a
+# thread that does is ended on the spot, inside code that must not throw, which ends the process.
 cdef unsigned long _main = threading.main_thread().ident
 
 
@@ -235,7 +235,7 @@ if hasattr(os, "register_at_fork"):
 
 
 cdef int _signals() noexcept with gil:
-    """Whether a signal handler of Python's has raised an exception."""
+    """Whether a Python signal handler has raised an exception."""
     return PyErr_CheckSignals() != 0
 
 
@@ -246,10 +246,10 @@ cdef inline Ask _ask() noexcept:
 
 
 cdef int _end(int found) except -1:
-    """What kl::guarded returned, as an exception."""
+    """Turn what kl::guarded returned into an exception."""
     if found == 1:
-        raise MemoryError("klcore could not get its working memory, or a thread with stack enough")
-    return -1 if found else 0            # 2: stopped by an exception, which is set
+        raise MemoryError("klcore could not allocate its working memory, or start a thread with enough stack")
+    return -1 if found else 0            # 2: stopped by an exception that is set
 
 
 cdef int _lay_out(Plan* p, _Borrowed b, int operation, int space_x, int space_y, int output, x, y, weights, value,
@@ -300,7 +300,7 @@ cdef int _set_temperature(Plan* p, _Borrowed b, temperature) except -1:
 
 
 cdef class Planned:
-    """A plan, and the arrays that it reads and writes. Made by `plan`."""
+    """A plan, and the arrays that it reads and writes. Created by `plan`."""
     cdef Plan plan
     cdef _Borrowed arrays
     cdef int inner_axes
@@ -308,12 +308,12 @@ cdef class Planned:
 
 def plan(int operation, int space_x, int space_y, int output, x, y, weights, value, dx, dy, bint wide,
          temperature, double gradient_scale, int threads, factors, double parameter, double factor, int inner_axes=-1):
-    """What to compute, for `run`.
+    """Describe a computation, for `run`.
 
-    x, y, factors, dx, dy and the terms have the shape batch + (n,); weights, row values and a temperature that is no
-    float the shape batch. Weights and temperatures may have any real dtype; factors are float64 or float32. y, weights,
-    factors, value, dx, dy may be None. With inner_axes >= 0 the one gradient given is that of an operand broadcast over
-    the last inner_axes batch axes, and is summed over them.
+    x, y, factors, dx, dy and the terms have the shape batch + (n,). Weights, row values and temperatures (if
+    `temperature` is not a float) have the shape batch. Weights and temperatures may have any real dtype; factors are
+    float64 or float32. y, weights, factors, value, dx and dy may be None. With inner_axes >= 0 there is one gradient:
+    that of an operand broadcast over the last inner_axes batch axes, summed over them.
     """
     cdef Planned c = Planned.__new__(Planned)
     c.arrays = _Borrowed.__new__(_Borrowed)
@@ -326,13 +326,13 @@ def plan(int operation, int space_x, int space_y, int output, x, y, weights, val
 
 
 def run(list plans):
-    """Compute these plans, at most three; returns the total of the first. All memory is taken before anything is
-    written."""
+    """Compute these plans, at most three, and return the total of the first. All memory is allocated before anything
+    is written."""
     cdef Task[3] tasks
     cdef int count = len(plans), k, found
     cdef Planned c
     if not 0 < count <= min(_MAX_TASKS, 3):
-        raise ValueError(f"found {count} plans")
+        raise ValueError(f"expected 1 to 3 plans, found {count}")
     for k in range(count):
         c = plans[k]
         tasks[k].plan = &c.plan
@@ -346,11 +346,14 @@ def run(list plans):
 
 
 def is_wide(int operation, int space_x, int space_y, double temperature, double parameter=0.0):
-    """Whether float32 is computed in float64: counts; what goes by terms from logits, and by classes unless both are
-    probabilities, or both logits; and temperatures at which float32 has no room for a logarithm, for the temperature
-    or for its inverse. And renyi_div of probabilities, since alpha_div's gradient may leave float32's range where its
-    own does not; and alpha_div of logits where alpha or 1 - alpha, above 1, multiplies what the first sweep's shift is
-    off by."""
+    """Whether float32 is computed in float64.
+
+    It is for counts; for logits if the operation is BY_TERM; for operations BY_CLASS, unless both sides are
+    probabilities or both are logits; and for logits at temperatures where float32 has no room for a logarithm, the
+    temperature or its inverse. It is for renyi_div without logits, because alpha_div's gradient may leave the range of
+    float32 where that of renyi_div does not. And it is for alpha_div of logits if alpha or 1 - alpha is above 1, which
+    would multiply the error of the first sweep's shift.
+    """
     cdef int form = operation_rows[operation].form
     if space_x == COUNTS or space_y == COUNTS:
         return True
@@ -373,11 +376,11 @@ cdef dict _plain_gradients = {None: 0, "x": 1, "y": 2, ("x",): 1, ("y",): 2, ("x
 
 
 def plain(call, int threads):
-    """The quick way in for common calls: two like arrays, the classes on the last axis, temperature 1, no weights.
+    """The fast path for common calls: two arrays alike, the classes on the last axis, temperature 1, no weights.
 
-    Takes a klcore.operations.Call, and returns what its backend does; or None, having done nothing, unless both are
-    native float arrays of one shape and dtype, and contiguous where gradients are wanted. What it does not understand
-    is for rows.py to understand, or to refuse.
+    Takes a klcore.operations.Call and returns what its backend returns. Returns None, without any effect, unless both
+    are native float arrays of the same shape and dtype, and contiguous if gradients are wanted. Every other call is
+    left to rows.py, which computes it or refuses it.
     """
     (of, x, y, space, axis, words, weights, temperature, return_grad, out, _device, divisor, parameter, factor,
      dtype, cotangent, _ratio, _examples, indices, tail, tail_mass) = <tuple>call
@@ -394,7 +397,7 @@ def plain(call, int threads):
         return None
     try:
         found_wanted = _plain_gradients.get(return_grad)
-    except TypeError:                    # a tuple with something in it that is no key
+    except TypeError:                    # a tuple with an unhashable element
         return None
     if found_wanted is None:
         return None
@@ -425,7 +428,7 @@ def plain(call, int threads):
     try:
         vx = b.borrow(x, False)
         vy = b.borrow(y, False)
-    except (BufferError, ValueError):    # a dtype without a buffer format, as bfloat16
+    except (BufferError, ValueError):    # a dtype without a buffer format, such as bfloat16
         return None
     if vx.ndim == 0 or vx.ndim != vy.ndim or vx.format[1] != 0 or vx.format[0] != vy.format[0] or vy.format[1] != 0:
         return None
@@ -495,7 +498,7 @@ def plain(call, int threads):
 
 
 def chunk_sums(values, double[::1] sums):
-    """The sum of every 1024 values of a real array of any layout, in C order; `sums` has room for them."""
+    """Write the sums of every 1024 values of a real array of any layout, in C order, to `sums`."""
     cdef Plan p
     cdef _Borrowed b = _Borrowed.__new__(_Borrowed)
     cdef Py_buffer* v
@@ -521,7 +524,7 @@ def add_up(double[::1] values):
 
 
 def elementary(str function, x, out):
-    """klcore's own log, exp, log1p or expm1 of contiguous float32 or float64 arrays, for the tests."""
+    """klcore's log, exp, log1p or expm1 of contiguous float32 or float64 arrays, for the tests."""
     cdef _Borrowed b = _Borrowed.__new__(_Borrowed)
     cdef Py_buffer* vx = b.borrow(x, False)
     cdef Py_buffer* vo = b.borrow(out, True)
@@ -540,12 +543,12 @@ def elementary(str function, x, out):
 
 
 def pretend_processors(int n):
-    """Use as many threads as asked for on a machine with fewer than `n` processors; 0: no more. For the tests."""
+    """Pretend that the machine has `n` processors, so that more threads are used; 0: stop. For the tests."""
     pretended_processors().store(n)
 
 
 def few_at_once(int operation, int space_x, int space_y, bint wide, i64 rows, i64 n):
-    """How many rows of few classes are computed at once in such a call; 0 if each is by itself. For the tests."""
+    """How many rows of few classes such a call computes together; 0 if one by one. For the tests."""
     cdef Plan p
     memset(&p, 0, sizeof(Plan))
     p.operation, p.space_x, p.space_y, p.wide = operation, space_x, space_y, wide
@@ -567,7 +570,7 @@ MAX_STATS = _MAX_STATS
 
 
 def sweeps(int operation, int space_x, int space_y, bint wide, bint terms, bint gradient, bint factors=False):
-    """How many doubles a chunk of 1024 classes leaves behind, for each sweep over the rows that these outputs take."""
+    """How many doubles a chunk of 1024 classes leaves in each sweep over the rows that these outputs need."""
     cdef Plan p
     cdef char mark
     memset(&p, 0, sizeof(Plan))
@@ -586,9 +589,9 @@ def sweep(int number, int operation, int space_x, int space_y, x, y, weights, te
           const double[::1] stats, double[::1] states, int inner_axes=-1):
     """One of these sweeps over a block of the classes.
 
-    Arrays are those of `plan`. `stats` are the rows' after the sweeps before, MAX_STATS each, or None before the first.
-    With `states`, for every row `sweeps()[number]` lines of a double a chunk, zero, only these are written; dx and dy
-    say which gradients will be asked for. Without, the outputs given are.
+    Arrays are as in `plan`. `stats` holds MAX_STATS numbers per row from the earlier sweeps, or is None in the first.
+    `states` holds, per row, `sweeps()[number]` lines of one double per chunk, initially zero. If it is given, only
+    `states` is written, and dx and dy say which gradients will be requested. Without it, the given outputs are written.
     """
     cdef Plan p
     cdef _Borrowed b = _Borrowed.__new__(_Borrowed)
@@ -607,10 +610,11 @@ def sweep(int number, int operation, int space_x, int space_y, x, y, weights, te
 
 def merge(int number, int operation, int space_x, int space_y, weights, bint wide, temperature, int threads,
           double parameter, double factor, double[::1] states, i64 count, double[::1] into, bint fold=False):
-    """The states that a sweep left of all blocks, `count` doubles a line, into the rows' stats; overwrites them.
+    """Merge the states that a sweep left of all blocks, `count` doubles per line, into the rows' stats.
 
-    A row's stats begin with its value, once that is known, times its weight. `weights`, and a temperature that is no
-    float, have the batch shape. With `fold` only into one state a row, zero before, of at least one.
+    Overwrites the states. A row's stats begin with its value, once it is known, times its weight. `weights`, and a
+    temperature that is not a float, have the batch shape. With `fold`, merges at least one state per row into one
+    state per row, initially zero.
     """
     cdef Plan p
     cdef _Borrowed b = _Borrowed.__new__(_Borrowed)
@@ -640,7 +644,7 @@ def merge(int number, int operation, int space_x, int space_y, weights, bint wid
     _end(found)
 
 
-# ---- rows of which x lists some classes: kl_sparse_batch.h -----------------------------------------------------------
+# ---- rows in which x lists some classes: kl_sparse_batch.h -----------------------------------------------------------
 
 cdef extern from "kl_sparse_batch.h" namespace "kl" nogil:
     int sort_all(const Plan&, Ask) noexcept
@@ -648,14 +652,15 @@ cdef extern from "kl_sparse_batch.h" namespace "kl" nogil:
 
 TAILS = {"bucket": _BUCKET, "zero": _ZERO, "renorm": _RENORM}
 ROW_NUMBERS, NORM_STATES = _ROW_NUMBERS, _NORM_STATES
-MOST_CLASSES, PLACE_OF_KEY = _OUTSIDE, _PLACE_OF_KEY   # that keys have room for; what of a key is a place
+MOST_CLASSES, PLACE_OF_KEY = _OUTSIDE, _PLACE_OF_KEY   # what keys have room for; a key's bits that are its place
 
 
 cdef class Listed:
-    """A call in which x lists classes of y, and what its steps leave for each other.
+    """A call in which x lists classes of y, with the intermediate results of its steps.
 
-    x, indices and y have the shape batch + (K,) or (n,), tail_mass (or None) the shape batch, as `weights` and a
-    temperature that is no float; indices are int64. `xs` and `ys` are the K + 1 classes, of the shape batch + (K + 1,).
+    x and indices have the shape batch + (K,), y has the shape batch + (n,). tail_mass (or None), `weights` and a
+    temperature that is not a float have the shape batch; indices are int64. `xs` and `ys` are the K + 1 classes, of the
+    shape batch + (K + 1,).
     """
     cdef Plan plan
     cdef Sparse sparse
@@ -688,7 +693,7 @@ cdef class Listed:
         s.known = <double*>self.plan.known.data
         self.plan.sparse = s
         cdef Ask ask = _ask()
-        cdef Plan sweep = self.plan        # which joins batch axes
+        cdef Plan sweep = self.plan        # a copy, because `run` merges batch axes
         sweep.step = SUM_OTHERS
         cdef Task task
         task.plan, task.inner_axes = &sweep, -1
@@ -701,7 +706,7 @@ cdef class Listed:
         _end(found)
 
     def by_x(self, dxs):
-        """The derivatives by x, as float64 of the shape batch + (K,), from those by `xs`."""
+        """The derivatives with respect to x, as float64 of the shape batch + (K,), from those with respect to `xs`."""
         cdef _Borrowed b = _Borrowed.__new__(_Borrowed)
         dx = numpy.zeros((*self.batch, self.sparse.count))
         self.sparse.slopes, self.sparse.dx = <double*>b.borrow(dxs, False).buf, <double*>b.borrow(dx, True).buf
@@ -709,7 +714,8 @@ cdef class Listed:
         return dx
 
     def by_y(self, dys):
-        """Of the derivatives by `ys` makes those by y of the classes listed, and what all others have in common."""
+        """Turn the derivatives with respect to `ys`, in place, into those with respect to the listed classes of y and
+        the common one of all other classes."""
         cdef _Borrowed b = _Borrowed.__new__(_Borrowed)
         self.sparse.slopes = <double*>b.borrow(dys, True).buf
         self._step(_isa.load().slopes_of_y)
@@ -722,8 +728,8 @@ cdef class Listed:
         return _end(found)
 
     def spread(self, dys, y, weights, temperature, known, dy, int inner_axes):
-        """The derivative by y, from what `by_y` made of dys. Arrays are those of the call, with the batch axes in the
-        order of dy's; with inner_axes >= 0 it is summed over so many of the last."""
+        """Write the derivative with respect to y, from what `by_y` left in dys. Arrays are those of the call, with the
+        batch axes in the order of dy's; with inner_axes >= 0 it is summed over that many of the last."""
         cdef Plan p
         cdef _Borrowed b = _Borrowed.__new__(_Borrowed)
         cdef bint wide = self.plan.wide
@@ -735,7 +741,7 @@ cdef class Listed:
         _run_one(&p, inner_axes)
 
     def copy(self, values, dx, int inner_axes):
-        """float64 into a gradient, or summed over the last batch axes."""
+        """Copy float64 values to a gradient, or sum them over the last batch axes."""
         cdef Plan p
         cdef _Borrowed b = _Borrowed.__new__(_Borrowed)
         _lay_out(&p, b, 0, 0, 0, TOTAL, values, None, None, None, dx, None, True, True, 1.0, 1.0, self.plan.threads,

@@ -1,17 +1,17 @@
-// All rows of a plan on the GPU: what kl_rows.h and kl_batch.h are for the CPU, with the same formulas (kl_math.h,
-// kl_logits.h, kl_family.h, kl_renyi.h) in the same order of addition (kl_tree.h), and so with the same bits. klcore.backends.cuda fills
-// in a plan and launches; its nvrtc.py compiles this file behind those headers, as one source, for one operation,
-// pair of spaces and pair of dtypes, given as macros:
+// All rows of a plan on the GPU: what kl_rows.h and kl_batch.h are for the CPU, with the same formulas (kl_math.h, kl_logits.h,
+// kl_family.h, kl_renyi.h) in the same order of addition (kl_tree.h), and therefore with the same bits. klcore.backends.cuda
+// fills in a plan and launches. Its nvrtc.py compiles this file after those headers, as one source, for one operation, pair of
+// spaces and pair of dtypes, which are given as macros:
 //   KL_OPERATION, KL_SPACE_X, KL_SPACE_Y, KL_X, KL_Y (dtypes), KL_OUTPUTS (1: dx, 2: dy, 4: terms), KL_WIDE (compute in
-//   double), KL_TEMPERATURE (if it is not 1), KL_TEMPERATURES (if there is one a row), KL_FACTORS (if there are any), KL_FAST16
-//   (both inputs have 16 bits: hardware exponentials and reciprocals, numbers in one part); and which kernels: KL_UNITS,
+//   double), KL_TEMPERATURE (if it is not 1), KL_TEMPERATURES (if there is one per row), KL_FACTORS (if there are any), KL_FAST16
+//   (both inputs have 16 bits: hardware exponentials and reciprocals, no low parts). These select the kernels: KL_UNITS,
 //   KL_NARROW, KL_ROWS, KL_FOLD, KL_SUM, KL_SUMMED.
 //
-// A warp treats one chunk of 1024 classes at a time: it brings the chunk into shared memory by asynchronous 16-byte
-// copies, computes from there, leaves gradients in their inputs' place, and copies them out; or, where one sweep is all and
-// the row is aligned, computes straight from global memory. Lane l owns columns 4l .. 4l+3, so that a column's eight
-// elements meet in a register and the 128 columns in a few shuffles. How many warps, blocks and multiprocessors there are
-// decides who does what, never in which order numbers are added. There are no atomics.
+// A warp processes one chunk of 1024 classes at a time. It copies the chunk to shared memory by asynchronous 16-byte copies,
+// computes from there, writes gradients over their inputs, and copies them out. If a single sweep suffices and the row is
+// aligned, it computes straight from global memory. Lane l owns columns 4l .. 4l+3, so that the eight elements of a column are
+// added in a register, and the 128 columns in a few shuffles. The numbers of warps, blocks and multiprocessors decide which
+// warp does what, but never the order of addition. There are no atomics.
 #pragma once
 
 #if defined(KL_EMULATOR)
@@ -27,7 +27,7 @@ namespace kl {
 
 typedef long long i64;
 
-// ---- what a call asks for: klcore/backends/cuda/plans.py reads here how a plan is laid out ----------------------------------
+// ---- what a call asks for: klcore/backends/cuda/plans.py reads the layout of a plan here --------------------------------------
 constexpr int MAX_DIMS = 32;
 
 struct Array {                // strides in bytes, of any sign; data == nullptr: absent
@@ -40,22 +40,22 @@ struct Array {                // strides in bytes, of any sign; data == nullptr:
 struct Plan {
   i64 shape[MAX_DIMS];        // of the batch axes
   i64 ndim, rows, n, chunks;
-  i64 output;                 // kl::Output; totals are left in `value`, one double a row
+  i64 output;                 // kl::Output; totals are left in `value`, one double per row
   i64 first, last;            // sweeps to run
   i64 columns;                // neighbouring rows, not classes, lie side by side in memory
-  i64 dense;                  // rows of x, y, dx and dy lie one behind the other
+  i64 dense;                  // rows of x, y, dx and dy are contiguous
   i64 slots;                  // chunks that a warp holds in shared memory
-  i64 count, groups;          // kl_fold, kl_sum: elements a row, and groups of 1024 of them
-  i64 packed;                 // kl_fold leaves the slopes of a chunk's gradients where its state was
-  i64 rows_on, chunks_on;     // kl_units: from a warp's chunk to its next
+  i64 count, groups;          // kl_fold, kl_sum: elements per row, and the number of groups of 1024 of these
+  i64 packed;                 // kl_fold replaces the state of a chunk by the slopes of its gradients
+  i64 rows_on, chunks_on;     // kl_units: from one chunk of a warp to its next
   i64 inner;                  // kl_summed: rows that share one gradient row
-  i64 any_weights;            // weights may be any numbers; else bad ones spoil their rows
+  i64 any_weights;            // weights may be any numbers; if false, invalid ones make their rows NaN
   double inverse_temperature, gradient_scale, scale, parameter;
   double factor;              // of all values and gradients: multiplies the rows' weights
-  const double* denominator;  // of a weighted mean, and what multiplies its weights: known to the device only; or nullptr
-  const double* cotangent;    // multiplies all gradients; likewise
+  const double* denominator;  // of a weighted mean, then a factor of its weights; known on the device only; or nullptr
+  const double* cotangent;    // multiplies all gradients; on the device too
   double *states, *stats, *sums;   // working memory: see the kernels
-  Array x, y, weights, temperatures, factors, value, dx, dy;   // factors: one a class; like the two before, float64 or float32
+  Array x, y, weights, temperatures, factors, value, dx, dy;   // factors: per class; like the two before, float64 or float32
 };
 
 // ---- the machine -----------------------------------------------------------------------------------------------------------
@@ -69,7 +69,7 @@ template <int BYTES> KL_DEVICE void copy_vector(void* to, const void* from) {
   *(V*)to = *(const V*)from;
 }
 #if KL_ARCH >= 800
-// from global to shared memory; there after wait_copies, for other lanes after a barrier too
+// from global to shared memory; complete after wait_copies, for other lanes after a barrier as well
 template <int BYTES> KL_DEVICE void copy_async(void* to, const void* from) {
   unsigned address = (unsigned)__cvta_generic_to_shared(to);
   if constexpr (BYTES == 16) asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(address), "l"(from) : "memory");
@@ -77,7 +77,7 @@ template <int BYTES> KL_DEVICE void copy_async(void* to, const void* from) {
 }
 KL_DEVICE void wait_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 #endif
-KL_DEVICE void warps_barrier(int warps) {   // of a block's first so many warps; the others go on
+KL_DEVICE void warps_barrier(int warps) {   // of the first `warps` warps of a block; the others go on
   __syncwarp();
   asm volatile("bar.sync 1, %0;" ::"r"(32 * warps) : "memory");
 }
@@ -87,10 +87,10 @@ constexpr unsigned ALL_LANES = ~0u;
 constexpr int WARP = 32;
 KL_DEVICE int lane_of() { return (int)(threadIdx.x % WARP); }
 KL_DEVICE int warp_of() { return (int)(threadIdx.x / WARP); }
-KL_DEVICE float larger(float a, float b) { return fmaxf(a, b); }   // the number, if one is NaN
+KL_DEVICE float larger(float a, float b) { return fmaxf(a, b); }   // if one is NaN, the other one
 KL_DEVICE double larger(double a, double b) { return fmax(a, b); }
-KL_DEVICE i64 again(i64 v) {   // v, of which the compiler does not know that: what follows from it is computed again,
-#if !defined(KL_EMULATOR)      // not kept in registers meanwhile
+KL_DEVICE i64 again(i64 v) {   // v, but opaque to the compiler: what depends on it is computed again, and
+#if !defined(KL_EMULATOR)      // not kept in registers until then
   asm volatile("" : "+l"(v));
 #endif
   return v;
@@ -121,18 +121,18 @@ constexpr bool NORM_OF_Y = !OF_LOGITS && !OF_CROSS && !OF_MEMBERS && HAS_Y && is
 constexpr bool NORMALISED = NORM_OF_X || NORM_OF_Y;
 constexpr bool IS_RENYI = OP == RENYI_DIV;
 constexpr bool ONE_SWEEP = !OF_LOGITS && !OF_CROSS && !OF_MEMBERS && !NORMALISED && !IS_RENYI;
-constexpr bool BESIDE = NORMALISED && !KL_WIDE;   // float32 logits beside another space: log-probabilities in two numbers
+constexpr bool BESIDE = NORMALISED && !KL_WIDE;   // float32 logits beside another space: log-probabilities in pairs
 constexpr int term_space(int space) { return space == LOGITS && !BESIDE ? LOG_PROBS : space == COUNTS ? PROBS : space; }
 typedef Term<summed(OP), term_space(SX), term_space(HAS_Y ? SY : SX)> TheTerm;
 
-enum { SUM_VALUE, SUM_DX, SUM_DY, SUM_STATES };   // of normalised rows' second sweep
+enum { SUM_VALUE, SUM_DX, SUM_DY, SUM_STATES };   // of the second sweep over normalised rows
 constexpr int TILT_STATES = tilt_states(OF_MEMBERS);
 static_assert(MEMBER_STATES <= LOGITS_STATES && tilt_states(true) <= LOGITS_STATES);
 constexpr int MAX_STATES = OF_LOGITS || OF_MEMBERS ? LOGITS_STATES : OF_CROSS ? CROSS_STATES : NORMALISED ? 2 * NORM_STATES : IS_RENYI ? NORM_STATES : 1;
-// Blocks of THREADS on a multiprocessor, for which registers have to suffice. The most warps are not the fastest: what is swept
-// several times wants its numbers in registers. (For compute capability 12.0 the compiler makes more of the same code, which would
-// spill.)
-constexpr bool LIGHT = !EXACT<T>;   // exponentials are the hardware's
+// Blocks of THREADS per multiprocessor, which limits the registers of each thread. More warps are not always faster: what is
+// swept several times gains from keeping its numbers in registers. (For compute capability 12.0 the compiler generates more code
+// from the same source, which would spill.)
+constexpr bool LIGHT = !EXACT<T>;   // uses the hardware's exponentials
 constexpr int THREADS = 128;
 constexpr int BLOCKS = KL_WIDE || BESIDE || OF_MEMBERS || (OF_LOGITS && KL_ARCH >= 1200) ? 2
                        : LIGHT && ONE_SWEEP && KL_OUTPUTS == 0             ? 8
@@ -140,9 +140,9 @@ constexpr int BLOCKS = KL_WIDE || BESIDE || OF_MEMBERS || (OF_LOGITS && KL_ARCH 
                        : LIGHT && OF_LOGITS && KL_OUTPUTS == 0             ? 5
                        : OF_LOGITS || OF_CROSS || OUT_DX || OUT_DY         ? 4
                                                                            : 6;
-constexpr bool ONCE = ONE_SWEEP || ((OF_LOGITS || OF_CROSS) && KL_OUTPUTS == 0);   // one sweep is all
-constexpr int SUM_SWEEP = NORMALISED || OF_MEMBERS ? 1 : 0;          // which finds the sum that the value is, or Rényi's is made of,
-constexpr int VALUE_SWEEP = IS_RENYI ? SUM_SWEEP + 1 : SUM_SWEEP;   // after one more for rows that are tilted
+constexpr bool ONCE = ONE_SWEEP || ((OF_LOGITS || OF_CROSS) && KL_OUTPUTS == 0);   // a single sweep suffices
+constexpr int SUM_SWEEP = NORMALISED || OF_MEMBERS ? 1 : 0;          // finds the sum that the value follows from
+constexpr int VALUE_SWEEP = IS_RENYI ? SUM_SWEEP + 1 : SUM_SWEEP;   // Rényi divergence has one more, for tilted rows
 
 KL_DEVICE double gradient_scale(const Plan& p) {
   double scale = !p.denominator ? p.gradient_scale : *p.denominator != 0 ? 1.0 / *p.denominator : nan<double>();
@@ -158,7 +158,7 @@ KL_DEVICE int states_of(int sweep) {
   return 1;
 }
 
-// The branch stands around the loop, not in it: doubles are rare, and slow.
+// The branch is outside the loop: the product in double is rare, and slow.
 template <int E> KL_DEVICE void multiply(const T* v, const Scale<T>& scale, T (&products)[E]) {
   if (scale.far) {
 #pragma unroll
@@ -169,9 +169,9 @@ template <int E> KL_DEVICE void multiply(const T* v, const Scale<T>& scale, T (&
   }
 }
 
-// ---- where the lanes of a warp stand ----------------------------------------------------------------------------------------
+// ---- how the lanes of a warp are used ---------------------------------------------------------------------------------------
 //
-// Wide: the warp treats one chunk of a row, 256 classes a step, eight of them in each lane.
+// Wide: the warp processes one chunk of a row, 256 classes per step, eight of them per lane.
 struct Wide {
   static constexpr int E = 8;
   int lane, n;
@@ -179,9 +179,9 @@ struct Wide {
   KL_DEVICE bool leads() const { return lane == 0; }
   KL_DEVICE int steps() const { return (n + 255) / 256; }
   KL_DEVICE int index(int step, int e) const { return 256 * step + (e & 4) * 32 + 4 * lane + (e & 3); }
-  KL_DEVICE bool partial(int step) const { return 256 * step + 256 > n; }   // some index is no class: a copy of class 0
+  KL_DEVICE bool partial(int step) const { return 256 * step + 256 > n; }   // some indices are no class: copies of class 0
 
-  // a lane's numbers of a step, as they lie in memory
+  // a lane's numbers of one step, as stored in memory
   template <int D> struct __align__(sizeof(typename Stored<D>::Type) == 2 ? 8 : 16) Four { typename Stored<D>::Type v[4]; };
   template <int D> struct Eight { Four<D> half[2]; };
   template <int D> KL_DEVICE Eight<D> load(const typename Stored<D>::Type* slot, int step) const {
@@ -232,7 +232,7 @@ struct Wide {
 #pragma unroll
       for (int k = 0; k < 4; k++) now[q][k] = fma(w[k + 4], v[k + 4], fma(w[k], v[k], now[q][k]));
     }
-    KL_DEVICE void add_four(int q, const U* v) {   // half a step
+    KL_DEVICE void add_four(int q, const U* v) {   // half of a step
 #pragma unroll
       for (int k = 0; k < 4; k++) now[q][k] += v[k];
     }
@@ -241,7 +241,7 @@ struct Wide {
       for (int k = 0; k < 4; k++) now[q][k] = fma(w[k], v[k], now[q][k]);
     }
   };
-  // (the sum over lanes with bit = 0 of a, over the others of b), each where it belongs
+  // the sum over lane and lane ^ bit: of a in lanes with bit = 0, of b in the others
   KL_DEVICE double exchange(double a, double b, int bit) const {
     bool upper = lane & bit;
     return (upper ? b : a) + __shfl_xor_sync(ALL_LANES, upper ? a : b, bit);
@@ -250,7 +250,7 @@ struct Wide {
     double v[4];
 #pragma unroll
     for (int k = 0; k < 4; k++) v[k] = (double)s.now[q][k];
-    double a = exchange(v[0], v[2], 16), b = exchange(v[1], v[3], 16);   // + 64; bit 16 now tells columns 2 apart,
+    double a = exchange(v[0], v[2], 16), b = exchange(v[1], v[3], 16);   // + 64; bit 16 now separates columns 2 apart,
     a = exchange(a, b, 8);                                               // + 32; and bit 8 columns 1 apart
 #pragma unroll
     for (int o = 4; o; o /= 2) a += __shfl_xor_sync(ALL_LANES, a, o);    // + 16, + 8, + 4
@@ -260,13 +260,13 @@ struct Wide {
   }
 };
 
-// Full: the same of a chunk that has all its classes, which saves asking.
+// Full: Wide for a complete chunk, which needs no check for missing classes.
 struct Full : Wide {
   KL_DEVICE Full() : Wide(CHUNK) {}
   KL_DEVICE bool partial(int) const { return false; }
 };
 
-// Narrow: rows of at most 128 classes, several at a time. `lanes` of them (a power of two) share a row of columns
+// Narrow: rows of at most 128 classes, several at a time. `lanes` lanes (a power of two) share a row; lane l has its columns
 // l, l + lanes, l + 2 lanes and l + 3 lanes.
 struct Narrow {
   static constexpr int E = 4;
@@ -275,7 +275,7 @@ struct Narrow {
   KL_DEVICE bool leads() const { return lane == 0 && n > 0; }
   KL_DEVICE int steps() const { return 1; }
   KL_DEVICE int index(int, int e) const { return lane + lanes * e; }
-  KL_DEVICE bool partial(int) const { return true; }   // beyond the last class stands a copy of the lane's first
+  KL_DEVICE bool partial(int) const { return true; }   // after the last class there is a copy of the lane's first
 
   template <int D> KL_DEVICE void read(const typename Stored<D>::Type* slot, int, T* v) const {
 #pragma unroll
@@ -294,7 +294,7 @@ struct Narrow {
     }
     return m;
   }
-  // of this row's lanes alone: no row affects another
+  // only the lanes of this row: no row affects another
   KL_DEVICE unsigned neighbours() const { return (lanes == WARP ? ALL_LANES : (1u << lanes) - 1u) << (lane_of() - lane); }
   KL_DEVICE bool any(bool b) const { return __ballot_sync(ALL_LANES, b) & neighbours(); }
   KL_DEVICE bool every(bool b) const { return !any(!b); }
@@ -318,7 +318,7 @@ struct Narrow {
   }
 };
 
-template <class L, typename U> KL_DEVICE void mask(const L& at, int step, U* v) {   // what is no class counts nothing
+template <class L, typename U> KL_DEVICE void mask(const L& at, int step, U* v) {   // 0 beyond the last class
   if (!at.partial(step)) return;
 #pragma unroll
   for (int e = 0; e < L::E; e++) v[e] = at.index(step, e) < at.n ? v[e] : U(0);
@@ -326,7 +326,7 @@ template <class L, typename U> KL_DEVICE void mask(const L& at, int step, U* v) 
 
 // ---- one chunk -------------------------------------------------------------------------------------------------------------
 
-// The largest of a lane's numbers of dtype D; of 16-bit ones two at a time, where the GPU can. (The emulator cannot.)
+// The largest of a lane's numbers of dtype D. 16-bit numbers are compared two at a time if the GPU can. (The emulator cannot.)
 template <int D> struct Largest {
 #if KL_ARCH >= 800 && !defined(KL_EMULATOR)
   static constexpr bool BY_TWO = sizeof(typename Stored<D>::Type) == 2;
@@ -364,24 +364,24 @@ template <int D> struct Largest {
 struct Slot {                 // a chunk in shared memory
   X* x;
   Y* y;
-  T* extra;                   // the weights of a softmax, or terms to be written
+  T* extra;                   // softmax weights, or terms to be written
   const char* factors;        // still in global memory
 };
 
 KL_DEVICE T x_of(const Slot& s, int i) { return Stored<DX>::template widen<T>(s.x[i]); }
-KL_DEVICE T y_of(const Slot& s, int i) {   // the entropy is x's cross-entropy with itself
+KL_DEVICE T y_of(const Slot& s, int i) {   // the entropy is the cross-entropy of x with itself
   if constexpr (HAS_Y) return Stored<DY>::template widen<T>(s.y[i]);
   else return x_of(s, i);
 }
 constexpr int CROSS_Y = HAS_Y ? SY : SX;
 
-struct Want {                 // what a sweep is to write, and times what
+struct Want {                 // what a sweep should write, and the factors of it
   bool term, dx, dy;
   Scale<T> of_term, of_gradient;
   double weight;              // the row's
 };
 
-// Gradients take the place of their inputs, or their own at once;
+// Gradients overwrite their inputs, or are written straight to their own place;
 struct InPlace {
   Slot s;
   template <class L> KL_DEVICE void dx(const L& at, int step, const T* v, const Scale<T>& scale) const {
@@ -393,7 +393,7 @@ struct InPlace {
   KL_DEVICE void dx(int i, T v) const { s.x[i] = Stored<DX>::narrow(v); }
   KL_DEVICE void dy(int i, T v) const { s.y[i] = Stored<DY>::narrow(v); }
 };
-// or are added to those of other rows.
+// or they are added to those of other rows.
 struct Added {
   double* sums;
   template <class L> KL_DEVICE void dx(const L& at, int step, const T* v, const Scale<T>& scale) const {
@@ -417,7 +417,7 @@ template <class L> KL_DEVICE void multiply(const Plan& p, const L& at, int step,
       if (at.index(step, e) >= at.n) continue;
       const char* at_e = s.factors + at.index(step, e) * p.factors.stride;
       T f = p.factors.dtype == FLOAT32 ? (T)*(const float*)at_e : (T)*(const double*)at_e;
-      v[e] = f == 0 ? T(0) : v[e] * f;   // an infinite one is left out
+      v[e] = f == 0 ? T(0) : v[e] * f;   // 0 times infinity is 0 here
     }
   }
 }
@@ -472,7 +472,7 @@ KL_DEVICE double terms_chunk(const Plan& p, const L& at, const Slot& s, const Wa
   }
   return at.total(sums, 0);
 }
-// The same of a full chunk straight from global memory, with the next step's numbers on their way meanwhile;
+// The same for a full chunk straight from global memory, with the next step's numbers loaded in advance;
 template <class Sink> KL_DEVICE double terms_ahead(const Plan& p, const Slot& s, const Want& want, const Sink& sink) {
   Full at;
   constexpr int STEPS = CHUNK / 256;
@@ -495,18 +495,18 @@ template <class Sink> KL_DEVICE double terms_ahead(const Plan& p, const Slot& s,
     }
   return at.total(sums, 0);
 }
-// where there are registers for that: doubles need two for each number, values of other operations spilled, and for two 16-bit
-// inputs more warps are better.
+// where there are registers for that. Doubles need two per number, values of other operations spilled, and for two 16-bit inputs
+// more warps are faster.
 template <class Sink> KL_DEVICE double terms_direct(const Plan& p, const Slot& s, const Want& want, const Sink& sink) {
-  if constexpr (!ONE_SWEEP) return 0.0;   // nobody asks
+  if constexpr (!ONE_SWEEP) return 0.0;   // never called
   else if constexpr (EXACT<T> && sizeof(T) == sizeof(float) && (OUT_DX || OUT_DY || OP == KL_DIV))
     return terms_ahead(p, s, want, sink);
   else return terms_chunk(p, Full(), s, want, sink);
 }
 
-// Two rows of logits, with classes excluded or far apart, in double. Two sums at a time, which wait in the state's place, in
-// loops that are not unrolled: this is the rare case, and must not cost the other one its registers. `mine`: whether this
-// lane is to write the state.
+// A chunk of two rows of logits, with classes excluded or far apart, in double. Two sums at a time, which are kept in the state,
+// and loops that are not unrolled: this rare case must not cost the common one registers. `mine`: whether this lane writes the
+// state.
 template <class L> KL_DEVICE void far_chunk(const L& at, const Slot& s, double it, bool mine, double* state) {
   enum { Q, NEAR, NEAR_X, MASS, WEIGHTS, X_TIMES_Z, ALL };
   double max_a = -infinity<double>(), max_b = max_a, top_a = 0, top_b = 0;
@@ -564,8 +564,8 @@ template <class L> KL_DEVICE void far_chunk(const L& at, const Slot& s, double i
                                 state[WEIGHTS], state[X_TIMES_Z], impossible);
 }
 
-// What the writing sweep needs most may stay in the slot: weights in x's place, e^z - 1 (for dx: z) in y's. Not where the
-// inputs are narrower, nor where both gradients are wanted: then it is computed again.
+// What the writing sweep needs most may stay in the slot: weights in place of x, e^z - 1 (for dx: z) in place of y. If the inputs
+// are narrower, or both gradients are wanted, it is computed again.
 constexpr bool KEEPS = OF_LOGITS && OUT_DX != OUT_DY && !OUT_TERMS && sizeof(X) == sizeof(T) && sizeof(Y) == sizeof(T);
 #if defined(KL_TEMPERATURE) || defined(KL_TEMPERATURES)
 constexpr bool TEMPERED = true;
@@ -574,7 +574,7 @@ constexpr bool TEMPERED = false;
 #endif
 
 enum { AT_MAX_A, AT_S, AT_M, AT_M_LOW, AT_X, AT_G, AT_MAX_B, AT_Q, AT_KIND };   // in a state
-// In float the two numbers of a near chunk's anchor, of which its state gives the sum alone, lie where a far one has Q.
+// In float, a near state has only the sum of the anchor's two numbers. The two are packed where a far state has Q.
 template <typename U> KL_DEVICE double both_numbers(const Anchor<U>& at) {
   return real((unsigned long long)bits((float)at.m) << 32 | bits((float)at.low));
 }
@@ -583,7 +583,7 @@ template <typename U> KL_DEVICE void take_numbers(double both, Anchor<U>& at) {
   at.low = real((unsigned)bits(both));
 }
 
-// returns the largest a of this lane's
+// returns this lane's largest a
 template <class L> KL_DEVICE T maxima(const L& at, const Slot& s, T& max_a, T& max_b) {
   Largest<DX> a;
   Largest<DY> b;
@@ -596,8 +596,8 @@ template <class L> KL_DEVICE T maxima(const L& at, const Slot& s, T& max_a, T& m
   max_b = at.max(b.found());
   return a.found();
 }
-// A class of the largest a: of the first lane that has one (class 0, of which padding is a copy, is the first lane's). The lanes
-// look through that lane's 32 together;
+// A class with the largest a, from the first lane that has one (that is the first lane for class 0, of which padding is a copy).
+// All lanes search that lane's 32 classes together;
 KL_DEVICE int top_class(const Wide& at, const Slot& s, T mine, T top) {
   Wide theirs = at;
   theirs.lane = __ffs((int)__ballot_sync(ALL_LANES, mine == top)) - 1;
@@ -605,7 +605,7 @@ KL_DEVICE int top_class(const Wide& at, const Slot& s, T mine, T top) {
   unsigned found = __ballot_sync(ALL_LANES, theirs.lane >= 0 && i < at.n && x_of(s, i) == top);
   return found ? __shfl_sync(ALL_LANES, i, __ffs((int)found) - 1) : 0;   // the same for all lanes
 }
-// or each through its own.
+// or each lane searches its own.
 KL_DEVICE int top_class(const Narrow& at, const Slot& s, T, T top) {
   int mine = at.n;
 #pragma unroll
@@ -618,7 +618,7 @@ KL_DEVICE int top_class(const Narrow& at, const Slot& s, T, T top) {
   return found ? i : 0;
 }
 
-// A chunk's anchor and its weights, which stay in `extra` if there is room
+// A chunk's anchor and its weights, which are kept in `extra` if there is room
 template <class L> KL_DEVICE Anchor<T> weigh(const L& at, const Slot& s, const Inverse<T>& it, bool room, double& weights,
                                              bool& far) {
   T max_a, max_b;
@@ -646,8 +646,8 @@ template <class L> KL_DEVICE Anchor<T> weigh(const L& at, const Slot& s, const I
   return from;
 }
 
-// Two 16-bit inputs, whose bits are no other backend's, are swept once more after their maxima, about the c of a class that is
-// the most probable; and where that is too far from the mean or from what y has, again about the mean.
+// For two 16-bit inputs, whose bits need not match another backend's, one sweep follows the one for the maxima, about the c of the
+// most probable class. If that c is too far from the mean, or from where y's mass is, another sweep follows, about the mean.
 template <class L> KL_DEVICE void spread_once(const L& at, const Slot& s, double inverse_temperature, double* state) {
   Inverse<T> it = inverse<T>(inverse_temperature);
   Anchor<T> from = {};
@@ -656,7 +656,7 @@ template <class L> KL_DEVICE void spread_once(const L& at, const Slot& s, double
   double weights, x, g;
   bool far;
 #pragma unroll 1
-  for (int means = 0; means < 2; means++) {   // 0 is the first one
+  for (int means = 0; means < 2; means++) {   // first about that c, then about the mean
     typename L::template Sums<3> sums;
     far = false;
 #pragma unroll 1
@@ -678,7 +678,7 @@ template <class L> KL_DEVICE void spread_once(const L& at, const Slot& s, double
       sums.add_products(2, w, b);
     }
     weights = at.total(sums, 0), x = at.total(sums, 1), g = at.total(sums, 2);
-    // y may exclude a class, at -infinity; or have next to nothing of the weights' mass, which is all of e^z that is not lost
+    // y may exclude a class (-infinity), or have almost no mass where the weights are: the sum of e^z is then lost
     bool lost = !(g <= 64 * ((weights + x) + g));
     far = at.any((far || !(absolute((T)x) < infinity<T>()) || (means == 1 && lost)) && at.n > 0);
     bool more = means == 0 && !far && at.n > 0 && (lost || cancels((T)weights, (T)x, (T)g));
@@ -689,7 +689,7 @@ template <class L> KL_DEVICE void spread_once(const L& at, const Slot& s, double
   if (__any_sync(ALL_LANES, far)) far_chunk(at, s, inverse_temperature, far && at.leads(), state);
 }
 
-// `restage` brings the chunk into the slot once more, where something was kept in its place that turns out to be of no use.
+// `restage` copies the chunk to the slot once more, if something was kept there that turns out to be useless.
 template <class L, class Restage>
 KL_DEVICE void spread_chunk(const L& at, const Slot& s, double inverse_temperature, bool keep, const Restage& restage,
                             double* state) {
@@ -716,7 +716,7 @@ KL_DEVICE void spread_chunk(const L& at, const Slot& s, double inverse_temperatu
     sums.add_products(0, w, z);
     sums.add_products(1, w, g);
     bool in_place = KEEPS && keep;
-    if constexpr (L::E == Narrow::E)   // here all is seen: a far row stays as it is
+    if constexpr (L::E == Narrow::E)   // the whole row is known here: if it is far, it stays in the slot
       in_place = in_place && !at.any(far);
     if (in_place) {
 #pragma unroll
@@ -727,7 +727,7 @@ KL_DEVICE void spread_chunk(const L& at, const Slot& s, double inverse_temperatu
   }
   double x = at.total(sums, 0), g = at.total(sums, 1);
   far = at.any(far && at.n > 0);
-  __syncwarp();   // the state may lie where the weights were
+  __syncwarp();   // the state may overlap the weights
   if (at.leads()) {
     *(Spread*)state = near_state(from, weights, x, g);
     if constexpr (PAIRED<T>) state[AT_Q] = both_numbers(from);
@@ -737,15 +737,15 @@ KL_DEVICE void spread_chunk(const L& at, const Slot& s, double inverse_temperatu
   far_chunk(at, s, inverse_temperature, far && at.leads(), state);
 }
 
-// In double the anchor is of two numbers, which the state does not tell apart. All lanes take part in this.
+// In double, the state has only the sum of the anchor's two numbers, so the anchor is computed again. All lanes take part.
 template <class L> KL_DEVICE Anchor<T> anchor_again(const L& at, const Slot& s, const Inverse<T>& it) {
   double weights;
   bool far;
   return weigh(at, s, it, false, weights, far);
 }
 
-// What a chunk's outputs follow from: the row's stats, and where the chunk's own state lies. PACKED: its slopes stand there
-// already, in the place of what nobody needs any more.
+// What a chunk's outputs depend on: the row's stats, and the chunk's state. packed: the state already holds the slopes, in place
+// of numbers that are no longer needed.
 struct Local {
   const double *stats, *state;
   int pitch;
@@ -753,7 +753,7 @@ struct Local {
   double it;                  // the row's inverse temperature
   KL_DEVICE double get(int k) const { return state[(i64)k * pitch]; }
 };
-// x, g, s and one number of M: the outputs of a near chunk need them no more. AT_M stays where the anchor follows from it.
+// x, g, s and one number of M, which the outputs of a near chunk do not need. AT_M is kept if the anchor follows from it.
 constexpr int PACKED[4] = {AT_S, AT_X, AT_G, EXACT<T> ? AT_M : AT_M_LOW};
 KL_DEVICE Slopes<T> slopes_of(const Local& l) {
   if (!l.packed) return slopes<T>(l.get(AT_MAX_A), l.get(AT_MAX_B), {l.get(AT_M), l.get(AT_M_LOW)}, l.stats, l.it);
@@ -782,7 +782,7 @@ KL_DEVICE void pack(const double* stats, double* state, int pitch, double it) { 
     state[PACKED[3] * pitch] = s.d;
   }
 }
-// what far_class makes of one class
+// one class, by far_class
 template <class L, class Sink>
 KL_DEVICE void far_output(const L& at, const Slot& s, int i, const FarRow& row, const Want& want, const Sink& sink) {
   constexpr int TERM = OP == REL_ENTR ? LITERAL : DEVIANCE;
@@ -906,7 +906,7 @@ template <class L> KL_DEVICE bool cross_sums(const L& at, const Slot& s, T zero_
   if (CROSS_Y == LOGITS) k.count = at.total(sums, 3);
   return large;
 }
-// The same in double, for rare chunks, four classes at a time and two sums: it must not cost the others their registers.
+// The same in double, for rare chunks: four classes and two sums at a time, so that the common case keeps its registers.
 template <class L> KL_DEVICE void cross_sums_in_double(const L& at, const Slot& s, double zero_a, double max_b, double zero_b,
                                                        double temperature, Cross& k) {
   const Inverse<double> it = inverse<double>(temperature);
@@ -937,7 +937,7 @@ template <class L> KL_DEVICE void cross_sums_in_double(const L& at, const Slot& 
     else k.rest = one;
   }
 }
-// What large costs mean: classes that cannot be, or a chunk for double
+// The reason for large costs: impossible classes, or a chunk that needs double
 template <class L> KL_DEVICE void look_closer(const L& at, const Slot& s, T zero_a, T max_b, T zero_b, const Inverse<T>& it,
                                               double temperature, Cross& k) {
   bool impossible = false, in_double = false;
@@ -1036,7 +1036,7 @@ KL_DEVICE void cross_outputs(const L& at, const Slot& s, const double* stats, do
   }
 }
 
-// logits and counts to be normalised: sweep 0 their norms, in double, sweep 1 the sums, sweep 2 the gradients
+// logits and counts, which are normalised: sweep 0 the norms, in double; sweep 1 the sums; sweep 2 the gradients
 template <int D, class L> KL_DEVICE Norm norm_chunk(const L& at, const typename Stored<D>::Type* slot, double it) {
   T m = -infinity<T>();
 #pragma unroll 1
@@ -1068,7 +1068,7 @@ template <int D, class L> KL_DEVICE Norm norm_chunk(const L& at, const typename 
   return {(double)m, excluded((double)m) ? 0.0 : count, rest};
 }
 
-// the same of numbers that are computed: `of(i)` is that of class i
+// the same for computed numbers: `of(i)` is that of class i
 template <class L, class Of> KL_DEVICE Norm norm_of(const L& at, double it, const Of& of) {
   double m = -infinity<double>();
   typename L::template Sums<2, double> sums;
@@ -1127,7 +1127,7 @@ template <int S, int D, class L> KL_DEVICE void side_chunk(const L& at, const ty
   }
 }
 
-// A class's number as the term takes it. In `at`: the row's norm, if these are logits or counts.
+// A class's number as its term takes it. `at`: the row's norm, for logits and counts.
 template <int S> KL_DEVICE auto normalised(T x, const double* at, const LogNorm<T>& norm, double it) {
   if constexpr (S == LOGITS && BESIDE) return log_prob_of(x, norm);
   else if constexpr (S == LOGITS) return log_prob_of(x, at[0], at[1], it);
@@ -1135,12 +1135,12 @@ template <int S> KL_DEVICE auto normalised(T x, const double* at, const LogNorm<
   else return x;
 }
 
-// a derivative by a normalised number, by that which was normalised
+// from a derivative with respect to a normalised number to that with respect to the original one
 template <int S, class P> KL_DEVICE T through(T d, P x, const double* at, double sum, double it) {
   if constexpr (S == LOGITS) return through_softmax(d, x, softmax_of_sum<T>(sum, it));
   else return through_share(d, sum, at);
 }
-template <int S, class L, class P> KL_DEVICE void weigh_shares(const P (&x)[L::E], T* d) {   // for their mean
+template <int S, class L, class P> KL_DEVICE void weigh_shares(const P (&x)[L::E], T* d) {   // to sum their mean
   if constexpr (S == COUNTS) {
 #pragma unroll
     for (int e = 0; e < L::E; e++) d[e] = share_times(x[e], d[e]);
@@ -1223,8 +1223,8 @@ KL_DEVICE void normalised_chunk(const Plan& p, const L& at, const Slot& s, int s
   }
 }
 
-// The divergence's relatives, of two rows of logits: after its own first sweep, near chunks in float, others in double. Sweep 1
-// the sums, sweep 2 the gradients. `M`: Member<OP>, which other operations have not.
+// The family, for two rows of logits. After the first sweep, near chunks are computed in float and others in double: sweep 1 the
+// sums, sweep 2 the gradients. `M`: Member<OP>, which other operations do not have.
 template <class M> KL_DEVICE double score_x(const Class<double>& c, double k, bool far) {
   if constexpr (M::saturates) return far ? M::dp_far(c, k) : M::dp(c, k);
   return M::dp(c, k);
@@ -1251,7 +1251,7 @@ template <bool OF_X, class L> KL_DEVICE int likeliest(const L& at, const Slot& s
   int found = (int)-at.max(first);
   return found < at.n ? found : 0;
 }
-// A chunk's sums in float, where all classes are near; which sides' scores are apart enough for it
+// A chunk's sums in float: whether all classes are near, and for which sides the scores are far enough apart
 constexpr bool GOES_NEAR = sizeof(T) == sizeof(float);
 struct NearFound { bool near, x, y; double part; T max_a; Members sums; };
 struct NearClass { T w_x, w_y, value, x, y; };   // weights and scores
@@ -1270,7 +1270,7 @@ KL_DEVICE NearFound near_chunk(const L& at, const Slot& s, double k, const Membe
   found.part = near_part(row, (double)found.max_a);
   Scores x = {}, y = {};
 #pragma unroll 1
-  for (int pass = 0; pass < 2; pass++) {   // scores about 0; and about their mean, where they do not balance
+  for (int pass = 0; pass < 2; pass++) {   // scores about 0; then about their mean, if they are not balanced
     if (pass == 1 && !__any_sync(ALL_LANES, !(are_balanced(x) && are_balanced(y)))) break;
     typename L::template Sums<7> sums;
     T centre_x = pass == 0 ? T(0) : centre_of(x), centre_y = pass == 0 ? T(0) : centre_of(y);
@@ -1330,7 +1330,7 @@ KL_DEVICE void members_chunk(const Plan& p, const L& at, const Slot& s, int swee
     terms.term &= sweep == 1;
     near = near_chunk<M>(at, s, k, row, by, terms);
   }
-  bool left_x = OUT_DX && !near.x, left_y = OUT_DY && !near.y;   // what goes in double
+  bool left_x = OUT_DX && !near.x, left_y = OUT_DY && !near.y;   // what is computed in double
   bool in_double = __any_sync(ALL_LANES, at.n > 0 && (!near.near || left_x || left_y));
   Members found = near.sums;
   if (sweep == 1 && in_double) {
@@ -1349,7 +1349,7 @@ KL_DEVICE void members_chunk(const Plan& p, const L& at, const Slot& s, int swee
       }
     }
   }
-  if (sweep == 1) __syncwarp();   // the state may lie where stats were read
+  if (sweep == 1) __syncwarp();   // the state may overlap the stats
   Slope<T> slope_x = {}, slope_y = {};
   if constexpr (GOES_NEAR) {
     double x_limit = 0, y_limit = 0;
@@ -1367,7 +1367,7 @@ KL_DEVICE void members_chunk(const Plan& p, const L& at, const Slot& s, int swee
       for (int q = 0; q < 5; q++) v[q][e] = 0.0;
       int i = at.index(part * 4 / L::E, part * 4 % L::E + e);
       if (i >= at.n) continue;
-      T a = x_of(s, i), b = y_of(s, i);   // whose places gradients may take
+      T a = x_of(s, i), b = y_of(s, i);   // gradients may overwrite these
       if (sweep > 1 && (near.x || near.y)) {
         if constexpr (GOES_NEAR) {
           NearClass c;
@@ -1410,7 +1410,7 @@ KL_DEVICE void members_chunk(const Plan& p, const L& at, const Slot& s, int swee
   if (at.leads()) *(Members*)state = found;
 }
 
-// Rényi's divergence: the norms of tilted rows, and their gradients
+// Rényi divergence: the norms of tilted rows, and their gradients
 template <class L> KL_DEVICE void tilt_chunk(const Plan& p, const L& at, const Slot& s, const Local& local, bool mine, double* state) {
   const double *stats = local.stats, it = local.it;
   const double *of_x = stats + (OF_MEMBERS ? (int)MEMBER_MAX_A : (int)NORM_X), *of_y = stats + (OF_MEMBERS ? (int)MEMBER_MAX_B : (int)NORM_Y);
@@ -1422,7 +1422,7 @@ template <class L> KL_DEVICE void tilt_chunk(const Plan& p, const L& at, const S
     x = norm_of(at, it, [&](int i) { return (double)x_of(s, i); });
     y = norm_of(at, it, [&](int i) { return (double)y_of(s, i); });
   }
-  __syncwarp();   // the state may lie where stats were read
+  __syncwarp();   // the state may overlap the stats
   if (!mine) return;
   ((Norm*)state)[0] = u;
   if constexpr (OF_MEMBERS) ((Norm*)state)[1] = x, ((Norm*)state)[2] = y;
@@ -1440,12 +1440,12 @@ KL_DEVICE void tilt_outputs(const Plan& p, const L& at, const Slot& s, const Loc
   }
 }
 
-struct NeverAgain {   // nothing was kept in its place
+struct NeverAgain {   // nothing was kept in the slot
   KL_DEVICE void operator()() const {}
 };
 
-// One chunk of one row. The sweep leaves its state in shared memory, its outputs in the slot. `keep`: both sweeps of two rows
-// of logits find the same slot.
+// One chunk of one row. The sweep leaves its state in shared memory, and its outputs in the slot. `keep`: for two rows of logits,
+// both sweeps use the same slot.
 template <class L, class Sink, class Restage>
 KL_DEVICE void sums_chunk(const Plan& p, const L& at, const Slot& s, int sweep, const Local& local, const Want& want,
                           const Sink& sink, double* state, bool keep, const Restage& restage) {
@@ -1472,8 +1472,8 @@ KL_DEVICE void sums_chunk(const Plan& p, const L& at, const Slot& s, int sweep, 
   }
 }
 
-// The same, of any operation. A warp may have rows of which some are tilted: each step is for all of its lanes, but has no
-// classes where it is not for their row.
+// The same for every operation. Some rows of a warp may be tilted: all lanes take part in each step, but without classes if the
+// step is not for their row.
 template <class L, class Sink, class Restage>
 KL_DEVICE void chunk(const Plan& p, const L& at, const Slot& s, int sweep, const Local& local, const Want& want,
                      const Sink& sink, double* state, bool keep, const Restage& restage) {
@@ -1497,7 +1497,7 @@ KL_DEVICE void chunk(const Plan& p, const L& at, const Slot& s, int sweep, const
 constexpr int TERM_SWEEP = ONE_SWEEP ? 0 : 1;
 constexpr int GRADIENT_SWEEP = ONE_SWEEP ? 0 : OF_LOGITS || OF_CROSS ? 1 : VALUE_SWEEP + 1;
 
-// ---- states into one -------------------------------------------------------------------------------------------------------
+// ---- merging states --------------------------------------------------------------------------------------------------------
 //
 // The sums of f(i, v), 0 <= i < count <= CHUNK, in the order of kl_tree.h; all in double. Lane l owns columns l + 32 k.
 template <int Q, class F> KL_DEVICE void sum_column(int count, int k, F f, double* column) {
@@ -1540,12 +1540,12 @@ template <int Q, class F> KL_DEVICE void sum_states(int count, F f, double* tota
   sum_lanes<Q>(total);
 }
 
-// Who adds up: a warp alone,
+// Who sums: one warp,
 struct Alone {
   static constexpr int warps = 1;
   template <int Q, class F> KL_DEVICE void sum(int count, F f, double* total) const { sum_states<Q>(count, f, total); }
 };
-// or a block's first warps, of which each takes some of the k. They meet in shared memory, and all learn the totals.
+// or the first warps of a block, each for some values of k. They exchange sums through shared memory, and all get the totals.
 struct Together {
   int warps;
   double* columns;                             // [4][Q][WARP]
@@ -1563,10 +1563,10 @@ struct Together {
     for (int q = 0; q < Q; q++)
       total[q] = (mine[q * WARP] + mine[(2 * Q + q) * WARP]) + (mine[(Q + q) * WARP] + mine[(3 * Q + q) * WARP]);
     sum_lanes<Q>(total);
-    warps_barrier(warps);                      // before the next columns take their place
+    warps_barrier(warps);                      // before the next sums overwrite the columns
   }
 };
-// Two rows of logits have the most to do for each state. As many warps as there are k with any states.
+// Two rows of logits have the most work per state. As many warps as there are k with any states.
 KL_DEVICE auto folders(int warps, int count, char* columns) {
   if constexpr (OF_LOGITS) {
     static_assert(4 * 3 * WARP * sizeof(double) <= CHUNK * sizeof(T), "the columns of three sums");
@@ -1585,7 +1585,7 @@ KL_DEVICE double lanes_max(double m) {
   return m;
 }
 
-struct States {               // of `count` chunks: the k-th number of the i-th at from[k * pitch + i]
+struct States {               // of `count` chunks: number k of state i is from[k * pitch + i]
   const double* from;
   i64 pitch;
   int count;
@@ -1685,7 +1685,7 @@ template <int S> KL_DEVICE void finish_side(const double* state, double* norm) {
   }
 }
 
-// x's side of the states, at 1, or y's
+// x's side of the states, which begins at 1, or y's
 template <class Who> KL_DEVICE Side fold_sides(const Who& who, const States& s, int base, double limit) {
   double top = -infinity<double>(), first = -(double)s.count, sum[2];
 #pragma unroll 1
@@ -1734,16 +1734,16 @@ template <class Who> KL_DEVICE void fold(const Plan& p, double it, int sweep, co
   }
 }
 
-// the last state into the row's statistics, the value first; `stats` may be where the state lies
+// the last state into the row's stats, the value first; `stats` may overlap the state
 KL_DEVICE void finish(const Plan& p, double it, int sweep, const double* from, double* stats) {
   double state[MAX_STATES];
 #pragma unroll
   for (int k = 0; k < MAX_STATES; k++)
     if (k < states_of(sweep)) state[k] = from[k];
   if (sweep == 0)
-    for (int k = 0; k < MAX_STATS; k++) stats[k] = 0.0;   // all of them are read, the unused ones too
+    for (int k = 0; k < MAX_STATS; k++) stats[k] = 0.0;   // all of them are read, even unused ones
   if (IS_RENYI && sweep == VALUE_SWEEP) {
-    if (!is_tilted(stats)) return renyi_finish(p.parameter, stats);   // no state was left
+    if (!is_tilted(stats)) return renyi_finish(p.parameter, stats);   // there is no state
 #pragma unroll
     for (int k = NORM_STATES, to = NORM_X; k < TILT_STATES; k += NORM_STATES, to += NORM_Y - NORM_X)   // x and y
       finish_side<LOGITS>(state + k, stats + to);
@@ -1775,14 +1775,14 @@ struct Row {
   double weight, inverse_temperature;
 };
 
-// Of a mean, whose weights may lie at an end of the range: WEIGHT_FACTORS. It remains a weight, and its row counts.
+// For a weighted mean, whose weights may be at an end of the range: WEIGHT_FACTORS. A weight does not become 0: its row counts.
 KL_DEVICE double scaled(const Plan& p, double weight) {
   if (!p.denominator) return weight;
   double w = weight * p.denominator[1];
   return (w == 0) & (weight != 0) ? 0x1p-1074 : w;
 }
 
-KL_DEVICE double factor_of(const Plan& p) {   // a cotangent of 0 leaves all rows out
+KL_DEVICE double factor_of(const Plan& p) {   // a cotangent of 0 skips all rows
   return p.cotangent && *p.cotangent == 0 ? 0.0 : p.factor;
 }
 KL_DEVICE double read_number(const Array& a, const char* at) {
@@ -1794,7 +1794,7 @@ constexpr bool EACH_TEMPERED = true;
 #else
 constexpr bool EACH_TEMPERED = false;
 #endif
-KL_DEVICE double inverse_temperature(const Plan& p) {   // that of all rows. Multiplying by 1 changes nothing: it is left out
+KL_DEVICE double inverse_temperature(const Plan& p) {   // for all rows. Multiplying by 1 changes nothing, and is omitted
 #if defined(KL_TEMPERATURE)
   return p.inverse_temperature;
 #else
@@ -1821,7 +1821,7 @@ KL_DEVICE Row locate(const Plan& p, i64 r) {
   if (weight) {
     double w = read_number(p.weights, weight);
     bool good = p.any_weights || (w >= 0 && w < infinity<double>());
-    row.weight = good ? w : nan<double>();   // a bad weight spoils its row, visibly,
+    row.weight = good ? w : nan<double>();   // an invalid weight makes its row NaN,
   }
   row.weight = scaled(p, row.weight) * factor_of(p);
   if (EACH_TEMPERED && temperature) {
@@ -1829,7 +1829,7 @@ KL_DEVICE Row locate(const Plan& p, i64 r) {
     double t = read_number(p.temperatures, temperature);
     bool good = (t >= (NARROW ? COLDEST_NARROW : COLDEST)) & (t <= (NARROW ? HOTTEST_NARROW : HOTTEST));
     row.inverse_temperature = good ? 1 / t : 1.0;
-    row.weight = good | (row.weight == 0) ? row.weight : nan<double>();   // and so does a bad temperature
+    row.weight = good | (row.weight == 0) ? row.weight : nan<double>();   // and so does an invalid temperature
   }
   return row;
 }
@@ -1855,7 +1855,7 @@ KL_DEVICE void write_value(const Plan& p, char* at, double weight, double value)
   write_number(p.value.dtype, at, v);
 }
 
-template <int BYTES, class U> KL_DEVICE int copy_in(U* slot, const char* from, int n) {   // returns how many were copied
+template <int BYTES, class U> KL_DEVICE int copy_in(U* slot, const char* from, int n) {   // returns how many numbers were copied
   int vectors = n * (int)sizeof(U) / BYTES;
 #pragma unroll 4
   for (int v = lane_of(); v < vectors; v += WARP) {
@@ -1873,24 +1873,24 @@ template <int BYTES, class U> KL_DEVICE int copy_out(char* to, const U* slot, in
   for (int v = lane_of(); v < vectors; v += WARP) copy_vector<BYTES>(to + v * BYTES, (const char*)slot + v * BYTES);
   return vectors * (BYTES / (int)sizeof(U));
 }
-KL_DEVICE void arrived() {    // what this lane staged
+KL_DEVICE void arrived() {    // wait for the copies of this lane
 #if KL_ARCH >= 800
   wait_copies();
 #endif
 }
 KL_DEVICE int alignment(const void* p) { return (int)((unsigned long long)p & 15); }
 
-// The same for 16-bit numbers that begin in the middle of a word: of the two words around a pair, a half each. (The word
-// that the first of them shares with its predecessor lies in the same allocation.)
+// The same for 16-bit numbers that begin in the middle of a word: each pair is half of one word and half of the next. (The word
+// that the first number shares with its predecessor is in the same allocation.)
 KL_DEVICE int copy_in_halves(void* slot, const char* from, int n) {
   const unsigned* words = (const unsigned*)(from - 2);
-  int pairs = (n - 1) / 2;   // whose second word ends with the row, or before
+  int pairs = (n - 1) / 2;   // pairs whose second word does not extend beyond the row
 #pragma unroll 8
   for (int j = lane_of(); j < pairs; j += WARP) ((unsigned*)slot)[j] = words[j] >> 16 | words[j + 1] << 16;
   return 2 * pairs;
 }
 
-// n neighbours or, where classes lie apart, n elements: from global memory to a slot by one warp, as wide as they align.
+// n numbers, contiguous or `stride` apart, from global memory to a slot, by one warp: in the widest vectors that are aligned.
 template <class U> KL_DEVICE void stage(U* slot, const char* from, i64 stride, int n) {
   int done = 0;
   if (stride == (i64)sizeof(U)) {
@@ -1914,14 +1914,14 @@ template <class U> KL_DEVICE void unstage(char* to, i64 stride, const U* slot, i
 #pragma unroll 4
   for (int i = done + lane_of(); i < n; i += WARP) *(U*)(to + i * stride) = slot[i];
 }
-// terms are of type T and may be wanted narrower
+// terms have type T, and may be wanted in a narrower one
 KL_DEVICE void unstage_terms(const Plan& p, char* to, const T* slot, int n) {
   if (p.value.dtype == code_of<T>()) return unstage(to, p.value.stride, slot, n);
 #pragma unroll 1
   for (int i = lane_of(); i < n; i += WARP) write_number(p.value.dtype, to + i * p.value.stride, (double)slot[i]);
 }
 
-KL_DEVICE void put_zeros(const Slot& s, const Want& want, int n) {   // what a row of weight 0 yields
+KL_DEVICE void put_zeros(const Slot& s, const Want& want, int n) {   // the outputs of a row of weight 0
 #pragma unroll 1
   for (int i = lane_of(); i < n; i += WARP) {
     if (want.term) s.extra[i] = T(0);
@@ -1929,7 +1929,7 @@ KL_DEVICE void put_zeros(const Slot& s, const Want& want, int n) {   // what a r
     if (want.dy) s.y[i] = Stored<DY>::narrow(T(0));
   }
 }
-// up to the end of the last step, copies of class 0: finite where it is, and far from it where it is
+// fills the last step with copies of class 0: they are finite if it is, and far if it is
 KL_DEVICE void pad(const Slot& s, int n) {
   int end = (n + 255) / 256 * 256;
 #pragma unroll 1
@@ -1946,9 +1946,9 @@ KL_DEVICE void pack_all(const Plan& p, double it, const double* stats, double* s
   for (int c = lane_of(); c < (int)p.chunks; c += WARP) pack(stats, states + c, (int)p.chunks, it);
 }
 
-// Wide: for each warp `slots` chunks of x and y, one of extra if there is use for it, a row's stats, and a chunk's state.
+// Wide, for each warp: `slots` chunks of x and y, one of `extra` if it is used, a row's stats, and a chunk's state.
 constexpr int KNOWN = 2 * MAX_STATS;
-static_assert(KNOWN <= WARP && MAX_STATS % 2 == 0);   // a lane for each; what lies behind them is aligned
+static_assert(KNOWN <= WARP && MAX_STATS % 2 == 0);   // one lane for each; what follows them is aligned
 constexpr bool HAS_EXTRA = ((OF_LOGITS || OF_MEMBERS) && EXACT<T>) || OUT_TERMS;
 constexpr int SLOT_BYTES = CHUNK * (int)(sizeof(X) + (HAS_Y ? sizeof(Y) : 0));
 KL_DEVICE int warp_bytes(const Plan& p) {
@@ -1971,7 +1971,7 @@ KL_DEVICE void store_outputs(const Plan& p, const Row& row, i64 start, int n, co
   __syncwarp();
 }
 
-// Whether full chunks of a row need no slot: they are swept once, and all that is read and written lies in whole vectors.
+// Whether full chunks of a row need no slot: they are swept once, and all reads and writes are whole aligned vectors.
 constexpr bool DIRECT = ONE_SWEEP && !OUT_TERMS && !FACTORS;
 template <class U> KL_DEVICE bool in_vectors(const char* at, i64 stride) {
   return (stride == (i64)sizeof(U)) & (alignment(at) % (sizeof(U) == 2 ? 8 : 16) == 0);
@@ -2001,7 +2001,7 @@ KL_DEVICE void stage_chunk(const Plan& p, const Row& row, i64 c, const Slot& s) 
   if constexpr (HAS_Y) stage(s.y, row.y + c * CHUNK * p.y.stride, p.y.stride, classes(p, c));
 }
 
-// the same, where it was staged before
+// the same for a chunk that was staged before
 KL_DEVICE void stage_again(const Plan& p, const Unit& unit, const Slot& s) {
   __syncwarp();
   stage_chunk(p, locate(p, unit.row), unit.chunk, s);
@@ -2022,10 +2022,10 @@ using namespace kl;
 
 // ---- the kernels -----------------------------------------------------------------------------------------------------------
 //
-// Rows of one chunk: all sweeps. With `states`, of longer rows and of rows in parts: the sweeps from `first` to `last`, whose
-// states go to states[(row * K + k) * chunks + chunk], K of them a chunk; stats[row * MAX_STATS] holds what earlier sweeps
-// found out.
-// Each warp treats one chunk of one row at a time. Where neighbouring rows lie side by side, the block's warps take
+// kl_units: rows of one chunk, all sweeps. With `states`, for longer rows and for rows in parts: the sweeps from `first` to
+// `last`, whose states go to states[(row * K + k) * chunks + chunk], K per chunk; stats[row * MAX_STATS] holds the results of
+// earlier sweeps.
+// Each warp processes one chunk of one row at a time. If neighbouring rows are side by side in memory, the warps of a block take
 // neighbouring rows and read them together.
 #if defined(KL_UNITS)
 KL_DEVICE Unit unit_of(const Plan& p, i64 tile) {
@@ -2040,7 +2040,7 @@ KL_DEVICE Unit after(const Plan& p, const Unit& u) {
   bool over = chunk >= (int)p.chunks;
   return {u.row + p.rows_on + (over ? p.columns ? warps_of() : 1 : 0), over ? chunk - (int)p.chunks : chunk};
 }
-// What earlier sweeps found out about a unit: of its row by the first lanes, then of two rows of logits its own state
+// The results of earlier sweeps for a unit: its row's stats in the first lanes, then, for two rows of logits, its own state
 KL_DEVICE double found_out(const Plan& p, const Unit& u) {
   int k = lane_of() - MAX_STATS;
   if (k < 0) return p.stats[u.row * MAX_STATS + lane_of()];
@@ -2069,7 +2069,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, OF_LOGITS && BLOCKS > 4 ? 
           continue;
         }
       }
-    if (p.columns) {   // thread t brings classes of row t mod W: neighbours read neighbours
+    if (p.columns) {   // thread t loads classes of row t mod W: neighbouring threads read neighbouring numbers
       int of = (int)threadIdx.x % W;
       Slot theirs = slot_of(p, shared + (of - warp_of()) * warp_bytes(p), 0);
       i64 r = unit.row - warp_of() + of;
@@ -2147,13 +2147,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, OF_LOGITS && BLOCKS > 4 ? 
 }
 #endif
 
-// Rows of at most 128 classes: `count` of them at a time in a warp, staged together, summed side by side, finished one
-// a lane.
+// Rows of at most 128 classes: `count` of them at a time in a warp. They are staged together, summed side by side, and finished
+// with one row per lane.
 #if defined(KL_NARROW)
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) kl_narrow(const Plan p) {
   KL_SHARED_MEMORY(shared);
   const int R = (int)p.count, n = (int)p.n;
-  const int some = R * n, SIZE = (some + COLUMNS + 7) / 8 * 8;   // behind the rows, one that nobody asked for, for lanes without a row
+  const int some = R * n, SIZE = (some + COLUMNS + 7) / 8 * 8;   // after the rows, an unused one for lanes without a row
   int bytes = SIZE * (int)(sizeof(X) + (HAS_Y ? sizeof(Y) : 0) + (HAS_EXTRA ? sizeof(T) : 0)) + R * MAX_STATS * 8;
   char* mine = shared + warp_of() * bytes;
   double* known = (double*)mine;           // [R][MAX_STATS]: first a row's state, then its stats
@@ -2168,7 +2168,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) kl_narrow(const Pl
   int lanes = 1;
   while (4 * lanes < n) lanes *= 2;
   Narrow at(n, lanes);
-  // here the state lies among the stats, which terms that are out of range need as they are
+  // here the state lies among the stats, which terms out of range need unchanged
   const bool packs = PACKS && !OUT_TERMS && p.last > 1 && !p.stats;
   const int side_by_side = WARP / lanes;
   i64 groups = (p.rows + R - 1) / R;
@@ -2263,8 +2263,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) kl_narrow(const Pl
 }
 #endif
 
-// Long rows: a block for each, with its chunks dealt out to the warps. Their states meet in shared memory. Rows that are swept
-// several times lie there meanwhile.
+// Long rows: one block per row, which distributes the chunks over its warps. Their states are merged in shared memory. Rows that
+// are swept several times stay there.
 #if defined(KL_ROWS)
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) kl_rows(const Plan p) {
   KL_SHARED_MEMORY(shared);
@@ -2320,7 +2320,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) kl_rows(const Plan
       }
       if (states_of(sweep) == 0) continue;
       __syncthreads();
-      // where warps that fold together meet: the first one's `extra`, which holds nothing between sweeps
+      // where warps exchange sums: the `extra` of the first one, which is free between sweeps
       const auto who = folders(W, chunks, HAS_EXTRA ? shared + slots * SLOT_BYTES : (char*)(stats + MAX_STATS));
       if (warp_of() < who.warps && weight_of(p, again(r)) != 0) {
         double state[MAX_STATES];
@@ -2343,8 +2343,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) kl_rows(const Plan
 }
 #endif
 
-// The states of `count` chunks of each row, or of groups of chunks: every 1024 of them into one, left in `sums` as they
-// were in `states`; where there is no such place, the last one finishes the row.
+// Merges every 1024 states of each row, those of its `count` chunks or groups of chunks, into one. The results lie in `sums` as the
+// states did in `states`; without `sums`, the last one finishes the row.
 #if defined(KL_FOLD)
 extern "C" __global__ void __launch_bounds__(256, 2) kl_fold(const Plan p) {
   int sweep = (int)p.first, K = states_of(sweep);
@@ -2352,7 +2352,7 @@ extern "C" __global__ void __launch_bounds__(256, 2) kl_fold(const Plan p) {
        item += (i64)gridDim.x * warps_of()) {
     i64 r = item / p.groups, g = item % p.groups, left = p.count - g * CHUNK;
     Row row = locate(p, r);
-    double state[MAX_STATES] = {0};   // a side that needs no norm leaves none
+    double state[MAX_STATES] = {0};   // 0 for a side that needs no norm
     if (row.weight != 0)
       fold(p, row.inverse_temperature, sweep, Alone{}, States{p.states + r * K * p.count + g * CHUNK, p.count, left < CHUNK ? (int)left : CHUNK}, state);
     double* stats = p.stats + r * MAX_STATS;
@@ -2373,7 +2373,7 @@ extern "C" __global__ void __launch_bounds__(256, 2) kl_fold(const Plan p) {
 }
 #endif
 
-// The sum of `count` doubles in `states`: every 1024 into one, left in `sums`; the last one, divided, is the value.
+// The sum of `count` doubles in `states`: every 1024 into one, left in `sums`; the last sum, divided, is the value.
 #if defined(KL_SUM)
 extern "C" __global__ void __launch_bounds__(256) kl_sum(const Plan p) {
   for (i64 g = (i64)blockIdx.x * warps_of() + warp_of(); g < p.groups; g += (i64)gridDim.x * warps_of()) {
@@ -2389,8 +2389,8 @@ extern "C" __global__ void __launch_bounds__(256) kl_sum(const Plan p) {
     }
   }
 }
-// The same of the weights, times each of WEIGHT_FACTORS: lines of `groups` sums. The last ones: which of them is in the
-// middle of the range; then sums[0] is what a mean of so many weights is divided by, sums[1] the factor.
+// The same for the weights, times each of WEIGHT_FACTORS: lines of `groups` sums. The last step chooses the factor whose sum is in
+// the middle of the range; sums[0] is then the divisor of a mean with these weights, sums[1] the factor.
 extern "C" __global__ void __launch_bounds__(256) kl_weights(const Plan p) {
   const double factors[] = {1, 0x1p-600, 0x1p600};   // WEIGHT_FACTORS in klcore/backends/rows.py
   for (i64 g = (i64)blockIdx.x * warps_of() + warp_of(); g < p.groups; g += (i64)gridDim.x * warps_of()) {
@@ -2417,8 +2417,8 @@ extern "C" __global__ void __launch_bounds__(256) kl_weights(const Plan p) {
 }
 #endif
 
-// The gradient of an operand that is broadcast over `inner` rows: summed over every 1024 of them, row by row, in double,
-// into sums[(operand's row * groups + group) * n + class];
+// The gradient of an operand that is broadcast over `inner` rows: every 1024 of them are summed, row by row, in double, into
+// sums[(operand's row * groups + group) * n + class];
 #if defined(KL_SUMMED)
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS < 4 ? BLOCKS : 4) kl_summed(const Plan p) {
   KL_SHARED_MEMORY(shared);
@@ -2446,7 +2446,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS < 4 ? BLOCKS : 4) k
       __syncwarp();
       Want want = wanted(p, sweep, row.weight);
       want.term = false;
-      double* state = (double*)s.extra;   // which chunk's it was is not known any more: it is found again
+      double* state = (double*)s.extra;   // the chunk's state was not kept: it is computed again
       if constexpr (OF_LOGITS) spread_chunk(Wide(n), s, row.inverse_temperature, false, NeverAgain{}, state);
       __syncwarp();
       chunk(p, Wide(n), with_factors(p, s, r, c), sweep, Local{p.stats + r * MAX_STATS, state, 1, false, row.inverse_temperature}, want,
@@ -2458,7 +2458,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS < 4 ? BLOCKS : 4) k
     __syncwarp();
   }
 }
-// and the groups in order.
+// then the groups in order.
 extern "C" __global__ void __launch_bounds__(256) kl_summed_fold(const Plan p) {
   i64 all = p.rows / p.inner * p.n;
   for (i64 e = (i64)blockIdx.x * blockDim.x + threadIdx.x; e < all; e += (i64)gridDim.x * blockDim.x) {

@@ -1,13 +1,13 @@
-// The sampled estimators of KL(x || y), for klcore.kl_estimate: of a token drawn from x, whose log-probabilities under x and
-// y are the arguments; r = y - x, clipped to [-limit, limit]. Shared by the CPU and the GPU, as kl_math.h is, whose functions
-// they are made of; the list of their names stands there.
+// The sampling estimators of KL(x || y), for klcore.kl_estimate. The arguments are the log-probabilities under x and y of a
+// token drawn from x; r = y - x, clipped to [-limit, limit]. Shared by the CPU and the GPU, like kl_math.h, which holds the
+// functions used here and the list of names (KL_ESTIMATORS).
 #pragma once
 
 #include "kl_math.h"
 
 namespace kl {
 
-// F in terms of r. Beyond the limit nothing changes with r; the bounds themselves pass the gradient. NaN stays.
+// F as a function of r. The derivative is 0 beyond the limit, but not at the limit itself. NaN propagates.
 template <class F> struct OfLogRatio : Plain {
   static constexpr bool takes_parameter = true;
   template <typename T> static KL_FN T value(T x, T y, Given<T> limit) {
@@ -35,7 +35,7 @@ template <> struct Term<K2, LOG_PROBS, LOG_PROBS> : OfLogRatio<Term<K2, LOG_PROB
 };
 
 template <> struct Term<K3, LOG_PROBS, LOG_PROBS> : OfLogRatio<Term<K3, LOG_PROBS, LOG_PROBS>> {
-  template <typename T> static KL_FN T of(T r) {   // e^r - 1 - r, to 4 eps where the difference is taken, and 2 before
+  template <typename T> static KL_FN T of(T r) {   // e^r - 1 - r; error 4 eps where the difference is taken, else 2 eps
     T near = expm1_minus<false>(r), apart = expm1(r) - r;
     T v = absolute(r) < T(0.34) ? near : apart;
     return r == infinity<T>() ? r : v;

@@ -1,30 +1,30 @@
-// The relatives of the Kullback-Leibler divergence: Jensen-Shannon's, total variation and others, as terms, and as rows of
-// logits. Shared by the CPU and the GPU, as kl_math.h and kl_logits.h are, whose functions they are made of. Each is a sum
-// over classes of a function of p and q that is homogeneous, of degree one: so it is without a row's other classes, and its
-// derivatives depend on q/p alone. No term is formed as a difference of what nearly agrees. Derived in docs/maths.md.
+// The relatives of the Kullback-Leibler divergence (Jensen-Shannon, total variation and others), as terms and for rows of
+// logits. Shared by the CPU and the GPU, like kl_math.h and kl_logits.h, whose functions it uses. Each divergence is a sum over
+// classes of a function of p and q that is homogeneous of degree one: a term does not depend on the row's other classes, and
+// its derivatives depend on q/p alone. No term is the difference of nearly equal numbers. Derived in docs/maths.md.
 #pragma once
 
 #include "kl_logits.h"
 
 namespace kl {
 
-// ---- what a class is to them -------------------------------------------------------------------------------------------
-// d = q - p and t = log q - log p are known better than p and q tell. Where one of these is an exact zero, t is infinite; for
-// two it is 0, and the class counts nothing.
+// ---- one class ---------------------------------------------------------------------------------------------------------
+// d = q - p and t = log q - log p are more accurate than what p and q would give. If exactly one of p and q is zero, t is
+// infinite; if both are, t is 0 and the class contributes nothing.
 template <typename T> struct Class {
   static constexpr bool ordinary = false;
   T p, q, d, t;
 };
-// One of p = 1 and |t| < far: none of its numbers is out of range. Members take shorter forms of it.
+// A class with p = 1 and |t| < far, for which members have shorter forms: none of its numbers is out of range.
 template <typename T> struct Ordinary : Class<T> { static constexpr bool ordinary = true; };
 
-// The same of log_ratio in kl_math.h for y = x + d, and of zeros: log(y/x), and x log(x/y) - x + y
+// log_ratio of kl_math.h for y = x + d, zeros included: log(y/x), and x log(x/y) - x + y
 template <bool ALL = true, typename T> KL_FN LogRatio<T> log_ratio(T x, T y, T d) {
   typedef Real<T> R;
   Ratio<T> q = ratio<ALL>(x, y);
-  T same = ALL & (x < R::tiny) ? d * R::up : d;   // as `from` and `to` are scaled
+  T same = ALL & (x < R::tiny) ? d * R::up : d;   // scaled like `from` and `to`
   same = ALL & (x >= R::huge) ? d * R::down : same;
-  bool near = absolute(same) <= T(0.33) * q.from;   // the series' range; else y is not so much rounded that it would matter
+  bool near = absolute(same) <= T(0.33) * q.from;   // the range of the series; outside it the rounding error of y does not matter
   T to = near ? q.from + same : q.to, k = near ? T(0) : q.k;
   T e = k == T(0) ? same : to - q.from, s = e / (to + q.from), t = atanh_tail(s * s);
   T value = fma(k, R::ln2, fma(s, t, s + s)), at_hand = s * fma(-q.from, t, e);
@@ -32,7 +32,7 @@ template <bool ALL = true, typename T> KL_FN LogRatio<T> log_ratio(T x, T y, T d
   at_hand = ALL & (x >= R::huge) ? at_hand * R::up : at_hand;
   T deviance = k == T(0) ? at_hand : fma(-x, value, d);
   if constexpr (!ALL) return {value, deviance};
-  deviance = deviance < T(0) ? T(0) : deviance;   // of subnormals, which are rounded by as much as they differ
+  deviance = deviance < T(0) ? T(0) : deviance;   // of subnormal numbers, whose rounding errors are as large as their difference
   value = y == T(0) ? -infinity<T>() : value;
   deviance = y == T(0) ? infinity<T>() : deviance;
   value = x == T(0) ? infinity<T>() : value;
@@ -41,7 +41,7 @@ template <bool ALL = true, typename T> KL_FN LogRatio<T> log_ratio(T x, T y, T d
   return {d == d ? value : d, d == d ? deviance : d};
 }
 
-// m (e^z - 1) and m (e^z - 1 - z), wherever these are in range; 0 for m = 0
+// m (e^z - 1) and m (e^z - 1 - z), wherever they are in range; 0 for m = 0
 template <typename T> KL_FN T times_expm1(T m, T z) {
   T far = times_exp(m, z) - m, near = m * expm1(z);
   return m == T(0) ? T(0) : z > Real<T>::far ? far : near;
@@ -50,20 +50,20 @@ template <typename T> KL_FN T times_growth(T m, T z) {
   T in_range = z > Real<T>::far ? T(0) : z, far = (times_exp(m, z) - m) - m * z, near = m * expm1_minus(in_range);
   return m == T(0) ? T(0) : z > Real<T>::far ? far : near;
 }
-// p (e^t - 1 - t): the divergence's own term
+// p (e^t - 1 - t): the term of kl_div
 template <typename T> KL_FN T deviance_of(T p, T q, T t) {
   T far = (q - p) - p * t, near = p * expm1_minus(t > Real<T>::far ? T(0) : t), v = t > Real<T>::far ? far : near;
-  v = t < -Real<T>::huge ? infinity<T>() : v;   // excluded by q,
-  return t > Real<T>::huge ? q : v;             // by p
+  v = t < -Real<T>::huge ? infinity<T>() : v;   // q excludes the class,
+  return t > Real<T>::huge ? q : v;             // or p does
 }
 
 // ---- the members ---------------------------------------------------------------------------------------------------------
-// value, and its derivatives: by the probabilities, dp and dq, and by their logarithms, da and db. `k` is the member's
-// parameter. `takes_gap`: t is used. `saturates`: where p is nothing beside q, dq tends to a limit, and dp where q is; dp_far and
-// dq_far are what is left of these, and p_limit and q_limit the limits.
+// `value`, and its derivatives: dp and dq with respect to the probabilities, da and db with respect to their logarithms. `k` is
+// the member's parameter. `takes_gap`: the member uses t. `saturates`: dq tends to q_limit where p is negligible compared with
+// q, and dp to p_limit where q is negligible compared with p; dq_far and dp_far are dq and dp minus these limits.
 template <int OP> struct Member;
 
-// k p + (1 - k) q, which for 0 < k < 1 is not 0 unless p and q are
+// k p + (1 - k) q, which for 0 < k < 1 is 0 only if both p and q are
 template <typename T, template <typename> class C> KL_FN T middle(const C<T>& c, double k) {
   T m = fma((T)k, c.p, (T)(1 - k) * c.q);
   if constexpr (C<T>::ordinary) return m;
@@ -71,7 +71,7 @@ template <typename T, template <typename> class C> KL_FN T middle(const C<T>& c,
   least = c.p + c.q > T(0) ? least : T(0);
   return m < least ? least : m;
 }
-template <typename T> KL_FN T unless_zero(T p, T d) { return p == T(0) ? T(0) : d; }   // p d, where d may be infinite
+template <typename T> KL_FN T unless_zero(T p, T d) { return p == T(0) ? T(0) : d; }   // d = p times a number that may be infinite
 
 // b KL(p || m) + (1 - b) KL(q || m), m = b p + (1 - b) q
 template <> struct Member<JS_DIV> {
@@ -116,8 +116,8 @@ template <> struct Member<SKEW_KL_DIV> {
   template <typename T, template <typename> class C> static KL_FN T value(const C<T>& c, double k) {
     return log_ratio<!C<T>::ordinary>(c.p, middle(c, k), apart(c, k)).deviance;
   }
-  // a (m - p)/m - log(m/p). Where m is near p (or a near 1) that cancels, but for what log(m/p) is more than (m - p)/m; where p
-  // is far above m, and a next to 0, it is this which cancels.
+  // a (m - p)/m - log(m/p). Where m is close to p, or a to 1, these cancel: `near` starts from log(m/p) minus (m - p)/m. Where p
+  // is far above m, and a close to 0, the terms of that form cancel: `far` is the formula as it stands.
   template <typename T, template <typename> class C> static KL_FN T dp(const C<T>& c, double k) {
     LogRatio<T> up = log_ratio<!C<T>::ordinary>(middle(c, k), c.p, -apart(c, k));
     T s = over_middle(apart(c, k), c, k), near = T(0) - fma((T)(1 - k), s, over_middle(up.deviance, c, k));
@@ -141,7 +141,7 @@ template <> struct Member<SKEW_KL_DIV> {
 // w KL(p || q) + (1 - w) KL(q || p)
 template <> struct Member<MIXED_KL_DIV> {
   static constexpr bool takes_gap = true, saturates = false;
-  template <typename T> static KL_FN T mix(double k, T forward, T backward) {   // 0 times infinity is nothing here
+  template <typename T> static KL_FN T mix(double k, T forward, T backward) {   // 0 times infinity counts as 0 here
     T v = fma((T)k, forward, (T)(1 - k) * backward);
     v = k == 0 ? backward : v;
     return k == 1 ? forward : v;
@@ -209,7 +209,7 @@ template <> struct Member<SQ_HELLINGER> {
 // (p - q)^2/q
 template <> struct Member<CHI2_DIV> {
   static constexpr bool takes_gap = false, saturates = false;
-  // (q - p)/q; by t where q may be out of range
+  // (q - p)/q; from t where q may be out of range
   template <typename T, template <typename> class C> static KL_FN T share(const C<T>& c) {
     if constexpr (C<T>::ordinary) return c.d / c.q;
     T by_t = T(0) - expm1(-c.t), s = c.t == T(0) ? c.d / c.q : by_t;
@@ -230,8 +230,8 @@ template <> struct Member<CHI2_DIV> {
   template <typename T> static KL_FN T db(const Class<T>& c, double) { return c.d - times_expm1(c.p, -c.t); }
 };
 
-// (p^a q^(1-a) - a p - (1 - a) q)/(a (a - 1)), and its limits, KL(p || q) at a = 1 and KL(q || p) at 0. By l = 1 - a <= 1/2:
-// beyond, with p and q exchanged.
+// (p^a q^(1-a) - a p - (1 - a) q)/(a (a - 1)), and its limits, KL(p || q) at a = 1 and KL(q || p) at a = 0. Computed for
+// l = 1 - a <= 1/2; for larger l, p and q are exchanged.
 template <> struct Member<ALPHA_DIV> {
   static constexpr bool takes_gap = true, saturates = true;
   template <typename T, template <typename> class C> static KL_FN T above(const C<T>& c, T t, T l) {   // for l > 0, times 1 - l
@@ -260,7 +260,7 @@ template <> struct Member<ALPHA_DIV> {
     v = of.t > Real<T>::huge ? of.q : v;
     return v / rest;
   }
-  // kl_rows.h takes these branches out of its loop
+  // kl_rows.h hoists these branches out of its loop
   template <typename T, template <typename> class C> static KL_FN T value(const C<T>& c, double k) {
     if (k < 0.5) return k > 0 ? value_in<true, true>(c, k) : value_in<true, false>(c, k);
     return k < 1 ? value_in<false, true>(c, k) : value_in<false, false>(c, k);
@@ -271,7 +271,7 @@ template <> struct Member<ALPHA_DIV> {
     else s = (expm1_minus<false>(z) + z) * (T(-1) / l);
     return l == T(0) ? -t : s;
   }
-  // times p: (p - p e^(l t))/l, where p e^(l t) = q e^(-(1 - l) t) may be in range where p is not; rest = 1 - l
+  // the slope times p: (p - p e^(l t))/l, where p e^(l t) = q e^(-(1 - l) t) may be in range where p is not; rest = 1 - l
   template <typename T> static KL_FN T log_slope(T p, T q, T d, T t, T l, T rest) {
     bool by_q = l > T(0.5);
     T z = l * t, w = times_exp(by_q ? q : p, by_q ? -(rest * t) : z), near = unless_zero(p, p * expm1(z));
@@ -300,7 +300,7 @@ template <> struct Member<ALPHA_DIV> {
 // ---- as terms ------------------------------------------------------------------------------------------------------------
 
 template <int SX, int SY, bool GAP, typename T> KL_FN Class<T> class_in(T x, T y) {
-  T p = prob<SX>(x) + T(0), q = prob<SY>(y) + T(0);   // -0 is 0: what is divided by it is to be +inf
+  T p = prob<SX>(x) + T(0), q = prob<SY>(y) + T(0);   // -0 becomes 0, so that a quotient by it is +inf
   if constexpr (SX == PROBS && SY == PROBS) return {p, q, q - p, GAP ? log_ratio(p, q, q - p).value : T(0)};
   else {
     bool no_p = excluded<SX>(x), no_q = excluded<SY>(y);
@@ -337,22 +337,23 @@ KL_FAMILY(KL_CASE)
 
 // ---- as rows of logits -----------------------------------------------------------------------------------------------------
 //
-// The first sweep is the divergence's own (Spread), and finds the t of every class. The second one adds up terms and, where a
-// gradient is wanted, the scores' mean: the derivative by a logit is p (s - E s), s that by its probability. Where p is nearly
-// one this cancels, so scores are measured from that of the likeliest class: of each chunk's, until all are known; and all of
-// them from their limit, where that class's is nearer to it than to 0. In double, but for what the next section is of.
-struct Side { double far, centre, sum, mass; };   // 1 or 0; of p (s - centre); of p
+// The first sweep is that of kl_div (Spread), and finds the t of every class. The second sweep sums the terms and, if a
+// gradient is wanted, the scores. A score s is the derivative with respect to a probability; the derivative with respect to
+// the logit is p (s - E s). Where p is nearly one, this difference cancels. So scores are measured from a centre, the score of
+// the likeliest class: that of the chunk, until all chunks are known. If that score is closer to the scores' limit than to 0,
+// scores are measured from the limit first. All of this is in double, except for the near classes of the next section.
+struct Side { double far, centre, sum, mass; };   // far: 1 if measured from the limit, else 0; sums of p (s - centre), and of p
 struct Members { double value; Side x, y; };      // of a chunk
 constexpr int MEMBER_STATES = sizeof(Members) / sizeof(double), SIDE_STATES = sizeof(Side) / sizeof(double);
-// A row's stats: Members, with means for sums; and behind them what the first sweep found, log q - log p = (c - shift)/T
+// A row's stats: Members, with means in place of sums, then what the first sweep found; log q - log p = (c - shift)/T
 enum { MEMBER_MAX_A = MEMBER_STATES, MEMBER_INV_S, MEMBER_MAX_B, MEMBER_INV_Q, MEMBER_SHIFT, MEMBER_SHIFT_LOW };
 static_assert(MEMBER_SHIFT_LOW < MAX_STATS);
 
-KL_FN void members_begin(const Spread& s, double it, double* stats) {   // as logits_finish
+KL_FN void members_begin(const Spread& s, double it, double* stats) {   // calls logits_finish
   double found[MAX_STATS];
   logits_finish(s, it, found);
   FarRow row = far_row(found, it);
-  bool defined = 0 * row.inv_s + 0 * row.inv_q == 0;   // else a row excludes everything; of one NaN, so that no sum is of two
+  bool defined = 0 * row.inv_s + 0 * row.inv_q == 0;   // else a row excludes every class; NaN in both, so that sums are NaN
   for (int k = 0; k < MAX_STATS; k++) stats[k] = 0;
   stats[MEMBER_MAX_A] = row.max_a;
   stats[MEMBER_INV_S] = defined ? row.inv_s : nan<double>();
@@ -368,7 +369,7 @@ KL_FN MemberRow member_row(const double* stats, double it) {
           {stats[MEMBER_SHIFT], stats[MEMBER_SHIFT_LOW]}, it, *(const Side*)(stats + VALUE + 1),
           *(const Side*)(stats + VALUE + 1 + SIDE_STATES)};
 }
-KL_FN Class<double> class_of(double a, double b, const MemberRow& k) {   // as far_class
+KL_FN Class<double> class_of(double a, double b, const MemberRow& k) {   // by the steps of far_class
   double p = softmax_weight((a - k.max_a) * k.it) * k.inv_s, q = softmax_weight((b - k.max_b) * k.it) * k.inv_q;
   p = excluded(a) ? 0 * k.inv_s : p;
   q = excluded(b) ? 0 * k.inv_s : q;
@@ -380,19 +381,19 @@ KL_FN Class<double> class_of(double a, double b, const MemberRow& k) {   // as f
   double near = p * expm1(t > Real<double>::far ? 0.0 : t);
   return {p, q, t > Real<double>::far ? q - p : near, t};
 }
-// p (s - centre), or where the score is beyond all bounds, by its product with p
+// p (s - centre); where the score is too large for that, its product with p is used
 KL_FN bool is_vast(double s) { return !(absolute(s) < VAST); }
 KL_FN double centred_score(double p, double s, double ps, double centre) {
   double vast = ps - p * centre, v = p * (s - centre);
   return is_vast(s) ? vast : v;
 }
-// where a chunk's scores are measured from, by those of its likeliest class
+// what a chunk's scores are measured from, given the score of its likeliest class, and that score minus the limit (`far`)
 KL_FN Side side_from(double s, double far) {
   bool is_far = absolute(far) < absolute(s);
   double centre = is_far ? far : s;
   return {is_far ? 1.0 : 0.0, absolute(centre) < VAST ? centre : 0.0, 0.0, 0.0};
 }
-// a chunk's sum, measured as that of another one
+// a chunk's sum, measured from the centre of `to` instead of its own
 KL_FN double moved_score(const Side& k, const Side& to, double limit) {
   double limits = k.far == to.far ? 0.0 : (k.far - to.far) * limit;
   return k.sum + k.mass * ((k.centre - to.centre) + limits);
@@ -401,16 +402,16 @@ KL_FN void members_finish(const Members& m, double* stats) {
   *(Members*)stats = {m.value, {m.x.far, m.x.centre, m.x.sum / m.x.mass, m.x.mass}, {m.y.far, m.y.centre, m.y.sum / m.y.mass, m.y.mass}};
 }
 
-// ---- the same, of near classes in float -----------------------------------------------------------------------------------
+// ---- near classes, in float ------------------------------------------------------------------------------------------------
 //
-// A chunk of float32 logits whose classes are all near, |t| < 16, goes in float. Terms are of degree one: each is its weight w
-// times that of a class of 1 and e^t, which is out of range nowhere. t comes of b - a by an anchor at the row's shift and what
-// that left, so it is as exact, relatively, as float allows. Weights are the first sweep's, measured from the chunk's own maximum;
-// what makes probabilities of them multiplies totals.
+// A chunk of float32 logits whose classes are all near, |t| < 16, is computed in float. Terms are of degree one: each is the
+// class's weight w times the term of a class with p = 1 and q = e^t, which is never out of range. t is b - a minus an anchor at
+// the row's shift, minus the remainder of that anchor, so its relative error is as small as float allows. The weights are those
+// of the first sweep, measured from the chunk's own maximum; the factor that makes them probabilities is applied to totals.
 template <typename T> struct NearRow { Anchor<T> at; T rest, bound; Inverse<T> it; };
 template <typename T> KL_FN NearRow<T> near_row(const MemberRow& k, double parameter) {
   Anchor<T> at = anchor((T)k.max_a, (T)k.max_b, k.shift.value);
-  double rest = minus(k.shift, mean_of(at)), most = absolute(parameter);   // e^(alpha t) is to be in range as well
+  double rest = minus(k.shift, mean_of(at)), most = absolute(parameter);   // e^(alpha t) must be in range too
   most = absolute(1 - parameter) > most ? absolute(1 - parameter) : most;
   return {at, (T)(usable((double)at.mean) ? rest : infinity<double>()), (T)(16 / (most > 1 ? most : 1.0)), inverse<T>(k.it)};
 }
@@ -420,23 +421,23 @@ template <bool TEMPERED, typename T> KL_FN T near_gap(T a, T b, const NearRow<T>
   Pair<T> t = cooled<TEMPERED>(((c - k.at.m) - k.at.low) + low, -k.rest, k.it);   // exact up to here where t is small
   return t.value + t.low;
 }
-template <typename T> KL_FN bool is_near(T t, const NearRow<T>& k) { return absolute(t) < k.bound; }   // NaN is not
+template <typename T> KL_FN bool is_near(T t, const NearRow<T>& k) { return absolute(t) < k.bound; }   // false for NaN
 template <typename T> KL_FN Ordinary<T> near_class(T t) {
   Octave<T> o = octave(t);
   T s = power_of_two(o.k), y = fma(o.r * o.r, exp_tail(o.r), o.r);
   return {{T(1), fma(s, y, s), fma(s, y, s - T(1)), t}};
 }
 
-// A float score s is wrong by a few eps of itself, and the gradient p (s - mean) is not much more so unless nearly all scores
-// are the same. Where they do not balance they are measured from their chunk's mean, and looked at: if they are apart by less
-// than a sixteenth of themselves, the chunk's gradient goes in double. Those of tv_dist are exact.
+// A float score s has an error of a few eps of itself. The error of the gradient p (s - mean) is not much larger, unless nearly
+// all scores are equal. So unbalanced scores are measured again from the mean of their chunk: if they then differ by less than
+// a sixteenth of their size, the chunk's gradient is computed in double. The scores of tv_dist are exact.
 template <int OP> constexpr double APART = OP == TV_DIST ? 0.0 : 0.0625;
 struct Scores { double mass, sum, size; };   // sums of w, w s and w |s|
-KL_FN bool are_balanced(const Scores& k) { return absolute(k.sum) <= 0.5 * k.size; }   // apart by half of themselves, at least
+KL_FN bool are_balanced(const Scores& k) { return absolute(k.sum) <= 0.5 * k.size; }   // they differ by at least half their size
 KL_FN float centre_of(const Scores& k) { return k.mass > 0 ? (float)(k.sum / k.mass) : 0.f; }
-KL_FN bool are_apart(double size, const Scores& k, double apart) { return size >= apart * k.size; }   // size: from the centre
+KL_FN bool are_apart(double size, const Scores& k, double apart) { return size >= apart * k.size; }   // size: sum of w |s - centre|
 KL_FN Side near_side(const Scores& k, double centre, double sum, double part) { return {0.0, centre, sum * part, k.mass * part}; }
-// p (s - mean)/T, of a row's mean
+// for p (s - mean)/T, with the mean of the row
 template <typename T> struct Slope { T mean, low, scale; };
 template <typename T> KL_FN Slope<T> near_slope(const MemberRow& k, const Side& side, double limit, double part) {
   double centre = side.centre + (side.far != 0 ? limit : 0.0);

@@ -1,10 +1,10 @@
-// Rows of few classes on the CPU, at most COLUMNS: a block of rows at a time, a row a lane, class by class in loops over the
-// lanes. kl_isa.h includes this file behind kl_rows.h, once for every instruction set; kl_batch.h calls what `few` returns.
-// No formula lives here, and no bit differs from what kl_rows.h makes of the same row: only the order of the loops does.
-// Rows that the short forms are not for are marked, and kl_batch.h has them computed by themselves. Indices have 64 bits:
-// CPython's -fwrapv makes sums of 32-bit ones opaque to gcc's vectoriser.
+// Rows of at most COLUMNS classes on the CPU: a block of rows at a time, one row per lane, class by class in loops over the
+// lanes. kl_isa.h includes this file after kl_rows.h, once for every instruction set; kl_batch.h calls what `few` returns.
+// There are no formulas here, and the bits are those of kl_rows.h: only the order of the loops differs. Rows that the short
+// forms cannot handle are marked, and kl_batch.h has them computed one by one. Indices have 64 bits: CPython's -fwrapv makes
+// sums of 32-bit indices opaque to gcc's vectoriser.
 
-// Lanes of a block: as many as keep the block's arrays in the first-level cache, a multiple of a vector.
+// Lanes of a block: a multiple of the vector length, and few enough for the block's arrays to fit in the first-level cache
 template <typename T> constexpr int LEAST_LANES = 64 / sizeof(T);
 constexpr int MOST_LANES = 16 * LEAST_LANES<float>;
 inline int lanes(i64 n, bool wide) {
@@ -12,18 +12,18 @@ inline int lanes(i64 n, bool wide) {
   return (int)(some < least ? least : some > 16 * least ? 16 * least : some);
 }
 
-// A block's numbers: that of class i and lane r at i * pitch + r. Of different offsets within a page, as in Buffers.
+// A block's numbers: class i of lane r is at i * pitch + r. The arrays have different offsets within a page, as in Buffers.
 template <typename T> struct Block {
   static constexpr int SIZE = (COLUMNS * 64 + 576) / (int)sizeof(T);
   T x[SIZE], y[SIZE], a[SIZE], dx[SIZE], dy[SIZE];
   double room[COLUMNS / 2 * LEAST_LANES<float>];
 };
 static_assert(sizeof(Block<float>) <= SCRATCH && sizeof(Block<double>) <= SCRATCH);
-template <typename T> using Lane = T[MOST_LANES];   // one number a row
+template <typename T> using Lane = T[MOST_LANES];   // one number per row
 
 // ---- from rows to lanes and back --------------------------------------------------------------------------------------------
 
-// f(first row, lane, count) for the rows [r, r + count) by runs over which every array moves in even steps
+// f(first row, lane, count) for runs of the rows [r, r + count) over which every array has a constant step
 template <class F> void runs(const Plan& p, i64 r, int count, F f) {
   i64 last = p.ndim ? p.shape[p.ndim - 1] : 1;
   for (int k = 0, m; k < count; k += m) {
@@ -45,7 +45,7 @@ inline i64 step_of(const Plan& p, const Array& a) { return p.ndim ? a.batch[p.nd
 template <typename T> void turn_rows(const T* rows, i64 step, i64 n, i64 m, T* lanes, i64 pitch) {
   constexpr i64 SIZE = sizeof(T);
   auto to = [=](i64 apart, i64 classes) KL_LAMBDA { turn<SIZE>((const char*)rows, apart * SIZE, m, classes, (char*)lanes, pitch * SIZE); };
-  if (n == 2 && step == 2) to(2, 2);   // numbers that the compiler knows: no blocks, but vectors
+  if (n == 2 && step == 2) to(2, 2);   // constants, with which the compiler vectorises: no blocks
   else if (n == 3 && step == 3) to(3, 3);
   else to(step, n);
 }
@@ -57,14 +57,14 @@ template <typename T> void turn_lanes(const T* lanes, i64 pitch, i64 n, i64 m, T
   else back(n);
 }
 
-// The rows from `at` on, `step` bytes apart, to lanes. `room` is for as many numbers.
+// Copies the rows from `at` on, `step` bytes apart, to lanes. `room` holds as many numbers.
 template <typename T>
 void take(const Array& a, const char* at, i64 step, i64 n, i64 m, T* lanes, i64 pitch, T* room) {
   i64 size = size_of(a.dtype);
   if (a.stride != size || step == size) {
     for (i64 i = 0; i < n; i++) {
       const char* from = at + i * a.stride;
-      if (step == size)   // no hardware foresees where the next block is
+      if (step == size)   // the hardware prefetcher cannot predict where the next block is
         for (i64 k = 0; k < m * size; k += 64) prefetch(from + m * size + k);
       widen(a.dtype, from, step, (int)m, lanes + i * pitch);
     }
@@ -97,7 +97,7 @@ void give(const Array& a, char* at, i64 step, i64 n, i64 m, const T* lanes, i64 
 
 inline void widen_numbers(int dtype, const char* at, i64 step, i64 n, double* to) { widen(dtype, at, step, (int)n, to); }
 
-// Several rows of a plan, what they weigh, and what their logits are multiplied by.
+// Several rows of a plan, with their weights and inverse temperatures
 template <typename T> struct Rows {
   const Plan& p;
   i64 first;
@@ -111,7 +111,7 @@ template <typename T> struct Rows {
     read_each(p.weights, weight);
     for (i64 k = 0; k < pitch; k++) weight[k] *= p.factor;
   }
-  // for kinds of rows that have logits
+  // for kinds of rows that take a temperature
   void cool() {
     if (p.temperatures.data) {
       read_each(p.temperatures, inverse_temperature);
@@ -127,12 +127,12 @@ template <typename T> struct Rows {
     }
   }
   Inverse<T> it(i64 r) const { return {inverse_high[r], inverse_low[r], inverse_of_low[r]}; }
-  // One number a row; 1 where there are none, and in lanes beyond the last row
+  // One number per row; 1 if there are none, and in lanes beyond the last row
   void read_each(const Array& a, double* numbers) const {
     for (i64 k = 0; k < pitch; k++) numbers[k] = 1;
     if (a.data)
       runs(p, first, (int)count, [&](const Row&, int k, int m) {
-        auto read = a.dtype <= BFLOAT16 ? widen_numbers : read_numbers;   // floats in vectors
+        auto read = a.dtype <= BFLOAT16 ? widen_numbers : read_numbers;   // floats are read in vectors
         read(a.dtype, at_row(p, a, first + k), step_of(p, a), m, numbers + k);
       });
   }
@@ -145,7 +145,7 @@ template <typename T> struct Rows {
     for (i64 i = 0; i < n; i++)
       for (i64 k = count; k < pitch; k++) lanes[i * pitch + k] = lanes[i * pitch];
   }
-  // times the rows' weights; overwrites both
+  // Writes lanes times the rows' weights; overwrites lanes and room
   KL_APART void write(const Array& a, char* Row::*at, T* lanes, double scale, T* room) const {
     if (weighs()) {
       alignas(64) Lane<T> by;
@@ -190,7 +190,7 @@ template <class F> void add_lanes(i64 n, i64 pitch, double* __restrict room, dou
   for (i64 r = 0; r < pitch; r++) sums[r] = room[r] + 0.0;
 }
 
-// Each lane's maximum. Of equal zeros the one that `maximum` finds: classes are visited in the order of its preference.
+// Each lane's maximum. Among equal zeros it is the one that `maximum` finds: classes are visited in its order of preference.
 template <typename T> KL_APART void maxima(const T* __restrict t, i64 n, i64 pitch, T* __restrict m) {
   i64 n16 = (n + 15) & ~(i64)15, slots = n16 < 64 ? 16 : 64;
   for (i64 r = 0; r < pitch; r++) m[r] = -infinity<T>();
@@ -240,7 +240,7 @@ KL_APART void few_weights(const T* __restrict a, const T* __restrict b, i64 n, i
   }
 }
 
-// c: the sums of weights times below_tops; of them the anchors
+// The anchors, from c, the sums of weights times below_tops
 template <typename T> KL_APART void few_anchors(const double* __restrict c, i64 pitch, LogitsLanes<T>& k) {
   for (i64 r = 0; r < pitch; r++) {
     double mean = c[r] / k.weights[r];
@@ -347,7 +347,7 @@ void few_logits(const Plan& p, i64 r, int count, double* values, char* alone, vo
   rows.write_values(values);
 }
 
-// What log_norm chooses from, for every lane; where no lane has ties, only the one. A loop each: in one, gcc would take branches.
+// The two values that log_norm chooses from, per lane; only the first if no lane has ties. In one loop gcc would use branches.
 KL_APART inline void both_logs(const double* __restrict count, const double* __restrict rest, i64 pitch, double* __restrict alone,
                                double* __restrict tied) {
   i64 ties = 0;
@@ -384,7 +384,7 @@ KL_APART bool few_pay(const T* __restrict x, const T* __restrict y, i64 n, i64 p
   return large;
 }
 
-// Which of the outputs is wanted: the value of `OUT` is that of SUM_VALUE, SUM_DX or SUM_DY.
+// OUT says which output is wanted: SUM_VALUE, SUM_DX or SUM_DY.
 template <typename T, int SX, int SY, bool TEMPERED, int OUT>
 KL_APART void few_cross_output(const T* __restrict x, const T* __restrict y, i64 n, i64 pitch, const CrossLanes<T>& k,
                                const Rows<T>& rows, T* __restrict out) {
@@ -472,7 +472,7 @@ template <typename T> struct NormLanes {
   alignas(64) Lane<T> top, count, undefined, log_s, log_s_low;
   alignas(64) Lane<typename Real<T>::Bits> odd;
 };
-// Logits to log-probabilities, in their place and in `low`; `e` is for a double each.
+// Logits to log-probabilities, in place, their low parts in `low`; `e` holds one double per number.
 template <typename T>
 KL_APART void few_log_probs(T* __restrict x, const Rows<T>& rows, double* __restrict e, T* __restrict low, double* room,
                             NormLanes<T>& k) {
@@ -543,7 +543,7 @@ template <typename T> void few_mixed(const Plan& p, i64 r, int count, double* va
   Rows<T> rows(p, r, count);
   NormLanes<T> k;
   i64 n = rows.n, pitch = rows.pitch;
-  double* doubles = (double*)s.a;   // and in float, over dx too
+  double* doubles = (double*)s.a;   // of floats, over dx too
   static_assert(offsetof(Block<T>, dx) - offsetof(Block<T>, a) == sizeof s.a);
   alignas(64) T low[sizeof(T) == sizeof(float) ? Block<T>::SIZE : 1];
   rows.cool();
@@ -567,12 +567,12 @@ template <typename T> void few_mixed(const Plan& p, i64 r, int count, double* va
 inline Few few(const Plan& p) {
   bool tempered = is_tempered(p);
   if (p.sparse || p.factors.data || of_members(p) || p.operation == RENYI_DIV) return nullptr;
-  if (p.dy.data && p.dy.data == p.y.data) return nullptr;   // rows that are odd are read again, after all are written
+  if (p.dy.data && p.dy.data == p.y.data) return nullptr;   // rows marked odd are read again, after all rows are written
   if (of_logits(p))
     return p.wide ? (tempered ? few_logits<double, true> : few_logits<double, false>)
                   : (tempered ? few_logits<float, true> : few_logits<float, false>);
   if (of_cross(p)) return p.wide ? few_cross_of<double>(p) : few_cross_of<float>(p);
-  if (p.space_x == COUNTS || p.space_y == COUNTS) return nullptr;   // no form for few classes was written for these
+  if (p.space_x == COUNTS || p.space_y == COUNTS) return nullptr;   // counts have no form for few classes
   if (p.space_x == LOGITS || p.space_y == LOGITS) return p.wide ? few_mixed<double> : few_mixed<float>;
   return p.wide ? few_terms<double> : few_terms<float>;
 }

@@ -1,5 +1,5 @@
-// kl_rows.h, kl_few.h and kl_sparse_rows.h, compiled once for each instruction set into a namespace of that name; `choose_isa`
-// picks one at run time. All of them compute the same bits: only the width of the vectors differs.
+// kl_rows.h, kl_few.h and kl_sparse_rows.h, compiled once for each instruction set into a namespace of that name;
+// klcore.backends.cpu picks one at run time. All of them compute the same bits: only the width of the vectors differs.
 #pragma once
 #include <algorithm>
 #include <cmath>
@@ -24,7 +24,7 @@
 
 namespace kl {
 
-// Streamed stores are visible to other threads after this.
+// Makes streamed stores visible to other threads.
 inline void stream_end() {
 #if defined(KL_X86) && defined(__SSE2__)
   _mm_sfence();
@@ -39,7 +39,7 @@ KL_FN void prefetch(const char* p) {
 #endif
 }
 
-// Each namespace below begins with `stream_line`: 64 bytes to a 64-byte boundary past the caches, where it can.
+// Each namespace below begins with `stream_line`: it writes 64 bytes to a 64-byte boundary, bypassing the caches where it can.
 namespace generic {   // what the compiler targets by default: SSE2 on x86-64, NEON on aarch64
 inline void stream_line(char* to, const char* from) {
 #ifdef __SSE2__
@@ -54,7 +54,7 @@ inline void stream_line(char* to, const char* from) {
 #include "kl_sparse_rows.h"
 }  // namespace generic
 
-// KLCORE_ONE_ISA: nothing else, in a third of the time.
+// KLCORE_ONE_ISA: no other instruction sets, which compiles in a third of the time.
 #if defined(KL_X86) && !defined(KLCORE_ONE_ISA)
 #define KL_MORE 1
 
@@ -106,11 +106,11 @@ struct Isa {
   bool supported;                    // by this processor
   Kernel (*kernel)(const Plan&);
   Few (*few)(const Plan&);           // for rows of few classes; nullptr: none
-  int (*lanes)(i64 n, bool wide);    // and how many rows it takes
+  int (*lanes)(i64 n, bool wide);    // how many rows `few` takes at once
   double (*sum_levels)(double*, i64);
   void (*elementary_float)(int, const float*, float*, i64);
   void (*elementary_double)(int, const double*, double*, i64);
-  RowStep classes, slopes_of_x, slopes_of_y;   // of rows of which x lists some classes
+  RowStep classes, slopes_of_x, slopes_of_y;   // for rows in which x lists some classes
 };
 
 #define KL_ROWS(ns)                                                                                 \

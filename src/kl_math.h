@@ -1,8 +1,8 @@
-// The maths of klcore, once: elementary functions, the terms of every divergence, and their derivatives.
-// Read by the C++ compiler (through kl_rows.h) and by NVRTC (in front of kl_cuda.cu). Includes nothing.
-// Only IEEE + - * /, fma and sqrt, in a fixed order, so that every processor computes the same bits: compile without contraction
-// and without fast-math. No branches: special cases are selects, the last one wins, each on one comparison, which is what
-// vectorisers take. The derivations are in docs/maths.md.
+// All of klcore's mathematics: elementary functions, the terms of every divergence, and their derivatives. Compiled by the
+// C++ compiler (through kl_rows.h) and by NVRTC (ahead of kl_cuda.cu). Includes nothing. The derivations are in docs/maths.md.
+// Uses only IEEE + - * /, fma and sqrt, in a fixed order, so that every processor computes the same bits: compile without
+// contraction and without fast-math. There are no branches, so that compilers can vectorise: each special case is a select on
+// a single comparison, and where several apply the last one wins.
 #pragma once
 
 #if defined(__CUDACC__)
@@ -31,17 +31,17 @@ template <> struct Real<float> {
   static constexpr float log2e = 0x1.715476p+0f, ln2 = 0x1.62e430p-1f;
   static constexpr float ln2_hi = 0x1.62e400p-1f, ln2_lo = 0x1.7f7d1cp-20f;  // ln2_hi * integer is exact up to 2^9
   static constexpr float tiny = 0x1p-64f, up = 0x1p64f, down = 0x1p-64f;     // below tiny, scale before taking bits apart
-  static constexpr float huge = 0x1p60f;                                     // quotients of what lies between are normal
+  static constexpr float huge = 0x1p60f;                                     // quotients of numbers in between are normal
   static constexpr float scale_octaves = 64.f;
-  static constexpr float exp_max = 89.f, exp_min = -104.f;                   // beyond: infinity, zero
-  static constexpr float exp_far = 200.f;                                    // beyond: also times any other number
+  static constexpr float exp_max = 89.f, exp_min = -104.f;                   // beyond these e^x is infinite, or zero
+  static constexpr float exp_far = 200.f;                                    // beyond this m e^x is infinite, or zero, for every m
   static constexpr float exp_ordinary = 88.f;
-  static constexpr float flush = -86.5f;                                     // exp_flushed: zero below
+  static constexpr float flush = -86.5f;                                     // exp_flushed is zero below
   static constexpr float expm1_overflow = 0x1.62e42ep+6f;                    // largest x with finite expm1
-  static constexpr float expm1_is_minus_one = -18.f;                         // to within half an ulp, below
+  static constexpr float expm1_is_minus_one = -18.f;                         // expm1 is -1 to within half an ulp below
   static constexpr float eps = 0x1p-23f;
-  static constexpr float far = 32.f;   // e^-far (1 + far) is below the rounding of either type's result; beyond, the
-                                       // rounding of t itself would show in e^t
+  static constexpr float far = 32.f;   // e^-far (1 + far) is below the rounding error of the result, float or
+                                       // double; beyond, the rounding error of t itself would show in e^t
 };
 
 template <> struct Real<double> {
@@ -78,12 +78,12 @@ KL_FN unsigned int bits(float x) { return __float_as_uint(x); }
 KL_FN unsigned long long bits(double x) { return (unsigned long long)__double_as_longlong(x); }
 KL_FN float real(unsigned int b) { return __uint_as_float(b); }
 KL_FN double real(unsigned long long b) { return __longlong_as_double((long long)b); }
-KL_FN float hardware_exp2(float x) {   // to 2 ulp; zero below 2^-126
+KL_FN float hardware_exp2(float x) {   // error at most 2 ulp; zero below 2^-126
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
-KL_FN float hardware_reciprocal(float x) {   // to 1 ulp
+KL_FN float hardware_reciprocal(float x) {   // error at most 1 ulp
   float y;
   asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
@@ -109,9 +109,9 @@ KL_FN double real(unsigned long long b) { double x; KL_COPY(&x, &b, 8); return x
 #undef KL_COPY
 #endif
 
-// a/b; ordinary: b, and the quotient if it is not 0, lie far from the ends of the range
+// a/b. Ordinary: b and the quotient, unless it is 0, are far from the ends of the range.
 template <bool ALL = true, typename T> KL_FN T quotient(T a, T b) {
-#if defined(__CUDA_ARCH__) || defined(KL_EMULATOR)   // what a GPU's compiler makes of a/b, without the check of that range
+#if defined(__CUDA_ARCH__) || defined(KL_EMULATOR)   // the code NVRTC generates for a/b, without the check of that range
   if constexpr (!ALL && sizeof(T) == sizeof(float)) {
     T r = hardware_reciprocal(b);
 #if defined(KL_FAST16)
@@ -165,10 +165,10 @@ template <typename T> KL_FN Octave<T> octave(T x) {
 // 2^n for -(bias-1) <= n <= bias
 template <typename T> KL_FN T power_of_two(T k) { return real((bits(k) << Real<T>::mantissa) + Real<T>::one); }
 
-// Where a function takes ALL = false, the caller has made sure that its arguments are ordinary: the steps for the rest of
-// the domain are left out, and the bits are the same.
+// ALL = false: the caller guarantees that the arguments are ordinary. The steps for the rest of the domain are then omitted;
+// the bits are the same.
 
-// An unevaluated sum of two numbers, of which `low` is next to nothing beside `value`
+// An unevaluated sum of two numbers, `low` being tiny compared with `value`
 template <typename T> struct Pair { T value, low; };
 template <typename T> KL_FN Octave<T> octave(const Pair<T>& x) {
   Octave<T> o = octave(x.value);
@@ -176,7 +176,7 @@ template <typename T> KL_FN Octave<T> octave(const Pair<T>& x) {
   return o;
 }
 
-// e^(r + n ln 2) of an ordinary octave
+// e^(r + n ln 2) for an ordinary octave
 template <typename T> KL_FN T exp_of(const Octave<T>& o) {
   T y = fma(o.r * o.r, exp_tail(o.r), o.r) + T(1);
   return real(bits(y) + (bits(o.k) << Real<T>::mantissa));
@@ -186,7 +186,7 @@ template <typename T> KL_FN T exp_of(const Octave<T>& o) {
 template <bool ALL = true, typename T> KL_FN T exp(T x) {
   typedef Real<T> R;
   if constexpr (!ALL) {
-#if defined(KL_FAST16)   // two 16-bit inputs on the GPU: memory is faster there than these polynomials
+#if defined(KL_FAST16)   // two 16-bit inputs on the GPU: the polynomials would take longer than memory
     if constexpr (sizeof(T) == sizeof(float)) return hardware_exp2(x * R::log2e);
 #endif
     return exp_of(octave(x));
@@ -200,8 +200,8 @@ template <bool ALL = true, typename T> KL_FN T exp(T x) {
   return (y * power_of_two(half)) * power_of_two(rest);
 }
 
-// m e^x, rounded once more: it may be in range where e^x is subnormal, infinite or zero. Where it is none of these, one product.
-template <typename T> KL_FN T times_exp(T m, const Octave<T>& o, T x) {   // o: that of x, where x is not too far
+// m e^x, with one rounding more than e^x. It may be in range where e^x is subnormal, infinite or zero; elsewhere it is one product.
+template <typename T> KL_FN T times_exp(T m, const Octave<T>& o, T x) {   // o: the octave of not_too_far(x)
   typedef Real<T> R;
   T y = fma(o.r * o.r, exp_tail(o.r), o.r) + T(1);
   T third = fma(o.n, T(1) / T(3), R::round), n = third - R::round, p = power_of_two(third);
@@ -220,7 +220,7 @@ template <typename T> KL_FN T times_exp(T m, const Pair<T>& x) {
   return times_exp(m, octave(Pair<T>{not_too_far(x.value), x.low}), x.value);
 }
 
-// e^x for x <= 0, zero below 2^-124 (2^-1020): the weights of a softmax, whose largest is 1. Not for NaN.
+// e^x for x <= 0, zero below 2^-124 (double: 2^-1020): softmax weights, the largest of which is 1. Not for NaN.
 template <typename T> KL_FN T exp_flushed(T x) {
   T y = exp<false>(x);
   return x < Real<T>::flush ? T(0) : y;
@@ -230,19 +230,19 @@ template <typename T> KL_FN T exp_flushed(const Pair<T>& x) {
   return x.value < Real<T>::flush ? T(0) : y;
 }
 
-// e^x - 1 = 2 (2^(n-1) y + 2^(n-1) - 1/2) with y = e^r - 1; 2^n itself may be infinite where the result is not
+// e^x - 1 = 2 (2^(n-1) y + 2^(n-1) - 1/2) with y = e^r - 1; 2^n itself may overflow where the result does not
 template <typename T> KL_FN T expm1(T x) {
   typedef Real<T> R;
   T c = x > R::exp_max ? R::exp_max : x;
   c = c < T(-60) ? T(-60) : c;
   Octave<T> o = octave(c);
-  T high = fma(o.n, -R::ln2_hi, c), low = fma(o.n, -R::ln2_lo, high - o.r);   // what r = high - n ln2_lo rounded away
+  T high = fma(o.n, -R::ln2_hi, c), low = fma(o.n, -R::ln2_lo, high - o.r);   // the rounding error of r = high - n ln2_lo
   T h = fma(o.r * o.r, exp_tail(o.r), fma(low, o.r, low)), y = o.r + h;
   T s = power_of_two(o.k - T(1));
-  bool large = o.n > T(R::mantissa + 1);    // s - 1/2 would round: take the 1 off the other factor
+  bool large = o.n > T(R::mantissa + 1);    // s - 1/2 would round: subtract the 1 from the other factor
   T small = power_of_two(R::round - (o.n < T(100) ? o.n : T(100)));
   T z = fma(s, large ? y - small : y, large ? s : s - T(0.5));
-  z = (o.n == T(1)) & (o.r < T(-0.25)) ? (T(0.5) + o.r) + h : z;   // 1/2 + y would inherit the rounding of y, doubled
+  z = (o.n == T(1)) & (o.r < T(-0.25)) ? (T(0.5) + o.r) + h : z;   // 1/2 + y would double the rounding error of y
   z = o.n == T(0) ? y : z + z;
   z = x == T(0) ? x : z;                    // keeps the sign of zero
   return x > R::expm1_overflow ? infinity<T>() : z;
@@ -273,23 +273,23 @@ template <bool ALL = true, typename T> KL_FN T expm1_minus(T t) {
   return ALL & (t < T(-64)) ? T(-1) - t : g;   // below every ordinary t
 }
 template <typename T> KL_FN T expm1_minus(const Pair<T>& t) { return expm1_minus_of(octave(t)); }   // ordinary
-// e^t - 1 where g = e^t - 1 - t is at hand already, with an error of a few eps
+// e^t - 1 from g = e^t - 1 - t, with an error of a few eps
 template <typename T> KL_FN T expm1_of(T t, T g) {
   T e = g + t;
   return t < Real<T>::expm1_is_minus_one ? T(-1) : e;
 }
 
 // ---- logarithms -------------------------------------------------------------------------------------------------------
-// y/x = 2^k (1+s)/(1-s) with |s| <= 0.2. `from` is x and `to` is y, brought to one octave; their difference is exact.
-// Ordinary: both lie between tiny and huge.
+// y/x = 2^k (1+s)/(1-s) with |s| <= 0.2. `from` and `to` are x and y scaled to the same octave; their difference is exact.
+// Ordinary: x and y lie between tiny and huge.
 template <typename T> struct Ratio { T from, to, k; };
 template <bool ALL = true, typename T> KL_FN Ratio<T> ratio(T x, T y) {
   typedef Real<T> R;
   bool sx = ALL & (x < R::tiny), sy = ALL & (y < R::tiny), hx = ALL & (x >= R::huge);
   T xn = sx ? x * R::up : x, yn = sy ? y * R::up : y;
   xn = hx ? x * R::down : xn;                // from + to is finite
-  xn = ALL & (x == T(0)) ? T(1) : xn;        // the caller knows what zero makes; its bits would be taken for a subnormal,
-  yn = ALL & (y == T(0)) ? T(1) : yn;        // and processors are slow with these
+  xn = ALL & (x == T(0)) ? T(1) : xn;        // the caller handles zero, whose bits would be taken for those of a
+  yn = ALL & (y == T(0)) ? T(1) : yn;        // subnormal number, and these are slow
   typename R::Bits o = bits(yn) - bits(xn) + (R::half_octave + R::sign);
   T k = real((o >> R::mantissa) | R::two_mantissa) - R::octave_offset;
   T to = real(bits(yn) + R::sign - (o & R::octaves));
@@ -299,7 +299,8 @@ template <bool ALL = true, typename T> KL_FN Ratio<T> ratio(T x, T y) {
   return {xn, to, k};
 }
 
-// log(y/x) for positive finite x and y: `value`; and x*(d - log1p(d)), d = (y-x)/x, which is x log(x/y) - x + y, >= 0
+// For positive finite x and y: `value` is log(y/x), and `deviance` is x log(x/y) - x + y >= 0, computed as x*(d - log1p(d))
+// with d = (y-x)/x.
 template <typename T> struct LogRatio { T value, deviance; };
 template <bool ALL = true, typename T> KL_FN LogRatio<T> log_ratio(T x, T y) {
   typedef Real<T> R;
@@ -314,8 +315,8 @@ template <bool ALL = true, typename T> KL_FN LogRatio<T> log_ratio(T x, T y) {
   return {infinite ? y - x : value, infinite ? y - x : deviance};
 }
 
-// e^x/m for m > 0, wherever that is in range
-template <typename T> KL_FN T exp_over(const Octave<T>& o, T x, T m) {   // o: that of x, where x is not too far
+// e^x/m for m > 0, wherever the quotient is in range
+template <typename T> KL_FN T exp_over(const Octave<T>& o, T x, T m) {   // o: the octave of not_too_far(x)
   typedef Real<T> R;
   Ratio<T> q = ratio(T(1), m);
   T v = (fma(o.r * o.r, exp_tail(o.r), o.r) + T(1)) / q.to, n = o.n - q.k;   // e^x/m = 2^n v
@@ -348,9 +349,10 @@ template <typename T> KL_FN T log(T x) {
   return x >= T(0) ? y : nan<T>();
 }
 
-// y - log x for x > 0. In float to 2 eps of the result, and where it is small to 2^-38: a float that held log x would leave
-// little of it. So log x is taken off in parts, the largest first, and where they all but cancel every difference is exact
-// (Sterbenz): k log 2 + log(4/3), if x is scaled by 3/4 as well; 2 atanh(s) = 2 s + 2/3 s^3 + ...; what these were rounded by.
+// y - log x for x > 0. In float the error is 2 eps of the result, or 2^-38 where the result is small; rounding log x to float
+// first would lose most of a small result. So log x is subtracted in parts, the largest first, and where these nearly cancel
+// every difference is exact (Sterbenz). The parts are k log 2, plus log(4/3) if x is scaled by 3/4; then 2 atanh(s) =
+// 2 s + 2/3 s^3 + ...; then the rounding errors of these.
 template <bool ALL = true> KL_FN float minus_log(const Pair<float>& y, float x) {
   typedef Real<float> R;
   constexpr float two_thirds = 0x1.555556p-1f, two_thirds_lo = -0x1.555556p-26f;
@@ -379,7 +381,7 @@ template <typename T> KL_FN T log1p(T x) {
   T u = T(1) + x, big = absolute(x) > T(1) ? x : T(1), small = absolute(x) > T(1) ? T(1) : x;
   T low = small - (u - big);
   Ratio<T> q = ratio(T(1), u);
-  T shrink = fma(q.k, T(-0.5), R::round);   // 2^-k in two factors, either of which may be tiny
+  T shrink = fma(q.k, T(-0.5), R::round);   // 2^-k as two factors, either of which may be tiny
   T rest = (-q.k - (shrink - R::round)) + R::round;
   low = (low * power_of_two(shrink)) * power_of_two(rest);
   T y = log_of(q.to, low, q.k);
@@ -390,17 +392,17 @@ template <typename T> KL_FN T log1p(T x) {
 }
 
 // ---- the terms ----------------------------------------------------------------------------------------------------------
-// What the numbers of an argument are. Logits reach a term as log-probabilities, which kl_rows.h and kl_cuda.cu make of them.
+// The space of an argument. Logits reach a term as log-probabilities, which kl_rows.h and kl_cuda.cu compute from them.
 enum Space { PROBS = 0, LOG_PROBS = 1, LOGITS = 2, COUNTS = 3 };
 KL_FN constexpr bool is_unnormalised(int space) { return space >= LOGITS; }
 
-// How rows of logits are computed: by their terms, after the softmax; or by a form of kl_logits.h that needs no softmax: of
-// the ratio of both (Spread, Far), or of the cost of classes (Cross); or by a class's p, q and their ratio, which Spread tells
-// (kl_family.h).
+// How rows of logits are computed. BY_TERM: term by term, after the softmax. BY_RATIO, BY_COST: by a form of kl_logits.h that
+// needs no softmax, from the ratio of the two rows (Spread) or from the cost of each class (Cross). BY_CLASS: from each
+// class's p, q and their ratio, which follow from Spread (kl_family.h).
 enum Form { BY_TERM, BY_RATIO, BY_COST, BY_CLASS };
 
-// All operations, a name, a form and a number of arguments each: klcore's own, of any spaces; the terms of other systems; and
-// the estimators of a token. klcore.operations reads this list; switches over operations are made of it.
+// All operations, with name, form and number of arguments. klcore's own accept any spaces; the others are the losses of other
+// systems and the per-token estimators. klcore.operations reads this list, and switches over operations are generated from it.
 #define KL_FAMILY(ROW) \
   ROW(JS_DIV, BY_CLASS, 2) ROW(MIXED_KL_DIV, BY_CLASS, 2) ROW(SKEW_KL_DIV, BY_CLASS, 2) ROW(ALPHA_DIV, BY_CLASS, 2) \
   ROW(RENYI_DIV, BY_CLASS, 2) ROW(TV_DIST, BY_CLASS, 2) ROW(SQ_HELLINGER, BY_CLASS, 2) ROW(CHI2_DIV, BY_CLASS, 2)
@@ -419,37 +421,37 @@ struct OperationRow {
 #define KL_ROW(name, form, arguments) {#name, form, arguments},
 enum Operation { KL_OPERATIONS(KL_CODE) OPERATION_COUNT };
 constexpr OperationRow OPERATIONS[] = {KL_OPERATIONS(KL_ROW)};
-KL_FN constexpr int summed(int operation) { return operation == RENYI_DIV ? ALPHA_DIV : operation; }   // whose terms are
+KL_FN constexpr int summed(int operation) { return operation == RENYI_DIV ? ALPHA_DIV : operation; }   // whose terms are summed
 KL_FN constexpr bool has_y(int operation) { return OPERATIONS[operation].arguments > 1; }
 
-// value, dx and dy of one term; x and y in the spaces SX and SY. What has one argument ignores y.
+// value, dx and dy of one term, with x and y in the spaces SX and SY. Operations of one argument ignore y.
 template <int OP, int SX, int SY> struct Term;
 
-// What there is to say of a term: whether it has a shorter form for ordinary arguments, and which these are; whether its
-// functions take a parameter beside x and y; whether they take t, log q - log p, which `gap` computes; whether an argument is
-// an unevaluated pair. What most terms say:
+// The properties of a term: whether it has a shorter form for ordinary arguments, and which arguments are ordinary; whether
+// its functions take a parameter besides x and y; whether they take t = log q - log p, which `gap` computes; whether x or y is
+// an unevaluated pair. Plain holds the defaults.
 template <typename T> struct Same { typedef T Type; };
-template <typename T> using Given = typename Same<T>::Type;   // a parameter, as the type of x and y
+template <typename T> using Given = typename Same<T>::Type;   // a parameter, converted to the type of x and y
 struct Plain {
   static constexpr bool has_ordinary = false, takes_parameter = false, has_gap = false, x_is_pair = false, y_is_pair = false;
   template <typename T> static KL_FN bool ordinary(T, T) { return false; }
 };
-// Whether a term's dy is final even where y are logits: else it is a derivative with respect to log y, and has yet to go
-// through the softmax.
+// Whether a term's dy is final even if y holds logits. Otherwise dy is the derivative with respect to log y, and still has to
+// go through the softmax.
 KL_FN constexpr bool is_final(int operation) { return operation == PUZZLELIB; }
 
-// what NaN in either argument makes of a result
+// v, or NaN if either argument is NaN
 template <typename T> KL_FN T unless_nan(T x, T y, T v) {
   v = x == x ? v : x;
   return y == y ? v : y;
 }
 
-// both probabilities
+// v, or NaN unless both arguments are >= 0
 template <typename T> KL_FN T on_probs(T x, T y, T v) {
   v = x >= T(0) ? v : nan<T>();
   return y >= T(0) ? v : nan<T>();
 }
-template <typename T> KL_FN T zero_over(T x, T y) {   // -x/y with 0/0 = 0, and -0 the same as 0
+template <typename T> KL_FN T zero_over(T x, T y) {   // -x/y with 0/0 = 0, and -0 treated as 0
   T d = T(0) - x / (y + T(0));
   return x == T(0) ? T(0) : d;
 }
@@ -476,7 +478,7 @@ template <> struct Term<KL_DIV, PROBS, PROBS> : Plain {
   template <bool ALL = true, typename T> static KL_FN T dy(T x, T y) {   // 1 - x/y
     T d = quotient<ALL>(y - x, y);
     if constexpr (!ALL) return d;
-    d = y == T(0) ? -infinity<T>() : d;   // also of -0
+    d = y == T(0) ? -infinity<T>() : d;   // for -0 too
     d = (y == infinity<T>()) & (x < y) ? T(1) : d;
     d = x == T(0) ? T(1) : d;
     return on_probs(x, y, d);
@@ -518,8 +520,8 @@ template <> struct Term<ENTROPY, PROBS, PROBS> : Plain {
   template <typename T> static KL_FN T dy(T, T) { return T(0); }
 };
 
-// Both log-probabilities; t = log q - log p. A class that x excludes (-inf) has p = 0 and contributes q; where t > far,
-// q alone counts.
+// Two log-probabilities; t = log q - log p. A class that x excludes (-inf) has p = 0 and contributes q. Where t > far, only q
+// matters.
 template <typename T> KL_FN bool excluded(T l) { return l == -infinity<T>(); }
 
 template <typename T> KL_FN bool ordinary_logs(T x, T y) {
@@ -588,9 +590,9 @@ template <> struct Term<ENTROPY, LOG_PROBS, LOG_PROBS> : Plain {
   template <typename T> static KL_FN T dy(T, T) { return T(0); }
 };
 
-// One of each: the probability and its logarithm are both needed. The space LOGITS means log-probabilities that were made of
-// logits in float, as Pair<float>, since what normalises a row has to be known to far more than float holds. Those of doubles
-// go as LOG_PROBS.
+// A probability and a log-probability: both a number and its logarithm are needed. The space LOGITS stands for
+// log-probabilities computed from float logits and stored as Pair<float>, because the normaliser of a row must be more
+// accurate than a float. Log-probabilities computed from double logits use LOG_PROBS.
 template <typename T> KL_FN T number_of(T x) { return x; }
 template <typename T> KL_FN T number_of(const Pair<T>& x) { return x.value; }
 template <int S, typename T> KL_FN T prob(T x) {
@@ -628,13 +630,13 @@ template <int SX, int SY, bool ALL = true, typename X, typename Y> KL_FN auto lo
   else return minus(y, x);
 }
 
-// A term F that is computed from t, which is found first, and from the arguments
+// A term F that is computed from t, which is found first, and the arguments
 template <class F, int SX, int SY> struct WithGap {
   static constexpr bool has_ordinary = true, takes_parameter = false, has_gap = true;
   static constexpr bool x_is_pair = SX == LOGITS, y_is_pair = SY == LOGITS;
   template <typename T> static KL_FN bool ordinary(T x, T y) {
     if constexpr (SX != PROBS && SY != PROBS) return ordinary_logs(x, y);
-    typedef Real<T> R;   // |t| < far: within half an octave, log p is cheap
+    typedef Real<T> R;   // |t| < far: log p to within half an octave is cheap
     T p = SX == PROBS ? x : y, l = SX == PROBS ? y : x, t = fma(ratio<false>(T(1), p).k, -R::ln2, l);
     return (p >= R::tiny) & (p < R::huge) & (absolute(t) < R::far - T(1));
   }
@@ -689,7 +691,7 @@ template <int SX, int SY> struct Term<KL_DIV, SX, SY> : WithGap<Term<KL_DIV, SX,
   }
 };
 
-// With respect to logits it has the derivatives of kl_div: sums of p and q, by which they differ, do not depend on these.
+// With respect to logits rel_entr has the derivatives of kl_div: they differ by sums of p and of q, which logits do not change.
 template <int SX, int SY> struct Term<REL_ENTR, SX, SY> : WithGap<Term<REL_ENTR, SX, SY>, SX, SY> {
   using Base = WithGap<Term, SX, SY>;
   using Base::value, Base::dx, Base::dy;
@@ -743,7 +745,7 @@ template <int SX, int SY> struct Term<CROSS_ENTROPY, SX, SY> : Plain {
 };
 
 // ---- all terms ------------------------------------------------------------------------------------------------------------
-// One way to call them all.
+// A uniform way to call every term
 template <class F, bool ALL, typename X, typename Y> KL_FN auto value_of(X x, Y y, double e) {
   if constexpr (F::takes_parameter) return F::value(x, y, e);
   else if constexpr (F::has_ordinary) return F::template value<ALL>(x, y);
@@ -764,7 +766,7 @@ template <class F, bool ALL, typename X, typename Y> KL_FN auto dy_of(X x, Y y, 
 // s + low == b - a exactly (Knuth's TwoSum), for finite a, b and s
 template <typename T> KL_FN T difference(T b, T a, T& low) {
   T s = b - a, v = s - b;
-#if defined(KL_FAST16)   // their differences are exact but where one is 2^13 times the other
+#if defined(KL_FAST16)   // differences of 16-bit numbers are exact unless one is 2^13 times the other
   if constexpr (sizeof(T) == sizeof(float)) {
     low = T(0);
     return s;

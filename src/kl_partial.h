@@ -1,24 +1,25 @@
-// Rows in parts, for arrays that are never in one place: one sweep over a block of the classes, the states of all blocks
-// into the rows' stats, and the outputs of a block from these. Called by kl_cpu.pyx for klcore.backends.dask and
+// Rows in parts, for arrays that are never in one place: a sweep over a block of the classes, merging the states of all blocks
+// into the rows' stats, and the outputs of a block from these stats. Called by kl_cpu.pyx for klcore.backends.dask and
 // klcore.Shard, without the GIL. The sweeps are those of kl_rows.h, chunk by chunk, and states are merged as Batch merges
-// them (kl_batch.h): where all blocks but the last hold a multiple of CHUNK classes, the chunks are those of the whole row,
-// and so are the bits.
+// them (kl_batch.h). If all blocks but the last hold a multiple of CHUNK classes, the chunks are those of the whole row, and the
+// bits are the same.
 #pragma once
 #include "kl_batch.h"
 
 namespace kl {
 
-// How many doubles a chunk leaves in a sweep of this plan; -1 if it has no such sweep.
+// How many doubles a chunk leaves in a sweep of this plan; -1 if there is no such sweep
 inline int states_of(const Plan& p, const Isa& isa, int sweep) {
   Kernel kernel = isa.kernel(p);
   return sweep < kernel.sweeps ? kernel.states[sweep] : -1;
 }
 
-// Sweep `s` over all rows of a block. `stats`: MAX_STATS a row, from the sweeps before it, or nullptr. With `states`, for
-// every row states_of(s) lines of one double a chunk, zero before, nothing else is written; without, the outputs are.
+// Sweep `s` over all rows of a block. `stats`: MAX_STATS per row, from the sweeps before it, or nullptr. `states`: per row,
+// states_of(s) lines of one double per chunk, zero on entry; if they are given, nothing else is written. Without them the outputs
+// are written.
 inline void sweep_here(Plan& p, const Isa& isa, int s, const double* stats, double* states, Watch& watch) {
   static char nowhere;
-  if (states) {   // a softmax's gradient takes a sum of its own in the second sweep, which asks for it by these
+  if (states) {   // a gradient through a softmax needs an extra sum in the second sweep, and these request it
     p.dx.data = s > 0 && p.dx.data ? &nowhere : nullptr;
     p.dy.data = s > 0 && p.dy.data ? &nowhere : nullptr;
   }
@@ -43,8 +44,8 @@ inline void sweep_here(Plan& p, const Isa& isa, int s, const double* stats, doub
   });
 }
 
-// The gradient of an operand that is broadcast over the last `inner_axes` batch axes, summed over them as SummedGradient of kl_batch.h does:
-// rows one by one in blocks of BLOCK, then the blocks.
+// The gradient of an operand that is broadcast over the last `inner_axes` batch axes, summed over these like SummedGradient of
+// kl_batch.h: rows one by one in blocks of BLOCK, then the blocks.
 inline void sweep_summed(Plan& p, const Isa& isa, int s, const double* stats, int inner_axes, Watch& watch) {
   bool of_x = p.dx.data != nullptr;
   Array target = of_x ? p.dx : p.dy;
@@ -85,9 +86,9 @@ inline void sweep_summed(Plan& p, const Isa& isa, int s, const double* stats, in
   });
 }
 
-// The states that sweep `s` left of all blocks, `count` a line, into the rows' stats, MAX_STATS each; or, to `fold`, at
-// least one of them, into one state a row. After the last sweep the first of its stats becomes what the row adds to a
-// total: its value times its weight. Overwrites the states. The plan has no classes, only rows, their weights and their temperatures.
+// Merges the states that sweep `s` left of all blocks, `count` per line, into the rows' stats, MAX_STATS per row; with `fold`, into
+// one state per row, from at least one. After the last sweep, the first of the stats becomes what the row adds to a total: its
+// value times its weight. Overwrites the states. The plan has no classes, only rows with their weights and temperatures.
 inline void merge_here(Plan& p, const Isa& isa, int s, double* states, i64 count, double* into, bool fold, Watch& watch) {
   collapse(p);
   Batch b(p, isa);
@@ -100,11 +101,11 @@ inline void merge_here(Plan& p, const Isa& isa, int s, double* states, i64 count
     double* to = into + r * (fold ? width : MAX_STATS);
     if (row.weight != 0 && fold) b.fold_states(row, s, at, count, count, to);
     else if (row.weight != 0) b.finish_states(row, s, at, count, count, to);
-    if (s + 1 == b.kernel.sweeps && !fold) to[0] = b.finish(row, to, worker);   // none without outputs: the value is known
+    if (s + 1 == b.kernel.sweeps && !fold) to[0] = b.finish(row, to, worker);   // without outputs, the one that finds the value
   });
 }
 
-// The sums of every CHUNK of the plan's weights.
+// The sum of every CHUNK of the plan's weights
 inline int chunk_sums(Plan& p, const Isa& isa, double* sums, Ask ask) noexcept {
   return guarded(ask, [&](Watch& watch) {
     collapse(p);
@@ -121,7 +122,7 @@ inline int chunk_sums(Plan& p, const Isa& isa, double* sums, Ask ask) noexcept {
   });
 }
 
-// These return what `guarded` does.
+// Both return what `guarded` returns.
 inline int sweep(Plan& p, const Isa& isa, int s, const double* stats, double* states, int inner_axes, Ask ask) noexcept {
   return guarded(ask, [&](Watch& watch) {
     if (inner_axes < 0) sweep_here(p, isa, s, stats, states, watch);

@@ -1,5 +1,5 @@
-// What one call asks of the CPU, where its rows lie, and how a kind of row is computed: filled in by kl_cpu.pyx, read by
-// kl_rows.h (one row), kl_few.h (short rows) and kl_batch.h (all rows).
+// What one call asks of the CPU, where its rows are in memory, and how a kind of row is computed. Filled in by kl_cpu.pyx; read
+// by kl_rows.h (one row), kl_few.h (short rows) and kl_batch.h (all rows).
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -29,32 +29,32 @@ struct Plan {
   int ndim;                          // batch axes
   i64 shape[MAX_DIMS];
   i64 rows, n;
-  double inverse_temperature;        // of all rows, where there are no `temperatures`
+  double inverse_temperature;        // of all rows, if there are no `temperatures`
   double gradient_scale;
-  double parameter;                  // of the operations that take one
+  double parameter;                  // of operations that take one
   double factor;                     // of all values and gradients: multiplies the rows' weights
   Array x, y;
-  Array weights, temperatures;       // one a row, of any kl::Dtype or kl::WholeNumbers
-  Array factors;                     // one a class, float64 or float32, which multiplies term and gradients
-  Array value, dx, dy;               // dx and dy: one gradient row for every batch row
+  Array weights, temperatures;       // one per row, of any kl::Dtype or kl::WholeNumbers
+  Array factors;                     // one per class, float64 or float32; multiply terms and gradients
+  Array value, dx, dy;               // dx and dy: one gradient row per batch row
   double total;                      // result of TOTAL
-  const Sparse* sparse;              // of a step of kl_sparse_rows.h, in which x is the side that has all classes; or nullptr
+  const Sparse* sparse;              // for a step of kl_sparse_rows.h, where x is the side that has all classes; else nullptr
   int step;                          // kl::Step
-  Array known;                       // what these steps know of a row: ROW_NUMBERS doubles
+  Array known;                       // for these steps: ROW_NUMBERS doubles per row
 };
 
-// A call in which x lists `count` classes of each row of y (kl_sparse.h). What the steps leave for each other lies row by row.
+// A call in which x lists `count` classes of each row of y (kl_sparse.h). Intermediate results are stored row by row.
 struct Sparse {
   i64 count;
   int tail, space_x, space_y;        // kl::Tail; kl::Space
-  Array x, indices, tail_mass;       // `count` a row, of any strides; int64; one a row, or absent
-  Key* keys;                         // `count` a row, sorted
-  double* known;                     // ROW_NUMBERS a row
-  double *xs, *ys, *slopes;          // count + 1 a row: all other classes as one, then those listed, in order
-  double* dx;                        // `count` a row, in the caller's order
+  Array x, indices, tail_mass;       // `count` per row, of any strides; int64; one per row, or absent
+  Key* keys;                         // `count` per row, sorted
+  double* known;                     // ROW_NUMBERS per row
+  double *xs, *ys, *slopes;          // count + 1 per row: all other classes as one, then those listed, in order
+  double* dx;                        // `count` per row, in the caller's order
 };
 
-// How one number a row lies in memory: as kl::Dtype says, or as a whole number. A boolean is an UINT8.
+// The dtypes, besides kl::Dtype, of an array that holds one number per row. A boolean is a UINT8.
 enum WholeNumbers { INT8 = 4, INT16, INT32, INT64, UINT8, UINT16, UINT32, UINT64 };
 
 template <typename S> double as_double(S v) { return (double)v; }
@@ -65,7 +65,7 @@ template <typename S> void read_as(const char* at, i64 step, i64 n, double* to, 
     to[k] = widen(v);
   }
 }
-// n of them, `step` bytes apart
+// Reads n numbers, `step` bytes apart.
 inline void read_numbers(int dtype, const char* at, i64 step, i64 n, double* to) {
   switch (dtype) {
     case FLOAT64: return read_as(at, step, n, to, as_double<double>);
@@ -83,16 +83,16 @@ inline void read_numbers(int dtype, const char* at, i64 step, i64 n, double* to)
   }
 }
 
-struct Row {                  // one row of the plan: where it lies, what it weighs, what its logits are multiplied by
+struct Row {                  // one row of the plan: its addresses, its weight, and the factor of its logits
   const char *x, *y, *factors;
   char *value, *dx, *dy;
   double weight, inverse_temperature;
-  const char *next_x, *next_y;   // the row after it, if it may be asked for ahead of time
-  char* kept;                    // room for what a sweep leaves for a later one, 64-byte aligned; or nullptr
+  const char *next_x, *next_y;   // the following row, if it may be prefetched
+  char* kept;                    // for what a sweep leaves for a later one, 64-byte aligned; or nullptr
   double* known;
 };
 
-// Whether some logits may have to be divided by a temperature; by one of 1 changes no bit
+// Whether logits may have to be divided by a temperature; dividing by 1 changes no bit
 inline bool is_tempered(const Plan& p) { return p.temperatures.data || p.inverse_temperature != 1; }
 
 inline Row locate(const Plan& p, i64 r) {
@@ -122,9 +122,9 @@ inline Row locate(const Plan& p, i64 r) {
 }
 
 // How one kind of row is computed: in `sweeps` passes over its chunks. A sweep turns each chunk into `states[s]` doubles
-// (state[k * pitch], k = 0, 1, ...; none if it only writes); `fold` makes one such state of up to CHUNK of them, level by
+// (state[k * pitch], k = 0, 1, ...; none if it only writes). `fold` merges up to CHUNK of these states into one, level by
 // level, and `finish` turns the last one (pitch 1; nullptr for a row without classes) into the row's stats, the value first.
-// Gradients are written in the last sweep, terms in the second one, which may come before it, or in the only one.
+// Gradients are written in the last sweep. Terms are written in the only sweep, or in the second, which may precede the last.
 constexpr int MAX_STATES = 9;
 struct Kernel {
   int sweeps;
@@ -133,12 +133,12 @@ struct Kernel {
                 void* scratch);
   void (*fold)(const Plan&, const Row&, int sweep, const double* from, int count, i64 from_pitch, double* to, i64 to_pitch);
   void (*finish)(const Plan&, const Row&, int sweep, const double* state, double* stats);
-  size_t kept;                    // bytes a chunk that a sweep may leave for the last one in row.kept; or 0
+  size_t kept;                    // bytes per chunk that a sweep may leave in row.kept for the last one; or 0
   int terms_sweep() const { return sweeps > 1 ? 1 : 0; }
 };
 
-// Rows [r, r + count) of at most COLUMNS classes, everything at once. Leaves what they add to a total in `values`, and in
-// `alone` which rows it is not for: they have to be computed by themselves.
+// Computes rows [r, r + count) of at most COLUMNS classes together. Leaves their contributions to a total in `values`, and marks
+// in `alone` the rows that it cannot handle: these must be computed one by one.
 typedef void (*Few)(const Plan&, i64 r, int count, double* values, char* alone, void* scratch);
 
 constexpr int SCRATCH = 56 * 1024;   // bytes that a chunk may use, 64-byte aligned

@@ -1,6 +1,6 @@
-// Rényi's divergence, log(sum p^a q^(1-a))/(a - 1): no sum over classes, but a function of one, that of alpha_div. Shared by the
-// CPU and the GPU. Its sweeps are those of alpha_div, whose derivatives are multiplied by one number of the row, with one more
-// before the last. Derived in docs/maths.md.
+// Rényi divergence, log(sum p^a q^(1-a))/(a - 1): not a sum over classes, but a function of the sum of alpha_div. Shared by the
+// CPU and the GPU. The sweeps are those of alpha_div, with one more before the last; the derivatives are those of alpha_div
+// times one number per row. Derived in docs/maths.md.
 #pragma once
 
 #include "kl_family.h"
@@ -8,12 +8,12 @@
 namespace kl {
 
 // With A the sum of alpha_div and x = a (a - 1) A, the value is log1p(x)/(a - 1), and alpha_div's gradient is multiplied by
-// a/(1 + x). Where 1 + x is a small difference, or out of range, A does not tell the value: such a row is tilted. The extra
-// sweep, which other rows do not need, finds the norm of u = log p^a q^(1-a) as that of logits is found, so that
-// r = p^a q^(1-a)/sum is one more distribution.
+// a/(1 + x). Where 1 + x is a small difference, or out of range, A does not determine the value: such a row is called tilted.
+// The extra sweep, which other rows do not need, normalises u = log p^a q^(1-a) as if these were logits, so that
+// r = p^a q^(1-a)/sum is another distribution.
 //
-// A row's stats: alpha_div's, and `RENYI_SLOPE`: what multiplies its gradient, 0 for a tilted row. The stats of a tilted row
-// are then TILT_LEVEL, the logarithm of the sum, and of x, y (where these are logits) and u the largest and log S.
+// A row's stats: those of alpha_div, and RENYI_SLOPE, the factor of its gradient, which is 0 for a tilted row. The stats of a
+// tilted row then become TILT_LEVEL, the logarithm of the sum, and the maximum and log S of x, y (if they are logits) and u.
 enum { TILT_LEVEL = VALUE + 1, NORM_U = NORM_Y + 2, RENYI_SLOPE = MAX_STATS - 1 };
 static_assert((int)MEMBER_SHIFT_LOW < (int)RENYI_SLOPE);
 KL_FN bool is_tilted(const double* stats) { return stats[RENYI_SLOPE] == 0; }
@@ -31,9 +31,9 @@ KL_FN void renyi_finish(double alpha, double* stats) {
 
 // ---- tilted rows -----------------------------------------------------------------------------------------------------------
 
-// log p and log q but for a constant of the row each, and t, their difference: of logits, whose largest is at norm[0]. `norm`, of
-// counts: what tally_finish leaves. Of two rows of logits t is as the first sweep tells, log q - log p itself: a large alpha
-// multiplies what it is off by.
+// log p and log q, for logits up to a constant of the row, and t = log q - log p. `norm`: for logits, norm[0] is the maximum;
+// for counts, it is what tally_finish leaves. For two rows of logits t follows from the first sweep, without such a constant:
+// a large alpha would multiply its error.
 struct Rough { double log_p, log_q, t; };
 KL_FN double share_or_prob(int space, double v, const double* norm) { return space == COUNTS ? share_of(v, norm) : v; }
 KL_FN double rough_log(int space, double v, const double* norm, double it) {
@@ -64,7 +64,7 @@ KL_FN double tilt_of(const Rough& k, double alpha) {   // a log p + (1 - a) log 
   return excluded(k.log_p) ? k.log_p : u;
 }
 
-// What the extra sweep leaves of a chunk: the norm of u, and of two rows of logits those of x and y, which nothing else has found
+// What the extra sweep leaves of a chunk: the norm of u and, for two rows of logits, those of x and y, which no other sweep finds
 KL_FN constexpr int tilt_states(bool two_logits) { return two_logits ? 3 * NORM_STATES : NORM_STATES; }
 struct TiltRow { double alpha, rest, log_s_x, log_s_y, max_u, log_s_u, level; };
 KL_FN TiltRow tilt_row(int space_x, int space_y, double alpha, const double* stats) {
@@ -77,9 +77,9 @@ KL_FN void tilt_finish(int space_x, int space_y, double alpha, const Norm& u, do
   TiltRow k = tilt_row(space_x, space_y, alpha, stats);
   double of_norms = of_two_logits(space_x, space_y) ? k.log_s_x : fma(alpha, k.log_s_x, k.rest * k.log_s_y);
   double level = (u.max + k.log_s_u) - of_norms;
-  stats[TILT_LEVEL] = level;                             // NaN, and with it the gradient, where the value is infinite
+  stats[TILT_LEVEL] = level;                             // NaN where the value is infinite, which makes the gradient NaN
   double v = level / (alpha - 1);
-  v = is_unnormalised(space_x) & is_unnormalised(space_y) & (v < 0) ? 0.0 : v;   // rounding of an exact zero, of distributions
+  v = is_unnormalised(space_x) & is_unnormalised(space_y) & (v < 0) ? 0.0 : v;   // two distributions: an exact zero, rounded
   stats[VALUE] = level == level ? v : infinity<double>();
 }
 
@@ -87,7 +87,8 @@ KL_FN double gap(double a, double b) {   // e^a - e^b
   double near = expm1(a) - expm1(b), apart = exp(a) - exp(b);
   return (a > -0.7) & (b > -0.7) & (a < 0.7) & (b < 0.7) ? near : apart;
 }
-// The derivative by log q in `space`, where `to_r` is log r - log q: that of -log(sum), q - r where q is what was normalised
+// The derivative of -log(sum) with respect to one side's number in `space`; to_r = log r - log q. By log q it is -r, and q - r
+// if klcore normalised that side.
 KL_FN double tilt_slope(int space, double log_q, double to_r, double log_r, const double* norm, double it) {
   if (space == LOGITS) return gap(log_q, log_r) * it;
   if (space == COUNTS) return gap(0.0, to_r) / norm[SUM] * norm[SCALE];

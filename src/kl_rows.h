@@ -1,30 +1,31 @@
-// One row on the CPU: loads, sweeps over chunks, sums. kl_isa.h includes this file once for every instruction set,
-// each time inside a namespace of its own; kl_batch.h calls what `kernel` returns. No formula of a term lives here
-// (kl_math.h), and no threads (kl_batch.h). Loops are written so that the compiler's vectoriser takes them: over
-// contiguous buffers, without branches, a multiple of 16 elements long. Every buffer fits the first-level cache.
+// One row on the CPU: loads, sweeps over chunks, sums. kl_isa.h includes this file once for every instruction set, each time in
+// a different namespace; kl_batch.h calls what `kernel` returns. The formulas of terms are in kl_math.h, the threads in
+// kl_batch.h. Loops are written for the compiler's vectoriser: over contiguous buffers, without branches, a multiple of 16
+// elements long. Every buffer fits in the first-level cache.
 
 // ---- sums: the order of addition of kl_tree.h ----------------------------------------------------------------------------
 
 #if defined(__GNUC__) || defined(__clang__)
-#define KL_LAMBDA __attribute__((always_inline))   // behind a lambda's arguments: vectorised with the loop that calls it
+#define KL_LAMBDA __attribute__((always_inline))   // after a lambda's parameters: vectorised with the calling loop
 #else
 #define KL_LAMBDA
 #endif
-// A function of its own, whose arguments stay __restrict: inlined, some compilers forget that and do not vectorise its loops.
+// Keeps a function out of line, so that its parameters stay __restrict. If it is inlined, some compilers forget that, and do not
+// vectorise its loops.
 #if defined(_MSC_VER)
 #define KL_APART __declspec(noinline)
 #else
 #define KL_APART __attribute__((noinline))
 #endif
 
-// Rows of columns that are added up in one go, so that the sums stay in registers meanwhile.
+// Rows of columns that are added in one go, so that the sums stay in registers.
 constexpr int DEPTH = 4, PIECE = DEPTH * COLUMNS;
 
 template <int D, class F> KL_FN void at_depth(int j, F f) {
   f(j, D * COLUMNS + j);
   if constexpr (D + 1 < DEPTH) at_depth<D + 1>(j, f);
 }
-// f(j, i) for the elements i of a piece of m and their columns j, so that each column meets its elements in order.
+// Calls f(j, i) for the elements i of a piece of m and their columns j; each column gets its elements in order.
 template <class F> KL_FN void down(int m, F f) {
   if (m == PIECE) {
     for (int j = 0; j < COLUMNS; j++) at_depth<0>(j, f);
@@ -36,8 +37,8 @@ template <class F> KL_FN void down(int m, F f) {
   }
 }
 
-// The sums of a chunk's columns, and the fold. Plain arrays and loops of one constant length, which compilers vectorise
-// whatever they unroll.
+// The sums of a chunk's columns, and the fold. Plain arrays and loops of constant length, which compilers vectorise however they
+// unroll them.
 template <typename T> struct Columns {
   alignas(64) T at[COLUMNS];
   Columns() {
@@ -73,7 +74,7 @@ inline double sum_levels(double* t, i64 n) {
   return sum(t, (int)n);
 }
 
-// m[j] = the larger of m[j] and t[j]; that of m where t is NaN. Loaded first: gcc would choose between addresses.
+// m[j] = the larger of m[j] and t[j]; m[j] where t is NaN. Both are loaded first: gcc would select between addresses otherwise.
 template <int N, typename T> KL_FN void take_larger(T* m, const T* t) {
   for (int j = 0; j < N; j++) {
     T a = t[j], b = m[j];
@@ -81,7 +82,7 @@ template <int N, typename T> KL_FN void take_larger(T* m, const T* t) {
   }
 }
 
-// the largest element; NaN is passed over. n is a multiple of 16.
+// the largest element; NaN is ignored. n is a multiple of 16.
 template <typename T> T maximum(const T* __restrict t, int n) {
   alignas(64) T m[64];
   for (int j = 0; j < 64; j++) m[j] = -infinity<T>();
@@ -154,8 +155,8 @@ template <typename T> void narrow_to(int dtype, const T* v, T scale, i64 n, char
   }
 }
 
-// v * scale to n elements, at most CHUNK * 8 bytes, `stride` apart. Large outputs are streamed: nobody will find them in a
-// cache later, and a store that misses the caches reads the line first.
+// Writes v * scale to n elements, at most CHUNK * 8 bytes, `stride` apart. Large outputs are streamed: they would not stay in a
+// cache anyway, and an ordinary store that misses the caches reads the line first.
 template <typename T> void store_to(int dtype, char* p, i64 stride, int n, const T* v, double scale, bool stream) {
   i64 size = size_of(dtype);
   const Scale<T> by(scale);
@@ -176,19 +177,19 @@ template <typename T> void store_to(int dtype, char* p, i64 stride, int n, const
   std::memcpy(p + at, line + at, (size_t)(bytes - at));
 }
 
-// v * scale to elements [start, start+n) of a row
+// Writes v * scale to elements [start, start+n) of a row.
 template <typename T> void store(const Array& a, char* row, i64 start, int n, const T* v, double scale, bool stream) {
   store_to(a.dtype, row + start * a.stride, a.stride, n, v, scale, stream);
 }
 
-// Asks for the memory of elements [i, i + m) at `next`.
+// Prefetches the memory of elements [i, i + m) at `next`.
 template <typename T> KL_FN void ask_for(const char* next, int i, int m) {
   if (next)
     for (i64 at = i * (i64)sizeof(T); at < (i + m) * (i64)sizeof(T); at += 64) prefetch(next + at);
 }
 
-// Runs f(i, m) over a chunk piece by piece, and with each piece asks for as much of the memory at px and py, so that it
-// arrives while this chunk is computed: the hardware's own prefetch stops at every page.
+// Runs f(i, m) over a chunk piece by piece. Each piece prefetches as much of the memory at px and py, which arrives while the
+// rest of this chunk is computed: the hardware prefetcher stops at every page.
 template <typename T, class F> void pieces(const void* px, const void* py, int n, F f) {
   constexpr int STEP = 128;
   for (int i = 0; i < n; i += STEP) {
@@ -199,8 +200,8 @@ template <typename T, class F> void pieces(const void* px, const void* py, int n
   }
 }
 
-// One chunk's worth each, in the scratch that kl_batch.h hands over. The padding keeps them at different offsets within a
-// page: a load waits for an earlier store whose address agrees in the last 12 bits.
+// Buffers for one chunk each, in the scratch memory that kl_batch.h provides. The padding gives them different offsets within a
+// page, because a load waits for an earlier store whose address agrees in the last 12 bits.
 template <typename T> struct Buffers {
   static constexpr int SIZE = CHUNK + 576 / sizeof(T);
   T skip[576 / sizeof(T)], x[SIZE], y[SIZE], a[SIZE], b[SIZE], dx[SIZE], dy[SIZE];
@@ -208,7 +209,7 @@ template <typename T> struct Buffers {
 
 // ---- terms ---------------------------------------------------------------------------------------------------------------
 
-template <typename T> struct Terms {   // value, and the derivatives asked for, of n pairs; `low`: of numbers in two parts
+template <typename T> struct Terms {   // value and requested derivatives of n pairs; `low`: the low parts of numbers that are pairs
   typedef void (*Map)(const T* x, const T* y, const T* low, double parameter, int n, T* value, T* dx, T* dy);
 };
 template <bool PAIR, typename T> KL_FN auto number(const T* v, const T* low, i64 i) {
@@ -216,7 +217,7 @@ template <bool PAIR, typename T> KL_FN auto number(const T* v, const T* low, i64
   else return v[i];
 }
 
-// A logarithm and an exponential in one loop are too long a chain for a processor to see the next one (see weigh_piece).
+// A logarithm and an exponential in one loop are too long a chain for a processor to overlap iterations (see weigh_piece).
 template <class F, typename T, bool ALL, bool DX, bool DY>
 KL_FN void each_term(const T* __restrict x, const T* __restrict y, const T* __restrict low, double e, int n, T* __restrict value,
                      T* __restrict dx, T* __restrict dy) {
@@ -239,8 +240,8 @@ KL_FN void each_term(const T* __restrict x, const T* __restrict y, const T* __re
   }
 }
 
-// Ordinary arguments take the shorter form; the bits are those of the long one. Looked at beforehand, because what the
-// shorter form makes of a zero are subnormals, with which processors are slow.
+// Ordinary arguments take the shorter form, which has the bits of the long one. They are checked first, because the shorter form
+// turns a zero into subnormal numbers, which are slow.
 template <class F, typename T, bool DX, bool DY>
 void terms(const T* __restrict x, const T* __restrict y, const T* __restrict low, double e, int n, T* __restrict value,
            T* __restrict dx, T* __restrict dy) {
@@ -252,8 +253,8 @@ void terms(const T* __restrict x, const T* __restrict y, const T* __restrict low
   each_term<F, T, true, DX, DY>(x, y, low, e, n, value, dx, dy);
 }
 
-// The divergence's relatives (kl_family.h): first what a class is to them, whose loops depend on the spaces alone; then each
-// output in a loop of its own, which depends on the operation alone. So there are few to compile, of long ones.
+// The family (kl_family.h): first the numbers of each class, in loops that depend only on the spaces; then each output in a
+// separate loop, which depends only on the operation. This keeps the number of long loops to compile small.
 template <typename T> struct Seen { alignas(64) T p[PIECE], q[PIECE], d[PIECE], t[PIECE]; };
 template <int SX, int SY, bool GAP, typename T> KL_APART void see(const T* __restrict x, const T* __restrict y, int m, Seen<T>& s) {
   for (int i = 0; i < m; i++) {
@@ -270,7 +271,7 @@ template <bool TURNED, bool ABOVE, typename T> KL_APART void alpha_loop(const Se
 }
 template <int OP, int OUT, typename T> KL_APART void member_loop(const Seen<T>& s, int m, double k, T* __restrict v) {
   typedef Member<OP> M;
-  if constexpr (OP == ALPHA_DIV && OUT == MEMBER_VALUE) {   // a vectoriser takes no branches, whatever they depend on
+  if constexpr (OP == ALPHA_DIV && OUT == MEMBER_VALUE) {   // a vectoriser accepts no branches, not even loop-invariant ones
     if (k < 0.5) return k > 0 ? alpha_loop<true, true>(s, m, k, v) : alpha_loop<true, false>(s, m, k, v);
     return k < 1 ? alpha_loop<false, true>(s, m, k, v) : alpha_loop<false, false>(s, m, k, v);
   }
@@ -324,7 +325,7 @@ template <int SX, int SY, typename T> typename Terms<T>::Map terms_in(int operat
   return nullptr;
 }
 
-// The same for logits that come as pairs of floats.
+// The terms for logits that are pairs of floats
 template <int SX, int SY, typename T> typename Terms<T>::Map terms_beside_logits(int operation, bool dx, bool dy) {
   switch (operation) {
 #define KL_CASE(name, form, arguments) \
@@ -339,7 +340,7 @@ template <int SX, int SY, typename T> typename Terms<T>::Map terms_beside_logits
 
 inline int term_space(int space) { return space == LOGITS ? LOG_PROBS : space == COUNTS ? PROBS : space; }
 
-// f(Spaces) of the two spaces of a plan, of which one is logits; `alone`: there is only x
+// f(Spaces) of the two spaces of a plan, one of which is LOGITS; `alone`: there is only x
 template <int SX, int SY, bool SAME = false> struct Spaces {
   static constexpr int x = SX, y = SY;
   static constexpr bool alone = SAME;
@@ -350,21 +351,21 @@ template <class F> auto beside_logits(const Plan& p, F f) {
 }
 
 template <typename T> typename Terms<T>::Map terms_of(const Plan& p) {
-  if constexpr (sizeof(T) == sizeof(float))   // what goes by terms is wide, and what goes by costs cross_chunk's
+  if constexpr (sizeof(T) == sizeof(float))   // BY_TERM is wide, and BY_COST goes through cross_chunk
     if (p.space_x == LOGITS || p.space_y == LOGITS)
       return beside_logits(p, [&](auto s) {
         return terms_beside_logits<decltype(s)::x, decltype(s)::y, T>(p.operation, p.dx.data, p.dy.data);
       });
   int sx = term_space(p.space_x), sy = term_space(p.space_y);
   bool dx = p.dx.data, dy = p.dy.data;
-  switch (p.operation) {   // each with the spaces that it is for
+  switch (p.operation) {   // each with the spaces it accepts
     case PYTORCH:
       return sx == PROBS ? terms_for<Term<PYTORCH, PROBS, LOG_PROBS>, T>(dx, dy)
                          : terms_for<Term<PYTORCH, LOG_PROBS, LOG_PROBS>, T>(dx, dy);
     case KERAS: return terms_for<Term<KERAS, PROBS, PROBS>, T>(dx, dy);
     case MXNET: return terms_for<Term<MXNET, PROBS, LOG_PROBS>, T>(dx, dy);
     case PUZZLELIB:
-      if constexpr (sizeof(T) == 8)   // always of logits, and so wide
+      if constexpr (sizeof(T) == 8)   // always with logits, and so wide
         return sx == PROBS ? terms_for<Term<PUZZLELIB, PROBS, LOG_PROBS>, T>(dx, dy)
                            : terms_for<Term<PUZZLELIB, LOG_PROBS, LOG_PROBS>, T>(dx, dy);
       return nullptr;
@@ -378,7 +379,7 @@ template <typename T> typename Terms<T>::Map terms_of(const Plan& p) {
   return sx == PROBS ? terms_in<PROBS, LOG_PROBS, T>(p.operation, dx, dy) : terms_in<LOG_PROBS, PROBS, T>(p.operation, dx, dy);
 }
 
-// Term and gradients times the factors, of which 0 leaves an infinite one out; `room` is for a chunk of them.
+// Multiplies terms and gradients by the factors; 0 times infinity is 0 here. `room` holds a chunk of factors.
 template <typename T> void multiply(const Plan& p, const Row& row, i64 start, int n, Buffers<T>& s, T* room) {
   if (!p.factors.data) return;
   const T* f = load(p.factors, row.factors, start, n, room);
@@ -425,8 +426,8 @@ inline Spread spread_at(const double* state, i64 pitch) {
           state[6 * pitch], state[7 * pitch], state[8 * pitch]};
 }
 
-// What the reading sweep leaves for the writing one, of a chunk: where it is measured from, and what costs most to compute.
-// Where there is no room for that, the writing sweep computes it again, by the same steps.
+// What the reading sweep leaves of a chunk for the writing sweep: the anchor, and the numbers that cost most to compute. If there
+// is no memory for them, the writing sweep computes them again, by the same steps.
 template <typename T> struct alignas(64) Kept {
   Anchor<T> at;
   bool far;
@@ -434,10 +435,10 @@ template <typename T> struct alignas(64) Kept {
   T growth[CHUNK + 192 / sizeof(T)];               // e^z - 1, if dy is wanted
 };
 
-// Where each element takes a long chain of instructions, a processor finds few independent ones among those it sees ahead.
-// So the functions below take a piece of a chunk in several short loops, and leave in memory what the next one needs.
+// If each element takes a long chain of instructions, a processor finds few independent ones among those it looks ahead at. So
+// the functions below process a piece of a chunk in several short loops, which pass their results on through memory.
 
-// The weights of n elements, up to m, the next multiple of 16, zeros; and what they add to the columns of the mean
+// The weights of n elements, zeros from there to m, the next multiple of 16, and what they add to the columns of the mean
 template <typename T, bool TEMPERED>
 KL_APART void weigh_piece(const T* __restrict a, const T* __restrict b, int n, int m, T max_a, T max_b, Inverse<T> it, T* __restrict w,
                  T* __restrict s, T* __restrict c) {
@@ -449,7 +450,7 @@ KL_APART void weigh_piece(const T* __restrict a, const T* __restrict b, int n, i
   });
 }
 
-// The chunk's anchor, its weights and their sum. `next`: memory that will be wanted soon, asked for on the way.
+// The chunk's anchor, its weights and their sum. `next`: memory that will be needed soon, prefetched on the way.
 template <typename T, bool TEMPERED>
 double weigh(const T* a, const T* b, int n, const Inverse<T>& it, const char* next, Kept<T>& k) {
   int n16 = (n + 15) & ~15;
@@ -470,7 +471,7 @@ template <typename T, bool TEMPERED, bool KEEP>
 KL_APART bool spread_piece(const T* __restrict a, const T* __restrict b, const T* __restrict w, int m, Anchor<T> at, Inverse<T> it,
                   T* __restrict growth, T* __restrict sx, T* __restrict sg) {
   alignas(64) T e[PIECE], low[TEMPERED ? PIECE : 1];
-  T* z = growth;   // until e^z - 1 takes its place
+  T* z = growth;   // until it is overwritten by e^z - 1
   typename Real<T>::Bits others = 0;
   for (int i = 0; i < m; i++) {
     Pair<T> any = centred<TEMPERED>(a[i], b[i], at, it), mine = counted(any, w[i]);
@@ -491,7 +492,7 @@ KL_APART bool spread_piece(const T* __restrict a, const T* __restrict b, const T
   return others;
 }
 
-// and the sums of w z and w (e^z - 1 - z)
+// The sums of w z and w (e^z - 1 - z)
 template <typename T, bool TEMPERED, bool KEEP>
 void spread(const T* a, const T* b, int n, const Inverse<T>& it, const char* next, Kept<T>& k, double& x, double& g) {
   int n16 = (n + 15) & ~15;
@@ -590,7 +591,7 @@ void logits_chunk(const Plan& p, const Row& row, int sweep, i64 start, int n, co
     put(state, pitch, k.far ? far_chunk(a, b, n, temperature) : near_state(k.at, weights, x, g));
     return;
   }
-  i64 at = start * (i64)sizeof(T);   // this sweep reads from the caches: the memory may bring the next row meanwhile
+  i64 at = start * (i64)sizeof(T);   // this sweep reads from the caches, so memory is free to bring the next row
   if (row.next_x) ask_for<T>(row.next_x + at, 0, n);
   if (row.next_y) ask_for<T>(row.next_y + at, 0, n);
   bool literal = p.operation == REL_ENTR;
@@ -600,7 +601,7 @@ void logits_chunk(const Plan& p, const Row& row, int sweep, i64 start, int n, co
   }
   Slopes<T> along = slopes<T>((double)k.at.max_a, (double)k.at.max_b, mean_of(k.at), stats, temperature);
   FarRow far = k.far || p.output == TERMS ? far_row(stats, temperature) : FarRow{};
-  if (p.output == TERMS) {   // before a gradient, which may be written over b
+  if (p.output == TERMS) {   // before the gradients, one of which may overwrite b
     T* term = s.dx;
     if (k.far)
       for (int i = 0; i < n; i++) term[i] = (T)(literal ? far_class<LITERAL> : far_class<DEVIANCE>)(a[i], b[i], far).term;
@@ -662,8 +663,8 @@ inline void logits_done(const Plan&, const Row& row, int sweep, const double* s,
 
 // ---- cross-entropy and entropy with logits -------------------------------------------------------------------------------------
 
-// The weights of n elements up to m, the next multiple of 16, zeros; what they pay; and of y's logits the rest of S.
-// Returns whether some cost is so large that it wants a look. ALONE: y is x.
+// The weights of n elements, zeros from there to m, the next multiple of 16; their costs; and, if y holds logits, the rest of S.
+// Returns whether some cost is so large that it needs a closer look. ALONE: y is x.
 template <typename T, int SX, int SY, bool ALONE, bool TEMPERED>
 KL_APART bool pay_piece(const T* __restrict x, const T* __restrict y, int n, int m, T zero_a, T max_b, T zero_b, Inverse<T> it,
                         T* __restrict s, T* __restrict cost, T* __restrict rest) {
@@ -691,7 +692,7 @@ KL_APART bool pay_piece(const T* __restrict x, const T* __restrict y, int n, int
   return large;
 }
 
-// The state of a chunk; whether it has to be computed in double. `next`: memory that will be wanted soon.
+// The state of a chunk, and whether it has to be computed in double. `next_x`, `next_y`: memory that will be needed soon.
 template <typename T, int SX, int SY, bool ALONE, bool TEMPERED>
 Cross pay(const T* x, const T* y, int n, double temperature, const char* next_x, const char* next_y, bool& in_double) {
   Inverse<T> it = inverse<T>(temperature);
@@ -798,7 +799,7 @@ template <typename T, int SX, int SY, bool ALONE> Kernel cross_kernel(const Plan
           tempered ? cross_chunk<T, SX, SY, ALONE, true> : cross_chunk<T, SX, SY, ALONE, sizeof(T) == sizeof(double)>,
           cross_fold, cross_done<SX, SY>, 0};
 }
-// f(Spaces) of the spaces and operation of a plan, for kl_few.h as well
+// f(Spaces) of the spaces and operation of a plan, also for kl_few.h
 template <class F> auto cross_pair(const Plan& p, F f) {
   if (!has_y(p.operation)) return f(Spaces<LOGITS, LOGITS, true>());
   return p.space_x == LOGITS && p.space_y == LOGITS ? f(Spaces<LOGITS, LOGITS>()) : beside_logits(p, f);
@@ -807,10 +808,10 @@ template <typename T> Kernel cross_kernel_of(const Plan& p) {
   return cross_pair(p, [&](auto s) { return cross_kernel<T, decltype(s)::x, decltype(s)::y, decltype(s)::alone>(p); });
 }
 
-// ---- all else with logits, and counts: normalise, then treat as log-probabilities and probabilities ----------------------------
+// ---- everything else with logits, and counts: normalised, then treated as log-probabilities and probabilities -----------------
 //
-// What normalises a row is always found in double. float32 beside another space goes on in float, with log-probabilities in
-// two numbers; all else is wide.
+// A row's normaliser is always computed in double. float32 logits beside another space go on in float, as log-probabilities in
+// pairs; everything else is wide.
 
 enum { SUM_VALUE, SUM_DX, SUM_DY, SUM_STATES };
 
@@ -821,7 +822,7 @@ KL_APART void norm_piece(const T* __restrict x, int n, int m, double max, double
   for (int i = n; i < m; i++) e[i] = 0.0;
   down(m, [=, &e](int j, int i) KL_LAMBDA { rest[j] += e[i]; });
 }
-// `ahead`: what will be read next, for which the memory is asked meanwhile
+// `ahead`: what will be read next, prefetched meanwhile
 template <typename T> void norm_of(const T* x, int n, double it, double* state, i64 pitch, const T* ahead) {
   int n16 = (n + 15) & ~15, count = 0, undefined = 0;
   T m = maximum(x, n16);
@@ -843,7 +844,7 @@ template <typename T> void norm_of(const T* x, int n, double it, double* state, 
   norm_of(x, n, it, state, pitch, x + CHUNK);
 }
 
-inline void tally_of(const double* x, int n, bool whole, double* state, i64 pitch) {   // `whole`: they may be of any size
+inline void tally_of(const double* x, int n, bool whole, double* state, i64 pitch) {   // `whole`: counts may be of any size
   alignas(64) double c[CHUNK];
   for (int i = 0; i < n; i++) c[i] = count_of(x[i]);
   state[0] = sum(c, n);
@@ -870,7 +871,7 @@ inline void norm_fold(double it, const double* from, int count, i64 pitch, doubl
   to[2 * to_pitch] = sum(rest, count);
 }
 
-template <typename T>   // what normalises a side, in a space that is not normalised yet
+template <typename T>   // the normaliser of a side, if its space needs one
 void side_chunk(int space, const Array& a, const char* row, i64 start, int n, double it, double* state, i64 pitch, Buffers<T>& s) {
   if (space == LOGITS) norm_of(load(a, row, start, n, s.x), n, it, state, pitch);
   if constexpr (sizeof(T) == sizeof(double))
@@ -890,12 +891,12 @@ inline void side_finish(int space, const double* state, double* norm) {
   if (space == COUNTS) tally_finish(*(const Tally*)state, norm);
 }
 
-// What the second sweep leaves for the third of a chunk: derivatives that have yet to go through the softmax
+// What the second sweep leaves of a chunk for the third: derivatives that still have to go through the softmax
 template <typename T> struct alignas(64) MixedKept {
   T dx[CHUNK + 192 / sizeof(T)], dy[CHUNK + 192 / sizeof(T)];
 };
 
-// The chunk's numbers, normalised into the buffer and, in float, logits into `low` too. `overflowed`: whether some did.
+// The chunk's numbers, normalised into `buffer`, float logits also into `low`. `overflowed` is set if some overflowed.
 template <typename T>
 const T* normalised(const Array& a, const char* row, int space, i64 start, int n, double it, const double* norm, T* buffer,
                     T* low, bool& overflowed) {
@@ -921,7 +922,7 @@ const T* normalised(const Array& a, const char* row, int space, i64 start, int n
   return buffer;
 }
 
-// a derivative of normalised logits, with respect to the logits
+// from a derivative with respect to normalised logits to the derivative with respect to the logits
 template <typename T> KL_APART void write_through_softmax(const T* d, const T* l, const T* low, int n, Softmax<T> k, T* out) {
   for (int i = 0; i < n; i++) out[i] = through_softmax(d[i], number<PAIRED<T>>(l, low, i), k);
 }
@@ -929,7 +930,7 @@ template <typename T> KL_APART void write_through_softmax(const T* d, const T* l
 inline void write_through_share(const double* d, int n, double mean, const double* norm, double* out) {
   for (int i = 0; i < n; i++) out[i] = through_share(d[i], mean, norm);
 }
-// of derivatives by probabilities, their mean
+// the mean of derivatives with respect to probabilities
 inline double mean_of_shares(const double* p, const double* d, int n) {
   alignas(64) double v[CHUNK];
   for (int i = 0; i < n; i++) v[i] = share_times(p[i], d[i]);
@@ -968,7 +969,7 @@ void mixed_chunk(const Plan& p, const Row& row, int sweep, i64 start, int n, con
       for (int i = 0; i < n; i++) s.a[i] *= stretch(logits[i], k);
       for (int i = 0; p.dx.data && i < n; i++) s.dx[i] *= stretch(logits[i], k);
     }
-    multiply(p, row, start, n, s, s.b);   // wide: there is nothing in `low`
+    multiply(p, row, start, n, s, s.b);   // with factors it is wide, and `low` is not used
   }
   if (sweep == 1) {
     if (p.output == TERMS) store(p.value, row.value, start, n, s.a, row.weight, p.stream);
@@ -1017,10 +1018,10 @@ inline void mixed_finish(const Plan& p, const Row&, int sweep, const double* sta
   }
 }
 
-// ---- the divergence's relatives, of two rows of logits (kl_family.h) -------------------------------------------------------------
+// ---- the family, for two rows of logits (kl_family.h) -------------------------------------------------------------------------
 //
-// Its own first sweep; then one for the terms and what the gradients need, and one for these. Of float32 a chunk whose classes
-// are all near goes in float, and everything else in double.
+// The first sweep is that of kl_div; the second finds the value, the terms and what the gradients need; the third writes the
+// gradients. A float32 chunk whose classes are all near is computed in float, everything else in double.
 
 KL_APART inline void see_logits(const double* __restrict a, const double* __restrict b, int m, MemberRow row, Seen<double>& s) {
   for (int i = 0; i < m; i++) {
@@ -1052,7 +1053,7 @@ KL_FN Ordinary<float> class_at(const Near& s, int i) { return {{1.f, s.q[i], s.d
 template <bool TURNED, bool ABOVE> KL_APART void near_alpha(const Near& s, int m, double k, float* __restrict v) {
   for (int i = 0; i < m; i++) v[i] = Member<ALPHA_DIV>::value_in<TURNED, ABOVE>(class_at(s, i), k);
 }
-// Terms and the scores that are asked for in one loop: they have much in common
+// Terms and the requested scores in one loop, because they share much of the work
 template <int OP, bool DX, bool DY>
 KL_APART void near_loop(const Near& s, int m, double k, float* __restrict v, float* __restrict dx, float* __restrict dy) {
   typedef Member<OP> M;
@@ -1098,7 +1099,7 @@ KL_APART inline bool any_vast(const double* __restrict s, int m) {
   for (int i = 0; i < m; i++) found |= is_vast(s[i]) ? 1 : 0;
   return found;
 }
-// p (score - centre), of the scores and of p times these, if some are vast, whose place it takes
+// p (score - centre), written to v, which holds p times the score where some scores are vast
 KL_APART inline void centre_scores(const double* __restrict p, const double* __restrict s, int m, double centre,
                                    double* __restrict v) {
   for (int i = 0; i < m; i++) v[i] = centred_score(p[i], s[i], v[i], centre);
@@ -1138,19 +1139,19 @@ KL_APART inline void add_centred(const float* __restrict w, const float* __restr
   });
 }
 
-// What sweeps leave of a float32 chunk for later ones, if there is room: sweep 0 its weights, sweep 1 for each side that is wanted
-// what weighs a class's score, and the score.
+// What sweeps leave of a float32 chunk for later ones, if there is memory: sweep 0 the weights; sweep 1, for each requested side,
+// the score of every class and the weight of that score.
 struct NearWeights {
   alignas(64) float weight[CHUNK + 32];   // offsets within a page as in Buffers
   float max_a;
 };
 struct NearSide : NearWeights {
   alignas(64) float score[CHUNK + 32];
-  bool apart;   // the scores are: they will do
+  bool apart;   // whether the scores are far enough apart to be used
 };
 inline size_t near_kept(const Plan& p) {
   int sides = (p.dx.data ? 1 : 0) + (p.dy.data ? 1 : 0);
-  if (!sides) return p.n <= 128 * CHUNK ? sizeof(NearWeights) : 0;   // a value is to take little memory
+  if (!sides) return p.n <= 128 * CHUNK ? sizeof(NearWeights) : 0;   // a value alone should take little memory
   return sides * sizeof(NearSide);
 }
 template <bool TEMPERED>
@@ -1174,10 +1175,10 @@ KL_APART inline void write_near(const NearSide& k, int n, Slope<float> by, float
   for (int i = 0; i < n; i++) out[i] = near_derivative(k.weight[i], k.score[i], by);
 }
 
-struct Left { bool value, dx, dy; };   // what a chunk has still to find
+struct Left { bool value, dx, dy; };   // what is still to be found for a chunk
 
-// A chunk in float, if all its classes are near: its value, whose terms are left in s.dx, and its sides. Those of a
-// side may take the place of its weights.
+// A chunk in float, if all its classes are near: its value (whose terms are left in s.dx) and its sides. A side's weights may
+// overwrite those of the chunk.
 template <bool TEMPERED>
 KL_APART void near_chunk(const Plan& p, const Row& row, i64 start, int n, const MemberRow& known, Buffers<double>& s,
                          NearWeights& k, NearSide* x, NearSide* y, Left& left, Members& found) {
@@ -1212,15 +1213,15 @@ KL_APART void near_chunk(const Plan& p, const Row& row, i64 start, int n, const 
 }
 
 static_assert(MEMBER_STATES <= MAX_STATES);
-template <typename T>   // what is left in the sweeps after the first, which must not add to the stack that this one takes
+template <typename T>   // what is left, in the sweeps after the first; out of line: its stack must not add to the first sweep's
 KL_APART void members_later(const Plan& p, const Row& row, int sweep, i64 start, int n, MemberRow known, Left wanted,
                             Buffers<double>& s, Members& found) {
-  Seen<double>* kept = p.wide && row.kept ? (Seen<double>*)row.kept + start / PIECE : nullptr;   // by sweep 1 for sweep 2
+  Seen<double>* kept = p.wide && row.kept ? (Seen<double>*)row.kept + start / PIECE : nullptr;   // written by sweep 1 for sweep 2
   bool look = sweep == 1 || !kept;
   const double* a = look ? load(p.x, row.x, start, n, s.x) : nullptr;
   const double* b = look ? load(p.y, row.y, start, n, s.y) : nullptr;
   MemberLoops loops = member_loops(p);
-  T *out_x = (T*)s.dx, *out_y = (T*)s.dy;   // in sweep 1 the terms
+  T *out_x = (T*)s.dx, *out_y = (T*)s.dy;   // in sweep 1: the terms
   Seen<double> local;
   alignas(64) double v[PIECE], score[PIECE];
   auto begin = [&](const SideLoops& of, const double* likely) {
@@ -1253,7 +1254,7 @@ KL_APART void members_later(const Plan& p, const Row& row, int sweep, i64 start,
         add_columns(v, left, sum.at);
         add_columns(mass, left, masses.at);
       } else {
-        for (int j = 0; j < left; j++) out[i + j] = (T)((v[j] - mass[j] * k.sum) * known.it);   // by now a mean
+        for (int j = 0; j < left; j++) out[i + j] = (T)((v[j] - mass[j] * k.sum) * known.it);   // k.sum is a mean by now
       }
     };
     if (wanted.dx) side(loops.x, known.x, seen.p, x, mass_x, out_x);
@@ -1336,9 +1337,9 @@ inline void members_done(const Plan&, const Row& row, int sweep, const double* s
   if (sweep == 1) members_finish(*(const Members*)s, stats);
 }
 
-// ---- Rényi's divergence (kl_renyi.h) ---------------------------------------------------------------------------------------------
+// ---- Rényi divergence (kl_renyi.h) ---------------------------------------------------------------------------------------------
 //
-// The sweeps of alpha_div's value, one for rows that are tilted, and that of the gradient.
+// The sweeps of alpha_div's value, one for tilted rows, and that of the gradient.
 
 Kernel sums_kernel(const Plan& p);
 inline bool of_members(const Plan& p) {
@@ -1380,7 +1381,7 @@ void renyi_chunk(const Plan& p, const Row& row, int sweep, i64 start, int n, con
   int sums = sums_of(p);
   if (sweep < sums) {
     if (sums > 1) return sums_kernel(p).chunk(p, row, sweep, start, n, stats, state, pitch, scratch);
-    Plan value = p;   // the sweep that would write the gradients too
+    Plan value = p;   // without gradients, which the sweep would write too
     value.dx.data = value.dy.data = nullptr;
     return sums_kernel(p).chunk(value, row, sweep, start, n, stats, state, pitch, scratch);
   }
@@ -1428,7 +1429,7 @@ inline Kernel renyi_kernel(const Plan& p) {
   return k;
 }
 
-// ---- the choice ----------------------------------------------------------------------------------------------------------------
+// ---- which kernel --------------------------------------------------------------------------------------------------------------
 
 inline bool of_logits(const Plan& p) {   // the cancellation-free form is for the divergence of two rows of logits
   return p.space_x == LOGITS && p.space_y == LOGITS && OPERATIONS[p.operation].form == BY_RATIO && !p.factors.data;

@@ -1,34 +1,34 @@
-// Rows of which x lists some classes of y (kl_sparse.h) on the GPU: what kl_sparse_batch.h and kl_sparse_rows.h are for the CPU,
-// with the same bits. klcore/backends/cuda/listed.py fills in a Listing and launches; nvrtc.py compiles this file behind
-// kl_cuda.cu, with its macros (KL_X: the dtype that is read, KL_Y: that is written) and those that say which kernels:
-//   KL_LISTED   what is done once a row: the keys and the K + 1 classes, which depend on no dtype
-//   KL_SLOPES   likewise: the derivatives of these
-//   KL_OTHERS   what y has of all other classes, a warp a chunk
-//   KL_SPREAD   gradients in their own dtype, a warp a chunk; summed, where the operand is broadcast
+// Rows in which x lists some classes of y (kl_sparse.h), on the GPU: what kl_sparse_batch.h and kl_sparse_rows.h are for the CPU,
+// with the same bits. klcore/backends/cuda/listed.py fills in a Listing and launches; nvrtc.py compiles this file after
+// kl_cuda.cu, with its macros (KL_X: the dtype that is read, KL_Y: the one that is written) and these, which select the kernels:
+//   KL_LISTED   once per row: the keys and the K + 1 classes, which do not depend on any dtype
+//   KL_SLOPES   once per row: the derivatives of these classes
+//   KL_OTHERS   y's numbers of all other classes, one warp per chunk
+//   KL_SPREAD   gradients in their own dtype, one warp per chunk; summed, if the operand is broadcast
 #pragma once
 #if defined(KL_LISTED) || defined(KL_SLOPES) || defined(KL_OTHERS) || defined(KL_SPREAD)
 #define KL_ARGUMENT Listing   // of these kernels
 
 namespace kl {
 
-struct Listing {              // one launch; what steps leave for each other lies row by row, in the order of the batch axes
+struct Listing {              // one launch; intermediate results are stored row by row, in the order of the batch axes
   i64 shape[MAX_DIMS];        // of the batch axes
   i64 ndim, rows, n, chunks;  // classes of y, or of the gradient
   i64 count;                  // listed
   i64 tail, space_x, space_y;
   i64 columns;                // neighbouring rows, not classes, lie side by side in memory
-  i64 inner, groups;          // kl_spread: rows that share a gradient row, and how many times 1024 these are
-  i64 level;                  // kl_others_fold: states a row
+  i64 inner, groups;          // kl_spread: rows that share a gradient row, and the number of groups of 1024 of these
+  i64 level;                  // kl_others_fold: states per row
   double inverse_temperature;
-  Key* keys;                  // `count` a row, sorted
-  double *xs, *ys;            // count + 1 a row: all other classes as one, then those listed, in order
-  double *slopes;             // likewise: derivatives by xs, or by ys
-  double *dx;                 // `count` a row, in the caller's order
+  Key* keys;                  // `count` per row, sorted
+  double *xs, *ys;            // count + 1 per row: all other classes as one, then those listed, in order
+  double *slopes;             // likewise: derivatives with respect to xs, or ys
+  double *dx;                 // `count` per row, in the caller's order
   double *states, *sums;      // working memory: see the kernels
   Array x, y, indices, tail_mass, weights, temperatures;
-  Array known;                // ROW_NUMBERS a row
-  Array values;               // kl_spread: the gradient as float64, where that is known
-  Array to;                   // and where it goes
+  Array known;                // ROW_NUMBERS per row
+  Array values;               // kl_spread: the gradient as float64, if it is known
+  Array to;                   // where it is written
 };
 
 struct ListedRow {
@@ -36,7 +36,7 @@ struct ListedRow {
   char* to;
   double* known;
   double weight, inverse_temperature;
-  i64 number;                 // in the order in which steps leave things
+  i64 number;                 // in the order of the intermediate results
 };
 
 KL_DEVICE ListedRow locate(const Listing& p, i64 r) {
@@ -65,7 +65,7 @@ KL_DEVICE ListedRow locate(const Listing& p, i64 r) {
   if (weight) row.weight = read_number(p.weights, weight);
   if (temperature) {
     double t = read_number(p.temperatures, temperature);
-    row.inverse_temperature = (t >= COLDEST) & (t <= HOTTEST) ? 1 / t : nan<double>();   // which spoils the row
+    row.inverse_temperature = (t >= COLDEST) & (t <= HOTTEST) ? 1 / t : nan<double>();   // makes the row NaN
   }
   return row;
 }
@@ -77,7 +77,7 @@ KL_DEVICE i64 this_warp() { return (i64)blockIdx.x * warps_of() + warp_of(); }
 }  // namespace kl
 #endif
 
-// ---- once a row ------------------------------------------------------------------------------------------------------------
+// ---- once per row ----------------------------------------------------------------------------------------------------------
 #if defined(KL_LISTED) || defined(KL_SLOPES)
 namespace kl {
 
@@ -88,7 +88,7 @@ KL_DEVICE double number_at(const Array& a, const char* at, i64 k) {
   return read_number(a, at);
 }
 
-// Totals of chunks as they come, summed in the order of kl_tree.h: lane l has columns l + 32 k.
+// Sums totals of chunks as they arrive, in the order of kl_tree.h: lane l has columns l + 32 k.
 struct Level {
   double column[4] = {0.0, 0.0, 0.0, 0.0};
   int count = 0;
@@ -152,7 +152,7 @@ KL_DEVICE Listed listed(const Listing& p, const ListedRow& row) {
           p.xs + r * (p.count + 1), p.ys + r * (p.count + 1), given, given ? read_number(p.tail_mass, row.mass) : 0.0};
 }
 
-// f(a row's steps, row) for all rows that count, a warp each
+// Calls f(its Listed, row) for all rows with a weight, one warp per row.
 template <class F> KL_DEVICE void each_row(const Listing& p, const F& f) {
 #pragma unroll 1
   for (i64 r = this_warp(); r < p.rows; r += warps_in_all()) {
@@ -167,8 +167,8 @@ template <class F> KL_DEVICE void each_row(const Listing& p, const F& f) {
 #if defined(KL_LISTED)
 namespace kl {
 
-// Sorted by the threads that call this, which `all` has wait for each other: a bitonic network in which every comparison puts the
-// first of two keys in front, so that what is missing from a power of two may stay away.
+// Sorts by the threads that call this; `all` is their barrier. A bitonic network in which every comparison puts the first of two
+// keys in front, so that the elements missing from a power of two can simply be left out.
 template <class Before, class All>
 KL_DEVICE void sort_keys(Key* keys, i64 count, int thread, int threads, const Before& before, const All& all) {
 #pragma unroll 1
@@ -181,7 +181,7 @@ KL_DEVICE void sort_keys(Key* keys, i64 count, int thread, int threads, const Be
       for (i64 pair = thread;; pair += threads) {
         i64 i = (pair >> step << (step + 1)) | (pair & (apart - 1));
         if (i >= count) break;
-        i64 j = step == block ? i ^ (2 * apart - 1) : i + apart;   // a block's halves meet mirrored
+        i64 j = step == block ? i ^ (2 * apart - 1) : i + apart;   // the halves of a block are compared mirrored
         if (j >= count) continue;
         Key first = keys[i], other = keys[j];
         if (!before(other, first)) continue;
@@ -193,7 +193,7 @@ KL_DEVICE void sort_keys(Key* keys, i64 count, int thread, int threads, const Be
 
 }  // namespace kl
 
-// A warp for a row or, of many keys, a block.
+// One warp per row, or one block if there are many keys
 extern "C" __global__ void __launch_bounds__(1024) kl_keys(const Listing p) {
   const bool alone = p.count <= CHUNK;
   const int threads = alone ? WARP : (int)blockDim.x, thread = alone ? lane_of() : (int)threadIdx.x;
@@ -212,8 +212,8 @@ extern "C" __global__ void __launch_bounds__(1024) kl_keys(const Listing p) {
   }
 }
 
-// The states of the chunks, `level` of each row: every 1024 of them into one, left in `sums` as they were in `states`; the last
-// one is what is known of the row.
+// Merges every 1024 of the `level` states of each row into one. The results lie in `sums` as the states did in `states`; the last
+// one goes to what is known of the row.
 extern "C" __global__ void __launch_bounds__(128, 4) kl_others_fold(const Listing p) {
 #pragma unroll 1
   for (i64 item = this_warp(); item < p.rows * p.groups; item += warps_in_all()) {
@@ -252,7 +252,7 @@ extern "C" __global__ void __launch_bounds__(128, 4) kl_by_y(const Listing p) {
 }
 #endif
 
-// ---- a warp a chunk --------------------------------------------------------------------------------------------------------
+// ---- one warp per chunk ----------------------------------------------------------------------------------------------------
 #if defined(KL_OTHERS) || defined(KL_SPREAD)
 namespace kl {
 
@@ -262,8 +262,8 @@ struct Piece {                // a chunk of a row
   i64 start;
   int n;
   KL_DEVICE const Key* keys() const { return p.keys + row.number * p.count; }
-  KL_DEVICE i64 first() const { return first_slot(keys(), p.count, start); }   // looked for while copies are under way
-  // f(i, slot) for the classes that are listed
+  KL_DEVICE i64 first() const { return first_slot(keys(), p.count, start); }   // searched for while copies are under way
+  // calls f(i, slot) for the listed classes
   template <class F> KL_DEVICE void each_listed(i64 first, const F& f) const {
     kl::each_listed(keys(), p.count, first + lane_of(), start, n, f, WARP);
   }
@@ -271,7 +271,7 @@ struct Piece {                // a chunk of a row
     __syncwarp();
     stage(slot, row.y + start * p.y.stride, p.y.stride, n);
   }
-  template <typename S> KL_DEVICE void pad(S* slot) const {   // behind what was staged, as kl_cuda.cu does
+  template <typename S> KL_DEVICE void pad(S* slot) const {   // after the staged numbers, as kl_cuda.cu does
     int end = (n + 255) / 256 * 256;
     __syncwarp();
 #pragma unroll 1
@@ -283,8 +283,8 @@ struct Piece {                // a chunk of a row
 }  // namespace kl
 #endif
 
-// What y has of the classes that are not listed: the others count as having nothing. Of a row of one chunk that is known then,
-// of others states[(row * NORM_STATES + k) * chunks + chunk] are left.
+// y's numbers of the classes that are not listed: those listed count as having no mass. A row of one chunk leaves its result in
+// `known`, longer rows leave states[(row * NORM_STATES + k) * chunks + chunk].
 #if defined(KL_OTHERS)
 extern "C" __global__ void __launch_bounds__(THREADS, 4) kl_others(const Listing p) {
   KL_SHARED_MEMORY(shared);
@@ -317,8 +317,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 4) kl_others(const Listing
 }
 #endif
 
-// A gradient, in its own dtype: `values`; or that by y, of which those of the classes listed and the others' slope are known
-// (kl_sparse.h). Where several rows share it, every 1024 of them summed, row by row, in double, into
+// A gradient in its own dtype: `values`, or the one with respect to y, from that of each listed class and the slope of all others
+// (kl_sparse.h). If several rows share it, every 1024 of them are summed, row by row, in double, into
 // sums[(gradient row * groups + group) * n + class];
 #if defined(KL_SPREAD)
 namespace kl {
@@ -409,7 +409,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, KL_WIDE ? 3 : 4) kl_spread
     for (int i = lane_of(); i < n; i += WARP) p.sums[(outer * p.groups + g) * p.n + c * CHUNK + i] = sums[i];
   }
 }
-// and the groups in order.
+// then the groups in order.
 extern "C" __global__ void __launch_bounds__(128, 4) kl_spread_fold(const Listing p) {
   i64 all = p.rows / p.inner * p.n;
   for (i64 e = (i64)blockIdx.x * blockDim.x + threadIdx.x; e < all; e += (i64)gridDim.x * blockDim.x) {

@@ -1,19 +1,19 @@
-// Rows of which x lists some classes: a teacher's best K, say. All others are one class, or are left out; what is left is a
-// divergence of K + 1 classes, for which these formulas make the numbers, in double, and take its derivatives back to what
-// they were made of. Shared by the CPU (kl_sparse_rows.h) and the GPU (kl_sparse.cu). Derived in docs/maths.md.
+// Rows in which x lists only some classes: a teacher's top K, say. All other classes become one, or are left out, which gives a
+// divergence of K + 1 classes. These formulas compute the K + 1 numbers, in double, and take the derivatives back to the numbers
+// that they were computed from. Shared by the CPU (kl_sparse_rows.h) and the GPU (kl_sparse.cu). Derived in docs/maths.md.
 #pragma once
 
 namespace kl {
 
-// All other classes are one that has what is left of x's mass, or a mass that is given; one that x excludes; or nothing.
+// All other classes: one class, with the rest of x's mass or a given mass (BUCKET), or with none (ZERO); or no class (RENORM)
 enum Tail { BUCKET, ZERO, RENORM };
 
 // ---- which classes are listed ----------------------------------------------------------------------------------------------
 //
-// A key is a class and the place in the list where it stands. Sorted by class, and by x's numbers where one is listed several
-// times, keys have one order, whatever that of the list: so it changes no bit.
+// A key is a class and its place in the list. Keys are sorted by class and, for a class that is listed several times, by x's
+// numbers. Their order then does not depend on that of the list, which therefore changes no bit.
 typedef unsigned long long Key;
-constexpr unsigned ABSENT = ~0u, OUTSIDE = ABSENT - 1;   // what stands where there is no class
+constexpr unsigned ABSENT = ~0u, OUTSIDE = ABSENT - 1;   // no class: the index is -1, or out of range
 KL_FN Key key_of(long long index, long long n, long long place) {
   unsigned c = index >= 0 && index < n ? (unsigned)index : index == -1 ? ABSENT : OUTSIDE;
   return (Key)c << 32 | (Key)place;
@@ -21,11 +21,11 @@ KL_FN Key key_of(long long index, long long n, long long place) {
 KL_FN unsigned class_of(Key k) { return (unsigned)(k >> 32); }
 constexpr Key PLACE_OF_KEY = 0xffffffffu;
 KL_FN long long place_of(Key k) { return (long long)(k & PLACE_OF_KEY); }
-KL_FN unsigned long long in_order(double x) {   // an integer that orders numbers, NaN too
+KL_FN unsigned long long in_order(double x) {   // an integer in the order of the numbers, NaN included
   unsigned long long b = bits(x);
   return b & Real<double>::sign ? ~b : b | Real<double>::sign;
 }
-// Of those that are the same class the last one stands for all: slot s of `count`.
+// Of several keys with the same class, the last one stands for all. `leads`: whether the key in slot s of `count` does.
 KL_FN bool is_listed(Key k) { return class_of(k) < OUTSIDE; }
 KL_FN bool leads(const Key* keys, long long s, long long count) {
   return is_listed(keys[s]) && (s + 1 == count || class_of(keys[s + 1]) != class_of(keys[s]));
@@ -41,14 +41,14 @@ KL_FN long long first_slot(const Key* keys, long long count, long long c) {
   return low;
 }
 
-// The order of keys: by class, then by x's number, which only the same class asks for, then by place.
+// The order of keys: by class, then by x's number, which is read only if the classes are equal, then by place
 template <class Number> KL_FN bool comes_first(Key k, Key other, const Number& number) {
   if (class_of(k) != class_of(other) || !is_listed(k)) return k < other;
   unsigned long long own = in_order(number(place_of(k))), others = in_order(number(place_of(other)));
   return own != others ? own < others : k < other;
 }
 
-// What is added to all numbers of a row: NaN where an index, the mass or the temperature is none. The CPU refuses these.
+// Added to all numbers of a row: NaN if an index, the mass or the temperature is invalid, else 0. The CPU refuses such calls.
 KL_FN double spoiled(const Key* keys, long long count, double it, double mass) {
   long long s = first_slot(keys, count, OUTSIDE);
   bool outside = s < count && class_of(keys[s]) == OUTSIDE;
@@ -57,7 +57,7 @@ KL_FN double spoiled(const Key* keys, long long count, double it, double mass) {
 
 // ---- what is known of a row ------------------------------------------------------------------------------------------------
 //
-// Of y: the other classes, as Norm or Tally; all classes, as norm_finish or tally_finish leave them, where the row is
+// About y: the other classes, as Norm or Tally; then all classes, as norm_finish or tally_finish leave them, if the row has to be
 // normalised.
 enum { OTHERS = 0, ALL = NORM_STATES, ROW_NUMBERS = ALL + 2 };
 
@@ -68,7 +68,7 @@ KL_FN double temper(int space, double it) { return space == LOGITS ? it : 1.0; }
 
 KL_FN Norm norm_at(const double* k) { return {k[0], k[1], k[2]}; }
 KL_FN Tally tally_at(const double* k) { return {k[0], k[1], k[2]}; }
-KL_FN double log_mass(const Norm& n) {   // less max
+KL_FN double log_mass(const Norm& n) {   // minus max
   return excluded(n.max) & (n.rest == n.rest) ? n.max : log_norm(n);
 }
 KL_FN double rest_of_listed(double y, double top, double zero, double it) { return y == y ? norm_rest(y, top, zero, it) : y; }
@@ -86,12 +86,12 @@ KL_FN void finish_all(int space, const Norm& listed, const Tally& tally, double 
   }
 }
 
-// What y has of a class that is listed, in the space of K + 1 classes: log-probabilities of logits, probabilities of counts;
+// y's number for a listed class, among the K + 1 classes: a log-probability for logits, a probability for counts;
 KL_FN double of_listed(int space, double y, const double* known, double it) {
   if (space == LOGITS) return log_prob_of(y, known[ALL], known[ALL + 1], it);
   return space == COUNTS ? share_of(y, known + ALL) : y;
 }
-// and of all others.
+// and for all other classes.
 KL_FN double of_others(int space, const double* known, double it) {
   const double* others = known + OTHERS;
   if (is_log(space)) {
@@ -104,7 +104,7 @@ KL_FN double of_others(int space, const double* known, double it) {
   double scaled = known[ALL + SCALE] == FEWER ? others[1] : known[ALL + SCALE] == MORE ? others[2] : others[0];
   return scaled / known[ALL + SUM];
 }
-// What x has of them: `mass`, if that is given; else what it has not of those that are listed
+// x's mass of all other classes: `mass`, if it is given; else what the listed classes leave
 KL_FN double mass_of_others(int tail, bool given, double mass, double listed) {
   double rest = 1.0 - listed;
   rest = rest <= 0 ? 0.0 : rest;
@@ -113,31 +113,31 @@ KL_FN double mass_of_others(int tail, bool given, double mass, double listed) {
 
 // ---- derivatives -----------------------------------------------------------------------------------------------------------
 //
-// By y: of the K + 1 classes to those of y itself. Those listed have their own; that of another one is `slope` times its part of
-// their mass (of its probability or count, where y is such: `slope` itself).
+// With respect to y: from the K + 1 classes to those of y. A listed class keeps its derivative. Any other class gets `slope`
+// times its part of their mass; or just `slope`, if y holds probabilities or counts.
 //
-// Through a softmax the derivative of class i is d_i - q_i sum(d). Where one class has all but the whole of q that cancels: so
-// d_i - q_i c comes first, with c = d/q of the likeliest class, which itself is left with nothing.
+// Through a softmax the derivative of class i is d_i - q_i sum(d). If one class has nearly all of q, this cancels. So
+// d_i - q_i c is computed first, with c = d/q of the likeliest class, for which nothing remains.
 KL_FN double centre_of(double d, double q) { return q > 0 ? d / q : 0.0; }
 KL_FN double less_centre(double d, double q, double centre, bool likeliest) { return likeliest ? 0.0 : d - share_times(q, centre); }
 
-// Of logarithms: what multiplies a class's weight, and that
+// For logarithms: the factor of a class's weight, and that weight
 KL_FN double slope_of(double slope, const Norm& others) {
   double mass = others.count + others.rest;
   return mass > 0 ? slope / mass : 0 * slope;
 }
 template <typename T> KL_FN T part_of_others(T y, T max, const Inverse<T>& it) { return weight<true>(y, max, it); }
 
-// Whether what x has of all other classes follows from what it has of those listed: `rest` is that mass, in x's space.
+// Whether x's mass of all other classes follows from the listed ones. `rest` is that mass, in x's space.
 KL_FN bool has_rest(int tail, bool given, int space, double rest) { return tail == BUCKET && !given && rest > no_mass(space); }
-// By x's number, of the one that stands for its class: d, and of the others' mass d_rest
+// The derivative with respect to x's number that stands for its class: d, minus the part due to the other classes' mass, d_rest
 KL_FN double less_rest(int space, double d, double x, double d_rest, double rest) {
   return is_log(space) ? d - share_times(exp(x - rest), d_rest) : d - d_rest;
 }
 
-// Where several numbers are one class, logarithms share its derivative as they do its mass: e^x, less the last one's
+// If several numbers are one class, logarithms share its derivative as they share its mass: by e^x, measured from the last number
 KL_FN double share_in(double x, double last, double it) { return exp(log_prob_of(x, top_of(last), 0.0, it)); }
-KL_FN double share_of_derivative(double own, double all, long long count, double d) {   // equal ones of nothing
+KL_FN double share_of_derivative(double own, double all, long long count, double d) {   // equal shares if there is no mass
   return all == 0 ? d / (double)count : share_times(own / all, d);
 }
 

@@ -1,14 +1,14 @@
-// All rows of a call in which x lists some classes, over threads: the list sorted, and the steps of kl_sparse_rows.h that are
+// All rows of a call in which x lists some classes, over threads: sorting the lists, and the steps of kl_sparse_rows.h that are
 // not sweeps over y. Called by kl_cpu.pyx for klcore.backends.sparse, without the GIL.
 #pragma once
 #include "kl_batch.h"
 
 namespace kl {
 
-constexpr i64 FEW_KEYS = 32;          // up to which they are sorted at once
+constexpr i64 FEW_KEYS = 32;          // up to this many are sorted at once
 
-// The keys of a class one after the other, as numbers; and then those of one class by x's numbers, which somebody may write
-// meanwhile: so by a heap, which stays within its bounds whatever it is told.
+// Sorts keys as integers, and then the keys of each class by x's numbers. Another thread may write these numbers meanwhile, so the
+// second sort is a heap sort, which stays within bounds whatever the comparisons say.
 template <class Before> void sort_run(Key* first, Key* last, const Before& before) {
   std::sort(first, last);
   for (Key* end; first != last; first = end) {
@@ -19,7 +19,7 @@ template <class Before> void sort_run(Key* first, Key* last, const Before& befor
   }
 }
 
-// The keys of row r. Many come chunk by chunk of the classes first; `room` is for as many, `starts` for all chunks and two.
+// Sorts the keys of row r. Many keys are first binned by chunk: `room` holds as many keys, `starts` all chunks and two more.
 inline void sort_keys(const Plan& p, i64 r, Key* room, i64* starts) {
   const Sparse& s = *p.sparse;
   const char* at = generic::at_row(p, s.indices, r);
@@ -43,7 +43,7 @@ inline void sort_keys(const Plan& p, i64 r, Key* room, i64* starts) {
   for (i64 c = 0, first = 0; c <= chunks; first = starts[c++]) sort_run(keys + first, keys + starts[c], before);
 }
 
-// f(row, its number, what is this thread's of the room) for all rows that count
+// Calls f(r, this thread's part of the scratch memory) for all rows with a weight; `room`: bytes per thread.
 template <class F> void each_row(const Plan& p, i64 work, size_t room, Watch& watch, F f) {
   int threads = granted((int)std::min<i64>(most_threads(p.threads, p.rows * work), std::max<i64>(p.rows, 1)));
   Scratch scratch(std::max<size_t>(room * (size_t)threads, 1));

@@ -1,9 +1,8 @@
-// One row of which x lists some classes (kl_sparse.h), on the CPU: what y has of all other classes, the K + 1 classes that are
-// made of it (kl_sparse_steps.h), and their derivatives as those of all classes. kl_isa.h includes this file behind kl_rows.h,
-// whose sweeps over chunks it uses; klcore.backends.sparse calls the steps in their order, and computes the divergence between
-// them.
+// One row in which x lists some classes (kl_sparse.h), on the CPU: y's numbers of all other classes, the K + 1 classes made from
+// these (kl_sparse_steps.h), and their derivatives, taken back to all classes. kl_isa.h includes this file after kl_rows.h, whose
+// sweeps over chunks it uses. klcore.backends.sparse calls the steps in order, and computes the divergence in between.
 
-// The sum of f's numbers 0 to n - 1 in the order of kl_tree.h; f(at, m, to) puts m of them, from `at` on, where it is told.
+// The sum of n numbers, from number `at` on, in the order of kl_tree.h; f(at, m, to) writes m of them, from `at` on, to `to`.
 template <class F> double tree_sum(i64 at, i64 n, const F& f) {
   alignas(64) double t[CHUNK];
   if (n <= CHUNK) {
@@ -48,7 +47,7 @@ inline void others_finish(const Plan& p, const Row& row, int, const double* stat
     row.known[OTHERS + k] = state ? state[k] : k == 0 ? no_mass(p.sparse->space_y) : 0.0;
 }
 
-// The derivative by y, of which those of the classes listed and the others' are known (kl_sparse.h)
+// The derivative with respect to y, from that of each listed class and that of all others (kl_sparse.h)
 template <typename T>
 void spread_chunk(const Plan& p, const Row& row, int, i64 start, int n, const double*, double*, i64, void* scratch) {
   Buffers<T>& s = *(Buffers<T>*)scratch;
@@ -73,7 +72,7 @@ void spread_chunk(const Plan& p, const Row& row, int, i64 start, int n, const do
   store(p.dy, row.dy, start, n, s.dy, 1.0, p.stream);
 }
 
-// Doubles into a gradient's dtype, or summed over rows
+// Copies doubles into a gradient of any dtype, or sums them over rows.
 inline void copy_chunk(const Plan& p, const Row& row, int, i64 start, int n, const double*, double*, i64, void* scratch) {
   Buffers<double>& s = *(Buffers<double>*)scratch;
   store(p.dx, row.dx, start, n, load(p.x, row.x, start, n, s.x), 1.0, p.stream);
@@ -120,7 +119,7 @@ struct Serial {               // a team of one
   }
 };
 
-// f(the row, what reads x's numbers)
+// Calls f(the row, a function that reads x's numbers).
 template <class F> void with_listed(const Plan& p, i64 r, const Row& row, const F& f) {
   const Sparse& s = *p.sparse;
   const char *x = at_row(p, s.x, r), *mass = s.tail_mass.data ? at_row(p, s.tail_mass, r) : nullptr;
@@ -132,7 +131,7 @@ template <class F> void with_listed(const Plan& p, i64 r, const Row& row, const 
 KL_APART inline void classes(const Plan& p, i64 r) {
   Row row = locate(p, r);
   with_listed(p, r, row, [&](const Listed& listed, auto x) {
-    for (i64 k = 0; k < listed.count; k++)   // they lie far apart: none waits for another
+    for (i64 k = 0; k < listed.count; k++)   // they are far apart in memory: fetch them at the same time
       if (is_listed(listed.keys[k])) prefetch(row.x + class_of(listed.keys[k]) * p.x.stride);
     make_classes(Serial(), listed, x, [&](i64 c) { return number_at(p.x, row.x, c); });
   });

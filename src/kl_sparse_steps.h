@@ -1,8 +1,8 @@
-// The steps of one row of which x lists some classes (kl_sparse.h): the K + 1 classes, and their derivatives. Written once for
-// the CPU and the GPU. Whoever includes this file, kl_isa.h for each instruction set and nvrtc.py, has a `Team` do it:
-//   team.each(n, f)      f(i) for all i < n, in any order; what stands behind it comes after all of them
+// The steps of one row in which x lists some classes (kl_sparse.h): the K + 1 classes, and their derivatives. Written once for
+// the CPU (kl_isa.h includes it for each instruction set) and the GPU (nvrtc.py). Both provide a `Team`, which does the work:
+//   team.each(n, f)      calls f(i) for all i < n, in any order, and returns after all of them
 //   team.sum(n, f)       the sum of all f(i), in the order of kl_tree.h
-//   team.largest(n, f)   the largest f(i), or -infinity; NaN is passed over
+//   team.largest(n, f)   the largest f(i), or -infinity; NaN is ignored
 //   team.count(n, f)     how many f(i) are true
 #if defined(KL_DEVICE)   // the GPU, where there is no namespace around this file
 namespace kl {
@@ -13,12 +13,12 @@ struct Listed {               // a row
   i64 n, count;               // classes of y, and in the list
   double it;                  // its inverse temperature
   const Key* keys;
-  double *known, *xs, *ys;    // ROW_NUMBERS; and count + 1 of each side: all other classes as one, then those listed in order
-  bool given;                 // x's mass of all other classes, else 0:
+  double *known, *xs, *ys;    // ROW_NUMBERS; count + 1 per side: all other classes as one, then those listed, in order
+  bool given;                 // whether x's mass of all other classes is; else it is 0:
   double mass;
 };
 
-// f(i, slot) for the classes of a chunk that are listed, from the chunk's first slot on; or for one in so many
+// Calls f(i, slot) for the listed classes of a chunk, starting at its first slot, for every `step`-th slot.
 template <class F>
 inline void each_listed(const Key* keys, i64 count, i64 slot, i64 start, int n, const F& f, int step = 1) {
   for (i64 k = slot; k < count && (i64)class_of(keys[k]) < start + n; k += step)
@@ -30,7 +30,7 @@ inline i64 first_of_class(const Key* keys, i64 slot) {
   return slot;
 }
 
-// What x has of the class of a slot, those of the same class taken together; `top`: where logits are measured from.
+// x's number for the class of a slot, which combines all of that class's numbers; `top`: what logits are measured from
 template <class X> inline double together(const Listed& r, i64 slot, const X& x, double top, double it) {
   bool logs = is_log(r.space_x);
   auto number = [&](i64 k) {
@@ -43,14 +43,14 @@ template <class X> inline double together(const Listed& r, i64 slot, const X& x,
   for (i64 k = first; k <= slot; k++) {
     double v = number(k);
     most = v > most ? v : most;
-    sum = (logs ? v == v : v >= 0) ? sum : nan<double>();   // what is no probability spoils all
+    sum = (logs ? v == v : v >= 0) ? sum : nan<double>();   // a number that is not a probability makes the sum NaN
   }
-  bool beyond = excluded(most) | (most == infinity<double>());   // no number is measured from there
+  bool beyond = excluded(most) | (most == infinity<double>());   // no number can be measured from an infinite one
   for (i64 k = first; k <= slot && !beyond; k++) sum += logs ? exp(number(k) - most) : number(k);
   return beyond ? most + sum : logs ? most + log(sum) : sum;
 }
 
-// x(place), y(class): their numbers
+// x(place), y(class): the numbers of x and y
 template <class Team, class X, class Y> inline void make_classes(const Team& team, const Listed& r, const X& x, const Y& y) {
   const i64 count = r.count;
   const Key* keys = r.keys;
@@ -66,7 +66,7 @@ template <class Team, class X, class Y> inline void make_classes(const Team& tea
     xs[k] = (leading(k) ? together(r, k, x, top_of(top_x), of_x) : no_mass(r.space_x)) + nothing;
     ys[k] = leading(k) ? y(class_of(keys[k])) : no_mass(r.space_y);
   });
-  // x's others
+  // x's mass of all other classes
   double listed = r.tail != BUCKET || r.given ? 0.0 : team.sum(count, [&](i64 k) { return prob_in(r.space_x, xs[k]); });
   double rest = mass_of_others(r.tail, r.given, r.mass, listed);
   bool empty = renorm || distinct == r.n;
@@ -101,11 +101,11 @@ template <class Team, class X, class Y> inline void make_classes(const Team& tea
 
 // ---- their derivatives ---------------------------------------------------------------------------------------------------------
 
-// d: those by ys, in place those by y's numbers and what all others have in common
+// d: on entry, the derivatives with respect to ys; on return, those with respect to y's numbers, and the one of all other classes
 template <class Team> inline void slopes_of_y(const Team& team, const Listed& r, double* d) {
   const i64 count = r.count + 1;
   const double* ys = r.ys;
-  if (r.tail == RENORM) {   // through the normalisation already
+  if (r.tail == RENORM) {   // d has gone through the normalisation already
     double it = temper(r.space_y, r.it);
     team.each(count, [&](i64 k) { d[k] *= it; });
   } else if (r.space_y == LOGITS) {
@@ -121,7 +121,7 @@ template <class Team> inline void slopes_of_y(const Team& team, const Listed& r,
   }
 }
 
-// d: those by xs; dx: by x's numbers, in the caller's order
+// d: the derivatives with respect to xs; dx: those with respect to x's numbers, in the caller's order
 template <class Team, class X> inline void slopes_of_x(const Team& team, const Listed& r, const X& x, const double* d, double* dx) {
   const i64 count = r.count;
   const Key* keys = r.keys;

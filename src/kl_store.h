@@ -1,12 +1,12 @@
-// How numbers lie in memory: the four dtypes, widened on load and narrowed on store. Shared by the CPU and the GPU.
+// How numbers are stored: the four dtypes, widened on load and narrowed on store. Shared by the CPU and the GPU.
 #pragma once
 
 namespace kl {
 
 enum Dtype { FLOAT64 = 0, FLOAT32 = 1, FLOAT16 = 2, BFLOAT16 = 3 };
-enum Output { PER_ROW = 0, TERMS = 1, TOTAL = 2 };   // one value a row; one a class; one in all
+enum Output { PER_ROW = 0, TERMS = 1, TOTAL = 2 };   // one value per row; one per class; one in all
 
-// On the way to 16 bits: a double as the float that rounds as it would, its last bit set where some of it is left behind.
+// On the way to 16 bits: a double as the float that rounds to the same 16 bits (round to odd: the last bit marks an inexact float).
 KL_FN float on_the_way(float v) { return v; }
 KL_FN float on_the_way(double v) {
   float f = (float)v;
@@ -30,7 +30,7 @@ template <> struct Stored<BFLOAT16> {
   typedef unsigned short Type;
   template <typename T> static KL_FN T widen(unsigned short v) { return (T)real((unsigned)v << 16); }
   template <typename T> static KL_FN unsigned short narrow(T v) {   // to nearest, ties to even
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900   // the same by one instruction
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900   // the same in one instruction
     unsigned short h;
     asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(h) : "f"(on_the_way(v)));
     return h;
@@ -43,7 +43,7 @@ template <> struct Stored<BFLOAT16> {
 };
 template <> struct Stored<FLOAT16> {
   typedef unsigned short Type;
-#if defined(__CUDA_ARCH__)   // the same values by one instruction
+#if defined(__CUDA_ARCH__)   // the same values in one instruction
   template <typename T> static KL_FN T widen(unsigned short v) {
     float f;
     asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(v));
@@ -68,15 +68,15 @@ template <> struct Stored<FLOAT16> {
     unsigned normal = (m + 0xfffu + ((m >> 13) & 1u) - (112u << 23)) >> 13;
     unsigned subnormal = bits(real(m) + 0.5f) - 0x3f000000u;       // adding 1/2 leaves multiples of 2^-24
     unsigned r = m < 0x38800000u ? subnormal : normal;
-    r = m >= 0x477ff000u ? 0x7c00u : r;                            // rounds beyond 65504
+    r = m >= 0x477ff000u ? 0x7c00u : r;                            // would round to more than 65504
     r = m > 0x7f800000u ? 0x7e00u : r;
     return (unsigned short)(r | sign);
   }
 #endif
 };
 
-// What results are multiplied by on their way out. A float would be infinite, subnormal or 0 where a product with it need
-// not be: far from 1, the product is one of doubles, rounded once.
+// The factor of results when they are stored. Far from 1, a float factor may be infinite, subnormal or 0 where the product is
+// not; such a product is computed in double and rounded once.
 template <typename T> struct Scale {
   T near;
   double exact;

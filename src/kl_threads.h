@@ -1,5 +1,5 @@
-// The threads of a call: how many there are, where they come from, in what state they compute, and how they stop early.
-// Used by kl_batch.h and kl_partial.h. The number of threads changes no bit, and no lack of them ends the process.
+// The threads of a call: how many there are, where they come from, their floating-point state, and how they stop early. Used by
+// kl_batch.h and kl_partial.h. The number of threads changes no bit, and a lack of threads does not end the process.
 #pragma once
 #include <algorithm>
 #include <atomic>
@@ -35,15 +35,15 @@
 
 namespace kl {
 
-constexpr i64 SERIAL = 32768;         // classes below which a second thread costs more than it brings
+constexpr i64 SERIAL = 32768;         // with fewer classes a second thread costs more than it gains
 
-// The deepest calls take 60 KiB of stack, most of it arrays that gcc vectorises because they are local. The rest is for
-// signal handlers of Python's.
+// The deepest calls take 60 KiB of stack, most of it arrays that gcc vectorises because they are local. The rest is for Python's
+// signal handlers.
 constexpr size_t STACK = 128 * 1024;
 
 // ---- threads and stacks ------------------------------------------------------------------------------------------------
 
-// A thread of klcore's own.
+// A thread started by klcore
 class Thread {
  public:
   typedef void* (*Run)(void*);        // must not throw
@@ -51,7 +51,7 @@ class Thread {
 #if defined(KL_PTHREADS)
     pthread_attr_t attributes;
     if (pthread_attr_init(&attributes)) return false;
-    if (stack) pthread_attr_setstacksize(&attributes, stack);   // a size that is refused leaves the system's choice
+    if (stack) pthread_attr_setstacksize(&attributes, stack);   // if this size is refused, the system's default applies
     started = !pthread_create(&thread, &attributes, run, argument);
     pthread_attr_destroy(&attributes);
 #else
@@ -82,7 +82,7 @@ class Thread {
 #endif
 };
 
-// Whether the calling thread has STACK bytes left: Python's threads may have 32 KiB in all.
+// Whether the calling thread has STACK bytes left: Python's threads may have as little as 32 KiB in all.
 inline bool has_stack() {
 #if defined(KL_PTHREADS)
   static thread_local char *low = nullptr, *high = nullptr;
@@ -100,20 +100,20 @@ inline bool has_stack() {
       if (!pthread_attr_getstack(&attributes, &address, &size)) low = (char*)address, high = low + size;
       pthread_attr_destroy(&attributes);
     }
-#if defined(__linux__) && !defined(__GLIBC__)   // musl says of the main thread what it has touched so far
+#if defined(__linux__) && !defined(__GLIBC__)   // musl reports only what the main thread has touched so far
     rlimit most;
     if (getpid() == (pid_t)syscall(SYS_gettid) && !getrlimit(RLIMIT_STACK, &most))
       low = most.rlim_cur > (rlim_t)(std::uintptr_t)high ? nullptr : std::min(low, high - most.rlim_cur);
 #endif
 #endif
   }
-  return here < low || here >= high || (size_t)(here - low) >= STACK;   // outside: a stack that the program switched to
+  return here < low || here >= high || (size_t)(here - low) >= STACK;   // outside: the program has switched to another stack
 #else
   return true;
 #endif
 }
 
-// Bytes of stack that OpenMP was told to give its threads; 0: none.
+// The stack size that OpenMP was told to give its threads, in bytes; 0: none
 inline size_t openmp_stack() {
   static const size_t found = [] {
     for (const char* name : {"OMP_STACKSIZE", "GOMP_STACKSIZE", "KMP_STACKSIZE"}) {
@@ -134,8 +134,7 @@ inline std::atomic<bool>& forked() {
   static std::atomic<bool> flag(false);
   return flag;
 }
-// Whether this process is a child of fork() that nothing was executed in since: another library may have used the pool
-// before.
+// Whether this process is a child of fork() that has not called exec since: another library may have used the pool before.
 inline bool born_by_fork() {
 #if defined(__linux__)
   char text[512] = "";
@@ -145,7 +144,7 @@ inline bool born_by_fork() {
     std::fclose(file);
     text[size] = 0;
   }
-  const char* behind = std::strrchr(text, ')');   // of the program's name
+  const char* behind = std::strrchr(text, ')');   // the end of the program's name
   if (behind) std::sscanf(behind + 1, " %*c %*d %*d %*d %*d %*d %u", &flags);
   return flags & 0x40;                // PF_FORKNOEXEC
 #else
@@ -159,8 +158,8 @@ inline void watch_forks() {
 #endif
 }
 
-// Whether OpenMP's threads do the work; else threads are made for each call. A child of fork() inherits the memory of
-// OpenMP's pool without its threads, and GNU's runtime would wait for them for ever.
+// Whether OpenMP's threads do the work; otherwise threads are started for each call. A child of fork() inherits the memory of
+// OpenMP's pool without its threads, and GNU's runtime would wait for them forever.
 inline bool by_openmp() {
 #if defined(_OPENMP)
   return !forked() && !(openmp_stack() && openmp_stack() < STACK);
@@ -171,14 +170,13 @@ inline bool by_openmp() {
 
 // ---- how many ----------------------------------------------------------------------------------------------------------
 
-// Processors that tests pretend there are; 0: the real number.
+// The number of processors that tests pretend there are; 0: the real number
 inline std::atomic<int>& pretended_processors() {
   static std::atomic<int> n(0);
   return n;
 }
 
-// The number of threads for so many classes, of a call that may have `wanted`. More than processors gain nothing, and each
-// takes memory.
+// The number of threads for so many classes, at most `wanted`. More threads than processors gain nothing, and each takes memory.
 inline int most_threads(int wanted, i64 classes) {
 #if defined(_OPENMP)
   if (wanted <= 1 || classes <= SERIAL) return 1;
@@ -190,7 +188,7 @@ inline int most_threads(int wanted, i64 classes) {
 #endif
 }
 
-// How many of `n` threads the system gives: they are made, wait for the last one, and end.
+// How many of `n` threads the system can provide: they are started, wait for the last one, and end.
 inline int threads_to_be_had(int n) {
   struct Gate {
     std::mutex mutex;
@@ -206,7 +204,7 @@ inline int threads_to_be_had(int n) {
   std::unique_ptr<Thread[]> made(new Thread[(size_t)n]);
   int count = 0;
   while (count < n && made[(size_t)count].start(Gate::wait, &gate, openmp_stack())) count++;
-  void* room = std::malloc(65536 + 4096 * (size_t)count);   // what OpenMP takes besides
+  void* room = std::malloc(65536 + 4096 * (size_t)count);   // what OpenMP allocates besides
   std::free(room);
   {
     std::lock_guard<std::mutex> lock(gate.mutex);
@@ -216,26 +214,27 @@ inline int threads_to_be_had(int n) {
   return room ? count : 0;
 }
 
-// The team that OpenMP keeps for the calling thread. It only grows: where a smaller one is asked for, OpenMP ends the
-// other threads, which have to be made again.
+// The size of the team that OpenMP keeps for the calling thread. It only grows: if a smaller team is requested, OpenMP ends the
+// other threads, and they have to be started again.
 inline int& team() {
   static thread_local int n = 1;
   return n;
 }
 
-// At most `wanted` threads, the calling one among them. OpenMP ends the process if one cannot be made (RLIMIT_AS,
-// RLIMIT_NPROC, a pids cgroup), so as many are tried beforehand. The calling one is not made, and leaves one to others.
+// At most `wanted` threads, including the calling one. OpenMP ends the process if it cannot start a thread (RLIMIT_AS,
+// RLIMIT_NPROC, a pids cgroup), so as many threads are started as a trial. The calling thread exists already, which leaves one
+// thread for others.
 inline int granted(int wanted) {
 #if defined(_OPENMP)
   static std::mutex making;
   if (wanted <= 1 || !by_openmp()) return wanted;
-  if (omp_in_parallel()) return 1;    // a signal handler that calls klcore within a call
+  if (omp_in_parallel()) return 1;    // a signal handler has called klcore within a call
   if (wanted > team()) {
     std::lock_guard<std::mutex> lock(making);
     int found = threads_to_be_had(wanted);
     if (found > team()) {
 #pragma omp parallel num_threads(found)
-      {}                              // made now, before another thread of this process takes their place
+      {}                              // started now, before another thread of this process takes their place
       team() = found;
     }
     wanted = std::min(wanted, team());
@@ -246,8 +245,8 @@ inline int granted(int wanted) {
 
 // ---- how they compute, and stop ------------------------------------------------------------------------------------------
 
-// While one lives, its thread computes as numerics v2 says: rounding to nearest, subnormal numbers kept. A program may have
-// chosen otherwise (torch.set_flush_denormal, a library linked with -ffast-math), and threads inherit that.
+// While an Arithmetic lives, its thread computes as numerics v2 requires: round to nearest, keep subnormal numbers. The program
+// may have chosen otherwise (torch.set_flush_denormal, a library linked with -ffast-math), and threads inherit that.
 struct Arithmetic {
   Arithmetic(const Arithmetic&) = delete;
 #if defined(__SSE2__) || defined(_M_X64)
@@ -273,22 +272,22 @@ struct Arithmetic {
 #endif
 };
 
-// Whether the call is to end early; asked by the thread that made it. nullptr: it is not.
+// Returns whether the call should end early; called by the thread that made the call. nullptr: never.
 typedef int (*Ask)();
 
-// Stops a call early: asks every tenth of a second whether to.
+// Stops a call early, if `ask`, which is called every tenth of a second, says so
 struct Watch {
   static constexpr std::chrono::milliseconds APART{100};
-  static constexpr i64 STEP = 65536;  // classes between two looks at the clock: some 20 microseconds
+  static constexpr i64 STEP = 65536;  // classes between two looks at the clock: about 20 microseconds
 
   Ask ask;
   std::atomic<bool> stopped{false};
   std::chrono::steady_clock::time_point next{};
-  alignas(64) i64 left = STEP;        // until the next look at the clock; on a line of its own, as all read `stopped`
+  alignas(64) i64 left = STEP;        // until the next look at the clock; not in the cache line of `stopped`, which all read
   explicit Watch(Ask how) : ask(how) {}
 
   void look() {
-    if (!ask || stopped) return;      // an exception that is set is not to be asked for again
+    if (!ask || stopped) return;      // once an exception is set, do not ask again
     auto now = std::chrono::steady_clock::now();
     if (next == std::chrono::steady_clock::time_point{}) next = now + APART;
     if (now < next) return;
@@ -304,7 +303,7 @@ struct Worker {
   Arithmetic arithmetic;
   Worker(Watch& w, int k) : watch(w), number(k) {}
 
-  // Whether to stop; asked before so many classes are computed.
+  // Whether to stop; called before so many classes are computed.
   bool stops(i64 classes) {
     if (number == 0 && (watch.left -= classes) < 0) {
       watch.left = Watch::STEP;
@@ -314,7 +313,7 @@ struct Worker {
   }
 };
 
-// The items of a call, which threads take, `share` at a time.
+// The items of a call; threads take `share` of them at a time
 template <class Work> struct Items {
   Watch& watch;
   i64 items, share;
@@ -330,7 +329,7 @@ template <class Work> struct Items {
     if (stream) stream_end();
     if (number > 0) finished++;
   }
-  // The first thread has no items left, and others may have: it goes on to look.
+  // The first thread has no items left, but others may have: it goes on looking.
   void wait_for(int others) {
     for (int k = 0; watch.ask && !watch.stopped && finished < others; k++) {
       if (k < 1000) std::this_thread::yield();
@@ -345,8 +344,8 @@ template <class Work> struct Items {
   }
 };
 
-// work(item, worker) for all items, by as many threads, which take `share` items at a time. Ends early, with items left
-// out, once the watch says so. `work` must not throw.
+// Runs work(item, worker) for all items on so many threads, which take `share` items at a time. Ends early, leaving items out, if
+// the watch says so. `work` must not throw.
 template <class Work> void each(Watch& watch, int threads, i64 items, i64 share, bool stream, Work work) {
   Items<Work> all{watch, items, share, stream, work};
   if (threads <= 1) return all.take(0);
@@ -368,8 +367,8 @@ template <class Work> void each(Watch& watch, int threads, i64 items, i64 share,
   all.wait_for(count);
 }
 
-// Does `work(watch)`: 0, or 1 if memory ran out, or 2 if it was stopped early. On a thread of its own if this one's stack
-// is too small.
+// Runs `work(watch)`. Returns 0, or 1 if memory ran out, or 2 if it was stopped early. Uses another thread if the stack of this
+// one is too small.
 template <class Work> int guarded(Ask ask, Work work) noexcept {
   Watch watch(ask);
   auto caught = [&] {

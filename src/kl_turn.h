@@ -1,6 +1,6 @@
-// Numbers turned from rows to columns: what lets a vector hold a class of many rows. Called by kl_few.h and kl_batch.h.
-// Four by four (two by two of eight bytes) in registers, which takes a quarter of the time of one number after the other,
-// and always the same: scalar loops take up to half as long again where the compiler happens to place them badly.
+// Transposes numbers, so that a vector can hold one class of many rows. Used by kl_few.h and kl_batch.h. Blocks of four by four
+// numbers (two by two of eight bytes) are transposed in registers, in a quarter of the time of copying one number at a time. That
+// time is also stable: scalar loops take up to half as long again if the compiler happens to place them badly.
 #pragma once
 #include <cstring>
 
@@ -14,7 +14,7 @@ namespace kl {
 #endif
 #endif
 
-template <int SIZE> struct Unit;   // what stands for a number of SIZE bytes
+template <int SIZE> struct Unit;   // an integer type of SIZE bytes
 template <> struct Unit<2> { typedef std::uint16_t Type; };
 template <> struct Unit<4> { typedef std::uint32_t Type; };
 template <> struct Unit<8> { typedef std::uint64_t Type; };
@@ -45,7 +45,7 @@ template <typename T> constexpr int BLOCK_SIDE = 1;
 template <typename T> KL_FN void turn_block(const char*, i64, char*, i64) {}
 #endif
 
-// Number j of row i to number i of row j: of m rows of n numbers, `step` bytes apart, to n rows `pitch` bytes apart.
+// Transposes m rows of n numbers, `step` bytes apart, to n rows of m numbers, `pitch` bytes apart.
 template <int SIZE>
 KL_FN void turn(const char* __restrict from, i64 step, i64 m, i64 n, char* __restrict to, i64 pitch) {
   typedef typename Unit<SIZE>::Type T;

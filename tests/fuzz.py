@@ -1,12 +1,13 @@
-"""Random calls of klcore on the CPU, held against the oracle and against each other, for as long as one likes.
+"""Random calls of klcore on the CPU, compared with the oracle and with each other, for as long as you like.
 
-`make fuzz` runs this with an extension that setup.py built with gcc's sanitizers; without --sanitized it takes the
-installed klcore. A call is drawn from its seed and its number alone, so a failure is repeated by these two.
+`make fuzz` runs this with an extension that setup.py built with gcc's sanitizers; without --sanitized it uses the
+installed klcore. A call is drawn from its seed and its number alone, so these two reproduce a failure.
 
-A call is computed as drawn: layouts, axes, dtypes, weights, outputs, threads, instruction set. Beside it stands a plain
-one: contiguous rows, the classes last, one thread, float32 for 16 bits. Rows of that are judged by tests/oracle.py, or
-by tests/relatives.py where the former knows no bound, and the call itself by the plain one: by its bits where the
-contract says so, which is nearly everywhere. Operations, spaces and parameters are read from klcore's table.
+A call is computed as drawn: layouts, axes, dtypes, weights, outputs, threads, instruction set. It is compared with a
+plain call: contiguous rows, the classes last, one thread, float32 instead of 16 bits. Rows of the plain call are
+compared with tests/oracle.py, or with tests/relatives.py where the oracle has no bound. The drawn call must have the
+bits of the plain one wherever the contract says so, which is nearly everywhere. Operations, spaces and parameters come
+from klcore's table.
 """
 
 import argparse
@@ -47,7 +48,7 @@ DTYPES |= {name: np.dtype(name) for name in ("int32", "uint8", "bool")}
 REDUCTIONS = ("row", "none", "sum", "rowmean", "batchmean", "mean")
 LISTING = [name for name, o in OPERATIONS.items() if o.takes_indices]
 OF_TWO = [name for name, o in OPERATIONS.items() if not o.single]
-# sums of terms of both signs, or that do not vanish where both agree
+# sums of terms of both signs, or that do not vanish where x and y agree
 SIGNED = ("rel_entr", *(name for name, o in OPERATIONS.items() if o.form == _cpu.BY_COST))
 
 
@@ -55,7 +56,7 @@ SIGNED = ("rel_entr", *(name for name, o in OPERATIONS.items() if o.form == _cpu
 
 
 def takes(operation, **options):
-    """Whether an operation takes these words and numbers; whatever is refused is refused with ValueError."""
+    """Whether an operation accepts these arguments; everything that is refused is refused with ValueError."""
     try:
         conftest.call(operation, [1.0], [1.0], **options)
     except ValueError:
@@ -64,7 +65,8 @@ def takes(operation, **options):
 
 
 def own(rng, operation):
-    """What is an operation's own, and its unit: the ends of ranges, what is next to them, and anything."""
+    """The operation's own parameters, and its unit: the ends of their ranges, numbers close to the ends, and any
+    others."""
     while True:
         near = 10 ** rng.uniform(-20, -1)
         ends = 0, 1, 0.5, near, 1 - near, 1 + near, -near, rng.uniform(0, 1), rng.uniform(0, 1), rng.uniform(-3, 4)
@@ -109,7 +111,7 @@ def draw(rng):
         p["dtypes"] = p["dtypes"][0], pick(*DTYPES)
     if p["kind"] in ("wide", "extreme") and not set(p["dtypes"]) <= {"float32", "float64", "bfloat16"}:
         p["dtypes"] = (pick("float32", "float64"),) * 2
-    # what is rare by chance; the first of these once hid stale memory
+    # rare by chance; the first of these once exposed stale memory
     if some(0.04):
         p |= {"shape": "turned", "n": 1025 + n % 3000, "batch": (16 + rows % 9,), "axis": -2, "broadcast": None}
         p |= {"reduction": "none", "grad": pick("x", "y", ("x", "y")), "operation": pick(*OF_TWO)}
@@ -122,7 +124,7 @@ def draw(rng):
     elif some(0.03):
         p |= {"shape": "summed", "n": pick(33, 129, 1100), "batch": (pick(2, 3), pick(70, 1025)), "axis": -1}
         p |= {"broadcast": pick("x", "y")}
-    elif some(0.003):  # so much that it is written past the caches
+    elif some(0.003):  # so large that it is written past the caches
         p |= {"shape": "streamed", "n": 20_007, "batch": (285,), "axis": -1, "broadcast": None, "reduction": "none"}
         p |= {"operation": "kl_div", "space": ("probs", "probs"), "grad": ("x", "y"), "dtypes": ("float32", "float32")}
     elif some(0.02):
@@ -142,9 +144,7 @@ def draw(rng):
     if p["broadcast"]:
         cut = [1 if some(0.6) or (p["shape"] == "summed" and d == len(batch) - 1) else s for d, s in enumerate(batch)]
         drop = int(rng.integers(0, len(batch) + 1)) if some(0.5) else 0
-        p[p["broadcast"]] = tuple(
-            cut[min(drop, len(batch) + 1 + p["axis"]) :]
-        )  # no axis that is in front of the classes
+        p[p["broadcast"]] = tuple(cut[min(drop, len(batch) + 1 + p["axis"]) :])  # no axis in front of the classes
     p["batch"] = np.broadcast_shapes(p["x"], p["y"])
     return p
 
@@ -181,7 +181,7 @@ def operands(rng, p):
     for v, space, dtype, name in zip((a, b), p["space"], dtypes, "xy", strict=True):
         batch = p[name]
         v = v[(0,) * (v.ndim - 1 - len(batch))]
-        v = v[tuple(slice(0, size) for size in batch)]  # of what is broadcast, the first
+        v = v[tuple(slice(0, size) for size in batch)]  # of a broadcast operand, the first
         if dtype.kind in "iub":
             v = rng.integers(0, 2 if dtype.kind == "b" else 6, v.shape).astype(dtype)
             v = -v if space == "log_probs" and dtype.kind == "i" else v
@@ -198,7 +198,7 @@ def operands(rng, p):
                 m = np.where(rng.random(v.shape) < 0.05, rng.choice([0.0, np.inf, np.nan], v.shape), m)
                 m = m * rng.choice([1] if space in ("probs", "counts") and rng.random() < 0.8 else [-1, 1], v.shape)
                 v = np.where(rng.random((*v.shape[:-1], 1)) < 0.5, m.astype(dtype), v)
-        if v.ndim and v.size and rng.random() < 0.1:  # alike along an axis, so that its step may be 0
+        if v.ndim and v.size and rng.random() < 0.1:  # equal along an axis, so that its step may be 0
             k = rng.integers(v.ndim)
             v = v.take([0], k).repeat(v.shape[k], k)
         made.append(v)
@@ -211,13 +211,13 @@ def operands(rng, p):
 
 
 class Memory:
-    """Lays arrays out at random, and says whether anything but them was written."""
+    """Lays arrays out at random, and detects writes outside of them."""
 
     def __init__(self, rng):
         self.rng, self.held, self.used = rng, [], collections.Counter()
 
     def lay(self, a, written=False):
-        """The array `a` in a layout drawn at random; its buffer ends where it does."""
+        """The array `a` in a random layout; its buffer ends where it ends."""
         rng, a = self.rng, np.asarray(a)
         how = (
             "contiguous"
@@ -265,7 +265,7 @@ class Memory:
 
 
 def same(got, expected, what):
-    """Bit by bit; but one NaN is as good as another."""
+    """Bit by bit, except that all NaNs are equal."""
     got, expected = np.asarray(got), np.asarray(expected)
     assert (got.shape, got.dtype) == (expected.shape, expected.dtype), f"{what}: {got.shape} {got.dtype}"
     if got.tobytes() != expected.tobytes():
@@ -280,9 +280,11 @@ def same(got, expected, what):
 
 
 def near(got, expected, size, dtype, what, count, extreme):
-    """Within roundings of `size`, and of the result; with the same infinities, or past the end of the dtype's range.
+    """Within rounding errors of `size`, and of the result; with the same infinities, or past the end of the dtype's
+    range.
 
-    `size`: the sum of the magnitudes of what was added, `count` numbers, here from results of float32 or float64.
+    `size`: the sum of the magnitudes of the `count` numbers that were added, here from results of float32 or
+    float64.
     """
     about = ml_dtypes.finfo(dtype)
     eps, tiny = (2 * oracle.EPS32, 2.0**-149) if about.bits < 64 else ((16 + count) * oracle.EPS64, 2.0**-1074)
@@ -293,7 +295,7 @@ def near(got, expected, size, dtype, what, count, extreme):
         bound = eps * size + 1024 * count * tiny + float(about.eps) * np.abs(expected) + float(about.smallest_subnormal)
         fine = (got == expected) | (np.isnan(got) & np.isnan(expected)) | (np.abs(got - expected) <= bound)
         fine |= (np.abs(expected) > 0.999 * float(about.max)) & (np.sign(got) == np.sign(expected))
-        fine |= extreme & ~(size < 1e300)  # infinite or not by the order of addition, and of weighing
+        fine |= extreme & ~(size < 1e300)  # infinite or not depending on the order of addition, and of weighting
     if not fine.all():
         at = tuple(np.argwhere(~fine)[0])
         raise AssertionError(
@@ -305,7 +307,7 @@ def near(got, expected, size, dtype, what, count, extreme):
 
 
 class Long:
-    """The arithmetic of x86's long doubles, for oracle._answer: quick, and exact enough for results of float32."""
+    """The arithmetic of x86's long doubles, for oracle._answer: fast, and accurate enough for results of float32."""
 
     number = staticmethod(lambda a: np.asarray(a, np.longdouble))
     log, exp, where = np.log, np.exp, np.where
@@ -314,7 +316,7 @@ class Long:
 
 
 def multipliers(weights, p, rows):
-    """What multiplies the value of a row."""
+    """The factor of a row's value."""
     w = np.ones(len(rows)) if weights is None else weights[rows]
     return w / np.log(p["own"]["base"]) if "base" in p["own"] else w
 
@@ -329,7 +331,7 @@ def undefined(a, space):
 
 
 def apart(x, y, space, temperature):
-    """KL(x || y) of rows, and the largest magnitude of the logarithms; good for a digit or two."""
+    """KL(x || y) of rows, and the largest magnitude of the logarithms; accurate to a digit or two."""
 
     def log(a, space):
         a = a.astype(np.longdouble)
@@ -349,7 +351,8 @@ def apart(x, y, space, temperature):
 
 
 def judge_by_digits(results, x, y, weights, p, rng, cotangent=None):
-    """The same against tests/relatives.py, by mpmath: a few classes. With a cotangent of the terms, their gradients."""
+    """The same against tests/relatives.py, by mpmath, for few classes. With a cotangent of the terms, their
+    gradients."""
     n, double = p["n"], x.dtype == np.float64
     if not x.size:
         return 0
@@ -383,7 +386,7 @@ def judge_by_digits(results, x, y, weights, p, rng, cotangent=None):
             relative = oracle.TOLERANCES["gradient" if of == "gradient" else "kl", base]
             relative = np.where((np.abs(true.value) > 1e3) & (not double), max(relative, 1e-5), relative)
             slack = 16 * oracle.EPS64 * largest[by_row] * rounded
-            if name == "terms" and "logits" in p["space"]:  # log q - log p is rounded, which cancels in their sum
+            if name == "terms" and "logits" in p["space"]:  # log q - log p is rounded, and cancels in their sum
                 slack = 16 * (oracle.EPS64 if double else oracle.EPS32) * largest[by_row]
             size, off = np.abs(expected), true.slope[by_row]
             if of == "gradient":
@@ -391,7 +394,7 @@ def judge_by_digits(results, x, y, weights, p, rng, cotangent=None):
                 counted = (own != 0) | (space not in ("probs", "counts"))
                 by_class = p["terms"] and space in ("probs", "log_probs")
                 counted &= np.isfinite(true.terms if by_class else true.value[:, None])
-                # of terms: what a softmax takes away from their derivatives may be nearly all of these
+                # of terms: what a softmax subtracts from their derivatives may be nearly all of them
                 off = n if c is None else np.abs(c).max(-1, keepdims=True) * np.maximum(n, true.slope[by_row])
                 off = off / (own.sum(-1, keepdims=True) if space == "counts" else 1) / min(1, p["temperature"])
                 size = np.where(counted & np.isfinite(expected), size, 0).sum(-1, keepdims=True)
@@ -399,7 +402,7 @@ def judge_by_digits(results, x, y, weights, p, rng, cotangent=None):
                 counted = np.ones(expected.shape, bool)
                 size = np.maximum(size, 1) if p["operation"] in SIGNED else size
             off = np.where(slack > 0, off, 0) * slack + 1e-50  # and where the oracle's differences end
-            if of == "gradient" and space == "logits":  # what all classes have in common is taken away
+            if of == "gradient" and space == "logits":  # the part common to all classes is subtracted
                 off = off + 16 * oracle.EPS64 * true.slope[by_row] / p["temperature"]
             bound = m * (size * (relative[by_row] + slack) + off) + n * float(about.smallest_subnormal)
             e = expected * w[by_row]
@@ -416,25 +419,25 @@ def judge_by_digits(results, x, y, weights, p, rng, cotangent=None):
 
 
 def judge(results, x, y, weights, p, rng, budget):
-    """Rows of results (value, terms, dx, dy, by name), some of them, against the oracle; returns how many."""
+    """Compare some rows of results (value, terms, dx, dy, by name) with the oracle; returns how many."""
     if p["kind"] == "extreme" or not x.size:
         return 0
     if p["operation"] not in oracle.OPERATIONS or "counts" in p["space"]:
         return judge_by_digits(results, x, y, weights, p, rng)
     double = x.dtype == np.float64
-    huge = any(ranges.beyond(v).any() for v in (x, y))  # pairs of doubles have no room for them
+    huge = any(ranges.beyond(v).any() for v in (x, y))  # pairs of doubles cannot represent them
     count = max(1, int(budget / (500 if huge else 20 if double else 1) / p["n"]))
     if huge and count * p["n"] > 1000:
         return 0
     rows = np.unique(rng.integers(0, len(x), count)) if count < len(x) else np.arange(len(x))
 
     def verified(rows, arithmetic):
-        """How many of these rows there is a bound for, which holds."""
+        """How many of these rows have a bound, which holds."""
         a, b = x[rows].astype(np.float64), y[rows].astype(np.float64)
         asked = p["operation"], a, b, p["space"], p["temperature"]
         with np.errstate(all="ignore"):
             true = oracle._answer(arithmetic, *asked, double)
-            # what the bounds speak of: docs/accuracy.md
+            # what the bounds apply to: docs/accuracy.md
             special = np.isnan(true.value) | np.isinf(true.value) & ~(ranges.beyond(a) | ranges.beyond(b))
             kept = special | (np.abs(true.value) <= 1e3) & (np.abs(true.value) >= 1e-12)
             if "logits" in p["space"]:
@@ -445,7 +448,7 @@ def judge(results, x, y, weights, p, rng, budget):
             parts = {name: np.where(by[name] == 0, 0.0, v * by[name]) for name, v in parts.items()}
             for name, got in results.items():
                 far = np.maximum(1, by[name]) * np.abs(getattr(true, name)) > 0.999 * float(np.finfo(got.dtype).max)
-                far &= np.isfinite(parts[name])  # out of range, before it is weighted or afterwards
+                far &= np.isfinite(parts[name])  # out of range, before or after weighting
                 parts[name] = np.where(far, 0.0, parts[name])
                 answer = oracle.at(oracle.Answer(**parts), kept)
                 oracle.assert_answer({name: np.where(far, 0, got[rows])[kept]}, answer, p["operation"], p["space"])
@@ -455,7 +458,7 @@ def judge(results, x, y, weights, p, rng, budget):
     quick = exact if huge else oracle.Doubles if double else Long
     try:
         return verified(rows, quick)
-    except AssertionError:  # was it the arithmetic?
+    except AssertionError:  # was it the oracle's arithmetic?
         for r in rows:
             try:
                 verified([r], quick)
@@ -488,7 +491,7 @@ def pulled(p, arrays, cotangent, **options):
 
 
 def check(p, rng):
-    """One call of the public functions; returns what is to be counted."""
+    """One call of the public functions; returns what to count."""
     sets = [name for name, usable in _cpu.instruction_sets().items() if usable]
     both = OPERATIONS[p["operation"]].gradients
     x, y = operands(rng, p)
@@ -504,7 +507,7 @@ def check(p, rng):
         w = rng.choice([0.0, 1.0, 1.0, 3.0, 0.25, 1e-3, 700.0], shape)
         weights = w.astype(weights) if weights != "bool" else w > 0.5
 
-    # the plain one, with all results: rows in float32 or float64
+    # the plain call, with all results: rows in float32 or float64
     double = any(DTYPES[d].itemsize == 8 or DTYPES[d].kind in "iub" for d in p["dtypes"][: len(both)])
     flat = [np.broadcast_to(v.astype("f8" if double else "f4"), (*batch, n)).reshape(rows, n) for v in (x, y)]
     each = None if weights is None else np.broadcast_to(weights.astype("f8"), batch).reshape(rows)
@@ -542,7 +545,7 @@ def check(p, rng):
         for name, got in zip(plain, klcore_call(p, of, return_grad=both, weights=each, temperature=t), strict=False):
             same(got[like], plain[name][like], f"{name}, one temperature a row")
 
-    # the call
+    # the drawn call
     _cpu.use_instruction_set(sets[rng.integers(len(sets))])
     memory = Memory(rng)
 
@@ -589,7 +592,7 @@ def check(p, rng):
         for k, (a, b) in enumerate(zip(found_over, again, strict=True)):
             same(a, b, f"result {k}, with dy written over y")
 
-    # beside the plain one
+    # compared with the plain call
     if p["reduction"] == "row":
         same(found[0], value.reshape(batch), "row values")
     elif p["reduction"] == "none":
@@ -619,7 +622,7 @@ def check(p, rng):
                 once = p["operation"] in oracle.OPERATIONS and "counts" not in p["space"] and wide.dtype == np.float32
                 if dtype.itemsize > 2 or once:
                     same(got, wide.astype(dtype), f"d{name}")
-                else:  # what is computed in double is rounded to 16 bits at once, and here by way of float32
+                else:  # what is computed in double is rounded to 16 bits directly, and here by way of float32
                     near(got, wide, np.abs(wide), dtype, f"d{name}", 1, p["kind"] == "extreme")
                 continue
             if not denominator:
@@ -637,7 +640,7 @@ def check(p, rng):
 
 
 def dask_call(p, rng, arrays, weights, whole, moved, last):
-    """The same through dask, whose blocks take the roads of kl_partial.h."""
+    """The same through dask, whose blocks go through kl_partial.h."""
     import dask
     import dask.array as da
 
@@ -726,7 +729,7 @@ def check_loss(rng):
     by_value = factors.get("cotangent", np.ones(1)).reshape(rows if factors else 1, -1).astype("longdouble")
     for got, d in zip(results[0][1:], (di, dt), strict=True):
         if got is not None:
-            zero = by_value == 0  # what is not read, or left out
+            zero = by_value == 0  # not read, or left out
             test_losses.assert_near(got, np.where(zero, 0, d * by_value) / by, dtype, 32 / by)  # logarithms of some 10
     return collections.Counter([f"loss {' '.join(named)}", f"dtype {dtype}", f"classes {bucket(n)}"])
 
@@ -816,8 +819,8 @@ def check_estimate(rng):
 
 
 def check_lists(rng):
-    """One call of which x lists classes of y: in other layouts, orders and threads by its bits, and where numbers are
-    ordinary against the dense call of K + 1 classes that NumPy makes."""
+    """One call in which x lists classes of y: in other layouts, orders and threads by its bits, and for ordinary
+    numbers against the dense call of K + 1 classes that NumPy computes."""
 
     def pick(*choices):
         return choices[rng.integers(len(choices))]
@@ -864,7 +867,7 @@ def check_lists(rng):
         back = np.argsort(turned, -1)
         if options["reduction"] == "none":
             terms = np.take_along_axis(value[..., :count], back, -1)
-            terms = terms if ordinary else np.sort(terms, -1)  # that of equal numbers stands at any of them
+            terms = terms if ordinary else np.sort(terms, -1)  # the term of equal numbers may be at any of them
             value = np.append(terms, value[..., count:], -1)
         results.append((value, np.take_along_axis(dx, back, -1), dy))
     memory.check()
@@ -900,7 +903,7 @@ def bucket(n):
 
 
 def one(seed, call, note=lambda p: None):
-    """Draw a call and make it; returns what is to be counted, by a word and what follows it."""
+    """Draw a call and make it; returns what to count."""
     rng = np.random.default_rng([seed, call])
     if call % 8 == 7:
         note("a loss of klcore.compat")
@@ -926,11 +929,11 @@ def one(seed, call, note=lambda p: None):
 
 
 def run(args):
-    """Calls until the time is over; 0, or 1 at the first failure."""
+    """Make calls until the time is over; returns 0, or 1 at the first failure."""
     if args.sanitized:
         assert os.path.realpath(klcore.__file__).startswith(os.path.realpath(args.sanitized)), klcore.__file__
     start, seen, done = time.monotonic(), collections.Counter(), 0
-    asked = [""]  # the call that is under way
+    asked = [""]  # the current call
 
     def note(p):
         asked[0] = f"call {call} of seed {args.seed}: {p}\nagain: make fuzz SEED={args.seed} CALL={call}"
@@ -954,12 +957,12 @@ def run(args):
 
 
 def sanitized(args):
-    """Run this file again, with gcc's sanitizers in front of everything; says which call it was that they stopped."""
+    """Run this file again, with gcc's sanitizers preloaded; reports which call they stopped."""
     libraries = [
         subprocess.check_output(["gcc", f"-print-file-name={name}"], text=True).strip()
         for name in ("libasan.so", "libstdc++.so")
     ]
-    # fresh memory holds NaN, so that what is read before it is written shows in the results
+    # fresh memory holds NaN, so that reading it before writing shows in the results
     fill = "max_malloc_fill_size=1000000000:malloc_fill_byte=255"
     environment = os.environ | {
         "LD_PRELOAD": " ".join(libraries),

@@ -1,16 +1,16 @@
-"""What klcore should compute: the definitions, in far more precision than any answer is asked for, and the bounds.
+"""What klcore should compute: the definitions, in far higher precision than any result needs, and the bounds.
 
-Written from the mathematics; imports nothing of klcore. Two arithmetics carry the same definitions:
+Written from the mathematics; imports nothing of klcore. Two arithmetics share the same definitions:
 
-* `exact`: mpmath, 50 digits or more, any input (subnormal, huge, infinite), about 0.1 ms a class: rows of up to a few
-  thousand classes.
-* `fast`: pairs of doubles (Dekker 1971; Hida, Li and Bailey 2001), 106 bits, some ten microseconds a class, for rows of
-  up to a million. An operation or function errs by less than 1e-30. A divergence of 1e-12 is a sum of terms of order 1
-  that cancel to that, so it is still good to 1e-18, far inside the tightest bound (1e-13), by the literal definition,
-  with none of the rearrangements that klcore needs. Not for numbers whose products leave the range of a double (below
-  1e-290 the lower half is lost). test_accuracy.py holds it against `exact`.
+* `exact`: mpmath, 50 digits or more, for any input (subnormal, huge, infinite). It takes about 0.1 ms per class, so it
+  is for rows of up to a few thousand classes.
+* `fast`: pairs of doubles (Dekker 1971; Hida, Li and Bailey 2001), 106 bits, about ten microseconds per class, for rows
+  of up to a million. The error of an operation or function is below 1e-30. A divergence of 1e-12 is a sum of terms of
+  order 1 that cancel, so it is still accurate to 1e-18, far inside the tightest bound (1e-13), by the literal
+  definition, without any of the rearrangements that klcore needs. Not for numbers whose products leave the range of a
+  double (below 1e-290 the lower half is lost). test_accuracy.py compares it with `exact`.
 
-Both take rows, shape (rows, n), and give float64: rounding the exact answer to 53 bits is an error of 1.1e-16.
+Both take rows, shape (rows, n), and return float64: rounding the exact answer to 53 bits is an error of 1.1e-16.
 """
 
 from dataclasses import dataclass, fields
@@ -22,18 +22,18 @@ import numpy as np
 
 
 class Definition(NamedTuple):
-    """An operation: its terms, of p and q and their logarithms a and b, numbers of any arithmetic; and what of it the
-    bounds below ask."""
+    """An operation: its terms as functions of p, q and their logarithms a and b, in any arithmetic, and the properties
+    that the bounds below depend on."""
 
     terms: Any
     by_p: Any  # their derivatives
     by_log_q: Any
-    at_p_0: float | None = None  # the derivative by p where p = 0 < q; None: as by_p says
-    at_q_0: float = 0.0  # that by q where q = 0 = p
-    part: Any = None  # what p is multiplied by in a term, where this is not by_p
+    at_p_0: float | None = None  # the derivative by p where p = 0 < q; None: what by_p returns
+    at_q_0: float = 0.0  # the derivative by q where q = 0 = p
+    part: Any = None  # the factor of p in a term, if it is not by_p
     relative: bool = False  # no terms cancel
     cost: bool = False  # -log q, or -log p, is summed as it is
-    single: bool = False  # of one argument
+    single: bool = False  # takes one argument
 
 
 DEFINITIONS = {
@@ -75,15 +75,15 @@ CALLS = tuple((op, pair) for op, d in DEFINITIONS.items() for pair in PAIRS if n
 
 # ---- the bounds ------------------------------------------------------------------------------------------------------
 #
-# Bounds are relative to a size that `exact` gives with every answer, `value_size`, `dx_size` or `dy_size`:
-#   plain   kl_div of two arguments of one space: the answer itself (its gradient: the row's L1 norm). The other
-#           operations: the sum of the magnitudes of what is added.
-#   wide    arguments of two spaces, one of which is float64. A logarithm l = log p carries an error of eps*|l|, which
+# Bounds are relative to a size that `exact` returns with every answer, `value_size`, `dx_size` or `dy_size`:
+#   plain   kl_div of two arguments of one space: the answer itself (for its gradient: the row's L1 norm). The other
+#           operations: the sum of the magnitudes of the terms.
+#   wide    arguments of two spaces, one of which is float64. A logarithm l = log p has an error of eps*|l|, which
 #           shifts a term by its derivative times that, so the size is the sum of magnitudes times
 #           1 + |log p| + |log q|; the bound is in eps of double.
-#   mixed   arguments of two spaces, narrower than float64: plain, and what a logarithm in two floats is off by, times
-#           the term's derivative. A gradient that goes through a softmax takes the whole row's errors along.
-# Where the result is narrower than the arithmetic, rounding it adds half an eps of the result's dtype (`rounding`).
+#   mixed   arguments of two spaces, narrower than float64: plain, plus the error of a logarithm in two floats times the
+#           term's derivative. A gradient that goes through a softmax inherits the errors of the whole row.
+# If the result is narrower than the arithmetic, rounding it adds half an eps of the result's dtype (`rounding`).
 EPS32, EPS64 = 2.0**-23, 2.0**-52
 TOLERANCES = {
     # the published bounds of kl_div, three same-space pairs, KL from 1e-12 to 1e3
@@ -91,21 +91,22 @@ TOLERANCES = {
     ("kl", "float64"): 1e-13,
     ("gradient", "float32"): 2e-5,
     ("gradient", "float64"): 1e-11,
-    # a term errs by up to 2 eps (an elementary function to 1 ulp, its argument and a product to half an eps each), and
-    # each of at most seven additions in the input's precision, before the sum goes on in double, adds half an eps of
-    # what the column holds by then: of half its sum, where terms are alike
+    # the error of a term is up to 2 eps (an elementary function 1 ulp, its argument and a product half an eps each).
+    # Each of at most seven additions in the input's precision, before the sum goes on in double, adds half an eps of
+    # the column's sum so far: of half its sum, if terms are alike
     ("sum", "float32"): 4 * EPS32,
-    # there the whole sum is in double; fourteen additions of half an eps, which add up like the root of their number
+    # the whole sum is in double there; fourteen additions of half an eps, which grow like the root of their number
     ("sum", "float64"): 4 * EPS64,
-    # two 16-bit inputs on a GPU: a hardware exponential errs by 2 units and by 1.5 more for every unit of its argument,
-    # of which, weighted with the exponential, a few count; a hardware reciprocal by 1; a product each
+    # two 16-bit inputs on a GPU: a hardware exponential is off by 2 units, and by 1.5 more for every unit of its
+    # argument; weighted with the exponential, a few of these matter. A hardware reciprocal is off by 1; so is each
+    # product
     ("fast16", "float32"): 32 * EPS32,
     # logarithm, normalisation, exponential and product, each half an eps to one eps of its part of the size
     ("wide", "float64"): 4 * EPS64,
     # log p as two floats, absolute, relative to 1 + |log p|: a few numbers below 2^-17 that round by half an eps each,
-    # and the constants; found are 2.2e-12 for p > 2^-6, and less of the size elsewhere
+    # and the constants; measured are 2.2e-12 for p > 2^-6, and less of the size elsewhere
     ("logarithm", "float32"): 2.0**-39,
-    # rounding a result to its dtype, relative; float16 is subnormal below 2^-14: half of 2^-24 absolute, a class
+    # rounding a result to its dtype, relative; float16 is subnormal below 2^-14: half of 2^-24 absolute, per class
     ("rounding", "float64"): 0.0,
     ("rounding", "float32"): 0.5 * EPS32,
     ("rounding", "float16"): 2.0**-11,
@@ -122,13 +123,13 @@ TOLERANCES = {
     # klcore's elementary functions, in units in the last place of the exact result
     ("elementary", "float32"): 1.0,
     ("elementary", "float64"): 1.0,
-    # what other systems return (tests/golden), relative to max(1, magnitude): their own arithmetic is in the dtype, and
-    # float32 sums, sequential or in trees, are off by some ten eps; half types round after every operation
+    # what other systems return (tests/golden), relative to max(1, magnitude): they compute in the dtype itself, and
+    # float32 sums, sequential or in trees, are off by about ten eps; half types round after every operation
     ("golden", "float64"): 1e-12,
     ("golden", "float32"): 3e-6,
     ("golden", "float16"): 4e-3,
     ("golden", "bfloat16"): 3e-2,
-    # MXNet's float32 log-softmax is off by up to 3.5e-6 absolute a class, which a sum over the classes multiplies
+    # MXNet's float32 log-softmax is off by up to 3.5e-6 absolute per class, which a sum over the classes multiplies
     ("golden softmax", "float32"): 3e-5,
     # double-double against 50 digits: a hundred operations of 2^-104 on terms up to 1e12 times the divergence
     ("oracle", "float64"): 2 * EPS64,
@@ -145,7 +146,7 @@ def is_cross(operation: str, space: Any) -> bool:
 
 
 def tolerance(operation: str, space: Any, dtype: Any, of: str = "value") -> tuple[float, float]:
-    """(relative to the size, absolute per class) bounds of a value, or of a gradient's row-wise L1 distance.
+    """The bounds (relative to the size, absolute per class) of a value, or of a gradient's row-wise L1 distance.
 
     `dtype` is that of the result: float64, float32, or, for gradients, a 16-bit one.
     """
@@ -170,7 +171,7 @@ def _elementwise(f: Any) -> Any:
 
 
 class Digits:
-    """Arrays of mpmath numbers; a context of its own, so that nobody's precision changes."""
+    """Arrays of mpmath numbers, with a separate context, so that no other precision changes."""
 
     def __init__(self, digits: int) -> None:
         self.mp = mpmath.MPContext()
@@ -284,7 +285,7 @@ class Doubles:
         r = (x - _LN2 * Pair(octave)).scaled(-6)  # |r| < 0.0055: r^14/14! < 1e-42
         tail = np.zeros_like(x.hi)
         for c in _FACTORIALS[:6:-1]:
-            tail = (tail + c.hi) * r.hi  # from r^7/7! on, less than 1e-17 of the whole: a double will do
+            tail = (tail + c.hi) * r.hi  # from r^7/7! on, less than 1e-17 of the whole: a double suffices
         t = Pair(tail)
         for c in _FACTORIALS[6:0:-1]:
             t = (t + c) * r  # e^r - 1, by Horner's rule
@@ -297,7 +298,7 @@ class Doubles:
         _, octave = np.frexp(x.hi)
         x = x.scaled(-octave)
         y = Pair(np.log(x.hi))
-        u = x * Doubles.exp(-y) - 1.0  # about 1e-16, so that two terms of log(1 + u) will do
+        u = x * Doubles.exp(-y) - 1.0  # about 1e-16, so that two terms of log(1 + u) suffice
         return y + u - u * u * 0.5 + _LN2 * Pair(octave.astype(np.float64))
 
     @staticmethod
@@ -335,7 +336,7 @@ class Side:
 
 @dataclass
 class Answer:
-    """float64. By row: value and the sizes (see TOLERANCES); by class: terms, dx, dy.
+    """float64. Per row: value and the sizes (see TOLERANCES); per class: terms, dx, dy.
 
     dx and dy are the derivatives of each row's value. If that is infinite, dx is NaN where x is logits.
     """
@@ -345,10 +346,10 @@ class Answer:
     dx: np.ndarray
     dy: np.ndarray
     value_size: np.ndarray
-    terms_size: np.ndarray  # of a row's terms together, whose errors do not cancel
+    terms_size: np.ndarray  # of all terms of a row, whose errors do not cancel
     dx_size: np.ndarray
     dy_size: np.ndarray
-    dy_floor: np.ndarray  # absolute, for every dtype; beside the bound by size
+    dy_floor: np.ndarray  # absolute, for every dtype; added to the bound by size
 
 
 def _side(ar: Any, a: np.ndarray, space: str, temperature: float) -> Side:
@@ -364,7 +365,7 @@ def _side(ar: Any, a: np.ndarray, space: str, temperature: float) -> Side:
         log = ar.log(p)
     else:
         log = ar.number(np.where(missing, 0.0, a))
-        if space == "logits":  # softmax: any shift cancels, that by the largest keeps every e^z representable
+        if space == "logits":  # softmax: any shift cancels; subtracting the largest keeps every e^z representable
             top = np.max(np.where(missing, -np.inf, a), axis=-1, keepdims=True, initial=-np.inf)
             top = ar.number(np.broadcast_to(np.where(np.isfinite(top), top, 0.0), a.shape))
             log = ar.where(missing, zero, (log - top) / ar.number(np.full(a.shape, temperature)))
@@ -418,7 +419,7 @@ def _answer(ar: Any, operation: str, x: Any, y: Any, space: Any, temperature: fl
     dx[np.broadcast_to(of_row, x.shape) if sx == "logits" else undefined] = np.nan
     dy[np.broadcast_to(of_row, x.shape) if sy == "logits" else undefined] = np.nan
 
-    # sizes: ordinary doubles will do
+    # sizes: ordinary doubles suffice
     with np.errstate(over="ignore", invalid="ignore"):
         sizes = _sizes(ar, operation, sx, sy, temperature, a, b, part, values, terms, dx, dy, double)
     return Answer(values, terms, dx, dy, *sizes)
@@ -428,16 +429,17 @@ def _sizes(
     ar: Any, operation: str, sx: str, sy: str, temperature: float, a: Side, b: Side, part: Any, values: Any, terms: Any,
     dx: Any, dy: Any, double: bool,
 ) -> list[np.ndarray]:  # fmt: skip
-    """Of value, terms, dx and dy, by row, and dy's floor; see TOLERANCES. Infinite and NaN terms count for nothing."""
+    """The sizes of value, terms, dx and dy, per row, and dy's floor; see TOLERANCES. Infinite and NaN terms do not
+    count."""
     defined = DEFINITIONS[operation]
     p, q, lp, lq, part = (ar.double(v) for v in (a.p, b.p, a.log, b.log, part))
     log_ratio = lp - lq
-    logs = np.minimum(1 + np.abs(lp) + np.abs(lq), 1e150)  # squares of it stay finite
+    logs = np.minimum(1 + np.abs(lp) + np.abs(lq), 1e150)  # their squares stay finite
     finite = np.where(np.isfinite(terms), terms, 0.0)
     mixed = is_mixed(operation, (sx, sy))
     if mixed and double:
         magnitudes = (finite + np.abs(q - p) if defined.relative else p * np.abs(part) + p * (sx != sy)) * logs
-        if defined.relative:  # of next to equal rows, the square of the error of log q - log p
+        if defined.relative:  # for nearly equal rows, the square of the error of log q - log p
             magnitudes = magnitudes + EPS64 * p * logs * logs
         x_size = logs if sx == "probs" else p * logs * logs
         y_size = (p + q) * logs / (np.where(q > 0, q, 1.0) if sy == "probs" else 1.0)
@@ -447,15 +449,15 @@ def _sizes(
             y_size = (y_size + q * y_size.sum(axis=-1, keepdims=True)) / temperature
     else:
         magnitudes, x_size, y_size = np.abs(finite), np.abs(dx), np.abs(dy)
-        if is_cross(operation, (sx, sy)):  # -p (log q + H) and q - p cancel where q is flat, and where q is next to p
+        if is_cross(operation, (sx, sy)):  # -p (log q + H) and q - p cancel where q is flat, and where q is close to p
             of_row = np.where(np.isfinite(values), values, 0.0)[..., None]
             x_size = p * (np.abs(part) + np.abs(of_row)) / temperature if sx == "logits" else x_size
             y_size = (p + q * p.sum(axis=-1, keepdims=True)) / temperature if sy == "logits" else y_size
         elif (sx, sy) == ("logits", "logits"):  # rel_entr is kl_div there, to the relative precision of kl_div
             magnitudes = np.where(np.isfinite(values), values, 0.0)[..., None]
-            # where p is nearly 1, -p (log q - log p + KL) cancels down to what the other classes add up to
+            # where p is nearly 1, -p (log q - log p + KL) cancels down to the sum of the other classes
             x_size = x_size + 2.0**-20 * p * (np.abs(part) + np.abs(magnitudes)) / temperature
-        if defined.part and sx != "logits":  # by_p is 1 beside a logarithm: they may cancel
+        if defined.part and sx != "logits":  # by_p is 1 plus a logarithm: they may cancel
             x_size = (1 + np.abs(part)) * (p if sx == "log_probs" else 1.0)
         if mixed and not defined.cost:
             off = TOLERANCES["logarithm", "float32"] * logs
@@ -473,8 +475,8 @@ def _sizes(
                 y_size = (y_size + q * y_size.sum(axis=-1, keepdims=True)) / temperature
             elif defined.relative or sx == "logits":
                 y_size = y_size + by_gradient * p / (np.where(q > 0, q, 1.0) if sy == "probs" else 1.0)
-    # two rows of logits: q - p cancels too where a mask makes KL large beside it; such chunks are computed in double,
-    # and log q - log p is known to five eps of double times KL
+    # two rows of logits: q - p cancels too if a mask makes KL large in comparison; such chunks are computed in double,
+    # and log q - log p is accurate to five eps of double times KL
     y_floor = np.zeros_like(p)
     if (sx, sy) == ("logits", "logits") and not defined.cost:
         y_floor = 5 * EPS64 * p * np.where(np.isfinite(values), values, 1.0)[..., None] / temperature
@@ -487,7 +489,7 @@ def _sizes(
 _digits = cache(Digits)
 
 
-# Tests ask again and again for the same rows, beside another reduction, weights or results.
+# Tests request the same rows many times, with different reductions, weights or results.
 @lru_cache(maxsize=8)
 def _known(
     digits: int | None, operation: str, space: Any, temperature: float, double: bool, *operands: tuple
@@ -508,7 +510,7 @@ def _asked(digits: int | None, operation: str, x: Any, y: Any, space: Any, tempe
 def exact(
     operation: str, x: Any, y: Any = None, space: Any = "probs", temperature: float = 1.0, digits: int = 50
 ) -> Answer:
-    """By mpmath; any input. 50 digits see a divergence of 1e-32; smaller ones want more."""
+    """By mpmath, for any input. 50 digits resolve a divergence of 1e-32; smaller ones need more."""
     return _asked(digits, operation, x, y, space, temperature)
 
 
@@ -518,7 +520,7 @@ def fast(operation: str, x: Any, y: Any = None, space: Any = "probs", temperatur
 
 
 def at(answer: Answer, rows: Any) -> Answer:
-    """The answer for some of its rows."""
+    """The answer for some of the rows."""
     return Answer(*(getattr(answer, f.name)[rows] for f in fields(Answer)))
 
 
@@ -528,9 +530,10 @@ def at(answer: Answer, rows: Any) -> Answer:
 def assert_close(
     got: Any, expected: Any, size: Any, bounds: tuple[float, float], what: str = "", floor: Any = 0.0
 ) -> None:
-    """Each value, or with one axis more than `size` each row's L1 distance, within relative*size + absolute*n + floor.
+    """Compare each value or, with one axis more than `size`, each row's L1 distance: within relative*size + absolute*n
+    + floor.
 
-    Infinite and NaN exactly where the expected array is.
+    Infinities and NaN must be exactly where the expected array has them.
     """
     got, expected, size = (np.asarray(v, np.float64) for v in (got, expected, size))
     assert got.shape == expected.shape, f"{what}: shape {got.shape} instead of {expected.shape}"
@@ -547,7 +550,7 @@ def assert_close(
 
 
 def assert_answer(results: dict[str, Any], answer: Answer, operation: str, space: Any) -> None:
-    """Results by name (value, terms, dx, dy) against the oracle's; a name that is None is passed over."""
+    """Compare results by name (value, terms, dx, dy) with the oracle's; results that are None are skipped."""
     for name, got in results.items():
         if got is None:
             continue

@@ -1,4 +1,5 @@
-"""Rows of logits from all of the ranges that docs/accuracy.md promises something for, not their comfortable middle.
+"""Rows of logits from all the ranges for which docs/accuracy.md promises something, not only from the comfortable
+middle.
 
 Used by test_accuracy.py and by benchmarks/accuracy.py; imports nothing of klcore.
 """
@@ -20,7 +21,7 @@ def log_uniform(rng: Any, low: float, high: float, shape: Any = None) -> Any:
 
 
 def rows(rng: Any, dtype: str, n: int, count: int, temperature: float) -> tuple[np.ndarray, np.ndarray]:
-    """Teachers and students, (count, n): every row draws its kind, offsets and masks by itself."""
+    """Teachers and students, (count, n): the kind, offsets and masks of every row are drawn independently."""
     each = (count, 1)
 
     def some(share: float, of: Any, other: Any) -> np.ndarray:
@@ -39,7 +40,7 @@ def rows(rng: Any, dtype: str, n: int, count: int, temperature: float) -> tuple[
     common = some(0.2, offset(), 0.0)
     a, b = (v + common + some(0.3, offset(), 0.0) for v in (a, b))
 
-    # classes that are excluded, or as good as: by x, by y, by both
+    # classes that are excluded, or nearly so: by x, by y, by both
     masked = (rng.random(a.shape) < rng.choice([0.1, 0.5, 0.9], each)) & some(0.3, True, False)
     masked[np.arange(count), rng.integers(0, n, count)] = False
     by = rng.choice([-np.inf, lowest(dtype), -1e9], each)
@@ -51,12 +52,12 @@ def rows(rng: Any, dtype: str, n: int, count: int, temperature: float) -> tuple[
 
 
 def beyond(v: np.ndarray) -> np.ndarray:
-    """Which rows hold float64's lowest number or the like, for which oracle.fast has no room."""
+    """Which rows hold float64's lowest number or similar ones, which oracle.fast cannot represent."""
     return ((np.abs(v.astype(np.float64)) > 1e270) & np.isfinite(v)).any(axis=-1)
 
 
 def promised(x: np.ndarray, y: np.ndarray, temperature: float, value: np.ndarray) -> np.ndarray:
-    """Which of these rows the bounds speak of: see docs/accuracy.md for what is left out."""
+    """Which of these rows the bounds apply to: docs/accuracy.md lists the exceptions."""
     x, y = (v.astype(np.float64) for v in (x, y))
     with np.errstate(all="ignore"):
         u = (x - x.max(axis=-1, keepdims=True)) / temperature

@@ -1,8 +1,8 @@
-"""What the divergence's relatives should be: their definitions, literally, in 60 digits; imports nothing of klcore.
+"""What the divergence's relatives should be: their literal definitions, in 60 digits; imports nothing of klcore.
 
-A derivative is a central difference of the definition, which is exact to 30 digits where it is not below 1e-60 itself:
-rows of logits that are further apart want more digits. So no formula of a derivative stands here, and none of the
-rearrangements that klcore needs.
+A derivative is a central difference of the definition, which is exact to 30 digits unless it is below 1e-60 itself:
+rows of logits that are further apart need more digits. So this file contains no formula of a derivative, and none of
+the rearrangements that klcore needs.
 """
 
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import oracle
 
-# each with parameters to try: the defaults, the ends, and what is next to them
+# each with parameters to try: the defaults, the ends, and numbers close to the ends
 PARAMETERS: dict[str, tuple[dict[str, Any], ...]] = {
     "js_div": tuple({"beta": b} for b in (0.5, 0.1, 0.999)) + tuple({"beta": b, "scaled": True} for b in (1e-9, 0, 1)),
     "mixed_kl_div": tuple({"forward": w} for w in (0.5, 0.0, 1.0, 0.9)),
@@ -26,8 +26,8 @@ PARAMETERS: dict[str, tuple[dict[str, Any], ...]] = {
 
 
 class Definitions:
-    """Terms of one class; p and q are positive mpmath numbers. Those of tests/oracle.py are here as well, for what it
-    knows not of: counts, and cotangents."""
+    """Terms of one class; p and q are positive mpmath numbers. The operations of tests/oracle.py are included, for what
+    it does not cover: counts, and cotangents."""
 
     def __init__(self, mp: Any) -> None:
         self.mp = mp
@@ -69,7 +69,8 @@ class Definitions:
         return (p**a * q ** (1 - a) - a * p - (1 - a) * q) / (a * (a - 1))
 
     def renyi_div(self, p: Any, q: Any, alpha: float) -> "Summed":
-        """No sum, but a function of one: of alpha_div's, or where that is far from 1, of that of p^a q^(1 - a)."""
+        """Not a sum, but a function of one: of alpha_div's or, where that is far from 1, of the sum of p^a q^(1 -
+        a)."""
         a = self.mp.mpf(alpha)
         if alpha == 1:
             return Summed(self.kl, lambda s: s)
@@ -98,18 +99,18 @@ class Summed:
 
 @dataclass
 class Answer:
-    """As float64: the rows' values, the terms (empty if it is no sum of these), and the derivatives."""
+    """As float64: the rows' values, the terms (empty if the value is not a sum of terms), and the derivatives."""
 
     value: np.ndarray
     terms: np.ndarray
     dx: np.ndarray
     dy: np.ndarray
-    slope: np.ndarray  # of the value, by all log p and log q together: how far errors of these take it
+    slope: np.ndarray  # of the value, with respect to all log p and log q: how much an error in these changes it
 
 
 @dataclass
 class OfTopK:
-    """The same of rows that list some classes. As float64, by row and, where that is meant, by number."""
+    """The same for rows that list some classes. As float64, per row and, where applicable, per number."""
 
     value: np.ndarray
     terms: np.ndarray  # the last is that of all other classes, unless these are left out
@@ -117,8 +118,8 @@ class OfTopK:
     dy: np.ndarray
     slope: np.ndarray
     logs: np.ndarray  # the largest logarithm of the row
-    value_off: np.ndarray  # by how much the double 1 - sum p may miss, and what that makes of the value,
-    dx_off: np.ndarray  # and of each derivative
+    value_off: np.ndarray  # how far the double 1 - sum p may be off, and how that changes the value,
+    dx_off: np.ndarray  # and each derivative
     dy_off: np.ndarray
 
 
@@ -132,7 +133,7 @@ def _side(ar: Any, a: np.ndarray, space: str, temperature: float) -> Any:
 
 @cache
 def _least(ar: Any) -> Any:
-    """A zero is as good as a limit: even its logarithm is more than float64 holds."""
+    """A number as good as a limit at zero: even its logarithm is more than float64 holds."""
     return ar.mp.mpf(10) ** -(10**700)
 
 
@@ -141,7 +142,7 @@ def _positive(ar: Any, p: Any) -> Any:
 
 
 def _through(ar: Any, d: Any, a: np.ndarray, p: Any, space: str, temperature: float) -> np.ndarray:
-    """The derivatives by the numbers that were given, of those by log p."""
+    """The derivatives with respect to the given numbers, from those with respect to log p."""
     if space == "logits":
         d = (d - p * ar.sum(d)) / ar.mp.mpf(temperature)
     if space == "counts":
@@ -150,13 +151,13 @@ def _through(ar: Any, d: Any, a: np.ndarray, p: Any, space: str, temperature: fl
 
 
 def _by_logs(of: Any, p: Any, q: Any, step: Any) -> tuple[Any, Any]:
-    """The derivatives of a function of p and q, class by class, by log p and log q."""
+    """The derivatives of a function of p and q, class by class, with respect to log p and log q."""
     up, down = 1 + step, 1 - step
     return (of(p * up, q) - of(p * down, q)) / (2 * step), (of(p, q * up) - of(p, q * down)) / (2 * step)
 
 
 def _of_sum(ar: Any, p: Any, q: Any, step: Any, **parameters: Any) -> tuple[Any, Any, Any]:
-    """A row's value, and its derivatives by log p and log q."""
+    """A row's value, and its derivatives with respect to log p and log q."""
     of = Definitions(ar.mp).renyi_div(p, q, **parameters)
     total = sum(map(of.term, p, q))
     by_sum = (of.of_sum(total * (1 + step)) - of.of_sum(total * (1 - step))) / (2 * step * total)
@@ -170,10 +171,10 @@ def exact(
     operation: str, x: Any, y: Any, space: Any = "probs", temperature: float = 1.0, cotangent: Any = None,
     digits: int = 90, **parameters: Any,
 ) -> Answer:  # fmt: skip
-    """Of rows of numbers, shape (rows, n); with `cotangent` the derivatives of the sums of cotangent * terms.
+    """For rows of numbers, shape (rows, n); with `cotangent` the derivatives of the sums of cotangent * terms.
 
-    A zero is as good as a limit. The derivative by a probability that is 0 is left to others, and the one by a
-    probability below 1e-25 takes as many digits more.
+    A zero is replaced by a number as good as a limit. The derivative with respect to a probability of 0 is tested
+    elsewhere; with respect to a probability below 1e-25 it takes as many digits more.
     """
     ar = _digits(digits)
     sx, sy = (space, space) if isinstance(space, str) else space
@@ -196,7 +197,7 @@ def exact(
 
     terms = np.frompyfunc(of, 2, 1)(p, q)
     dx, dy = _by_logs(np.frompyfunc(of, 2, 1), p, q, step)
-    if operation == "tv_dist":  # of no derivative where both agree, klcore says 0
+    if operation == "tv_dist":  # where both are equal there is no derivative, and klcore returns 0
         dx, dy = (np.where(p == q, ar.mp.mpf(0), d) for d in (dx, dy))
     value = ar.double(ar.sum(terms))[..., 0]
     slope = ar.double(ar.sum(abs(dx) + abs(dy)))[..., 0]
@@ -244,7 +245,7 @@ def _of_listed(
     dy = _through(ar, by_all, y, all_q, sy, temperature)
 
     listed = np.full(len(x), ar.mp.mpf(0))
-    for k in range(len(classes)):  # the term of duplicates stands where the largest number does
+    for k in range(len(classes)):  # the term of duplicates is at the largest number
         listed[max(given[at == k], key=lambda i: (x[i], i))] = terms[k]
     listed = listed if tail == "renorm" else np.append(listed, terms[-1] if kept else 0)
     logs = max((abs(ar.mp.log(v)) for v in (*p, *q) if v > _least(ar)), default=0)
@@ -255,7 +256,7 @@ def top_k(
     operation: str, x: Any, y: Any, indices: Any, tail: str, tail_mass: Any = None, space: Any = "probs",
     temperature: float = 1.0, digits: int = 50, **parameters: Any,
 ) -> OfTopK:  # fmt: skip
-    """Of rows of numbers x, shape (rows, K), at `indices`, and y, shape (rows, n)."""
+    """For rows of numbers x, shape (rows, K), at `indices`, and y, shape (rows, n)."""
     ar = _digits(digits)
     x, y = (np.asarray(v).astype(np.float64) for v in (x, y))
     space = (space, space) if isinstance(space, str) else space

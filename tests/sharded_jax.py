@@ -1,6 +1,6 @@
-"""JAX arrays that are sharded over four devices; run by test_jax_sharded.py, in a process that has them.
+"""JAX arrays that are sharded over four devices; run by test_jax_sharded.py, in a process that has four devices.
 
-Every device computes its own rows, and sees no other's; where the classes are sharded it sees what the others' leave.
+Every device computes only its own rows; if the classes are sharded, it also sees the states of the other devices.
 """
 
 import re
@@ -21,13 +21,13 @@ from klcore.operations import LOSSES, OPERATIONS
 
 MESH = jax.make_mesh((2, 2), ("a", "b"), axis_types=(AxisType.Auto,) * 2)
 ROWS, SOME_ROWS, CLASSES, BOTH = P(("a", "b")), P("b"), P(None, ("a", "b")), P("a", "b")
-CHUNKS = 4 * 1024  # classes: a chunk a device at least
+CHUNKS = 4 * 1024  # classes: at least one chunk per device
 EACH = [*((name, "row") for name in OPERATIONS), *(("kl_div", r) for r in ("none", "sum", "rowmean", "batchmean"))]
 
 
 @pytest.fixture(params=["shardy", "gspmd"])
 def partitioner(request):
-    """JAX' two; the second goes away."""
+    """JAX's two partitioners; one of them is going away."""
     if not hasattr(jax.config, "jax_use_shardy_partitioner"):
         pytest.skip("JAX has one partitioner")
     jax.config.update("jax_use_shardy_partitioner", request.param == "shardy")
@@ -39,7 +39,7 @@ def partitioner(request):
 
 @pytest.fixture
 def shapes(monkeypatch):
-    """Those of what the engine is handed."""
+    """The shapes of what the engine receives."""
     seen = []
     for name in ("compute", "states"):
         original = getattr(cpu, name)
@@ -53,7 +53,7 @@ def shapes(monkeypatch):
 
 
 def put(a, spec):
-    """Where an axis is broadcast, it is not split."""
+    """A broadcast axis is not split."""
     spec = (*spec, *[None] * a.ndim)[: a.ndim]
     return jax.device_put(
         a, NamedSharding(MESH, P(*(s if n > 1 else None for s, n in zip(spec, a.shape, strict=True))))
@@ -76,7 +76,7 @@ def same(found, expected, of=slice(None)):
 
 
 def close(found, expected):
-    """Sums of what the devices add, of float32."""
+    """Within the error of sums over the devices, in float32."""
     for f, e in zip(found, expected, strict=True):
         scale = np.abs(e).max(initial=0, where=np.isfinite(e))
         np.testing.assert_allclose(f, e, rtol=1e-6, atol=1e-6 * scale)
@@ -88,7 +88,7 @@ def close(found, expected):
 @pytest.mark.usefixtures("partitioner")
 @pytest.mark.parametrize("reduction", ["row", "none", "sum"])
 def test_every_device_computes_its_own_rows(reduction, shapes):
-    """Value and gradients, without a word to the others but the sum of a total; and the results stay where they are."""
+    """Value and gradients, without communication except for the sum of a total; and the results stay where they are."""
     x, y = arguments(("logits", "logits"), (8, 50))
     a, b = put(x, ROWS), put(y, ROWS)
     options = {"space": "logits", "reduction": reduction, "return_grad": ("x", "y")}
@@ -111,7 +111,7 @@ def test_every_device_computes_its_own_rows(reduction, shapes):
 
 @pytest.mark.parametrize(("operation", "reduction"), EACH)
 def test_rows_of_all_operations(operation, reduction):
-    """Where one side is sharded otherwise, and one is not; with weights."""
+    """One side sharded differently, or not at all; with weights."""
     space = ("logits", "logits") if OPERATIONS[operation].single else ("counts", "logits")
     x, y = arguments(space, (8, 50))
     w = np.arange(8, dtype=np.float32)
@@ -136,14 +136,14 @@ def test_an_operand_that_rows_share(shape, dtype):
 
 
 def test_batches_that_do_not_divide():
-    """Are computed whole, by every device."""
+    """They are computed whole, by every device."""
     x, y = arguments(("logits", "logits"), (6, 50))
     f = jax.jit(lambda a, b: klcore.kl_div(a[1:], b[1:], space="logits"))
     np.testing.assert_array_equal(f(put(x, P("a")), put(y, P("a"))), klcore.kl_div(x[1:], y[1:], space="logits"))
 
 
 def test_vmap_of_what_is_sharded(shapes):
-    """Over examples that devices have, over rows, and with an operand and temperatures of which each has all."""
+    """Over examples that are sharded, over rows, and with an operand and temperatures that are replicated."""
     x, y = arguments(("logits", "logits"), (8, 4, 50), (4, 50))
     t = np.linspace(0.5, 2, 8, dtype=np.float32)
 
@@ -164,7 +164,8 @@ def test_vmap_of_what_is_sharded(shapes):
 
 @pytest.mark.parametrize("term", LOSSES)
 def test_losses(term):
-    """Of other systems; with factors, which are sharded as well, and an operand that is broadcast over the classes."""
+    """Losses of other systems, with factors, which are sharded as well, and an operand that is broadcast over the
+    classes."""
     space = LOSSES[term].pairs[0]
     x, y = arguments(space, (8, 52), (8, 1))
     factors = np.random.default_rng(2).normal(size=(8, 1)).astype(np.float32)
@@ -191,7 +192,8 @@ def test_estimators():
 
 @pytest.mark.parametrize(("operation", "reduction"), EACH)
 def test_sharded_classes_exchange_states(operation, reduction, shapes):
-    """The bits of unsharded ones, where every shard holds whole chunks; but a total is the sum of what devices have."""
+    """The bits of unsharded classes, if every shard holds whole chunks; only a total is the sum of the devices'
+    totals."""
     space = ("logits", "logits")
     x, y = arguments(space, (4, CHUNKS))
     w = np.arange(4, dtype=np.float32)
@@ -211,8 +213,8 @@ def test_sharded_classes_exchange_states(operation, reduction, shapes):
 @pytest.mark.usefixtures("partitioner")
 @pytest.mark.parametrize(("classes", "chunks"), [(CHUNKS, 1), (2 * CHUNKS, 2), (CHUNKS + 4, 1), (300, 1)])
 def test_bytes_that_are_exchanged(classes, chunks):
-    """Nine doubles of a row of logits: for every 1024 classes where chunks are whole, else for a device's. No more for
-    the gradients."""
+    """Nine doubles per row of logits: for every 1024 classes if chunks are whole, else for each device. No more for the
+    gradients."""
     x, y = (put(a, CLASSES) for a in arguments(("logits", "logits"), (4, classes)))
     for f in (
         lambda a, b: klcore.kl_div(a, b, space="logits"),
@@ -224,7 +226,7 @@ def test_bytes_that_are_exchanged(classes, chunks):
 @pytest.mark.parametrize("space", [("probs", "probs"), ("logits", "probs"), ("counts", "log_probs")], ids=str)
 @pytest.mark.parametrize("reduction", ["row", "none", "sum"])
 def test_sharded_classes_of_any_number(space, reduction):
-    """Differentiated by JAX; classes in front; shards that hold no whole chunks: within rounding."""
+    """Differentiated by JAX; with the classes first; and shards that do not hold whole chunks: within rounding."""
     x, y = arguments(space, (3, 4, 1200), (4, 1200))
     c = np.random.default_rng(3).normal(size=(3, 4)).astype(np.float32)
 
@@ -241,7 +243,7 @@ def test_sharded_classes_of_any_number(space, reduction):
 
 
 def test_a_temperature_for_each_row():
-    """And the derivative by it, which devices that share a row add up."""
+    """And the derivative with respect to it, which devices that share a row add up."""
     x, y = arguments(("logits", "logits"), (8, CHUNKS))
     t = np.linspace(0.5, 2, 8, dtype=np.float32)
 
@@ -257,7 +259,7 @@ def test_a_temperature_for_each_row():
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_sharded_classes_of_16_bits(dtype):
-    """A loss scale in the cotangent."""
+    """With a loss scale in the cotangent."""
     x, y = (jnp.asarray(a).astype(dtype) for a in arguments(("logits", "logits"), (4, 1200)))
     g = jax.grad(lambda a, b: 1024 * klcore.kl_div(a, b, space="logits", reduction="mean"), (0, 1))
     for found, expected in zip(jax.jit(g)(put(x, BOTH), put(y, BOTH)), g(x, y), strict=True):
@@ -289,7 +291,7 @@ def listing(count=8, n=40, rows=8):
 @pytest.mark.usefixtures("partitioner")
 @pytest.mark.parametrize(("reduction", "count"), [("row", 8), ("none", 40), ("rowmean", 8)])
 def test_lists_of_classes(reduction, count, shapes):
-    """Every device computes its own rows, and no other's; classes that are sharded are gathered."""
+    """Every device computes only its own rows; sharded classes are gathered."""
     x, y, indices = listing(count)
     w = np.arange(8, dtype=np.float32)
 
@@ -312,7 +314,7 @@ def test_lists_of_classes(reduction, count, shapes):
 
 
 def test_lists_that_rows_share():
-    """In shard_map, under vmap, on a mesh whose axes are explicit; a list and an operand that all devices have."""
+    """In shard_map, under vmap, on a mesh with explicit axes; a list and an operand that are replicated."""
     x, y, indices = listing()
 
     def f(x, y, i):
@@ -332,7 +334,7 @@ def test_lists_that_rows_share():
 
 
 def test_lists_that_are_wrong():
-    """Make NaN, where compiled code finds them."""
+    """They give NaN if compiled code finds them."""
     x, y, indices = listing()
     indices[5, 0] = 40
     found = jax.jit(partial(klcore.kl_div, tail="bucket"))(
@@ -342,7 +344,7 @@ def test_lists_that_are_wrong():
     assert np.isfinite(found[:4]).all()
 
 
-# ---- meshes whose axes types show, and by hand -----------------------------------------------------------------------
+# ---- meshes with explicit and manual axes ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("spec", [ROWS, BOTH], ids=str)
@@ -363,7 +365,7 @@ def test_explicit_axes(spec):
 @pytest.mark.parametrize("where", ["inside", "outside"])
 @pytest.mark.parametrize("operation", OPERATIONS)
 def test_gradients_in_and_around_shard_map(operation, where):
-    """With its checks, and an operand that all devices share."""
+    """With its checks, and an operand that is replicated."""
     space = ("logits", "logits") if OPERATIONS[operation].single else ("probs", "logits")
     x, y = arguments(space, (8, 50), (50,))
 
@@ -404,7 +406,7 @@ def test_shard_map_untraced_with_vmap_and_temperatures():
 
 
 def test_one_device_of_several():
-    """A call of arrays that one device has is not split."""
+    """A call on arrays that lie on one device is not split."""
     second = jax.devices()[1]
     x, y = (jax.device_put(a, second) for a in arguments(("probs", "probs")))
     found = klcore.kl_div(x, y)
@@ -415,7 +417,7 @@ def test_one_device_of_several():
 @pytest.mark.parametrize("spec", [ROWS, CLASSES, BOTH], ids=str)
 @pytest.mark.parametrize("name", ["weights", "temperature"])
 def test_numbers_that_are_wrong(name, spec):
-    """Make NaN, as on a GPU: a device that raised would leave the others waiting for it."""
+    """They give NaN, as on a GPU: a device that raised would leave the others waiting for it."""
     x, y = arguments(("logits", "logits"), (8, CHUNKS))
     bad = put(np.array([1, 1, 1, 1, 1, 1, -1, 1], np.float32), P(*spec[:1]))
 
@@ -430,7 +432,7 @@ def test_numbers_that_are_wrong(name, spec):
 
 
 def test_weights_that_are_wrong_untraced():
-    """Are looked at before."""
+    """They are checked first."""
     x = put(np.ones((8, 3), np.float32), ROWS)
     with pytest.raises(ValueError, match="weights must be finite and >= 0"):
         klcore.kl_div(x, x, weights=put(-np.ones(8, np.float32), ROWS))

@@ -23,7 +23,7 @@ FUNCTIONS = ("log", "exp", "log1p", "expm1")
 # ---- elementary functions --------------------------------------------------------------------------------------------
 
 BLOCK = 1 << 16  # inputs at a time: everything stays in the second-level cache
-# (first, last) bits of float32 -> the one result there, None for x itself, where there is nothing to approximate
+# (first, last) bits of float32 -> the single result there, or None for x itself, where there is nothing to approximate
 TINY = [(0x00000000, 0x307FFFFF), (0x80000000, 0xB07FFFFF)]  # |x| < 2^-30
 ONE_RESULT = {
     "log": [(0x80000001, 0xFFFFFFFF, np.nan)],  # negative numbers and NaN
@@ -37,7 +37,7 @@ def check_blocks(function, firsts):
     """The largest error in ulp over the inputs with the bits first ... first + BLOCK - 1, for each first."""
     count = np.arange(BLOCK, dtype=np.uint32)
     bits, got = np.empty_like(count), np.empty(BLOCK, np.float32)
-    exact, error, ulp = np.empty((3, BLOCK))  # kept: allocating them anew would take longer than computing
+    exact, error, ulp = np.empty((3, BLOCK))  # kept: allocating them again would take longer than computing
     x, worst = bits.view(np.float32), 0.0
     for first in firsts:
         np.add(count, np.uint32(first), out=bits)
@@ -62,7 +62,7 @@ def check_blocks(function, firsts):
             np.maximum(np.multiply(ulp, 2.0**-23, out=ulp), 2.0**-149, out=ulp)
             np.divide(error, ulp, out=error)
         error[special] = 0
-        worst = np.maximum(worst, error.max())  # NaN stays
+        worst = np.maximum(worst, error.max())  # NaN propagates
     return worst
 
 
@@ -73,11 +73,11 @@ def test_every_float32(function):
         worst = list(pool.map(lambda k: check_blocks(function, range(k * BLOCK, 1 << 32, parts * BLOCK)), range(parts)))
     # NumPy's float64 functions are good to 2^-50
     bound = oracle.TOLERANCES["elementary", "float32"] + 2.0**-20
-    assert all(w <= bound for w in worst), worst  # not of `max`, which may pass over NaN
+    assert all(w <= bound for w in worst), worst  # not of `max`, which may ignore NaN
 
 
 def hard_cases(function):
-    """float64 inputs where such functions go wrong."""
+    """float64 inputs at which such functions tend to fail."""
     rng = np.random.default_rng(1)
     spread = np.concatenate([[0.0], 2.0 ** rng.uniform(-60, 0, 150)])
     signs = rng.choice([-1.0, 1.0], 300)
@@ -158,14 +158,14 @@ def pairs_of(n, target, shape, rows=2):
 
 
 def stacked(n, choices):
-    """`pairs_of` for each (target, shape), one below the other, and each row's target."""
+    """`pairs_of` for each (target, shape), concatenated, and each row's target."""
     rows = 2 if n < 2000 else 1
     x, y = (np.concatenate(side) for side in zip(*(pairs_of(n, *choice, rows) for choice in choices), strict=True))
     return x, y, np.repeat([target for target, _ in choices], rows)
 
 
 def choices_for(n, targets):
-    """Every target with every shape; of long rows, which take the oracle long, with one of them."""
+    """Every target with every shape; long rows, which are slow for the oracle, with one of them."""
     if n > 2000:
         return [(target, "flat" if target < 1 else "peaked") for target in targets]
     return list(itertools.product(targets, SHAPES))
@@ -193,7 +193,7 @@ def test_kl_of_any_size(n, space, temperature, dtype):
         targets = targets[dtype == "float32" :: 2]
     a, b, target = stacked(n, choices_for(n, targets))
     factor = np.ones((len(a), 1))
-    if space == "probs":  # as probabilities of float32 the largest ones only of masses beyond 1
+    if space == "probs":  # as probabilities of float32, only the largest come from masses above 1
         far = target > 50
         factor[far], b[far] = 40.0, np.maximum(b[far], b[far].max(axis=-1, keepdims=True) - 30)
     x, y = into(a * temperature, space, dtype, factor), into(b * temperature, space, dtype, factor)
@@ -217,7 +217,7 @@ def test_offsets_temperatures_and_masks(operation, n, count, temperature, dtype)
     options = {"space": "logits", "temperature": temperature}
     value, dx, dy = getattr(klcore, operation)(x, y, return_grad=("x", "y"), **options)
     terms = getattr(klcore, operation)(x, y, reduction="none", **options)
-    assert (value[plain] >= 0).all()  # NaN is not
+    assert (value[plain] >= 0).all()  # false for NaN
     for result in (dx, dy, terms):
         assert not np.isnan(result[plain].astype(np.float64)).any()
     within = ~(ranges.beyond(x) | ranges.beyond(y))  # of pairs of doubles
@@ -252,7 +252,7 @@ def test_cross_entropy_of_such_rows(operation, space, n, count, temperature, dty
     terms = call(operation, x, y, space, reduction="none", **options)
     with np.errstate(over="ignore", invalid="ignore"):
         true = oracle.fast(operation, x, y, space, temperature)
-    # not gradients that leave float32, nor those of probabilities below the range of pairs of doubles
+    # except gradients that leave float32, and gradients of probabilities below the range of pairs of doubles
     kept = ranges.promised(a, b, temperature, true.value)
     kept &= (np.abs(np.stack([true.dx, true.dy])) < 1e30).all(axis=(0, -1))
     results = dict(zip(("value", "terms", "dx", "dy"), (value, terms, *grads), strict=False))
@@ -260,7 +260,7 @@ def test_cross_entropy_of_such_rows(operation, space, n, count, temperature, dty
 
 
 LOWEST = -3.4028234663852886e38
-# (x, y, temperature, dtype) that once were wrong: offsets so far apart that no two numbers hold their difference
+# (x, y, temperature, dtype) that failed in the past: offsets too far apart for their difference to fit two numbers
 HARD = {
     "float32, 1e7 and 7e17": ([9847887.0, 9847881.0], [6.6e17, 6.6e17], 0.33333993304822335, "float32"),
     "float32, y masked throughout": ([549961.1875, 549961.0], [LOWEST, LOWEST], 0.0248284128, "float32"),
@@ -305,7 +305,8 @@ def test_what_overflows_is_not_excluded(operation, pair):
 @pytest.mark.parametrize("space_x", ["probs", "log_probs"])
 @pytest.mark.parametrize("operation", RATIOS)
 def test_a_log_probability_that_overflows_float32(operation, space_x, n):
-    """At a temperature below 1 a mask of the lowest number does; a teacher that holds little of it makes it count."""
+    """A mask of the lowest number overflows at a temperature below 1; it matters to a teacher that gives it some
+    mass."""
     rng = np.random.default_rng(n)
     a, b = rng.normal(size=(2, 6, n))
     a[:, 1] = [-20, -40, -60, -80, -86, -np.inf]
@@ -335,7 +336,7 @@ LOGS = [p for p in oracle.PAIRS if "probs" not in p and p != ("logits", "logits"
 @pytest.mark.parametrize("pair", [("probs", "logits"), *LOGS])
 @pytest.mark.parametrize("operation", RATIOS)
 def test_a_class_at_the_end_of_float32(operation, pair, top, temperature, n):
-    """Less the largest logit it overflows; or its share of x does not make a term out of range."""
+    """Minus the largest logit it overflows; or its share of x brings a term back into range."""
     if "logits" not in pair:
         temperature = 1.0
     lowest = np.finfo("float32").min
@@ -412,7 +413,7 @@ def test_scattered(operation, space, n, possible, spread, dtype):
     oracle.assert_answer({"value": value, "dx": dx, "dy": dy}, true, operation, space)
 
 
-MIXED = [(op, pair) for op, pair in ALL if op != "kl_div" or pair[0] != pair[1]]  # the others than the above
+MIXED = [(op, pair) for op, pair in ALL if op != "kl_div" or pair[0] != pair[1]]  # all others than those above
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
@@ -434,7 +435,7 @@ def test_other_operations_and_pairs(operation, space, n, dtype):
 @pytest.mark.parametrize("n", [2, 10, 1000, 1025])
 @pytest.mark.parametrize(("operation", "space"), MIXED + [("kl_div", (s, s)) for s in oracle.SPACES])
 def test_sixteen_bits(operation, space, n, dtype):
-    """Inputs are widened exactly: values are as good as those of the same numbers in float32."""
+    """Inputs are widened exactly: values are as accurate as for the same numbers in float32."""
     dtype = np.dtype(getattr(ml_dtypes, dtype, dtype))
     a, b, _ = stacked(n, [(target, "flat") for target in (1e-6, 1e-3, 1.0, 30.0)])
     x, y = into(a, space[0], dtype), into(b, space[1], dtype)
@@ -463,7 +464,7 @@ def test_every_number_of_sixteen_bits_is_widened_exactly(dtype):
 @pytest.mark.parametrize("space", oracle.SPACES)
 @pytest.mark.parametrize("operation", [name for name, d in oracle.DEFINITIONS.items() if d.cost])
 def test_nearly_one_hot(operation, space, n, rest, dtype):
-    """-log p of a p next to 1 is small; whoever computes it as a difference of large logits loses it."""
+    """-log p of a p close to 1 is small; computed as a difference of large logits it would be lost."""
     z = np.random.default_rng(n).normal(size=(3, n)) + np.log(rest / n)
     z[[0, 1, 2], [0, n // 2, n - 1]] = 0
     for offset in (0.0, 25.0) if space == "logits" else (0.0,):
@@ -475,7 +476,7 @@ def test_nearly_one_hot(operation, space, n, rest, dtype):
 @pytest.mark.parametrize("n", [1 << 10, 1 << 16, 1 << 20, (1 << 20) + 1])
 @pytest.mark.parametrize("order", ["mixed", "ascending", "descending"])
 def test_sums_of_long_rows(n, order):
-    """A row's sum in float32 is good to 2 ulp for any length; with x = 0 the terms of kl_div are y itself."""
+    """A row's sum in float32 is accurate to 2 ulp for any length; with x = 0 the terms of kl_div are y itself."""
     y = np.exp(3 * np.random.default_rng(n).normal(size=n)).astype(np.float32)
     y = {"mixed": y, "ascending": np.sort(y), "descending": np.sort(y)[::-1].copy()}[order]
     true = np.sum(y.astype(np.longdouble))
@@ -496,7 +497,7 @@ def magnitudes(rng, shape, dtype, signs=(1,)):
 
 
 def anywhere(space, dtype, rows, n):
-    """Pairs of rows from the whole range. Where both are of one space, half of their classes are close together."""
+    """Pairs of rows from the whole range. If both are in one space, half of their classes are close together."""
     rng = np.random.default_rng(n)
     most = float(np.finfo(dtype).max)
 
@@ -504,7 +505,8 @@ def anywhere(space, dtype, rows, n):
         m = magnitudes(rng, (rows, n), dtype)
         if space == "probs":
             return m
-        # where exponentials are neither 0 nor infinite, or nearly so; and others, of any size that is felt beside 1
+        # in the range where exponentials are neither 0 nor infinite, or nearly so; and others, of any size that matters
+        # beside 1
         near = rng.uniform(-1.3 * np.log(most), 1.1 * np.log(most), (rows, n))
         return np.where(rng.random((rows, n)) < 0.7, near, -m.clip(1e-40)).astype(dtype)
 
@@ -523,8 +525,8 @@ def anywhere(space, dtype, rows, n):
     [(op, pair) for op, pair in [*MIXED, *(("kl_div", (s, s)) for s in oracle.SPACES)] if "logits" not in pair],
 )
 def test_the_whole_range(operation, space, dtype):
-    """The bounds hold for all numbers that a dtype has; for subnormal results, to a few units there. Term by term, with
-    gradients; and sums of a few, wherever they and their terms are in range."""
+    """The bounds hold for all numbers of a dtype; for subnormal results, to a few units. Checked term by term, with
+    gradients; and for sums of a few, wherever they and their terms are in range."""
     about = np.finfo(dtype)
     for rows, n in ((300, 1), (30, 7)):
         x, y = anywhere(space, dtype, rows, n)
@@ -540,7 +542,7 @@ def test_the_whole_range(operation, space, dtype):
                 expected = np.where(np.abs(expected) > about.max, np.copysign(np.inf, expected), expected)
             kept = in_range if n > 1 else slice(None)
             own = np.where(np.isfinite(expected), np.abs(expected), 0.0).reshape(rows, -1).sum(axis=-1)
-            # of a size that has left the range of doubles there remains the answer's, and logarithms of up to 1500
+            # a size outside the range of doubles is replaced by the answer's, and by logarithms of up to 1500
             size = np.where(size > 0, size, 2048 * own.clip(max=2.0**1000))
             size = size + 4 * n * float(about.smallest_subnormal) / bounds[0]
             oracle.assert_close(got[kept], expected[kept], size[kept], bounds, f"{name} of {operation} in {space}")
@@ -574,7 +576,7 @@ def masked_from(start, value, a=FLAT):
     return np.where(np.arange(a.size) < start, a, value)
 
 
-APART = {  # rows of which a whole chunk lies far below the rest, on one side or both
+APART = {  # rows in which a whole chunk is far below the rest, on one side or both
     "x masked, y flat": (masked_from(1024, -1e9), FLAT),
     "x masked, y noise": (masked_from(1024, -1e9, NOISE), NOISE[::-1]),
     "y masked": (NOISE, masked_from(1024, -1e4)),
@@ -591,7 +593,7 @@ def test_chunks_far_apart(case, dtype):
     true = oracle.exact("kl_div", x, y, "logits")
     value, dx, dy = klcore.kl_div(x, y, space="logits", return_grad=("x", "y"))
     oracle.assert_answer({"value": value, "dx": dx, "dy": dy}, true, "kl_div", ("logits", "logits"))
-    for low in (LOWEST[dtype], LOWEST[dtype] / 2):  # as good as any other mask
+    for low in (LOWEST[dtype], LOWEST[dtype] / 2):  # like any other mask
         masked = np.where(x < -1e8, low, x).astype(dtype)
         if case.startswith("x masked"):
             found = klcore.kl_div(masked, y, space="logits", return_grad="y")[1]
@@ -604,7 +606,8 @@ def test_chunks_far_apart(case, dtype):
     [(3.4e38, 10.0, "float32"), (3e31, 1.0, "float32"), (1e299, 1.0, "float64")],
 )
 def test_differences_that_overflow(n, top, temperature, dtype):
-    """x excludes, by the lowest number, the class that y has most of: KL is about its distance from the others."""
+    """x excludes, by the lowest number, the class in which y has most mass: KL is about its distance from the
+    others."""
     x, y = np.zeros((5, n), dtype), np.zeros((5, n), dtype)
     x[:, 0], y[:, 0] = LOWEST[dtype], top
     value, dy = klcore.kl_div(x, y, space="logits", temperature=temperature, return_grad="y")
@@ -617,7 +620,7 @@ def test_differences_that_overflow(n, top, temperature, dtype):
 @pytest.mark.parametrize("n", [3, 1025, 5000])
 @pytest.mark.parametrize(("high", "low"), [(707.5, 0.0), (740.0, 0.0), (88.0, 0.0), (1.0, 0.9), (1.0, -1e-8)])
 def test_equal_rows_with_far_chunks(high, low, n, dtype):
-    """Whatever the distance of the first class from the others, up to nearly all of the range."""
+    """For every distance of the first class from the others, up to nearly the whole range."""
     limit = -LOWEST[dtype] if high == 1.0 else 1.0
     x = np.full(n, -low * limit, dtype)
     x[0] = high * limit

@@ -1,4 +1,4 @@
-"""Who may import whom, what an import costs, one place for the formulas, and what is shipped."""
+"""Which module may import which, what an import costs, that formulas are in one place, and what is shipped."""
 
 import ast
 import importlib
@@ -19,25 +19,25 @@ PACKAGE = pathlib.Path(klcore.__file__).parent
 REPOSITORY = pathlib.Path(__file__).resolve().parents[1]
 SOURCES = importlib.resources.files("klcore._src")
 OPERATIONS = tuple(operations.OPERATIONS)
-# the attribute klcore.backends is the public function, so modules are asked for by name
+# the attribute klcore.backends is the public function, so the module is imported by name
 BACKENDS = sorted(klcore.list_backends().values())
 
 # ---- imports ---------------------------------------------------------------------------------------------------------
 
-STANDARD = set(sys.stdlib_module_names) | {"typing_extensions"}  # for type checkers: see what an import brings
+STANDARD = set(sys.stdlib_module_names) | {"typing_extensions"}  # for type checkers: see what an import loads
 REGISTRY_ERROR = "klcore.backends:BackendUnavailableError"  # an exception has to be defined above those who raise it
-# the room of a module (the first pattern that matches) -> what it may import, beside the standard library
+# module (the first pattern that matches) -> what it may import, besides the standard library
 ROOMS = {
     r"klcore": {
         "klcore.divergence", "klcore.estimate", "klcore.family", "klcore.backends", "klcore.backends.threads",
         "klcore.config", "klcore.shard", "klcore.summary", "klcore.version",
     },
-    # the parameters of a function are that function's to understand
+    # the parameters of a function are only that function's concern
     r"klcore\.shard": {
         "numpy", "klcore.backends:Unevaluated", "klcore.backends.cpu", "klcore.backends.parts", "klcore.divergence",
         "klcore.family", "klcore.operations", "klcore.parameters", "klcore.typing",
     },
-    # within a function: what makes a summary of dask's arrays lazy
+    # within a function: it makes a summary of dask arrays lazy
     r"klcore\.summary": {
         "numpy", "klcore.backends.host", "klcore.backends.dask", "klcore.parameters", "klcore.normal",
     },
@@ -49,7 +49,7 @@ ROOMS = {
     r"klcore\.(version|exact|normal)": set(),
     r"klcore\.parameters": {"numpy"},
     r"klcore\.__main__": {"klcore.config", "klcore.selftest", "klcore.compare.command"},
-    # klcore compare, which stands above the public functions; libraries of files and pictures within functions
+    # klcore compare, which uses only the public functions; libraries for files and plots within functions
     r"klcore\.compare(\.errors)?": set(),
     r"klcore\.compare\.files": {"numpy", "safetensors", "ml_dtypes", "klcore.compare.errors"},
     r"klcore\.compare\.llama": {"numpy", "klcore.compare.errors", "klcore.compare.files"},
@@ -103,7 +103,7 @@ ROOMS = {
         "numpy", "klcore._cpu", "klcore.backends.rows", "klcore.backends.sparse", "klcore.backends.threads",
         "klcore.operations",
     },
-    r"klcore\.backends\.cuda\.nvrtc": {"cuda", "klcore._src", REGISTRY_ERROR},  # compiles where there is no CuPy
+    r"klcore\.backends\.cuda\.nvrtc": {"cuda", "klcore._src", REGISTRY_ERROR},  # compiles without CuPy
     r"klcore\.backends\.cuda\.devices": {
         "numpy", "cupy", "klcore.backends.rows", "klcore.backends.cuda.nvrtc", REGISTRY_ERROR,
     },
@@ -194,7 +194,7 @@ ROOMS = {
     r"klcore\.compat": {"klcore.compat"},
     r"klcore\.compat\._arguments": {"numpy", "klcore.backends.rows", "klcore.parameters"},
     r"klcore\.compat\.rtorch": {"klcore.compat._arguments", "klcore.compat.pytorch"},  # one library in R as well
-    # a library is named for type checkers alone: see what an import of it brings
+    # a library is named only for type checkers: see what importing it loads
     r"klcore\.compat\.keras\.registration": set(),
     r"klcore\.compat\.keras\.tensorflow": {"tensorflow", "klcore.compat._arguments"},  # within functions
     r"klcore\.compat\.keras\.arguments": {
@@ -233,7 +233,7 @@ def is_module(name):
 
 
 def imported(path):
-    """What a file imports, as `module` or `module:name`, anywhere in it, import_module("...") included."""
+    """What a file imports, as `module` or `module:name`, anywhere in the file, import_module("...") included."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -260,7 +260,7 @@ def allowed(module, edge):
 
 def test_imports_run_one_way():
     edges = {(module, edge) for module, path in modules() for edge in imported(path)}
-    assert ("klcore.divergence", "klcore.backends:find") in edges  # the parser sees something
+    assert ("klcore.divergence", "klcore.backends:find") in edges  # the parser finds something
     assert ("klcore.backends.cpu", "klcore._cpu") in edges
     assert sorted(edge for edge in edges if not allowed(*edge)) == []
 
@@ -329,7 +329,7 @@ print(json.dumps([sorted(after_import), sorted(set(sys.modules) - before)]))
 
 
 def test_other_processes_find_what_this_one_finds(python, tmp_path, monkeypatch):
-    """Where tests are started there may be sources of klcore without what is built of them."""
+    """Tests may be started where there are sources of klcore without the built extension."""
     (tmp_path / "klcore.py").write_text("raise ImportError('another klcore')")
     monkeypatch.chdir(tmp_path)
     found = python("import klcore, klcore._cpu; print(klcore.__file__, klcore._cpu.__file__)").split()
@@ -337,7 +337,7 @@ def test_other_processes_find_what_this_one_finds(python, tmp_path, monkeypatch)
 
 
 def test_import_leaves_subnormal_numbers_alone(python):
-    """A library linked with fast-math turns them off for the whole process."""
+    """A library linked with fast-math disables them for the whole process."""
     code = "import numpy as np, klcore; klcore.kl_div([1.0], [1.0]); print(np.float32(1e-45) * np.float32(1) > 0)"
     assert python(code).strip() == "True"
 
@@ -406,7 +406,7 @@ CODE = {name: without_comments(name, text) for name, text in native().items()}
 
 @pytest.mark.parametrize("name", CODE)
 def test_no_elementary_function_but_our_own(name):
-    """libm's differ between machines. What is called log is kl::log, and is defined in kl_math.h."""
+    """libm differs between machines. What is called log is kl::log, defined in kl_math.h."""
     functions = "|".join(ELEMENTARY)
     foreign = rf"(?:{'|'.join(INTRINSIC)})(?:{functions})f?l?(?:_p[sd])?\s*\("
     assert re.findall(foreign, CODE[name]) == []
@@ -416,8 +416,8 @@ def test_no_elementary_function_but_our_own(name):
 
 
 def test_formulas_are_in_one_file():
-    """Terms and polynomials: whoever else needs one calls it. The terms of other systems have a file of their own, and
-    so have those of estimators; and those of the divergence's relatives, of which terms are made in one place there."""
+    """Terms and polynomials: all other files call them. The terms of other systems have a separate file, and so do the
+    estimators; the terms of the divergence's relatives are generated in one place of theirs."""
     assert re.search(r"struct Term<KL_DIV, PROBS, PROBS>[^{;]*{", CODE["kl_math.h"])
     assert len(re.findall(r"\bhorner\(", CODE["kl_math.h"])) > 4
     for name in CODE.keys() - {"kl_math.h"}:
@@ -465,7 +465,7 @@ def test_no_fast_math_in_the_build():
 
 
 def undefined_symbols(path):
-    """Names that a 64-bit ELF library takes from others."""
+    """Names that a 64-bit ELF library imports from others."""
     data = path.read_bytes()
     if data[:5] != b"\x7fELF\x02":
         pytest.skip("reads 64-bit ELF files only")
@@ -481,7 +481,7 @@ def undefined_symbols(path):
 
 
 def test_no_elementary_function_is_linked():
-    """The same of what the compiler made: it may turn a loop or a builtin into a call."""
+    """The same for the compiled code: the compiler may turn a loop or a builtin into a call."""
     found = set(undefined_symbols(pathlib.Path(_cpu.__file__)))
     assert "memcpy" in found or "malloc" in found
     named = rf"(?:__|_ZGV\w*_)?(?:{'|'.join(ELEMENTARY)})(?:f|l)?(?:_finite)?"

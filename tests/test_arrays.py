@@ -1,4 +1,4 @@
-"""Every kind of array that may come in, and what comes out: shapes, strides, dtypes, out=, memory, and errors."""
+"""Every kind of array that may be passed, and what is returned: shapes, strides, dtypes, out=, memory, and errors."""
 
 import itertools
 import sys
@@ -16,7 +16,7 @@ REDUCTIONS = ("row", "sum", "rowmean", "none", "batchmean", "mean")
 PAIR = ("x", "y")
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 
-# Those that the oracle knows: test_family.py asks for the others.
+# Those that the oracle knows; test_family.py covers the others.
 OPERATIONS = {name: operations.OPERATIONS[name] for name in oracle.OPERATIONS}
 OF_TWO = [name for name, o in OPERATIONS.items() if not o.single]
 
@@ -76,7 +76,7 @@ def test_shape_and_axis(device, operation, reduction, shape, axis):
     )
     assert np.shape(value) == np.shape(expected)
     assert value.dtype == np.float64
-    # NumPy's way is that a scalar is one, CuPy's that it is an array of no dimensions
+    # NumPy returns a scalar, CuPy an array without dimensions
     assert type(value) is (np.float64 if device.numpy and not np.ndim(expected) else device.array_type())
     close(device.get(value), expected)
     for gradient, derivative in zip(gradients, derivatives, strict=False):
@@ -147,13 +147,13 @@ def test_weights(device, operation, shape, weights_shape):
     [("probs", "float32"), ("probs", "float64"), ("logits", "float32"), (("probs", "logits"), "float32")],
 )
 def test_weights_of_any_size(device, space, dtype, reduction):
-    """A common factor of the weights multiplies value and gradients, or, in a mean weighted by row, nothing; also where
-    float32 cannot hold the weights, or float64 their sum. What is 0 stays 0."""
+    """A common factor of the weights multiplies value and gradients; in a mean weighted by row it changes nothing. Also
+    if float32 cannot hold the weights, or float64 their sum. A weight of 0 stays 0."""
     x, y = numbers((4, 8), 1, dtype), numbers((4, 8), 2, dtype)
     y[:, :2] *= 2.0**-20
     x[1] = y[1]
     x, y = device.put(x), device.put(y)
-    w = np.array([5.0, 2, 0, 9])  # so that their sum, as all denominators, is a power of two
+    w = np.array([5.0, 2, 0, 9])  # their sum is a power of two, like all denominators
     value = device.get(klcore.kl_div(x, y, space=space, reduction=reduction, weights=device.put(w)))
     units = [device.get(g) for g in klcore.kl_div(x, y, space=space, return_grad=PAIR)[1:]]
     denominator = {"rowmean": 16, "batchmean": 4, "mean": 32}.get(reduction, 1)
@@ -248,7 +248,7 @@ def unaligned(a):
 
 
 def field(a):
-    """One field of records: strides that no multiple of the item size describes."""
+    """A field of records: strides that are not a multiple of the item size."""
     records = np.zeros(a.shape, [("flag", "u1"), ("value", a.dtype), ("more", "u2")])
     records["value"] = a
     return records["value"]
@@ -327,7 +327,7 @@ def test_python_numbers_are_float64(operation, name):
 
 @pytest.mark.parametrize("operation", OF_TWO)
 def test_list_beside_float32(operation):
-    """A list is float64 wherever it stands."""
+    """A list counts as float64 in every position."""
     x = numbers((2, 3), 1, np.float32)
     value, dx, dy = call(operation, x, [0.2, 0.3, 0.5], return_grad=PAIR)
     assert (value.dtype, dx.dtype, dy.dtype) == (np.float64, np.float32, np.float64)
@@ -413,7 +413,7 @@ def test_out_of_any_strides():
 
 
 def test_out_beside_an_input_in_one_buffer():
-    """Interleaved is not overlapping."""
+    """Interleaved arrays do not overlap."""
     buffer = np.zeros((4, 12))
     x, dx = buffer[:, ::2], buffer[:, 1::2]
     x[...] = numbers((4, 6), 1)
@@ -474,19 +474,20 @@ ASKED = (("row", (), False), ("sum", PAIR, False), ("rowmean", ("y",), True), ("
 @pytest.mark.parametrize("asked", range(len(ASKED)))
 @pytest.mark.parametrize("size", range(len(SIZES)))
 def test_extra_memory(python, size, asked):
-    """Every two of a size, a space and what is asked for."""
+    """All pairs of a size, a space and a set of results."""
     (rows, n), (reduction, gradients, weighted) = SIZES[size], ASKED[asked]
     space = ("probs", "logits", ("probs", "logits"))[(size + asked) % 3]
     arguments = rows, n, space, reduction, gradients, weighted
     native, of_numpy = map(int, python(MEMORY, f"arguments(*{arguments!r})").split())
-    # what the writing sweep takes from the reading one: two rows a thread, and some padding, of rows that fit a cache
+    # what the writing sweep takes from the reading one: two rows per thread, and some padding, for rows that fit a
+    # cache
     kept = 2 * 2 * n * 4 * 1.1 if gradients and space == "logits" and n < 400_000 else 0
     assert native < 2**20 + kept
     assert of_numpy < 2**20
 
 
 MB = 2**20
-ROADS = {  # what docs/performance.md says, with two threads: of arguments, and bytes
+ROADS = {  # the limits of docs/performance.md, with two threads: arguments, and bytes
     **{
         f"{dtype} weights": (
             "(filled((10**6, 4), 1), filled((10**6, 4), 2)), "
@@ -509,12 +510,12 @@ ROADS = {  # what docs/performance.md says, with two threads: of arguments, and 
         "(filled((10**6, 10), 1), filled((10,), 2)), dict(space='logits', reduction='sum', return_grad='y')",
         MB,
     ),
-    "of logits, wide and long": (  # 8 bytes a class besides
+    "of logits, wide and long": (  # plus 8 bytes per class
         "(np.broadcast_to(filled((80_000,), 1), (5000, 80_000)), filled((80_000,), 2)), "
         "dict(space='logits', reduction='sum', return_grad='y')",
         MB + 8 * 80_000,
     ),
-    "classes first": (  # half a megabyte an array and thread
+    "classes first": (  # half a megabyte per array and thread
         "(filled((5000, 4000), 1), filled((5000, 4000), 2)), dict(axis=0, space='logits', reduction='sum')",
         MB + 2 * 2 * MB // 2,
     ),
@@ -529,7 +530,7 @@ ROADS = {  # what docs/performance.md says, with two threads: of arguments, and 
 @pytest.mark.skipif(sys.platform == "win32", reason="the resource module is missing on Windows")
 @pytest.mark.parametrize("road", ROADS)
 def test_extra_memory_by_road(python, road):
-    """Of three processes the one that took least: beside others, the system gives one more than it asks for."""
+    """The least of three processes: when it is busy, the system gives a process more memory than it requests."""
     arguments, most = ROADS[road]
     native, of_numpy = zip(*(map(int, python(MEMORY, arguments).split()) for _ in range(3)), strict=True)
     assert min(native) < most
@@ -647,7 +648,8 @@ def test_wrong_arguments(operation, x, y, keywords, error, words):
     ids=str,
 )
 def test_wrong_words_of_plain_calls(keywords, error):
-    """Without `out`, where the quick way looks at the words first and must not take what only equals a right one."""
+    """Without `out`, the fast path checks the options first, and must not accept a value that merely equals a valid
+    one."""
     (word,) = keywords
     with pytest.raises(error, match=word):
         klcore.kl_div(X, Y, **keywords)

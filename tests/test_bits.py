@@ -1,7 +1,8 @@
-"""The same bits, whatever computes them: threads, instruction set, batch, position, memory layout.
+"""The same bits regardless of threads, instruction set, batch, position and memory layout.
 
-Each test compares digests of all results; a process of its own computes those of another instruction set, by importing
-this file. The order of addition is also checked against a second implementation, written from src/kl_tree.h's comment.
+Each test compares digests of all results. Another instruction set is computed in a separate process, which imports this
+file. The order of addition is also checked against a second implementation, written from the comment of
+src/kl_tree.h.
 """
 
 import functools
@@ -27,7 +28,7 @@ DTYPES["bfloat16"] = np.dtype(ml_dtypes.bfloat16)
 SPACES = ("probs", "log_probs", "logits")
 THREADS = (1, 2, 5)
 LENGTHS = (1, 2, 15, 16, 17, 127, 128, 129, 1023, 1024, 1025, 2049)
-# above the size below which one thread does it all; the last so that five threads share a row's chunks
+# above the size below which one thread does everything; the last one so that five threads share a row's chunks
 SHARED = ((2700, 17), (360, 129), (48, 1025), (2, 20 * 1024 + 1))
 INSTRUCTION_SETS = [name for name, supported in _cpu.instruction_sets().items() if supported]
 SLOW = "generic"  # fma is a call of libm there on x86-64
@@ -38,7 +39,7 @@ SLOW = "generic"  # fma is a call of libm there on x86-64
 
 @functools.cache
 def numbers(rows, n, space, dtype, side):
-    """Rows in `space`, of eight kinds that take turns; rows 8 and 9 are no distributions at all."""
+    """Rows in `space`, of eight kinds in turn; rows 8 and 9 are not distributions."""
     shared = np.random.default_rng(n)
     z = shared.normal(size=(rows, n))
     masked = shared.random((rows, n)) < 0.3
@@ -183,12 +184,12 @@ def digest(results):
     for a in results:
         a = np.asarray(a)
         sha.update(f"{a.dtype} {a.shape} ".encode())
-        sha.update(a.tobytes())  # in C order; NaN's bits too
+        sha.update(a.tobytes())  # in C order, including the bits of NaN
     return sha.hexdigest()
 
 
 def small(operation, arrangement, dtype):
-    """Digests of small batches, one for each length and space, in one arrangement (None: contiguous rows)."""
+    """Digests of small batches, one per length and space, in one arrangement (None: contiguous rows)."""
     found = {}
     for n, space in itertools.product(LENGTHS, conftest.pairs(operation)):
         arrays = both(operation, 10, n, space, dtype)
@@ -333,13 +334,14 @@ def test_sum_over_many_rows(space, dtype):
     assert len(found) == 1
 
 
-# ---- what is asked for, beside how it is given -----------------------------------------------------------------------
+# ---- results, and how they are requested
+# ------------------------------------------------------------------------------
 
 REDUCTIONS = ("row", "sum", "rowmean", "none", "batchmean", "mean")
 AXES = {"first": 0, "middle": 1, "last": -1}
 # all combinations of these,
 ASKED = {"reduction": REDUCTIONS, "gradient": ((), ("x",), ("y",), ("x", "y")), "axis": tuple(AXES)}
-# with these dealt out as cards are, so that each comes up equally often; `out`: how given results are laid out
+# with these dealt out like cards, so that each occurs equally often; `out`: how given results are laid out
 GIVEN = {
     "size": tuple(itertools.product((1, 15, 16, 17, 300), (1, 2, 7, 128, 129, 1024, 1025, 1500, 2500))),
     "layout": (None, *LAYOUTS),
@@ -357,7 +359,7 @@ def dealt(rng, values):
 
 
 def cases(operation, seed, deals, asked=ASKED, given=GIVEN):
-    """All that can be asked of an operation, and how each is given; `deals` times where terms are asked for."""
+    """All results that an operation can return, and how each is given; `deals` times if there are terms."""
     rng = random.Random(seed)
     decks = {name: dealt(rng, values) for name, values in given.items()}
     for choice in itertools.product(*asked.values()):
@@ -365,7 +367,7 @@ def cases(operation, seed, deals, asked=ASKED, given=GIVEN):
         if not set(case["gradient"]) <= set(COMMON[operation].gradients):
             continue
         if (case["reduction"], case["axis"]) == ("batchmean", "first"):
-            continue  # it divides by the number of classes there, and by that of rows elsewhere
+            continue  # divides by the number of classes there, and by the number of rows elsewhere
         for _ in range(deals if case["reduction"] == "none" else 1):
             yield case | {name: next(deck) for name, deck in decks.items()}
 
@@ -384,8 +386,8 @@ def laid_out(a, layout):
 
 
 def assert_plain(operation, space, case, place=laid_out, get=np.asarray):
-    """What a case gives has the bits of plain calls: contiguous, the classes last, no out=; the value without
-    gradients, and each gradient beside the other."""
+    """The results of a case have the bits of plain calls: contiguous, the classes last, no out=; the value without
+    gradients, and each gradient without the other."""
     arrays, weights = rows_of(operation, space, case)
     words = {"reduction": case["reduction"], "weights": weights}
     (value,) = call(operation, arrays, space, gradient=(), **words)
@@ -454,7 +456,7 @@ def expected_everything(operation, found):
 @pytest.mark.parametrize("operation", COMMON)
 @pytest.mark.parametrize("isa", INSTRUCTION_SETS)
 def test_instruction_set(python, operation, isa):
-    """Of the one that this process computes with, the tests above have asked everything."""
+    """The tests above cover the instruction set of this process."""
     path = pathlib.Path(__file__).parent
     code = OTHER % f"everything({operation!r}, {isa in (SLOW, _cpu.instruction_set())})"
     found = json.loads(python(code, path, KLCORE_ISA=isa))
@@ -493,7 +495,7 @@ def test_order_of_addition(n):
     values = rng.normal(size=n) * 10.0 ** rng.integers(-3, 3, size=n)
     expected = tree(values)
     assert _cpu.add_up(values.copy()) == expected
-    if n > 200:  # the values are such that another order shows
+    if n > 200:  # the values are such that another order would show
         assert {np.cumsum(values)[-1], np.cumsum(values[::-1])[-1]} != {expected}
 
 
@@ -537,7 +539,7 @@ def test_sum_is_the_tree_over_terms(operation, space, dtype):
 def test_a_neighbour_that_takes_the_long_form_changes_no_bit(space, dtype):
     """log q - log p on both sides of wherever the short forms end."""
     rng = np.random.default_rng(0)
-    log_p = rng.uniform(-5, 0, (141, 200))  # rows too long to be taken several at once
+    log_p = rng.uniform(-5, 0, (141, 200))  # rows too long to be computed several at once
     log_q = log_p + np.linspace(-70, 70, 141)[:, None] + rng.uniform(-0.5, 0.5, log_p.shape)
     x, y = ((np.exp(v) if s == "probs" else v).astype(dtype) for v, s in zip((log_p, log_q), space, strict=True))
     options = {"space": space, "reduction": "none", "return_grad": ("x", "y")}
@@ -551,7 +553,7 @@ def test_a_neighbour_that_takes_the_long_form_changes_no_bit(space, dtype):
 @pytest.mark.parametrize("pair", [p for p in itertools.product(SPACES, SPACES) if "log_probs" in p])
 @pytest.mark.parametrize("operation", conftest.RATIOS)
 def test_neighbours_that_are_out_of_the_ordinary(operation, pair, n):
-    """A row beside such a one is computed by the longer form: also where results are subnormal."""
+    """Such a neighbour makes a row take the longer form: also where results are subnormal."""
     rng = np.random.default_rng(n)
     a = np.full((8, n), -86.0, "float32")
     a[:, 0] = 0

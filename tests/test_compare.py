@@ -1,6 +1,7 @@
-"""`klcore compare`: its figures beside NumPy's, llama.cpp's beside loops; its files, what it writes and refuses.
+"""`klcore compare`: its figures against NumPy's, llama.cpp's figures against loops; its files, output and errors.
 
-The oracle of figures is the textbook formula in float64; nothing here calls what is tested to know what to expect.
+The oracle for figures is the textbook formula in float64; the tests never use the code under test to know what to
+expect.
 """
 
 import importlib
@@ -41,7 +42,7 @@ def softmax(z):
 
 @pytest.fixture(scope="module")
 def pair():
-    """Logits of a base and of a quant, float32, which agree more and less; and tokens."""
+    """Float32 logits of a base and a quant that agree more in some rows than in others; and tokens."""
     rng = np.random.default_rng(0)
     x = (2 * rng.normal(size=(ROWS, VOCAB))).astype(np.float32)
     x[np.arange(ROWS), rng.integers(0, VOCAB, ROWS)] += np.linspace(0, 12, ROWS, dtype=np.float32)
@@ -58,11 +59,11 @@ def folder(pair, tmp_path, monkeypatch):
 
 
 def compare(capsys, *arguments):
-    """Exit status, what was printed, and what was said of errors."""
+    """Exit status, what was printed, and what was written to stderr."""
     capsys.readouterr()
     try:
         status = main(["compare", *map(str, arguments)])
-    except SystemExit as error:  # of argparse
+    except SystemExit as error:  # from argparse
         status = error.code
     out, err = capsys.readouterr()
     return status, out, err
@@ -82,7 +83,7 @@ def kl_of(report):
 
 
 def expected_rows(x, y, tokens, temperature=1.0):
-    """The textbook's, row by row."""
+    """The textbook's figures, row by row."""
     p, q = (softmax(a.astype(np.float64) / temperature) for a in (x, y))
     m, row, top = (p + q) / 2, np.arange(len(p)), p.argmax(1)
 
@@ -109,7 +110,7 @@ def close(found, expected):
 
 
 def assert_report(report, rows, groups=None):
-    """That the report says of rows what NumPy does."""
+    """Check that the report agrees with NumPy about these rows."""
     n = len(rows["kl"])
     for name in ("kl", "reverse_kl", "js", "tv", "base_entropy", "quant_entropy"):
         found, values = report[name], rows[name]
@@ -217,7 +218,7 @@ def test_masked_and_infinite_rows(capsys, folder, pair):
 
 
 def test_rows_that_are_no_distributions(folder, capsys):
-    """What is below 1, but does not add up to it, is compared, with a note."""
+    """Rows below 1 that do not add up to 1 are compared, with a note."""
     rng = np.random.default_rng(0)
     for name in ("base", "quant"):
         np.save(folder / f"{name}.npy", rng.uniform(0, 1, (20, 40)).astype("float32"))
@@ -248,7 +249,7 @@ def test_rows_of_nan(capsys, folder, pair):
 
 
 def test_divergences_beyond_float32(capsys, folder, pair):
-    """Of float64 logits; infinite in every figure, without a word of NumPy's."""
+    """Of float64 logits; infinite in every figure, without a NumPy warning."""
     np.save("base.npy", pair[0].astype(np.float64)), np.save("quant.npy", pair[1].astype(np.float64) * 1e300)
     report = report_of(capsys, "base.npy", "quant.npy", "--rows", "rows.npy")
     assert report["rows_infinite"] == ROWS
@@ -257,7 +258,7 @@ def test_divergences_beyond_float32(capsys, folder, pair):
 
 
 def test_a_probability_a_little_above_one(capsys, folder):
-    """As a logarithm is rounded; its entropy is then a little below 0, and a figure all the same."""
+    """Its logarithm is rounded; its entropy is then a little below 0, and still a figure."""
     z = np.full((3, 2), -200, np.float32)
     z[:, 0] = 1e-6
     np.save("base.npy", z)
@@ -334,7 +335,7 @@ DTYPES = ("float64", "float32", "float16", "bfloat16")
 
 @pytest.mark.parametrize(
     ("name", "dtype"),
-    [(n, d) for n in FILES for d in DTYPES if (n, d) != ("swapped.npy", "bfloat16")],  # of which NumPy knows no bytes
+    [(n, d) for n in FILES for d in DTYPES if (n, d) != ("swapped.npy", "bfloat16")],  # NumPy does not know its bytes
 )
 def test_what_a_file_holds(capsys, folder, pair, name, dtype):
     if dtype == "bfloat16":
@@ -350,7 +351,7 @@ def test_what_a_file_holds(capsys, folder, pair, name, dtype):
 
 
 def test_a_chunk_of_safetensors_is_read_alone(capsys, folder, pair, monkeypatch):
-    """Not the text, or the file, that it is in, as the package would for each chunk."""
+    """Only the chunk, not the whole array or file, which the package would read for each chunk."""
     save = pytest.importorskip("safetensors.numpy").save_file
     save({"logits": pair[1][None]}, "one.safetensors")
     read, plain = [], files.read_into
@@ -400,12 +401,12 @@ def llama_bytes(logits, tokens, floor=16, second=False):
     return out.getvalue()
 
 
-CHUNKS, CONTEXT = 6, 20  # of tokens; 9 rows a chunk
+CHUNKS, CONTEXT = 6, 20  # in tokens; 9 rows per chunk
 
 
 @pytest.fixture(params=[(16, 37), (24, 36), (16, 1001)], ids=str)
 def base_file(request, folder):
-    """Odd and even vocabularies, and both floors; logits that go far below these."""
+    """Odd and even vocabularies, and both floors; logits far below these."""
     floor, vocab = request.param
     rng = np.random.default_rng(1)
     n = CHUNKS * (CONTEXT - 1 - CONTEXT // 2)
@@ -430,12 +431,12 @@ def test_llama_files(capsys, folder, base_file):
     assert abs(kl_of(report) - exact.mean()) <= step * np.sqrt(2 * exact).mean() + step**2
     rows = expected_rows(z, y, targets)
     close(report["tokens"]["quant_perplexity"]["mean"], np.exp(rows["quant_nll"].mean()))
-    above = np.minimum(rows["base_nll"], -np.log(p.max(1)) + floor)  # what is below the floor reads as it
+    above = np.minimum(rows["base_nll"], -np.log(p.max(1)) + floor)  # numbers below the floor are read as the floor
     assert abs(math.log(report["tokens"]["base_perplexity"]["mean"]) - above.mean()) <= step + RELATIVE * above.mean()
 
 
 def test_a_llama_file_of_spoilt_numbers(capsys, folder, base_file):
-    """What is beyond float32 or float64, and not a word of NumPy's or of Python's."""
+    """Numbers beyond float32 or float64, without a warning from NumPy or Python."""
     np.save("y.npy", 1e4 * base_file[1])
     status, out, err = compare(capsys, "base.kld", "y.npy", "--llama")
     assert (status, err) == (0, "")
@@ -481,7 +482,7 @@ def save(a):
 
 
 def tool_row(stored, vocab, logits, target):
-    """llama.cpp's figures of one row, a class at a time: from the bytes as they are stored."""
+    """llama.cpp's figures of one row, class by class, from the bytes as stored."""
     f = np.float32
     scale, least = struct.unpack("<2f", stored[:8])
     codes = struct.unpack(f"<{vocab}H", stored[8 : 8 + 2 * vocab])
@@ -537,7 +538,7 @@ def test_llama_block(capsys, folder, base_file):
         "Same top p": [100 * same.mean(), 100 * math.sqrt(same.mean() * (1 - same.mean()) / (n - 1))],
     }
     for label, numbers in expected.items():
-        # as printed: six digits or three; and float32, whose sums and exponentials are off by some eps
+        # as printed: six digits or three; and float32, whose sums and exponentials are off by a few eps
         digits = 0.51e-6 if "KLD" in label or label.startswith("Mean PPL") or "ln(" in label else 0.51e-3
         digits = 0.51e-2 if label.startswith("Cor") else digits
         np.testing.assert_allclose(
@@ -621,7 +622,7 @@ def test_the_files(capsys, folder, pair):
     assert (folder / "p.png").read_bytes().startswith(b"\x89PNG")
     page = (folder / "r.html").read_text()
     assert page.count("data:image/svg+xml;base64,") == 4  # light and dark, wide and narrow
-    assert re.findall(r"(?:src|srcset|href)=['\"](?!data:)", page) == []  # nothing from elsewhere
+    assert re.findall(r"(?:src|srcset|href)=['\"](?!data:)", page) == []  # nothing is loaded from elsewhere
     assert "prefers-color-scheme: dark" in page
     assert "klcore compare base.npy quant.npy" in page
     assert sorted(p.name for p in folder.iterdir()) == [
@@ -648,7 +649,7 @@ def test_pictures_of_odd_comparisons(capsys, folder, pair, what, suffix):
 
 
 def test_nothing_is_left_behind_in_python(capsys, folder):
-    """The command may be called from a program, or a notebook, with threads and figures of its own."""
+    """The command may be called from a program, or a notebook, with its own threads and figures."""
     pyplot = pytest.importorskip("matplotlib.pyplot")
     pyplot.figure()
     before = klcore.get_num_threads(), pyplot.get_fignums(), pyplot.get_backend()
@@ -708,11 +709,11 @@ def test_limits(capsys, folder, limits, status, words):
     assert "KL(base || quant)" in out
 
 
-# ---- interrupted, and gone on with -----------------------------------------------------------------------------------
+# ---- interrupted and resumed -----------------------------------------------------------------------------------------
 
 
 def test_interrupted_and_resumed(capsys, folder, monkeypatch):
-    """Ctrl-C after some chunks: the figures of these, status 130; then the rest, and the report of one run."""
+    """Ctrl-C after some chunks: the figures so far, status 130; then the rest, and the report of a complete run."""
     options = ("--tokens", "tokens.npy", "--groups", TEXT, "--worst", 3)
     whole = report_of(capsys, "base.npy", "quant.npy", *options, "--rows", "whole.npy")
     plain, calls = Comparison._add, []
@@ -735,13 +736,13 @@ def test_interrupted_and_resumed(capsys, folder, monkeypatch):
     again = report_of(capsys, "base.npy", "quant.npy", *resumed)
     assert {k: v for k, v in again.items() if k != "command"} == {k: v for k, v in whole.items() if k != "command"}
     np.testing.assert_array_equal(np.load("rows.npy"), np.load("whole.npy"))
-    with monkeypatch.context() as patch:  # what is complete is not computed again
+    with monkeypatch.context() as patch:  # complete chunks are not computed again
         patch.delattr(Comparison, "figures")
         assert report_of(capsys, "base.npy", "quant.npy", *resumed) == again
 
 
 def test_ctrl_c_of_a_process(folder, pair):
-    """From outside, on the command itself."""
+    """From outside, sent to the command itself."""
     x = np.broadcast_to(pair[0][:1], (200_000, VOCAB))
     np.save("large.npy", x)
     code = 'import sys; from klcore.__main__ import main; print("ready", flush=True); sys.exit(main())'
@@ -750,7 +751,7 @@ def test_ctrl_c_of_a_process(folder, pair):
         [sys.executable, "-c", code, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **as_here()
     )
     assert process.stdout.readline() == "ready\n"
-    time.sleep(1.5)  # somewhere in the middle: whichever chunk that is
+    time.sleep(1.5)  # somewhere in the middle: the chunk does not matter
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)
     assert (process.returncode, err) == (130, "")
@@ -808,7 +809,7 @@ def test_states_of_other_numbers(capsys, folder, pair, first, then, words):
     np.save("m.npy", np.arange(ROWS) > 5)
     assert compare(capsys, "base.npy", *first, *options)[0] == 0
     np.save("m.npy", np.arange(ROWS) > 6)
-    os.utime("m.npy", ns=(1, 1))  # clocks of file systems are slow
+    os.utime("m.npy", ns=(1, 1))  # file system clocks are coarse
     status, out, err = compare(capsys, "base.npy", *then, *options)
     assert (status, out) == (2, "")
     assert re.search(words, err)
@@ -936,7 +937,7 @@ def test_other_bad_input(capsys, folder, name):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (("pipe",), "pipe is a pipe or a device"),  # of which opening would wait for ever
+        (("pipe",), "pipe is a pipe or a device"),  # opening it would wait forever
         (("quant.npy", "--rows", "pipe", "--force"), "pipe is a pipe or a device, and not a file to write to"),
         (("quant.npy", "--resume", "pipe"), "pipe is a pipe or a device"),
         (("x" * 300,), "File name too long"),
@@ -951,7 +952,7 @@ def test_what_is_no_plain_file(capsys, folder, arguments, words):
 
 
 def test_a_folder_to_write_in_is_looked_at_first(capsys, folder, monkeypatch):
-    """And not when all is computed."""
+    """Not after everything has been computed."""
     monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write everywhere
     monkeypatch.delattr(Comparison, "run")
     refused(capsys, "cannot be written: its folder is not yours", "base.npy", "quant.npy")
@@ -988,7 +989,7 @@ def test_unknown_words(capsys, folder, arguments):
 
 
 def test_a_disk_that_fills_up(folder):
-    """A limit to the size of files stands for it; what was there before stays, and no part of a file is left."""
+    """Simulated by a limit on file sizes; existing files stay, and no partial file is left."""
     pytest.importorskip("resource")
     (folder / "rows.npy").write_bytes(b"before")
     code = """
@@ -1024,7 +1025,7 @@ def test_standard_output_that_takes_nothing(folder, where):
 
 
 def test_a_bar_on_a_terminal(folder):
-    """And the report without anything that only terminals understand."""
+    """And the report contains nothing that only terminals understand."""
     pty, fcntl, termios = (pytest.importorskip(name) for name in ("pty", "fcntl", "termios"))
     pytest.importorskip("tqdm")
     ours, theirs = pty.openpty()
@@ -1093,7 +1094,7 @@ def test_the_demo_quantises(monkeypatch):
 
 @pytest.mark.skipif(not DEMO.exists(), reason="no examples beside the tests: these are of an installed package")
 def test_the_demo_learns(monkeypatch):
-    """Its gradients are those of its loss, by differences."""
+    """Its gradients agree with differences of its loss."""
     monkeypatch.syspath_prepend(DEMO.parent)
     demo = importlib.import_module(DEMO.stem)
     model = {name: a.astype(np.float64) for name, a in demo.new_model().items()}

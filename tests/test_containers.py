@@ -1,6 +1,6 @@
-"""What is taken beside arrays of one library: tables and their labels, sequences, arrays of another library.
+"""What is accepted besides arrays of one library: tables and their labels, sequences, arrays of another library.
 
-And what is refused by name: arrays whose numbers mean something else, and options that are no options.
+And what is refused by name: arrays whose numbers mean something else, and invalid options.
 """
 
 import array
@@ -31,7 +31,7 @@ CLASSES = ["a", "b", "c", "d"]
 
 
 class WithArray:
-    """Nothing but __array__."""
+    """Only __array__."""
 
     def __init__(self, a):
         self.a = a
@@ -105,7 +105,7 @@ def test_dtype_is_kept(name, dtype):
 
 @pytest.mark.parametrize("name", ["pandas", "polars", "xarray"])
 def test_tables_in_keras(name):
-    """By position, as Keras takes them; the other systems refuse them by their names."""
+    """By position, as Keras accepts them; the other systems refuse them by name."""
     from klcore.compat.keras import KLDivergence, kl_divergence
 
     for make, a, b in ((TABLES[name], A, B), (VECTORS[name], A[0], B[0])):
@@ -131,7 +131,7 @@ def test_on_a_device(device, name):
 
 
 def test_what_is_missing_is_nan():
-    """NaN where a table has that for it; an array of objects is not read."""
+    """NaN where a table has missing values; an array of objects is not read."""
     x = pd.DataFrame(A).mask(pd.DataFrame(A) == A[1, 1])
     nullable = x.convert_dtypes()
     for table in (x, nullable.to_numpy(dtype=float), x.T[1].convert_dtypes(), pl.DataFrame(x), xr.DataArray(x)):
@@ -212,7 +212,7 @@ REORDERED = {
 
 @pytest.mark.parametrize("name", AGREE)
 def test_labels_that_agree(name):
-    """Compared, not carried."""
+    """They are compared, but not returned."""
     arrays, options = AGREE[name]
     found = klcore.kl_div(**arrays, **options)
     plain = {of: np.asarray(a) for of, a in arrays.items()}
@@ -230,7 +230,7 @@ def test_labels_that_do_not(error, case):
         klcore.kl_div(**arrays, **options)
     message = str(raised.value)
     assert [word for word in (*words, ".to_numpy() to go by position") if word not in message] == [], message
-    # what the sentence says to do
+    # what the message recommends
     klcore.kl_div(**{of: a.to_numpy() if hasattr(a, "to_numpy") else a for of, a in arrays.items()}, **options)
 
 
@@ -260,7 +260,7 @@ LIST = {"indices": BEST, "tail": "bucket", "return_grad": PAIR}
 
 @pytest.mark.parametrize("name", TABLES)
 def test_tables_that_list_classes(name):
-    """By position; of whichever argument."""
+    """By position, for either argument."""
     x, make = A[:, :2], TABLES[name]
     expected = klcore.kl_div(x, B, **LIST)
     same(klcore.kl_div(make(x), make(B), **LIST | {"indices": make(BEST)}), expected)
@@ -273,7 +273,7 @@ def test_tables_that_list_classes(name):
 
 @pytest.mark.parametrize("library", ["numpy", "jax", "dask"])
 def test_labels_of_lists(library):
-    """Those of rows are compared; those of classes are no classes of y."""
+    """Labels of rows are compared; labels of the list's columns are not classes of y."""
     with contextlib.nullcontext(np.asarray) if library == "numpy" else lending(library) as lend:
         x, y, indices = lend(np.array(A[:, :2])), lend(np.array(B)), pd.DataFrame(BEST, columns=["best", "next"])
         klcore.kl_div(x, y, indices=indices, tail="bucket")
@@ -290,7 +290,7 @@ def test_labels_of_lists(library):
 
 
 def test_tables_of_all_that_lists_take():
-    """As x and y too, whose classes are called otherwise."""
+    """Also as x and y, whose classes have different labels."""
     x = frame(columns=["best", "next"], a=A[:, :2])
     klcore.kl_div(x, frame(a=B), indices=pd.DataFrame(BEST, columns=x.columns), tail="bucket")
     with pytest.raises(ValueError, match="axis 1 of x and axis 1 of indices have different labels"):
@@ -301,11 +301,11 @@ def test_tables_of_all_that_lists_take():
         klcore.kl_div(A[:, :2], B, indices=pd.DataFrame(BEST).convert_dtypes().mask(BEST < 0), tail="bucket")
 
 
-# ---- what means something else ---------------------------------------------------------------------------------------
+# ---- numbers that mean something else --------------------------------------------------------------------------------
 
 
 class Units(np.ndarray):
-    """As astropy's Quantity and unyt's arrays: NumPy's functions mean something else to it."""
+    """Like astropy's Quantity and unyt's arrays: NumPy's functions treat it differently."""
 
     def __array_ufunc__(self, ufunc, method, *inputs, **keywords):
         raise NotImplementedError
@@ -316,7 +316,7 @@ class Units(np.ndarray):
 
 
 class Measured(WithArray):
-    """As pint's Quantity: no subclass of NumPy's array."""
+    """Like pint's Quantity: not a subclass of NumPy's array."""
 
     __array_ufunc__ = Units.__array_ufunc__
 
@@ -330,7 +330,7 @@ class NoUfuncs(WithArray):
 
 
 class Dense:
-    """As pydata/sparse: refuses to be made dense unasked."""
+    """Like pydata/sparse: refuses to be converted implicitly."""
 
     def __init__(self, a):
         self.a = a
@@ -343,7 +343,7 @@ class Dense:
 
 
 class Readings:
-    """Numbers with a unit that NumPy does not hear of, as of astropy's CCDData."""
+    """Numbers with a unit that NumPy does not see, like astropy's CCDData."""
 
     unit = "adu"
 
@@ -408,7 +408,7 @@ HINTS = {
 @pytest.mark.parametrize("library", ["numpy", "torch", "jax", "emulated"])
 @pytest.mark.parametrize("name", MEANINGS)
 def test_other_meanings(name, library):
-    """Refused by the argument's name, whichever it is and whatever stands beside it; and the hint works."""
+    """Refused with the argument's name, for every argument and whatever the other ones are; and the hint works."""
     make, *words = MEANINGS[name]
     given = make(np.array(A))
     with lending(library) as lend:
@@ -437,7 +437,7 @@ def test_astropy():
 
 
 def lending(library):
-    """A context with a function that makes an array of that library."""
+    """A context with a function that creates an array of that library."""
     return _Lending(library)
 
 
@@ -480,7 +480,7 @@ class Lent:
 @pytest.mark.parametrize("swap", [False, True])
 @pytest.mark.parametrize("library", ["torch", "jax"])
 def test_numpy_beside(library, swap, dtype):
-    """The result is the other library's, and has the gradients' shapes and dtypes."""
+    """The result belongs to the other library, with the gradients' shapes and dtypes."""
     with lending(library) as lend:
         a, b = np.array(A, "float32"), (10 * B).astype(dtype)
         mixed, alone = (a, lend(b.astype(b.dtype.newbyteorder("=")))) if swap else (lend(a), b), (lend(a),)
@@ -543,7 +543,7 @@ def test_numpy_beside_jax_traced():
 @pytest.mark.parametrize("of_weights", ["numpy", "torch", "jax", "dask", "dlpack", "pandas"])
 @pytest.mark.parametrize("library", ["numpy", "torch", "jax", "dask", "dlpack", *({"emulated"} & set(GPUS))])
 def test_weights_of_another_library(library, of_weights):
-    """Understood, or refused by name."""
+    """Accepted, or refused by name."""
     with lending(library) as lend:
         x, y = lend(np.array(A)), lend(np.array(B))
         w = pd.Series(W) if of_weights == "pandas" else lending(of_weights).__enter__()(W)
@@ -558,7 +558,7 @@ def test_weights_of_another_library(library, of_weights):
 
 
 def test_a_tensor_on_a_gpu_beside_numpy():
-    """Not moved unasked. (Where PyTorch has no GPU, a device without memory stands for one.)"""
+    """Not moved implicitly. (If PyTorch has no GPU, a device without memory stands in.)"""
     memory, torch = importlib.import_module("klcore.backends.torch.memory"), importlib.import_module("torch")
 
     class OnGpu:
@@ -612,7 +612,7 @@ def test_options_that_are_none(way, name, k):
             b.requires_grad_()
         if way == "torch compiled":
             # The right call is compiled, and the wrong one falls back, as after a few other calls, whatever ran before:
-            # of some of these numbers and arrays the compiler has errors of its own.
+            # for some of these numbers and arrays the compiler itself raises errors.
             torch = importlib.import_module("torch")
             stack.enter_context(torch._dynamo.config.patch(recompile_limit=1))
             call = torch.compile(klcore.kl_div, backend="eager")
@@ -706,7 +706,7 @@ REDUCTIONS = ("row", "sum", "rowmean", "none", "batchmean", "mean")
 
 
 def many(a):
-    """All the axes that NumPy has."""
+    """All the axes that NumPy supports."""
     return a.reshape((1,) * (64 - a.ndim) + a.shape)
 
 
@@ -718,7 +718,7 @@ MANY = pytest.mark.skipif(np.lib.NumpyVersion(np.__version__) < "2.0.0", reason=
 @pytest.mark.parametrize("library", ["numpy", "torch", "jax", "emulated"])
 @pytest.mark.parametrize("axis", [-1, -2, 0])
 def test_all_dimensions(library, reduction, axis):
-    """Broadcasting beside one of few dimensions, in every position of the class axis."""
+    """Broadcasting against an array of few dimensions, in every position of the class axis."""
     few = (np.array(A), np.array(B if axis != -1 else B[0]))
     if axis:
         arrays = many(few[0]), few[1]
@@ -768,7 +768,7 @@ OVERLAPPING = {
 @pytest.mark.parametrize("name", OVERLAPPING)
 @pytest.mark.parametrize("reduction", ["none", "row"])
 def test_out_that_overlaps_itself(library, name, reduction):
-    """Its later elements would be written over the earlier ones: by the terms, or by a gradient."""
+    """Later elements would overwrite earlier ones: for the terms, or for a gradient."""
     size, shape, steps = OVERLAPPING[name]
     with lending(library) as lend:
         a, b, buffer = lend(np.array(A)), lend(np.array(B)), lend(np.full(size, 7.0))
@@ -794,7 +794,7 @@ def test_out_that_overlaps_itself(library, name, reduction):
 @given(data=st.data())
 @settings(deadline=None, max_examples=200)
 def test_views_of_ordinary_arrays_do_not_overlap(data):
-    """Slices, reversals, transposes, new axes, fields: whatever indexing makes of an array."""
+    """Slices, reversals, transposes, new axes, fields: everything that indexing produces."""
     rows = importlib.import_module("klcore.backends.rows")
     dtype = data.draw(st.sampled_from(["f4", "f8", [("a", "f8"), ("b", "u1")]]))
     a = np.zeros(data.draw(st.lists(st.integers(0, 5), max_size=5)), dtype)
@@ -808,7 +808,7 @@ def test_views_of_ordinary_arrays_do_not_overlap(data):
 @given(data=st.data())
 @settings(deadline=None, max_examples=200)
 def test_no_overlap_is_missed(data):
-    """Of small arrays of any strides, all addresses are looked at."""
+    """For small arrays of any strides, all addresses are compared."""
     rows = importlib.import_module("klcore.backends.rows")
     shape = data.draw(st.lists(st.integers(0, 4), max_size=4))
     strides = data.draw(st.lists(st.integers(-20, 20), min_size=len(shape), max_size=len(shape)))
@@ -853,7 +853,7 @@ def test_a_bad_weight_is_found():
 
 @pytest.mark.parametrize("reduction", ["row", "none", "sum"])
 def test_numpy_beside_pytorch_may_change(reduction):
-    """Before backward looks at it: PyTorch notices such a change of tensors only."""
+    """Before backward uses it: PyTorch notices such a change only for tensors."""
     torch = importlib.import_module("torch")
     x, y = torch.tensor(A, requires_grad=True), np.array(B)
     value = klcore.kl_div(x, y, reduction=reduction, weights=W)

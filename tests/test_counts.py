@@ -21,7 +21,7 @@ PAIRS = [pair for pair in itertools.product(SPACES, SPACES) if "counts" in pair]
 CALLS = [
     (name, pair) for name, o in OPERATIONS.items() for pair in PAIRS if not o.single or pair == ("counts", "counts")
 ]
-# sums of terms of both signs, or that do not vanish where both agree
+# sums of terms of both signs, or that do not vanish where x and y agree
 SIGNED = ("rel_entr", *(name for name, o in OPERATIONS.items() if o.form == _cpu.BY_COST))
 
 
@@ -107,7 +107,7 @@ CASES = [
 
 @pytest.mark.parametrize(("name", "pair", "dtype", "far"), CASES)
 def test_accuracy(name, pair, dtype, far):
-    """The bounds of pairs of two spaces: a sum that normalises is rounded, and so is what log q - log p is made of."""
+    """The bounds of pairs of two spaces: the sum that normalises is rounded, and so are the parts of log q - log p."""
     x, y = rows(pair, (1, 7), dtype=DTYPES[dtype], far=far)
     value, *found = call(name, pair, (x, y), return_grad=gradients(name))
     true, dx, dy = exact(name, pair, x[0], y[0], OPERATIONS[name].needed)
@@ -142,7 +142,7 @@ def test_probabilities_that_are_exact(device, name):
     sides = dict(zip("xy", zip(counts, probs, strict=True), strict=True))
     for of, got, g in zip(wanted, of_counts[1:], of_probs[1:], strict=True):
         c, p = sides[of]
-        with np.errstate(invalid="ignore"):  # rows that are infinite, which are left out
+        with np.errstate(invalid="ignore"):  # infinite rows, which are left out
             mean = np.where(p == 0, 0, p * g).sum(-1, keepdims=True)
             expected = (g - mean) / c.sum(-1, keepdims=True)
         np.testing.assert_allclose(got[finite], expected[finite], rtol=1e-14, atol=1e-16)
@@ -151,7 +151,7 @@ def test_probabilities_that_are_exact(device, name):
 @pytest.mark.parametrize("name", OPERATIONS)
 @pytest.mark.parametrize("times", [3.0, 1e-300, 1e300, 2.0**-1060])
 def test_any_scale(device, name, times):
-    """Also sums that float64 does not hold, and numbers that are hardly there."""
+    """Also with sums that float64 cannot hold, and with tiny numbers."""
     x, y = (np.round(a) + 1 for a in rows(("counts", "counts")))
     x, y = (a / a.max() if times > 1 else a for a in (x, y))
     scaled = x * times * (1.7 if times == 1e300 else 1) * (1e8 if times == 1e300 else 1), y
@@ -163,7 +163,7 @@ def test_any_scale(device, name, times):
 @pytest.mark.parametrize("bad", [-1.0, np.inf, np.nan, -np.inf])
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_rows_that_are_no_counts(device, name, bad):
-    """Such a row is NaN, and so is one that is all 0; no other is."""
+    """Such a row is NaN, and so is a row of zeros; no other row is."""
     for spoil in ([bad], [0.0] * 7):
         for k in range(1 if OPERATIONS[name].single else 2):
             arrays = [a.copy() for a in rows(("counts", "counts"))]
@@ -202,7 +202,7 @@ def test_nothing():
 
 @pytest.mark.parametrize("total", [1.0, 3.0, 49.0, 1e-310, 0.1, 1e305])
 def test_one_class_that_has_them_all(device, total):
-    """Its share is 1, whatever is rounded."""
+    """Its share is exactly 1, whatever is rounded."""
     x = device.put(np.array([[total, 0.0, 0.0]]))
     assert device.get(klcore.entropy(x, space="counts")) == 0
     y = device.put(np.array([[1.0, 0.0, 0.0]]))

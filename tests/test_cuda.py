@@ -1,8 +1,8 @@
 """The CUDA kernels give the CPU's bits, whatever the launch; and the backend around them refuses what it must.
 
-Without a GPU the kernels are executed by tests/emulator; KLCORE_TEST_DEVICES=cuda takes a GPU. What is compiled (one
-kernel for one operation, pair of spaces, dtypes, outputs, temperature and architecture) and what each is then given are
-chosen so that every pair of those choices occurs: see `cover`.
+Without a GPU the kernels are executed by tests/emulator; KLCORE_TEST_DEVICES=cuda uses a GPU. The kernels that are
+compiled (one for each operation, pair of spaces, dtypes, outputs, temperature and architecture) and their arguments are
+chosen so that every pair of these choices occurs: see `cover`.
 """
 
 import contextlib
@@ -42,7 +42,7 @@ def emulator():
 
 @pytest.fixture
 def emulated(gpu):
-    """For what hardware does not show, or not twice in the same way."""
+    """For what hardware does not show, or not reproducibly."""
     if not gpu.emulated:
         pytest.skip("a GPU shows no schedules and refuses other things: what this asks only the emulator can see")
     return gpu
@@ -71,7 +71,7 @@ def launches(monkeypatch, what=lambda launch: launch.name):
 
 
 def hold(monkeypatch, share):
-    """Have rows that are swept several times held by blocks if those have such a share of a multiprocessor's warps."""
+    """Make blocks hold rows that are swept several times, if they have such a share of a multiprocessor's warps."""
     monkeypatch.setattr(backend(".launches"), "_BUSY_ENOUGH", (0, share, share))
     monkeypatch.setattr(backend(".launches"), "_FEW_CHUNKS", 0)
     monkeypatch.setattr(backend(), "_kept", {})
@@ -81,7 +81,7 @@ def hold(monkeypatch, share):
 
 
 def bits(a):
-    """As integers, all NaNs the same."""
+    """As integers, with all NaNs equal."""
     a = np.ascontiguousarray(a)
     found = a.reshape(a.shape).view(f"u{a.dtype.itemsize}").copy()
     found[np.isnan(a.astype(np.float64))] = 0x7E57
@@ -109,9 +109,9 @@ def assert_bits(gpu, compared, found, expected, what=""):
 
 
 def cover(factors, fits, seed=0):
-    """A list of choices, one value of every factor each, so that every pair of values that fits occurs; greedily.
+    """A list of choices, each with one value of every factor, so that every valid pair of values occurs; greedily.
 
-    `fits` says of a choice, also of one that is not complete yet, whether it may be.
+    `fits` says whether a choice, which may still be incomplete, is valid.
     """
     rng = random.Random(seed)
     names = list(factors)
@@ -149,7 +149,7 @@ def cover(factors, fits, seed=0):
     while uncovered:
         start = min(uncovered)
         candidates = [c for c in (completed(dict(start)) for _ in range(4)) if c]
-        if not candidates:  # none of three values fits together
+        if not candidates:  # no three values fit together
             uncovered.discard(start)
             continue
         best = max(candidates, key=gain)
@@ -161,7 +161,7 @@ def cover(factors, fits, seed=0):
 # ---- every kernel, bit for bit ---------------------------------------------------------------------------------------
 
 KINDS = [(op, space) for op in COMMON for space in some_pairs(op)]
-# path -> the kernel that it is about, and numbers of classes
+# path -> the kernel that it tests, and numbers of classes
 PATHS = {
     "narrow": ("kl_narrow", (1, 2, 5, 31, 33, 64, 100, 128)),
     "units": ("kl_units", (129, 256, 257, 1000, 1024)),
@@ -180,7 +180,7 @@ BUILDS = {
     ],
     "path": list(PATHS),
     "outputs": ["value", "x", "y", "xy", "terms", "terms xy"],
-    "temperature": [1.0, 2.5, "rows"],  # the last: one a row
+    "temperature": [1.0, 2.5, "rows"],  # the last: one per row
     "architecture": ["90", "75", "80", "120"],
 }
 
@@ -208,7 +208,7 @@ def key(choice):
 
 CASES = cover(BUILDS, may_be_built)
 
-# what a kernel is given; "last" etc.: where the classes are
+# the arguments of a kernel; "last" etc.: where the classes are
 GIVEN = {
     "layout": ["plain", "behind", "padded", "apart", "backwards", "turned", "rows apart", "mixed"],
     "axis": ["last", "first", "middle of four"],
@@ -233,7 +233,7 @@ def test_designs_cover_every_pair():
         if may_be_built({a: u, b: v})
     }
     assert pairs(CASES) <= possible
-    # an operation of one argument is not broadcast; that is all that cannot be
+    # operands of one argument are not broadcast; everything else is possible
     single = {f"('{o.name}'" for o in COMMON.values() if o.single}
     assert [p for p in possible - pairs(CASES) if not any(name in str(p) for name in single)] == []
     for axes, runs in RUNS.items():
@@ -242,7 +242,7 @@ def test_designs_cover_every_pair():
 
 
 def placed(gpu, a, layout, other=False):
-    """A device array that equals `a`, elsewhere in memory."""
+    """A device array that equals `a`, at another address."""
     xp, n = gpu.xp, a.shape[-1]
     if layout == "mixed":
         layout = "turned" if other else "behind"
@@ -278,14 +278,14 @@ AXES = {"last": -1, "first": 0, "middle of four": 1}
 
 
 def weights_like(shape, zero, dtype):
-    """One weight a row; 0 where `zero`."""
+    """One weight per row; 0 where `zero`."""
     w = (1 + np.arange(zero.size) % 3 / 2).astype(dtype)
     w[zero] = 0
     return w.reshape(shape)
 
 
 def rows_in(path, gpu):
-    """As many that the launch is that of this path."""
+    """As many rows as make the launch take this path."""
     many = max(16, backend(".devices").properties(0).multiprocessors)
     return {"rows": many + many % 2, "folded": 2}.get(path, 16)
 
@@ -368,7 +368,7 @@ def assert_run(gpu, compared, case, n, run):
 @pytest.mark.parametrize("case", CASES, ids=key)
 def test_bits_of_the_cpu(gpu, compared, monkeypatch, case):
     kernel, lengths = PATHS[case["path"]]
-    # rows of classes that lie apart are not for kl_rows
+    # rows with strided classes are not for kl_rows
     runs = RUNS[("last",) if case["path"] == "rows" else tuple(GIVEN["axis"])]
     if case["path"] == "rows":
         runs = [r for r in runs if r["layout"] not in ("turned", "mixed", "apart", "backwards")] + [
@@ -378,7 +378,7 @@ def test_bits_of_the_cpu(gpu, compared, monkeypatch, case):
     with settings(gpu, architecture=case["architecture"]):
         used = launches(monkeypatch)
         if case["path"] == "rows":
-            hold(monkeypatch, 0.1)  # though for some kinds it is faster to read them again
+            hold(monkeypatch, 0.1)  # although for some kinds it is faster to read them again
         if case["path"] == "summed":  # beside the value, by a kernel that depends on n
             lengths = [[n for n in lengths if n <= 128], [257], [1025]][at % 3]
         for k, n in enumerate(lengths):
@@ -387,7 +387,7 @@ def test_bits_of_the_cpu(gpu, compared, monkeypatch, case):
         assert kernel in used
 
 
-# Rows that take two sweeps, and three: with fewer things asked for than on the CPU, since each is a kernel to compile.
+# Rows that take two sweeps, and three: with fewer results than on the CPU, since each is a kernel to compile.
 ASKED = {"reduction": ("none", "row"), "gradient": (("x", "y"),), "axis": ("first", "middle", "last")}
 GIVEN_ALL = {
     **test_bits.GIVEN,
@@ -407,7 +407,7 @@ def test_all_that_can_be_asked(gpu, space):
 
 @pytest.mark.parametrize("space", ["probs", "log_probs"])
 def test_the_whole_range(gpu, compared, space):
-    """Numbers of any size have the CPU's bits as well."""
+    """Numbers of any size have the CPU's bits too."""
     both(gpu, compared, "kl_div", anywhere((space, space), "float32", 300, 7), space=space, return_grad=PAIR)
 
 
@@ -467,7 +467,7 @@ def test_a_log_probability_that_overflows_float32(gpu, compared, operation, spac
     ],
 )
 def test_rows_that_are_held_or_read_again(gpu, compared, monkeypatch, operation, space, gradient, dtype, n):
-    """Two blocks treat the rows in turns, of which each warp gets several: what is known of one must not stay for the
+    """Two blocks process the rows in turn, and each warp gets several: what is known of one row must not stay for the
     next."""
     rows = 13 if n < 50_000 else 5
     x, y = logits(rows, n, "float64" if dtype == "float64" else "float32")
@@ -486,7 +486,7 @@ def test_rows_that_are_held_or_read_again(gpu, compared, monkeypatch, operation,
             continue  # no block can hold them, or not on every device
         hold(monkeypatch, share)
         used.clear()
-        for seed in (0, 3) if gpu.emulated else (0,):  # an odd one holds a warp back
+        for seed in (0, 3) if gpu.emulated else (0,):  # an odd seed holds a warp back
             with settings(gpu, seed=seed):
                 if dtype in ("float64", "float32"):
                     both(gpu, compared, operation, arrays, **keywords)
@@ -503,7 +503,8 @@ def test_rows_that_are_held_or_read_again(gpu, compared, monkeypatch, operation,
     ("entropy", "logits", "x", "float32"), ("kl_div", "probs", None, "float32"),
 ])  # fmt: skip
 def test_rows_side_by_side_that_are_read_again(gpu, compared, monkeypatch, operation, space, gradient, dtype):
-    """Their classes lie apart. A block's warps go from chunk to chunk together, also where only some have a row."""
+    """Their classes are strided. A block's warps go from chunk to chunk together, even if only some of them have a
+    row."""
     monkeypatch.setattr(backend(".launches"), "_MOST_BLOCKS", 2 / backend(".devices").properties(0).multiprocessors)
     monkeypatch.setattr(backend(), "_kept", {})
     used = launches(monkeypatch)
@@ -531,7 +532,8 @@ LOGITS_OF_16_BITS = {  # y for x, random numbers and the place of x's largest
 @pytest.mark.parametrize("kind", LOGITS_OF_16_BITS)
 @pytest.mark.parametrize("spread", [0.05, 2, 20])
 def test_logits_of_16_bits(gpu, kind, spread):
-    """Wherever the mean of log q - log p lies: sums are about a probable class first, and again where they cancel."""
+    """Wherever the mean of log q - log p is: sums are about a probable class first, and about the mean where they
+    cancel."""
     rng = np.random.default_rng(int(10 * spread))
     for n in (3, 100, 1500):
         x, r = (rng.standard_normal((8, n)) for _ in range(2))
@@ -547,7 +549,7 @@ def test_logits_of_16_bits(gpu, kind, spread):
 @pytest.mark.parametrize("n", [2, 100, 1000, 2500])
 @pytest.mark.parametrize("temperature", [1, 0.5])
 def test_logits_of_16_bits_far_below(gpu, n, temperature):
-    """y has next to nothing where x has all: e^z is lost beside z, and z times a probability may overflow."""
+    """y has almost no mass where x has all of it: e^z is lost beside z, and z times a probability may overflow."""
     rng = np.random.default_rng(n)
     x = np.concatenate([np.zeros((2, n)), rng.standard_normal((3, n))])
     for low in (-10, -60, -1e3, -3e4, -1e9, -17039360.0, -1.7e38):
@@ -569,7 +571,7 @@ def test_terms_of_few_classes_that_leave_the_range(gpu, compared):
 
 
 def near_the_cpu(gpu, arrays, **keywords):
-    """Results of 16-bit inputs, for which the GPU has exponentials of its own; compared with the CPU's."""
+    """Results of 16-bit inputs, for which the GPU uses its own exponentials, compared with the CPU's."""
     found = [gpu.get(a) for a in call("kl_div", map(gpu.put, arrays), **keywords)]
     for f, e in zip(found, call("kl_div", arrays, **keywords), strict=True):
         step = 2.0**-24 if f.dtype == np.float16 else 0  # of its subnormal numbers
@@ -585,7 +587,7 @@ def near_the_cpu(gpu, arrays, **keywords):
 @pytest.mark.parametrize("warps", [1, 2, 3, 4])
 @pytest.mark.parametrize("n", [32 * 1024 + 1, 70_000, 131_000])
 def test_warps_that_fold_together(gpu, compared, monkeypatch, warps, n):
-    """Two, three and four of them have states to add up, if there are so many; in float64, which shows the order."""
+    """Two, three and four warps have states to merge, if there are enough; in float64, which shows the order."""
 
     def chosen(call, batch, chunks, last, slot, beside):
         return warps, 1, warps * (slot + beside) + call.row_bytes(chunks)
@@ -602,7 +604,7 @@ def test_warps_that_fold_together(gpu, compared, monkeypatch, warps, n):
 
 
 def test_which_rows_are_held(gpu, monkeypatch):
-    """Those that leave others enough of a multiprocessor, if they are so many that each gets a block."""
+    """Those that leave other rows enough of a multiprocessor, if there are enough for each block to get one."""
     devices, launches = backend(".devices"), backend(".launches")
     h200 = devices._Device(90, 132, 227 << 10, 228 << 10)
     monkeypatch.setattr(devices, "properties", lambda device: h200)
@@ -622,7 +624,7 @@ def test_which_rows_are_held(gpu, monkeypatch):
 
     for chunks in range(2, 1025):
         dtype = ("float32", "bfloat16", "float64")[chunks % 3]
-        if chunks <= 300:  # swept once; few chunks are folded elsewhere, and the states of many take room
+        if chunks <= 300:  # swept once; few chunks are folded elsewhere, and the states of many need memory
             assert is_held(dtype, chunks, outputs=0) == (chunks >= 8), chunks
         assert not is_held(dtype, chunks, rows=132)
         assert is_held("float32", chunks) == (chunks <= 4), chunks
@@ -647,7 +649,8 @@ def test_rows_that_nothing_can_hold(emulated, compared, monkeypatch, space, n):
 
 
 def shifted(gpu, a, by, apart=0):
-    """A device array that equals `a`, whose rows begin `by` elements behind a multiple of 16 bytes, and leave gaps."""
+    """A device array that equals `a`, whose rows begin `by` elements after a multiple of 16 bytes, with gaps between
+    rows."""
     n = a.shape[-1] + apart
     flat = gpu.xp.empty(a.shape[0] * n + by, a.dtype)
     view = flat[by:].reshape(a.shape[0], n)[:, : a.shape[-1]]
@@ -659,20 +662,20 @@ def shifted(gpu, a, by, apart=0):
 @pytest.mark.parametrize("n", [1020, 1024, 1028, 2048, 3076])
 @pytest.mark.parametrize(("space", "gradient"), [("probs", PAIR), ("log_probs", "y"), ("probs", None)], ids=str)
 def test_rows_that_need_no_staging(gpu, compared, dtype, n, space, gradient):
-    """Full chunks are read and written where they lie if all of a row is aligned. Nothing shows of that."""
+    """Full chunks are read and written in place if the whole row is aligned. The results do not show it."""
     rows = max(6, backend(".devices").properties(0).multiprocessors)
     arrays = [into(a, space).astype(DTYPES[dtype]) for a in logits(rows, n)]
     nothing = 0 if space == "probs" else -np.inf
-    arrays[0][1, 300] = arrays[0][2, ::2] = nothing  # one step, and all of a row, are not ordinary
+    arrays[0][1, 300] = arrays[0][2, ::2] = nothing  # one step, and a whole row, are not ordinary
     arrays[1][3, n // 2] = np.nan
     keywords = {"space": space, "return_grad": gradient}
     staged = call("kl_div", [shifted(gpu, a, 1) for a in arrays], **keywords)
     size = arrays[0].itemsize
-    if size > 2:  # else the GPU has exponentials of its own
+    if size > 2:  # otherwise the GPU uses its own exponentials
         assert_bits(gpu, compared, staged, call("kl_div", arrays, **keywords), "staged")
     value, *gradients = map(gpu.get, staged)
     whole = [*arrays, *gradients]
-    for k, by in itertools.product(range(len(whole) + 1), (1, 8 // size)):  # one of them begins elsewhere, or none does
+    for k, by in itertools.product(range(len(whole) + 1), (1, 8 // size)):  # one of them is shifted, or none
         x, y, *out = (shifted(gpu, a, by * (j == k), 16 // size) for j, a in enumerate(whole))
         for a in out:
             a[...] = 7
@@ -718,7 +721,7 @@ def test_a_million_rows(gpu, compared, launched, weighted):
 )
 @pytest.mark.parametrize("space", ["probs", "logits"])
 def test_broadcast_operands(gpu, compared, shapes, axis, space):
-    """Both their gradients; those of more than 1024 rows take two rounds."""
+    """Both gradients; those of more than 1024 rows take two rounds."""
     rng = np.random.default_rng(5)
     x, y = (rng.uniform(0.1, 1, s).astype("float32") for s in shapes)
     batch = klcore.kl_div(x, y, axis=axis).shape
@@ -729,10 +732,10 @@ def test_broadcast_operands(gpu, compared, shapes, axis, space):
 
 
 def test_random_calls(gpu, compared):
-    """What no design thought of: shapes, axes, broadcasting, weights and reductions by chance, always the same."""
+    """Cases that no design covers: shapes, axes, broadcasting, weights and reductions at random, always the same."""
     rng = np.random.default_rng(7)
     for _ in range(300):
-        space = str(rng.choice(["probs", "logits"]))  # the two of which test_broadcast_operands has compiled most
+        space = str(rng.choice(["probs", "logits"]))  # test_broadcast_operands has compiled most of these
         n = int(rng.choice([1, 2, 3, 16, 31, 100, 128]))
         batch = tuple(int(v) for v in rng.choice([1, 2, 3, 5, 7], rng.integers(0, 4)))
         x, y = (rng.uniform(0.1, 3, (*batch, n)).astype("float32") for _ in range(2))
@@ -758,7 +761,7 @@ def test_random_calls(gpu, compared):
 @pytest.mark.parametrize("bad", [-1.0, -np.inf, np.nan, np.inf])
 @pytest.mark.parametrize("n", [5, 300, 1500])
 def test_a_bad_weight_on_the_device_makes_its_row_nan(gpu, compared, n, bad):
-    """It is not looked at: that would mean to wait for the GPU."""
+    """It is not validated: that would mean waiting for the GPU."""
     x, y = logits(16, n)
     weights = np.ones(16)
     expected = call("kl_div", (x, y), space="logits", weights=weights, return_grad=PAIR)
@@ -780,7 +783,7 @@ def test_a_bad_weight_on_the_device_makes_its_row_nan(gpu, compared, n, bad):
 
 @pytest.mark.parametrize("kind", [k for k in KINDS if k in oracle.CALLS], ids=lambda k: f"{k[0]} {'/'.join(k[1])}")
 def test_values_are_right(gpu, kind):
-    """Not only the CPU's: of two 16-bit inputs, for which a GPU uses its own exponentials and reciprocals."""
+    """Not only equal to the CPU's: two 16-bit inputs use the GPU's own exponentials and reciprocals."""
     operation, spaces = kind
     wanted = COMMON[operation].gradients
     rng = np.random.default_rng(11)
@@ -867,7 +870,7 @@ def test_launches(gpu, launched):
 @pytest.mark.parametrize("shapes", [((6, 40), (6, 40)), ((6, 40), (1, 40)), ((3, 2000), (3, 2000))], ids=str)
 @pytest.mark.parametrize("reduction", ["row", "none", "sum", "rowmean"])
 def test_a_call_that_is_known(gpu, compared, monkeypatch, space, shapes, reduction):
-    """Its launches are kept, its addresses, working memory and results are its own."""
+    """Its launches are reused; its addresses, working memory and results are its own."""
     of = (space, space) if isinstance(space, str) else space
 
     def check(seed):
@@ -888,7 +891,7 @@ def test_a_call_that_is_known(gpu, compared, monkeypatch, space, shapes, reducti
 @pytest.mark.parametrize("reduction", ["row", "none", "rowmean"])
 @pytest.mark.parametrize("weighted", [False, True])
 def test_products_that_are_known(gpu, reduction, weighted):
-    """Cotangents, weights and factors of the second call, not of the first."""
+    """With the cotangents, weights and factors of the second call, not of the first."""
     cpu = importlib.import_module("klcore.backends.cpu")
     for seed in range(3):
         x, y = logits(5, 40, seed=seed)
@@ -936,7 +939,7 @@ def test_nothing_is_launched_for_nothing(gpu, launched, shape):
 
 @contextlib.contextmanager
 def unseen(monkeypatch):
-    """An error for whoever looks at numbers on the device."""
+    """Raises an error if numbers on the device are read."""
     device = emulator()
 
     def looked(*_, **__):
@@ -949,7 +952,7 @@ def unseen(monkeypatch):
         patch.setattr(device.Device, "synchronize", looked)
         patch.setattr(device.Stream, "synchronize", looked)
         patch.setattr(device._runtime, "deviceSynchronize", looked)
-        with pytest.raises(AssertionError, match="looked"):  # the patches are seen
+        with pytest.raises(AssertionError, match="looked"):  # the patches take effect
             bool(device.cupy.zeros(1)[0] > 0)
         yield
 
@@ -967,7 +970,7 @@ def test_nothing_waits_for_the_device(emulated, monkeypatch):
 
 
 def test_too_little_memory(emulated, launched):
-    """Whichever allocation fails, nothing has been written. All working memory is one allocation."""
+    """Whichever allocation fails, nothing has been written. All working memory is a single allocation."""
     x, y = (emulated.put(a) for a in logits(2, 3000))
     weights = emulated.put(np.ones(2))
     keywords = {"space": "logits", "reduction": "rowmean", "weights": weights, "return_grad": PAIR}
@@ -981,7 +984,7 @@ def test_too_little_memory(emulated, launched):
         with emulated.xp.cuda.using_allocator(None):
             return emulated.xp.cuda.alloc(nbytes)
 
-    for known in (False, True):  # whether such a call has been before
+    for known in (False, True):  # whether a similar call was made before
         for given in ((0, 1, 2), (1,), ()):
             for count in itertools.count():
                 left[0] = count
@@ -1004,7 +1007,7 @@ def test_too_little_memory(emulated, launched):
 
 
 def test_threads_at_once(gpu):
-    """Calls of several threads of Python, on streams of their own."""
+    """Calls of several Python threads, each on its own stream."""
     x, y = logits(40, 300)
     expected = klcore.kl_div(x, y, space="logits")
     found = {}
@@ -1022,7 +1025,7 @@ def test_threads_at_once(gpu):
 
 
 def test_stream_of_the_caller(emulated, monkeypatch):
-    """Kernels go where the caller's own would, and the stream is his again afterwards."""
+    """Kernels go to the caller's current stream, which is current again afterwards."""
     device = emulator()
     seen, run = [], device.Function.__call__
 
@@ -1058,7 +1061,7 @@ def on(gpu, number, a):
 
 def test_second_device(two, compared):
     x, y = logits(3, 2000)
-    for _ in range(2):  # a call that is known, with the other device current
+    for _ in range(2):  # a repeated call, with the other device current
         there = [on(two, 1, a) for a in (x, y)]
         found = call("kl_div", there, space="logits", reduction="sum", return_grad=PAIR)
         assert {a.device.id for a in found} == {1}
@@ -1164,14 +1167,14 @@ def test_out_that_overlaps(gpu, launched):
     with pytest.raises(ValueError, match="elements share memory"):
         klcore.kl_div(x, y, out=gpu.xp.broadcast_to(gpu.xp.zeros(1), (2,)))
     assert launched == []
-    columns = gpu.xp.zeros((2, 6))  # interleaved is not overlapping
+    columns = gpu.xp.zeros((2, 6))  # interleaved arrays do not overlap
     columns[:, ::2] = x
     for _ in range(2):
         klcore.kl_div(columns[:, ::2], y, return_grad="x", out=(None, columns[:, 1::2]))
 
 
 def test_out_that_overlaps_in_a_call_that_is_known(gpu, launched):
-    """Of two calls that differ by addresses alone, one may write over its input."""
+    """Of two calls that differ only in addresses, one may write over its input."""
     x, y, weights, dx, dy = (gpu.put(np.full((2, 3), 0.25)) for _ in range(5))
     weights = weights[:, 0]
     whole, flat = gpu.xp.zeros((3, 3)), gpu.xp.zeros(8)
@@ -1238,7 +1241,7 @@ def test_what_is_missing_is_named(python, setup, words):
 
 
 def test_cupy_itself_without_a_driver(python):
-    """Real CuPy, if it is installed and there is none."""
+    """Real CuPy, if it is installed, without a driver."""
     code = """
 import importlib.util, klcore
 if importlib.util.find_spec("cupy"):
@@ -1312,7 +1315,7 @@ print("clean")
     ],
 )
 def test_sanitizers_find_nothing(emulated, which):
-    """Address and undefined behaviour, of rows that begin and end anywhere."""
+    """Address and undefined behaviour, for rows that begin and end anywhere."""
     done = subprocess.run(
         [sys.executable, "-c", SANITIZED, os.path.dirname(__file__), which],
         capture_output=True,

@@ -23,7 +23,7 @@ extern "C" __global__ void __launch_bounds__(256, 2) kl_rows(const Plan p) {
   }
 }
 """
-# The shortest way round the steps is the rare one; but it stores nothing.
+# The shortest way through the steps is the rare one; but it stores nothing.
 SASS = """
 .text.kl_rows:
 	//## File "/tmp/kl_cuda.cu", line 7
@@ -75,7 +75,7 @@ def count(tool, sass, source=SOURCE):
 
 @pytest.mark.parametrize(("back", "per_chunk"), [(BACK, 3), (BACK_BY_CALL, 4)])
 def test_loops_are_counted_with_their_rounds(tool, back, per_chunk):
-    """Four steps of seven instructions, the rare loop left out; and what stands around the steps."""
+    """Four steps of seven instructions, without the rare loop; and what is around the steps."""
     parts = count(tool, SASS.replace("BACK", back))
     assert parts == {"writing sweep": 4 * 7 * 32 / 1024, "per chunk": per_chunk * 32 / 1024}
 
@@ -96,7 +96,7 @@ def test_what_the_counting_looks_for_is_in_the_source(tool):
 
 @pytest.fixture(scope="module")
 def logits(tool):
-    """What is counted of kl_rows for float32 logits: without and with a gradient."""
+    """What is counted for kl_rows with float32 logits: without and with a gradient."""
     try:
         nvrtc.version()
         tool.prepare(nvrtc.source(), None, tool.tool("cuobjdump"), tool.tool("nvdisasm"))
@@ -119,7 +119,7 @@ def test_real_kernels_are_counted_whole(logits):
     for part, least in {"staging": 1, "reading sweep": 20, "per chunk": 3}.items():
         assert value.parts[part] > least
         assert part == "staging" or gradient.parts[part] >= 0.9 * value.parts[part]
-    assert gradient.parts["writing sweep"] > 3.5  # of what was kept: a fma, two products, three accesses for every four
+    assert gradient.parts["writing sweep"] > 3.5  # of what was kept: an fma, two products, three accesses per four
     assert gradient.a_class + value.parts["staging"] - value.a_class > gradient.parts["writing sweep"]
 
 

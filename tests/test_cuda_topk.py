@@ -1,6 +1,6 @@
-"""Calls in which x lists some classes of y give the CPU's bits on a GPU; and what is refused there makes its row NaN.
+"""Calls in which x lists some classes of y give the CPU's bits on a GPU; invalid numbers make their row NaN there.
 
-That the CPU's numbers are right is shown by test_topk.py.
+test_topk.py shows that the CPU's results are right.
 """
 
 import importlib
@@ -15,7 +15,7 @@ import klcore
 from klcore.operations import KL_DIV, Call
 
 LOGS = ("log_probs", "logits")
-# operation, spaces, tail, dtypes, classes of y, and how many of them are listed
+# operation, spaces, tail, dtypes, classes of y, and the number of listed classes
 CASES = [
     ("kl_div", LOGS, "bucket", ("float32", "float32"), 5000, 33),
     ("kl_div", LOGS, "bucket", ("float32", "float32"), 1500, 1025),
@@ -38,7 +38,7 @@ def numbers(space, shape, dtype, seed=0):
 
 
 def teacher(space, dtypes, batch, n, count, seed=0):
-    """(x, y, indices), of which some are -1 and some the same; all of row 1 are."""
+    """(x, y, indices): some indices are -1, and some are equal; all of row 1 are."""
     indices = np.random.default_rng(seed).integers(-1, n, (*batch, count))
     indices.reshape(math.prod(batch), count)[1:2] = n // 2
     x = numbers(space[0], (*batch, count), dtypes[0], seed)
@@ -62,7 +62,7 @@ def test_bits(gpu, compared, case):
     operation, space, tail, dtypes, n, count = case
     options = {"tail": tail, "space": space, "return_grad": PAIR, "weights": np.array([1, 2, 0.0, 0.5])}
     if tail == "mass":
-        options |= {"tail": "bucket", "tail_mass": np.array([0, 0.1, 2, 1])}  # that of a row that does not count
+        options |= {"tail": "bucket", "tail_mass": np.array([0, 0.1, 2, 1])}  # the mass of a row that does not count
     if "logits" in space:
         options["temperature"] = np.array([0.5, 1, 2, 8.0])
     for seed in (0, 1, 2):  # of the emulator's schedule, too

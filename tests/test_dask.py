@@ -1,4 +1,5 @@
-"""Dask arrays: lazy, whatever their chunks; the bits of the whole array where promised, else the published bounds."""
+"""Dask arrays: lazy, whatever their chunks; the bits of the whole array where promised, elsewhere the published
+bounds."""
 
 import functools
 import importlib
@@ -121,7 +122,7 @@ def test_nothing_is_computed_before_it_is_asked_for(reduction, chunks):
 
 
 def test_huge_arrays_cost_nothing():
-    """Four petabytes: shapes, dtypes and chunks are known, and no array of such a size is made."""
+    """Four petabytes: shapes, dtypes and chunks are known, and no array of such a size is created."""
     x = da.zeros((1 << 25, 1 << 24), dtype="f8", chunks=(1 << 24, 1 << 23))
     value, dx, dy = klcore.kl_div(x, x[:1], space="logits", return_grad=("x", "y"), reduction="mean")
     assert (value.shape, dx.shape, dy.shape) == ((), x.shape, (1, 1 << 24))
@@ -130,7 +131,7 @@ def test_huge_arrays_cost_nothing():
 
 @pytest.mark.parametrize("chunks", [(2, 40), (2, 15)])
 def test_names_are_those_of_the_computation(chunks):
-    """The same call has the same keys, so that dask computes it once; another call has others."""
+    """The same call has the same keys, so that dask computes it once; another call has different keys."""
     x, y = chunked(arguments("kl_div", ("logits", "logits"), (6, 40), "float32"), chunks)
     first, again = (klcore.kl_div(x, y, space="logits", temperature=2.0) for _ in range(2))
     assert first.name == again.name
@@ -150,7 +151,7 @@ def test_names_are_those_of_the_computation(chunks):
 @pytest.mark.parametrize(("operation", "space"), CALLS)
 def test_rows_have_the_bits_of_the_whole(operation, space, dtype):
     arrays = arguments(operation, space, (7, 130), dtype, "special")
-    weights = np.array([1, 0.5, 0, 2, 1, 1, 3])  # the row with NaN is not read
+    weights = np.array([1, 0.5, 0, 2, 1, 1, 3])  # the row with NaN is skipped
     for reduction, w in itertools.product(("row", "none"), (None, weights)):
         whole = call(operation, arrays, space, reduction=reduction, weights=w)
         lazy = call(operation, chunked(arrays, (3, 130), ((2, 4, 1), 130)), space, reduction=reduction, weights=w)
@@ -192,7 +193,7 @@ def test_broadcasting(of_x, of_y, chunks):
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 @pytest.mark.parametrize("chunks", [(50, 40), (50, 15)])
 def test_parts_of_a_gradient_are_not_rounded(dtype, chunks):
-    """Summed over 2000 rows in 40 blocks, a 16-bit gradient is as good as in one block."""
+    """Summed over 2000 rows in 40 blocks, a 16-bit gradient is as accurate as in one block."""
     x = numbers((2000, 40), "probs", dtype, "x")
     y = numbers((40,), "probs", dtype, "y")
     whole = klcore.kl_div(x, y, return_grad="y")[1]
@@ -212,7 +213,7 @@ def test_kl_of_any_size(space, dtype, target):
     """The published bounds, whatever the chunks."""
     a, b = pairs_of(2100, target, "flat", rows=1)
     factor = 1.0
-    if target > 50:  # as probabilities of float32 only of masses beyond 1
+    if target > 50:  # as probabilities of float32, only for masses above 1
         factor, b = (40.0 if "probs" in space else 1.0), np.maximum(b, b.max() - 30) if "probs" in space else b
     arrays = [into(z, s, DTYPES[dtype], factor if s == "probs" else 1.0) for z, s in zip((a, b), space, strict=True)]
     true = oracle.fast("kl_div", *arrays, space)
@@ -249,7 +250,7 @@ def test_multiples_of_1024_classes_have_the_bits_of_the_whole(operation, space):
 
 
 def test_millions_of_classes_have_the_bits_of_the_whole():
-    """More chunks of 1024 than are merged at once."""
+    """More chunks of 1024 than are merged at a time."""
     n = 1024 * 1024 + 70_000
     for space in (("probs", "probs"), ("logits", "logits"), ("logits", "probs")):
         arrays = arguments("kl_div", space, (1, n), "float32")
@@ -305,7 +306,7 @@ def test_totals(reduction, chunks, weights):
         whole = call("kl_div", [a.astype("f8") for a in arrays], space, reduction=reduction, weights=w)
         lazy = call("kl_div", chunked(arrays, chunks), space, reduction=reduction, weights=given)
         value, *gradients = dask.compute(*lazy)
-        # of float32, as if rows had never been rounded to it
+        # for float32, as if rows had never been rounded to it
         bound = oracle.TOLERANCES["kl", "float32"]
         assert value.dtype == np.float32
         assert abs(value - whole[0]) <= bound * whole[0]
@@ -333,7 +334,7 @@ def test_weights_at_an_end_of_the_range(reduction, chunks, exponent):
 @pytest.mark.parametrize("classes", [30, 12])
 @pytest.mark.parametrize("space", [("probs", "probs"), ("logits", "logits"), ("probs", "logits")])
 def test_totals_over_multiples_of_1024_rows_have_the_bits_of_the_whole(space, classes):
-    """Of the first batch axis, the classes in one chunk."""
+    """Over the first batch axis, with the classes in one chunk."""
     arrays = arguments("kl_div", space, (5000, 30), "float64")
     weights = np.random.default_rng(1).random(5000)
     for reduction in REDUCTIONS[2:]:
@@ -344,11 +345,11 @@ def test_totals_over_multiples_of_1024_rows_have_the_bits_of_the_whole(space, cl
 
 
 def test_rows_are_not_rounded_before_they_are_added():
-    """A total of 20000 float32 rows is that of their float64 values, to a rounding."""
+    """A total of 20000 float32 rows is that of their float64 values, up to rounding."""
     x, y = arguments("kl_div", ("probs", "probs"), (20000, 3), "float32")
     exact = np.sum(np.array(oracle.fast("kl_div", x[:2000], y[:2000]).value))
     got = klcore.kl_div(*chunked((x[:2000], y[:2000]), (16, 3)), reduction="sum").compute()
-    # a row's value errs by up to its bound, but these errors are not all of one sign
+    # a row's value is off by up to its bound, but these errors have different signs
     assert abs(got - exact) <= 0.1 * oracle.TOLERANCES["kl", "float32"] * exact
 
 
@@ -377,7 +378,7 @@ def chunkings(draw, size):
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.data())
 def test_any_chunks(data):
-    """x, y and weights each chunked in its own way."""
+    """x, y and weights with different chunks."""
     rows, n = data.draw(st.sampled_from([(1, 1), (3, 2), (6, 17), (5, 130), (2, 1500)]))
     space = data.draw(st.sampled_from(PAIRS))
     operation = data.draw(st.sampled_from(conftest.OF_TWO))
@@ -425,23 +426,25 @@ def test_one_thread_a_block_where_dask_has_several(chunks, monkeypatch):
 
 
 def test_functions_travel(python):
-    """A graph can be pickled, and computed by a process that has not seen it made."""
+    """A graph can be pickled, and computed by a process that did not create it."""
     x, y = chunked(arguments("kl_div", ("logits", "logits"), (4, 30), "float32"), (2, 20))
     lazy = klcore.kl_div(x, y, space="logits")
     code = "import pickle, sys; print(pickle.loads(bytes.fromhex(sys.argv[1])).compute(scheduler='sync').tolist())"
     assert eval(python(code, pickle.dumps(lazy).hex())) == lazy.compute().tolist()
 
 
-# ---- workers of their own, with less memory than the data take -------------------------------------------------------
+# ---- workers in processes, with less memory than the data
+# --------------------------------------------------------------
 
-ROOM = 96 << 20  # what a worker may take beside what it takes idle; blocks of 4 MiB need 40 MiB of it
+ROOM = 96 << 20  # memory for a worker beyond what it takes when idle; blocks of 4 MiB need 40 MiB of it
 
 
 def memory(field):
-    """Bytes of this process by /proc: VmRSS now, VmHWM at most. Not by getrusage, which begins with its parent's."""
+    """Bytes of this process from /proc: VmRSS now, VmHWM at its peak. Not getrusage, which begins with the parent's
+    peak."""
     import pathlib
 
-    import klcore.backends.dask  # noqa: F401 - idle is with all libraries: by far the most of a worker
+    import klcore.backends.dask  # noqa: F401 - idle includes all libraries: by far the most of a worker
 
     lines = pathlib.Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(field)) * 1024
@@ -449,10 +452,10 @@ def memory(field):
 
 @pytest.fixture(scope="module")
 def cluster():
-    """Two workers that keep what they hold in memory, and whom nobody ends or stops on account of it, or of being slow.
+    """Two workers that keep their data in memory, and are never stopped because of memory, or because they are slow.
 
-    On a machine that is busy with other things they answer late; and where their memory grows, a test that measures
-    it says by how much, and dask's supervisor would only say that workers died.
+    On a busy machine they answer late. If their memory grows, a test that measures it says by how much; dask's
+    supervisor would only say that workers died.
     """
     distributed = pytest.importorskip("distributed", reason="distributed is not installed")
     of_memory = dict.fromkeys(("spill", "target", "pause", "terminate"), False)
@@ -501,7 +504,7 @@ def test_more_data_than_memory(cluster, chunks):
 
 
 def test_gradients_on_workers(cluster):
-    """What workers send each other comes read-only."""
+    """Data that workers exchange is read-only."""
     for space, chunks in itertools.product(
         (("probs", "probs"), ("logits", "logits"), ("log_probs", "logits")), (2100, 700)
     ):
@@ -518,7 +521,7 @@ def test_gradients_on_workers(cluster):
 
 @pytest.fixture
 def on_gpu(gpu):
-    """Dask arrays of the device's chunks; of the emulator, dask cannot know how to join them."""
+    """Dask arrays with chunks on the device; for the emulator, dask cannot concatenate them."""
     if gpu.emulated:
         from dask.array.backends import concatenate_lookup
 
@@ -642,7 +645,7 @@ def test_sizes_that_must_be_known(change, words):
         klcore.kl_div(**{"x": x, "y": y, **change})
 
 
-# rows left of three blocks of four: in blocks of 2, 1, 2 and of 1, 1, 2; a block that is broadcast by chance, and total
+# rows selected from three blocks of four: in blocks of 2, 1, 2 and of 1, 1, 2; a block broadcast by chance, and a total
 KEPT = {"x": [0, 3, 5, 8, 9], "y": [0, 5, 8, 9]}
 
 
@@ -655,7 +658,7 @@ def left(a, rows, chunks):
 @pytest.mark.parametrize("reduction", ["row", "none", "sum"])
 @pytest.mark.parametrize("operation", OPERATIONS)
 def test_unknown_sizes_must_match(operation, reduction, classes):
-    """Block by block: x and y, or either and the weights; of values and of gradients."""
+    """Block by block: x and y, or either and the weights; for values and for gradients."""
     row = OPERATIONS[operation]
     if not row.has_terms and reduction == "none":
         return
@@ -672,7 +675,7 @@ def test_unknown_sizes_must_match(operation, reduction, classes):
 
 @pytest.mark.parametrize("classes", [30, 12])
 def test_axes_of_size_1_broadcast_beside_unknown_ones(classes):
-    """As a size of 1 that is known does: of an operand, of the weights, and along another axis."""
+    """Like a known size of 1: for an operand, for the weights, and along another axis."""
     (x, y), one = arguments("kl_div", ("logits", "logits"), (12, 3, 30), "float64"), np.s_[:, :1]
     weights = np.linspace(1, 2, 12)[:, None]
     kept, chunks = KEPT["x"], (4, 2, classes)
@@ -692,7 +695,7 @@ def test_axes_of_size_1_broadcast_beside_unknown_ones(classes):
 
 @pytest.mark.parametrize("exponent", [-1074, 1020])
 def test_weights_at_an_end_of_the_range_beside_a_denominator(exponent):
-    """Where the number of rows is not known."""
+    """With an unknown number of rows."""
     x, y = arguments("kl_div", ("probs", "probs"), (12, 30), "float64")
     kept, weights = KEPT["x"], np.full(12, 2.0**exponent)
     keywords = {"reduction": "sum", "denominator": 5 * 2.0**exponent}
@@ -710,7 +713,7 @@ TAILS["renorm"] = ("logits", "logits")
 
 
 def listing(tail, batch=(7,), n=30, dtype="float32"):
-    """x of six of y's classes, y, and the other arrays by their names: a row of no weight is not to be looked at."""
+    """x of six of y's classes, y, and the other arguments by name: a row of weight 0 must be skipped."""
     rng = np.random.default_rng(3)
     x, y = (numbers((*batch, n), s, dtype, side) for s, side in zip(TAILS[tail], "xy", strict=True))
     indices = np.argsort(rng.random((*batch, n)))[..., :6].astype(np.int32)
@@ -738,7 +741,7 @@ def in_chunks(arrays, rows):
 @pytest.mark.parametrize("tail", TAILS)
 @pytest.mark.parametrize("operation", LISTED)
 def test_lists_of_classes_have_the_bits_of_the_whole(operation, tail):
-    """All reductions of one operation; NumPy's lists beside dask's arrays."""
+    """All reductions of one operation; NumPy lists with dask arrays."""
     x, y, more = listing(tail)
     lazy = in_chunks({"x": x, "y": y}, [3]), in_chunks(more, [(2, 4, 1)])
     for reduction in REDUCTIONS if operation == "kl_div" else ["row"]:
@@ -750,7 +753,7 @@ def test_lists_of_classes_have_the_bits_of_the_whole(operation, tail):
 
 @pytest.mark.parametrize("dtype", ["float64", "bfloat16"])
 def test_lists_along_any_axis(dtype):
-    """Gradients of what is broadcast are summed over all blocks, of lists as well."""
+    """Gradients of broadcast operands are summed over all blocks, for lists too."""
     x, y, more = listing("mass", (4, 5), dtype=dtype)
     more["indices"] = np.maximum(more["indices"] % 30, 0)
     for axis in (0, 1, -1):
@@ -771,7 +774,7 @@ def test_lists_along_any_axis(dtype):
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_lists_of_cupy_chunks(gpu, on_gpu, dtype):
-    """NumPy's lists beside them; gradients of an operand that blocks share."""
+    """With NumPy lists; gradients of an operand that blocks share."""
     x, y, more = listing("mass", dtype=dtype)
     for of_x, of_y, indices in ((x, y, more["indices"]), (x[0], y, more["indices"][0]), (x, y[0], more["indices"])):
         rest = more | {"indices": indices}
@@ -786,7 +789,7 @@ def test_lists_of_cupy_chunks(gpu, on_gpu, dtype):
 
 
 def test_lists_are_lazy():
-    """Nothing is computed, and nothing is made of the arrays' size; the same call has the same keys."""
+    """Nothing is computed, and nothing of the arrays' size is created; the same call has the same keys."""
     y = da.zeros((1 << 25, 1 << 24), dtype="f4", chunks=(1 << 24, -1)).map_blocks(
         explode, dtype="f4", meta=np.empty((0, 0))
     )
@@ -839,14 +842,14 @@ def test_lists_and_classes_in_several_chunks(name):
     ],
 )
 def test_lists_that_are_wrong(bad, error, words):
-    """Are refused at once, as far as they are known."""
+    """They are refused immediately, as far as they are known."""
     x, y = da.full((2, 1), 0.5), da.full((2, 3), 0.25)
     with pytest.raises(error, match=words):
         klcore.kl_div(x, y, **{"indices": np.array([[0]]), "tail": "bucket", **bad})
 
 
 def test_lists_that_are_wrong_when_they_are_there():
-    """Or when it is, as their row might have no weight."""
+    """Or when computed, unless their row has no weight."""
     x, y = da.full((2, 1), 0.5), da.full((2, 3), 0.25)
     lazy = klcore.kl_div(x, y, indices=da.full((2, 1), 9), tail="bucket", tail_mass=da.full(2, 0.5))
     with pytest.raises(ValueError, match="indices must lie in"):
@@ -923,7 +926,7 @@ WHOLE = np.ones((6, 8))
     ids=lambda change: " ".join(f"{k}" for k in change),
 )  # fmt: skip
 def test_wrong_arguments_say_what_they_say_for_numpy(change):
-    """At once, and in the same words."""
+    """Immediately, and in the same words."""
     with pytest.raises((TypeError, ValueError)) as expected:
         klcore.kl_div(**{"x": WHOLE, "y": WHOLE, **change})
     lazy = {

@@ -1,4 +1,4 @@
-"""Which module computes, with how many threads and which instructions: the registry, its words, its errors."""
+"""Which module computes, with how many threads and which instructions: the registry, its options, its errors."""
 
 import asyncio
 import importlib
@@ -15,7 +15,7 @@ import klcore
 from klcore import _cpu
 from klcore.operations import LOSSES, OPERATIONS, Call
 
-# the attribute klcore.backends is the public function, so the module has to be asked for by name
+# the attribute klcore.backends is the public function, so the module is imported by name
 registry = importlib.import_module("klcore.backends")
 rows = importlib.import_module("klcore.backends.rows")
 
@@ -36,7 +36,7 @@ def array_class(module, name="Array", base=object):
 
 @pytest.fixture
 def toy(clean_registry, monkeypatch):
-    """A backend of its own library, which returns what it was given."""
+    """A backend with its own library, which returns its arguments."""
     module = types.ModuleType("toy_backend")
     module.calls = []
 
@@ -122,7 +122,7 @@ def test_unknown_type_may_be_registered_later(clean_registry, monkeypatch):
 
 
 def test_losses_come_to_backends(toy):
-    """What klcore.compat asks for says that it is a loss."""
+    """The backend can tell calls from klcore.compat: they are losses."""
     x = array_class("toylib")()
     klcore.divergence.loss("pytorch", x, x, space=("probs", "log_probs"), factors=7, denominator=3)
     (found,) = toy.calls
@@ -142,7 +142,7 @@ def test_base_classes_are_looked_through(toy):
 
 
 def test_nearest_base_class_decides(toy):
-    """A library's array that is also a numpy.ndarray is that library's."""
+    """An array type that is also a numpy.ndarray belongs to its own library."""
     both = type("Both", (np.ndarray,), {"__module__": "toylib.array"})
     assert klcore.entropy(np.zeros(2).view(both)) == ("computed", "entropy")
 
@@ -180,7 +180,7 @@ def test_mixed_libraries(toy, number, swap):
 
 
 def test_device_is_for_the_backend_to_honour(toy):
-    """Between NumPy's and CuPy's arrays it decides; another library's backend is handed it."""
+    """It decides between NumPy and CuPy; another library's backend receives it."""
     assert klcore.entropy(array_class("toylib")(), device="cpu") == ("computed", "entropy")
     assert toy.calls[0].device == "cpu"
     with pytest.raises(TypeError, match="x is a toylib array and y a numpy one; move one"):
@@ -253,7 +253,7 @@ assert out == 7
 
 
 def test_no_other_device_is_used_instead(python):
-    """What else may be missing, and how it is said: test_cuda.py."""
+    """test_cuda.py covers what else may be missing, and the messages."""
     messages = python(CUDA).splitlines()
     assert len(messages) == 2 * 3 * len(OPERATIONS)
     for message in messages:
@@ -379,7 +379,7 @@ def test_threads_of_the_environment(python, environment, expected):
 
 @pytest.mark.parametrize("text", ["many", "0", "-2"])
 def test_wrong_threads_in_the_environment(python, text):
-    """klcore's own variable is looked at; what OpenMP ignores of its own, klcore ignores."""
+    """klcore's own variable is validated; values that OpenMP ignores in its variables, klcore ignores."""
     message = python(HOW_MANY, fails=True, KLCORE_NUM_THREADS=text).splitlines()[-1]
     assert message.startswith("ValueError: the environment variable KLCORE_NUM_THREADS must be a whole number")
     assert f"found '{text}'; unset it" in message
@@ -502,5 +502,5 @@ def test_show_config_of_an_unknown_mode():
 
 
 def test_import_reads_no_environment(python):
-    """A wrong variable is reported by the first call, not by an import that may never compute."""
+    """An invalid variable is reported by the first call, not by an import that may never compute."""
     assert python("import klcore; print('imported')", KLCORE_ISA="?", KLCORE_NUM_THREADS="?").strip() == "imported"

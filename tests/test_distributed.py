@@ -1,7 +1,7 @@
-"""DTensors and data-parallel training: four processes, whose meshes are of two, of three and of two by two.
+"""DTensors and data-parallel training: four processes, with meshes of two, of three and of two by two.
 
 They are started once, and each makes all checks: a DTensor's results are compared with those of the whole batch, which
-klcore computes in one process. The first exception ends all of them, and is what the test shows.
+klcore computes in one process. The first exception ends all of them, and is reported by the test.
 """
 
 import datetime
@@ -27,7 +27,7 @@ from torch import distributed, multiprocessing  # noqa: E402
 from torch.distributed import tensor as dt  # noqa: E402
 
 PROCESSES = 4
-SECONDS = 240  # after which all are ended
+SECONDS = 240  # after which all of them are killed
 TOTALS = ("sum", "rowmean", "batchmean", "mean")
 REDUCTIONS = ("row", "none", *TOTALS)
 S, R, P = dt.Shard, dt.Replicate(), dt.Partial()
@@ -49,7 +49,7 @@ def operands(operation, space, *shape, axis=-1):
 
 
 def placed(t, mesh, *placements):
-    """The DTensor of which `t` is the whole."""
+    """The DTensor whose whole is `t`."""
     return dt.distribute_tensor(t, mesh, placements)
 
 
@@ -81,7 +81,8 @@ def near(got, expected, what):
 
 
 def compare(judge, operation, space, arrays, mesh, placements, *, graded=True, **words):
-    """DTensors so placed beside the whole, by autograd and by return_grad=; the placements of the value."""
+    """Compare DTensors with these placements with the whole, by autograd and by return_grad=, and the value's
+    placements."""
     what = operation, space, [a.shape for a in arrays], placements, words
     of_whole = {name: whole(word) for name, word in words.items()}
     of = OPERATIONS[operation].gradients if graded else None
@@ -107,7 +108,7 @@ def compare(judge, operation, space, arrays, mesh, placements, *, graded=True, *
 
 
 def raises(error, words, function):
-    """Not pytest's, which ends a process without a word."""
+    """pytest's version would end a process without a message."""
     message = ""
     try:
         function()
@@ -120,7 +121,7 @@ def raises(error, words, function):
 
 
 def operations(mesh):
-    """All, in two processes."""
+    """All operations, in two processes."""
     return OPERATIONS if mesh.size() == 2 else COMMON
 
 
@@ -156,7 +157,7 @@ def check_totals(mesh):
 
 
 def check_against_pytorch(mesh):
-    """The numbers of its own loss."""
+    """Compare with PyTorch's own loss."""
     x, y = (placed(t, mesh, S(0)) for t in operands("kl_div", ("logits", "logits"), 5, 7))
     for reduction in ("batchmean", "sum"):
         mine, theirs = (y.detach().requires_grad_() for _ in range(2))
@@ -170,7 +171,7 @@ def check_against_pytorch(mesh):
 
 
 def check_axes(mesh):
-    """Wherever the classes are, and whatever is sharded beside them."""
+    """Wherever the classes are, and whichever other axes are sharded."""
     space = ("logits", "logits")
     for axis, sharded, left in ((1, 0, 0), (1, 2, 1), (-2, 2, 1), (0, 1, 0), (2, 1, 1)):
         arrays = operands("kl_div", space, 3, 4, 5, axis=axis)
@@ -208,7 +209,7 @@ def check_unlike_placements(mesh):
     ):
         assert compare(near, "kl_div", space, arrays, mesh, [[p], [q]]) == (found,)
     parts = dt.DTensor.from_local(arrays[0] / mesh.size(), mesh, [P], run_check=False)
-    for q in (S(0), S(1), R):  # yet to be added up
+    for q in (S(0), S(1), R):  # a pending reduction
         found = klcore.kl_div(parts, placed(arrays[1], mesh, q), space="logits").full_tensor()
         torch.testing.assert_close(found, klcore.kl_div(*arrays, space="logits"))
 
@@ -221,7 +222,7 @@ def check_empty(mesh):
 
 
 def check_lists_of_classes(mesh):
-    """x has some classes of y: their rows may be sharded in any way, and the classes may not."""
+    """x has some classes of y: their rows may be sharded in any way, the classes may not."""
     space, y = ("probs", "logits"), random(5, 7, seed=1)
     x, indices = random(5, 7, space="probs").topk(3)
     mass = random(5, seed=2).sigmoid()
@@ -265,7 +266,7 @@ def check_losses_and_estimators(mesh):
 
 
 def check_classes_of_all_operations(mesh):
-    """The bits of one process where all shards but the last are multiples of 1024 classes; elsewhere the bounds."""
+    """The bits of one process if all shards but the last are multiples of 1024 classes; otherwise the bounds."""
     sizes = ((1024 * mesh.size() - 1, same, operations(mesh)), (10, near, COMMON))
     weights = placed(torch.tensor([0.5, 0.0, 2.0]), mesh, R)
     for n, judge, names in sizes:
@@ -310,7 +311,7 @@ def check_axes_over_classes(mesh):
 
 
 def check_nothing_but_states_is_exchanged(mesh):
-    """Logits of a row take thousands of bytes; and backward exchanges nothing."""
+    """A row's logits take thousands of bytes; and backward exchanges nothing."""
     from torch.distributed.tensor.debug import CommDebugMode
 
     x, y = (placed(t, mesh, S(1)) for t in operands("kl_div", ("logits", "logits"), 3, 4096))
@@ -323,7 +324,7 @@ def check_nothing_but_states_is_exchanged(mesh):
     assert counted.get_total_counts() == 0
 
 
-# ---- words and messages
+# ---- options and messages
 
 
 def check_messages(mesh):
@@ -368,7 +369,7 @@ def check_messages(mesh):
 
 
 def check_compiled(mesh):
-    """Without a break in the graph."""
+    """Without graph breaks."""
 
     def loss(x, y, weights):
         options = {"space": "logits", "reduction": "rowmean", "weights": weights}
@@ -390,7 +391,7 @@ def check_compiled(mesh):
 
 
 def check_data_parallel(mesh):
-    """Two processes with half of the rows each take the steps of one with all."""
+    """Two processes with half of the rows each take the steps of one process with all rows."""
     group = mesh.get_group()
     teacher, inputs = random(6 * mesh.size(), 9), random(6 * mesh.size(), 4, seed=1)
     mine = slice(6 * mesh.get_local_rank(), 6 * mesh.get_local_rank() + 6)
@@ -462,7 +463,7 @@ def work(rank, folder, checks):
     distributed.destroy_process_group()
 
 
-# ---- in pytest's -----------------------------------------------------------------------------------------------------
+# ---- in pytest's process ---------------------------------------------------------------------------------------------
 
 
 def test_of_four_processes(tmp_path):

@@ -1,4 +1,4 @@
-"""Arrays of libraries that klcore has never heard of: lent through DLPack, and given back."""
+"""Arrays of libraries that klcore does not know: shared through DLPack, and returned as the library's own."""
 
 import importlib
 import itertools
@@ -22,7 +22,7 @@ def strict(a, device=None):
 
 
 def library(name, **content):
-    """The array type of a library that lends NumPy's memory and does nothing else."""
+    """The array type of a library that wraps NumPy's memory and does nothing else."""
 
     def __init__(self, array, device=(1, 0)):
         self.array, self.where, self.dtype = array, device, array.dtype
@@ -73,7 +73,7 @@ def test_same_bits_as_numpy(operation, space, dtype):
 
 @pytest.mark.parametrize("make", [strict, Other, np.asarray], ids=["strict", "another", "numpy"])
 def test_lists_of_classes(make):
-    """Indices, masses and temperatures of any kind beside arrays of a library."""
+    """Indices, masses and temperatures of any kind with arrays of a library."""
     indices, rows = np.argsort(Y)[:, :7], np.linspace(0.25, 1, 6)
     x, y = np.take_along_axis(X, indices, -1), np.log(Y)
     more = {"indices": indices, "tail_mass": rows, "temperature": rows}
@@ -118,7 +118,7 @@ def test_weights_of_any_kind(weights):
 
 
 def test_nothing_is_copied(monkeypatch):
-    """The kernels see the memory itself."""
+    """The kernels use the memory itself."""
     seen = []
     cpu = importlib.import_module("klcore.backends.cpu")
     monkeypatch.setattr(cpu, "compute", lambda call: seen.append(call.x) or np.float64(0))
@@ -193,7 +193,7 @@ def test_wrong_out(out, error, words):
 
 @pytest.fixture
 def lent(gpu, monkeypatch):
-    """Makes arrays of a library with memory on the GPU."""
+    """Creates arrays of a library with memory on the GPU."""
     if gpu.emulated:  # which has no DLPack
         monkeypatch.setattr(gpu.xp, "from_dlpack", lambda a: a.array, raising=False)
     on_gpu = library("gpulib", __dlpack__=lambda self, **keywords: self.array.__dlpack__(**keywords))

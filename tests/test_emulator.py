@@ -1,4 +1,5 @@
-"""The emulator that runs CUDA kernels without a GPU: right kernels are right on it, wrong ones do not go unnoticed."""
+"""The emulator that runs CUDA kernels without a GPU: correct kernels give correct results, and wrong ones are
+detected."""
 
 import os
 import shutil
@@ -15,7 +16,7 @@ pytestmark = pytest.mark.skipif(
     not shutil.which("g++") or sys.platform == "win32", reason="the emulator needs g++ and POSIX"
 )
 
-# One source for all toys, compiled once. Like klcore's own kernels they take one kl::Plan; `wrong` makes them so.
+# One source for all toy kernels, compiled once. Like klcore's kernels they take one kl::Plan; `wrong` adds the faults.
 SOURCE = r"""
 #if defined(KL_EMULATOR)
 #define KL_SHARED(T) reinterpret_cast<T*>(emulator::shared_memory())
@@ -202,7 +203,7 @@ def test_a_missing_barrier_behind_the_reading_shows_where_a_warp_is_held_back(la
     right = np.roll(np.arange(96), 5)
     for seed in SEEDS:
         assert (passed(seed) == right).all(), seed
-    for seed in SEEDS[1::2]:  # whatever is written too early is there when the last warp of a block reads
+    for seed in SEEDS[1::2]:  # data that is written too early has arrived when the last warp of a block reads
         assert (passed(seed, wrong=1) != right).any(axis=1).all(), seed
 
 
@@ -223,7 +224,7 @@ def test_some_warps_of_a_block_meet(launch):
     missed = "^some_warps: block 0, thread .*: is at warps_barrier and would wait for ever: thread .* has returned$"
     found(launch, missed, "some_warps", 1, 160, size=96, n=3, shared=4 * 96, wrong=1)
     found(launch, missed, "some_warps", 1, 160, size=96, n=3, shared=4 * 96, wrong=3)
-    found(launch, "a barrier of 6 warps, .* of which there are fewer", "some_warps", 1, 160, n=6, shared=768)
+    found(launch, "a barrier of 6 warps, .* the block has fewer", "some_warps", 1, 160, n=6, shared=768)
 
 
 def test_warps_of_which_lanes_are_missing(launch):
@@ -241,7 +242,7 @@ def test_lanes_that_meet(launch):
 @pytest.mark.parametrize(
     ("wrong", "error"),
     [
-        (1, "thread 16: .*mask 0000ffff, outside of which lies its own lane, 16"),
+        (1, "thread 16: .*mask 0000ffff, which excludes its own lane, 16"),
         (2, "thread 0: is at __shfl_xor_sync with mask 0000ffff, but reads lane 16"),
         (3, "thread 31: is at __all_sync with .*, but lane 0 is at __any_sync"),
         (4, "thread 0: is at __syncwarp and would wait for ever: thread 16 is at __syncthreads"),
@@ -317,7 +318,8 @@ def test_an_older_gpu_has_no_asynchronous_copies():
         device.compile(source, (), 75)
 
 
-# ---- in CuPy's and NVRTC's place -------------------------------------------------------------------------------------
+# ---- in place of CuPy and NVRTC
+# ----------------------------------------------------------------------------------------
 
 
 def test_arrays_are_cupys():
@@ -368,7 +370,7 @@ def test_shared_memory_beyond_48_kb_has_to_be_asked_for(modules):
     plan = np.zeros(1, PLAN)
     with pytest.raises(EmulatorError, match="max_dynamic_shared_size_bytes is 49152"):
         kernel((1,), (32,), (plan,), shared_mem=50_000)
-    with using(architecture="75"), pytest.raises(EmulatorError, match="are not to be had"):
+    with using(architecture="75"), pytest.raises(EmulatorError, match="are not available"):
         kernel.max_dynamic_shared_size_bytes = 100_000
     kernel.max_dynamic_shared_size_bytes = 100_000
     kernel((1,), (32,), (plan,), shared_mem=100_000)

@@ -1,4 +1,4 @@
-"""klcore.kl_estimate: right, in every dtype and library; what is unbiased in it; masks, limits, and what it refuses."""
+"""klcore.kl_estimate: correct, in every dtype and library; what is unbiased; masks, limits, and what it refuses."""
 
 import functools
 import importlib
@@ -26,7 +26,7 @@ def true(kind, r):
 
 
 def simple(kind, x, y):
-    """The formulas, for arrays of any library; in float64 they lose no more than is compared here."""
+    """The formulas, for arrays of any library; in float64 they are accurate enough for these comparisons."""
     r = y - x
     if kind == "k3":
         expm1 = getattr(r, "expm1", None)
@@ -56,7 +56,7 @@ def equal(found, expected):
 @pytest.mark.parametrize("dtype", ["float64", "float32"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_against_mpmath(device, kind, dtype):
-    """From tiny to where e^r overflows in float32, and at both sides of where the formula changes."""
+    """From tiny numbers to where e^r overflows in float32, and on both sides of the switch between formulas."""
     near = np.array([0.33, 0.34, 0.3465, 0.35, 0.7, 1, 31.9, 32.1, 88])
     sizes = np.concatenate([10 ** np.random.default_rng(0).uniform(-12, 2, 300), near, np.nextafter(near, 0)])
     r = np.concatenate([sizes, -sizes]).astype(dtype)
@@ -76,7 +76,7 @@ def test_against_mpmath(device, kind, dtype):
 )
 @pytest.mark.parametrize("kind", KINDS)
 def test_dtypes(kind, pair):
-    """r is taken in the wider dtype, of 32 bits at least; gradients come in each argument's own."""
+    """r is computed in the wider dtype, at least float32; gradients have the dtype of their argument."""
     of = [DTYPES.get(name, np.dtype(name)) for name in pair]
     x, y = (np.round(8 * a).astype(d) for a, d in zip(tokens(), of, strict=True))
     value, dx, dy = klcore.kl_estimate(x, y, kind=kind, return_grad=BOTH)
@@ -175,7 +175,7 @@ def test_out(device):
 @pytest.mark.parametrize("dtype", ["float64", "float32"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_bits(device, kind, dtype):
-    """Of threads, layouts and devices; twice on each, the second time by what was kept of the first."""
+    """Across threads, layouts and devices; twice on each, the second time with what was cached by the first."""
     x, y = tokens((70, 90), dtype=dtype, apart=10.0)
     rng = np.random.default_rng(2)
     mask, ratio = rng.uniform(size=x.shape) < 0.7, rng.uniform(size=x.shape).astype(dtype)
@@ -195,7 +195,7 @@ def test_bits(device, kind, dtype):
 
 
 def test_a_ratio_does_not_go_by_what_was_kept(device):
-    """Calls on a GPU are known by their arrays; one with a ratio is not the one without."""
+    """GPU calls are cached by their arrays; a call with a ratio is not the one without."""
     x, y = map(device.put, tokens())
     ratio = device.put(np.full((5, 7), 2.0))
     plain = device.get(klcore.kl_estimate(x, y))
@@ -236,7 +236,7 @@ def test_infinite_log_probabilities(device):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_limit(device, kind):
-    """The value stays, the gradient ends; the limit itself passes it."""
+    """The value stays constant, and the gradient is 0 beyond the limit, but not at it."""
     r = np.array([0.5, 2.0, 2.5, 1e9, np.inf, np.nan])
     r = np.concatenate([r, -r])
     x = device.put(np.zeros_like(r))
@@ -272,7 +272,7 @@ def test_a_token_of_weight_0_is_not_there(device, kind, mask):
 
 
 def test_a_ratio_that_is_none(device):
-    """Is NaN, as a bad weight is where nobody can wait for it."""
+    """It gives NaN, like a bad weight where nothing waits for the device."""
     x, y = tokens((5,))
     found = klcore.kl_estimate(device.put(x), device.put(y), ratio=device.put(np.array([-1.0, np.nan, np.inf, 0, 1])))
     np.testing.assert_array_equal(np.isnan(device.get(found)), [True, True, True, False, False])
@@ -323,7 +323,7 @@ def test_expected_values():
 
 
 def through_softmax(logits, d):
-    """The derivative with respect to logits, of one with respect to log-probabilities."""
+    """From a derivative with respect to log-probabilities to the one with respect to logits."""
     return d - np.exp(logits - np.logaddexp.reduce(logits)) * d.sum()
 
 
@@ -342,7 +342,7 @@ def test_expected_gradients_of_fixed_tokens():
 
 @pytest.mark.parametrize("kind", ["k1", "k3"])
 def test_expected_gradient_with_a_ratio(kind):
-    """Of tokens from elsewhere, with the ratio's own gradient: by ratio * k."""
+    """For tokens from elsewhere, with the ratio's own gradient: ratio * k."""
     torch = pytest.importorskip("torch", reason="torch is not installed")
     a, b, _, _, y, sampler = policies()
     logits = torch.tensor(a, requires_grad=True)
@@ -374,7 +374,7 @@ SETTINGS = [set(), {"ratio"}, {"weights"}, {"limit"}, {"ratio", "weights", "limi
 
 
 def both(torch, kind, setting, reduction, x, y):
-    """klcore's, and the simple formulas."""
+    """klcore's results, and those of the simple formulas."""
     options = {name: torch.tensor(a) for name, a in numbers().items() if name in setting}
     limit = 0.4 if "limit" in setting else None
     r = y - x
@@ -462,7 +462,7 @@ def test_half_precision_of_torch(torch):
 
 @pytest.mark.parametrize("shape", [(), (5, 7), (300, 100)], ids=str)
 def test_jax(shape):
-    """Of no dimension, small, and so large that it takes the other way."""
+    """Without dimensions, small, and so large that it takes the other path."""
     pytest.importorskip("jax", reason="jax is not installed")
     jax, jnp = importlib.import_module("jax"), importlib.import_module("jax.numpy")
     x, y = tokens(shape, dtype="float32")

@@ -1,6 +1,7 @@
-"""The relatives of the divergence: right to the published bounds, in every space, wherever the arrays are.
+"""The relatives of the divergence: accurate to the published bounds, in every space, for every kind of array.
 
-What all operations have in common (bits, layouts, weights, errors) other files ask of the first of them, js_div.
+What all operations have in common (bits, layouts, weights, errors) is tested in other files, with js_div as the
+example.
 """
 
 import itertools
@@ -38,7 +39,7 @@ def call(name, *arrays, **options):
 
 
 def logits(far, n=7, rows=2, seed=0):
-    """Rows about as far apart as asked: KL is near `far`; "far" means classes that one side has next to nothing of."""
+    """Rows at about this distance: KL is close to `far`; "far" means classes in which one side has almost no mass."""
     rng = np.random.default_rng(seed)
     a = rng.normal(0, 3, (rows, n))
     if far == "far":
@@ -61,13 +62,13 @@ def in_space(space, *arrays, dtype="float64"):
     made = []
     for a, s in zip(arrays, pair, strict=True):
         v = a if s == "logits" else softmax(a) if s == "probs" else a - log_sum_exp(a)[..., None]
-        # a probability that is subnormal as float32 has lost digits, and an underflow is an exact zero
+        # a probability that is subnormal in float32 has lost digits, and an underflow is an exact zero
         made.append(np.maximum(v, np.finfo(dtype).tiny).astype(dtype) if s == "probs" else v.astype(dtype))
     return made
 
 
 def assert_right(name, parameters, x, y, space, got, temperature=1.0):
-    """Value, dx and dy within the bounds of kl_div; relative to the value, and to the L1 norm of a gradient's row."""
+    """Value, dx and dy within the bounds of kl_div, relative to the value and to the L1 norm of a gradient's row."""
     value, dx, dy = got
     right = relatives.exact(name, x, y, space, temperature, **parameters)
     kinds = "value", "gradient", "gradient"
@@ -78,7 +79,7 @@ def assert_right(name, parameters, x, y, space, got, temperature=1.0):
             relative = max(relative, 1e-5) if np.nanmax(np.abs(right.value)) > 1e3 else relative
             b = np.where(np.abs(b) > 3.4e38, np.inf * np.sign(b), b)
         size = np.abs(b).sum(-1) if of == "gradient" else np.abs(b)
-        keep = np.isfinite(size)  # what float32 has no room for
+        keep = np.isfinite(size)  # what float32 can represent
         oracle.assert_close(a[keep], b[keep], size[keep], (relative, absolute), f"{of} of {name} {parameters} {space}")
 
 
@@ -86,7 +87,7 @@ def assert_right(name, parameters, x, y, space, got, temperature=1.0):
 @pytest.mark.parametrize("space", SAME)
 @cases
 def test_accuracy(case, space, dtype):
-    """Near rows and far ones; logits with an offset between them."""
+    """Close rows and distant ones; logits with an offset between them."""
     name, parameters = case
     for far, offset in itertools.product((1e-12, 1e-6, 1.0, "far"), (0.0, 37.0, 1e4) if space == "logits" else (0.0,)):
         a, b = logits(far)
@@ -98,7 +99,7 @@ def test_accuracy(case, space, dtype):
 @pytest.mark.parametrize("space", [("probs", "logits"), ("logits", "probs"), ("log_probs", "probs")], ids="-".join)
 @cases
 def test_accuracy_of_two_spaces(case, space):
-    """float32, in double: what their own rounding leaves is no error of klcore's."""
+    """float32, computed in double: the rounding of the inputs is not klcore's error."""
     name, parameters = case
     for far in (1e-2, 1.0):
         x, y = in_space(space, *logits(far), dtype="float32")
@@ -119,7 +120,7 @@ def test_accuracy_of_long_rows(name):
 
 @names
 def test_accuracy_of_nearly_one_hot_rows(name):
-    """Where log q - log p of the class that has nearly all is tiny, and counts as much as the others'."""
+    """Where log q - log p of the class with nearly all the mass is tiny, and matters as much as the others'."""
     parameters = relatives.PARAMETERS[name][0]
     for far, offset in itertools.product((1e-10, 1e-6, 1.0), (0.0, 37.0, 1e4)):
         a, b = logits(far, 9)
@@ -132,7 +133,7 @@ def test_accuracy_of_nearly_one_hot_rows(name):
 
 @names
 def test_float_and_double(name, gpu):
-    """Chunks of float32 logits: near ones, one with a class that is not, and one whose scores are all but the same."""
+    """Chunks of float32 logits: near ones, one with a class that is not near, and one with nearly equal scores."""
     parameters = relatives.PARAMETERS[name][0]
     a, b = logits(0.1, 3072, 3)
     b[1, 1500] -= 30
@@ -145,7 +146,7 @@ def test_float_and_double(name, gpu):
     np.testing.assert_array_equal(call(name, x, y, space="logits", **parameters), got[0])
     there = call(name, gpu.put(x), gpu.put(y), space="logits", return_grad=("x", "y"), **parameters)
     alike(map(gpu.get, there), got)
-    for k, of in enumerate("xy", 1):  # a side by itself
+    for k, of in enumerate("xy", 1):  # one side at a time
         alike(call(name, x, y, space="logits", return_grad=of, **parameters), (got[0], got[k]))
 
 
@@ -160,7 +161,7 @@ def test_temperature(name):
 
 # ---- zeros -----------------------------------------------------------------------------------------------------------
 
-# what a class contributes, divided by the probability that is not 0: where p = 0 < q, and where q = 0 < p
+# the contribution of a class, divided by the probability that is not 0: where p = 0 < q, and where q = 0 < p
 AT_ZERO = {
     "js_div": (-0.75 * np.log(0.75), -0.25 * np.log(0.25), {"beta": 0.25}),
     "mixed_kl_div": (np.inf, np.inf, {}),
@@ -186,7 +187,7 @@ ZEROS = [(name, *AT_ZERO.get(name, ())) for name in WITH_TERMS] + MORE_ZEROS
 @pytest.mark.parametrize("space", ["probs", "log_probs", ("probs", "log_probs"), "logits"], ids=str)
 @pytest.mark.parametrize(("name", "no_p", "no_q", "parameters"), ZEROS)
 def test_zeros(name, no_p, no_q, parameters, space, dtype):
-    """The terms of excluded classes; of two, nothing; and the rest of the row is as it was."""
+    """The terms of excluded classes; if both exclude a class, nothing; and the rest of the row is unchanged."""
     p = np.array([0.25, 0.0, 0.75, 0.0, 0.0])
     q = np.array([0.5, 0.25, 0.0, 0.25, 0.0])
     pair = (space, space) if isinstance(space, str) else space
@@ -208,7 +209,7 @@ def test_zeros(name, no_p, no_q, parameters, space, dtype):
 @names
 @pytest.mark.parametrize("space", ["probs", "log_probs", "logits"])
 def test_bad_numbers(name, space):
-    """NaN, and negative probabilities, spoil what they should: the term, or the row of logits."""
+    """NaN and negative probabilities make NaN of the term, or of the row of logits."""
     x, y = in_space(space, *logits(0.1))
     for of, bad in itertools.product((0, 1), (np.nan, -0.5) if space == "probs" else (np.nan,)):
         arrays = [x.copy(), y.copy()]
@@ -238,7 +239,7 @@ def assert_undefined_beside_nothing(name, n, parameters, put=np.asarray, get=np.
 @cases
 @pytest.mark.parametrize("n", [1, 3, 1500])
 def test_rows_of_logits_that_exclude_everything(case, n):
-    """Are undefined, beside whatever other row; the next one is as it was."""
+    """They are undefined, whatever the other row is; the next row is unchanged."""
     name, parameters = case
     assert_undefined_beside_nothing(name, n, parameters)
 
@@ -254,7 +255,7 @@ def test_rows_that_exclude_everything_on_the_gpu(gpu, name):
     "case", [*CASES, *((name, {}) for name, o in OPERATIONS.items() if not o.single and name not in FAMILY)], ids=shown
 )
 def test_negative_zeros(case, space, dtype):
-    """Are zeros."""
+    """They count as zeros."""
     name, parameters = case
     x, y = np.array([[[0.5, 0.5, 0.0, 0.0]], [[0.5, 0.0, 0.5, 0.0]]], dtype)
     terms = "none" if OPERATIONS[name].has_terms else "row"
@@ -268,7 +269,7 @@ def test_negative_zeros(case, space, dtype):
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @cases
 def test_never_negative_among_the_smallest(case, dtype):
-    """Subnormals, which are rounded by as much as they differ."""
+    """Subnormal numbers, whose rounding errors are as large as their difference."""
     name, parameters = case
     small = np.arange(6, dtype=dtype) * np.finfo(dtype).smallest_subnormal
     x, y = (a.ravel()[:, None] for a in np.meshgrid(small, small))
@@ -280,7 +281,7 @@ def test_never_negative_among_the_smallest(case, dtype):
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_probabilities_out_of_range(dtype):
-    """Logits so far apart that p or q is 0 as a float: excluded are no more classes than are said to be."""
+    """Logits so far apart that p or q is 0 as a float: only classes at -infinity count as excluded."""
     far = np.array([[0.0, -1000.0], [1000.0, 0.0]], dtype)
     near, one = np.zeros((2, 2), dtype), np.array([0.0, -np.inf], dtype)
     kl = klcore.kl_div(near, far, space="logits", return_grad=("x", "y"))
@@ -296,7 +297,7 @@ def test_probabilities_out_of_range(dtype):
     right = klcore.kl_div(*apart, space="logits")
     np.testing.assert_allclose(klcore.alpha_div(*apart, alpha=1, space="logits"), right, rtol=2e-7)
     np.testing.assert_allclose(klcore.alpha_div(*apart[::-1], alpha=0, space="logits"), right, rtol=2e-7)
-    for name in ("chi2_div", "mixed_kl_div", "kl_div"):  # y excludes a class of which x has next to nothing
+    for name in ("chi2_div", "mixed_kl_div", "kl_div"):  # y excludes a class in which x has almost no mass
         assert call(name, far[1], one[::-1], space="logits") == np.inf
         assert call(name, np.array([1000, 0], dtype), one, space="logits") == np.inf
     got = klcore.alpha_div(far[0], far[0][::-1], alpha=0.999, space="logits", return_grad=("x", "y"))
@@ -309,7 +310,7 @@ def test_probabilities_out_of_range(dtype):
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_skew_next_to_1(dtype):
-    """Where m is next to p, and the derivative what cancels last."""
+    """Where m is close to p, and the derivative cancels most."""
     x, y = np.array([[0.2, 0.3, 0.5]], dtype), np.array([[0.21, 0.31, 0.48]], dtype)
     for alpha, space in itertools.product((0.999, 1 - 1e-6, 1 - 1e-9), SAME):
         a, b = (x, y) if space == "probs" else (np.log(x), np.log(y))
@@ -319,7 +320,7 @@ def test_skew_next_to_1(dtype):
 
 @pytest.mark.parametrize("name", ["kl_div", *WITH_TERMS])
 def test_gradients_of_terms_of_rows_that_are_nearly_one_hot(name):
-    """The bound of docs/accuracy.md, for a cotangent a term; both rows have the same likeliest class, or not."""
+    """The bound of docs/accuracy.md, for a cotangent per term; both rows have the same likeliest class, or not."""
     rng = np.random.default_rng(0)
     parameters = relatives.PARAMETERS.get(name, ({},))[0]
     for lead, other in itertools.product((0, 20, 40), (2, 4)):
@@ -337,7 +338,7 @@ def test_gradients_of_terms_of_rows_that_are_nearly_one_hot(name):
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_skew_next_to_0(dtype):
-    """Where x allows what y has next to nothing of, and the derivative cancels if it is formed as next to 1."""
+    """Where x allows classes in which y has almost no mass, and the formula for values close to 1 would cancel."""
     x, y = np.array([[0.2, 0.3, 0.5]], dtype), np.array([[1e-30, 0.3, 0.7]], dtype)
     for alpha, space in itertools.product((1e-3, 1e-6, 1e-10, 1e-19), SAME):
         a, b = (x, y) if space == "probs" else (np.log(x), np.log(y))
@@ -347,7 +348,7 @@ def test_skew_next_to_0(dtype):
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_gradient_of_tv_dist_next_to_one_hot(dtype):
-    """The score of the class that has nearly all is 1/2 or -1/2, and the scores' mean next to that."""
+    """The score of the class with nearly all the mass is 1/2 or -1/2, and the mean of the scores is close to that."""
     for x, y in (([16.14063, -23.827412], [4.967296, -23.752518]), ([0, 0.5, 29], [-0.0625, 0.25, 39.75])):
         a, b = np.array([x], dtype), np.array([y], dtype)
         got = klcore.tv_dist(a, b, space="logits", return_grad=("x", "y"))
@@ -376,7 +377,7 @@ def test_alpha_multiplies_what_t_is_off_by(alpha):
 
 @pytest.mark.parametrize("beta", [0.01, 0.1])
 def test_mixtures_next_to_three_quarters(beta):
-    """Of p: where p and m are of two octaves, and the logarithm would cancel."""
+    """Three quarters of p: p and m are in two octaves, and the logarithm would cancel."""
     a = np.array([[11.920706, -5.2660513]], "float32") - np.zeros((64, 1), "float32")
     b = a + np.array([[0.0, 1.0]]) * np.log1p(-np.linspace(0.25, 0.26, 64) / (1 - beta))[:, None]
     x, y = in_space("logits", a, b, dtype="float32")
@@ -386,11 +387,12 @@ def test_mixtures_next_to_three_quarters(beta):
         np.testing.assert_allclose(got, right, rtol=2.6e-6)
 
 
-# ---- Rényi's divergence, which is no sum -----------------------------------------------------------------------------
+# ---- Rényi divergence, which is not a sum
+# ------------------------------------------------------------------------------
 
 
 def tilted_rows(n, rows=6, dtype="float32", seed=0):
-    """Logits of near rows and, every other one, of rows so far apart that the sum tells the value no more."""
+    """Logits of close rows and, every other one, of rows so far apart that the sum no longer determines the value."""
     rng = np.random.default_rng(seed)
     a = rng.normal(0, 3, (rows, n)).astype(dtype)
     b = a + rng.normal(0, 0.3, (rows, n)).astype(dtype)
@@ -402,7 +404,7 @@ def tilted_rows(n, rows=6, dtype="float32", seed=0):
 @pytest.mark.parametrize("alpha", [0.1, 0.5, 1.5, 30.0])
 @pytest.mark.parametrize("space", SAME)
 def test_renyi_of_rows_far_apart(space, alpha):
-    """Where alpha_div is next to its bound, or beyond float64, against its definition by NumPy."""
+    """Where alpha_div is close to its bound, or beyond float64, against its definition in NumPy."""
     x, y = in_space(space, *tilted_rows(6, dtype="float64"))
     with np.errstate(divide="ignore"):
         log_p, log_q = (np.log(v) if space == "probs" else v - log_sum_exp(v)[..., None] for v in (x, y))
@@ -415,7 +417,7 @@ def test_renyi_of_rows_far_apart(space, alpha):
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("alpha", [1e3, 1e6, 1e10])
 def test_renyi_of_close_rows_at_a_large_alpha(alpha, dtype):
-    """Which are tilted all the same: alpha multiplies what log q - log p is off by."""
+    """They are tilted as well: alpha multiplies the error of log q - log p."""
     for far, offset in itertools.product((1e-12, 1e-6, 1e-2), (0.0, 37.0)):
         a, b = logits(far)
         x, y = in_space("logits", a, b + offset, dtype=dtype)
@@ -430,7 +432,7 @@ def test_renyi_of_close_rows_at_a_large_alpha(alpha, dtype):
 
 
 def test_renyi_where_the_gradient_of_alpha_div_is_out_of_range(gpu):
-    """As float32, and its own is not."""
+    """In float32, while its own gradient is in range."""
     x, y = np.float32([[0.3, 0.7, 1e-10]]), np.float32([[1e-22, 0.9, 1e-30]])
     for alpha in (2.0, 3.0):
         got = klcore.renyi_div(x, y, alpha=alpha, return_grad=("x", "y"))
@@ -460,7 +462,7 @@ def test_renyi_at_zeros(space, alpha):
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("space", ["logits", "counts", "probs", "log_probs", ("counts", "logits")], ids=str)
 def test_renyi_by_differences(space, dtype):
-    """The gradient of tilted rows, in every space: that of the value."""
+    """The gradient of tilted rows, in every space, against differences of the value."""
     pair = (space, space) if isinstance(space, str) else space
     x, y = (np.abs(a) + 0.1 if s == "counts" else a for a, s in zip(tilted_rows(5, 2), pair, strict=True))
     x, y = (
@@ -478,7 +480,7 @@ def test_renyi_by_differences(space, dtype):
         found = klcore.renyi_div(x.astype(dtype), y.astype(dtype), alpha=alpha, space=space, return_grad=("x", "y"))
         for of, got in enumerate(found[1:]):
             expected = np.zeros_like(x)
-            by = (x, y)[of] if pair[of] in ("probs", "counts") else np.ones_like(x)  # of these, by the logarithm
+            by = (x, y)[of] if pair[of] in ("probs", "counts") else np.ones_like(x)  # for these, by the logarithm
             for i in range(x.shape[-1]):
                 step = np.zeros_like(x)
                 step[:, i] = 1e-6 * by[:, i]
@@ -491,7 +493,7 @@ def test_renyi_by_differences(space, dtype):
 
 @pytest.mark.parametrize("n", [5, 300, 2100])
 def test_renyi_on_the_gpu(gpu, n):
-    """A warp that has tilted rows beside others; chunks of tilted rows, merged."""
+    """A warp with tilted rows beside others; chunks of tilted rows, merged."""
     for space, alpha in itertools.product(("logits", "probs", "counts", ("probs", "logits")), (0.1, 4.0)):
         pair = (space, space) if isinstance(space, str) else space
         made = (
@@ -518,7 +520,7 @@ rows_of_logits = hnp.arrays(
 def test_never_negative(case, rows, space):
     """And exactly 0 for equal rows."""
     name, parameters = case
-    rows[:, 0] = 0  # a row that excludes everything is undefined
+    rows[:, 0] = 0  # a row that excludes every class is undefined
     with np.errstate(divide="ignore"):
         made = rows if space == "logits" else softmax(rows) if space == "probs" else np.log(softmax(rows))
     x, y = made.astype(rows.dtype)
@@ -536,7 +538,7 @@ def test_never_negative(case, rows, space):
 
 @given(seed=st.integers(0, 2**31), far=st.sampled_from([1e-9, 1e-3, 1.0, "far"]), beta=st.floats(0.01, 0.99))
 def test_what_is_bounded_by_what(seed, far, beta):
-    """Identities and inequalities between them, which none of them knows of."""
+    """Identities and inequalities between them, which no implementation uses."""
     a, b = logits(far, 9, 3, seed)
     kl, tv, hellinger = (call(name, a, b, space="logits") for name in ("kl_div", "tv_dist", "sq_hellinger"))
     slack = 1 + 1e-12
@@ -564,7 +566,7 @@ def test_what_is_bounded_by_what(seed, far, beta):
 
 
 def test_limits():
-    """Where a parameter takes one function into another, it does so continuously."""
+    """Where a parameter turns one function into another, it does so continuously."""
     a, b = logits(0.7, 9, 3)
     kl, reverse = klcore.kl_div(a, b, space="logits"), klcore.kl_div(b, a, space="logits")
     for parameter, expected in ((0, kl), (1, reverse), (1e-9, kl), (1 - 1e-9, reverse)):
@@ -582,7 +584,7 @@ def test_limits():
 
 @names
 def test_words(name):
-    """Reductions, weights, axes and broadcasting mean what they mean to kl_div."""
+    """Reductions, weights, axes and broadcasting mean the same as for kl_div."""
     parameters = relatives.PARAMETERS[name][-1]
     x, y = (a.reshape(2, 3, 8) for a in in_space("logits", *logits(0.5, 8, 6)))
     options = {"space": "logits", **parameters}
@@ -593,7 +595,7 @@ def test_words(name):
         assert terms.shape == x.shape
         np.testing.assert_allclose(terms.sum(-1), by_row, rtol=1e-12)
     weights = np.array([[1.0, 0.0, 2.5], [0.5, 1.0, 0.0]])
-    spoiled = np.where(weights[..., None] == 0, np.nan, x)  # rows of weight 0 are not read
+    spoiled = np.where(weights[..., None] == 0, np.nan, x)  # rows of weight 0 are skipped
     wanted = {"sum": 1, "rowmean": weights.sum(), "batchmean": 2, "mean": x.size}
     for reduction, divisor in wanted.items():
         got, dx = call(name, spoiled, y, reduction=reduction, weights=weights, return_grad="x", **options)
@@ -614,7 +616,7 @@ def test_words(name):
 
 @names
 def test_narrow_numbers(name):
-    """16 bits: computed as the float32 that they are."""
+    """16 bits: computed as the float32 numbers that they are."""
     bfloat16 = pytest.importorskip("ml_dtypes", reason="ml_dtypes is not installed").bfloat16
     for space, dtype in itertools.product(SAME, (np.float16, bfloat16)):
         x, y = (a.astype(dtype) for a in in_space(space, *logits(0.5), dtype="float32"))
@@ -680,7 +682,7 @@ def alike(got, expected):
 @pytest.mark.parametrize("n", [5, 1500])
 @names
 def test_threads_and_instruction_sets(name, n):
-    """And the rows by themselves."""
+    """And each row separately."""
     for space, dtype in itertools.product(SAME, ("float32", "float64")):
         x, y = in_space(space, *logits(0.5, n, 6), dtype=dtype)
         if space == "logits":
@@ -704,7 +706,7 @@ def test_threads_and_instruction_sets(name, n):
     ("name", "dtype"), [*((name, "float32") for name in FAMILY), (FAMILY[0], "float64"), (FAMILY[0], "float16")]
 )
 def test_bits_of_the_gpu(gpu, name, dtype):
-    """Rows that share a warp, rows of one chunk, and rows of several, by kernels for each."""
+    """Rows that share a warp, rows of one chunk, and rows of several, each with its own kernels."""
     parameters = relatives.PARAMETERS[name][-1]
     for space, (rows, n) in zip(
         ("logits", "logits", "logits", "probs", "log_probs", ("probs", "logits")),
@@ -725,7 +727,7 @@ def test_bits_of_the_gpu(gpu, name, dtype):
 
 
 def test_weights_of_any_size(gpu):
-    """A factor of the result, and weights whose sum is out of range, which are moved to its middle first."""
+    """A factor of the result, and weights whose sum is out of range, which are first scaled to its middle."""
     x, y = in_space("logits", *logits(0.5, 5, 3), dtype="float32")
     for size in (5e-324, 1.0, 1e308):
         options = {"beta": 0.3, "scaled": True, "space": "logits", "reduction": "rowmean", "return_grad": ("x", "y")}
@@ -778,7 +780,7 @@ def test_jax(name):
 
 @names
 def test_dask(name):
-    """Chunks along the classes, too: of whole chunks of klcore's, so the bits are those of whole rows."""
+    """Chunks along the classes, too: they are multiples of klcore's chunks, so the bits are those of whole rows."""
     da = pytest.importorskip("dask.array", reason="dask is not installed")
     parameters = relatives.PARAMETERS[name][0]
     x, y = in_space("logits", *logits(0.5, 2500, 3))

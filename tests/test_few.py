@@ -1,6 +1,7 @@
-"""Rows of few classes on the CPU, of which src/kl_few.h takes a block at once: the bits of rows computed by themselves.
+"""Rows of few classes on the CPU, which src/kl_few.h computes in blocks: they have the bits of single rows.
 
-Fewer than four rows are computed one by one, whatever their layout, so batches are compared with their rows in threes.
+Fewer than four rows are computed one by one, whatever their layout, so batches are compared with their rows in
+threes.
 """
 
 import functools
@@ -24,7 +25,7 @@ KINDS = 16
 
 
 def numbers(n, space, dtype, side):
-    """Rows of all kinds in turn: ordinary ones, and those for which a block's short forms are not."""
+    """Rows of all kinds in turn: ordinary ones, and those that a block's short forms cannot handle."""
     rng = np.random.default_rng((n, side))
     a = rng.normal(size=(ROWS, n)) + np.random.default_rng(n).normal(size=(ROWS, n))
     kind = np.arange(ROWS) % KINDS
@@ -90,15 +91,15 @@ def in_rows(results, axis):
 
 
 def as_bits(a):
-    """One NaN for all: of two that meet, processors keep the first, and compilers choose which that is."""
+    """One NaN for all: processors keep the first of two, and compilers choose which that is."""
     a = np.where(np.isnan(a), np.nan, a).astype(a.dtype)
     return np.ascontiguousarray(a).view(f"u{a.dtype.itemsize}")
 
 
 @pytest.mark.parametrize("operation", OPERATIONS)
 def test_which_rows_are_in_blocks(operation):
-    """From four rows on, and up to 128 classes; so the tests below do compare two ways. Not logits class by class, nor
-    counts, nor what is no sum."""
+    """From four rows on, and up to 128 classes, so that the tests below do compare two implementations. Not logits
+    BY_CLASS, nor counts, nor values that are not sums."""
     code, pairs, form = (getattr(OPERATIONS[operation], k) for k in ("code", "pairs", "form"))
     for pair, wide in itertools.product(pairs, (False, True)):
         codes = [SPACES.index(s) for s in pair]
@@ -117,7 +118,7 @@ def test_which_rows_are_in_blocks(operation):
 def test_a_block_has_the_bits_of_its_rows(operation, layout, dtype):
     for k, (n, pair) in enumerate(itertools.product(LENGTHS, some_pairs(operation))):
         if (k + LAYOUTS.index(layout)) % 5 and (n, layout) != (10, last):
-            continue  # each layout has its share
+            continue  # each layout is tested for some
         rows = ROWS if k % 3 else 4 + 2 * (7 * k % 31)
         sides = len(OPERATIONS[operation].gradients)
         arrays = [numbers(n, s, DTYPES[dtype], side)[:rows] for side, s in enumerate(pair[:sides])]

@@ -1,4 +1,4 @@
-"""Many threads at once in klcore: the same bits as one after another, while others turn every knob there is.
+"""Many threads at once in klcore: the same bits as one after another, while others change every setting.
 
 With the global interpreter lock this shows what happens while kernels compute without it; on a free-threaded Python,
 what happens in klcore itself.
@@ -29,7 +29,7 @@ CALLS = list(itertools.product(SHAPES, DTYPES, ("probs", "logits"), ("row", "sum
 @pytest.mark.skipif(not sysconfig.get_config_var("Py_GIL_DISABLED"), reason="this Python is not free-threaded")
 def test_importing_leaves_the_lock_off(python):
     code = f"import sys, klcore; klcore.kl_div({[0.5, 0.5]}, {[0.9, 0.1]}); print(sys._is_gil_enabled())"
-    assert python(code) == "False\n"  # Python warns, here an error, where an extension module turns the lock on
+    assert python(code) == "False\n"  # Python warns, here an error, if an extension module enables the lock
 
 
 def compute(shape, dtype, space, reduction, gradient):
@@ -40,7 +40,7 @@ def compute(shape, dtype, space, reduction, gradient):
 
 
 def in_threads(*works):
-    """Runs each of `works`, functions of a flag that says when to stop, in a thread, for SECONDS; raises as they do."""
+    """Run each of `works`, functions of a stop flag, in a thread, for SECONDS; raise what they raise."""
     stop, errors, ready = threading.Event(), [], threading.Barrier(len(works))
 
     def run(work):
@@ -72,7 +72,7 @@ def test_same_bits_while_everything_changes(monkeypatch):
     def worker(number):
         def work(stop):
             for k in itertools.count(number * len(CALLS) // WORKERS):
-                if done[number] and stop.is_set():  # a busy machine may leave a thread without its turn until then
+                if done[number] and stop.is_set():  # on a busy machine a thread may not have had its turn yet
                     return
                 at = k % len(CALLS)
                 with klcore.threads(1 + k % 3):
@@ -103,7 +103,8 @@ def test_same_bits_while_everything_changes(monkeypatch):
 
 
 def test_a_backend_registered_while_its_arrays_arrive(monkeypatch):
-    """Who calls after register_backend has returned gets the new backend, whatever others were finding meanwhile."""
+    """Calls made after register_backend has returned get the new backend, whatever other threads were finding
+    meanwhile."""
     monkeypatch.setattr(registry, "_MODULES", dict(registry._MODULES))
     for number in range(2):
         module = types.ModuleType(f"backend{number}")
@@ -134,7 +135,7 @@ def test_the_first_call_keeps_what_another_thread_sets(monkeypatch):
     threads = importlib.import_module("klcore.backends.threads")
 
     def slow_default():
-        klcore.set_num_threads(3)  # as another thread may, meanwhile
+        klcore.set_num_threads(3)  # as another thread may do meanwhile
         return 1
 
     monkeypatch.setattr(threads, "_default", slow_default)

@@ -69,7 +69,7 @@ def reduced(terms, reduction, kept, first):
 
 
 def gradients(value, *leaves):
-    """With a cotangent that is another for each number."""
+    """With a different cotangent for each number."""
     cotangent = torch.linspace(1, 2, value.numel(), dtype=torch.float64).reshape(value.shape).to(value.dtype)
     return torch.autograd.grad(value, leaves, cotangent, retain_graph=True)
 
@@ -81,7 +81,7 @@ def compare(found, expected, tolerance):
 
 
 def wide(*tensors):
-    """As the formulas take them."""
+    """The dtype of the formulas."""
     return [t.detach().double().requires_grad_() for t in tensors]
 
 
@@ -124,7 +124,7 @@ def test_trl_items_win(items, labels):
 
 @pytest.mark.parametrize("reduction", ["batchmean", "sum", "mean", "none"])
 def test_trl_two_axes(reduction):
-    """Without labels "batchmean" divides by the first axis, be it tokens."""
+    """Without labels "batchmean" divides by the first axis, even if that is tokens."""
     s, t = logits(5, 7, seed=1), logits(5, 7, seed=2)
     compare(trl.generalized_jsd_loss(s, t, reduction=reduction), of_trl(s, t, None, reduction=reduction), 1e-12)
     labels = torch.tensor([-100, 1, 2, -100, 3])
@@ -133,7 +133,7 @@ def test_trl_two_axes(reduction):
 
 
 def test_trl_shifted():
-    """As GKDTrainer calls it: views, and names."""
+    """As GKDTrainer calls it: views, and keywords."""
     s, t, labels = student(), teacher(), labels_of("some left out")
     found = trl.generalized_jsd_loss(
         student_logits=s[:, :-1, :],
@@ -186,7 +186,7 @@ def test_trl_dtypes_of_two():
 @pytest.mark.parametrize("beta", BETAS)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_trl_close_rows_deviation(dtype, beta):
-    """The original's are rounded in their terms: of either sign."""
+    """The original rounds its terms, and returns values of either sign."""
     t = logits(64, 1000, seed=1, dtype=dtype)
     assert trl.generalized_jsd_loss(t, t.clone(), beta=beta) == 0
     s = (t.float() + 1e-4 * logits(64, 1000, seed=2, dtype="float32")).to(t.dtype)
@@ -199,7 +199,7 @@ def test_trl_close_rows_deviation(dtype, beta):
 
 @pytest.mark.parametrize("beta", BETAS)
 def test_trl_excluded_classes_deviation(beta):
-    """The original has NaN, and so have its gradients."""
+    """The original returns NaN, and so do its gradients."""
     s, t = student("float32"), teacher("float32")
     excluded = torch.tensor([False] * 5 + [True] * 2)
     masked = [x.masked_fill(excluded, -torch.inf) for x in (s, t)]
@@ -212,7 +212,7 @@ def test_trl_excluded_classes_deviation(beta):
 
 @pytest.mark.parametrize("reduction", ["batchmean", "none"])
 def test_trl_left_out_may_be_anything_deviation(reduction):
-    """The original's value has no part of them, but its gradient is NaN."""
+    """The original's value does not depend on them, but its gradient is NaN."""
     s, labels = student("float32"), labels_of("some left out")
     hidden = s.masked_fill((labels == -100)[..., None], torch.nan)
     value = trl.generalized_jsd_loss(hidden, teacher("float32"), labels, reduction=reduction)
@@ -222,7 +222,7 @@ def test_trl_left_out_may_be_anything_deviation(reduction):
 
 
 def test_trl_beta_is_not_rounded_deviation():
-    """The original's beta has the logits' dtype: 0.10009765625 in bfloat16."""
+    """The original rounds beta to the dtype of the logits: 0.10009765625 in bfloat16."""
     s, t = student("bfloat16"), teacher("bfloat16")
     with torch.autocast("cpu", dtype=torch.bfloat16):  # for a result in float32
         found = trl.generalized_jsd_loss(s, t, beta=0.1)
@@ -322,7 +322,7 @@ def test_liger_jsd_dtypes(dtype, beta):
 
 @pytest.mark.parametrize("beta", [0.1, 0.5, 0.9])
 def test_liger_jsd_of_close_rows_deviation(beta):
-    """The original's are rounded in their terms: of either sign."""
+    """The original rounds its terms, and returns values of either sign."""
     log_p = logits(64, 1000, seed=1, dtype="float32").log_softmax(-1)
     assert liger.liger_jsd(log_p, log_p.clone(), beta=beta) == 0
     log_q = log_p + 1e-5 * logits(64, 1000, seed=2, dtype="float32")
@@ -332,7 +332,7 @@ def test_liger_jsd_of_close_rows_deviation(beta):
 
 @pytest.mark.parametrize("beta", [0, 0.1, 0.5, 0.9])
 def test_liger_jsd_of_zeros_deviation(beta):
-    """The original has NaN from 0 log 0; beta = 1 is infinite in truth."""
+    """The original has NaN from 0 log 0; the true value for beta = 1 is infinite."""
     p, q = torch.tensor([[0.0, 0.5, 0.5]]), torch.tensor([[0.25, 0.25, 0.5]], requires_grad=True)
     found = liger.liger_jsd(q.log(), p.log(), beta=beta)
     tiny = torch.tensor([[1e-300, 0.5, 0.5]], dtype=torch.float64)
@@ -365,7 +365,7 @@ def test_liger_tvd_dtypes(dtype):
     for reduction in ("batchmean", "none"):
         found = liger.liger_tvd(p, q, reduction=reduction)
         assert found.dtype == (torch.float64 if dtype == "float64" else torch.float32)
-        terms = (p.detach().double() - q.detach().double()).abs() / 2  # whatever is 16 bits was rounded before
+        terms = (p.detach().double() - q.detach().double()).abs() / 2  # 16-bit inputs were rounded before
         compare(found, reduced(terms, reduction, None, 6), 1e-6)
         assert torch.autograd.grad(found.sum(), p)[0].dtype == p.dtype
 
@@ -417,7 +417,7 @@ def test_liger_kl_div_dtypes(dtype, log_target):
 
 
 def test_liger_kl_div_epsilon_deviation():
-    """It would add eps/e a class at most; klcore has no use for it."""
+    """It would add at most eps/e per class; klcore does not need it."""
     target = torch.tensor([[0.0, 1e-11, 1 - 1e-11]], dtype=torch.float64)
     log_q = torch.tensor([[0.2, 0.3, 0.5]], dtype=torch.float64).log()
     found = liger.liger_kl_div(log_q, target, reduction="sum")
@@ -428,7 +428,7 @@ def test_liger_kl_div_epsilon_deviation():
 
 
 def test_liger_kl_div_of_zeros_deviation():
-    """The original has NaN for the first, and for the second, whatever the input is."""
+    """The original returns NaN for the first, and for the second, whatever the input is."""
     excluded = torch.tensor([[0.0, 1.0]])
     assert liger.liger_kl_div(excluded.log(), excluded) == 0
     log_q = torch.tensor([[0.5, 0.5]]).log().requires_grad_()
@@ -448,7 +448,7 @@ def test_liger_no_rows():
 
 
 def test_liger_modules():
-    """Their defaults, which are not the functions', their state, and pickles."""
+    """Their defaults, which differ from the functions', their state, and pickles."""
     log_q, log_p, labels = log_probs(1), log_probs(2), torch.tensor([0, 1, -1, 2, -1, 3])
     jsd = liger.LigerJSD(beta=0.2, ignore_index=-1)
     tvd, kl = liger.LigerTVDLoss(ignore_index=-1), liger.LigerKLDIVLoss()
@@ -549,7 +549,7 @@ COMPILED = {
 @pytest.mark.parametrize("dynamic", [False, True])
 @pytest.mark.parametrize("name", COMPILED)
 def test_compile(name, dynamic):
-    """In one graph: nobody asks for a number, which a GPU would have to be waited for."""
+    """In one graph: nothing reads a number, for which a GPU would have to be waited for."""
     torch.compiler.reset()
 
     def both(function):
@@ -566,7 +566,7 @@ def test_compile(name, dynamic):
 
 @pytest.mark.parametrize("name", COMPILED)
 def test_nothing_asks_for_numbers(name):
-    """Tensors of no memory have none to tell."""
+    """Tensors without memory have no numbers."""
     a, b = torch.empty(6, 7, device="meta", requires_grad=True), torch.empty(6, 7, device="meta")
     value = COMPILED[name](a, b)
     value.sum().backward()

@@ -1,4 +1,4 @@
-"""The run on a GPU, where there is none: it goes through on the emulator, loses nothing, and its pages are true."""
+"""The run on a GPU, without one: it completes on the emulator, loses nothing, and its pages are correct."""
 
 import copy
 import importlib
@@ -34,7 +34,7 @@ exit $status
 
 @pytest.fixture(scope="module")
 def start(script, tmp_path_factory):
-    """Starts an emulated run, with stand-ins for NVIDIA's tools that run what they are to look at."""
+    """Start an emulated run, with stand-ins for NVIDIA's tools that run the commands they would inspect."""
     if not shutil.which("g++") or sys.platform == "win32":
         pytest.skip("the emulator needs g++ and POSIX")
     tools = tmp_path_factory.mktemp("tools")
@@ -47,7 +47,7 @@ def start(script, tmp_path_factory):
     def start(out, keep, *arguments):
         carry = keep / "carry"
         carry.mkdir(parents=True, exist_ok=True)
-        (carry / "liger_kernel-0-py3-none-any.whl").touch()  # no wheel: what is carried may be of no use
+        (carry / "liger_kernel-0-py3-none-any.whl").touch()  # not a wheel: prepared files may be unusable
         words = [sys.executable, str(BENCHMARKS / "gpu_run.py"), str(out), "--emulated", "--keep", str(keep)]
         words += ["--carry", str(carry), *arguments]
         return subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **keywords)
@@ -79,7 +79,7 @@ def test_every_stage_runs(script, emulated):
     assert not any(stage["failures"] or stage["not_run"] for stage in record["stages"].values())
     assert record["stages"]["bits"]["checked"] >= 8
     assert {line["tool"] for line in lines if "tool" in line} == set(gpu_run.TOOLS)
-    assert len(list(out.iterdir())) == 4 + len(gpu_run.TOOLS)  # no more than eight
+    assert len(list(out.iterdir())) == 4 + len(gpu_run.TOOLS)  # at most eight
     assert (out / "ncu.txt").read_text().count("ERROR SUMMARY") == 1
     assert len((out / "table.txt").read_text().splitlines()) < 50
     found = record["benchmark"]
@@ -148,7 +148,7 @@ def test_who_is_killed_leaves_complete_lines(script, start, emulated, tmp_path):
 
 @pytest.fixture
 def run(script, tmp_path, monkeypatch):
-    """A run, in this process, that has stages of the test's own."""
+    """A run, in this process, with the test's own stages."""
     gpu_run, gpu_lines = script("gpu_run"), script("gpu_lines")
     monkeypatch.setenv(gpu_lines.FILES, str(tmp_path / gpu_lines.NAME))
     monkeypatch.setenv(gpu_lines.CALL, "1")
@@ -198,7 +198,7 @@ def test_a_failure_ends_its_stage_and_no_other(script, run, monkeypatch):
 
 
 def test_who_dies_is_passed_over(script, run, monkeypatch):
-    """By the process that goes on, but not by a second call."""
+    """By the process that continues, but not by a second call."""
     gpu_lines, report = script("gpu_lines"), script("report")
     code = f"""
 import os, sys, time
@@ -227,7 +227,7 @@ each("s", "abcde", work, time.time() + 1e6, patience=0.1)
     monkeypatch.setenv(gpu_lines.CALL, "2")
     again = []
     gpu_lines.each("s", "abcdef", lambda name: again.append(name) or {}, math.inf)
-    assert again == ["f", "b", "d"]  # who ended a process comes last
+    assert again == ["f", "b", "d"]  # an item that ended a process comes last
     assert report.judge("s", lines_of(run.out)).not_run == 0
 
 
@@ -242,7 +242,7 @@ def h100(script):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_long_rows_are_held_or_read_again(script, h100, dtype):
-    """Both ways of sweeping them twice are taken, by the cases that are meant to."""
+    """Both ways of sweeping them twice are taken, by the cases meant for each."""
     gpu_bits = script("gpu_bits")
     light = gpu_bits.light_cases(h100)
     held = gpu_bits.held_rows(h100), gpu_bits.HELD
@@ -329,7 +329,7 @@ def test_gradients_of_16_bits_may_be_one_unit_apart(script, name, size):
 
 @pytest.mark.parametrize(("operation", "spaces"), KINDS)
 def test_what_the_benchmark_takes_for_right(script, operation, spaces):
-    """klcore's results on the CPU are right by it, and others are not."""
+    """klcore's results on the CPU pass the check, and others do not."""
     gpu_bench, gpu_device = script("gpu_bench"), script("gpu_device")
     numpy = gpu_device.Emulated.__new__(gpu_device.Emulated)  # without the emulator
     numpy.put, numpy.get = (lambda a: a), np.asarray

@@ -1,4 +1,4 @@
-"""The derivatives: against the oracle and against finite differences of it, whatever else is asked for in the call."""
+"""The derivatives, against the oracle and against finite differences of it, with every other argument of a call."""
 
 import itertools
 
@@ -21,7 +21,7 @@ def dtype_of(name):
 
 
 def with_gradients(operation, x, y, return_grad=None, **options):
-    """(value, dx, dy), with None for what was not asked for; or does not exist."""
+    """(value, dx, dy), with None for what was not requested or does not exist."""
     names = tuple(return_grad or OPERATIONS[operation].gradients)
     value, *gradients = call(operation, x, y, return_grad=names, **options)
     found = dict(zip(names, gradients, strict=True))
@@ -50,7 +50,7 @@ def arguments(space, dtype, shape=(4, 3, 11), distance=0.5, scale=2.0, seed=0):
 
 
 def scale_of(reduction, shape, weights):
-    """What multiplies a row's derivative: its weight over the denominator."""
+    """The factor of a row's derivative: its weight over the denominator."""
     batch, n = shape[:-1], shape[-1]
     w = np.broadcast_to(np.float64(1.0 if weights is None else weights), batch)
     rows = np.prod(batch)
@@ -114,7 +114,7 @@ def test_against_oracle(operation, space, reduction, weighted, dtype):
 @pytest.mark.parametrize("n", [2, 128, 1024, 1500, 5000])
 @pytest.mark.parametrize(("operation", "space"), PAIRS)
 def test_lengths_and_distances(operation, space, n, dtype):
-    """A row for each distance of the arguments, flat and peaked."""
+    """One row for each distance of the arguments, flat and peaked."""
     choices = list(itertools.product((1e-6, 1e-3, 1.0, 10.0), (0.5, 5.0)))
     rows = [arguments(space, dtype, (1, n), *choice, seed=n + k) for k, choice in enumerate(choices)]
     x, y = map(np.concatenate, zip(*rows, strict=True))
@@ -124,7 +124,7 @@ def test_lengths_and_distances(operation, space, n, dtype):
 
 @pytest.mark.parametrize(("operation", "space"), PAIRS)
 def test_against_differences(operation, space):
-    """Of the value, by steps in each number: another way to a derivative than any formula for it."""
+    """Of the value, by steps in each number: independent of any formula for the derivative."""
     n, h = 5, 1e-3
     x, y = arguments(space, "float64", (n,), scale=1.0)
     temperature = temperature_of(space)
@@ -232,7 +232,7 @@ def test_weight_zero(operation, space, reduction, dtype):
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_of_16_bits_beside_float64_is_rounded_once(device, dtype):
-    """By way of float32 what lies next to the middle of two numbers would become the middle, and go the wrong way."""
+    """By way of float32 a number close to the middle of two others would become the middle, and round the wrong way."""
     eps = 2.0 ** {"float16": -10, "bfloat16": -7}[dtype]
     y = -np.array([1 + eps / 2 + 2.0**-40, 1 + 3 * eps / 2 - 2.0**-40, 1 + eps / 2, 1.0, 1e-300, 1e300, np.nan])
     y = np.append(y, np.random.default_rng(0).normal(size=1000) - 4)

@@ -1,6 +1,6 @@
-"""What a call on a GPU costs before its kernels run: allocations, launches, and that a call that is known stays cheap.
+"""The cost of a call on a GPU before its kernels run: allocations, launches, and that repeated calls stay cheap.
 
-benchmarks/host_time.py measures the microseconds; a test must not. The arrays here are benchmarks/stub.py's.
+benchmarks/host_time.py measures the microseconds; a test must not. The arrays are those of benchmarks/stub.py.
 """
 
 import sys
@@ -27,7 +27,7 @@ def cuda(part=""):
     return sys.modules[f"klcore.backends.cuda{part}"]
 
 
-# results that are new arrays, one allocation for all working memory (and one for what a mask becomes); launches, three
+# results that are new arrays, one allocation for all working memory (and one for a converted mask); launches, three
 # of them for rows that are read again
 COUNTS = {
     "row": (1, 1),
@@ -56,7 +56,7 @@ def test_every_kind_of_call_is_counted(modules, cupy):
 def test_allocations_and_launches(modules, cupy, name):
     stub, host_time = modules
     call = host_time.calls(cupy)[name]
-    for _ in range(3):  # the first prepares what the others reuse, and allocates no more than they
+    for _ in range(3):  # the first call prepares what the others reuse, and allocates no more than they do
         stub.counts.clear()
         call()
         assert (stub.counts["allocations"], stub.counts["launches"]) == COUNTS[name]
@@ -72,7 +72,7 @@ def test_a_call_that_is_known_is_not_arranged_again(modules, cupy, monkeypatch, 
 
 
 def test_addresses_are_the_calls_own(modules, cupy, monkeypatch):
-    """Of two calls of a kind, each has the kernels read and write its own arrays."""
+    """In each of two similar calls, the kernels read and write the arrays of that call."""
     seen = []
     klcore.kl_div(cupy.empty((500, 9000)), cupy.empty((500, 9000)))  # imports the backend
     monkeypatch.setattr(cuda(), "_start", lambda launches, plans: seen.append(plans))
@@ -97,7 +97,7 @@ def test_addresses_are_the_calls_own(modules, cupy, monkeypatch):
     ids=str,
 )  # fmt: skip
 def test_calls_that_differ_do_not_share(cupy, monkeypatch, change):
-    """Whatever changes the kernels, or what they are told."""
+    """Whatever changes the kernels, or their arguments."""
 
     def call(change):
         x, y = (cupy.empty((300, 300), "float32") for _ in "xy")
@@ -129,7 +129,7 @@ def test_words_that_are_equal_and_mean_another_thing(cupy):
         klcore.kl_div(x, y, axis=axis)
     with pytest.raises(TypeError, match="axis must be an integer, found float"):
         klcore.kl_div(x, y, axis=1.0)
-    for words in ({"space": ["logits", "logits"]}, {"return_grad": ["x", "y"]}):  # cannot be looked up
+    for words in ({"space": ["logits", "logits"]}, {"return_grad": ["x", "y"]}):  # unhashable
         klcore.kl_div(x, y, **words)
     with pytest.raises(ValueError, match="return_grad"):
         klcore.kl_div(x, y, return_grad=[["x"]])
@@ -176,7 +176,7 @@ def test_a_temperature_that_changes_in_place(cupy, monkeypatch):
     ids=str,
 )
 def test_which_calls_are_known_again(cupy, known, change):
-    """Those whose arrays the kernels read as they are, and whose words can be looked up; others are arranged anew."""
+    """Those whose arrays the kernels read in place, and whose options are hashable; others are prepared again."""
     x = (
         cupy.empty((0, 40), "float32")
         if change.get("x") == "empty"
@@ -192,7 +192,7 @@ def test_which_calls_are_known_again(cupy, known, change):
 
 
 def test_a_gradient_alone_adds_up_no_value(modules, cupy, monkeypatch):
-    """Of products with a cotangent nobody reads the value."""
+    """In products with a cotangent the value is not needed."""
     stub = modules[0]
     x, y, dy = (cupy.empty((300, 900), "float16") for _ in range(3))
     klcore.kl_div(x, y)
@@ -203,12 +203,12 @@ def test_a_gradient_alone_adds_up_no_value(modules, cupy, monkeypatch):
             call = Call(KL_DIV, x, y, "logits", -1, reduction, return_grad="y", out=(dy,), cotangent=cotangent)
             cuda().compute(call)
             assert stub.counts["launches"] == 1
-            assert stub.counts["allocations"] <= 2  # a scalar for the value, and the cotangent as kernels read it
+            assert stub.counts["allocations"] <= 2  # a scalar for the value, and the cotangent in the kernels' dtype
         assert len(cuda()._kept) == before
 
 
 def test_what_a_first_call_refuses(cupy):
-    """A call like it that was good does not make it so."""
+    """A valid call like it does not make it valid."""
     x, value = cupy.empty((3, 5)), cupy.empty(3)
     for good, bad, error in (
         ({"return_grad": "x", "out": value}, {"return_grad": "x", "out": (value,)}, ValueError),
@@ -237,7 +237,7 @@ def test_an_axis_that_changes_in_place(cupy):
 @pytest.mark.parametrize("shared", [64, 96, 99, 163, 227])
 @pytest.mark.parametrize("dtype", ["float64", "float32", "float16"])
 def test_no_launch_asks_for_more_than_there_is(modules, monkeypatch, shared, dtype):
-    """However long the rows: those that no block can hold the states of are shared out over the device."""
+    """However long the rows: if no block can hold a row's states, they are spread over the device."""
     stub, asked = modules[0], []
     device = {"MaxSharedMemoryPerBlockOptin": shared << 10, "MaxSharedMemoryPerMultiprocessor": (shared + 1) << 10}
     with stub.installed(**device) as cupy:
@@ -262,7 +262,7 @@ def test_what_is_kept_is_bounded(cupy, monkeypatch):
 
 
 def test_what_kernels_may_use(modules, cupy, monkeypatch):
-    """Kernels that keep chunks in shared memory get all of it: how many blocks fit was reckoned with that."""
+    """Kernels that keep chunks in shared memory may use all of it: the number of blocks was computed with that."""
     stub, made = modules[0], {}
     kernel = stub.RawModule.get_function
 

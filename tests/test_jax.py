@@ -48,7 +48,7 @@ def arguments(space, shape=(4, 3, 5), other=None, dtype=np.float32, seed=0):
 
 
 def on(operation, x, y, space, **options):
-    """The public function on two arrays, or the first of them."""
+    """The public function of two arrays, or of the first one only."""
     if "logits" in space:
         options.setdefault("temperature", 1.7)
     if options.get("return_grad") and OPERATIONS[operation].single:
@@ -85,7 +85,7 @@ def test_bits_are_numpys(operation, space, reduction):
 @pytest.mark.parametrize("reduction", ["row", "none", "sum"])
 @pytest.mark.parametrize("name", ["float64", "float32", "float16", "bfloat16"])
 def test_dtypes(name, reduction, x_64):
-    """Gradients in the operand's dtype, values as NumPy's; without jax_enable_x64 JAX has no float64."""
+    """Gradients in the operand's dtype, values like NumPy's; without jax_enable_x64 JAX has no float64."""
     dtype = {"bfloat16": ml_dtypes.bfloat16}.get(name, name)
     x, y = arguments(("logits", "logits"), dtype=dtype)
     with jax.enable_x64(x_64):
@@ -96,7 +96,7 @@ def test_dtypes(name, reduction, x_64):
         same(jax.jit(lambda a, b: klcore.kl_div(a, b, **options))(a, b), expected)
         g = jax.grad(lambda a: klcore.kl_div(a, b, space="logits", reduction=reduction).sum())(a)
         assert g.dtype == a.dtype
-        if reduction != "none":  # there the factors of the terms, all 1, are multiplied by
+        if reduction != "none":  # it multiplies by the terms' factors, which are all 1
             same(g, expected[1])
 
 
@@ -192,7 +192,7 @@ def test_check_grads_of_the_others(operation, space):
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize(("operation", "space"), PAIRS)
 def test_gradients_are_the_engines(operation, space, reduction):
-    """The bits of klcore's products of cotangent and Jacobian; of totals, multiplied afterwards."""
+    """The bits of klcore's products of cotangent and Jacobian; for totals, multiplied afterwards."""
     x, y = arguments(space)
     value, back = jax.vjp(lambda x, y: on(operation, x, y, space, reduction=reduction), jnp.asarray(x), jnp.asarray(y))
     row = OPERATIONS[operation]
@@ -223,7 +223,7 @@ def test_loss_scale_keeps_float16_from_underflow():
         x.astype("float32"), y.astype("float32"), space="logits", reduction="mean", return_grad="y"
     )
     np.testing.assert_allclose(g.astype("float32"), expected * scale, rtol=1e-3, atol=1e-7)
-    assert jnp.median(jnp.abs(expected)) < 1e-6  # float16 has a few bits left there
+    assert jnp.median(jnp.abs(expected)) < 1e-6  # float16 has only a few bits left there
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
@@ -247,7 +247,7 @@ def test_both_arguments_the_same():
 
 
 def test_gradient_that_is_returned():
-    """It is a result like others, beside a value that can be differentiated; its own derivative is not available."""
+    """It is a result like any other, beside a value that can be differentiated; its own derivative is not available."""
     x, y = (jnp.asarray(a) for a in arguments(("probs", "probs")))
 
     def f(y):
@@ -285,7 +285,7 @@ def test_no_derivative_by_weights():
 
 
 def forwards_and_backwards(f, arguments):
-    """The same numbers, for random tangents and cotangents; with a linearised function, and where JAX compiles it."""
+    """The same numbers, for random tangents and cotangents; also linearised, and compiled by JAX."""
     tangents = tuple(jax.random.normal(jax.random.key(k), a.shape, a.dtype) for k, a in enumerate(arguments))
     value, pull = jax.vjp(f, *arguments)
     cotangent = jax.random.normal(jax.random.key(9), value.shape, value.dtype)
@@ -356,7 +356,7 @@ def test_no_forward_mode_beside_gradients():
 @pytest.mark.parametrize("reduction", ["row", "sum", "none"])
 @pytest.mark.parametrize("operation", [name for name in oracle.OPERATIONS if OPERATIONS[name].has_terms])
 def test_cotangent_of_zero_gives_zero(operation, reduction):
-    """Where the derivative is infinite as well: at probabilities of 0."""
+    """Even if the derivative is infinite: at probabilities of 0."""
     x, y = jnp.array([[0.5, 0.5], [1, 0]]), jnp.array([[0.5, 0.5], [0.0, 1.0]])
 
     def f(x, y):
@@ -367,7 +367,7 @@ def test_cotangent_of_zero_gives_zero(operation, reduction):
 
 
 def test_terms_that_are_masked():
-    """jnp.where, whose cotangent is 0 where it takes the other."""
+    """With jnp.where, whose cotangent is 0 where it selects the other argument."""
     x, q = jnp.array([[0.5, 0.5], [1, 0]]), jnp.array([[0.5, 0.5], [0.5, 0.5]])
     g = jax.grad(lambda x: jnp.where(x > 0, klcore.kl_div(x, q, reduction="none"), 0).sum())(x)
     np.testing.assert_allclose(g, [[0, 0], [np.log(2), 0]], rtol=1e-6)
@@ -375,7 +375,7 @@ def test_terms_that_are_masked():
 
 @pytest.mark.parametrize("space", oracle.PAIRS)
 def test_gradient_of_a_few_terms(space):
-    """A cotangent of 0 is of its term: others depend on the same numbers, where these are normalised."""
+    """A cotangent of 0 applies to one term: the other terms depend on the same numbers if these are normalised."""
     x, y = map(jnp.asarray, arguments(space))
     _, back = jax.vjp(lambda x, y: klcore.kl_div(x, y, space=space, reduction="none"), x, y)
     c = jnp.zeros(x.shape).at[1, 2, 3].set(2).at[0].set(1)
@@ -425,7 +425,7 @@ IN_AXES = [(0, 0), (1, 2), (-1, 0), (0, None), (None, 1)]
 @pytest.mark.parametrize(("in_axes", "axis"), [*((at, -1) for at in IN_AXES), ((1, 2), 0)], ids=str)
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 def test_vmap(reduction, in_axes, axis):
-    """Value and gradients of each example: those of a loop over them, with an unmapped argument of fewer axes."""
+    """Value and gradients of each example equal those of a loop, with an unmapped argument of fewer axes."""
     count, shape = 3, (4, 5)
     rng = np.random.default_rng(0)
     arrays = []
@@ -503,14 +503,14 @@ def test_equal_calls_are_compiled_once(caplog):
 @pytest.mark.parametrize("reduction", ["row", "sum", "none"])
 @pytest.mark.parametrize(("term", "space"), [(o.name, pair) for o in LOSSES.values() for pair in o.pairs])
 def test_loss(term, space, reduction, factors):
-    """With operands that broadcast, over the classes as well: gradients are of each operand's own shape."""
+    """With operands that broadcast, also over the classes: gradients have the shape of their operand."""
     x, _ = arguments(space, (4, 3, 5), dtype=np.float64)
     y = np.random.default_rng(1).uniform(0.1, 1, (3, 1))
     options = {"space": space, "reduction": reduction, "denominator": 3.0, "epsilon": 1e-3}
     options["factors"] = None if factors is None else np.random.default_rng(2).normal(size=factors)
     a, b = jnp.asarray(x), jnp.asarray(y)
     same(loss(term, a, b, return_grad="y", **options), loss(term, x, y, return_grad="y", **options))
-    if term == "puzzlelib":  # its gradient is none of its value
+    if term == "puzzlelib":  # its gradient is not that of its value
         with pytest.raises(NotImplementedError, match="direction of descent"):
             jax.grad(lambda b: loss(term, a, b, **options).sum())(b)
     else:
@@ -532,7 +532,7 @@ def test_loss_dtype(dtype):
 
 
 def softened(x, y, t, reduction="row"):
-    """The divergence in jnp's words."""
+    """The divergence written with jnp."""
     t = jnp.asarray(t)
     t = t[..., None] if t.ndim else t
     a, b = jax.nn.log_softmax(x / t), jax.nn.log_softmax(y / t)
@@ -549,7 +549,7 @@ def compilations(caplog, function):
 
 @pytest.mark.parametrize("shape", [(3, 7), (300, 70)], ids=["small", "large"])
 def test_a_temperature_for_each_step(shape, caplog):
-    """One program for all numbers, one for all arrays, with gradients as well; the bits of NumPy's."""
+    """One program for all numbers, and one for all arrays, with gradients too; NumPy's bits."""
     x, y = arguments(("logits", "logits"), shape)
     a, b = jnp.asarray(x), jnp.asarray(y)
     g = jax.jit(jax.grad(lambda y, t: klcore.kl_div(a, y, space="logits", temperature=t, reduction="rowmean")))
@@ -584,7 +584,7 @@ def test_temperature_that_is_traced(reduction):
 
 @pytest.mark.parametrize(("reduction", "other"), [("row", (4, 5)), ("row", (5,)), ("rowmean", (5,))], ids=str)
 def test_derivative_by_the_temperature(reduction, other):
-    """It is that by the logits, which has to be got anyway."""
+    """It follows from the derivative with respect to the logits, which is computed in any case."""
     x, y = (jnp.asarray(a) for a in arguments(("logits", "logits"), (4, 5), other))
 
     def f(t, x, y):
@@ -604,7 +604,7 @@ def test_derivative_by_the_temperature(reduction, other):
 @X64
 @pytest.mark.parametrize("operation", OPERATIONS)
 def test_derivatives_by_the_temperature(operation):
-    """Of all operations, against differences, where a class is excluded and all logits are far from 0."""
+    """For all operations, against differences, with an excluded class and all logits far from 0."""
     space = ("logits", "logits") if OPERATIONS[operation].single else ("logits", "probs")
     x, y = arguments(space, (2, 4), dtype=np.float64)
     x, y = (a + 1e3 * (s == "logits") for a, s in zip((x, y), space, strict=True))
@@ -651,7 +651,7 @@ BAD = {
 @pytest.mark.parametrize("traced", [False, True], ids=["", "jit"])
 @pytest.mark.parametrize("case", BAD)
 def test_errors_are_numpys(case, traced):
-    """The same class, and the same words, when JAX traces a function: not when it has run."""
+    """The same class and message when JAX traces a function, not when it runs."""
     options = dict(BAD[case])
     x = np.ones((3, 4), np.float32)
     y = options.pop("y", x)
@@ -709,7 +709,7 @@ def test_libraries_are_not_mixed():
     ],
 )  # fmt: skip
 def test_numbers_that_are_traced(function, name, transform):
-    """Are refused with what to do, and that helps."""
+    """They are refused with advice, and the advice works."""
     x, y = jnp.array([0.2, 0.8]), jnp.array([0.5, 0.5])
 
     def f(**number):
@@ -754,7 +754,7 @@ def test_device_that_is_missing():
 
 
 def test_gpu_that_klcore_cannot_use(monkeypatch):
-    """It is said before anything runs."""
+    """The error comes before anything runs."""
     adapter = importlib.import_module("klcore.backends.jax")
     cuda = importlib.import_module("klcore.backends.cuda")
 
@@ -769,7 +769,7 @@ def test_gpu_that_klcore_cannot_use(monkeypatch):
 
 
 def test_platforms():
-    """A program for the CPU calls the CPU, one for CUDA the GPU, and for others there is none."""
+    """A program for the CPU calls the CPU, one for CUDA the GPU, and there is none for other platforms."""
     x = jnp.ones((2, 3))
     traced = jax.jit(lambda x: klcore.kl_div(x, x)).trace(x)
     assert "python_cpu_callback" in traced.lower(lowering_platforms=("cpu",)).as_text()
@@ -782,7 +782,7 @@ def test_platforms():
 
 @pytest.fixture
 def buffer(gpu, monkeypatch):
-    """A stand-in for a buffer that XLA hands over on a GPU: JAX itself cannot be emulated."""
+    """A stand-in for a buffer that XLA passes on a GPU: JAX itself cannot be emulated."""
     if not gpu.emulated:
         pytest.skip("stand-ins for JAX's buffers are of the emulator's arrays")
     monkeypatch.setattr(gpu.xp, "from_dlpack", lambda b: b.array, raising=False)
@@ -800,7 +800,7 @@ def test_buffers_on_a_gpu(gpu, buffer, monkeypatch):
 
     monkeypatch.setattr(gpu.xp.cuda, "Stream", Watched)
     programs = importlib.import_module("klcore.backends.jax.programs")
-    x, y = arguments(("logits", "probs"), (2, 4, 5), (1, 4, 5))  # an axis of vmap's in front, y not mapped
+    x, y = arguments(("logits", "probs"), (2, 4, 5), (1, 4, 5))  # an axis added by vmap in front, y not mapped
     value = np.empty(2, np.float32)
     dy = np.empty((2, 4, 5), np.float32)
     call = Call(OPERATIONS["kl_div"], None, None, ("logits", "probs"), -1, "sum")
@@ -820,7 +820,7 @@ def test_buffers_on_a_gpu(gpu, buffer, monkeypatch):
 @pytest.mark.parametrize("n", [1024, 40], ids=["whole chunks", "folded"])
 @pytest.mark.parametrize("reduction", ["row", "rowmean"])
 def test_shards_on_a_gpu(gpu, buffer, reduction, n):
-    """Two devices' sweeps over their classes, what they exchange, and what they make of it."""
+    """Two devices' sweeps over their classes, what they exchange, and the results."""
     programs, shards = (importlib.import_module(f"klcore.backends.jax.{name}") for name in ("programs", "shards"))
     x, y = arguments(("logits", "logits"), (3, 2 * n))
     w = np.array([1, 0, 2], np.float32)
@@ -858,7 +858,7 @@ def test_shards_on_a_gpu(gpu, buffer, reduction, n):
 @pytest.mark.parametrize("name", ["float32", "float16", "bfloat16"])
 @pytest.mark.parametrize("traced", [False, True], ids=["", "jit"])
 def test_no_copies(name, traced, monkeypatch):
-    """The engine reads JAX's memory and writes what JAX returns."""
+    """The engine reads JAX's memory and writes the arrays that JAX returns."""
     pointers = []
     original = cpu.compute
 
@@ -886,7 +886,7 @@ def test_arguments_stay_as_they_are():
 
 
 def test_no_deadlock(python):
-    """Arrays large enough for XLA's threads, calls that wait for each other, from several threads at once."""
+    """Arrays large enough for XLA's threads, calls that wait for each other, from several threads at the same time."""
     code = """
 import threading
 import jax, jax.numpy as jnp, numpy as np

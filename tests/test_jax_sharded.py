@@ -1,4 +1,4 @@
-"""Runs sharded_jax.py in a process whose JAX has four devices: how many it has is settled when it is imported."""
+"""Runs sharded_jax.py in a process whose JAX has four devices: JAX fixes their number when it is imported."""
 
 import os
 import pathlib

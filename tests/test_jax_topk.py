@@ -1,5 +1,5 @@
-"""JAX arrays of which x lists some classes of y, a teacher's best K, say: NumPy's bits, and the derivatives of a naive
-function that makes whole rows of the list."""
+"""JAX arrays in which x lists some classes of y, such as a teacher's top K: NumPy's bits, and the derivatives of a
+naive function that builds whole rows from the list."""
 
 import importlib
 import types
@@ -19,7 +19,7 @@ from klcore.operations import OPERATIONS, Call  # noqa: E402
 
 LISTED = [name for name, operation in OPERATIONS.items() if operation.takes_indices]
 REDUCTIONS = ["row", "none", "sum", "rowmean", "batchmean", "mean"]
-# by the tail: the spaces that are tried
+# tail -> the pairs of spaces to test
 CASES = [
     ("bucket", ("probs", "logits")),
     ("bucket", ("log_probs", "probs")),
@@ -39,13 +39,13 @@ SHAPE, CLASSES, COUNT = (4, 3), 9, 4
 
 
 def arguments(tail, space, dtype=np.float32, batch=SHAPE):
-    """x, y, and the other arrays by their names; classes that are absent among them."""
+    """x, y, and the other arguments by name; some indices are -1."""
     rng = np.random.default_rng(1)
     teacher, student = rng.normal(size=(2, *batch, CLASSES))
     indices = np.argsort(rng.random((*batch, CLASSES)))[..., :COUNT].astype(np.int32)
     indices[rng.random(indices.shape) < 0.2] = -1
     x = np.take_along_axis(into(teacher, space[0]), np.maximum(indices, 0), -1)
-    if tail == "bucket":  # what is left is not to be 0
+    if tail == "bucket":  # the rest should not be 0
         x = x - np.log(1.5) if space[0] == "log_probs" else x / 1.5
     more = {"indices": indices}
     if tail == "mass":
@@ -67,7 +67,7 @@ def on_jax(x, y, more):
 
 @BY_CASE
 def test_bits_are_numpys(operation, tail, space):
-    """Of values and gradients, traced or not; all reductions of one operation."""
+    """For values and gradients, traced or not; all reductions of one operation."""
     x, y, more = arguments(tail, space)
     temperature = 1.7 if "logits" in space else 1.0
     for reduction in REDUCTIONS if operation == "kl_div" else ["row"]:
@@ -82,7 +82,7 @@ def test_bits_are_numpys(operation, tail, space):
 @pytest.mark.parametrize("axis", [0, 1, 2])
 @pytest.mark.parametrize("reduction", ["row", "none", "mean"])
 def test_axis_and_batch(axis, reduction):
-    """Batch axes that only some of the arguments have, with weights and a temperature a row."""
+    """Batch axes that only some of the arguments have, with weights and one temperature per row."""
     space, at = ("probs", "logits"), axis - 3
     x, y, more = arguments("mass", space)
     more["tail_mass"] = more["tail_mass"][0]
@@ -101,7 +101,7 @@ def test_axis_and_batch(axis, reduction):
 @pytest.mark.parametrize("tail", ["bucket", "renorm"])
 @pytest.mark.parametrize("reduction", ["row", "none", "sum"])
 def test_large_arrays(tail, reduction):
-    """Which are computed at once, outside of JAX' programs."""
+    """They are computed immediately, outside of JAX's programs."""
     rng = np.random.default_rng(2)
     y = rng.normal(size=(60, 700)).astype(np.float32)
     x = rng.dirichlet(np.ones(21), 60).astype(np.float32)[:, :20]
@@ -131,7 +131,7 @@ def test_dtypes(name, x_64):
 @pytest.mark.parametrize("x_64", [False, True], ids=["", "x64"])
 @pytest.mark.parametrize("dtype", ["int8", "uint8", "int64", "uint32", "uint64", "list"])
 def test_indices_of_any_integers(dtype, x_64):
-    """One that JAX' own integer has no room for is outside of y, and does not become another."""
+    """An index that does not fit JAX's own integers is outside of y, and does not become another class."""
     x, y = np.float32([[0.5, 0.25]]), np.float32([[0.25, 0.25, 0.5]])
     with jax.enable_x64(x_64):
         f = partial(klcore.kl_div, jnp.asarray(x), jnp.asarray(y), tail="bucket")
@@ -148,7 +148,7 @@ def test_indices_of_any_integers(dtype, x_64):
 
 
 def test_no_rows_and_no_classes():
-    """Zero rows; and of rows with no class listed the others are one class."""
+    """Zero rows; and for rows that list no class, all classes are one."""
     y = np.float32([[0.25, 0.75]])
     for shape in ((0, 1), (1, 0)):
         x, b = np.zeros(shape, np.float32), y[: shape[0]]
@@ -165,7 +165,7 @@ def divergence(p, q):
 
 
 def probabilities(a, space, temperature, there=True):
-    """Those of the classes that are there."""
+    """The probabilities of the listed classes."""
     if space == "logits":
         return jax.nn.softmax(jnp.where(there, a / temperature, -jnp.inf))
     a = jnp.where(there, jnp.exp(a) if space == "log_probs" else a, 0)
@@ -173,9 +173,9 @@ def probabilities(a, space, temperature, there=True):
 
 
 def naive(operation, tail, space, arrays):
-    """The value of a row of all classes, and one more for those that are not listed; of one operation by JAX alone."""
+    """The value of a row of all classes, plus one for the unlisted ones; one operation only with JAX."""
     x, y, indices, temperature, n = arrays["x"], arrays["y"], arrays["indices"], arrays.get("temperature"), CLASSES
-    listed = jnp.zeros(n + 1).at[indices].set(1)[:n]  # -1 is the one behind them
+    listed = jnp.zeros(n + 1).at[indices].set(1)[:n]  # -1 is the class after the last
     p = jnp.zeros(n + 1).at[indices].add(probabilities(x, space[0], temperature, indices >= 0))[:n]
     q = probabilities(y, space[1], temperature)
     rest_p, rest_q = {"bucket": 1 - p.sum(), "mass": arrays.get("tail_mass")}.get(tail, 0.0), (q * (1 - listed)).sum()
@@ -188,7 +188,8 @@ def naive(operation, tail, space, arrays):
 
 @BY_CASE
 def test_derivatives_are_those_of_a_naive_function(operation, tail, space):
-    """By x, y and temperatures; in reverse, and of rows in forward mode. One class is listed twice."""
+    """With respect to x, y and temperatures; in reverse mode, and for rows in forward mode. One class is listed
+    twice."""
     with jax.enable_x64(True):
         compare_derivatives(operation, tail, space)
 
@@ -215,7 +216,7 @@ def compare_derivatives(operation, tail, space):
 
 
 def test_no_class_has_no_derivative():
-    """Whatever x says where no class is listed: the temperature's included."""
+    """Whatever x contains where no class is listed; including the temperature's."""
     x, y, more = arguments("renorm", ("logits", "logits"))
     assert (more["indices"] < 0).any()
 
@@ -249,7 +250,7 @@ def test_gradients_beside_a_value_and_by_terms():
 @pytest.mark.parametrize("tail", ["zero", "bucket", "renorm"])
 @pytest.mark.parametrize("reduction", ["row", "none", "sum"])
 def test_cotangent_of_zero_gives_zero(tail, reduction):
-    """Where the derivative is infinite, or nothing is left to normalise, as well."""
+    """Even if the derivative is infinite, or nothing is left to normalise."""
     x, y, indices = jnp.float32([[0.5], [0.5]]), jnp.float32([[0, 1], [0.5, 0.5]]), jnp.array([[0], [0]])
 
     def f(x, y, c):
@@ -262,7 +263,7 @@ def test_cotangent_of_zero_gives_zero(tail, reduction):
 
 
 def test_as_many_terms_as_classes():
-    """A term of y's row is of no class of y, however many there are: K + 1 = V."""
+    """The terms of y's row are not those of y's classes, even if there are as many: K + 1 = V."""
     x, y = jnp.float32([[0.5, 0.25]]), jnp.float32([[0.125, 0.375, 0.5]])
     f = partial(klcore.kl_div, x, indices=jnp.array([[2, 0]]), tail="bucket", reduction="none")
     found = jax.grad(lambda y: f(y)[0, 0])(y)
@@ -282,7 +283,7 @@ MAPPED = ("x", "y", "indices", "tail_mass", "weights", "temperature")
     ids=lambda a: a if isinstance(a, str) else "-".join(a),
 )
 def test_vmap(mapped, reduction, monkeypatch):
-    """Of any of the arguments, whose gradients come with it. Rows are one call for all examples."""
+    """Over any of the arguments, with their gradients. All examples are rows of one call."""
     x, y, more = arguments("mass", ("probs", "logits"), batch=(4, 5))
     given = {"x": x, "y": y, **more, "weights": np.arange(20, dtype=np.float32).reshape(4, 5)}
     given["temperature"] = np.linspace(0.5, 2, 20, dtype=np.float32).reshape(4, 5)
@@ -305,7 +306,7 @@ def test_vmap(mapped, reduction, monkeypatch):
 
 
 def test_vmap_of_gradients():
-    """Over axes that are not the first, of what is differentiated and of what is not."""
+    """Over axes other than the first, of differentiated and other arguments."""
     x, y, more = on_jax(*arguments("bucket", ("probs", "logits")))
     indices = more["indices"]
 
@@ -326,7 +327,7 @@ def test_jacobians():
 
 
 def test_lowering():
-    """Numbers of a list are data: one program for all."""
+    """The numbers of a list are data: one program for all lists."""
     x, y, more = on_jax(*arguments("bucket", ("probs", "logits")))
     f = jax.jit(lambda x, y, i: klcore.kl_div(x, y, indices=i, tail="bucket", space=("probs", "logits")))
     compiled = f.lower(x, y, more["indices"]).compile()
@@ -377,7 +378,7 @@ def test_buffers_on_a_gpu(gpu, buffer):  # noqa: F811
     ],
 )
 def test_errors_are_numpys(bad, error, match, traced):
-    """Of what is known when JAX traces: an index as well, unless its row might have no weight."""
+    """For what is known when JAX traces: an index too, unless its row may have no weight."""
     x, y = np.float32([[0.5, 0.25], [0.5, 0.25]]), np.float32([[0.5, 0.25, 0.25]])
     options = {"indices": np.array([[0, 1]]), "tail": "bucket", **bad}
 
@@ -392,7 +393,7 @@ def test_errors_are_numpys(bad, error, match, traced):
 
 @pytest.mark.parametrize("name", ["indices", "tail_mass"])
 def test_numbers_known_only_when_it_runs(name):
-    """Are looked at then; those of rows without weight are not, though they be known before."""
+    """They are validated at run time; those of rows without weight are not, even if they are known before."""
     x, y = jnp.float32([[0.5, 0.25]] * 2), jnp.float32([[0.5, 0.25, 0.25]])
     good = {"indices": np.array([[0, 1], [1, 2]]), "tail_mass": np.float32([0.5, 0.25])}
     bad = good | {
@@ -412,7 +413,7 @@ def test_numbers_known_only_when_it_runs(name):
 
 
 def test_what_has_no_derivative():
-    """The mass that is left; nothing a second time; and terms in forward mode."""
+    """tail_mass; second derivatives; and terms in forward mode."""
     x, y, more = on_jax(*arguments("mass", ("probs", "logits")))
     f = partial(on, "kl_div", tail="mass", space=("probs", "logits"))
 

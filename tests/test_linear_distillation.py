@@ -18,7 +18,7 @@ if not EXAMPLES.exists():
 from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: E402
 from torch.nn import functional as F  # noqa: E402
 
-ROWS, FEATURES, CLASSES, TILE = 23, 8, 61, 13  # neither a multiple of another
+ROWS, FEATURES, CLASSES, TILE = 23, 8, 61, 13  # none is a multiple of another
 CHUNK = 5 * 2 * CLASSES * 4  # bytes of five rows of float32
 
 
@@ -31,7 +31,7 @@ def example(monkeypatch):
 
 
 def sides(example, dtype, bias=False, softcap=None, device="cpu"):
-    """A teacher of other features, a student that learns, and labels of which some are padding."""
+    """A teacher with another number of features, a student that learns, and labels, some of which are padding."""
     generator = torch.Generator().manual_seed(0)
 
     def normal(*shape, scale=1.0):
@@ -86,7 +86,7 @@ def widened(side):
     return side._replace(**{name: t.detach().double().requires_grad_() for name, t in parts(side)})
 
 
-@pytest.mark.parametrize("device", [name for name in DEVICES if name != "emulated"])  # which PyTorch knows
+@pytest.mark.parametrize("device", [name for name in DEVICES if name != "emulated"])  # which PyTorch supports
 @pytest.mark.parametrize("name", DIVERGENCES)
 @pytest.mark.parametrize(("bias", "softcap"), [(False, None), (True, 5.0)])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -106,7 +106,7 @@ def test_value_and_gradients(example, device, dtype, bias, softcap, name):
 
 
 def test_gradients_of_the_layer_are_added_up_in_float32(example):
-    """A chunk a row: sums of bfloat16 numbers would be off by much more than one rounding."""
+    """One chunk per row: sums of bfloat16 numbers would be off by much more than one rounding."""
     teacher, student, labels = sides(example, torch.bfloat16)
     found = gradients(example.linear_divergence(teacher, student, labels, chunk_bytes=1), student)
     whole = gradients(example.linear_divergence(teacher, student, labels), student)
@@ -118,7 +118,7 @@ def test_gradients_of_the_layer_are_added_up_in_float32(example):
 
 
 def test_padded_rows_are_not_multiplied(example, monkeypatch):
-    """Nor looked at. Their gradient is 0. A mask is as good as labels, of any batch shape."""
+    """Nor read. Their gradient is 0. A mask works like labels, with any batch shape."""
     teacher, student, labels = sides(example, torch.float32)
     expected = example.linear_divergence(teacher, student, labels)
     of_student = gradients(expected, student)
@@ -150,12 +150,12 @@ def test_refused(example, wrong):
     labels = labels[1:] if wrong == "a row less" else labels.float() if "floats" in wrong else labels
     if wrong == "rows of the teacher":
         teacher = teacher._replace(hidden=torch.cat([teacher.hidden, teacher.hidden]))
-    with pytest.raises(ValueError, match="one a row of both sides"):
+    with pytest.raises(ValueError, match="one per row of both sides"):
         example.linear_divergence(teacher, student, labels)
 
 
 def test_parts_of_a_batch(example):
-    """Divided by the rows of all, they add up to the whole."""
+    """Divided by the number of all rows, they add up to the whole."""
     teacher, student, labels = sides(example, torch.float64)
     whole = example.linear_divergence(teacher, student, labels)
     n = (labels != example.PADDING).sum()
@@ -198,7 +198,7 @@ def test_without_gradients_there_are_only_the_logits(example, monkeypatch):
 
 
 def test_backward_once(example):
-    """Its gradients are multiplied in place, and nobody is given them twice."""
+    """Its gradients are multiplied in place, and cannot be returned twice."""
     value = example.linear_divergence(*sides(example, torch.float32))
     value.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
@@ -217,7 +217,7 @@ def test_autocast_changes_nothing(example):
 
 @pytest.mark.parametrize("softcap", [None, 5.0])
 def test_memory(example, softcap):
-    """Chunks are as large as was asked for, and one after the other in one place, where y becomes its gradient."""
+    """Chunks have the requested size, and use the same memory one after the other, where y becomes its gradient."""
     seen = []
 
     def divergence(x, y, out, **options):
@@ -235,7 +235,7 @@ def test_memory(example, softcap):
 
 
 def test_products_on_a_gpu(example, monkeypatch):
-    """16-bit matrices are not widened there. PyTorch has stand-ins for tensors of a GPU, for which it needs none."""
+    """16-bit matrices are not widened there. PyTorch has fake GPU tensors, which need no GPU."""
     mm, seen = torch.mm, []
     monkeypatch.setattr(torch, "mm", lambda a, b, **options: seen.append((a.dtype, b.dtype)) or mm(a, b, **options))
     with FakeTensorMode():

@@ -1,4 +1,5 @@
-"""The CUDA compiler and its cache, on machines without a GPU: what is compiled, what is kept, and what can go wrong."""
+"""The CUDA compiler and its cache, on machines without a GPU: what is compiled, what is cached, and what can go
+wrong."""
 
 import importlib
 import importlib.resources
@@ -41,7 +42,7 @@ def folder(tmp_path, monkeypatch):
 
 @pytest.fixture
 def toy(folder, monkeypatch):
-    """A small kernel in place of klcore's; the list of what has been compiled."""
+    """A small kernel in place of klcore's; the list of what was compiled."""
     compiled = []
     true = nvrtc._compile
 
@@ -111,7 +112,7 @@ def test_arithmetic_is_ieee_whatever_the_options(monkeypatch):
     assert "mul.f32" in text or "mul.rn.f32" in text
     assert "div.rn.f32" in text
     assert re.findall(r"\.ftz|\bfma|approx|\.full", text) == []
-    with monkeypatch.context() as patch:  # the pattern sees what it should
+    with monkeypatch.context() as patch:  # the pattern finds what it should
         patch.setattr(nvrtc, "_OPTIONS", ())
         assert re.findall(r"\.ftz", ptx(monkeypatch, (*FAST, *OPTIONS)))
 
@@ -155,7 +156,7 @@ BY_PIP = sorted(str(p) for root in (nvidia.__path__ if nvidia else ()) for p in 
 @pytest.mark.skipif(not BY_PIP, reason="NVRTC is not here as a package of pip's")
 @pytest.mark.parametrize("path", BY_PIP, ids=lambda path: Path(path).name)
 def test_whoever_has_loaded_it_before(python, path):
-    """Not all of NVIDIA's packages lead from the library to its other half, which NVRTC needs when it compiles."""
+    """Not all of NVIDIA's packages link the library to its other half, which NVRTC needs to compile."""
     assert python(PRELOADED, path, TOY.replace("FACTOR", "3")).strip() == "builtins"
 
 
@@ -236,7 +237,7 @@ print(nvrtc._digest(nvrtc.build({OPTIONS!r}, 90).read_bytes()))
         time.sleep(0.01)
     (tmp_path / "go").touch()
     digests = [worker.communicate(timeout=600)[0].strip() for worker in workers]
-    (entry,) = folder.iterdir()  # nothing half made is left
+    (entry,) = folder.iterdir()  # no unfinished files are left
     assert entry.stem.endswith(nvrtc._digest(entry.read_bytes()))
     assert digests == [entry.stem.rpartition("-")[2]] * len(workers)
 

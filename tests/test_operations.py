@@ -1,4 +1,4 @@
-"""The table of operations: that nobody forgets one; and a toy divergence, added as CONTRIBUTING says."""
+"""The table of operations: every list has all of them; and a toy divergence, added as CONTRIBUTING describes."""
 
 import ast
 import copy
@@ -43,7 +43,7 @@ def test_rows_are_found_again(operation):
 
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_every_operation_is_public(name):
-    """A function of its name, whose keywords are fields of a call, and a unit, which becomes a factor."""
+    """A function with its name, whose keywords are fields of a call, and a unit, which becomes a factor."""
     assert name in klcore.__all__, f"klcore/__init__.py does not export {name}"
     parameters = list(inspect.signature(getattr(klcore, name)).parameters)
     assert parameters[: 2 - OPERATIONS[name].single] == ["x", "y"][: 2 - OPERATIONS[name].single]
@@ -52,7 +52,7 @@ def test_every_operation_is_public(name):
 
 
 def test_the_oracle_knows_all():
-    """Whose definition is its own, apart from the table."""
+    """Its definitions are independent of the table."""
     relations = {o.name for o in OPERATIONS.values() if o.form == _cpu.BY_CLASS}
     assert set(relatives.PARAMETERS) == relations, "tests/relatives.py: PARAMETERS, Definitions"
     table = {o.name: (o.single, o.form == _cpu.BY_COST) for o in OPERATIONS.values() if o.name not in relations}
@@ -61,7 +61,7 @@ def test_the_oracle_knows_all():
 
 
 def test_the_self_test_knows_all():
-    """`python -m klcore --selftest` says what it found in place of a digest that is missing."""
+    """`python -m klcore --selftest` prints what it found in place of a missing digest."""
     narrow = [name for name, o in OPERATIONS.items() if o.form != _cpu.BY_CLASS]
     groups = [
         *itertools.product(OPERATIONS, ("float64", "float32")),
@@ -82,7 +82,7 @@ LISTS = {
 
 @needs_repository
 def test_there_is_no_other_list():
-    """So tests and benchmarks go over all operations of the table."""
+    """Tests and benchmarks iterate over all operations of the table."""
     found = set()
     folders = "klcore", "tests", "benchmarks", "asv_bench/benchmarks"
     for path in (path for folder in folders for path in REPOSITORY.glob(f"{folder}/**/*.py")):
@@ -118,7 +118,7 @@ def test_every_loss_has_a_front_end(name):
 
 # ---- a toy divergence ------------------------------------------------------------------------------------------------
 
-# What CONTRIBUTING says to add: a line of a list and a term, a row, a function and its name. Where, and what.
+# What CONTRIBUTING says to add: an entry of a list and a term, a row, a function and its name. Where, and what.
 TOY = {
     "src/kl_math.h": (
         ("ROW(ENTROPY, BY_COST, 1) KL", "ROW(ENTROPY, BY_COST, 1) ROW(TOY_DIST, BY_TERM, 2) KL"),
@@ -198,7 +198,7 @@ TRY_IT = """
 @needs_repository
 @pytest.mark.skipif(sys.platform == "win32", reason="builds with g++")
 def test_a_toy_divergence(tmp_path):
-    """It is built, and works on NumPy, PyTorch and the emulated GPU; and the tests above say what it lacks."""
+    """It builds, and works on NumPy, PyTorch and the emulated GPU; and the tests above report what it lacks."""
     pytest.importorskip("torch", reason="torch is not installed")
     for part in ("src", "klcore", "setup.py", "pyproject.toml", "README.md", "LICENSE"):
         copy = shutil.copytree if (REPOSITORY / part).is_dir() else shutil.copy

@@ -1,4 +1,4 @@
-"""What holds for every distribution: Hypothesis looks for one for which it does not."""
+"""What holds for every distribution: Hypothesis searches for counterexamples."""
 
 import numpy as np
 import oracle
@@ -31,7 +31,7 @@ def rows(draw, count=2, most=40, excluded=True):
     return z
 
 
-# what a row of logits may be shifted by: nothing, something, or so much that little else is left of it
+# the shift of a row of logits: none, some, or so much that little else is left of it
 offset = st.one_of(st.just(0.0), st.floats(-1e4, 1e4), st.floats(-1e30, 1e30))
 any_temperature = st.one_of(st.just(1.0), st.floats(-2, 2).map(lambda e: 10.0**e))
 
@@ -77,7 +77,7 @@ def test_never_negative(z, space, dtype):
 @checked
 @given(any_logits())
 def test_any_finite_logits(drawn):
-    """Not negative, and nothing is NaN, whatever the offset, the magnitude, the mask and the temperature."""
+    """Not negative, and never NaN, whatever the offset, the magnitude, the mask and the temperature."""
     (x, y), temperature = drawn
     options = {"space": "logits", "temperature": temperature}
     value, dx, dy = klcore.kl_div(x, y, return_grad=("x", "y"), **options)
@@ -98,7 +98,7 @@ def test_zero_of_equal(z, space, dtype, temperature):
     temperature = temperature if space == "logits" else 1.0
     value, dx, dy = klcore.kl_div(x, x.copy(), space=space, temperature=temperature, return_grad=("x", "y"))
     assert value == 0
-    # by a probability that is 0, log(0/0) has no value
+    # with respect to a probability of 0, log(0/0) has no value
     assert not np.any(dx[np.isfinite(x) & (x != 0) if space == "probs" else slice(None)])
     assert not np.any(dy[x != 0 if space == "probs" else slice(None)])
 
@@ -112,7 +112,7 @@ def test_cross_entropy_minus_entropy(z, space, dtype):
     answers = [oracle.exact(op, x, y, space) for op in ("cross_entropy", "entropy", "rel_entr")]
     bound = sum(a.value_size[0] for a in answers) * 10 * EPS[dtype]
     assert abs(np.float64(cross) - own - klcore.rel_entr(x, y, space=space)) <= bound
-    # every probability and every sum is off by at most an eps, times its logarithm where that was rounded
+    # every probability and every sum is off by at most an eps, times its logarithm if that was rounded
     mass = (1 + np.abs(z).max() * 3 + np.log(z.shape[1])) * 4 * EPS[dtype]
     assert abs(np.float64(cross) - own - klcore.kl_div(x, y, space=space)) <= bound + mass
 
@@ -131,7 +131,7 @@ def test_jointly_convex(z, part, dtype):
 def test_order_of_rows_and_classes(z, space, dtype, random):
     x, y = into(z[0], space[0], dtype), into(z[1], space[1], dtype)
     value = klcore.kl_div(x, y, space=space)
-    # rows: the same bits wherever a row stands
+    # rows: the same bits at every position
     noise = into(np.linspace(-3, 3, 5 * x.size).reshape(5, -1), "logits", dtype)
     many_x = np.concatenate([into(noise, space[0], dtype), x[None]])
     many_y = np.concatenate([into(noise[::-1], space[1], dtype), y[None]])
@@ -147,7 +147,7 @@ def test_order_of_rows_and_classes(z, space, dtype, random):
 
 
 def assert_near(a, b, x, y, space, dtype, temperature=1.0):
-    """Two computations of one divergence, each within the bound."""
+    """Two computations of the same divergence, each within the bound."""
     if np.isinf(a) or np.isinf(b):
         assert a == b
         return
@@ -203,7 +203,7 @@ def dtype_power(octaves, dtype):
 @pytest.mark.parametrize("space", oracle.SPACES)
 @pytest.mark.parametrize("distance", [0.0, 1e-8, 1e-7, 1e-6, 1e-4, 1e-2, 1.0, 30.0])
 def test_a_million_pairs_never_negative(space, distance, dtype):
-    """Over all parameters; close pairs are where rounding would show."""
+    """Over all parameters; rounding would show in close pairs."""
     rng = np.random.default_rng(5)
     for n, count in ((2, 8500), (3, 6000), (10, 5000), (100, 1500), (1000, 150), (2000, 50)):
         a = rng.normal(size=(count, n)) * rng.uniform(0.1, 10, (count, 1))

@@ -1,6 +1,6 @@
-"""Beside forks, threads, signals and other libraries' OpenMP: it ends, and the bits are the same.
+"""With forks, threads, signals and other libraries' OpenMP, calls end, and the bits are the same.
 
-Each scenario has a process of its own and a time limit, so that nothing here can hang a test run.
+Each scenario has its own process and a time limit, so that nothing here can hang a test run.
 """
 
 import ctypes.util
@@ -72,7 +72,7 @@ def in_child(work, limit=300):
 
 @pytest.fixture
 def same(python):
-    """Runs a scenario that prints digests of the same data; all must be those of one thread in a quiet process."""
+    """Run a scenario that prints digests of the same data; all must equal those of one thread in a quiet process."""
 
     def run(scenario, *arguments, expected=2, warnings=("error", FORK_WARNING), **keywords):
         code = COMMON + textwrap.dedent(scenario)
@@ -91,7 +91,7 @@ def same(python):
 @pytest.mark.parametrize("child", [1, 2, 5])
 @pytest.mark.parametrize("parent", [1, 2, 5])
 def test_fork(same, parent, child):
-    """GNU's OpenMP hangs in the child of a process that used it, unless it is kept from the inherited threads."""
+    """GNU's OpenMP hangs in the child of a process that used it, unless klcore avoids the inherited threads."""
     same(
         """
         parent, child = map(int, sys.argv[1:])
@@ -204,7 +204,7 @@ def test_more_threads_than_rows_and_chunks(same):
 
 
 def test_threadpoolctl(same):
-    """Which other libraries use to limit OpenMP: it may slow klcore down, not change it."""
+    """Other libraries use it to limit OpenMP: it may slow klcore down, but must not change it."""
     same(
         """
         import threadpoolctl
@@ -222,7 +222,7 @@ def test_threadpoolctl(same):
 @pytest.mark.parametrize("axis", [0, 1])
 @pytest.mark.parametrize("threads", [100_000, 2**29, 2**30, 2**31 - 1])
 def test_absurd_numbers_of_threads(python, threads, axis):
-    """They end no process: there are no more threads than processors."""
+    """They do not end the process: there are no more threads than processors."""
     code = """
     keywords = dict(axis=int(sys.argv[2]), reduction="sum", space=("probs", "logits"))
     with klcore.threads(1):
@@ -236,7 +236,7 @@ def test_absurd_numbers_of_threads(python, threads, axis):
     assert python(COMMON + textwrap.dedent(code), threads, axis, timeout=LIMIT) == "True\n"
 
 
-# ways to forbid threads; `room` is what is left
+# ways to forbid threads; `room` is the limit
 LIMITS = {
     "address space": """
         with open("/proc/self/statm") as f:
@@ -257,7 +257,7 @@ LIMITS = {
 )
 def test_threads_that_cannot_be_made(same, limit, room):
     """Fewer threads compute the same bits, and OpenMP does not exit(1)."""
-    big = {"OMP_STACKSIZE": "1G"} if limit == "address space" else {}  # there is room for none, or for one
+    big = {"OMP_STACKSIZE": "1G"} if limit == "address space" else {}  # enough for none, or for one
     same(
         f"import resource\ndigest(1)\nroom = {room}\n{textwrap.dedent(LIMITS[limit])}\nprint(digest(8))",
         expected=1,
@@ -301,7 +301,7 @@ print(len(digests), len(set(digests)))
 
 @pytest.mark.parametrize("size", [32, 96, 160])
 def test_small_stacks(python, size):
-    """Python's threads may have less stack than the kernels take: NumPy works in 32 KiB, too."""
+    """Python's threads may have less stack than the kernels need: NumPy works in 32 KiB, too."""
     assert python(COMMON + SMALL_STACKS, size, timeout=LIMIT) == "2 1\n"
 
 
@@ -327,7 +327,7 @@ OTHERS = {
     """,
 }
 OTHER = [pytest.param("sklearn"), pytest.param("torch", marks=needs_torch)]
-# these libraries' own warnings are none of our business
+# these libraries' own warnings do not matter here
 LENIENT = ("error", "ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
 
 
@@ -408,13 +408,13 @@ except KeyboardInterrupt:
 
 @pytest.mark.skipif(sys.platform == "win32", reason="sends SIGINT")
 def test_keyboard_interrupt():
-    """The interruption gets through, and the next call is right."""
+    """The interrupt gets through, and the next call is correct."""
     command = [sys.executable, "-Werror", "-c", COMMON + INTERRUPTED]
     keywords = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, **as_here()}
     with subprocess.Popen(command, **keywords) as process:
         try:
             assert process.stdout.readline() == "ready\n"
-            time.sleep(0.2)  # so that it comes in the middle of a call
+            time.sleep(0.2)  # so that it arrives in the middle of a call
             process.send_signal(signal.SIGINT)
             out, err = process.communicate(timeout=LIMIT)
         finally:
@@ -424,7 +424,7 @@ def test_keyboard_interrupt():
     assert out == quiet.stdout != ""
 
 
-# Calls that would take hours, each by a way of its own through the kernels. Broadcasting makes them of nothing.
+# Calls that would take hours, each on another path through the kernels. Broadcasting creates them without memory.
 LONG = """
 far = np.broadcast_to(np.linspace(0.1, 1, 100_000, dtype=np.float32), (2_000_000, 100_000))
 one = np.broadcast_to(np.float32(0.5), (2**39,))
@@ -475,7 +475,7 @@ BOTH = [(way, threads) for way in (*WAYS, *SUMMED) for threads in (1, 2)]
     [*BOTH, ("weights of 0", 1), pytest.param("torch", 2, marks=needs_torch)],
 )
 def test_a_signal_handler_that_raises(same, way, threads):
-    """Ends a call, whose result would take hours, with its exception; the next call is right."""
+    """It ends a call that would take hours, with its exception; the next call is correct."""
     same(LONG + f"print(interrupted(CALLS[{way!r}], {threads}))", expected=1, warnings=LENIENT)
 
 
@@ -487,7 +487,7 @@ def test_a_signal_handler_that_raises_in_a_fork(same, threads):
 
 @pytest.mark.skipif(sys.platform == "win32", reason="sets a timer")
 def test_a_signal_is_for_the_main_thread(same):
-    """A call in another thread goes on, as Python's own code does; the main thread's handler raises there."""
+    """A call in another thread continues, like Python's own code; the main thread's handler raises there."""
     same(
         LONG
         + textwrap.dedent("""
@@ -525,7 +525,7 @@ def slowly(call, seconds):
 @pytest.mark.skipif(sys.platform == "win32", reason="sets a timer")
 @pytest.mark.parametrize("small", [False, True])
 def test_a_handler_that_takes_its_time(same, small):
-    """Longer than the time between two looks, and than the rest of the call: its exception is not lost."""
+    """Longer than the time between two checks, and than the rest of the call: its exception is not lost."""
     code = """
     x = np.full((512, 60_000), 0.5, np.float32)
     out = np.empty(60_000, np.float32), np.empty_like(x), np.empty_like(x)
@@ -542,7 +542,7 @@ def test_a_handler_that_takes_its_time(same, small):
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="looks into /proc")
 def test_the_team_only_grows(same):
-    """Calls of few threads between calls of many: OpenMP would end the others, and make them again."""
+    """Calls of few threads between calls of many: OpenMP would end the other threads, and start them again."""
     code = """
     from klcore import _cpu
     _cpu.pretend_processors(8)
@@ -562,7 +562,7 @@ def test_the_team_only_grows(same):
 
 @needs_fork
 def test_first_import_in_a_fork(python):
-    """The parent used the same OpenMP without klcore, whose child must not wait for threads that it does not have."""
+    """The parent used the same OpenMP without klcore, and the child must not wait for threads that it does not have."""
     library = ctypes.util.find_library("gomp")
     if not library:
         pytest.skip("GNU's OpenMP is not there as a library of its own")
@@ -584,7 +584,7 @@ def test_first_import_in_a_fork(python):
 
 
 def test_a_daemon_thread_at_the_end(python):
-    """Python ends while a thread computes: it must not be asked for signals then, which would abort the process."""
+    """Python ends while a thread computes: it must not check for signals then, which would abort the process."""
     code = """
     threading.Thread(target=CALLS["rows"], daemon=True).start()
     time.sleep(0.3)
@@ -595,7 +595,7 @@ def test_a_daemon_thread_at_the_end(python):
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits memory by RLIMIT_AS")
 def test_out_of_memory(python):
-    """Working memory that cannot be had is a MemoryError, and the next call is right."""
+    """If working memory is not available, a call raises MemoryError, and the next call is correct."""
     found = python(
         COMMON
         + textwrap.dedent("""
@@ -618,7 +618,7 @@ def test_out_of_memory(python):
 @pytest.mark.parametrize("reduction", ["row", "sum"])
 @pytest.mark.parametrize("broadcast", ["x", "y"])
 def test_out_of_memory_leaves_out_as_it_was(python, broadcast, reduction):
-    """The gradient of a broadcast argument takes memory of its own, beside that of the value and the other gradient."""
+    """The gradient of a broadcast argument needs memory besides that of the value and the other gradient."""
     code = """
     import resource
     broadcast, reduction = sys.argv[1:]

@@ -1,4 +1,5 @@
-"""`python -m klcore`: the report, and the self-test, which must pass, and fail for every fault it is there to find."""
+"""`python -m klcore`: the report, and the self-test, which must pass, and must fail for every fault it should
+detect."""
 
 import importlib
 import pathlib
@@ -43,7 +44,7 @@ def test_help_and_wrong_arguments():
 
 
 def test_selftest_on_the_cpu():
-    """In a process of its own, with the number of threads and instructions that the user has."""
+    """In a separate process, with the user's number of threads and instructions."""
     done = command("--selftest")
     assert (done.returncode, done.stderr) == (0, "")
     assert "FAILED" not in done.stdout
@@ -57,10 +58,10 @@ def test_selftest_on_the_cpu():
 
 @pytest.mark.skipif("emulated" not in DEVICES, reason="the emulator is not among the devices of these tests")
 def test_selftest_on_a_gpu(capsys, monkeypatch):
-    """Emulated: a device that is there is checked, with every kernel."""
+    """Emulated: an available device is checked, with every kernel."""
     used = set()
     with computing_on("emulated"):
-        cuda = importlib.import_module("klcore.backends.cuda")  # anew, with the emulator for CuPy
+        cuda = importlib.import_module("klcore.backends.cuda")  # again, with the emulator as CuPy
         start = cuda._start
 
         def recorded(launches, plans):
@@ -83,7 +84,7 @@ def test_selftest_on_a_gpu(capsys, monkeypatch):
 
 
 def fault(monkeypatch, backend, change, when=lambda: True, name="kl_div"):
-    """Have `change` done to what a backend returns of an operation."""
+    """Apply `change` to the results that a backend returns for an operation."""
     right = backend.compute
 
     def wrong(call):
@@ -114,7 +115,7 @@ def steep(value, dx, dy):
 
 
 def defined(value, dx, dy):
-    """An epsilon, as others have it: no infinities."""
+    """With an epsilon, as in other libraries: no infinities."""
     return np.minimum(value, value.dtype.type(1e30)), dx, dy
 
 
@@ -136,7 +137,7 @@ BITS += [f"bits with {n} thread{'s' * (n > 1)}" for n in sorted({1, 2, 3, klcore
 
 @pytest.fixture
 def kl_div_only(monkeypatch):
-    """A quicker self-test."""
+    """A faster self-test."""
     monkeypatch.setattr(selftest, "OPERATIONS", {"kl_div": KL_DIV})
 
 
@@ -181,7 +182,7 @@ def test_fault_of_an_instruction_set(monkeypatch, kl_div_only, capsys):
 
 @pytest.mark.parametrize("operation", [*selftest.OPERATIONS, *selftest.ESTIMATORS])
 def test_fault_of_an_operation(monkeypatch, operation):
-    """One bit of each result: every dtype's digest has seen it, also of counts, and that of no other operation."""
+    """One bit of each result: every dtype's digest notices it, for counts too, and no other operation's does."""
     fault(monkeypatch, cpu, ulp, name=operation)
     good, sentence = next(selftest._bits("cpu"))
     assert not good

@@ -1,4 +1,4 @@
-"""klcore.Shard: the bits of whole rows where promised, else the published bounds; and what it says of wrong use."""
+"""klcore.Shard: the bits of whole rows where promised, elsewhere the published bounds; and its errors for wrong use."""
 
 import importlib
 import itertools
@@ -34,7 +34,7 @@ def exchanged(shards, fold=False, through=lambda states: states):
 
 
 def spread(name, arrays, sizes, axis=-1, fold=False, **words):
-    """Shards of so many classes each, in step."""
+    """Shards of so many classes each, all at the same step."""
     ends = np.cumsum(sizes)[:-1]
     parts = zip(*(np.split(a, ends, axis) for a in operands(name, *arrays)), strict=True)
     words = {**OPERATIONS[name].needed, **words}
@@ -64,7 +64,8 @@ WEIGHTS = np.array([1.0, 0.5, 1.0, 0.0, 1.0, 3.0])
 
 
 def special(pair, n, dtype):
-    """Rows: an ordinary one, one that excludes classes, NaN, NaN of weight 0, one of nothing, and one far apart."""
+    """Rows: an ordinary one, one that excludes classes, NaN, NaN with weight 0, one that excludes everything, one far
+    apart."""
     rng = np.random.default_rng(n)
     x = rng.normal(size=(6, n)) * np.linspace(0.1, 5, n)
     y = x + rng.normal(size=(6, n))
@@ -83,7 +84,7 @@ def special(pair, n, dtype):
 
 @calls
 def test_bits(name, pair):
-    """Shards of multiples of 1024 classes, some of them of none: values, terms and gradients of whole rows."""
+    """Shards of multiples of 1024 classes, some of them empty: values, terms and gradients of whole rows."""
     of, space = OPERATIONS[name].gradients, space_of(name, pair)
     dtype = list(DTYPES)[CALLS.index((name, pair)) % 4]
     arrays = special(pair, 3000, DTYPES[dtype])
@@ -115,7 +116,7 @@ def test_bits_of_more_chunks_than_are_merged_at_once():
 @pytest.mark.parametrize("temperature", [2.5, [[2.5, 0.5], [1.0, 9.0], [3.0, 0.1]]], ids=["all", "by-row"])
 @pytest.mark.parametrize("space", ["logits", ("probs", "logits")])
 def test_bits_of_any_layout(space, temperature):
-    """The classes in front, rows of x that are broadcast, a base, temperatures, and one row without a batch."""
+    """The classes first, rows of x that are broadcast, a base, temperatures, and one row without a batch."""
     pair = (space,) * 2 if isinstance(space, str) else space
     x, y = (numbers(s, np.random.default_rng(k).normal(size=(3, 2, 2000)), "float32") for k, s in enumerate(pair))
     x = np.moveaxis(x[:1], -1, 0)
@@ -155,7 +156,7 @@ def test_bounds(name, pair, fold):
 
 @pytest.mark.parametrize("name", relatives.PARAMETERS)
 def test_bounds_of_the_relatives(name):
-    """All parameters, folded; of Rényi's divergence also rows so far apart that an exchange more is needed."""
+    """All parameters, folded; for Rényi divergence also rows so far apart that another exchange is needed."""
     given = relatives.PARAMETERS[name]
     for k in range(max(3, len(given))):
         parameters, far = given[k % len(given)], (1.0, "far", 1e-6)[k % 3]
@@ -169,7 +170,7 @@ def test_bounds_of_the_relatives(name):
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_counts(name, dtype):
-    """Against probabilities, which the counts of whole rows become."""
+    """Against probabilities, which are the normalised counts of whole rows."""
     counts = np.random.default_rng(0).integers(1, 50, (2, 4, 11)).astype(dtype)
     p, q = ([[float(v) for v in counts_side("counts", row)] for row in a] for a in counts)
     true = conftest.call(name, np.array(p), np.array(q))
@@ -183,7 +184,7 @@ def test_counts(name, dtype):
 
 @calls
 def test_folded_states_are_small_and_alike(name, pair):
-    """One state of at most 72 bytes a row, whatever the shard; and special rows are what they are in one process."""
+    """One state of at most 72 bytes per row, whatever the shard; and special rows are as in one process."""
     space = space_of(name, pair)
     arrays = special(pair, 3000, "float64")
     shards = [
@@ -279,7 +280,7 @@ def test_libraries_that_do_it_themselves(library, message):
 
 
 def loss_of(torch):
-    """A loss over shards of a student's logits, all in one process; examples/tensor_parallel.py has two."""
+    """A loss over shards of a student's logits, all in one process; examples/tensor_parallel.py uses two."""
 
     class Loss(torch.autograd.Function):
         @staticmethod
@@ -302,7 +303,7 @@ def loss_of(torch):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", [name for name in FIRST if not OPERATIONS[name].single])
 def test_in_an_autograd_function(name, dtype):
-    """Value and gradient have the bits of PyTorch's history of the whole rows; cotangents of both signs."""
+    """Value and gradient have the bits of PyTorch's autograd for whole rows; cotangents of both signs."""
     torch = pytest.importorskip("torch", reason="PyTorch is not installed")
     teacher, student = torch.randn(2, 4, 2500, dtype=torch.float64).to(getattr(torch, dtype)) * 2
     weights = torch.tensor([1.0, 2.0, 0.0, 0.5])
@@ -332,11 +333,11 @@ def test_tensors():
     assert_bits(tempered.values().numpy(), klcore.kl_div(X, Y, space="logits", temperature=2.0))
     state = shard.state()
     assert (type(state), state.dtype) == (torch.Tensor, torch.float64)
-    shard.join([state.numpy()])  # from whatever carried it
+    shard.join([state.numpy()])  # from any transport
     assert_bits(shard.values().numpy(), klcore.kl_div(X, Y))
     assert torch.equal(shard.terms(), klcore.kl_div(x, y.detach(), reduction="none"))
     assert shard.values().requires_grad is False
-    beside = klcore.Shard("kl_div", x, Y)  # NumPy's beside PyTorch's
+    beside = klcore.Shard("kl_div", x, Y)  # NumPy with PyTorch
     assert torch.equal(beside.state(), state)
     with torch.device("meta"), pytest.raises(TypeError, match="plain tensors with memory"):
         klcore.Shard("kl_div", torch.ones(3, 5), torch.ones(3, 5))
@@ -349,13 +350,13 @@ def test_tensors():
 
 
 def near_without_mass(states):
-    """What the last number but one of two rows of logits is, only a far chunk says (src/kl_logits.h: Spread)."""
+    """For two rows of logits, the last number but one is set only by a far chunk (src/kl_logits.h: Spread)."""
     if states.shape[1] != 9:
         return states
     return np.where((np.arange(9)[:, None] == 7) & (states[:, 8:] % 2 == 0), 0.0, states)
 
 
-ON_GPU = {"temperature": 0.5, "base": 2.0}  # as few kernels to compile as will do
+ON_GPU = {"temperature": 0.5, "base": 2.0}  # as few kernels to compile as possible
 KINDS = [
     ("kl_div", "logits", "float32"),
     ("js_div", ("probs", "logits"), "float64"),
@@ -366,8 +367,8 @@ KINDS = [
 @pytest.mark.parametrize("fold", [False, True])
 @pytest.mark.parametrize(("name", "space", "dtype"), KINDS)
 def test_bits_of_the_gpu(gpu, compared, name, space, dtype, fold):
-    """Shards of two chunks, of one, of few classes and of none. Of the first kind terms, and a gradient that is a sum;
-    of the others both gradients at once, and a temperature a row."""
+    """Shards of two chunks, of one, of few classes and of none. The first kind with terms, and a gradient that is a
+    sum; the others with both gradients at once, and one temperature per row."""
     pair = (space,) * 2 if isinstance(space, str) else space
     x, y = special(pair, 3000, dtype)
     first = name == KINDS[0][0]
@@ -404,7 +405,7 @@ def test_bits_of_the_gpu(gpu, compared, name, space, dtype, fold):
 
 
 def test_tensors_on_the_gpu(gpu, monkeypatch):
-    """They are CuPy's arrays to klcore, and its results tensors beside them."""
+    """klcore treats them as CuPy arrays, and returns tensors."""
     torch = pytest.importorskip("torch", reason="PyTorch is not installed")
     memory = importlib.import_module("klcore.backends.torch.memory")
     tensors = torch.randn(2, 3, 1500, generator=torch.Generator().manual_seed(0))

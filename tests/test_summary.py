@@ -1,4 +1,4 @@
-"""klcore.Summary beside exact fractions, sorted values and NumPy; and that no split, order or merge changes a bit."""
+"""klcore.Summary against exact fractions, sorted values and NumPy; no split, order or merge changes a bit."""
 
 import importlib
 import json
@@ -114,7 +114,7 @@ def test_quantiles(values, fractions):
         low = math.floor(at)
         ends = ordered[[low, min(low + 1, len(ordered) - 1)]]
         expected = np.quantile(ordered, f)
-        # a bin's width; below the normal numbers that of the smallest ones' bins; and NumPy's own rounding
+        # a bin's width; for subnormal numbers that of the smallest numbers' bins; and NumPy's own rounding
         bound = np.abs(ends).max() * (ORDER + 4 * ROUNDED) + 2.0**-136
         assert abs(s.quantile(f) - expected) <= bound
     assert s.quantile(np.array([[0.0, 1.0]])).shape == (1, 2)
@@ -283,7 +283,7 @@ def test_interval_of_the_mean():
 
 @pytest.mark.parametrize(("n", "f"), [(500, 0.5), (500, 0.95), (5000, 0.99)])
 def test_interval_of_a_quantile(n, f):
-    """It holds the true one about as often as it says: 400 times, so give or take 3 in a hundred."""
+    """It contains the true quantile about as often as it should: 400 times, so within 3 percent."""
     rng = np.random.default_rng(6)
     held = 0
     for _ in range(400):

@@ -1,7 +1,7 @@
-"""One temperature a row: the bits of that row alone with its number, whatever it is computed with.
+"""One temperature per row: the bits of each row computed alone with its temperature, however it is computed.
 
-A row alone is told its temperature as a float: another way through the kernels than an array takes. What that row is to
-be is asked of mpmath, here for a few, and for all in the tests of each operation.
+A single row gets its temperature as a float, which takes another path through the kernels than an array. mpmath gives
+the expected results, here for a few rows; the tests of each operation check the rest.
 """
 
 import functools
@@ -28,7 +28,7 @@ def temperatures(rows):
 
 
 def tempered(operation):
-    """Pairs of spaces that a temperature is for."""
+    """Pairs of spaces that take a temperature."""
     return [pair for pair in OPERATIONS[operation].pairs if "logits" in pair]
 
 
@@ -38,7 +38,7 @@ def arguments(operation, pair, n, dtype, rows):
 
 
 def compute(operation, arrays, space, **options):
-    """Value, gradients and, of what has them, terms."""
+    """Value, gradients and, for operations that have them, terms."""
     f = functools.partial(call, operation, arrays[0], arrays[-1], space, **options)
     found = f(return_grad=OPERATIONS[operation].gradients)
     return (*found, f(reduction="none")) if OPERATIONS[operation].has_terms else found
@@ -101,7 +101,7 @@ def kl(x, y, **options):
 
 @pytest.mark.parametrize("kind", [*DTYPES, "int64", "uint8", "bool", ">f8"])
 def test_any_dtype(kind):
-    """Its numbers, as doubles, are what counts."""
+    """Its numbers, as doubles, are what matters."""
     t = np.array([1, 2, 3, 1, 1, 1]) if kind != "bool" else np.ones(6)
     t = (t / 3 if kind in DTYPES else t).astype(DTYPES.get(kind, kind))
     for n, dtype in itertools.product((10, 200), ("float64", "float32")):
@@ -128,7 +128,7 @@ def test_broadcast_and_strided(shape, axis, n):
 
 
 def test_no_dimensions():
-    """A number, at which float32 may be computed in double."""
+    """A number at which float32 may be computed in double."""
     x, y = logits(10, "float32", 6)
     for number, kind in itertools.product((2.5, 1e-9, 1e35), (np.array, np.float64, np.float32)):
         assert_same(kl(x, y, temperature=kind(number)), kl(x, y, temperature=float(kind(number))))
@@ -264,7 +264,7 @@ def test_results_may_not_be_written_over_it():
 @pytest.mark.parametrize("dtype", ["float64", "float32", "float16", "int32"])
 @pytest.mark.parametrize("shape", [(), (1,), (6,)], ids=str)
 def test_a_new_value_is_nothing_new_to_the_gpu(gpu, monkeypatch, shape, dtype):
-    """Of no dimensions, or one a row: the kernels read it where it is."""
+    """Without dimensions, or one per row: the kernels read it in place."""
     x, y = logits(300, "float32", 6)
     arrays = [gpu.put(a) for a in (x, y)]
     t = (4 * np.resize(WARMTHS, shape) + 1).astype(dtype)
@@ -296,7 +296,7 @@ def test_what_the_host_holds_is_looked_at_for_the_gpu_too(gpu):
 
 def test_results_may_not_be_written_over_that_of_the_gpu(gpu):
     x, t = gpu.put(np.zeros((2, 3))), gpu.put(np.ones(2))
-    klcore.kl_div(x, x, space="logits", temperature=t, out=gpu.put(np.ones(2)))  # a call that is known from now on
+    klcore.kl_div(x, x, space="logits", temperature=t, out=gpu.put(np.ones(2)))  # the call is cached from now on
     for _ in range(2):
         with pytest.raises(ValueError, match="overlaps the memory of an input"):
             klcore.kl_div(x, x, space="logits", temperature=t, out=t)

@@ -1,7 +1,7 @@
-"""Teachers of which K classes a row are known: indices=, tail= and tail_mass=.
+"""Teachers of which only K classes per row are known: indices=, tail= and tail_mass=.
 
-The values and gradients are those of tests/relatives.py, which lists classes in 50 digits, and of PyTorch's autograd
-through the textbook's form; the rest is what docs/choosing.md and the docstring of kl_div promise of the keywords.
+The values and gradients are compared with tests/relatives.py, which lists classes in 50 digits, and with PyTorch's
+autograd of the textbook's formula; the rest is what docs/choosing.md and the docstring of kl_div promise.
 """
 
 import itertools
@@ -33,7 +33,7 @@ PAIRS = (
     ("log_probs", "counts"),
 )
 RENORMED = (("logits", "logits"), ("counts", "probs"))  # x by numbers of which the sum says nothing
-# the mass of the other classes, and about how far the student is off: t, the logarithm of a ratio, is sqrt(2 far)
+# the mass of the other classes, and about how far the student is off: t, the log ratio, is sqrt(2 far)
 ROWS = ((0.1, 1e-12), (1e-3, 1e-6), (1e-6, 1.0), (1e-9, "far"), (1e-12, 1e-12), (1e-12, 1.0))
 NEAR = ROWS[:3]
 
@@ -51,14 +51,14 @@ def log_softmax(a):
 
 
 def rows(pair, dtype="float64", of=ROWS, n=11, k=4, seed=0, at=None):
-    """(x, y, indices): a row each of `of`. `at`: the classes listed."""
+    """(x, y, indices): one row for each of `of`. `at`: the listed classes."""
     rng = np.random.default_rng(seed)
     indices = np.stack([rng.permutation(n)[:k] if at is None else rng.permutation(at) for _ in of])
     base, noise = rng.normal(0, 2, (2, len(of), n))
     listed = np.zeros(base.shape, bool)
     np.put_along_axis(listed, indices, True, -1)
     tail = np.array([row[0] for row in of])[:, None]
-    with np.errstate(invalid="ignore"):  # where all are listed
+    with np.errstate(invalid="ignore"):  # if all are listed
         known, left = (log_softmax(np.where(listed == of_it, base, -np.inf)) for of_it in (True, False))
     a = np.where(listed, known + np.log1p(-tail), left + np.log(tail))
     b = a + noise / 2 * np.array([40.0 if far == "far" else np.sqrt(2 * far) for _, far in of])[:, None]
@@ -88,7 +88,7 @@ def call(name, x, y, **options):
 
 
 def logits(**options):
-    """The keywords of most tests."""
+    """The arguments of most tests."""
     return {"space": ("log_probs", "logits"), "tail": "bucket", **options}
 
 
@@ -105,8 +105,8 @@ def assert_same(found, expected, what=""):
 
 
 def assert_right(name, found, true, pair, x, y, temperature=1.0):
-    """Within the bounds of pairs of two spaces: those of kl_div, and what double logarithms and a double 1 - sum p are
-    off by, times the derivatives by them."""
+    """Within the bounds of pairs of two spaces: those of kl_div, plus the errors of double logarithms and of a double
+    1 - sum p, times the derivatives with respect to these."""
     value, dx, dy, terms = found
     what, off, finite = f"{name} {pair} {x.dtype}", 8 * oracle.EPS64 * (1 + true.logs), np.isfinite(true.value)
     sizes = np.abs(true.terms).sum(-1)
@@ -118,7 +118,7 @@ def assert_right(name, found, true, pair, x, y, temperature=1.0):
         (dx, dy), (true.dx, true.dy), (true.dx_off, true.dy_off), (x, y), pair, strict=True
     ):
         size = np.abs(right).sum(-1)
-        by = right.shape[-1] if space in ("probs", "counts") else 1  # an error for each number, where none is small
+        by = right.shape[-1] if space in ("probs", "counts") else 1  # an error for each number, if none is small
         by = by / np.nansum(a.astype(float), -1) if space == "counts" else by
         floor, keep = off * (by + size) / temperature + moved.sum(-1), np.isfinite(size) & finite
         bounds = oracle.tolerance("kl_div", "logits", got.dtype, "gradient")
@@ -135,7 +135,7 @@ def true_of(name, x, y, indices, pair, **options):
 @tails
 @cases
 def test_accuracy(case, tail):
-    """Tails from 1e-1 to 1e-12, and students near and far."""
+    """Tails from 1e-1 to 1e-12, and students close to and far from the teacher."""
     name, parameters = case
     for pair, dtype in itertools.product(pairs(tail), ("float64", "float32")):
         x, y, indices = rows(pair, dtype)
@@ -151,7 +151,7 @@ def test_accuracy(case, tail):
 
 @names
 def test_others_next_to_nothing(name):
-    """Of which the student has no more than e^-700, and the teacher a quarter, or as little: all is in range."""
+    """The student has at most e^-700 of them, and the teacher a quarter, or as little: everything is in range."""
     indices = np.array([[4, 0], [0, 4]])
     log_q = log_softmax(np.array([[0.0, -700.5, -702.0, -745.0, -1.0], [0.0, -90.0, -95.0, -103.0, 1.0]]))
     for pair, dtype in itertools.product(PAIRS[:3], ("float64", "float32")):
@@ -164,7 +164,7 @@ def test_others_next_to_nothing(name):
 
 @names
 def test_accuracy_of_half_types(name):
-    """Cached numbers are of 16 bits, and a student's logits may be."""
+    """Cached numbers have 16 bits, and a student's logits may have."""
     half, brain = "float16", "bfloat16"
     for of_x, of_y in ((half, half), (brain, brain), (half, brain), (half, "float32")):
         for tail, space in (("bucket", "log_probs"), ("bucket with tail_mass", "probs"), ("renorm", "logits")):
@@ -179,7 +179,7 @@ def test_accuracy_of_half_types(name):
 
 @names
 def test_accuracy_of_long_rows(name):
-    """Of many chunks, whose ends are listed."""
+    """With many chunks, whose ends are listed."""
     n = 9 * 1024 + 1
     pair, of, at = ("log_probs", "logits"), ((1e-3, 1e-6),), np.array([0, 1023, 1024, n - 1])
     x, y, indices = rows(pair, "float32", of, n, at=at)
@@ -192,7 +192,7 @@ def test_accuracy_of_long_rows(name):
 @tails
 @names
 def test_every_class_listed(name, tail):
-    """There are no others then, and it is the divergence of all."""
+    """There are no others then, and it is the divergence of all classes."""
     of = ((1e-13, 1e-6), (1e-13, 1.0))
     for pair in pairs(tail):
         x, y, indices = rows(pair, n=7, k=7, of=of)
@@ -209,7 +209,7 @@ def test_every_class_listed(name, tail):
 
 
 def naive(torch, name, x, y, indices, pair, tail, tail_mass=None, temperature=1.0, beta=0.5, forward=0.5):
-    """As it is written in textbooks and training loops."""
+    """As written in textbooks and training loops."""
     p = x if pair[0] == "probs" else x.exp() if pair[0] == "log_probs" else torch.softmax(x / temperature, -1)
     log_q = torch.log_softmax(y / temperature, -1) if pair[1] == "logits" else y
     listed = log_q.gather(-1, indices)
@@ -239,7 +239,7 @@ def naive(torch, name, x, y, indices, pair, tail, tail_mass=None, temperature=1.
 @tails
 @names
 def test_autograd(name, tail):
-    """PyTorch's derivatives of the textbook's form, in float64, where that is good to nine digits."""
+    """PyTorch's derivatives of the textbook's formula, in float64, where that is accurate to nine digits."""
     torch = pytest.importorskip("torch", reason="torch is not installed")
     of = ((0.3, 1.0), (0.1, 0.1), (0.01, 2.0))
     for pair in (("log_probs", "logits"), ("probs", "logits"), ("probs", "log_probs"), ("logits", "logits")):
@@ -259,7 +259,7 @@ def test_autograd(name, tail):
 
 @names
 def test_temperature(name):
-    """It divides the logits: those of y, and those of x where x is given so."""
+    """It divides the logits: y's, and x's if x holds logits."""
     warmths = np.array([2.5, 0.3, 1.0])
     for space, tail in (("log_probs", "bucket"), ("probs", "zero"), ("logits", "renorm")):
         pair = space, "logits"
@@ -305,7 +305,7 @@ TWICE = np.array([[3, -1, 5, 3, 0, 5, -1, 3], [5, 7, 5, -1, 3, 3, 10, 3], [-1, 0
 
 
 def listed_twice(pair, dtype="float64"):
-    """Each number of a class its part of the probability; NaN where there is no class."""
+    """Each number of a class gets part of the probability; NaN where there is no class."""
     rng = np.random.default_rng(3)
     p, parts = rng.dirichlet(np.ones(11), 3), np.zeros(TWICE.shape)
     for r, c in np.ndindex(3, 11):
@@ -320,7 +320,7 @@ def listed_twice(pair, dtype="float64"):
 @tails
 @names
 def test_listed_twice_and_absent(name, tail):
-    """The probabilities of a class that is listed twice are added; what stands beside -1 is not looked at."""
+    """The probabilities of a class that is listed twice are added; numbers at -1 are ignored."""
     of = ((0.2, 0), (0.1, 0), (0.3, 0))
     for pair, dtype in itertools.product(pairs(tail), ("float64", "float32")):
         x, y = listed_twice(pair, dtype)
@@ -329,7 +329,7 @@ def test_listed_twice_and_absent(name, tail):
         dx, terms = found[1], found[3]
         assert not dx[TWICE < 0].any()
         assert not terms[:, :8][TWICE < 0].any()
-        for r, c in ((0, 3), (0, 5), (1, 3), (1, 5), (2, 3), (2, 5)):  # the term stands beside the largest number
+        for r, c in ((0, 3), (0, 5), (1, 3), (1, 5), (2, 3), (2, 5)):  # the term is at the largest number
             at = np.flatnonzero(TWICE[r] == c)
             assert np.count_nonzero(terms[r, at]) <= 1
             assert terms[r, at[x[r, at].argmax()]] == terms[r, at].sum()
@@ -340,7 +340,7 @@ def test_listed_twice_and_absent(name, tail):
 @tails
 @names
 def test_no_class_changes_no_bit(name, tail):
-    """Rows that list fewer classes than others of their batch: -1 stands beside them."""
+    """Rows that list fewer classes than others of their batch are padded with -1."""
     of = ((0.2, 0), (0.1, 0), (0.3, 0))
     for pair, dtype in itertools.product(pairs(tail), ("float64", "float32")):
         x, y, indices = rows(pair, dtype, of=of, n=1200)
@@ -354,7 +354,7 @@ def test_no_class_changes_no_bit(name, tail):
 
 @names
 def test_what_is_no_probability_spoils_its_class(name, device):
-    """Of whichever sign NaN is, and wherever it stands among the numbers of one class."""
+    """For NaN of either sign, at any place among the numbers of one class."""
     nan, other = np.array([0x7FF8 << 48, 0xFFF8 << 48], np.uint64).view(float)
     y = np.log([0.4, 0.3, 0.2, 0.1])
     rows = [[-np.inf, nan, -0.5], [-np.inf, other, -0.5], [-1, nan, -1], [other, -1, -1]]
@@ -374,7 +374,7 @@ def test_what_is_no_probability_spoils_its_class(name, device):
 
 
 def test_derivatives_of_zeros():
-    """What x excludes has no part in the mass that is left; parts of nothing are equal; -1 changes none."""
+    """Classes that x excludes have no part in the remaining mass; shares of nothing are equal; -1 changes none."""
     words = {"tail": "bucket", "space": ("log_probs", "logits"), "return_grad": "x"}
     value, dx = klcore.kl_div([-np.inf, -1.0], [0.0, 0.0, -np.inf, -np.inf], indices=[1, 0], **words)
     assert (value, dx[0]) == (np.inf, 0)
@@ -389,7 +389,8 @@ def test_derivatives_of_zeros():
 
 
 def test_numbers_that_change_meanwhile():
-    """Where a class is listed twice its order is by x: whoever writes x meanwhile gets wrong numbers, no more."""
+    """A class that is listed twice is ordered by x: writing x at the same time gives wrong numbers, but nothing
+    worse."""
     script = """if True:
         import threading, time
         import numpy as np, klcore
@@ -475,7 +476,7 @@ BATCHES = (
 
 @pytest.mark.parametrize("batches", BATCHES, ids=str)
 def test_broadcasting(device, batches):
-    """Over each other, as copies would; the gradients are the sums of the copies'."""
+    """Over each other, with the results of copies; gradients are the sums of the copies' gradients."""
     rng = np.random.default_rng(0)
     whole = np.broadcast_shapes(*batches)
     p, y = rng.dirichlet(np.ones(9), batches[0] or 1), rng.normal(size=(*batches[2], 9))
@@ -512,7 +513,7 @@ def test_broadcasting(device, batches):
 
 @names
 def test_no_classes_listed(device, name):
-    """Everything is in the bucket: two numbers, and both are 1 of a student's logits."""
+    """Everything is in the bucket: two numbers, and both are 1 for a student's logits."""
     y = np.random.default_rng(0).normal(size=(3, 5))
     nothing, none = np.zeros((3, 0)), np.zeros((3, 0), np.int32)
     absent = np.full((3, 2), np.nan), np.full((3, 2), -1)
@@ -556,7 +557,7 @@ def test_no_rows(device):
 
 
 def test_labels():
-    """Of rows they must agree; those of the classes are x's and the indices' own."""
+    """Row labels must agree; x and the indices have their own class labels."""
     pandas = pytest.importorskip("pandas", reason="pandas is not installed")
     x, y, indices = rows(("log_probs", "logits"), of=NEAR, n=4)
     frames = {
@@ -590,7 +591,7 @@ def test_labels():
 
 @names
 def test_reductions(device, name):
-    """A mean is of rows, of what stands on the first axis, or of the student's elements."""
+    """A mean is over rows, over the first axis, or over the student's elements."""
     arrays = [a.reshape(2, 3, -1) for a in rows(("log_probs", "logits"))]
     x, y, indices = map(device.put, arrays)
     for w in (None, np.array([[1.0, 0.0, 2.0], [0.5, 1.0, 0.25]]), np.array([True, False, True])):
@@ -611,7 +612,7 @@ def test_reductions(device, name):
 
 @tails
 def test_a_row_of_weight_0_is_not_read(device, tail):
-    """Whatever it holds: numbers, indices, tail_mass, temperature."""
+    """Whatever it contains: numbers, indices, tail_mass, temperature."""
     x, y, indices = (np.array(a) for a in rows(("log_probs", "logits"), of=NEAR))
     options, warmth = words(tail, NEAR), np.array([1.5, 1.0, 2.0])
     expected = all_of("kl_div", x[::2], y[::2], **logits(indices=indices[::2], temperature=warmth[::2], **{
@@ -650,7 +651,7 @@ def test_out(device, tail):
 @tails
 @names
 def test_out_over_y(device, name, tail):
-    """The gradient for y from logits may be written where y is."""
+    """The gradient for y from logits may be written over y."""
     for dtype, shape in itertools.product(("float64", "float32", "bfloat16"), ((6, 11), (6, 2060))):
         x, y, indices = rows(("log_probs", "logits"), dtype, n=shape[1])
         options = logits(indices=device.put(indices), **words(tail))
@@ -664,7 +665,7 @@ def test_out_over_y(device, name, tail):
 
 
 def test_out_refused(device):
-    """Elsewhere a result is written over nothing that is read."""
+    """Elsewhere no result may overwrite an input."""
     x, y, indices = (device.put(a.copy()) for a in rows(("log_probs", "logits"), of=NEAR))
     mass = device.put(np.full(3, 0.25))
     options = logits(indices=indices, tail_mass=mass)
@@ -682,7 +683,7 @@ def test_out_refused(device):
 
 @names
 def test_dtype_of_the_result(name):
-    """float64 if x or y is; the tail's mass and the weights say nothing of it."""
+    """float64 if x or y is; tail_mass and the weights do not matter."""
     x, y, indices = rows(("log_probs", "logits"), of=NEAR)
     mass, weights = np.array([0.25, 0.5, 0.125]), np.ones(3)
     for kinds, expected in ((("f8", "f4"), "f8"), (("f4", "f8"), "f8"), (("f4", "f4"), "f4"), (("f2", "f2"), "f4")):
@@ -694,7 +695,7 @@ def test_dtype_of_the_result(name):
 # ---- zeros, and what is undefined ------------------------------------------------------------------------------------
 
 INF, LOG2 = np.inf, np.log(2)
-# p and q of the others, where one is 0: what they contribute
+# p and q of the others, where one is 0: their contributions
 AT_ZERO = {
     "kl_div": (0.25, INF),
     "rel_entr": (0.0, INF),
@@ -706,9 +707,9 @@ AT_ZERO = {
 
 @names
 def test_others_excluded(name):
-    """p of the others, or q, is 0: what that contributes, as for a class; and +inf makes the value that."""
+    """p of the others, or q, is 0: the contribution is that of a class; and +inf makes the value infinite."""
     no_p, no_q = AT_ZERO[name]
-    # listed are 1/2 and 1/4 of the teacher's: 1/4 is left, or, of 3/4 and 1/4, nothing
+    # 1/2 and 1/4 of the teacher's are listed: 1/4 is left, or nothing, if they are 3/4 and 1/4
     student, all_of_it = np.array([0.5, 0.25, 0.25, 0.0]), np.array([0.5, 0.5, 0.0, 0.0])
     for x, y, expected in (([0.5, 0.5], student, no_p), ([0.5, 0.25], all_of_it, no_q)):
         for space, of_y in itertools.product(("probs", "log_probs"), ("probs", "log_probs", "logits")):
@@ -740,7 +741,7 @@ def test_zero_is_a_bucket_of_no_mass(name):
 
 
 def test_mixed_of_others_that_the_teacher_excludes():
-    """The student's divergence from the teacher is infinite there, unless it counts for nothing."""
+    """The student's divergence from the teacher is infinite there, unless its weight is 0."""
     x, y, indices = rows(("log_probs", "logits"), of=NEAR)
     for options in ({"tail": "zero"}, {"tail": "bucket", "tail_mass": 0.0}):
         value = klcore.mixed_kl_div(x, y, **logits(indices=indices, **options))
@@ -751,7 +752,7 @@ def test_mixed_of_others_that_the_teacher_excludes():
 
 @names
 def test_excluded_classes(name):
-    """Listed or not: as classes of a row of all. The other numbers are as they would be without them."""
+    """Listed or not, as in a row of all classes. The other numbers are as if they were absent."""
     x, indices = np.log([0.5, 0.25, 0.125]), np.array([4, 1, 2])
     y = np.array([-INF, 0.5, 1.5, -INF, 1.0, 0.25])
     without = np.array([0.5, 1.5, 1.0, 0.25])
@@ -763,17 +764,17 @@ def test_excluded_classes(name):
         for a, b in zip((found[0], found[1], found[2][[1, 2, 4, 5]], found[3]), expected, strict=True):
             np.testing.assert_allclose(a, b, rtol=1e-14, atol=1e-17)
         assert not found[2][[0, 3]].any()
-        # of the teacher as well: a class that neither has
+        # of the teacher as well: a class that both exclude
         more = all_of(name, np.append(x, -INF), y, **logits(indices=np.append(indices, 3), tail=tail))
         np.testing.assert_allclose(more[0], found[0], rtol=1e-14)
         assert more[1][3] == more[3][3] == 0
-    # listed with mass, which the student excludes
+    # listed with mass, but excluded by the student
     value, dx, dy = call(name, x, y, **logits(indices=[4, 1, 3], return_grad=("x", "y")))
     assert value == INF if np.isinf(AT_ZERO[name][1]) else np.isfinite([value, *dx, *dy]).all()
 
 
 def test_zero_probabilities():
-    """Of a teacher: the derivative is that of the divergence of all, less the others'."""
+    """For a teacher: the derivative is that of the divergence of all classes, minus the others'."""
     x, y = np.array([0.5, 0.0, 0.25]), np.array([0.5, 0.125, 0.125, 0.25])
     value, dx = klcore.kl_div(x, y, indices=[0, 1, 2], tail="bucket", return_grad="x")
     np.testing.assert_allclose(value, 0.25 * LOG2 - 0.125 + 0.125, rtol=1e-15)
@@ -782,7 +783,7 @@ def test_zero_probabilities():
 
 @names
 def test_more_than_everything_listed(name):
-    """Numbers that add up to more than 1 leave nothing, and nothing of that depends on them."""
+    """Numbers that add up to more than 1 leave nothing, and their sum does not matter."""
     x, y = np.array([0.75, 0.5]), np.array([0.5, 0.25, 0.25])
     found = all_of(name, x, y, indices=[0, 1], tail="bucket")
     assert_same(found, all_of(name, x, y, indices=[0, 1], tail="zero"))
@@ -790,8 +791,8 @@ def test_more_than_everything_listed(name):
 
 @names
 def test_undefined_rows(device, name):
-    """NaN and +inf of a student's logits, and rows that exclude everything, make their row NaN, and no other. What is
-    renormalised says nothing of the other classes, and asks nothing."""
+    """NaN and +inf in a student's logits, and rows that exclude everything, make their row NaN, and no other. With
+    "renorm" the other classes do not matter."""
     x, y, indices = rows(("log_probs", "logits"), of=NEAR, n=9)
     other = next(c for c in range(9) if c not in indices[1])
     for tail, (column, bad) in itertools.product(
@@ -814,7 +815,7 @@ def test_undefined_rows(device, name):
 
 @names
 def test_bad_numbers(name):
-    """Of a teacher, listed; and of a student's probabilities, listed or not."""
+    """In a teacher's list; and in a student's probabilities, listed or not."""
     for pair, of in ((("probs", "probs"), "xy"), (("log_probs", "log_probs"), "xy"), (("log_probs", "logits"), "x")):
         for side, bad in itertools.product(of, (np.nan, -0.5) if pair[0] == "probs" else (np.nan,)):
             x, y, indices = (np.array(a) for a in rows(pair, of=NEAR, n=9))
@@ -831,7 +832,7 @@ def test_bad_numbers(name):
 @tails
 @names
 def test_threads_and_instruction_sets(name, tail):
-    """And rows by themselves; short rows and long ones, which threads share."""
+    """And single rows; short rows and long ones, which threads share."""
     for (count, n), dtype in itertools.product(((700, 17), (24, 1500), (2, 20 * 1024 + 1)), ("float32", "float64")):
         of = (ROWS * (count // 6 + 1))[:count]
         pair = pairs(tail)[(n == 17) * -1]
@@ -872,7 +873,7 @@ def test_layouts():
 @tails
 @names
 def test_bits_of_the_gpu(gpu, name, tail):
-    """Every kernel of the first function; its relatives differ in what stands between them."""
+    """Every kernel of the first function; its relatives differ only in what comes between them."""
     first = name == NAMES[0]
     for pair, dtype in itertools.product(pairs(tail)[: None if first else 1], DTYPES if first else ["float32"]):
         for count, n in ((6, 11), (6, 300), (2, 2100)) if first else ((2, 1100),):
@@ -884,7 +885,7 @@ def test_bits_of_the_gpu(gpu, name, tail):
 
 
 def test_bad_rows_on_the_gpu(gpu):
-    """Nothing waits to find out: they are NaN."""
+    """Nothing waits to find out: the rows are NaN."""
     x, y, indices = (np.array(a) for a in rows(("log_probs", "logits"), of=NEAR))
     for bad in (11, -2, 2**40):
         wrong = indices.copy()
@@ -956,7 +957,7 @@ def test_refused(case):
 
 
 def test_who_takes_indices():
-    """Divergences that are sums over the classes, of which peers have a form with the teacher's likeliest classes."""
+    """Divergences that are sums over the classes, for which other systems have a top-k form."""
     assert len(NAMES) == 5
     assert NAMES[:2] == ["kl_div", "rel_entr"]
     assert set(NAMES[2:]) == {"js_div", "mixed_kl_div", "tv_dist"}
@@ -970,7 +971,7 @@ def test_who_takes_indices():
 
 @st.composite
 def some_rows(draw):
-    """p and q of all classes, some of them tiny, and classes in an order."""
+    """p and q of all classes, some of them tiny, and the classes in some order."""
     n = draw(st.integers(2, 12))
     exponents = st.one_of(st.floats(-3, 3), st.sampled_from([-20.0, 0.0]), st.floats(-40, 0))
     a, b = (np.array(draw(st.lists(exponents, min_size=n, max_size=n))) for _ in range(2))
@@ -981,7 +982,7 @@ def some_rows(draw):
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(some_rows(), st.sampled_from(("float64", "float32")))
 def test_bounds(drawn, dtype):
-    """Never negative; never more than the divergence of all classes; never less where one class more is listed."""
+    """Never negative; never above the divergence of all classes; never less if one more class is listed."""
     a, b, order, k = drawn
     order = np.array(order)
     a, b = a.astype(dtype), b.astype(dtype)

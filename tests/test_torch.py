@@ -1,6 +1,7 @@
-"""PyTorch tensors: the bits of NumPy's results, gradients to both arguments, and all that PyTorch does with operators.
+"""PyTorch tensors: the bits of NumPy's results, gradients to both arguments, and everything PyTorch does with
+operators.
 
-What is computed is tested elsewhere, of NumPy arrays; here, that a tensor gives the same, whoever calls: eager code,
+The computation is tested elsewhere with NumPy arrays; here, that tensors give the same, whoever calls: eager code,
 autograd, torch.func, torch.compile, torch.export.
 """
 
@@ -47,7 +48,7 @@ def array(t):
 
 
 def operands(operation, space, dtype="float64", shape=(3, 2, 5), requires_grad=False):
-    """What the operation is called with, as tensors."""
+    """The operands of the operation, as tensors."""
     both = [tensor(a, requires_grad) for a in arguments(space, dtype, shape)]
     return both[: len(COMMON[operation].gradients)]
 
@@ -82,14 +83,14 @@ def kl(x, y, reduction="sum", **others):
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize(("operation", "space"), PAIRS)
 def test_bits_of_numpy(operation, space, reduction, dtype, device):
-    """On every road: plain, gradients asked for, backward, the operator."""
+    """In every way: plain, with requested gradients, backward, the operator."""
     tensors = [t.to(device) for t in operands(operation, space, dtype)]
     arrays = [array(t) for t in tensors]
     which = COMMON[operation].gradients
     keywords = options(operation, space, reduction=reduction)
     function = getattr(klcore, operation)
     expected = function(*arrays, **keywords, return_grad=which)
-    if device == "cuda":  # 16-bit inputs are computed otherwise there; that is tested with CuPy's arrays
+    if device == "cuda":  # 16-bit inputs are computed differently there; that is tested with CuPy arrays
         cupy = importlib.import_module("cupy")
         on_gpu = function(*map(cupy.asarray, arrays), **keywords, return_grad=which)
         expected = tuple(cupy.asnumpy(a) for a in on_gpu)
@@ -105,7 +106,7 @@ def test_bits_of_numpy(operation, space, reduction, dtype, device):
     value.sum().backward()
     same(value.detach(), expected[0])
     for leaf, a in zip(leaves, expected[1:], strict=True):
-        if reduction == "none" and "logits" in space:  # a cotangent of its own for every term: another computation
+        if reduction == "none" and "logits" in space:  # a separate cotangent for every term: another computation
             torch.testing.assert_close(leaf.grad.cpu(), tensor(a))
         else:
             same(leaf.grad, a)
@@ -134,7 +135,7 @@ def test_gradcheck_of_shapes(shapes, reduction):
 @pytest.mark.parametrize("factors", [None, (2, 3), (2, 1), (1,), ()], ids=str)
 @pytest.mark.parametrize(("term", "space"), WITH_DX)
 def test_gradcheck_of_losses(term, space, factors, reduction):
-    """With factors of the terms, of the rows, of all; they multiply gradients as they do values."""
+    """With factors of the terms, of the rows, of everything; they multiply gradients as they multiply values."""
     x, y = (tensor(a, True) for a in arguments(space, "float64", (2, 3)))
     factors = None if factors is None else logits(*factors)
 
@@ -172,7 +173,7 @@ def test_gradcheck_of_losses(term, space, factors, reduction):
 @pytest.mark.parametrize("reduction", ["row", "none", "sum"])
 @pytest.mark.parametrize("axis", [0, -1])
 def test_layouts(make, reduction, axis):
-    """Of the operator, the strides too that it promises the compiler."""
+    """For the operator, also the strides that it promises the compiler."""
     x = make()
     a = array(x.resolve_neg().clone(memory_format=torch.contiguous_format))
     y = tensor(np.ascontiguousarray(a[::-1]))
@@ -192,7 +193,7 @@ def test_layouts(make, reduction, axis):
     meta = [torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="meta") for t in (x, y)]
     for got, promised, e in zip(operator(x, y), operator(*meta), expected, strict=True):
         assert laid_out(got) == laid_out(promised)
-        if reduction == "none":  # a cotangent of its own for every term: another computation
+        if reduction == "none":  # a separate cotangent for every term: another computation
             torch.testing.assert_close(got, tensor(e))
         else:
             same(got, e)
@@ -201,7 +202,7 @@ def test_layouts(make, reduction, axis):
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("requires_grad", [False, True], ids=["", "grad"])
 def test_nothing_is_copied(monkeypatch, dtype, requires_grad):
-    """The kernels read the tensors' memory, and what they write is the results' memory."""
+    """The kernels read the tensors' memory, and write to the results' memory."""
     lent, given = [], []
 
     def spied(real):
@@ -241,7 +242,7 @@ def test_mixed_dtypes(of_x, of_y):
 @pytest.mark.parametrize("call", [lambda x: kl(x, [0.5, -1.0]), lambda x: kl(((1, 2), (True, 4)), x)])
 @pytest.mark.parametrize("dtype", FLOATS[:3], ids=str)
 def test_numbers_beside_tensors(call, dtype):
-    """Are float64, as beside NumPy arrays."""
+    """They are float64, as beside NumPy arrays."""
     x = logits(2, 2, dtype=dtype)
     same(call(x), call(array(x)))
     same(klcore.kl_div(x[0, 0].exp(), 2.0), klcore.kl_div(array(x[0, 0].exp()), 2.0))
@@ -292,7 +293,7 @@ def test_cotangents(make, reduction):
             if reduction == "row":
                 _, g = klcore.kl_div(a, b, space="logits", return_grad=which)
                 expected = c * g if c else 0 * g
-            else:  # through the Jacobian of the terms, a class at a time
+            else:  # through the Jacobian of the terms, one class at a time
                 jacobian = torch.autograd.functional.jacobian(
                     lambda t, a=a, b=b, which=which: kl(*((t, tensor(b)) if which == "x" else (tensor(a), t)), "none"),
                     tensor(a if which == "x" else b),
@@ -360,7 +361,7 @@ def test_gradients_on_request_have_no_history():
 
 
 def test_saved_tensors_are_watched():
-    """Whoever overwrites one before the backward pass hears of it, by klcore's own out= too."""
+    """Overwriting one before the backward pass is detected, with klcore's own out= too."""
     x, y = logits(2, 3, requires_grad=True), logits(2, 3)
     value = kl(x, y, "row")
     klcore.kl_div(logits(2, 3), logits(2, 3), space="logits", reduction="none", out=y)
@@ -436,7 +437,7 @@ def test_second_derivatives_of_mixed_dtypes(dtypes, value):
 
 
 def test_autocast():
-    """klcore widens what is narrow by itself; the term of PyTorch gives what PyTorch's would."""
+    """klcore widens 16-bit inputs itself; the term of PyTorch gives what PyTorch's loss would."""
     x, y = logits(2, 3, dtype=torch.bfloat16, requires_grad=True), logits(2, 3, dtype=torch.bfloat16)
     expected = kl(x, y)
     with torch.autocast("cpu", torch.bfloat16):
@@ -458,7 +459,7 @@ def test_autocast():
 )
 @pytest.mark.filterwarnings("ignore:Anomaly Detection has been enabled:UserWarning")
 def test_contexts(context):
-    """What changes PyTorch's defaults changes nothing here."""
+    """Changes of PyTorch's defaults change nothing here."""
     x, y = logits(2, 3, requires_grad=True), logits(2, 3, seed=1)
     expected, dx = klcore.kl_div(array(x), array(y), space="logits", reduction="sum", return_grad="x")
     with context():
@@ -506,7 +507,7 @@ def test_flushing_subnormals_changes_no_bit(python):
 
 
 def test_arguments_of_the_operator():
-    """Every field of a call, but for those that are not the operator's, is there and back again."""
+    """Every field of a call survives the conversion, except those that the operator does not have."""
     x, y, weights, ratio, indices, mass = torch.ones(6)
     call = Call(
         KL_DIV, x, y, ("probs", "logits"), 1, "sum", weights, 2.5, parameter=0.25, factor=7.0, ratio=ratio, examples=2,
@@ -522,7 +523,7 @@ def test_arguments_of_the_operator():
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize(("operation", "space"), PAIRS)
 def test_opcheck(operation, space, reduction):
-    """Schema, registration of autograd, fake; and, where it takes long, for one operation, ahead-of-time autograd."""
+    """Schema, registration of autograd, fake; and, for one operation because it is slow, ahead-of-time autograd."""
     x, y = (*operands(operation, space, "float32", (2, 3), requires_grad=True), None)[:2]
     words = operators.arguments_of(
         Call(COMMON[operation], x, y, space, -1, reduction, torch.ones(2), temperature_of(space))
@@ -560,7 +561,7 @@ def test_func(reduction):
 @pytest.mark.parametrize("reduction", ["row", "none", "mean"])
 @pytest.mark.parametrize("return_grad", [None, ("x", "y")], ids=["", "gradients"])
 def test_vmap(capfd, dims, reduction, return_grad):
-    """The members' own bits, in a batch too, and no word about speed."""
+    """The bits of each example, in a batch too, and no warning about speed."""
     x, y = (logits(4, 3, 5, seed=i) for i in range(2))
     batch = [t[0] if d is None else t.movedim(0, d) for t, d in zip((x, y), dims, strict=True)]
     found = torch.func.vmap(lambda x, y: kl(x, y, reduction, axis=0, return_grad=return_grad), dims)(*batch)
@@ -595,7 +596,7 @@ def dual(x, y):
 )
 @pytest.mark.filterwarnings(SCRIPT)
 def test_forward_mode_is_refused(call):
-    """A tangent is never dropped in silence."""
+    """A tangent is never dropped silently."""
     with pytest.raises(NotImplementedError, match=r"no derivatives in forward mode .* use reverse mode: vjp"):
         call(logits(3), logits(3, seed=1))
 
@@ -647,7 +648,7 @@ def in_backward_of_many(look, x):
 )
 @pytest.mark.filterwarnings(SCRIPT, "ignore:.torch.jit.trace. is deprecated:DeprecationWarning")
 def test_what_pytorch_is_doing(state, expected):
-    """PyTorch's private interfaces mean what klcore takes them for, in each state, and no more afterwards."""
+    """PyTorch's private interfaces mean what klcore expects, in each state, and no longer afterwards."""
     found = []
 
     def look(x):
@@ -676,7 +677,7 @@ def test_second_derivatives_of_func():
 
 @pytest.fixture
 def compiled():
-    """Compile a function whole, without code generation; count how often."""
+    """Compile a whole function, without code generation; count how often."""
     testing = importlib.import_module("torch._dynamo.testing")
     torch._dynamo.reset()
 
@@ -700,7 +701,7 @@ def compiled():
     ],
 )  # fmt: skip
 def test_compile_with_numbers_of_any_kind(compiled, function, name, of):
-    """0-d arrays too, and with another value than the one that was there when it was compiled."""
+    """0-d arrays too, and with another value than the one at compile time."""
     x, y = torch.tensor([[0.2, 0.8]]), torch.tensor([[0.5, 0.6]])
     space = {"space": "logits"} if name == "temperature" else {}
 
@@ -735,7 +736,7 @@ def test_compile(compiled, operation, dynamic):
 
 
 def test_compile_for_all_shapes_at_once(compiled):
-    """One more compilation makes the sizes variable, and another the place of broadcasting."""
+    """One more compilation makes the sizes variable, and another the position of broadcasting."""
     loss = compiled(lambda x, y: kl(x, y, "mean"))
     of_pytorch = compiled(
         lambda x, y: klcore.divergence.loss(
@@ -814,7 +815,7 @@ print("first")
     ],
 )
 def test_compile_before_anything_else(python, module, options, backend):
-    """The adapter is imported while PyTorch traces, and klcore is the cause of no warning."""
+    """The adapter is imported while PyTorch traces, and klcore causes no warning."""
     ignored = ("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning:torch")
     assert python(
         FIRST.format(module=module, options=options, backend=backend), warnings=("error", *ignored)
@@ -845,7 +846,7 @@ def test_tensors_without_memory(mode, reduction, return_grad):
         x, y = (torch.empty(shape, device=mode or "meta") for shape in shapes)
         found = kl(x, y, reduction, return_grad=return_grad)
         out = found if return_grad is None else found[0]
-        if mode != "cuda":  # a PyTorch without CUDA cannot copy there, not even so
+        if mode != "cuda":  # a PyTorch without CUDA cannot copy there, not even fake tensors
             assert kl(x, y, reduction, out=torch.empty_like(out)).shape == out.shape
     real, found = (t if isinstance(t, tuple) else (t,) for t in (real, found))
     assert [(t.shape, t.dtype) for t in found] == [(t.shape, t.dtype) for t in real]
@@ -853,7 +854,7 @@ def test_tensors_without_memory(mode, reduction, return_grad):
 
 
 def test_subclasses():
-    """Stay what they are, as in PyTorch's own functions; those that know no custom operator say so."""
+    """They are preserved, as in PyTorch's own functions; those that do not support custom operators raise."""
 
     class Mine(torch.Tensor):
         pass
@@ -917,12 +918,12 @@ def test_kinds_of_tensors(make, words, place):
 )
 @pytest.mark.parametrize("road", ["plain", "gradient", "compiled", "meta"])
 def test_messages_of_numpy(compiled, keywords, road):
-    """The same classes and words, whoever calls."""
+    """The same exceptions and messages, whoever calls."""
     weights = keywords.get("weights")
     if road == "meta" and weights is not None and not isinstance(weights, np.ma.MaskedArray) and weights[1] != "b":
-        return  # their values and shape are looked at where something is computed
+        return  # their values and shape are validated where something is computed
     if road == "compiled" and ("a" in str(weights) or isinstance(keywords.get("y", [0])[0], (str, complex))):
-        return  # PyTorch's tracer is the first to look at lists, and has words of its own
+        return  # PyTorch's tracer is the first to see lists, and has its own messages
     x, y = torch.rand(2, 3), keywords.get("y", torch.rand(2, 3))
     others = {k: v for k, v in keywords.items() if k != "y"}
     with pytest.raises((TypeError, ValueError)) as of_numpy:

@@ -1,4 +1,4 @@
-"""PyTorch tensors on a GPU: streams, graphs, results. Collected where KLCORE_TEST_DEVICES asks for "cuda"."""
+"""PyTorch tensors on a GPU: streams, graphs, results. Collected if KLCORE_TEST_DEVICES contains "cuda"."""
 
 import pytest
 from test_torch import kl, logits
@@ -8,7 +8,7 @@ torch = pytest.importorskip("torch", reason="no PyTorch: its adapter is not test
 
 @pytest.mark.parametrize("device", ["cuda"])
 def test_current_stream(device):
-    """The kernels wait for what the stream does, and nobody else for them."""
+    """The kernels wait for the stream's earlier work, and nothing else waits for them."""
     x, y = logits(512, 4096).to(device), logits(512, 4096, seed=1).to(device)
     expected = kl(x, y, "row", return_grad="x")
 
@@ -46,7 +46,7 @@ def steps(weights):
 @pytest.mark.parametrize("device", ["cuda"])
 @pytest.mark.parametrize("name", steps(None))
 def test_cuda_graph(device, name):
-    """What a graph has allocated is its own as long as it lives, whoever allocates meanwhile."""
+    """Memory that a graph has allocated belongs to it as long as it lives, whoever allocates meanwhile."""
     x, y = logits(300, 5000, dtype=torch.float32).to(device), logits(300, 5000, seed=1, dtype=torch.float32).to(device)
     step = steps(torch.rand(300, device=device))[name]
 
@@ -67,7 +67,7 @@ def test_cuda_graph(device, name):
         graph.replay()
         torch.cuda.synchronize()
         kept = tuple(t.clone() for t in found)
-        others = [loss_and_gradient() for _ in range(3)]  # would land in memory that the graph does not own
+        others = [loss_and_gradient() for _ in range(3)]  # would be allocated in memory that the graph does not own
         graph.replay()
         torch.cuda.synchronize()
         for expected in (kept, others[0]):

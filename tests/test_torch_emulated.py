@@ -25,8 +25,8 @@ SAME = [(op, pair) for op in COMMON for pair in some_pairs(op) if pair[0] == pai
 
 
 def pose_as_cuda(monkeypatch):
-    """Have every tensor say that it is on device 0, whose current stream is STREAM."""
-    importlib.import_module("torch._dynamo")  # would note for good, when first imported, what tensors say of themselves
+    """Make every tensor claim that it is on device 0, whose current stream is STREAM."""
+    importlib.import_module("torch._dynamo")  # on its first import it would permanently record what tensors claim
     monkeypatch.setattr(torch.Tensor, "is_cpu", property(lambda t: False), raising=False)
     monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda t: True), raising=False)
     monkeypatch.setattr(torch.Tensor, "get_device", lambda t: 0)
@@ -51,7 +51,7 @@ def posing(emulated, monkeypatch):
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize(("operation", "space"), SAME)
 def test_bits_of_cupy(emulated, monkeypatch, operation, space, reduction, dtype):
-    """On every road of eager code: plain, gradients asked for, out=, backward."""
+    """In every eager way: plain, with requested gradients, out=, backward."""
     tensors = operands(operation, space, dtype)
     keywords = options(operation, space, reduction=reduction, return_grad=COMMON[operation].gradients)
     function = getattr(klcore, operation)
@@ -74,7 +74,7 @@ def test_bits_of_cupy(emulated, monkeypatch, operation, space, reduction, dtype)
     value.sum().backward()
     same(value.detach(), expected[0])
     for leaf, a in zip(leaves, expected[1:], strict=True):
-        if reduction == "none" and "logits" in space:  # a cotangent of its own for every term: another computation
+        if reduction == "none" and "logits" in space:  # a separate cotangent for every term: another computation
             np.testing.assert_allclose(
                 array(leaf.grad).astype(float), a.astype(float), rtol=2e-2 if dtype == "bfloat16" else 1e-5, atol=1e-6
             )
@@ -121,7 +121,8 @@ def test_a_temperature_that_changes_in_place(posing):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(("reduction", "n"), [("row", 2), ("none", 2), ("sum", 2), ("sum", 300), ("rowmean", 3000)])
 def test_a_cotangent_of_zero(posing, reduction, n, dtype):
-    """Makes 0, of infinite derivatives too; of a total within the kernels, of rows that share a warp, or do not."""
+    """It gives 0, even for infinite derivatives; for a total within the kernels, for rows that share a warp, or do
+    not."""
     x = torch.eye(2, n, dtype=getattr(torch, dtype), requires_grad=True)
     y = torch.full((2, n), 1 / n, dtype=x.dtype)
     (0 * klcore.kl_div(x, y, reduction=reduction)).sum().backward()
@@ -143,7 +144,7 @@ def calls():
 
 
 def test_all_memory_is_pytorchs(posing, monkeypatch):
-    """A CUDA graph that PyTorch captures owns what PyTorch allocated meanwhile, and nothing else."""
+    """A CUDA graph captured by PyTorch owns what PyTorch allocated meanwhile, and nothing else."""
     device = importlib.import_module("emulator.device")
 
     def refused(nbytes):
@@ -208,7 +209,7 @@ def test_out_of_the_wrong_length(posing):
 
 
 def test_without_cupy(python):
-    """Tensors and other libraries' arrays on a GPU, and no CuPy: a sentence that says what to install."""
+    """Tensors and other libraries' arrays on a GPU, without CuPy: the error says what to install."""
     code = """
 import sys, types
 sys.modules["cupy"] = None
@@ -270,13 +271,13 @@ print("lent")
 
 
 def test_memory_as_cupy_itself_takes_it(python):
-    """CuPy makes arrays of memory that is not its own without a driver; nothing here is the emulator's."""
+    """CuPy creates arrays over foreign memory without a driver; nothing here comes from the emulator."""
     assert python(CUPY_ITSELF).strip() in ("lent", "")
 
 
 @pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
 def test_estimates(emulated, monkeypatch, reduction):
-    """Of tokens, with weights and ratios, and a denominator that is there, too: the bits of CuPy's arrays."""
+    """For tokens, with weights and ratios, and a denominator on the device: the bits of CuPy's arrays."""
     x, y = tokens((30, 40), dtype="float32")
     arrays = {"weights": x > -2, "ratio": np.exp(x)}
     if reduction == "sum":
@@ -302,7 +303,7 @@ def test_estimates(emulated, monkeypatch, reduction):
     [(0, "row", "float32"), (1, "mean", "bfloat16"), (2, "none", "float32"), (3, "none", "bfloat16")],
 )
 def test_lists_of_classes(emulated, monkeypatch, way, reduction, dtype):
-    """The bits of CuPy's arrays; with weights and a temperature a row, which stay where they are."""
+    """The bits of CuPy's arrays; with weights and one temperature per row, which stay where they are."""
     (tail, mass), (x, y, indices) = WAYS[way], lists(OF_PROBS, getattr(torch, dtype))
     tensors = {"weights": torch.tensor([1.0, 0.5, 0.0, 2.0]), "temperature": torch.tensor([0.5, 2.0, 1.0, 3.0])}
     tensors |= {"indices": indices} | ({} if mass is None else {"tail_mass": mass})
@@ -323,14 +324,14 @@ def test_lists_of_classes(emulated, monkeypatch, way, reduction, dtype):
     value.sum().backward()
     same(value.detach(), expected[0])
     for leaf, a in zip(leaves, expected[1:], strict=True):
-        if reduction == "none":  # a cotangent of its own for every term: another computation
+        if reduction == "none":  # a separate cotangent for every term: another computation
             torch.testing.assert_close(leaf.grad, tensor(a))
         else:
             same(leaf.grad, a)
 
 
 def test_lists_that_are_no_lists(posing):
-    """Nobody waits for a GPU to look at numbers: such a row is NaN."""
+    """Nothing waits for a GPU to validate numbers: such a row is NaN."""
     x, y, indices = lists(OF_PROBS)
     indices[1, 0] = 9
     value, dx, dy = klcore.kl_div(x, y, indices=indices, tail="bucket", space=OF_PROBS, return_grad=("x", "y"))
@@ -341,7 +342,8 @@ def test_lists_that_are_no_lists(posing):
 
 @pytest.mark.parametrize("reduction", ["row", "sum"])
 def test_shards_of_the_classes(posing, reduction):
-    """The operators of DTensors, of two shards: the values and gradients of whole rows, or within a rounding."""
+    """The operators of DTensors, with two shards: the values and gradients of whole rows, exactly or within a
+    rounding."""
     sharded = importlib.import_module("klcore.backends.torch.sharded")
     x, y = logits(3, 1500), logits(3, 1500) * 0.9
     whole = klcore.kl_div(x, y, space="logits", reduction=reduction, return_grad=("x", "y"), weights=[1.0, 0.0, 2.0])

@@ -1,7 +1,7 @@
-"""Lists of classes, of PyTorch tensors: the bits of NumPy's results, PyTorch's own derivatives, and every road to them.
+"""Lists of classes as PyTorch tensors: the bits of NumPy's results, PyTorch's own derivatives, and every way to call.
 
-What a list means is tested of NumPy arrays; the definitions here are those of relatives.py, through PyTorch's autograd
-in float64, over all classes of y at once.
+The meaning of a list is tested with NumPy arrays; the definitions here are those of relatives.py, through PyTorch's
+autograd in float64, over all classes of y at once.
 """
 
 import functools
@@ -29,7 +29,7 @@ ways = pytest.mark.parametrize(("tail", "mass"), WAYS, ids=["bucket", "mass", "z
 
 
 def best(rows=4, n=9, k=3, dtype=torch.float64, seed=0):
-    """The k best of a teacher's n classes, which they are, and a student's scores."""
+    """The top k of a teacher's n classes, their indices, and a student's scores."""
     x, indices = logits(rows, n, seed=seed).softmax(-1).topk(k)
     return x.to(dtype), logits(rows, n, seed=seed + 1).to(dtype), indices
 
@@ -44,7 +44,7 @@ TERMS = relatives.Definitions(types.SimpleNamespace(log=lambda t: torch.where(t 
 
 
 def by_definition(name, x, y, indices, tail, mass, space, temperature=1.0):
-    """The values of the rows. Every class is there; those that are not listed have p = q = 1, and so no divergence."""
+    """The values of the rows. All classes are present; unlisted ones have p = q = 1, and so no divergence."""
     term = getattr(TERMS, name)
     t = torch.as_tensor(temperature).unsqueeze(-1)
     into = {"probs": lambda a: a, "logits": lambda a: (a / t).softmax(-1)}
@@ -64,7 +64,7 @@ def by_definition(name, x, y, indices, tail, mass, space, temperature=1.0):
 
 
 def lists(space, dtype=torch.float64):
-    """x, y and indices, in which a class is absent, and one is twice."""
+    """x, y and indices, in which one class is -1, and one is listed twice."""
     x, y, indices = best()
     indices[0, 1], indices[1, 2], x[0, 1] = -1, indices[1, 0], 0.2
     x = {"probs": x, "log_probs": x.log(), "logits": x.log() + 3, "counts": 100 * x}[space[0]]
@@ -78,7 +78,7 @@ def ours(name, x, y, indices, tail, mass, space, temperature=1.0):
 
 
 def compare(leaves, *about):
-    """Values, and gradients by x, y and the temperature, if that is there."""
+    """Values, and gradients with respect to x, y and the temperature, if there is one."""
     name, *rest = about
     found, expected = (
         value_and_gradients(lambda x, y, *t, f=f: f(name, x, y, *rest, *t), *leaves) for f in (ours, by_definition)
@@ -113,7 +113,7 @@ def test_gradcheck(reduction, tail, mass):
 
 @pytest.mark.parametrize(("space", "tail"), [(OF_PROBS, "bucket"), (OF_LOGITS, "renorm")])
 def test_temperatures_of_what_rows_share(space, tail):
-    """One a row, of rows that share x, or y; one for all."""
+    """One per row, for rows that share x, or y; one for all."""
     x, y, indices = best()
     of_rows = torch.linspace(0.5, 2, 4, dtype=torch.float64)
     for a, b in ((x[0], y), (x, y[:1]), (x[1], y[2])):
@@ -122,7 +122,7 @@ def test_temperatures_of_what_rows_share(space, tail):
 
 
 def test_temperature_beside_what_is_not_read():
-    """Classes that nobody lists, and numbers that stand for no class: they are no offset of those that count."""
+    """Unlisted classes, and numbers at -1: they shift none of those that count."""
     x, y, indices = best(dtype=torch.float32)
     t = torch.tensor(1.7, requires_grad=True)
     expected = torch.autograd.grad(kl(x.log(), y, indices, "renorm", space=OF_LOGITS, temperature=t).sum(), t)
@@ -139,7 +139,7 @@ def test_temperature_beside_what_is_not_read():
 @ways
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_bits_of_numpy(dtype, tail, mass):
-    """On every eager road: plain, gradients asked for, out=, backward."""
+    """In every eager way: plain, with requested gradients, out=, backward."""
     kinds = (OF_PROBS, -1), (("log_probs", "log_probs"), 0)
     for (space, axis), reduction in itertools.product(kinds, ("row", "none", "rowmean", "mean")):
         x, y, indices = lists(space, getattr(torch, dtype))
@@ -161,7 +161,7 @@ def test_bits_of_numpy(dtype, tail, mass):
         value, *gradients = value_and_gradients(lambda *t, i=indices, w=words: kl(*t, i, **w), x, y)
         same(value, expected[0])
         for got, e in zip(gradients, expected[1:], strict=True):
-            if reduction == "none":  # a cotangent of its own for every term: another computation
+            if reduction == "none":  # a separate cotangent for every term: another computation
                 torch.testing.assert_close(got, tensor(e))
             else:
                 same(got, e)
@@ -194,7 +194,7 @@ def test_arrays_that_change_before_backward():
     given[...], mass[...] = 0, 0
     equal(torch.autograd.grad(value.sum(), leaf)[0], expected)
     value = kl(x, leaf, indices, tail_mass=MASS)
-    indices.zero_()  # PyTorch sees to tensors
+    indices.zero_()  # PyTorch detects this for tensors
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         value.sum().backward()
 
@@ -233,13 +233,13 @@ def test_compile(compiled):  # noqa: F811
                 for f in (loss, program)
             )
             equal(*results)
-    assert program.counter.frame_count <= 4  # numbers and tensors, and PyTorch begins again with numbers
+    assert program.counter.frame_count <= 4  # numbers and tensors; and PyTorch starts again with numbers
     t = torch.tensor(1.5, requires_grad=True)
     equal(*(torch.autograd.grad(f(*both, indices, masses, t), t) for f in (program, loss)))
 
 
 def test_compile_terms(compiled):  # noqa: F811
-    """Whose shape is the list's."""
+    """Their shape is that of the list."""
     *both, indices = best()
     for tail in TAILS:
         options = {"tail": tail, "reduction": "none"}
@@ -260,7 +260,7 @@ def test_numbers_are_looked_at_when_a_program_runs(compiled):  # noqa: F811
 
 
 def test_export():
-    """For any size, of rows, of classes and of those listed; an operator, and nothing else."""
+    """For any number of rows, of classes and of listed classes; a single operator."""
 
     class Loss(torch.nn.Module):
         def forward(self, x, y, indices, mass):
@@ -285,14 +285,14 @@ def test_traced():
         equal(make_fx(both, tracing_mode=mode)(*inputs)(*others), both(*others))
     equal(torch.fx.symbolic_trace(lambda x, y, i, m: loss(x, y, i, m))(*others), loss(*others))
     for k, of_one in ((2, lambda i: loss(*inputs[:2], i, MASS)), (3, lambda m: loss(*inputs[:3], m))):
-        equal(torch.fx.symbolic_trace(of_one)(others[k]), of_one(others[k]))  # the function has the other arguments
+        equal(torch.fx.symbolic_trace(of_one)(others[k]), of_one(others[k]))  # the function holds the other arguments
     equal(torch.jit.trace(lambda x, y, i, m: loss(x, y, i, m), inputs)(*others), loss(*others))
 
 
 @ways
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 def test_without_memory(reduction, tail, mass):
-    """Shapes and dtypes are known of tensors that have none."""
+    """Shapes and dtypes are known for tensors without memory."""
     x, y, indices = best(dtype=torch.float32)
     for dtypes in ((torch.float32, torch.float64), (torch.bfloat16, torch.float16)):
         arguments = x.to(dtypes[0]), y.to(dtypes[1]), indices
@@ -312,7 +312,7 @@ DIMS = [(0, 0, 0, 0), (None, 0, 0, 0), (0, None, None, 0), (None, None, 0, None)
 @pytest.mark.parametrize("dims", DIMS, ids=str)
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 def test_bits_of_examples(reduction, dims):
-    """Those that each has alone, and its gradients."""
+    """The bits of each example alone, and its gradients."""
     x, y, indices = (t.reshape(3, 4, -1) for t in best(12, dtype=torch.float32))
     masses = torch.linspace(0, 1, 12).reshape(3, 4)
     batches = [t[0] if d is None else t.movedim(0, d) for t, d in zip((x, y, indices, masses), dims, strict=True)]
@@ -365,7 +365,7 @@ REFUSED = {
 
 @pytest.mark.parametrize("case", REFUSED)
 def test_refused(case):
-    """Whether there is a gradient, or `out`, or none, and nothing is written before."""
+    """With and without a gradient, or `out`; and nothing is written before."""
     keywords, error, *words = REFUSED[case]
     given = {"x": X, "y": Y, "indices": INDICES, "tail": "bucket", "space": OF_PROBS, **keywords}
     out = torch.full((4,), 7, dtype=torch.float64)
@@ -377,7 +377,7 @@ def test_refused(case):
 
 
 def test_masses_with_a_history():
-    """Refused by torch.func and compilers, too; without a history to keep it is a mass as others are."""
+    """Refused by torch.func and compilers, too; without requires_grad a mass is accepted."""
     with pytest.raises(TypeError, match=r"pass tail_mass.detach\(\)"):
         torch.func.grad(lambda m: loss(X, Y, INDICES, m))(MASS)
     with torch.no_grad():
@@ -393,7 +393,7 @@ def test_operations_without_lists():
 
 
 def test_labels():
-    """Those of the rows are compared, and the classes of x are not those of y."""
+    """Row labels are compared; the class labels of x are not those of y."""
     pandas = pytest.importorskip("pandas", reason="pandas is not installed")
     x, y, indices = best(2)
     rows = {"index": ["a", "b"]}

@@ -1,5 +1,5 @@
-"""What PyTorch's compilers and transforms are promised beyond test_torch.py: numbers that are data of a program, one
-gradient on every road, exported programs for any size.
+"""What PyTorch's compilers and transforms are promised beyond test_torch.py: numbers that are inputs of a program, the
+same gradient in every way of computing it, exported programs for any size.
 """
 
 import importlib
@@ -23,7 +23,7 @@ TOTALS = ("sum", "rowmean", "batchmean", "mean")
 
 
 def value_of(name, x, y, **options):
-    """Of any operation, from logits."""
+    """The value of any operation, from logits."""
     both = (x,) if OPERATIONS[name].single else (x, y)
     return getattr(klcore, name)(*both, space="logits", **{**OPERATIONS[name].needed, **options})
 
@@ -44,7 +44,7 @@ def equal(found, expected):
 @pytest.mark.parametrize("of", [float, torch.tensor], ids=["float", "tensor"])
 @pytest.mark.parametrize("reduction", ["row", "rowmean"])
 def test_compile_for_any_temperature(compiled, of, reduction):  # noqa: F811
-    """A second program at most, for all numbers; its gradients have eager bits."""
+    """At most a second program, for all numbers; its gradients have eager bits."""
 
     def loss(x, y, temperature):
         return kl(x, y, reduction, temperature=temperature)
@@ -60,7 +60,7 @@ def test_compile_for_any_temperature(compiled, of, reduction):  # noqa: F811
 
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_export_for_any_temperature(name):
-    """A tensor is an input of the program, which has one operator."""
+    """A tensor is an input of the program, which has a single operator."""
 
     class Loss(torch.nn.Module):
         def forward(self, x, y, temperature):
@@ -76,7 +76,7 @@ def test_export_for_any_temperature(name):
 @pytest.mark.parametrize("transform", ["eager", "vmap", "compile"])
 @pytest.mark.parametrize("bad", [0.0, -1.0, float("nan"), float("inf")])
 def test_temperatures_that_are_none(compiled, transform, bad):  # noqa: F811
-    """Are refused when the program runs, in NumPy's words."""
+    """They are refused when the program runs, in NumPy's words."""
 
     def loss(x, temperature):
         return kl(x, x, temperature=temperature)
@@ -113,7 +113,7 @@ def test_an_array_that_changes_before_the_temperatures_backward():
 
 @pytest.mark.parametrize("shape", [(4, 3), (3,), (4, 1), (1,)], ids=str)
 def test_a_temperature_a_row(compiled, shape):  # noqa: F811
-    """Each row as with its number, whoever calls."""
+    """Each row as with its own number, whoever calls."""
     x, y = (logits(4, 3, 7, seed=i, dtype=torch.float32) for i in range(2))
     temperature = torch.rand(shape, generator=torch.Generator().manual_seed(2)) + 0.5
     of_rows = temperature.expand(4, 3).reshape(-1).tolist()
@@ -148,7 +148,7 @@ def test_gradient_of_a_temperature(name):
 @pytest.mark.parametrize("space", ["logits", ("probs", "logits"), ("logits", "log_probs")], ids=str)
 @pytest.mark.parametrize("shape", [(), (2, 3), (3,)], ids=str)
 def test_gradient_of_temperatures(shape, space, shapes):
-    """One for all, one a row; beside operands that rows share, whose own gradients stay what they are."""
+    """One for all, one per row; with operands that rows share, whose own gradients do not change."""
     x, y = (logits(*s, seed=i, requires_grad=True) for i, s in enumerate(shapes))
     temperature = torch.linspace(0.5, 2, math.prod(shape), dtype=torch.float64).reshape(shape).requires_grad_()
 
@@ -164,7 +164,7 @@ def test_gradient_of_temperatures(shape, space, shapes):
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 def test_gradient_of_a_temperature_beside_pytorchs(compiled, dtype):  # noqa: F811
-    """A common offset does not drown it; masked classes, and rows that are left out, take no part in it."""
+    """A common offset does not drown it; masked classes, and rows that are left out, do not affect it."""
     x, y = logits(4, 50, dtype=dtype), logits(4, 50, seed=1, dtype=dtype)
     y[0] += 64
     x[:, :5] = y[:, :5] = float("-inf")
@@ -189,8 +189,8 @@ def test_gradient_of_a_temperature_beside_pytorchs(compiled, dtype):  # noqa: F8
 
 
 def test_gradients_of_temperatures_are_those_of_the_call():
-    """The axis counts in the broadcast shape, nothing is broadcast over the classes, and what is returned is of its
-    argument's shape, though the temperature has a history."""
+    """The axis refers to the broadcast shape, nothing is broadcast over the classes, and the result has the shape of
+    its argument, although the temperature requires a gradient."""
     x, y = logits(5), logits(4, 5, seed=1)
     of_rows = torch.linspace(0.5, 2, 4, dtype=torch.float64).requires_grad_()
     for t in (of_rows, torch.tensor(1.3, dtype=torch.float64, requires_grad=True)):
@@ -216,7 +216,7 @@ def test_gradient_of_a_temperature_of_a_row_that_is_left_out():
 
 @pytest.mark.parametrize("kind", [list, np.array], ids=["list", "array"])
 def test_temperatures_of_other_kinds(compiled, kind):  # noqa: F811
-    """As eagerly, and those of the call: not what its caller makes of them before backward."""
+    """As in eager mode, with their values at the time of the call: not those that its caller sets before backward."""
     x, y = logits(4, 5), logits(4, 5, seed=1)
     given = [0.1, 1.0, 2.0, 0.7]
     expected = value_and_gradients(lambda x: kl(x, y, "row", temperature=torch.tensor(given, dtype=torch.float64)), x)
@@ -239,13 +239,14 @@ def test_labels_of_temperatures():
         kl(logits(2, 5), logits(2, 5), weights=weights, temperature=temperature)
 
 
-# ---- one gradient, whichever road leads to it ------------------------------------------------------------------------
+# ---- one gradient, in every way of computing it
+# -----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("reduction", TOTALS)
 def test_bits_of_a_multiple(compiled, reduction, dtype):  # noqa: F811
-    """Of the first backward, of a second one, of create_graph, of the compiler, of torch.func, of a checkpoint."""
+    """For the first backward, a second one, create_graph, the compiler, torch.func, a checkpoint."""
     x, y = (logits(3, 2, 50, seed=i, dtype=dtype) for i in range(2))
 
     def loss(y):
@@ -260,7 +261,7 @@ def test_bits_of_a_multiple(compiled, reduction, dtype):  # noqa: F811
     roads["compiled"] = value_and_gradients(compiled(loss), y)[1]
     for reentrant in (False, True):
         again = torch.utils.checkpoint.checkpoint(loss, leaf, use_reentrant=reentrant)
-        again.backward()  # a reentrant one insists on it
+        again.backward()  # a reentrant one requires it
         roads[f"checkpoint {reentrant}"], leaf.grad = leaf.grad, None
     assert [name for name, g in roads.items() if not torch.equal(g, first)] == []
 
@@ -274,7 +275,7 @@ def leaving_out(x, terms):
 )
 @pytest.mark.parametrize("reduction", ["row", "none", "sum", "rowmean"])
 def test_a_cotangent_of_zero(compiled, reduction, dtype, zero):  # noqa: F811
-    """Makes 0, of infinite derivatives too: a coefficient that grows from 0, a term that torch.where drops."""
+    """It gives 0, even for infinite derivatives: a coefficient that grows from 0, a term that torch.where drops."""
     x = torch.tensor([[0.5, 0.5], [1.0, 0.0]], dtype=dtype)
     y = torch.tensor([[0.2, 0.8], [0.5, 0.5]], dtype=dtype)
 
@@ -292,7 +293,7 @@ def test_a_cotangent_of_zero(compiled, reduction, dtype, zero):  # noqa: F811
 
 @pytest.mark.parametrize("space", ["probs", "logits", "counts", ("probs", "logits")], ids=str)
 def test_terms_that_are_dropped(space):
-    """An infinite term of a class that y excludes is none of the others'."""
+    """The infinite term of a class that y excludes does not affect the others."""
     x, y = torch.tensor([0.2, 0.3, 0.5]), torch.tensor([0.5, 0.5, 0.0])
     x = x.log() if space == "logits" else x
     y = y.log() if "logits" in space else y
@@ -343,7 +344,8 @@ def with_gradients(loss, count=2):
 @pytest.mark.parametrize("shape", [(7,), (3, 7), (2, 3, 7), (300, 4), (1100, 2), ()], ids=str)
 @pytest.mark.parametrize("reduction", ["row", "none", *TOTALS])
 def test_bits_of_examples(reduction, shape, dtype):
-    """Those that each has alone, of a batch of gradients and of the gradient of a batch; with weights and without."""
+    """The bits of each example alone, for a batch of gradients and for the gradient of a batch; with and without
+    weights."""
     x, y = (logits(3, *shape, seed=i, dtype=dtype) for i in range(2))
     weights = torch.rand(3, *shape[:-1], generator=torch.Generator().manual_seed(2))
     weights[..., 1:2] *= weights.ndim < 2  # a row of weight 0
@@ -485,7 +487,7 @@ def test_examples_are_one_call(monkeypatch, reduction):
 
 
 def test_second_derivatives_of_examples():
-    """PyTorch's term has PyTorch's; the others say that they have none."""
+    """The term of PyTorch has PyTorch's; the others raise."""
     x, y = logits(3, 2, 4).log_softmax(-1), logits(3, 2, 4, seed=1).log_softmax(-1)
     from klcore.compat.pytorch import kl_div
 
@@ -514,7 +516,7 @@ class Distilled(torch.nn.Module):
 
 
 def test_symbolic_trace():
-    """A call is a node; the graph computes what the module does, with its gradients, and is traced again."""
+    """A call is a node; the graph computes what the module does, with its gradients, and can be traced again."""
     module = Distilled()
     traced = torch.fx.symbolic_trace(module)
     targets = [
@@ -537,7 +539,7 @@ def test_symbolic_trace():
 
 @pytest.mark.parametrize("name", ["temperature", "weights", "denominator"])
 def test_symbolic_trace_of_one_argument(name):
-    """Of whichever: the others may be tensors that the function has already."""
+    """Of either one: the function may hold the other arguments as tensors."""
     x, y, t = logits(4, 5), logits(4, 5, seed=1), torch.tensor(2.0)
     traced = torch.fx.symbolic_trace(lambda t: kl(x, y, **{name: t}))
     equal(traced(t), kl(x, y, **{name: t}))
@@ -583,7 +585,7 @@ def test_bits_of_a_multiple_of_dtensors(mesh, reduction, axis):
 
 
 def test_gradient_of_a_temperature_of_dtensors(mesh):
-    """Of rows that are sharded; where the classes are, or a process would have a part of it, a sentence."""
+    """For sharded rows; if the classes are sharded, or a process would have only a part of it, an error."""
     tensors = importlib.import_module("torch.distributed.tensor")
     x, y = logits(4, 5), logits(4, 5, seed=1)
     t = torch.tensor(2.0, dtype=torch.float64, requires_grad=True)
@@ -616,7 +618,8 @@ def test_jit_trace():
 
 
 def test_a_module_as_a_function():
-    """torch.func.functional_call, a gradient a sample; and hooks on the module, which torch.func does not take."""
+    """torch.func.functional_call, one gradient per sample; and hooks on the module, which torch.func does not
+    support."""
     module, seen = torch.nn.Linear(5, 5), []
     parameters, x, teacher = dict(module.named_parameters()), torch.randn(4, 5), torch.randn(4, 5)
 
@@ -647,7 +650,7 @@ def test_grad_scaler():
 
 
 def _losses():
-    """By name, functions of two arrays of logits."""
+    """Functions of two arrays of logits, by name."""
     from klcore.compat import keras, liger, mxnet, puzzlelib, pytorch, rtorch, trl
 
     def log(t):
@@ -690,7 +693,7 @@ def _losses():
 
 @pytest.fixture
 def silent(monkeypatch):
-    """torch.export logs what it fails at, and some losses warn of their means."""
+    """torch.export logs its failures, and some losses warn about their means."""
     monkeypatch.setattr(logging.root.manager, "disable", logging.CRITICAL)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -699,7 +702,7 @@ def silent(monkeypatch):
 
 @pytest.mark.parametrize("named", list(_losses()), ids=lambda named: named[0])
 def test_export_for_any_size(silent, named):
-    """Of rows and of classes."""
+    """For any number of rows and classes."""
     _, loss = named
 
     class Loss(torch.nn.Module):

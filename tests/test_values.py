@@ -1,4 +1,4 @@
-"""What each operation gives where it is a limit, infinite, or undefined: the domain table, class by class."""
+"""The results of each operation at limits, infinities and undefined arguments: the domain table, class by class."""
 
 import functools
 
@@ -17,7 +17,7 @@ HUGE = {"float32": 3e38, "float64": 1e308}
 
 
 def with_gradients(operation, x, y, **options):
-    """(value, dx, dy); dy is None for an operation of one argument."""
+    """(value, dx, dy); dy is None for operations of one argument."""
     found = call(operation, x, y, return_grad=OPERATIONS[operation].gradients, **options)
     return (*found, None)[:3]
 
@@ -90,7 +90,8 @@ def test_table(operation, x, y, expected, dtype, reduction):
 
 # ---- the same limits in every pair of spaces, beside ordinary classes ------------------------------------------------
 
-# probabilities with zeros on both sides (first class), on one, with y's impossible, and ordinary
+# probabilities with zeros on both sides (first class), on one, with a class that is impossible under y, and ordinary
+# ones
 X = np.array(
     [[0.0, 0.0, 0.2, 0.5, 0.3], [0.0, 0.25, 0.25, 0.0, 0.5], [0.0, 0.25, 0.25, 0.25, 0.25], [0.0, 0.0, 0.0, 0.0, 1.0]]
 )
@@ -114,7 +115,7 @@ def assert_rows(operation, x, y, space, temperature=1.0, rows=oracle.exact):
     results = dict(zip(("value", "dx", "dy"), with_gradients(operation, x, y, **options), strict=True))
     results["terms"] = call(operation, x, y, reduction="none", **options)
     if space[0] == "logits" and not OPERATIONS[operation].single:
-        # an infinite value has no derivative by x that is one: any number there would look like one
+        # an infinite value has no derivative with respect to x: any number there would look like one
         infinite = true.value == INF
         assert not np.isfinite(results["dx"][infinite]).any()
         results["dx"][infinite] = NAN
@@ -201,7 +202,7 @@ def test_undefined_logits(operation, space, side, spoiler, n):
                                                   ("kl_div", ("probs", "logits")), ("rel_entr", ("logits",) * 2),
                                                   ("cross_entropy", ("logits",) * 2)])  # fmt: skip
 def test_excluded_blocks(operation, space, blocks, temperature, dtype):
-    """Whole chunks of the sum without a class in them."""
+    """Whole chunks of the sum without any class."""
     if "logits" not in space:
         temperature = 1.0
     a, b = logits(3000, "float64")
@@ -223,7 +224,7 @@ def test_excluded_blocks(operation, space, blocks, temperature, dtype):
     ],
 )
 def test_finite_masks(operation, space, masked, mask, count, dtype):
-    """Large negative logits for "excluded", as many programs write it, act as -inf does."""
+    """Large negative logits instead of -inf, as in many programs, have the same effect as -inf."""
     a, b = (into(v, s) for v, s in zip(logits(1500 if count == 1024 else 7, dtype), space, strict=True))
     mask = float(np.finfo(dtype).min) if mask == "lowest" else mask
     a[1 : 1 + count] = {"probs": 0.0, "log_probs": -INF, "logits": mask}[space[0]]
@@ -236,7 +237,7 @@ def test_finite_masks(operation, space, masked, mask, count, dtype):
 @pytest.mark.parametrize("mask", [-1e4, -1e9, -1e30])
 @pytest.mark.parametrize("operation", RATIOS)
 def test_finite_mask_on_y(operation, mask, dtype):
-    """Only y's class masked: a large divergence, not an infinite one."""
+    """Only y's class is masked: a large divergence, not an infinite one."""
     a, b = logits(7, dtype)
     b[3] = mask
     assert_rows(operation, a, b, ("logits", "logits"))
@@ -257,7 +258,7 @@ def test_lowest_on_y(operation, dtype):
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 @pytest.mark.parametrize(("operation", "space"), [pair for pair in WITH_LOGITS if pair[0] in OF_TWO])
 def test_terms_of_undefined_rows(operation, space, bad, side, n, dtype):
-    """A row of logits that holds NaN or +inf is no distribution: all its terms are NaN, as its value is."""
+    """A row of logits that contains NaN or +inf is no distribution: all its terms are NaN, and so is its value."""
     a, b = logits(n, dtype)
     if space["xy".index(side)] != "logits":
         return
@@ -285,7 +286,7 @@ def test_subnormal_probabilities(operation, exponent, dtype):
     }[exponent]()
     true = oracle.exact(operation, x.astype(dtype), y.astype(dtype))
     value, dx, dy = with_gradients(operation, x.astype(dtype), y.astype(dtype))
-    # a term that is subnormal itself, a difference of numbers at the end of the range, is off by a few units there
+    # a term that is itself subnormal, a difference of numbers at the end of the range, is off by a few units there
     relative, _ = oracle.tolerance(operation, "probs", dtype)
     oracle.assert_close(value, true.value, true.value_size, (relative, 9 * 4 * smallest), operation)
     oracle.assert_answer({"dx": dx}, true, operation, "probs")
@@ -343,7 +344,7 @@ def test_no_rows(operation, space, shape, dtype):
 
 # ---- cross-entropy with logits, at the ends of the range ------------------------------------------------------------
 
-# x, y, their spaces, temperature; what is found for value, terms, dx and dy; None: not looked at
+# x, y, their spaces, temperature; the expected value, terms, dx and dy; None: not compared
 ENDS = {
     "NaN under y": ([0, 0], [NAN, -1], ("logits", "log_probs"), 1, NAN, [NAN, 0.5], None, [NAN, -0.5]),
     "negative probability of an excluded class": (
@@ -359,7 +360,7 @@ ENDS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("rows", [1, 4])  # by itself, and in a block
+@pytest.mark.parametrize("rows", [1, 4])  # a single row, and a block
 @pytest.mark.parametrize("n", [2, 1030])
 @pytest.mark.parametrize("name", ENDS)
 def test_cross_entropy_at_the_ends(device, name, rows, n):

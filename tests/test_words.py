@@ -1,4 +1,4 @@
-"""The words that say how a result is measured and where it goes: base=, denominator=, and out= that is y itself."""
+"""The options for the scale of a result and for where it is written: base=, denominator=, and out= that is y itself."""
 
 import importlib
 import itertools
@@ -92,7 +92,7 @@ def test_every_function_is_one_of_both():
 @pytest.mark.parametrize("pair", PAIRS)
 @pytest.mark.parametrize("name", COMMON)
 def test_denominator(device, name, pair, dtype):
-    """A number or an array of no dimensions, of any dtype, of the host or of the device: the same bits."""
+    """A number or an array without dimensions, of any dtype, on the host or on the device: the same bits."""
     arrays = [device.put(a) for a in rows(pair, dtype=DTYPES[dtype])]
     for weights in (None, np.array([0.5, 0, 2.0]), np.array([True, False, True])):
         options = {"reduction": "sum", "return_grad": GRADIENTS[name], "weights": weights}
@@ -114,7 +114,7 @@ def test_denominator(device, name, pair, dtype):
 
 
 def test_denominator_is_the_one_of_rowmean(device):
-    """Where it is the sum of the weights."""
+    """If it is the sum of the weights."""
     x, y = (device.put(a) for a in rows(("logits", "logits")))
     weights = device.put(np.array([0.5, 0, 2.0]))
     options = {"space": "logits", "weights": weights, "return_grad": ("x", "y")}
@@ -186,7 +186,7 @@ def test_wrong_denominators(device, denominator, error, message):
 
 
 def test_a_denominator_on_the_device_is_kept_apart(gpu):
-    """Calls that are prepared once, and then repeated, read the denominator of each time."""
+    """Calls that are prepared once and then repeated read the current denominator each time."""
     x, y = (gpu.put(a) for a in rows(("logits", "logits")))
     total = float(gpu.get(klcore.kl_div(x, y, space="logits", reduction="sum")))
     for d in (2.0, 4.0, 8.0, 2.0):
@@ -221,7 +221,7 @@ def test_pytorch():
         dx, dy = torch.func.grad(of(d), argnums=(0, 1))(a.detach(), b.detach())
         np.testing.assert_allclose(dx.numpy(), bits[1], rtol=1e-5, atol=1e-9)
         np.testing.assert_allclose(dy.numpy(), bits[2], rtol=1e-5, atol=1e-9)
-    # one denominator an example
+    # one denominator per example
     many = torch.func.vmap(lambda a, b, d: of(d)(a, b), in_dims=(None, None, 0))(
         torch.from_numpy(x), torch.from_numpy(y), torch.tensor([48.0, 24.0])
     )
@@ -250,7 +250,7 @@ def test_pytorch_has_no_derivative_by_the_words():
 
 
 def test_pytorch_saves_the_denominator():
-    """What backward divides by is what forward divided by, or an error."""
+    """Backward divides by the denominator of forward, or raises."""
     torch = pytest.importorskip("torch")
     x, y = (torch.from_numpy(a).to(torch.float16) for a in rows(("logits", "logits")))
     d = torch.tensor(48.0)
@@ -266,7 +266,7 @@ def test_pytorch_compiled(dynamic):
     torch = pytest.importorskip("torch")
     x, y = rows(("logits", "logits"), dtype="float32")
     expected = klcore.kl_div(x, y, space="logits", reduction="sum", denominator=3, return_grad="y")
-    klcore.kl_div(torch.ones(2), torch.ones(2))  # what a first call loads is no reason to compile again
+    klcore.kl_div(torch.ones(2), torch.ones(2))  # so that what the first call loads causes no recompilation
     counts = importlib.import_module("torch._dynamo.testing").CompileCounter()
     torch._dynamo.reset()
 
@@ -305,7 +305,7 @@ def test_jax():
             np.testing.assert_allclose(got, expected * (48 / d), rtol=1e-6)
     many = jax.vmap(of, (None, None, 0))(a, b, jnp.asarray([48.0, 24.0]))
     np.testing.assert_allclose(many, [bits[0], 2 * bits[0]], rtol=1e-6)
-    exact = 2.0**25 + 1  # which float32 has not
+    exact = 2.0**25 + 1  # float32 cannot represent it
     same(of(a, b, exact), np.float32(klcore.kl_div(x, y, space="logits", reduction="sum", denominator=exact, base=2)))
     with pytest.raises(NotImplementedError, match="no derivative with respect to denominator"):
         jax.grad(of, 2)(a, b, 48.0)
@@ -353,15 +353,15 @@ ONE_A_FORM = {COMMON[name].form: name for name in reversed(OF_Y)}.values()  # th
 @pytest.mark.parametrize("pair", [("logits", "logits"), ("probs", "logits")])
 @pytest.mark.parametrize("name", OF_Y)
 def test_out_over_y(device, name, pair, dtype):
-    """The emulator compiles each kernel for seconds: those of kl_div, of one operation of each other form in float32,
-    and one of the rest."""
+    """The emulator takes seconds to compile a kernel: so those of kl_div, of one operation of each other form in
+    float32, and of one of the rest."""
     all_roads = not device.emulated or name == "kl_div" or (name in ONE_A_FORM and dtype == "float32")
     for shape in SHAPES:
         x, y = (device.put(a) for a in rows(pair, shape, dtype=DTYPES[dtype]))
         for options in ({}, {"reduction": "sum"}, {"reduction": "none"}, {"temperature": 2.0})[: 4 if all_roads else 1]:
             for wanted in ("y", ("x", "y"))[: 2 if all_roads else 1]:
                 expected = call(name, pair, (x, y), return_grad=wanted, **options)
-                for _ in range(2):  # on a GPU the second is another road
+                for _ in range(2):  # on a GPU the second one takes another path
                     over = y.copy()
                     out = (None,) * len(wanted) + (over,)
                     found = call(name, pair, (x, over), return_grad=wanted, out=out, **options)
@@ -386,7 +386,7 @@ def test_out_over_y_of_any_layout(device, shape):
 @pytest.mark.parametrize("dtype", ["float64", "float32"])
 @pytest.mark.parametrize("name", OF_Y)
 def test_out_over_y_of_hard_rows(device, name, dtype):
-    """Also of few classes: rows that the common form leaves out are computed once more."""
+    """Also with few classes: rows that the short form cannot handle are computed again."""
     low = np.finfo(dtype).min
     for space_x, scale in itertools.product(("logits", "probs"), (30, 800)):
         for n in (2, 5, 70, 300):
@@ -424,7 +424,7 @@ def refused(*arrays, **options):
 
 
 def test_out_over_y_refused(device):
-    """Anywhere else than exactly there, and wherever y is read again after it is written."""
+    """At any other position, and wherever y is read again after it is written."""
     x, y = (device.put(a) for a in rows(("logits", "logits"), (4, 6)))
     for _ in range(2):
         refused(x, y, space="logits", return_grad="x", out=(None, y))
@@ -439,7 +439,7 @@ def test_out_over_y_refused(device):
         refused(x[:1], y, space="logits", return_grad=("x", "y"), out=(None, None, y))
     big = device.put(np.zeros((5, 6)))
     refused(x, big[:4], space="logits", return_grad="y", out=(None, big[1:]))
-    both = klcore.kl_div(x[:1], y, space="logits", return_grad="y")  # x alone is broadcast: it has no gradient
+    both = klcore.kl_div(x[:1], y, space="logits", return_grad="y")  # only x is broadcast, and it has no gradient
     over = y.copy()
     for a, b in zip(klcore.kl_div(x[:1], over, space="logits", return_grad="y", out=(None, over)), both, strict=True):
         same(device.get(a), device.get(b))

@@ -17,7 +17,7 @@ if not EXAMPLES.exists():
 
 @pytest.fixture(autouse=True)
 def registered(monkeypatch):
-    """As a user does it, and undone afterwards."""
+    """As a user registers it; undone afterwards."""
     registry = importlib.import_module("klcore.backends")
     for name in ("_MODULES", "_libraries", "_loaded"):
         monkeypatch.setattr(registry, name, dict(getattr(registry, name)))
@@ -33,7 +33,7 @@ def x():
 
 @pytest.fixture
 def y():
-    """Of other dimensions, in another order: no years."""
+    """With other dimensions, in another order: no years."""
     values = np.random.default_rng(1).dirichlet(np.ones(5), size=3).T
     return xr.DataArray(values, dims=["topic", "document"], coords={"topic": list("vwxyz")})
 

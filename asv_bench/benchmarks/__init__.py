@@ -1,9 +1,9 @@
-"""klcore over time, by airspeed velocity: `make asv`; one commit beside another: `asv continuous -f 1.2 main HEAD`.
+"""klcore over time, by airspeed velocity: `make asv`. To compare two commits: `asv continuous -f 1.2 main HEAD`.
 
-asv installs the commits to be measured; these files are always those of the working tree. With them come two more of
-its files: the floor (benchmarks/floor.py) and the exact answers (tests/oracle.py). Nothing else of klcore is imported
-but its public names and its table of operations. asv takes every increase for a regression, of tracked numbers as of
-times: track what should be small.
+asv installs the commits to measure, but always uses these files from the working tree. They import two more files from
+it: the floor (benchmarks/floor.py) and the exact answers (tests/oracle.py). Of klcore they import only public names and
+the table of operations. asv treats every increase as a regression, in tracked numbers as in times: track what should be
+small.
 """
 
 import sys

@@ -1,4 +1,4 @@
-"""How far results are from the exact ones of the same input, which tests/oracle.py computes."""
+"""Errors of results, compared with the exact results for the same input from tests/oracle.py."""
 
 from typing import Any
 
@@ -13,7 +13,7 @@ from .divergence import VALUES
 
 
 class Accuracy:
-    """Value and last gradient; errors are relative to what the bounds in tests/oracle.py are."""
+    """Value and last gradient; errors are relative to the same sizes as the bounds in tests/oracle.py."""
 
     params = (
         VALUES + [name for name in OTHERS if OPERATIONS[name][0].__name__ in oracle.OPERATIONS],
@@ -43,13 +43,13 @@ class Accuracy:
 
 
 def _worst(errors: np.ndarray) -> float:
-    if np.isnan(errors).any():  # which asv would take for a benchmark left out
+    if np.isnan(errors).any():  # asv would treat NaN as a skipped benchmark
         raise ArithmeticError(f"a result is NaN: {errors}")
     return float(errors.max())
 
 
 def _rows(space: str, dtype: str, shape: str) -> tuple[Any, Any]:
-    """x and y: rows from a millionth apart (a divergence of 1e-12), or just not the same, to far apart."""
+    """x and y: rows that differ by a millionth (a divergence of 1e-12), or barely, up to rows that are far apart."""
     rows, n = map(int, shape.split("x"))
     closest = max(1e-6, float(ml_dtypes.finfo(dtype).eps))
     x = 2.0 * random_logits(rows, n, seed=0)

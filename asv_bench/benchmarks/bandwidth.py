@@ -1,7 +1,7 @@
-"""How near klcore is to what memory allows: time of a call, in times that the bare traffic of its bytes takes.
+"""How close klcore is to the limit of memory: the time of a call divided by the time that moving its bytes takes.
 
-Both are measured in one process, in turns: the ratio stays where the machine changes its speed. (GB/s would be the same
-upside down, and asv takes what grows for a regression.)
+Both are measured in one process, in turns, so that the ratio does not change if the machine's speed does. (GB/s would
+be the inverse, and asv treats an increase as a regression.)
 """
 
 import statistics
@@ -15,11 +15,11 @@ from .calls import DEVICES, NAMES, PAST_CACHE, Call, library, warm
 from .divergence import GRADIENTS, VALUES
 
 ROUNDS = 25
-LAUNCHES = {"cpu": 1, "cuda": 10}  # before waiting, which takes a GPU as long as some MB
+LAUNCHES = {"cpu": 1, "cuda": 10}  # before waiting, which takes a GPU as long as moving a few MB
 
 
 class Bandwidth:
-    """Rows past every cache."""
+    """Rows larger than every cache."""
 
     params = (VALUES + GRADIENTS, DEVICES, ["float32"], [PAST_CACHE])
     param_names = NAMES
@@ -39,7 +39,7 @@ class Bandwidth:
 
 
 def _floors(device: str, call: Call) -> list[Callable[[], Any]]:
-    """What moves the bytes of `call` and does nothing else; the quickest counts."""
+    """Functions that move the bytes of `call` and do nothing else; the fastest one counts."""
     if device == "cpu":
         names = ["read_write", "read_stream"] if call.outputs else ["read_both"]
         return [floor(name, *call.inputs, *call.outputs) for name in names]

@@ -1,7 +1,7 @@
-"""What the benchmarks call: operations by the words that name them as parameters, on arrays made ready beforehand.
+"""What the benchmarks call: operations by name, on arrays that are prepared in advance.
 
-Parameters are always operation, device, dtype and shape, in this order, as plain strings that no machine changes. They
-name the results of other commits as well: what is measured in another way from now on needs another word.
+Parameters are always operation, device, dtype and shape, in this order, as plain strings that are the same on every
+machine. They also name the results of other commits: if something is measured differently, it needs a new name.
 """
 
 import functools
@@ -19,10 +19,10 @@ from klcore import operations
 
 NAMES = ["operation", "device", "dtype", "shape"]
 DEVICES = ["cpu", "cuda"]
-IN_CACHE = "1024x256"  # 1 MiB of float32; on the CPU by one thread, and timed by `timer`: arithmetic and nothing else
-PAST_CACHE = "2048x32768"  # 256 MiB of float32, twice that is more than caches hold; by all threads
+IN_CACHE = "1024x256"  # 1 MiB of float32; one thread on the CPU, timed by `timer`: arithmetic alone
+PAST_CACHE = "2048x32768"  # 256 MiB of float32 per array, more than caches hold; all threads
 
-# function, its words; gradients are those with respect to y
+# function, its arguments; gradients are with respect to y
 OPERATIONS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
     f"{space}{', gradient' if grad else ''}": (klcore.kl_div, {"space": space, "return_grad": grad})
     for space in ("probs", "log_probs", "logits")
@@ -42,7 +42,7 @@ OPERATIONS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
         {"space": ("probs", "logits"), "tail": "bucket", "return_grad": "y"},
     ),
 }
-OTHERS = {  # than kl_div: value and gradient of each
+OTHERS = {  # all but kl_div: value and gradient
     f"{row.name}, {space}": (
         getattr(klcore, row.name),
         {"space": space, "return_grad": row.gradients[-1], **row.needed},
@@ -55,7 +55,7 @@ OPERATIONS |= OTHERS
 
 
 class Call(NamedTuple):
-    """`launch()` starts the operation, `wait()` returns when it is done; the arrays lie in `inputs` and `outputs`."""
+    """`launch()` starts the operation, `wait()` returns when it is done; `inputs` and `outputs` hold the arrays."""
 
     launch: Callable[[], Any]
     wait: Callable[[], Any]
@@ -69,7 +69,7 @@ class Call(NamedTuple):
 
 @functools.cache
 def library(device: str) -> ModuleType:
-    """NumPy or CuPy. Without a GPU that can be used, the error by which asv leaves a benchmark out."""
+    """NumPy or CuPy. Without a usable GPU, raises the error that makes asv skip a benchmark."""
     if device == "cpu":
         return np
     try:
@@ -82,12 +82,12 @@ def library(device: str) -> ModuleType:
 
 
 def waiting(device: str) -> Callable[[], Any]:
-    """What returns when the device has done all that was launched."""
+    """A function that returns when the device has finished everything that was launched."""
     return (lambda: None) if device == "cpu" else library(device).cuda.get_current_stream().synchronize
 
 
 def timer(device: str, shape: str) -> Callable[[], float]:
-    """The clock of calls on that shape: one thread's own stops while others have the processor."""
+    """The clock for calls on that shape; a single thread's clock stops while other threads have the processor."""
     return time.perf_counter if device == "cuda" or shape == PAST_CACHE else time.thread_time
 
 
@@ -104,7 +104,7 @@ def to_space(space: str, logits: np.ndarray) -> np.ndarray:
 
 
 def full(space: str, dtype: str, shape: tuple[int, int], seed: int) -> np.ndarray:
-    """An array of that shape, every page of it touched: a few random rows, over and over."""
+    """An array of that shape with every page touched: a few random rows, repeated."""
     array = buffer(shape, dtype)
     few = to_space(space, random_logits(min(16, shape[0]), shape[1], seed))
     array.reshape(-1, *few.shape)[...] = few.astype(dtype)
@@ -113,7 +113,7 @@ def full(space: str, dtype: str, shape: tuple[int, int], seed: int) -> np.ndarra
 
 @functools.cache
 def prepare(operation: str, device: str, dtype: str, shape: str) -> Call:
-    """One operation, with arrays for all that it returns but a row's single values."""
+    """One operation, with arrays for everything it returns except one value per row."""
     xp = library(device)
     function, words = OPERATIONS[operation]
     rows, n = map(int, shape.split("x"))
@@ -149,7 +149,7 @@ def prepare(operation: str, device: str, dtype: str, shape: str) -> Call:
 
 @functools.cache  # asv calls setup() before every sample
 def warm(*params: str) -> Call:
-    """The same, called once already, which compiles what there is to compile."""
+    """The same, called once so that everything is compiled."""
     call = prepare(*params)
     call()
     return call

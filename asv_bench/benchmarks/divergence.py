@@ -1,4 +1,4 @@
-"""Time of one call on arrays that lie ready, those for the results included."""
+"""Time of one call on arrays that exist already, including those for the results."""
 
 from .calls import DEVICES, IN_CACHE, NAMES, OTHERS, PAST_CACHE, timer, warm
 
@@ -9,7 +9,7 @@ MIXED = ["probs to logits, gradient", "entropy of logits", "cross-entropy, probs
 
 class _Calls:
     param_names = NAMES
-    repeat = (5, 100, 0.6)  # in each of two processes 5 to 100 samples of one call, in 0.6 s if that is enough
+    repeat = (5, 100, 0.6)  # in each of two processes 5 to 100 samples of one call, within 0.6 s if possible
 
     def setup(self, operation: str, device: str, dtype: str, shape: str) -> None:
         self.call = warm(operation, device, dtype, shape)
@@ -20,19 +20,19 @@ class _Calls:
 
 
 class Rows(_Calls):
-    """One value a row."""
+    """One value per row."""
 
     params = (VALUES + GRADIENTS + MIXED, DEVICES, ["float32"], [IN_CACHE, PAST_CACHE])
 
 
 class Operations(_Calls):
-    """One value and gradient a row."""
+    """One value and one gradient per row."""
 
     params = (list(OTHERS), DEVICES, ["float32"], [IN_CACHE])
 
 
 class Dtypes(_Calls):
-    """The same kernels, other numbers in memory."""
+    """The same kernels with other dtypes in memory."""
 
     params = (
         ["probs", "logits", "logits, gradient"],
@@ -43,7 +43,7 @@ class Dtypes(_Calls):
 
 
 class Arguments(_Calls):
-    """Probabilities, or logits of which a list is known, called in other ways."""
+    """Other arguments: for probabilities, and for logits of listed classes."""
 
     params = (
         [

@@ -1,5 +1,5 @@
-"""Peak memory of a process that holds the arrays of a call, and of one that makes the call as well: the difference is
-temporaries. asv sees no memory of GPUs, hence the CPU alone.
+"""Peak memory of a process that holds the arrays of a call, and of one that also makes the call: the difference is
+temporaries. asv cannot measure GPU memory, hence only the CPU.
 """
 
 from .calls import NAMES, prepare
@@ -14,7 +14,7 @@ class Memory:
         self.call = prepare(*params)
 
     def peakmem_arrays(self, *params: str) -> None:
-        """Nothing but what setup() left: Python, NumPy, klcore and 64 MiB an array."""
+        """Only what setup() left: Python, NumPy, klcore and 64 MiB per array."""
 
     def peakmem_call(self, *params: str) -> None:
         self.call()

@@ -1,4 +1,4 @@
-"""What klcore costs before it computes anything: calls on arrays of 10 x 10, and its import."""
+"""What klcore costs before it computes anything: calls on 10 x 10 arrays, and the import."""
 
 import functools
 
@@ -11,16 +11,16 @@ CALLS = {
     "sum": {"reduction": "sum"},
     "gradient": {"return_grad": "y"},
     "logits": {"space": "logits"},
-    "named device": {},  # device= instead of asking the arrays
+    "named device": {},  # device= instead of inferring it from the arrays
 }
-NEW_PROCESS = {  # what is timed, and what comes before
+NEW_PROCESS = {  # what is timed, and what runs before
     "import": ("import klcore", ""),
     "import, first call": ("import klcore; klcore.kl_div([0.5, 0.5], [0.9, 0.1])", "import numpy"),
 }
 
 
 class SmallCalls:
-    """A thousand of them, because asv calls setup(), which leaves out a GPU that is not there, before each sample."""
+    """A thousand calls per sample, because asv calls setup(), which skips a missing GPU, before each sample."""
 
     params = (list(CALLS), DEVICES, ["float32"], ["10x10"])
     param_names = NAMES
@@ -36,12 +36,12 @@ class SmallCalls:
         self.call()
 
     def time_thousand_calls(self, operation: str, device: str, dtype: str, shape: str) -> None:
-        """On a GPU one wait for all of them: what it takes to launch."""
+        """On a GPU there is one wait for all of them: this measures the launches."""
         for _ in range(1000):
             self.call()
         self.wait()
 
-    time_thousand_calls.pretty_name = "1000 calls on 10 x 10 (ms are us a call)"
+    time_thousand_calls.pretty_name = "1000 calls on 10 x 10 (ms = us per call)"
 
 
 class Import:

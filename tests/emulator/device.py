@@ -1,9 +1,9 @@
 """A stand-in for CuPy and NVRTC, on NumPy, g++ and emulator.h, so that klcore's CUDA backend runs unchanged.
 
-``install()`` puts it in their place and ``uninstall()`` takes it away; ``settings`` are what tests turn. Where CuPy is
-stricter than NumPy, so is this: arrays of the two do not mix, results without dimensions stay arrays, arguments that
-CuPy refuses are refused. Where hardware would go wrong silently, an EmulatorError says what happened. One thing it
-cannot be strict about: ``numpy.asarray`` takes these arrays, and refuses CuPy's.
+``install()`` replaces them and ``uninstall()`` restores them; tests change ``settings``. The stand-in is as strict as
+CuPy where CuPy is stricter than NumPy: arrays of the two do not mix, results without dimensions stay arrays, and
+arguments that CuPy refuses are refused. Where hardware would fail silently, an EmulatorError says what happened. There
+is one exception: ``numpy.asarray`` accepts these arrays, but refuses CuPy's.
 """
 
 import contextlib
@@ -28,12 +28,12 @@ HERE = Path(__file__).parent
 
 @dataclass
 class Settings:
-    seed: int = 0  # of the schedule; 0: in order
-    threads: int = min(4, os.cpu_count() or 1)  # of the operating system, for one launch
+    seed: int = 0  # of the schedule; 0: everything in order
+    threads: int = min(4, os.cpu_count() or 1)  # operating-system threads per launch
     architecture: str = "90"  # compute capability, as CuPy writes it
     devices: int = 1
-    multiprocessors: int = 4  # a device
-    optimize: int = 0  # g++ -O; tests compile more than they compute
+    multiprocessors: int = 4  # per device
+    optimize: int = 0  # g++ -O; tests spend more time compiling than computing
     sanitize: bool = False  # compile with ASan and UBSan, in a process started with sanitizer_environment()
 
 
@@ -41,19 +41,19 @@ settings = Settings()
 
 
 class EmulatorError(RuntimeError):
-    """A kernel or a launch did what a GPU would refuse, or not define."""
+    """A kernel or a launch did something that a GPU would refuse, or that is undefined."""
 
 
 # ---- NVRTC -----------------------------------------------------------------------------------------------------------
 
 
 def compile(source, options, arch):
-    """What nvrtc.compile returns: here the bytes of a shared library. Of `options`, those that define macros count."""
+    """Stand in for nvrtc.compile: returns the bytes of a shared library. Only options that define macros are used."""
     return _compiled(source, tuple(options), arch).read_bytes()
 
 
 def _build(options, arch):
-    """What nvrtc.build returns, of klcore's own kernels."""
+    """Stand in for nvrtc.build, for klcore's own kernels."""
     return _compiled(importlib.import_module("klcore.backends.cuda.nvrtc").source(), tuple(options), arch)
 
 
@@ -73,7 +73,7 @@ def _compiled(source, options, arch):
 
 
 def _header(flags):
-    """A folder with emulator.h and, beside it, what g++ has read there, a third of the time that a kernel takes."""
+    """A folder with emulator.h and its precompiled header, which saves a third of a kernel's compile time."""
 
     def make(work):
         folder = work / "header"
@@ -99,7 +99,7 @@ def _key(*what):
 
 
 def _once(name, make):
-    """Its path; made once on this machine, however many processes ask for it at once."""
+    """The path of a cached file, created once per machine, however many processes request it at the same time."""
     import fcntl  # not on Windows, where there is no emulator
 
     path = _cache() / name
@@ -129,10 +129,10 @@ def _compiler():
 def _flags(sanitize):
     flags = ["-std=c++17", "-fPIC", "-pthread", "-ffp-contract=off", "-fno-math-errno"]
     if "clang" not in _compiler()[1]:
-        flags.append("-fno-gnu-unique")  # else libraries with other macros would share their variables
+        flags.append("-fno-gnu-unique")  # otherwise libraries with different macros would share variables
     cpu = Path("/proc/cpuinfo")
     if cpu.exists() and "fma" in cpu.read_text().split():
-        flags.append("-mfma")  # the C library's is far slower; the bits are the same
+        flags.append("-mfma")  # the C library's fma is far slower; the bits are the same
     if sanitize:
         flags += ["-g1", "-fno-omit-frame-pointer", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
     return flags
@@ -140,19 +140,19 @@ def _flags(sanitize):
 
 def sanitizer_environment():
     """What a process needs in its environment to load code compiled with `settings.sanitize`."""
-    # ASan must be there before everything else; libstdc++, too, or exceptions would be thrown past it
+    # ASan must be loaded before everything else, and libstdc++ too: ASan would miss exceptions otherwise
     paths = [
         subprocess.run([_compiler()[0], f"-print-file-name={name}"], capture_output=True, text=True).stdout.strip()
         for name in ("libasan.so", "libstdc++.so")
     ]
-    # Python itself leaks at exit, and NumPy asks for more memory than there is, to see whether it gets it
+    # Python itself leaks at exit, and NumPy deliberately requests more memory than there is
     return {"LD_PRELOAD": " ".join(paths), "ASAN_OPTIONS": "detect_leaks=0:allocator_may_return_null=1"}
 
 
 # ---- devices and streams ---------------------------------------------------------------------------------------------
 
 _current = threading.local()  # .device: int, .stream
-# compute capability -> KB of shared memory: a block at most, a multiprocessor
+# compute capability -> KB of shared memory: the most per block, per multiprocessor
 _SHARED = {"70": (96, 96), "75": (64, 64), "80": (163, 164), "86": (99, 100), "87": (163, 164), "89": (99, 100)}
 _SHARED |= {"90": (227, 228), "100": (227, 228), "103": (227, 228), "120": (99, 100), "121": (99, 100)}
 
@@ -190,7 +190,7 @@ class Device:
         _current.device = self._left.pop()
 
     def synchronize(self):
-        """Kernels run at once: there is nothing to wait for."""
+        """Nothing to wait for: kernels run immediately."""
 
     @property
     def compute_capability(self):
@@ -213,7 +213,7 @@ class Device:
 
 
 class Stream:
-    """cupy.cuda.Stream; kernels run at once, whatever the stream."""
+    """cupy.cuda.Stream; kernels run immediately, whatever the stream."""
 
     def __init__(self, null=False, non_blocking=False):
         self.ptr = 0 if null else id(self)
@@ -246,7 +246,7 @@ Stream.null = Stream(null=True)
 
 
 class ExternalStream(Stream):
-    """CuPy 14 warns of it, and warnings are errors where klcore is tested."""
+    """CuPy 14 warns about this class, and in klcore's tests warnings are errors."""
 
     def __init__(self, ptr, device_id=-1):
         raise EmulatorError("ExternalStream is deprecated: CuPy 14 warns each time; use Stream.from_external")
@@ -269,7 +269,7 @@ def _libc():
 
 
 class _Memory:
-    """Exactly as many bytes as asked for, so that ASan sees one too many; aligned like CuPy's; full of NaNs."""
+    """Exactly the requested number of bytes, so that ASan detects overruns; aligned like CuPy's; full of NaNs."""
 
     ALIGNMENT = 512
 
@@ -322,10 +322,10 @@ def using_allocator(allocator=None):
 
 
 class _Bytes:
-    """What NumPy is shown of a memory."""
+    """A memory as NumPy sees it."""
 
     def __init__(self, memptr, nbytes):
-        self.memptr = memptr  # lives as long as the arrays over it
+        self.memptr = memptr  # kept alive by the arrays that use it
         data = (memptr.ptr, False)
         self.__array_interface__ = {"shape": (nbytes,), "typestr": "|u1", "data": data, "version": 3}
 
@@ -428,7 +428,7 @@ def _allocate(shape, dtype, order="C", strides=None, memptr=None):
     elif strides is not None:  # a view with gaps: up to the end of what it covers
         nbytes = dtype.itemsize + sum((n - 1) * step for n, step in zip(shape, strides, strict=True)) if nbytes else 0
     memory = np.asarray(_Bytes(memptr, nbytes)) if nbytes else None
-    if memory is None and strides is not None:  # NumPy would choose others for nothing
+    if memory is None and strides is not None:  # NumPy would choose other strides for an empty array
         array = np.lib.stride_tricks.as_strided(np.empty(0, dtype), shape, strides).view(ndarray)
     else:
         array = np.ndarray.__new__(ndarray, shape, dtype, buffer=memory, order=order, strides=strides)
@@ -490,13 +490,13 @@ def may_share_memory(a, b, max_work=None):
 
 # ---- modules and kernels ---------------------------------------------------------------------------------------------
 
-_libraries = {}  # path, device -> loaded library: like CuPy, a path is loaded once
+_libraries = {}  # path, device -> loaded library: like CuPy, loads a path once
 _lock = threading.Lock()
-_pool = None  # all libraries run on the stacks of the first
+_pool = None  # all libraries share the stacks of the first
 
 
 def _load_copy(path):
-    """The loader knows files by where they lie, and would take one file for two devices' modules."""
+    """Load a copy: the loader identifies files by path, and would use one module for two devices."""
     with tempfile.NamedTemporaryFile(dir=_cache(), suffix=".so", delete=False) as copy:
         copy.write(Path(path).read_bytes())
     try:
@@ -512,7 +512,7 @@ def _load(path):
         if key not in _libraries:
             if settings.sanitize and "libasan" not in os.environ.get("LD_PRELOAD", ""):
                 raise RuntimeError("sanitized code needs a process started with sanitizer_environment()")
-            # ASan reads the file once more, to name the line
+            # ASan reads the file again, to report the line
             library = ctypes.CDLL(os.path.abspath(path)) if settings.sanitize else _load_copy(path)
             library.emulator_launch.restype = ctypes.c_char_p
             library.emulator_launch.argtypes = (
@@ -534,7 +534,7 @@ def _load(path):
 
 
 class RawModule:
-    """cupy.RawModule, of a file that `compile` made; what the file is called does not matter."""
+    """cupy.RawModule, for a file that `compile` made; its name does not matter."""
 
     def __init__(self, *, path):
         self.file_path = path
@@ -563,13 +563,13 @@ class RawKernel:
     def max_dynamic_shared_size_bytes(self, size):
         if not 0 <= size <= Device().attributes["MaxSharedMemoryPerBlockOptin"]:
             raise EmulatorError(
-                f"CUDA_ERROR_INVALID_VALUE: {self.name}: {size} bytes of shared memory are not to be had"
+                f"CUDA_ERROR_INVALID_VALUE: {self.name}: {size} bytes of shared memory are not available"
             )
         self.kernel.shared = size
 
 
 class Function:
-    """cupy.cuda.Function; the plan, its one argument, is a structured array of size 1."""
+    """cupy.cuda.Function; its only argument, the plan, is a structured array of size 1."""
 
     def __init__(self, library, name):
         try:
@@ -688,11 +688,11 @@ cupy = _module(
     nan=np.nan,
 )
 
-_replaced = []  # undo, last one first
+_replaced = []  # functions that undo, to be called in reverse order
 
 
 def install():
-    """Be CuPy and NVRTC for this process, until uninstall()."""
+    """Replace CuPy and NVRTC in this process, until uninstall()."""
     if _replaced:
         return
     nvrtc = importlib.import_module("klcore.backends.cuda.nvrtc")
@@ -719,8 +719,8 @@ def _restore(name, module):
 
 
 def _forget():
-    """Have the backend imported anew: it holds on to the kernels, and to the CuPy, that it found first. The compiler's
-    module stays, as it is replaced in place."""
+    """Make Python import the backend again, which keeps the kernels and the CuPy that it found first. The module of the
+    compiler stays, because it is patched in place."""
     for name in [n for n in sys.modules if n.startswith("klcore.backends.cuda") and not n.endswith(".nvrtc")]:
         del sys.modules[name]
     importlib.import_module("klcore.backends")._loaded.clear()
@@ -728,7 +728,7 @@ def _forget():
 
 @contextlib.contextmanager
 def using(**changes):
-    """Settings for a while: ``with using(seed=3, architecture="75"): ...``"""
+    """Change settings temporarily: ``with using(seed=3, architecture="75"): ...``"""
     before = {name: getattr(settings, name) for name in changes}
     _change(changes)
     try:

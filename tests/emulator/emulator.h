@@ -2,16 +2,16 @@
 // Included before the CUDA source, with launch.h after it; tests/emulator/device.py compiles the three and starts
 // kernels.
 //
-// Every CUDA thread is a fiber with a stack of its own. Fibers change places only where CUDA threads wait for each
-// other, so a run depends on nothing but the seed of its schedule: 0 runs everything in order, others permute blocks
-// and threads and let some warps run far ahead; odd ones hold one warp of each block back until no other can go on. A
-// correct kernel gives the same bits under every seed. What is undefined on a GPU and would go unnoticed on a CPU is an
-// error here that names kernel, block and thread: threads that wait for others that never come, lanes outside of their
-// mask, misaligned vectors, shared memory overrun. Shared memory starts as NaNs, and asynchronous copies land as late
-// as they may, so that missing waits and barriers show in the results.
+// Every CUDA thread is a fiber with its own stack. Fibers are switched only where CUDA threads wait for each other, so a
+// run depends only on the seed of its schedule. Seed 0 runs everything in order. Other seeds permute blocks and threads and
+// let some warps run far ahead; odd seeds also hold one warp of each block back until no other can continue. A correct
+// kernel gives the same bits under every seed. What is undefined on a GPU and would go unnoticed on a CPU is an error here,
+// which names kernel, block and thread: threads that wait for others that never arrive, lanes outside their own mask,
+// misaligned vectors, shared memory overruns. Shared memory starts as NaNs, and asynchronous copies complete as late as
+// allowed, so that missing waits and barriers show in the results.
 //
-// Not here, because klcore does without: static __shared__ variables, grids and blocks of more than one dimension,
-// shuffles of parts of a warp (width), textures, streams, clusters of blocks.
+// Not supported, because klcore does not use them: static __shared__ variables, grids and blocks of more than one
+// dimension, shuffles within parts of a warp (width), textures, streams, clusters of blocks.
 #pragma once
 #include <sys/mman.h>
 
@@ -33,7 +33,7 @@
 #include <vector>
 
 #if !defined(__linux__) || !defined(__x86_64__)
-#define EMULATOR_UCONTEXT 1   // elsewhere the C library switches stacks: slowly
+#define EMULATOR_UCONTEXT 1   // elsewhere the C library switches stacks, which is slow
 #endif
 #if defined(EMULATOR_UCONTEXT)
 #include <ucontext.h>
@@ -51,7 +51,7 @@
 #define KL_EMULATOR_ARCH 90   // the GPU that is emulated, as __CUDA_ARCH__ / 10
 #endif
 
-// Behind the standard headers, which have uses of their own for some of these words.
+// After the standard headers, which use some of these names themselves.
 #define __global__
 #define __device__
 #define __host__
@@ -70,8 +70,8 @@ struct Launch {
   void (*run)(const Launch&);         // calls it, for one thread
   void (*kernel)();
   const void* plan;
-  unsigned grid, block;               // blocks, threads a block
-  std::size_t shared_bytes;           // a block
+  unsigned grid, block;               // blocks, threads per block
+  std::size_t shared_bytes;           // per block
   unsigned seed;
   int threads;                        // of the operating system
 };
@@ -79,7 +79,7 @@ struct Launch {
 struct Error { std::string text; };
 
 constexpr unsigned WARP = 32;
-constexpr std::size_t GUARD = 1024;   // bytes around a block's shared memory that nobody may touch; keeps its alignment
+constexpr std::size_t GUARD = 1024;   // bytes around a block's shared memory that must not be touched; keeps its alignment
 #if defined(__SANITIZE_ADDRESS__)
 constexpr std::size_t STACK = 512 << 10;
 #else
@@ -91,7 +91,7 @@ struct Context {
 #if defined(EMULATOR_UCONTEXT)
   ucontext_t registers;
 #else
-  void* top;                          // of the stack, where the registers lie while another fiber runs
+  void* top;                          // of the stack, where the registers are saved while another fiber runs
 #endif
   const void* stack;
   std::size_t size;
@@ -99,8 +99,8 @@ struct Context {
 };
 
 #if !defined(EMULATOR_UCONTEXT)
-// Saves the registers that a function must preserve, and goes on where `to` was saved. Jumps instead of returning,
-// because the processor would predict a return to where this call came from.
+// Saves the registers that a function must preserve, and continues where `to` was saved. Jumps instead of returning,
+// because the processor would predict a return to this call's caller.
 extern "C" void emulator_switch(void** from, void* to);
 asm(R"(
 .pushsection .text
@@ -129,7 +129,7 @@ emulator_switch:
 )");
 #endif
 
-// `last`: `from` is never gone back to
+// `last`: `from` is never resumed
 inline void change(Context& from, Context& to, bool last = false) {
 #if defined(__SANITIZE_ADDRESS__)
   __sanitizer_start_switch_fiber(last ? nullptr : &from.fake, to.stack, to.size);
@@ -156,15 +156,15 @@ inline void prepare(Context& c, char* stack, std::size_t size, void (*entry)()) 
   makecontext(&c.registers, entry, 0);
 #else
   void** top = reinterpret_cast<void**>(stack + size);
-  *--top = nullptr;                   // as a return address, where a function expects one; unwinding ends here
+  *--top = nullptr;                   // in place of a return address; unwinding ends here
   *--top = reinterpret_cast<void*>(entry);
   for (int k = 0; k < 6; k++) *--top = nullptr;
   c.top = top;
 #endif
 }
 
-// Memory for stacks, kept between launches: first use of a page costs more than all else in a small launch. All modules
-// of a process share one pool (emulator_pool in launch.h), and each operating-system thread borrows a piece of it.
+// Memory for stacks, kept between launches: the first use of its pages costs more than the rest of a small launch. All
+// modules of a process share one pool (emulator_pool in launch.h), and each operating-system thread borrows a piece of it.
 struct Pool {
   struct Piece { char* data; std::size_t bytes; };
   std::mutex lock;
@@ -183,7 +183,7 @@ struct Pool {
     void* data = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (data == MAP_FAILED) throw std::bad_alloc();
 #if defined(MADV_NOHUGEPAGE)
-    madvise(data, bytes, MADV_NOHUGEPAGE);   // of most stacks only a page or two is ever used
+    madvise(data, bytes, MADV_NOHUGEPAGE);   // most stacks use only a page or two
 #endif
     return {(char*)data, bytes};
   }
@@ -212,7 +212,7 @@ inline const char* name_of(Place p) {
 struct Copy { void* to; const void* from; unsigned bytes; };
 
 struct Warp {
-  unsigned there, returned, waiting;  // a bit a lane
+  unsigned there, returned, waiting;  // one bit per lane
 };
 
 struct Fiber {
@@ -221,15 +221,15 @@ struct Fiber {
   Warp* warp;
   unsigned lane;
   Place place;
-  // of a warp's operation: what this lane gave, and what it gets
+  // of a warp-wide operation: what this lane contributes, and what it receives
   unsigned mask, source;
   std::uint64_t value, result;
-  std::vector<Copy> copies;           // that have not landed yet
+  std::vector<Copy> copies;           // that have not completed yet
 };
 
 [[noreturn]] __attribute__((format(printf, 1, 2))) void fail(const char* format, ...);
 
-// Fibers that can run; at most as many as there are.
+// A queue of fibers that can run; it has room for all fibers.
 struct Ring {
   std::vector<Fiber*> fibers;
   unsigned head = 0, tail = 0;
@@ -260,7 +260,7 @@ struct Scheduler {
     arena = (char*)std::aligned_alloc(1024, bytes);
     if (!arena) throw std::bad_alloc();
     shared = arena + GUARD;
-    stacks = pool()->take((fibers.size() + 1) * STACK);   // the first is for the second to run over into
+    stacks = pool()->take((fibers.size() + 1) * STACK);   // the first catches overruns of the second
     for (unsigned t = 0; t < l.block; t++) {
       fibers[t].thread = {t, 0, 0};
       fibers[t].warp = &warps[t / WARP];
@@ -270,7 +270,7 @@ struct Scheduler {
   ~Scheduler() {
     ASAN_UNPOISON_MEMORY_REGION(arena, bytes);
     std::free(arena);
-    if (!error.empty()) {             // fibers that were stopped have left ASan's marks, or overrun their stacks
+    if (!error.empty()) {             // stopped fibers leave ASan's marks behind, or may have overrun their stacks
       ASAN_UNPOISON_MEMORY_REGION(stacks.data, stacks.bytes);
       for (std::size_t i = 0; i < fibers.size(); i++) {
         if (*far_end(i)) *far_end(i) = 0;
@@ -286,7 +286,7 @@ struct Scheduler {
     f.place = RUNNING;
     (f.warp == held ? behind : ready).push(f);
   }
-  void give_way();                    // to whatever can run; returns when this fiber is awake and it is its turn
+  void give_way();                    // to any fiber that can run; returns when this one is awake and its turn comes
   [[noreturn]] void leave();          // for good
   unsigned random(unsigned below) {
     state ^= state << 13, state ^= state >> 7, state ^= state << 17;
@@ -303,11 +303,11 @@ struct Scheduler {
   unsigned alive = 0;                 // threads that have not returned
   Ring ready, behind;                 // behind: of the warp that is held back
   const Warp* held = nullptr;         // runs only when no other warp can
-  char* arena = nullptr;              // shared memory, and what lies around it
+  char* arena = nullptr;              // shared memory, and the guards around it
   std::size_t bytes = 0;
   Pool::Piece stacks{};
   std::uint64_t state = 1;
-  bool hurried = false;               // prefer those woken last, so that some warps run far ahead of the others
+  bool hurried = false;               // prefer fibers woken last, so that some warps run far ahead of the others
 
   char* stack(std::size_t i) const { return stacks.data + (i + 1) * STACK; }
   // of a stack: zero until something overruns it
@@ -359,7 +359,7 @@ inline void enter() {
   const void* stack;
   std::size_t size;
   __sanitizer_finish_switch_fiber(nullptr, &stack, &size);
-  if (!main.stack) main.stack = stack, main.size = size;   // the first fiber comes from there
+  if (!main.stack) main.stack = stack, main.size = size;   // the first fiber was started from there
 #endif
   call_and_report();
   scheduler()->leave();
@@ -413,7 +413,7 @@ inline void Scheduler::end() {
 #endif
 }
 
-// Called when nobody can run: says who waits, and for whom.
+// Called when no fiber can run: says which thread waits, and for which.
 inline std::string Scheduler::deadlock() const {
   for (const Fiber& f : fibers) {
     if (f.place <= RETURNED) continue;
@@ -451,7 +451,7 @@ inline void Scheduler::begin() {
   }
   for (std::size_t i = 0; i < fibers.size(); i++) {
     fibers[i].copies.clear();
-    // Stacks start at different cache lines of their pages: else all of them would want the same few sets of caches.
+    // Stacks start at different cache lines of their pages; otherwise they would compete for the same few cache sets.
     prepare(fibers[i].context, stack(i), STACK - i * 576 % 8192 / 64 * 64, enter);
     wake(fibers[i]);
   }
@@ -485,7 +485,7 @@ inline std::string run(const Launch& l) {
   std::atomic<bool> failed(false);
   std::mutex lock;
   std::string error;
-  unsigned of = l.grid;               // the first that failed, whoever noticed first: those before it have all begun
+  unsigned of = l.grid;               // the first block that failed, whichever was noticed first; those before it have all started
   auto report = [&](unsigned i, const std::string& text) {
     std::lock_guard<std::mutex> guard(lock);
     if (error.empty() || i < of) error = text, of = i;
@@ -520,8 +520,8 @@ inline void syncthreads() {
   s.give_way();
 }
 
-// The lanes of `mask` meet. Each brings a value and gets the one that lane `source` has brought; for __syncwarp and
-// votes, the bits of the lanes whose value is not zero.
+// The lanes of `mask` meet. Each contributes a value and receives that of lane `source`; for __syncwarp and votes, it
+// receives the bits of the lanes whose value is not zero.
 inline std::uint64_t meet(Place place, unsigned mask, std::uint64_t value, unsigned source) {
   Scheduler& s = *scheduler();
   Fiber& me = *s.current;
@@ -530,7 +530,7 @@ inline std::uint64_t meet(Place place, unsigned mask, std::uint64_t value, unsig
   unsigned group = mask & w.there;
   me.place = place;
   if (!(mask >> me.lane & 1))
-    fail("%s with mask %08x, outside of which lies its own lane, %u", name_of(place), mask, me.lane);
+    fail("%s with mask %08x, which excludes its own lane, %u", name_of(place), mask, me.lane);
   if (group & w.returned)
     fail("%s with mask %08x, but lane %d has returned", name_of(place), mask, __builtin_ctz(group & w.returned));
   if (!(group >> source & 1)) fail("%s with mask %08x, but reads lane %u", name_of(place), mask, source);
@@ -598,7 +598,7 @@ inline int __any_sync(unsigned mask, int predicate) {
   return emulator::meet(emulator::ANY, mask, predicate != 0, emulator::lane()) != 0;
 }
 inline int __all_sync(unsigned mask, int predicate) {
-  return emulator::meet(emulator::ALL, mask, predicate == 0, emulator::lane()) == 0;   // nobody votes against
+  return emulator::meet(emulator::ALL, mask, predicate == 0, emulator::lane()) == 0;   // no lane votes against
 }
 inline int __ffs(int v) { return __builtin_ffs(v); }
 inline int __popc(unsigned v) { return __builtin_popcount(v); }
@@ -614,13 +614,13 @@ inline unsigned atomicInc(unsigned* at, unsigned last) {
 // ---- what klcore's CUDA source has in PTX ---------------------------------------------------------------------------
 namespace kl {
 
-// of the first so many warps of the block
+// of the first `warps` warps of the block
 inline void warps_barrier(int warps) {
   emulator::Scheduler& s = *emulator::scheduler();
   emulator::Fiber& me = *s.current;
   unsigned threads = (unsigned)warps * emulator::WARP;
   if (me.thread.x >= threads || threads > s.launch.block)
-    emulator::fail("is at a barrier of %d warps, of which it is none, or of which there are fewer", warps);
+    emulator::fail("is at a barrier of %d warps, but is in none of these, or the block has fewer", warps);
   me.place = emulator::WARPS_BARRIER, me.mask = threads;
   if (++s.together == threads) {
     s.together = 0;
@@ -629,8 +629,9 @@ inline void warps_barrier(int warps) {
   s.give_way();
 }
 
-// Under seed 0, lands when the thread waits for it: the last moment, so that whoever does not wait finds NaNs. Under
-// others, now or then, as it falls out: neither what lies there before nor the source may be touched in between.
+// Under seed 0 a copy completes when the thread waits for it, the last possible moment, so that reading without waiting
+// finds NaNs. Under other seeds it completes either now or then, at random, so that neither the old contents nor the source
+// may be used in between.
 template <int BYTES> inline void copy_async(void* to_shared, const void* from_global) {
   static_assert(BYTES > 0 && KL_EMULATOR_ARCH >= 80, "asynchronous copies need compute capability 8.0");
   emulator::Scheduler& s = *emulator::scheduler();
@@ -640,7 +641,7 @@ template <int BYTES> inline void copy_async(void* to_shared, const void* from_gl
   if (offset < 0 || (std::size_t)offset + BYTES > s.launch.shared_bytes)
     emulator::fail("copies asynchronously to %p, which is not in the shared memory of its block", to_shared);
   const volatile char* source = (const volatile char*)from_global;
-  (void)source[0], (void)source[BYTES - 1];   // so that ASan complains here, not where the thread waits
+  (void)source[0], (void)source[BYTES - 1];   // so that ASan reports it here, not where the thread waits
   emulator::Copy copy = {to_shared, from_global, BYTES};
   if (s.launch.seed && s.random(2)) emulator::land(copy);
   else s.current->copies.push_back(copy);
@@ -650,7 +651,7 @@ inline void wait_copies() {
   emulator::Fiber& me = *s.current;
   for (const emulator::Copy& c : me.copies) emulator::land(c);
   me.copies.clear();
-  if (s.launch.seed) {                // others may come first
+  if (s.launch.seed) {                // other threads may run first
     s.wake(me);
     s.give_way();
   }
@@ -664,7 +665,7 @@ template <int BYTES> inline void copy_vector(void* to, const void* from) {
   std::memcpy(to, vector, BYTES);
 }
 
-// `y`, disturbed by up to `ulps` units in the last place, the same for the same x.
+// y changed by up to `ulps` units in the last place, by the same amount for the same x
 inline float disturbed(float x, float y, unsigned ulps) {
   if (!std::isnormal(y)) return y;
   std::uint32_t of_x, of_y;
@@ -674,7 +675,7 @@ inline float disturbed(float x, float y, unsigned ulps) {
   std::memcpy(&y, &moved, 4);
   return y;
 }
-// As inexact as a GPU's instructions.
+// As inaccurate as a GPU's instructions
 inline float hardware_exp2(float x) { return x == 0 ? 1.f : disturbed(x, exp2f(x), 2); }
 inline float hardware_reciprocal(float x) { return disturbed(x, 1.f / x, 1); }
 

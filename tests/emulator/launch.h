@@ -1,5 +1,5 @@
-// The door to the kernels of a CUDA source compiled with emulator.h: included after the source, which defines kl::Plan,
-// the one argument of every kernel, or names another by KL_ARGUMENT. Called through ctypes by tests/emulator/device.py.
+// The interface to the kernels of a CUDA source compiled with emulator.h. Included after the source, which defines kl::Plan,
+// the only argument of every kernel, or names another type by KL_ARGUMENT. tests/emulator/device.py calls it through ctypes.
 #pragma once
 #if !defined(KL_ARGUMENT)
 #define KL_ARGUMENT Plan
@@ -15,8 +15,8 @@ inline void run_kernel(const Launch& l) {
 
 }  // namespace emulator
 
-// Runs a kernel to its end. `seed`: of the schedule, 0 in order. `threads`: of the operating system, among which blocks
-// are shared out. Returns null, or what went wrong, valid until this thread's next launch.
+// Runs a kernel to completion. `seed`: of the schedule; 0: in order. `threads`: operating-system threads, which share the
+// blocks. Returns null, or an error message that is valid until this thread's next launch.
 extern "C" const char* emulator_launch(void (*kernel)(const emulator::Argument), const char* name, const void* plan,
                                        unsigned grid, unsigned block, std::size_t shared_bytes, unsigned seed,
                                        int threads) {
@@ -26,7 +26,7 @@ extern "C" const char* emulator_launch(void (*kernel)(const emulator::Argument),
   return error.empty() ? nullptr : error.c_str();
 }
 
-// Has this module use another's pool of stacks, or returns its own; else every module would keep megabytes.
+// Makes this module use another module's pool of stacks, or returns its own. Otherwise every module would keep megabytes.
 extern "C" emulator::Pool* emulator_pool(emulator::Pool* other) {
   if (other) emulator::pool() = other;
   return emulator::pool();
