@@ -19,7 +19,7 @@ benchmarks/plots.py draws them.
   divergence when nothing is rounded. The exact numbers are computed with pairs of doubles by tests/oracle.py, which
   imports nothing of klcore.
 
-The peers' expressions are those that side_by_side.py times (peers.py), and two more of SciPy's.
+The peers' expressions are those that side_by_side.py times, and two more with SciPy.
 """
 
 import argparse

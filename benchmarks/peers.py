@@ -1,7 +1,7 @@
-"""What the libraries beside which klcore is measured are asked for: every expression of theirs, once.
+"""The expressions by which other libraries compute what klcore computes, each written once.
 
 The benchmarks of speed, memory and accuracy, on the CPU and on the GPU, take them from here. x is the teacher, y the
-student. A library is imported where it is used: no machine needs all of them.
+student. A library is imported where it is used, since no machine needs all of them.
 """
 
 import functools
@@ -24,7 +24,7 @@ def version(name: str) -> str:
 
 
 def array_kl(xp: Any, space: str, x: Any, y: Any, total: Callable[[Any], Any], gradient: bool) -> Any:
-    """By NumPy or CuPy: the `total` of the terms, and with `gradient` the derivative of their sum by y."""
+    """With NumPy or CuPy: `total(terms)`, and with `gradient` the derivative of their sum with respect to y."""
 
     def log_softmax(a: Any) -> Any:
         a = a - a.max(axis=-1, keepdims=True)
@@ -44,7 +44,7 @@ def array_kl(xp: Any, space: str, x: Any, y: Any, total: Callable[[Any], Any], g
 
 
 def scipy_kl(name: str, space: str, x: Any, y: Any) -> Any:
-    """Values of rows: by scipy.special's kl_div or rel_entr, or scipy.stats' entropy. They take probabilities."""
+    """One value per row, by scipy.special.kl_div, scipy.special.rel_entr or scipy.stats.entropy."""
     from scipy import special, stats
 
     to_probs = {"probs": np.asarray, "log_probs": np.exp, "logits": functools.partial(special.softmax, axis=-1)}[space]
@@ -53,7 +53,7 @@ def scipy_kl(name: str, space: str, x: Any, y: Any) -> Any:
 
 
 def numexpr_kl(space: str, x: Any, y: Any, work: Any, total: Callable[[Any], Any], gradient: bool) -> Any:
-    """As array_kl, evaluated into `work` over threads; but the sums are NumPy's, which numexpr does no faster."""
+    """As array_kl, evaluated into `work` over threads; NumPy sums, since numexpr is no faster at that."""
     import numexpr
 
     def evaluate(expression: str, **names: Any) -> Any:
@@ -167,7 +167,7 @@ def numba_kernels() -> dict[tuple[str, bool], Any]:
 
 
 def torch_kl(reduction: str) -> Callable[[Any, Any, bool], Any]:
-    """PyTorch's function of log y, x, and whether that is a logarithm as well. "row" is of each row."""
+    """PyTorch's kl_div as a function of log y, x, and whether x is a logarithm too. "row": one value per row."""
     import torch.nn.functional as F
 
     if reduction == "row":
@@ -176,7 +176,7 @@ def torch_kl(reduction: str) -> Callable[[Any, Any, bool], Any]:
 
 
 def liger_kl() -> Callable[[Any, Any, bool], Any]:
-    """The same by Liger-Kernel, of all rows together."""
+    """Liger-Kernel's loss as such a function; the sum over all rows."""
     from liger_kernel.transformers import LigerKLDIVLoss
 
     losses = [LigerKLDIVLoss(reduction="sum", log_target=flag) for flag in (False, True)]
@@ -184,7 +184,7 @@ def liger_kl() -> Callable[[Any, Any, bool], Any]:
 
 
 def torch_loss(space: str, kl: Callable[[Any, Any, bool], Any]) -> Callable[[Any, Any], Any]:
-    """The loss of x and y by such a function. "soft targets" are logits as well, x made probabilities."""
+    """The loss of x and y, by torch_kl or liger_kl. "soft targets": logits too, of which x becomes probabilities."""
     import torch.nn.functional as F
 
     return {
@@ -197,7 +197,7 @@ def torch_loss(space: str, kl: Callable[[Any, Any, bool], Any]) -> Callable[[Any
 
 
 def torch_step(loss: Callable[[Any], Any], y: Any) -> Callable[[], Any]:
-    """A call for the loss of each row of y, and the gradient of their sum by autograd."""
+    """A call that returns the losses of the rows of y, and the gradient of their sum by autograd."""
 
     def step() -> Any:
         student = y.detach().requires_grad_()
@@ -212,7 +212,7 @@ def torch_step(loss: Callable[[Any], Any], y: Any) -> Callable[[], Any]:
 
 
 def jax_terms(space: str, x: Any, y: Any) -> Any:
-    """Not yet summed."""
+    """The terms, not yet summed."""
     import jax
     import jax.numpy as jnp
 
@@ -224,7 +224,7 @@ def jax_terms(space: str, x: Any, y: Any) -> Any:
 
 
 def jax_js(x: Any, y: Any) -> Any:
-    """TRL's formula of the Jensen-Shannon divergence, of rows of logits."""
+    """TRL's formula of the Jensen-Shannon divergence, for rows of logits."""
     import jax
     import jax.numpy as jnp
 
@@ -235,11 +235,11 @@ def jax_js(x: Any, y: Any) -> Any:
 
 # ---- the Jensen-Shannon divergence and the total variation distance of rows of logits --------------------------------
 #
-# Here and below: written from descriptions of what the systems compute, on tensors of PyTorch.
+# Here and below: written from descriptions of what the systems compute, for PyTorch tensors.
 
 
 def trl_js(x: Any, y: Any, beta: float = 0.5) -> Any:
-    """The mixture's logarithm by log-sum-exp."""
+    """The logarithm of the mixture by log-sum-exp."""
     import torch
     import torch.nn.functional as F
 
@@ -250,7 +250,7 @@ def trl_js(x: Any, y: Any, beta: float = 0.5) -> Any:
 
 
 def liger_js(x: Any, y: Any, beta: float = 0.5) -> Any:
-    """Entropies of the parts, less that of the mixture."""
+    """Entropies of the parts, minus that of the mixture."""
     s, t = y.log_softmax(-1), x.log_softmax(-1)
     of_t, of_s = beta * t.exp(), (1 - beta) * s.exp()
     m = of_t + of_s

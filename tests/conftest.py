@@ -96,7 +96,7 @@ def gpu(request):
 
 
 class Arrays:
-    """Where a test computes: `put` makes an array of the library of a NumPy one, `get` brings a result back."""
+    """Where a test computes: `put` converts a NumPy array to the library, `get` converts a result back."""
 
     def __init__(self, name, put, get):
         self.name, self._put, self.get = name, put, get
@@ -128,7 +128,7 @@ def jax_arrays():
 
 @pytest.fixture(scope="module")
 def arrays(request):
-    """By name: a device of KLCORE_TEST_DEVICES, "torch" or "jax"."""
+    """Arrays of a device of KLCORE_TEST_DEVICES, or of "torch" or "jax"; golden.runs parametrizes it."""
     if request.param in ("torch", "jax"):
         yield {"torch": torch_arrays, "jax": jax_arrays}[request.param]()
         return
@@ -140,7 +140,7 @@ def arrays(request):
 
 @pytest.fixture
 def without_keras(request, monkeypatch):
-    """Keras may be loaded by other tests; here it is not, unless a test asks for it."""
+    """Hide Keras, which other tests may have loaded, unless the test asks for it."""
     if "keras" not in request.fixturenames:
         monkeypatch.delitem(sys.modules, "keras", raising=False)
 
@@ -149,7 +149,7 @@ def without_keras(request, monkeypatch):
 def keras():
     os.environ.setdefault("KERAS_BACKEND", "torch")
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # those of the import are not ours
+        warnings.simplefilter("ignore")  # from Keras's own imports
         return pytest.importorskip("keras", reason="not run: Keras is not installed")
 
 
@@ -225,7 +225,7 @@ BENCHMARKS = pathlib.Path(__file__).resolve().parents[1] / "benchmarks"
 
 @pytest.fixture(scope="module")
 def script():
-    """Imports a file of benchmarks/."""
+    """Import a file of benchmarks/."""
     if not BENCHMARKS.exists():
         pytest.skip("no benchmarks beside the tests: these are of an installed package")
     with pytest.MonkeyPatch.context() as patch:

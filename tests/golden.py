@@ -1,8 +1,8 @@
-"""What the five systems of klcore.compat returned (tests/golden/), and how a front-end is compared with it.
+"""What five systems returned (tests/golden/), and how the modules of klcore.compat are compared with them.
 
-Every case of the files is run over NumPy arrays, a part of them over the emulated or real GPU, PyTorch's and JAX's
-arrays. The cases that are not, and where klcore decided to differ, are named with the reason: NOT_RUN, the tests called
-deviation, and comments that begin with the word.
+Every case of the files is run with NumPy arrays, and some of the cases on the emulated or real GPU and with PyTorch and
+JAX arrays. Cases that are not run, and cases where klcore differs on purpose, are named with the reason: NOT_RUN, the
+tests called deviation, and comments that begin with that word.
 """
 
 import builtins
@@ -24,7 +24,7 @@ SHORT = {"f16": "float16", "bf16": "bfloat16", "f32": "float32", "f64": "float64
 
 
 class Case:
-    """One case of a file: what it was called with, and its arrays by name."""
+    """One case of a file: the arguments of the call, and the arrays by name."""
 
     def __init__(self, system, content, arrays):
         self.system = system
@@ -42,7 +42,7 @@ class Case:
         return self._arrays[f"{self.id}/{name}"]
 
     def dtype(self, name):
-        """Of an array, by its name; bfloat16 is stored widened."""
+        """The dtype of an array; bfloat16 is stored as float32."""
         side = "target" if "target" in name else "input" if "input" in name else "out"
         short = self.params.get(f"{side}_dtype") or self.params.get("dtype") or self[name].dtype.name
         return SHORT.get(short, short)
@@ -58,7 +58,7 @@ CASES = {
 }
 COUNTS = {"pytorch": 305, "r_torch": 92, "keras": 233, "keras_2": 30, "mxnet": 135, "mxnet_1.9": 134, "puzzlelib": 62}
 
-# what there is to compare with, beside the families that have tests of their own
+# the families that have values to compare with; OWN_TESTS have tests of their own
 FAMILIES = {
     "pytorch": ("grid", "broadcast", "mixed", "half", "empty", "edge", "noncontig"),
     "r_torch": ("grid",),
@@ -94,13 +94,13 @@ def each(family, *systems):
 
 
 def small(case):
-    """Some of the ordinary cases, for where a run is slow: one of each kernel that a front-end uses."""
+    """Whether it is one of the few ordinary cases that use every kernel of a front-end, for slow runs."""
     shapes = ("/4x5/", "/2x3x4/", "/3x7/")
     return case.family in ("grid", "func", "class") and "f64" not in case.id and any(s in case.id for s in shapes)
 
 
 def few(cases):
-    """One case each of those that differ in what they ask for, not in the numbers."""
+    """One case of each set of options, whatever the numbers are."""
     found = {}
     for case in cases:
         key = json.dumps({k: v for k, v in case.params.items() if k != "kind"}, sort_keys=True)
@@ -109,20 +109,20 @@ def few(cases):
 
 
 def runs(*systems):
-    """(arrays, case): all over NumPy, part of them elsewhere."""
+    """Parametrize a test over (arrays, case): all cases with NumPy, some of them elsewhere."""
     pairs = []
     for system in systems:
         for name in [*DEVICES, "torch", "jax"]:
             cases = values(system)
-            if name not in ("cpu", "torch"):  # only to these arrays can others than Keras attach a mask
+            if name not in ("cpu", "torch"):  # only these arrays can carry a mask without Keras
                 cases = [c for c in cases if c.family != "mask"]
-            if name == "jax":  # which has no float64 unless it is told so, for the whole process
+            if name == "jax":  # it has no float64 unless the whole process does
                 cases = [c for c in cases if {a.dtype.name for a in map(c.__getitem__, c.names)} <= {"float32", "bool"}]
             elif name == "emulated":
                 weighted = [c for c in cases if c.family == "sample_weight" and "f32" in c.id]
                 cases = [*(few(filter(small, cases)) or cases[:3]), *weighted[:4]]
             if system == "puzzlelib" and name in ("torch", "jax"):
-                continue  # its users have neither, and it has no derivative to teach them
+                continue  # PuzzleLib's users have neither
             pairs += [pytest.param(name, case, id=f"{name}-{case!r}") for case in cases]
     return pytest.mark.parametrize(("arrays", "case"), pairs, indirect=["arrays"])
 
@@ -144,14 +144,14 @@ def check(got, expected, dtype, compared, what, loose=None):
 
 @contextlib.contextmanager
 def quiet():
-    """For the warnings that a system gives; that they come has tests of its own."""
+    """Ignore a system's warnings; other tests check that they are raised."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
         yield
 
 
 def gradients_of(function, inputs, value, cotangent, arrays, count):
-    """The first `count` gradients, in every way there is: value_and_grad, and the library's own differentiation."""
+    """The first `count` gradients, by value_and_grad and by the library's own automatic differentiation."""
     again, gradients = function.value_and_grad(*inputs, cotangent=cotangent)
     np.testing.assert_array_equal(arrays.get(again), arrays.get(value))
     ways = [gradients]
@@ -166,7 +166,7 @@ def gradients_of(function, inputs, value, cotangent, arrays, count):
 
 
 def run(function, case, arrays, compared, inputs, loose=None):
-    """Value and gradients of a case against what the system returned. `inputs`: names, in the order of the call."""
+    """Compare value and gradients of a case with what the system returned. `inputs`: names, in the call's order."""
     given = [arrays.put(case[name], case.dtype(name)) for name in inputs]
     value = function(*given)
     assert str(value.dtype).removeprefix("torch.") == case.dtype("out")
@@ -185,9 +185,9 @@ def run(function, case, arrays, compared, inputs, loose=None):
 
 
 def check_error(case, attempts, compared, classes=None, taken=()):
-    """A call raises the class that the system raises, or what stands in `classes` for one of its own.
+    """A call raises the system's exception; `classes` replaces those that only the system has, by case.
 
-    Those of `taken` are none here.
+    klcore accepts the calls in `taken`.
     """
     name = case.id.removeprefix("error/")
     if name in taken:
@@ -199,7 +199,7 @@ def check_error(case, attempts, compared, classes=None, taken=()):
     compared[f"golden errors of {case.system} raised"] += 1
 
 
-# ---- inputs for the rest ---------------------------------------------------------------------------------------------
+# ---- inputs of other tests -------------------------------------------------------------------------------------------
 
 F32, F64 = np.float32, np.float64
 HALF = np.full((2, 3), 0.5)

@@ -1,4 +1,4 @@
-"""What holds for every front-end of klcore.compat; each system has a file of its own beside this one."""
+"""What all modules of klcore.compat have in common; test_compat_*.py test each of them."""
 
 import inspect
 import warnings

@@ -1,4 +1,4 @@
-"""klcore.compat.keras beside Keras 3 and 2: what they returned (golden.py), and how it behaves."""
+"""klcore.compat.keras: compared with what Keras 3 and 2 returned (golden.py), and behaviour."""
 
 import copy
 import importlib.util

@@ -1,4 +1,4 @@
-"""klcore.compat.mxnet beside MXNet 1.6 and 1.9: what they returned (golden.py), and how it behaves."""
+"""klcore.compat.mxnet: compared with what MXNet 1.6 and 1.9 returned (golden.py), and behaviour."""
 
 import numpy as np
 import oracle

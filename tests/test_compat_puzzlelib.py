@@ -1,4 +1,4 @@
-"""klcore.compat.puzzlelib beside PuzzleLib: what it returned (golden.py), and how it behaves."""
+"""klcore.compat.puzzlelib: compared with what PuzzleLib returned (golden.py), and behaviour."""
 
 import numpy as np
 import pytest

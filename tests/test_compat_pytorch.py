@@ -1,4 +1,4 @@
-"""klcore.compat.pytorch and rtorch beside PyTorch and R torch: what they returned (golden.py), and how they behave."""
+"""klcore.compat.pytorch and rtorch: compared with what PyTorch and R torch returned (golden.py), and behaviour."""
 
 import contextlib
 import copy
@@ -111,7 +111,8 @@ ERRORS = {
 @each("error", "pytorch", "r_torch")
 def test_errors(case, compared):
     classes = {"log_target_fn": TypeError, "reduction_null": ValueError}
-    check_error(case, ERRORS, compared, classes, taken=("numpy", "module_ctor_bogus"))  # the last one by PyTorch, too
+    taken = ("numpy", "module_ctor_bogus")  # PyTorch accepts the second too
+    check_error(case, ERRORS, compared, classes, taken)
 
 
 def test_pytorch_module():
