@@ -314,12 +314,12 @@ def spaces() -> None:
         if "counts" not in pair  # test_counts.py has their bounds
         if name != "rel_entr" and ("logits" in pair or row.form != _cpu.BY_COST) and name in oracle.OPERATIONS
     ]
-    print("| | x, y | dtype | worst error of the value | in shares of its bound | d/dx, likewise | d/dy |")
-    print("|---|---|---|" + "--:|" * 4)
+    print("| | worst error of the value | as a share of its bound | d/dx | d/dy |")
+    print("|---|" + "--:|" * 4)
     for (operation, pair), dtype in tqdm([(line, dtype) for line in lines for dtype in DTYPES], disable=None):
         worst, shares = worst_errors(operation, pair, dtype)
         figures = f"{worst:.0e}", *(f"{share:.2g}" for share in shares.values())
-        tqdm.write(" | ".join([f"| {operation}", ", ".join(pair), dtype, *figures]) + " |")
+        tqdm.write(" | ".join([f"| {operation} {', '.join(pair)}, {dtype}", *figures]) + " |")
 
 
 # ---- the record ------------------------------------------------------------------------------------------------------
