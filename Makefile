@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 SOURCES := setup.py pyproject.toml $(wildcard src/*.h src/*.pyx)
 
-.PHONY: build demo demo-compare examples test test-tensorflow test-oldest fuzz lint docs wheel wheel-test bench accuracy plots asv asv-check asv-compare cuda-check \
+.PHONY: build demo demo-compare examples test test-tensorflow test-oldest fuzz lint docs wheel wheel-test bench accuracy plots pictures asv asv-check asv-compare cuda-check \
 	gpu-check gpu-carry gpu-report minimax clean
 
 build: .venv/core
@@ -15,6 +15,9 @@ examples: .venv/examples
 	$(BIN)/python examples/torch_distill.py
 	$(BIN)/python examples/topk_distillation.py
 	$(BIN)/python examples/keras_cnn.py
+	$(BIN)/python examples/vae_digits.py
+	$(BIN)/python examples/direction.py
+	$(BIN)/python examples/drift.py
 	$(BIN)/python examples/tensor_parallel.py
 	$(BIN)/python examples/linear_distillation.py
 test: .venv/test
@@ -63,6 +66,9 @@ accuracy: .venv/accuracy
 	$(BIN)/python benchmarks/topk.py --accuracy
 plots: .venv/plots
 	$(BIN)/python benchmarks/plots.py
+# What the examples draw, into docs/pictures.
+pictures: demo demo-compare examples
+	cp examples/output/*-light.svg examples/output/*-dark.svg docs/pictures
 # A range of commits for git ("RANGE=main~5..main"), or NEW: those since the last measurement. Each is built and installed
 # in asv_bench/env. Then the pages are written to asv_bench/html; `asv preview` shows them.
 asv: RANGE ?= HEAD^!

@@ -4,15 +4,16 @@
 
 writes docs/plots/NAME-light.svg and NAME-dark.svg, for light and dark pages, and the tables of docs/accuracy.md. It
 measures nothing: it draws the newest records in docs/benchmarks, written by accuracy.py, side_by_side.py and
-report.py, and the divergences as klcore computes them. The plots are readable on a phone: seven inches wide, with
-panels one above the other and large letters. The same record gives the same file.
+report.py, and the divergences as klcore computes them. examples/style.py has their look. The same record
+gives the same file.
 """
 
 import functools
 import hashlib
 import json
+import sys
 import textwrap
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,22 +28,11 @@ from report import OURS, PERCENT, RECORDS, benchmark_of, markdown, marked, newes
 import klcore
 from klcore.operations import OPERATIONS
 
+sys.path.append(str(Path(__file__).resolve().parents[1] / "examples"))
+from style import WIDTH, head, write
+
 PLOTS = RECORDS.parent / "plots"
 PAGE = RECORDS.parent / "accuracy.md"
-WIDTH = 7.0  # inches
-
-# Darker on white, lighter on dark. After Okabe and Ito; any two colours differ by at least 12 units of CIELAB for the
-# colour-blind, by the simulation of Machado, Oliveira and Fernandes (2009). Markers differ as well.
-THEMES = {
-    "light": {
-        "ink": "#1f2328", "grid": "#d0d7de", "blue": "#0060a8", "orange": "#dd6b0a", "green": "#008f6b",
-        "pink": "#a03070", "yellow": "#5c4a00", "grey": "#8c959f",
-    },
-    "dark": {
-        "ink": "#e6edf3", "grid": "#30363d", "blue": "#4aa8ee", "orange": "#f5803a", "green": "#2ab58f",
-        "pink": "#ffc0e0", "yellow": "#f5dc55", "grey": "#7d8792",
-    },
-}  # fmt: skip
 # contender -> colour, marker, line
 LOOKS = {
     OURS: ("blue", "o", "-"),
@@ -78,16 +68,6 @@ def look(name: str, theme: Theme, **more: Any) -> dict[str, Any]:
         "markerfacecolor": "none" if name == HOLLOW else theme[colour],
     }  # fmt: skip
     return style | more
-
-
-def head(figure: Figure, title: str, handles: Iterable[Line2D]) -> None:
-    """Title and legend, above everything."""
-    found = figure.legend(
-        handles=list(handles), loc="outside upper left", ncols=3, frameon=False, handlelength=1.6, title=title,
-        title_fontproperties={"size": 13, "weight": "bold"}, alignment="left", borderpad=0.2, columnspacing=1.2,
-    )  # fmt: skip
-    found.get_title().set_position((0, 4))
-    figure.get_layout_engine().set(h_pad=0.1)
 
 
 def array(found: list[float | None]) -> np.ndarray:
@@ -413,11 +393,8 @@ def newest_accuracy(folder: Path) -> Path | None:
 
 def plots(folder: Path = RECORDS) -> Iterator[tuple[str, list[Path], Callable[[Theme], Figure]]]:
     """Name, records and drawing of every plot whose records are there."""
-    accuracy, close, on_cpu = (
-        newest_accuracy(folder),
-        max(folder.glob("close-*.json"), default=None),
-        newest_cpu(folder),
-    )
+    accuracy, on_cpu = newest_accuracy(folder), newest_cpu(folder)
+    close = max(folder.glob("close-*.json"), default=None)
     drawings: dict[str, tuple[Callable[..., Figure], list[Path | None]]] = {
         "family": (family, []),
         "elementary": (elementary, [accuracy]),
@@ -434,31 +411,17 @@ def plots(folder: Path = RECORDS) -> Iterator[tuple[str, list[Path], Callable[[T
 
 
 def draw(folder: Path, records: Path = RECORDS) -> list[Path]:
-    """All plots, each for light and for dark pages, as SVG with text as text."""
-    written = []
+    """All plots, each for light and for dark pages."""
+    written: list[Path] = []
     for name, paths, drawing in plots(records):
         digests = [f"{path.name}, sha256 {hashlib.sha256(path.read_text().encode()).hexdigest()}" for path in paths]
-        source = "; ".join(digests) or "klcore"
-        for kind, theme in THEMES.items():
-            ink, grid = theme["ink"], theme["grid"]
-            style = {
-                "svg.hashsalt": "klcore", "svg.fonttype": "none", "font.size": 12, "axes.titlesize": 12,
-                "text.color": ink, "axes.labelcolor": ink, "xtick.color": ink, "ytick.color": ink,
-                "axes.edgecolor": grid, "axes.grid": True, "grid.color": grid, "axes.axisbelow": True,
-                "axes.spines.top": False, "axes.spines.right": False, "axes.facecolor": "none",
-            }  # fmt: skip
-            path = folder / f"{name}-{kind}.svg"
-            with matplotlib.rc_context(style):
-                figure = drawing(theme)
-                figure.savefig(path, transparent=True, metadata={"Date": None, "Creator": None, "Source": source})
-                pyplot.close(figure)
-            written.append(path)
+        written += write(folder, name, drawing, "; ".join(digests) or "klcore")
+    pyplot.close("all")
     return written
 
 
 def main() -> None:
     matplotlib.use("svg")
-    PLOTS.mkdir(exist_ok=True)
     PAGE.write_text(page(PAGE.read_text()))
     for path in [PAGE, *draw(PLOTS)]:
         print(path)

@@ -18,7 +18,6 @@ extensions = [
     "sphinx.ext.autosummary",
     "sphinx.ext.intersphinx",
     "sphinx_copybutton",
-    "sphinx_design",
     "indexed",
     "mathml",
     "pictures",
@@ -27,7 +26,7 @@ extensions = [
 exclude_patterns = ["_build", "_extensions", "benchmarks"]
 nitpicky = True
 
-myst_enable_extensions = ["colon_fence", "dollarmath"]
+myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 3
 autodoc_typehints = "none"  # numpydoc's sections say what the types are
 autodoc_mock_imports = ["torch"]  # which klcore.compat.trl and .liger import, and which is large

@@ -18,6 +18,7 @@ Run it with ``make demo-compare``, or (about a minute)::
     python examples/compare_quantised.py
 """
 
+import base64
 import json
 import re
 from collections import Counter
@@ -25,6 +26,7 @@ from pathlib import Path
 from pydoc_data.topics import topics
 
 import numpy as np
+from style import figure, head, save
 from tqdm import tqdm
 
 import klcore
@@ -133,6 +135,32 @@ def quantised(model, bits, blocks):
     return model | {name: rounded(a, bits, 32 if blocks else len(a)) for name, a in matrices.items()}
 
 
+# ---- the pictures ----------------------------------------------------------------------------------------------------
+
+
+def draw(rows, reports, theme):
+    """The KL of all tokens, for each way to quantise."""
+    picture = figure(4.2)
+    panel = picture.subplots()
+    edges = np.geomspace(1e-6, 1, 121)
+    for (name, kl), colour, line in zip(rows.items(), ("green", "blue", "orange"), ("-", "--", "-."), strict=True):
+        r = reports[name]
+        label = f"{name}: {r['kl']['mean']:.2g} ± {r['kl']['stderr']:.1g}, same token {r['same_top']['mean']:.1%}"
+        panel.stairs(np.histogram(kl, edges)[0], edges, color=theme[colour], linestyle=line, linewidth=2, label=label)
+    panel.axvline(LIMIT, color=theme["ink"], linewidth=1)
+    panel.text(LIMIT, 1.01, f"limit of the mean: {LIMIT:g}", ha="center", transform=panel.get_xaxis_transform())
+    panel.set(xscale="log", xlim=(edges[0], edges[-1]), ylim=(0, None), xlabel="KL of a token, nats", ylabel="tokens")
+    head(picture, "Three quantisations of one model: mean KL ± error", panel.get_legend_handles_labels()[0], 1)
+    return picture
+
+
+def report_pictures(name):
+    """The pictures of a report, for dark and for light pages: it has those for narrow screens last."""
+    found = re.findall(r"data:image/svg\+xml;base64,([^'\"]+)", (OUTPUT / f"{name}.html").read_text())
+    for kind, picture in zip(("dark", "light"), found[-2:], strict=True):
+        (OUTPUT.parent / f"report-{kind}.svg").write_bytes(base64.b64decode(picture))
+
+
 # ---- the comparison --------------------------------------------------------------------------------------------------
 
 
@@ -180,6 +208,10 @@ def main():
         )
     means = [r["kl"]["mean"] for r in found.values()]
     assert means == sorted(means), "fewer bits, and fewer scales, are further from the original"
+    report_pictures("4-bit")
+    base = np.load(OUTPUT / "float32.npy")
+    rows = {name: klcore.kl_div(base, np.load(OUTPUT / f"{name}.npy"), space="logits") for name in ways}
+    save("compare", lambda theme: draw(rows, found, theme))
     print(f"\nOpen {OUTPUT / '4-bit.html'} in a browser.")
 
 

@@ -15,16 +15,11 @@ Run it with ``make demo``, or (about ten seconds)::
     python examples/distill_digits.py
 """
 
-from pathlib import Path
-
-import matplotlib
-
-matplotlib.use("Agg")  # draw to a file: no screen needed
-import matplotlib.pyplot as plt
 import numpy as np
 from scipy.special import rel_entr, softmax
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
+from style import figure, head, save
 from tqdm import tqdm
 
 import klcore
@@ -34,7 +29,6 @@ TEMPERATURE = 4.0
 EPOCHS = 60
 BATCH = 32
 STARTS = 5  # random initialisations a student is trained from: one alone says little
-PICTURE = Path(__file__).parent / "output" / "distill_digits.png"
 
 
 def load():
@@ -169,54 +163,32 @@ def contributions(x, y, labels):
     return np.stack([terms[labels == digit].mean(axis=0) for digit in range(10)])
 
 
-def draw(history, teacher_accuracy, terms):
-    """Left, one above the other: loss and accuracy by epoch. Right: which classes make up the KL that remains."""
-    blue, orange, grey = "#0072B2", "#D55E00", "#666666"  # Okabe and Ito's colour-blind safe palette
-    plt.rcParams.update({"font.size": 11, "axes.spines.top": False, "axes.spines.right": False})
-    figure, axes = plt.subplot_mosaic(
-        [["loss", "terms"], ["accuracy", "terms"]], figsize=(13, 6), width_ratios=[1, 1.15], layout="constrained"
-    )
+def draw(history, teacher_accuracy, terms, theme):
+    """Above: loss and accuracy by epoch. Below: which classes make up the KL that remains."""
+    picture = figure(8.4)
+    axes = picture.subplot_mosaic([["loss", "accuracy"], ["terms", "terms"]], height_ratios=[1, 2.2])
     epochs = np.arange(1, len(history) + 1)
-
-    axes["loss"].semilogy(epochs, history[:, 0], color=blue, linewidth=2)
-    axes["loss"].set(ylabel="KL(teacher || student)\n(nats, log scale)", title="Training loss")
+    axes["loss"].semilogy(epochs, history[:, 0], color=theme["blue"], linewidth=2)
+    axes["loss"].set(title="KL(teacher || student), nats", xlabel="epoch")
     axes["loss"].yaxis.set_major_formatter("{x:g}")
-    axes["loss"].sharex(axes["accuracy"])
-    axes["loss"].tick_params(labelbottom=False)
 
-    percent = 100 * history
-    axes["accuracy"].plot(epochs, percent[:, 2], color=orange, linewidth=2)
-    axes["accuracy"].axhline(100 * teacher_accuracy, color=grey, linestyle="--")
-    axes["accuracy"].annotate(
-        f"teacher {teacher_accuracy:.1%}", (EPOCHS, 100 * teacher_accuracy), (0, 3), textcoords="offset points",
-        ha="right", va="bottom", color=grey,
-    )  # fmt: skip
-    axes["accuracy"].annotate(
-        f"student {history[-1, 2]:.1%}", (EPOCHS, percent[-1, 2]), (0, -10), textcoords="offset points",
-        ha="right", va="top", color=orange,
-    )  # fmt: skip
-    axes["accuracy"].set(xlabel="epoch", ylabel="correct (%)", title="Accuracy on the test images", ylim=(50, 105))
-    for name in ("loss", "accuracy"):
-        axes[name].grid(alpha=0.3)
+    axes["accuracy"].plot(epochs, 100 * history[:, 2], color=theme["blue"], linewidth=2)
+    axes["accuracy"].axhline(100 * teacher_accuracy, color=theme["orange"], linestyle="--")
+    axes["accuracy"].text(EPOCHS, 100 * teacher_accuracy + 1, "teacher", ha="right", va="bottom", color=theme["orange"])
+    axes["accuracy"].set(title="test images right, %", xlabel="epoch", ylim=(50, 105))
 
-    image = axes["terms"].imshow(1000 * terms, cmap="viridis", vmin=0)
-    light = 1000 * terms < 0.6 * 1000 * terms.max()  # viridis is dark below
+    axes["terms"].imshow(1000 * terms, cmap="viridis", vmin=0, aspect="auto")
     for (digit, cls), value in np.ndenumerate(1000 * terms):
-        axes["terms"].text(cls, digit, f"{value:.1f}", ha="center", va="center", fontsize=9,
-                           color="white" if light[digit, cls] else "black")  # fmt: skip
+        dark = value < 600 * terms.max()  # viridis is dark below
+        axes["terms"].text(cls, digit, f"{value:.1f}", ha="center", va="center", color="white" if dark else "black")
     axes["terms"].set(
-        xlabel="class of the output", ylabel="true digit", xticks=range(10), yticks=range(10),
-        title="What each class adds to the remaining KL\n(mean over the test images of each digit)",
+        title="what each class adds to the KL that remains, thousandths of a nat", xlabel="class of the output",
+        ylabel="true digit", xticks=range(10), yticks=range(10),
     )  # fmt: skip
+    axes["terms"].grid(visible=False)
     axes["terms"].spines[:].set_visible(False)
-    figure.colorbar(image, ax=axes["terms"], label="KL contribution (millinats)", shrink=0.85)
-    figure.suptitle(
-        f"Distilling a 64-{TEACHER}-10 network into 64-{STUDENT}-10 with klcore, at temperature {TEMPERATURE:g}"
-    )
-
-    PICTURE.parent.mkdir(exist_ok=True)
-    figure.savefig(PICTURE, dpi=110)
-    plt.close(figure)
+    head(picture, f"A student of {STUDENT} hidden units learns from a teacher of {TEACHER}")
+    return picture
 
 
 def main():
@@ -245,8 +217,8 @@ def main():
         spread = f"{min(scores):.1%} to {max(scores):.1%}" if len(nets) > 1 else ""
         print(f"  {name:<26}{size:>10,}{np.mean(scores):>10.1%}   {spread}".rstrip())
 
-    draw(history, accuracy(teacher, test_images, test_labels), contributions(x, y, test_labels))
-    print(f"\nPicture: {PICTURE}")
+    drawn = history, accuracy(teacher, test_images, test_labels), contributions(x, y, test_labels)
+    save("distill_digits", lambda theme: draw(*drawn, theme))
 
 
 if __name__ == "__main__":

@@ -20,19 +20,15 @@ KERAS_BACKEND chooses the library that Keras computes with: "torch" (the default
 
 import os
 import time
-from pathlib import Path
 
 os.environ.setdefault("KERAS_BACKEND", "torch")  # before Keras is imported
 os.environ.setdefault("JAX_ENABLE_X64", "1")
 
 import keras
-import matplotlib
-
-matplotlib.use("Agg")  # draw to a file: no screen needed
-import matplotlib.pyplot as plt
 import numpy as np
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
+from style import figure, head, save
 from tqdm import tqdm
 
 import klcore
@@ -48,7 +44,6 @@ LOSSES = {
     CROSS: keras.losses.categorical_crossentropy,
 }
 WORST = 8  # test images that the picture shows
-PICTURE = Path(__file__).parent / "output" / "keras_cnn.png"
 
 
 def prepare():
@@ -113,50 +108,38 @@ def report(histories, nets, seconds):
     return difference.max()
 
 
-def draw(histories, images, labels, predictions):
+def draw(histories, images, labels, predictions, theme):
     """Losses and accuracies by epoch, and the test images whose divergence is largest."""
-    blue, orange, green = "#0072B2", "#D55E00", "#009E73"  # Okabe and Ito's colour-blind safe palette
     styles = {
-        OURS: {"color": blue, "linewidth": 6, "alpha": 0.4},
-        THEIRS: {"color": orange, "linewidth": 1.6},
-        CROSS: {"color": green, "linestyle": "none", "marker": "o", "markersize": 5, "markerfacecolor": "none"},
+        OURS: {"color": theme["blue"], "linewidth": 6, "alpha": 0.5},
+        THEIRS: {"color": theme["orange"], "linewidth": 1.6},
+        CROSS: {"color": theme["green"], "linestyle": "none", "marker": "o", "markersize": 5, "fillstyle": "none"},
     }
-    plt.rcParams.update({"font.size": 11, "axes.spines.top": False, "axes.spines.right": False})
-    figure = plt.figure(figsize=(14, 5), layout="constrained")
-    curves, worst = figure.subfigures(1, 2, width_ratios=[1.7, 1])
-    left, right = curves.subplots(1, 2)
+    picture = figure(7.6)
+    curves, worst = picture.subfigures(2, 1, height_ratios=[1, 1.25])
+    loss, right = curves.subplots(1, 2)
     epochs = np.arange(1, EPOCHS + 1)
     for name, style in styles.items():
-        left.semilogy(epochs, histories[name]["loss"], label=name, **style)
-        right.plot(epochs, 100 * histories[name]["val_accuracy"], label=name, **style)
-    ticks = [0.2, 0.3, 0.5, 1, 2]
-    left.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
-    left.set_yticks([], minor=True)
-    left.set(title="Training loss", ylabel="nats (log scale)")
-    left.legend(frameon=False)
-    right.set(title="Accuracy on the test images", ylabel="correct (%)", ylim=(40, 102))
-    for panel in (left, right):
-        panel.set_xlabel("epoch")
-        panel.grid(alpha=0.3)
+        loss.semilogy(epochs, histories[name]["loss"], label=name, **style)
+        right.plot(epochs, 100 * histories[name]["val_accuracy"], **style)
+    ticks = [0.2, 0.5, 1, 2]
+    loss.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
+    loss.set_yticks([], minor=True)
+    loss.set(title="training loss, nats", xlabel="epoch")
+    right.set(title="test images right, %", xlabel="epoch", ylim=(40, 102))
 
     divergences = klcore.kl_div(labels, predictions)  # one for each image
-    worst.suptitle("Test images with the largest divergence\nof the prediction from the label")
+    worst.suptitle("test images furthest from their label", size=12)
     order = np.argsort(divergences)[::-1][:WORST]
     for panel, i in zip(worst.subplots(2, WORST // 2).flat, order, strict=True):
         panel.imshow(images[i, ..., 0], cmap="gray_r")
         label, guess = labels[i].argmax(), predictions[i].argmax()
-        panel.set_title(f"{label}" if guess == label else f"{label}, read as {guess}", fontsize=11)
-        panel.set_xlabel(f"{divergences[i]:.2f} nats", fontsize=10)
+        panel.set_title(f"{label}" if guess == label else f"{label}, read as {guess}", loc="center")
+        panel.set_xlabel(f"{divergences[i]:.2f} nats")
         panel.set(xticks=[], yticks=[])
-        panel.spines[:].set_color("#cccccc")
-        panel.spines[:].set_visible(True)
-    figure.suptitle(
-        f"A convolutional network in Keras ({keras.backend.backend()}): one seed, three losses", fontsize=13
-    )
-
-    PICTURE.parent.mkdir(exist_ok=True)
-    figure.savefig(PICTURE, dpi=110)
-    plt.close(figure)
+        panel.grid(visible=False)
+    head(curves, f"Keras on {keras.backend.backend()}: one seed, three losses", loss.lines)
+    return picture
 
 
 def main():
@@ -175,8 +158,8 @@ def main():
             seconds[name] = time.perf_counter() - start
 
     largest = report(histories, nets, seconds)
-    draw(histories, test_images, test_labels, nets[OURS].predict(test_images, verbose=0))
-    print(f"\nPicture: {PICTURE}")
+    predictions = nets[OURS].predict(test_images, verbose=0)
+    save("keras_cnn", lambda theme: draw(histories, test_images, test_labels, predictions, theme))
     if not largest <= AGREEMENT:
         raise SystemExit(f"klcore's loss and Keras' own differ by {largest:.0e} relative in an epoch")
 

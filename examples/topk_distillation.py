@@ -27,12 +27,9 @@ import tokenize
 from collections import Counter
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")  # draw to a file: no screen needed
-import matplotlib.pyplot as plt
 import numpy as np
 import torch
+from style import figure, head, save
 from tqdm import tqdm
 
 import klcore
@@ -43,7 +40,6 @@ TEACHER, STUDENT = (48, 192), (24, 32)  # embedding, hidden units
 FILES = 60  # of the standard library
 BATCH, RATE = 512, 4e-3
 TEACHER_EPOCHS, EPOCHS = 3, 5
-PICTURE = Path(__file__).parent / "output" / "topk_distillation.png"
 TAILS = ("bucket", "zero", "renorm")
 ALL, LABELS = "all classes", "next token"  # the other two students' teachers
 
@@ -162,38 +158,30 @@ def rest(of, places):
     return of.softmax(-1).scatter(-1, places, 0).sum(-1)
 
 
-def draw(histories, outside, truth):
-    """Left: how far students are from the teacher, by epoch. Right: what they give to the classes that are not listed,
+def draw(histories, outside, truth, theme):
+    """Above: how far students are from the teacher, by epoch. Below: what they give to the classes that are not listed,
     where the teacher gives them little and where it gives them much."""
-    # Okabe and Ito's colour-blind safe palette
-    colours = dict(zip(histories, ("#0072B2", "#D55E00", "#009E73", "#000000", "#999999"), strict=True))
-    plt.rcParams.update({"font.size": 11, "axes.spines.top": False, "axes.spines.right": False})
-    figure, (left, right) = plt.subplots(1, 2, figsize=(13, 5), layout="constrained")
+    picture = figure(8.4)
+    above, below = picture.subplots(2, 1, height_ratios=[1, 1.2])
     groups = torch.tensor_split(truth.argsort(), 12)
     x = [100 * float(truth[group].mean()) for group in groups]
+    colours = dict(zip(histories, ("blue", "orange", "pink", "green", "grey"), strict=True))
     for name, colour in colours.items():
-        style = {"color": colour, "linewidth": 2, "linestyle": "-" if name in TAILS else "--", "label": name}
-        left.semilogy(range(1, EPOCHS + 1), histories[name][:, 0], marker="o", **style)
-        right.plot(x, [100 * float(outside[name][group].mean()) for group in groups], marker="o", **style)
-    right.axline((0, 0), slope=1, color="#BBBBBB", zorder=0)
-    right.annotate("as the teacher", (12, 12), (8, -4), textcoords="offset points", va="top")
-    left.set_xticks(range(1, EPOCHS + 1))
-    left.yaxis.set_major_formatter("{x:g}")
-    left.yaxis.set_minor_formatter("{x:g}")
-    left.set(title="Distance from the teacher", xlabel="epoch", ylabel="KL(teacher || student) (nats, log scale)")
-    right.set(
-        title=f"Probability of the {VOCAB - K} classes that are not listed (%)",
-        xlabel="the teacher's (a point is the mean of a twelfth of the tokens)", ylabel="the students'", ylim=(0, 100),
+        style = {"color": theme[colour], "linewidth": 2, "linestyle": "-" if name in TAILS else "--", "marker": "o"}
+        above.semilogy(range(1, EPOCHS + 1), histories[name][:, 0], label=name, **style)
+        below.plot(x, [100 * float(outside[name][group].mean()) for group in groups], **style)
+    below.axline((0, 0), slope=1, color=theme["ink"], linewidth=1)
+    below.annotate("as the teacher", (40, 40), (4, -4), textcoords="offset points", va="top")
+    above.set_xticks(range(1, EPOCHS + 1))
+    above.yaxis.set_major_formatter("{x:g}")
+    above.yaxis.set_minor_formatter("{x:g}")
+    above.set(title="KL(teacher || student), nats", xlabel="epoch")
+    below.set(
+        title=f"probability of the {VOCAB - K} classes that are not listed, %", xlabel="the teacher's",
+        ylabel="the students'", ylim=(0, 100),
     )  # fmt: skip
-    left.legend(frameon=False)
-    for panel in (left, right):
-        panel.grid(alpha=0.3)
-    figure.suptitle(
-        f"One student, five losses: three tails of the teacher's {K} best of {VOCAB:,} classes; all classes; the labels"
-    )
-    PICTURE.parent.mkdir(exist_ok=True)
-    figure.savefig(PICTURE, dpi=110)
-    plt.close(figure)
+    head(picture, f"One student, five losses: {K} of {VOCAB:,} classes are stored", above.lines, 5)
+    return picture
 
 
 def main():
@@ -241,8 +229,7 @@ def main():
         "Of the three tails bucket is the one whose minimum is the teacher, as far as the list tells: compare its KL\n"
         "and what is outside with those of all classes. zero asks for nothing outside, and renorm nothing about it."
     )
-    draw(histories, outside, others)
-    print(f"\nPicture: {PICTURE}")
+    save("topk_distillation", lambda theme: draw(histories, outside, others, theme))
 
 
 if __name__ == "__main__":

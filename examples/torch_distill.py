@@ -17,16 +17,12 @@ Run it with ``make examples``, or (about twenty seconds)::
 
 import statistics
 import time
-from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")  # draw to a file: no screen needed
-import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
+from style import figure, head, save
 from tqdm import tqdm
 
 import klcore
@@ -37,7 +33,6 @@ EPOCHS = 40
 BATCH = 32
 AGREEMENT = 1e-4  # relative: what the two losses of an epoch may differ by
 ROWS, CLASSES, ROUNDS = 512, 32_000, 9  # of the timing: tokens, vocabulary
-PICTURE = Path(__file__).parent / "output" / "torch_distill.png"
 OURS, THEIRS = "klcore", "KLDivLoss"
 
 
@@ -126,46 +121,25 @@ def time_steps():
     return times
 
 
-def draw(histories, teacher_accuracy, times):
-    """Loss and accuracy by epoch, and the time of a step."""
-    blue, orange, grey = "#0072B2", "#D55E00", "#666666"  # Okabe and Ito's colour-blind safe palette
+def draw(histories, teacher_accuracy, theme):
+    """Loss and accuracy by epoch."""
     styles = {
-        OURS: {"color": blue, "linewidth": 6, "alpha": 0.4},
-        THEIRS: {"color": orange, "linewidth": 1.6},
+        OURS: {"color": theme["blue"], "linewidth": 6, "alpha": 0.5},
+        THEIRS: {"color": theme["orange"], "linewidth": 1.6},
     }
-    plt.rcParams.update({"font.size": 11, "axes.spines.top": False, "axes.spines.right": False})
-    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(14, 4.8), layout="constrained")
+    picture = figure(5.6)
+    loss, right = picture.subplots(2, 1, sharex=True)
     epochs = np.arange(1, EPOCHS + 1)
     for name, style in styles.items():
-        left.semilogy(epochs, histories[name][:, 0], label=name, **style)
-        middle.plot(epochs, 100 * histories[name][:, 1], label=name, **style)
-    left.yaxis.set_major_formatter("{x:g}")
-    left.set(title="Loss in training", xlabel="epoch", ylabel="T² KL(teacher || student) (nats, log scale)")
-    left.legend(frameon=False)
-    middle.axhline(100 * teacher_accuracy, color=grey, linestyle="--")
-    middle.annotate(
-        f"teacher {teacher_accuracy:.1%}", (EPOCHS, 100 * teacher_accuracy), (0, 3), textcoords="offset points",
-        ha="right", va="bottom", color=grey,
-    )  # fmt: skip
-    middle.set(title="Student's accuracy on the test images", xlabel="epoch", ylabel="correct (%)", ylim=(50, 105))
-    for panel in (left, middle):
-        panel.grid(alpha=0.3)
-
-    medians = [statistics.median(times[name]) for name in LOSSES]
-    right.bar(list(LOSSES), medians, color=[blue, orange], width=0.55)
-    for i, (name, median) in enumerate(zip(LOSSES, medians, strict=True)):
-        right.plot(np.full(len(times[name]), i + 0.36), times[name], "o", color=grey, markersize=4, alpha=0.7)
-        right.annotate(
-            f"{median:.0f} ms", (i, median), (0, 4), textcoords="offset points", ha="center", va="bottom"
-        )  # fmt: skip
-    right.set(
-        title=f"Forward and backward, {ROWS} x {CLASSES:,} logits", ylabel="milliseconds (bar: median, dots: rounds)"
-    )
-    figure.suptitle(f"Distillation in PyTorch: one seed, two losses (temperature {TEMPERATURE:g})")
-
-    PICTURE.parent.mkdir(exist_ok=True)
-    figure.savefig(PICTURE, dpi=110)
-    plt.close(figure)
+        loss.semilogy(epochs, histories[name][:, 0], label=name, **style)
+        right.plot(epochs, 100 * histories[name][:, 1], **style)
+    loss.yaxis.set_major_formatter("{x:g}")
+    loss.set(title="T² KL(teacher || student), nats")
+    right.axhline(100 * teacher_accuracy, color=theme["green"], linestyle="--")
+    right.text(EPOCHS, 100 * teacher_accuracy + 1, "teacher", ha="right", va="bottom", color=theme["green"])
+    right.set(title="test images right, %", xlabel="epoch", ylim=(50, 105))
+    head(picture, "klcore and PyTorch's KLDivLoss train the same student", loss.lines)
+    return picture
 
 
 def main():
@@ -192,8 +166,8 @@ def main():
     ratios = [a / b for a, b in zip(times[THEIRS], times[OURS], strict=True)]
     print(f"  KLDivLoss takes {statistics.median(ratios):.1f} times as long (median of the rounds)")
 
-    draw(histories, accuracy(teacher, test_images, test_labels), times)
-    print(f"\nPicture: {PICTURE}")
+    reached = accuracy(teacher, test_images, test_labels)
+    save("torch_distill", lambda theme: draw(histories, reached, theme))
     ours, theirs = histories[OURS][:, 0], histories[THEIRS][:, 0]
     largest = (np.abs(ours - theirs) / theirs).max()
     if not largest <= AGREEMENT:

@@ -31,6 +31,17 @@ def test_the_pictures_show_the_newest_records(script, tmp_path):
     assert [name for name in drawn if f'plots/{name}"' not in pages] == []
 
 
+def test_the_examples_draw_the_pictures():
+    """After a change: make pictures"""
+    sources = "".join(path.read_text() for path in (ROOT / "examples").glob("*.py"))
+    names = {"report", *re.findall(r'save\("(\w+)"', sources)}
+    found = {path.name: path for path in (ROOT / "docs" / "pictures").iterdir()}
+    assert set(found) == {f"{name}-{kind}.svg" for name in names for kind in ("light", "dark")}
+    assert max(path.stat().st_size for path in found.values()) < 150_000
+    pages = "".join(path.read_text() for path in (ROOT / "docs").glob("*.md"))
+    assert [name for name in found if f'"pictures/{name}"' not in pages] == []
+
+
 def test_the_page_is_up_to_date(script):
     """After a new record: make plots"""
     text = (ROOT / "docs" / "accuracy.md").read_text()
