@@ -14,7 +14,7 @@ namespace kl {
 constexpr int LINE = 16, GROUP = 256;
 constexpr i64 FEW = 4;                // fewer rows are not worth computing together
 constexpr i64 TILE = 128 * CHUNK;      // numbers per array that such rows gather at once; fits in the second-level cache
-constexpr i64 STREAM = 64 << 20;      // outputs of so many bytes or more bypass the caches
+constexpr i64 STREAM = 64 << 20;      // bytes from which on outputs bypass the caches
 constexpr i64 KEPT = 4 << 20;         // the most bytes of a row's intermediate results that are kept for the last sweep
 constexpr i64 AHEAD = 1 << 20;        // the most bytes of a pair of rows for the next pair to be read ahead
 constexpr i64 ROUND = 16 * CHUNK;     // rows whose totals are held at once

@@ -23,7 +23,7 @@ template <typename T> using Lane = T[MOST_LANES];   // one number per row
 
 // ---- from rows to lanes and back --------------------------------------------------------------------------------------------
 
-// f(first row, lane, count) for runs of the rows [r, r + count) over which every array has a constant step
+// Calls f(first row, lane, count) for runs of the rows [r, r + count) over which every array has a constant step.
 template <class F> void runs(const Plan& p, i64 r, int count, F f) {
   i64 last = p.ndim ? p.shape[p.ndim - 1] : 1;
   for (int k = 0, m; k < count; k += m) {

@@ -109,7 +109,7 @@ KL_FN Pair<double> from_tops(double a, double b, double top_a, double top_b) {
 KL_FN double minus(const Pair<double>& c, const Pair<double>& m) { return (c.value - m.value) + (c.low - m.low); }
 // A chunk is far if some class's e^z is out of the type's range: z is too large, or overflowed;
 template <typename T> KL_FN bool above_range(T z) { return !(z < Real<T>::far); }
-// or if a class that has a weight has so small a z that the other classes' z, which it makes small, are accurate to only 64 eps.
+// or a class that has a weight has such a small z that the other classes' z, which it makes small, are accurate to only 64 eps.
 template <typename T> KL_FN bool below_range(T z) { return z <= T(-64); }
 
 // With a single sweep about an arbitrary M (EXACT is false): whether the sums are too large compared with the divergence that

@@ -340,7 +340,7 @@ template <int SX, int SY, typename T> typename Terms<T>::Map terms_beside_logits
 
 inline int term_space(int space) { return space == LOGITS ? LOG_PROBS : space == COUNTS ? PROBS : space; }
 
-// f(Spaces) of the two spaces of a plan, one of which is LOGITS; `alone`: there is only x
+// Calls f with the Spaces of a plan, one of which is LOGITS; `alone`: there is only x.
 template <int SX, int SY, bool SAME = false> struct Spaces {
   static constexpr int x = SX, y = SY;
   static constexpr bool alone = SAME;
@@ -435,7 +435,7 @@ template <typename T> struct alignas(64) Kept {
   T growth[CHUNK + 192 / sizeof(T)];               // e^z - 1, if dy is wanted
 };
 
-// If each element takes a long chain of instructions, a processor finds few independent ones among those it looks ahead at. So
+// If each element takes a long chain of instructions, few of those in the processor's window are independent of each other. So
 // the functions below process a piece of a chunk in several short loops, which pass their results on through memory.
 
 // The weights of n elements, zeros from there to m, the next multiple of 16, and what they add to the columns of the mean
@@ -799,7 +799,7 @@ template <typename T, int SX, int SY, bool ALONE> Kernel cross_kernel(const Plan
           tempered ? cross_chunk<T, SX, SY, ALONE, true> : cross_chunk<T, SX, SY, ALONE, sizeof(T) == sizeof(double)>,
           cross_fold, cross_done<SX, SY>, 0};
 }
-// f(Spaces) of the spaces and operation of a plan, also for kl_few.h
+// Calls f with the Spaces of a plan and its operation; also used by kl_few.h.
 template <class F> auto cross_pair(const Plan& p, F f) {
   if (!has_y(p.operation)) return f(Spaces<LOGITS, LOGITS, true>());
   return p.space_x == LOGITS && p.space_y == LOGITS ? f(Spaces<LOGITS, LOGITS>()) : beside_logits(p, f);

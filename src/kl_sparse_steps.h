@@ -14,7 +14,7 @@ struct Listed {               // a row
   double it;                  // its inverse temperature
   const Key* keys;
   double *known, *xs, *ys;    // ROW_NUMBERS; count + 1 per side: all other classes as one, then those listed, in order
-  bool given;                 // whether x's mass of all other classes is; else it is 0:
+  bool given;                 // whether x's mass of all other classes is given; if not, it is 0:
   double mass;
 };
 
