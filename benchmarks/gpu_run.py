@@ -192,7 +192,7 @@ def tool(name: str) -> str:
 def source_digest() -> str:
     """Of all that makes klcore: a commit says it only where git is, and nothing is uncommitted."""
     digest = hashlib.sha256()
-    for pattern in ("src/*.h", "src/*.cu", "src/*.pyx", "klcore/**/*.py"):
+    for pattern in ("src/*.h", "src/kl_isa_*.cpp", "src/*.cu", "src/*.pyx", "klcore/**/*.py"):
         for path in sorted(ROOT.glob(pattern)):
             if "_src" not in path.parts:
                 digest.update(path.name.encode() + path.read_bytes())
