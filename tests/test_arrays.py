@@ -526,6 +526,7 @@ ROADS = {  # what docs/performance.md says, with two threads: of arguments, and 
 }
 
 
+@pytest.mark.exhaustive
 @pytest.mark.skipif(sys.platform == "win32", reason="the resource module is missing on Windows")
 @pytest.mark.parametrize("road", ROADS)
 def test_extra_memory_by_road(python, road):

@@ -802,6 +802,7 @@ print("first")
 """
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize(
     ("module", "options", "backend"),
     [
