@@ -1,9 +1,11 @@
 # Everything runs in .venv, which the first call creates; PYTHON chooses its interpreter.
 PYTHON ?= python3
 BIN := .venv/bin
-SOURCES := setup.py pyproject.toml $(wildcard src/*.h src/*.pyx)
+SOURCES := setup.py pyproject.toml $(wildcard src/*.h src/*.pyx src/kl_isa_*.cpp)
+# Python compiles what is imported; pip would compile everything, which takes longer than to unpack it.
+PIP := $(BIN)/pip install -q --no-compile
 
-.PHONY: build demo demo-compare examples test test-tensorflow test-oldest fuzz lint docs wheel wheel-test bench accuracy plots pictures asv asv-check asv-compare cuda-check \
+.PHONY: build demo demo-compare examples test test-all test-tensorflow test-oldest fuzz lint docs wheel wheel-test bench accuracy plots pictures asv asv-check asv-compare cuda-check \
 	gpu-check gpu-carry gpu-report minimax clean
 
 build: .venv/core
@@ -21,8 +23,10 @@ examples: .venv/examples
 	$(BIN)/python examples/tensor_parallel.py
 	$(BIN)/python examples/linear_distillation.py
 test: .venv/test
-	$(BIN)/python -m pytest -n 2 --dist worksteal
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not exhaustive"
 	$(BIN)/python -m pytest -p docs.pages --ignore docs/_extensions README.md docs  # a page is one program, for one process
+test-all: test
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m exhaustive
 # Keras on TensorFlow: a process has one backend of Keras', and TensorFlow is not for everybody's .venv.
 test-tensorflow: .venv/demo build/tensorflow/installed
 	export KERAS_BACKEND=tensorflow PYTHONPATH=$(CURDIR)/build/tensorflow; \
@@ -103,14 +107,14 @@ clean:
 	rm -rf .venv build docs/_build docs/api asv_bench/env src/kl_cpu.cpp klcore/_cpu*.so
 
 .venv/bin/python:
-	$(PYTHON) -m venv .venv && $(BIN)/pip install -q --upgrade pip
+	$(PYTHON) -m venv .venv && $(PIP) --upgrade pip
 .venv/core: .venv/bin/python $(SOURCES)
-	$(BIN)/pip install -q -e . && touch $@
+	$(PIP) -e . && touch $@
 # Packages that conflict with those of .venv: installed beside it, and found first.
 build/tensorflow/installed: PACKAGES = tensorflow-cpu
 build/oldest/installed: PACKAGES := $(shell sed -nE 's/^(torch|jax) = \["([a-z]+)>=([0-9.]+)".*/\2==\3/p' pyproject.toml)
 build/%/installed: .venv/test-cpu
-	$(BIN)/pip install -q --upgrade --target $(@D) $(PACKAGES) && touch $@
+	$(PIP) --upgrade --target $(@D) $(PACKAGES) && touch $@
 # klcore itself is compiled once: pip finds it installed, and installs whatever else a target needs.
 .venv/%: .venv/core
-	$(BIN)/pip install -q "klcore[$*]" && touch $@
+	$(PIP) "klcore[$*]" && touch $@

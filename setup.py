@@ -3,7 +3,9 @@
 import os
 import re
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from glob import glob
+from itertools import chain
 from pathlib import Path
 
 from Cython.Build import cythonize
@@ -48,6 +50,14 @@ class build(build_ext):
             ext.extra_compile_args += ["-O1", "-g1", f"-fsanitize={SANITIZE}", "-fno-sanitize-recover=all"]
             ext.extra_compile_args += ["-march=native", "-DKLCORE_ONE_ISA"]
             ext.extra_link_args.append(f"-fsanitize={SANITIZE}")
+        one_after_the_other = self.compiler.compile
+
+        def compile(sources, **options):  # setuptools leaves all processors but one idle, for a minute or two
+            with ThreadPoolExecutor(os.cpu_count()) as pool:
+                objects = pool.map(lambda source: one_after_the_other([source], **options), sources)
+                return list(chain.from_iterable(objects))
+
+        self.compiler.compile = compile
         try:
             super().build_extension(ext)
         except (CompileError, LinkError) as error:
@@ -73,7 +83,8 @@ setup(
     ext_modules=cythonize(
         Extension(
             "klcore._cpu",
-            ["src/kl_cpu.pyx"],
+            # the slowest first
+            ["src/kl_isa_avx512.cpp", "src/kl_isa_avx2.cpp", "src/kl_isa_generic.cpp", "src/kl_cpu.pyx"],
             include_dirs=["src"],
             depends=sorted(glob("src/*.h")),
             language="c++",

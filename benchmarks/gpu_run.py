@@ -193,7 +193,7 @@ def tool(name: str) -> str:
 def source_digest() -> str:
     """A digest of everything that makes up klcore: a commit identifies it only with git, and without local changes."""
     digest = hashlib.sha256()
-    for pattern in ("src/*.h", "src/*.cu", "src/*.pyx", "klcore/**/*.py"):
+    for pattern in ("src/*.h", "src/kl_isa_*.cpp", "src/*.cu", "src/*.pyx", "klcore/**/*.py"):
         for path in sorted(ROOT.glob(pattern)):
             if "_src" not in path.parts:
                 digest.update(path.name.encode() + path.read_bytes())

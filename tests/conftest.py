@@ -153,6 +153,54 @@ def keras():
         return pytest.importorskip("keras", reason="not run: Keras is not installed")
 
 
+# ---- what `make test` leaves to `make test-all` ----------------------------------------------------------------------
+
+
+def name_of(case):
+    return case.nodeid.partition("[")[0]
+
+
+def values_of(parameters):
+    """What a case tries: the value of each parameter; of a dict, each entry."""
+    for name, value in parameters.items():
+        entries = value.items() if isinstance(value, dict) else [("", value)]
+        yield from ((name, entry, repr(of_entry)) for entry, of_entry in entries)
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest deselects by -m
+def pytest_collection_modifyitems(items):
+    """Of a test's cases on a device, all but a few in which each value of each parameter occurs are exhaustive.
+
+    Those that bring the most values are chosen first, so that the parameters change together. At most as many are
+    chosen as the mark `quick` says, and one on the emulated GPU, where each compiles kernels.
+    """
+    tests = collections.defaultdict(list)
+    for case in items:
+        if not case.get_closest_marker("exhaustive"):
+            parameters = case.callspec.params if hasattr(case, "callspec") else {}
+            device = parameters.get("device") or parameters.get("gpu")
+            tests[name_of(case), device].append((case, set(values_of(parameters))))
+    for (_, device), cases in tests.items():
+        seen, chosen = set(), []
+        for new in range(max(len(values) for _, values in cases), 0, -1):
+            for case, values in cases:
+                if len(values - seen) >= new:
+                    seen |= values
+                    chosen.append(case)
+        mark = cases[0][0].get_closest_marker("quick")
+        at_most = mark.args[0] if mark else 1 if device == "emulated" else len(cases)
+        for case, values in cases:
+            if values and case not in chosen[:at_most]:
+                case.add_marker(pytest.mark.exhaustive)
+
+
+def pytest_runtest_teardown(item, nextitem):
+    """A process stays below 1.5 GB: after each test's last case JAX forgets its programs, of which it keeps all."""
+    last = nextitem is None or name_of(nextitem) != name_of(item)
+    if last and "jax" in sys.modules:
+        sys.modules["jax"].clear_caches()
+
+
 # ---- how much was compared, for the summary --------------------------------------------------------------------------
 
 COMPARED = pytest.StashKey[collections.Counter]()

@@ -66,6 +66,7 @@ def check_blocks(function, firsts):
     return worst
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("function", FUNCTIONS)
 def test_every_float32(function):
     parts = 2

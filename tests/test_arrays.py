@@ -527,6 +527,7 @@ ROADS = {  # the limits of docs/performance.md, with two threads: arguments, and
 }
 
 
+@pytest.mark.exhaustive
 @pytest.mark.skipif(sys.platform == "win32", reason="the resource module is missing on Windows")
 @pytest.mark.parametrize("road", ROADS)
 def test_extra_memory_by_road(python, road):

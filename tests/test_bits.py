@@ -245,6 +245,13 @@ def differences(found, expected):
     return [name for name in found if found[name] != expected[name]]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def forget():
+    """Rows of millions of classes are kept for this module's tests alone."""
+    yield
+    numbers.cache_clear()
+
+
 EXPECTED = functools.cache(small)
 EXPECTED_TERMS = functools.cache(terms)
 
@@ -297,6 +304,7 @@ def test_broadcast_operand(operation, dtype, operand):
         assert with_operand(np.broadcast_to(row, (10, n))) == expected, (n, space)
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize("operation", COMMON)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_threads(operation, dtype):
@@ -453,6 +461,7 @@ def expected_everything(operation, found):
     return expected
 
 
+@pytest.mark.quick(3)
 @pytest.mark.parametrize("operation", COMMON)
 @pytest.mark.parametrize("isa", INSTRUCTION_SETS)
 def test_instruction_set(python, operation, isa):

@@ -365,6 +365,7 @@ def assert_run(gpu, compared, case, n, run):
     return found
 
 
+@pytest.mark.quick(25)
 @pytest.mark.parametrize("case", CASES, ids=key)
 def test_bits_of_the_cpu(gpu, compared, monkeypatch, case):
     kernel, lengths = PATHS[case["path"]]
@@ -1306,6 +1307,7 @@ print("clean")
 """
 
 
+@pytest.mark.exhaustive
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs g++'s sanitizers")
 @pytest.mark.parametrize(
     "which",

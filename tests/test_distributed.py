@@ -1,7 +1,7 @@
-"""DTensors and data-parallel training: four processes, with meshes of two, of three and of two by two.
+"""DTensors and data-parallel training, in meshes of two processes, of three and of two by two.
 
-They are started once, and each makes all checks: a DTensor's results are compared with those of the whole batch, which
-klcore computes in one process. The first exception ends all of them, and is reported by the test.
+Each process makes all checks of its meshes: a DTensor's results are compared with those of the whole batch, which
+klcore computes in one process. The first exception ends all of them, and is what the test shows.
 """
 
 import datetime
@@ -26,8 +26,7 @@ import torch.nn.functional as F  # noqa: E402
 from torch import distributed, multiprocessing  # noqa: E402
 from torch.distributed import tensor as dt  # noqa: E402
 
-PROCESSES = 4
-SECONDS = 240  # after which all of them are killed
+SECONDS = 240  # after which all are ended
 TOTALS = ("sum", "rowmean", "batchmean", "mean")
 REDUCTIONS = ("row", "none", *TOTALS)
 S, R, P = dt.Shard, dt.Replicate(), dt.Partial()
@@ -447,11 +446,11 @@ OF_TWO_PROCESSES = (check_compiled, check_data_parallel)
 OF_TWO_DIMENSIONS = (check_rows_and_classes,)
 
 
-def work(rank, folder, checks):
+def work(rank, folder, processes, checks):
     torch.set_num_threads(1)
     klcore.set_num_threads(1)
     timeout = datetime.timedelta(seconds=SECONDS)
-    distributed.init_process_group("gloo", f"file://{folder}/rendezvous", timeout, PROCESSES, rank)
+    distributed.init_process_group("gloo", f"file://{folder}/rendezvous", timeout, processes, rank)
     for shape, name in checks:
         mesh = dt.DeviceMesh("cpu", torch.arange(math.prod(shape)).reshape(shape))
         if mesh.get_coordinate() is not None:
@@ -466,13 +465,18 @@ def work(rank, folder, checks):
 # ---- in pytest's process ---------------------------------------------------------------------------------------------
 
 
-def test_of_four_processes(tmp_path):
-    checks = [
-        *(((n,), check.__name__) for n in (2, 3) for check in OF_ONE_DIMENSION),
-        *(((2,), check.__name__) for check in OF_TWO_PROCESSES),
-        *(((2, 2), check.__name__) for check in OF_TWO_DIMENSIONS),
-    ]
-    run = multiprocessing.spawn(work, (tmp_path, checks), PROCESSES, join=False)
+CHECKS = {
+    (2,): (*OF_ONE_DIMENSION, *OF_TWO_PROCESSES),
+    (3,): OF_ONE_DIMENSION,
+    (2, 2): OF_TWO_DIMENSIONS,
+}
+
+
+@pytest.mark.parametrize("shapes", [[(2,)], pytest.param([(3,), (2, 2)], marks=pytest.mark.exhaustive)], ids=str)
+def test_processes(tmp_path, shapes):
+    checks = [(shape, check.__name__) for shape in shapes for check in CHECKS[shape]]
+    processes = max(map(math.prod, shapes))
+    run = multiprocessing.spawn(work, (tmp_path, processes, checks), processes, join=False)
     ends = time.monotonic() + SECONDS
     while not run.join(timeout=max(0, ends - time.monotonic())):
         if time.monotonic() > ends:

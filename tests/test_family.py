@@ -107,6 +107,7 @@ def test_accuracy_of_two_spaces(case, space):
         assert_right(name, parameters, x, y, space, got)
 
 
+@pytest.mark.quick(2)
 @names
 def test_accuracy_of_long_rows(name):
     """Several chunks, whose states are merged: the likeliest class in the first, the last, and a short one."""

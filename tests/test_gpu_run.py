@@ -70,6 +70,7 @@ def lines_of(folder):
     return [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.exhaustive
 def test_every_stage_runs(script, emulated):
     lines, out, _ = emulated
     gpu_run, report = script("gpu_run"), script("report")
@@ -92,6 +93,7 @@ def test_every_stage_runs(script, emulated):
         assert ours["percent of copy"] > 0
 
 
+@pytest.mark.exhaustive
 def test_what_stages_launch(emulated):
     lines, _, _ = emulated
     for stage in ("first-light", "bits", "sanitizer memcheck"):
@@ -99,6 +101,7 @@ def test_what_stages_launch(emulated):
         assert {"kl_narrow", "kl_units", "kl_fold", "kl_rows"} <= set().union(*launched), stage
 
 
+@pytest.mark.exhaustive
 def test_a_second_call_does_what_is_left(script, start, emulated, tmp_path):
     lines, _, keep = emulated
     (memory,) = keep.glob("results-*.jsonl")
@@ -123,6 +126,7 @@ def test_a_second_call_does_what_is_left(script, start, emulated, tmp_path):
     assert {stage["status"] for stage in record["stages"].values()} == {"ok"}
 
 
+@pytest.mark.exhaustive
 def test_who_is_killed_leaves_complete_lines(script, start, emulated, tmp_path):
     out = tmp_path / "out"
     process = start(out, tmp_path / "keep", "--only", "ceilings", "--only", "alone", "--only", "peers")

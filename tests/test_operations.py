@@ -195,6 +195,7 @@ TRY_IT = """
 """
 
 
+@pytest.mark.exhaustive
 @needs_repository
 @pytest.mark.skipif(sys.platform == "win32", reason="builds with g++")
 def test_a_toy_divergence(tmp_path):

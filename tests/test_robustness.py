@@ -299,6 +299,7 @@ print(len(digests), len(set(digests)))
 """
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("size", [32, 96, 160])
 def test_small_stacks(python, size):
     """Python's threads may have less stack than the kernels need: NumPy works in 32 KiB, too."""

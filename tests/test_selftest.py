@@ -56,6 +56,7 @@ def test_selftest_on_the_cpu():
     assert missing == "yes" or f"cuda: not checked: {missing}\n" in done.stdout
 
 
+@pytest.mark.exhaustive
 @pytest.mark.skipif("emulated" not in DEVICES, reason="the emulator is not among the devices of these tests")
 def test_selftest_on_a_gpu(capsys, monkeypatch):
     """Emulated: an available device is checked, with every kernel."""

@@ -803,6 +803,7 @@ print("first")
 """
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize(
     ("module", "options", "backend"),
     [
