@@ -497,7 +497,7 @@ print([environment.get(name) for name in ("KLCORE_NUM_THREADS", "OMP_PLACES", "H
 
 
 def test_show_config_of_an_unknown_mode():
-    with pytest.raises(ValueError, match="'stdout' or 'dicts', found 'json'"):
+    with pytest.raises(ValueError, match="'stdout' or 'dicts'; found 'json'"):
         klcore.show_config("json")
 
 
