@@ -1127,7 +1127,7 @@ ROWS = np.full((2, 3), 0.25)
 @pytest.mark.parametrize(
     ("error", "words", "arguments"),
     [
-        (TypeError, ("x is a cupy array and y a numpy one", "device="), lambda put: {"y": ROWS}),
+        (TypeError, ("x is a cupy array and y is a numpy array", "device="), lambda put: {"y": ROWS}),
         (TypeError, ("x has dtype complex", "float64"), lambda put: {"x": put(ROWS + 0j)}),
         (TypeError, ("x is a masked array", "filled"), lambda put: {"x": np.ma.masked_less(ROWS, 1), "device": "cuda"}),
         (TypeError, ("x has dtype object", "float64"), lambda put: {"x": ROWS.astype(object), "device": "cuda"}),

@@ -646,7 +646,7 @@ def test_narrow_numbers(name):
         ("skew_kl_div", {"alpha": 1e-50}, "alpha must be 0, or at least 1e-20; found 1e-50"),
         ("renyi_div", {"alpha": 0}, "alpha must be a number from 1e-20 to 1e.20; found 0.0"),
         ("renyi_div", {"alpha": float("inf")}, "alpha must be a number from 1e-20 to 1e.20; found inf"),
-        ("renyi_div", {"alpha": 2, "reduction": "none"}, "renyi_div is no sum over classes, so it has no terms for "),
+        ("renyi_div", {"alpha": 2, "reduction": "none"}, "renyi_div is not a sum over classes, so it has no terms"),
         (
             "renyi_div",
             {"alpha": 2, "reduction": "each"},

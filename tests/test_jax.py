@@ -696,7 +696,7 @@ def test_out_is_refused(operation):
 
 def test_libraries_are_not_mixed():
     torch = pytest.importorskip("torch", reason="torch is not installed")
-    with pytest.raises(TypeError, match=r"x is a jax array and y a torch one; move one of them"):
+    with pytest.raises(TypeError, match=r"x is a jax array and y is a torch array; convert one of them"):
         klcore.kl_div(jnp.ones(3), torch.ones(3))
 
 

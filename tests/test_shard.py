@@ -267,7 +267,7 @@ def test_no_classes_at_all():
 
 
 @pytest.mark.parametrize(
-    ("library", "message"), [("jax.numpy", "shard them over a mesh"), ("dask.array", "chunk the class axis")]
+    ("library", "message"), [("jax.numpy", "shard the arrays over a mesh"), ("dask.array", "chunk the class axis")]
 )
 def test_libraries_that_do_it_themselves(library, message):
     module = pytest.importorskip(library, reason=f"{library} is not installed")

@@ -342,9 +342,9 @@ X, Y, INDICES = best()
 WITH_HISTORY = MASS.clone().requires_grad_()
 REFUSED = {
     "no tail": ({"tail": None}, TypeError, "tail='bucket'", "tail='zero'", "tail='renorm'", "truncated"),
-    "no indices": ({"indices": None, "x": Y}, TypeError, "tail=", "pass indices as well"),
+    "no indices": ({"indices": None, "x": Y}, TypeError, "tail=", "pass indices, too"),
     "tail": ({"tail": "rest"}, ValueError, "'bucket', 'zero', 'renorm'", "'rest'"),
-    "mass": ({"tail": "zero", "tail_mass": MASS}, ValueError, "tail_mass goes with tail='bucket'"),
+    "mass": ({"tail": "zero", "tail_mass": MASS}, ValueError, "tail_mass needs tail='bucket'"),
     "logits": ({"space": "logits"}, ValueError, "is logits here", "tail='renorm' only"),
     "floats": ({"indices": INDICES.double()}, TypeError, "indices must be integers", "torch.float64"),
     "a list of floats": ({"indices": INDICES.double().tolist()}, TypeError, "indices must be integers"),

@@ -89,7 +89,7 @@ def test_temperatures_that_are_none(compiled, transform, bad):  # noqa: F811
 def test_temperature_of_probabilities_within_a_program(compiled):  # noqa: F811
     for kind in (float, torch.tensor):
         loss = compiled(lambda x, t: klcore.kl_div(x, x, temperature=t), fullgraph=False)
-        with pytest.raises(ValueError, match="temperature divides logits: it needs space='logits'"):
+        with pytest.raises(ValueError, match="temperature divides logits, so it needs space='logits'"):
             loss(torch.rand(2, 3), kind(2.0))
 
 
