@@ -568,7 +568,7 @@ def test_a_tensor_on_a_gpu_beside_numpy():
         patch.setattr(memory, "check", lambda t, name: None)
         patch.setattr(memory.torch, "Tensor", OnGpu)
         for arrays in ((OnGpu(), np.array(B)), (pd.DataFrame(B), OnGpu())):
-            with pytest.raises(TypeError, match=r"in the host's memory, .* a tensor on cuda:0; move one .* device="):
+            with pytest.raises(TypeError, match=r"in host memory, .* a tensor on cuda:0; move one .* device="):
                 memory.operands(*arrays, None)
 
 

@@ -319,7 +319,7 @@ def test_in_an_autograd_function(name, dtype):
 def test_tensors():
     torch = pytest.importorskip("torch", reason="PyTorch is not installed")
     x, y = torch.tensor(X), torch.tensor(Y, requires_grad=True)
-    with pytest.raises(TypeError, match=r"torch\.no_grad\(\), or in the forward of a torch\.autograd\.Function"):
+    with pytest.raises(TypeError, match=r"torch\.no_grad\(\), or .* a torch\.autograd\.Function"):
         klcore.Shard("kl_div", x, y)
     warm = torch.tensor(2.0, requires_grad=True)
     with pytest.raises(TypeError, match="an argument requires a gradient"):

@@ -86,8 +86,8 @@ def properties(device: int) -> _Device:
 
 
 def as_read(cupy: Any, a: Any, dtype: Any = None, name: str = "weights") -> Any:
-    """Weights, temperatures, factors or a cotangent as kernels read them. rows.py would convert them too late: the cache
-    key of a call is made of the arrays that kernels read. Only for CuPy arrays on the current device."""
+    """Weights, temperatures, factors or a cotangent as kernels read them. rows.py would convert them too late: the
+    cache key of a call is made of the arrays that kernels read. Only for CuPy arrays on the current device."""
     if type(a) is not cupy.ndarray:
         # rows.py checks the values of arrays on the host with NumPy
         foreign = hasattr(type(a), "__dlpack__") and not hasattr(a, "__cuda_array_interface__")

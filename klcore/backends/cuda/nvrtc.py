@@ -226,7 +226,7 @@ def compile(source: str, options: tuple[str, ...], arch: int) -> bytes:
 
 
 # ---- the cache -------------------------------------------------------------------------------------------------------
-# An entry is a file KEY-DIGEST.cubin, where KEY is a hash of the inputs and DIGEST a hash of the content. A truncated or
+# An entry is a file KEY-DIGEST.cubin, where KEY is a hash of the inputs and DIGEST one of the content. A truncated or
 # damaged file does not match its DIGEST, and is compiled again.
 
 

@@ -1,4 +1,4 @@
-"""The arguments of a launch: kl::Plan of src/kl_cuda.cu or kl::Listing of src/kl_sparse.cu, with addresses to fill in."""
+"""The arguments of a launch, kl::Plan of src/kl_cuda.cu or kl::Listing of src/kl_sparse.cu, without addresses."""
 
 import math
 from typing import Any, NamedTuple
