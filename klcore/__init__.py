@@ -1,4 +1,9 @@
-"""klcore: the Kullback-Leibler divergence, value and gradient, for arrays wherever they live."""
+"""The Kullback-Leibler divergence and its relatives, value and gradient, for arrays of any library.
+
+:func:`kl_div` explains the options that all functions share. `klcore.compat` has the losses of other systems,
+`klcore.typing` the types for annotations, and ``python -m klcore`` prints what belongs in a bug report.
+Documentation: https://github.com/klcore/klcore/tree/main/docs
+"""
 
 from klcore.backends import BackendUnavailableError, list_backends, register_backend
 from klcore.backends.threads import get_num_threads, set_num_threads, threads

@@ -1,4 +1,4 @@
-"""`klcore`, or `python -m klcore`: what it is and finds here; `--selftest`: whether it is right; `compare`."""
+"""`klcore`, or `python -m klcore`: the configuration; with `--selftest` a check of klcore; and `klcore compare`."""
 
 import argparse
 import sys
@@ -7,23 +7,24 @@ from klcore.config import show_config
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The exit status: 1 if a promise does not hold, and what `compare` says."""
+    """Run the command line; the exit status is 1 if a check of the self-test fails, or the status of `compare`."""
     given = sys.argv[1:] if arguments is None else arguments
     parser = argparse.ArgumentParser(
-        prog="klcore", description="Print what klcore is and finds here, ready to paste into an issue."
+        prog="klcore",
+        description="Print the versions, devices and settings that klcore uses, ready to paste into an issue.",
     )
     parser.add_argument(
         "--selftest",
         action="store_true",
-        help="also check values, gradients and bits on every device, for a few seconds; exit status 1 if one is wrong",
+        help="also check values, gradients and bits on every device (a few seconds); exit status 1 if a check fails",
     )
     commands = parser.add_subparsers(dest="command", metavar="compare")
     compare = commands.add_parser(
         "compare",
-        help="two files of logits, one report",
-        description="How far a quantised, pruned or ported model is from the original: two files of logits.",
+        help="compare the logits of two models",
+        description="Report how far a quantised, pruned or ported model is from the original: two files of logits.",
     )
-    if "compare" in given:  # what it imports, bug reports can do without
+    if "compare" in given:  # a bug report must not depend on these imports
         from klcore.compare.command import add_arguments
         from klcore.compare.command import main as compare_main
 
@@ -32,7 +33,7 @@ def main(arguments: list[str] | None = None) -> int:
         if parsed.command == "compare":
             return compare_main(parsed, ["klcore", *given])
     selftest = parser.parse_args(given).selftest
-    print("```text")  # as Markdown wants it
+    print("```text")  # so that it pastes into Markdown
     show_config()
     holds = True
     if selftest:

@@ -1,4 +1,4 @@
-"""What klcore was built with and what it uses here: `klcore.show_config`, which `python -m klcore` calls."""
+"""What klcore was built with and what it finds here: `klcore.show_config`, which `python -m klcore` calls."""
 
 import contextlib
 import importlib
@@ -12,15 +12,15 @@ from klcore.backends import list_backends
 from klcore.backends.threads import get_num_threads
 from klcore.version import __version__
 
-LIBRARIES = (  # as pip calls them; numpy is always there
+LIBRARIES = (  # the names on PyPI
     "numpy", "ml_dtypes", "cupy", "cupy-cuda13x", "cupy-cuda12x", "nvidia-cuda-nvrtc", "nvidia-cuda-nvrtc-cu12",
     "torch", "jax", "jaxlib", "keras", "dask",
 )  # fmt: skip
-VARIABLES = ("KLCORE_", "OMP_", "CUDA_VISIBLE_DEVICES")  # what their names begin with
+VARIABLES = ("KLCORE_", "OMP_", "CUDA_VISIBLE_DEVICES")  # prefixes of their names
 
 
 def _libraries() -> dict[str, str]:
-    """Versions of those installed; asked of their metadata, as an import may take seconds."""
+    """The versions of those installed, from their metadata, because an import may take seconds."""
     found = {}
     for name in LIBRARIES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
@@ -37,7 +37,7 @@ def _processor() -> str:
 
 
 def _version(number: int) -> str:
-    """CUDA's way to write 13.2 is 13020."""
+    """CUDA writes version 13.2 as 13020."""
     return f"{number // 1000}.{number % 1000 // 10}"
 
 
@@ -65,22 +65,37 @@ def show_config(mode: Literal["stdout"] = "stdout") -> None: ...
 @overload
 def show_config(mode: Literal["dicts"]) -> dict[str, dict[str, Any]]: ...
 def show_config(mode: str = "stdout") -> dict[str, Any] | None:
-    """Print versions, compiler, instruction sets, threads, devices, and the environment variables that matter.
+    """Print the versions, compiler, instruction sets, threads, devices and environment variables that klcore uses.
 
     Parameters
     ----------
     mode : {"stdout", "dicts"}
-        Print, or return the same as a nested dict.
+        "stdout" prints the configuration, "dicts" returns it as a nested dict.
 
     Returns
     -------
     dict or None
-        Of ``mode="dicts"`` only.
+        The configuration with ``mode="dicts"``, else None.
+
+    Raises
+    ------
+    ValueError
+        For an unknown `mode`.
+
+    See Also
+    --------
+    list_backends : the array libraries that klcore knows.
+
+    Examples
+    --------
+    >>> import klcore
+    >>> klcore.show_config("dicts")["klcore"]["version"] == klcore.__version__
+    True
     """
     if mode not in ("stdout", "dicts"):
-        raise ValueError(f"mode must be 'stdout' or 'dicts', found {mode!r}")
+        raise ValueError(f"mode must be 'stdout' or 'dicts'; found {mode!r}")
     cpu = importlib.import_module("klcore._cpu")
-    importlib.import_module("klcore.backends.cpu")  # chooses the instruction set
+    importlib.import_module("klcore.backends.cpu")  # this import chooses the instruction set
     built = cpu.instruction_sets()
     config: dict[str, Any] = {
         "klcore": {"version": __version__, "numerics": "v2"},

@@ -1,7 +1,7 @@
-"""The public functions: what they mean, and one line each that hands the arrays to their backend.
+"""The public functions of one or two distributions: what they mean, and the call that each makes of its arguments.
 
-And `loss`, which is the same for the front-ends of klcore.compat. The overloads are for type checkers: they say what
-comes back, which depends on `return_grad`, and which words are known.
+`loss` makes the call for klcore.compat. The overloads are for type checkers: they say which options there are, and what
+is returned, which depends on `return_grad`.
 """
 
 from typing import TYPE_CHECKING, Any, SupportsFloat, SupportsIndex, overload
@@ -75,102 +75,111 @@ def kl_div(
 ) -> Any:
     """Kullback-Leibler divergence KL(x || y) = sum(x*log(x/y) - x + y) over the classes, in nats.
 
-    For distributions the terms ``-x + y`` cancel in the sum; they make every term, and so every result, non-negative
-    and exactly zero where the arguments are equal.
+    This is the relative entropy of Kullback and Leibler [1]_ plus the terms ``-x + y`` [2]_, which cancel in the sum if
+    x and y are distributions. They make every term, and so every result, non-negative, and exactly zero where x equals
+    y.
 
     Parameters
     ----------
     x : array of shape (..., n, ...)
-        The first distribution: the truth, the teacher. Of NumPy, CuPy, PyTorch, JAX, Dask, or with ``__dlpack__``;
-        tables of pandas, polars and xarray, and whatever else has ``__array__``, as NumPy arrays. float64, float32,
-        float16 or bfloat16 (``ml_dtypes``); integers, booleans and lists are taken as float64. A 0-d array is one
-        class.
-    y : array
-        The second: the model, the student. The same number of classes; the batch axes of x and y broadcast.
-    space : {"probs", "log_probs", "logits", "counts"} or a pair of them
-        What the numbers are, which cannot be seen from them: a wrong space is a wrong result. Logits and counts are
-        unnormalised: the softmax over `axis` of the ones, and the division by their sum of the others (histograms, word
-        counts: any numbers >= 0), are part of the computation, and of the derivative. A pair is (space of x, space of
-        y).
+        The first distribution: the truth, or the teacher. An array of NumPy, CuPy, PyTorch, JAX or Dask, or any array
+        with ``__dlpack__``. Tables of pandas, polars and xarray, and anything else with ``__array__``, are taken as
+        NumPy arrays. The dtypes are float64, float32, float16 and bfloat16 (``ml_dtypes``); integers, booleans and
+        lists are converted to float64. A 0-d array is one class.
+    y : array of shape (..., n, ...)
+        The second distribution: the model, or the student. It has as many classes as x, and the batch axes of x and y
+        broadcast.
+    space : {"probs", "log_probs", "logits", "counts"} or a pair of these
+        What the numbers in x and y are. It cannot be inferred from the numbers, and a wrong space gives a wrong result.
+        Logits and counts are unnormalised. klcore normalises them, logits by the softmax over `axis` and counts
+        (histograms, word counts: any numbers >= 0) by their sum, and differentiates through the normalisation. A pair
+        is (space of x, space of y).
     axis : int
-        The class axis; all others are the batch. Counted in the shape to which x and y broadcast: a negative number
-        means the same axis of both.
+        The class axis; all other axes are the batch. It is an axis of the shape to which x and y broadcast, so a
+        negative number means the same axis of both.
     reduction : {"row", "sum", "rowmean", "none", "batchmean", "mean"}
-        "row": one value a distribution. "sum": of all rows. "rowmean": their mean, which for tokens is the one to take.
-        "none": the terms, not summed. "batchmean": the sum divided by the size of the first axis; "mean": by the number
-        of elements (PyTorch's words).
+        "row": one value per row, that is, per distribution. "sum": the sum over all rows. "rowmean": the mean over all
+        rows; use this one for tokens. "none": the terms, not summed. "batchmean": the sum divided by the size of the
+        first axis. "mean": the sum divided by the number of elements. The last two are PyTorch's definitions.
     weights : array, optional
-        One weight >= 0 a row, broadcastable to the batch shape; a boolean mask, say. Rows are multiplied by them,
-        "rowmean" is divided by their sum, the other denominators are those without weights. A row of weight 0 is not
-        read, and yields 0, even if it holds NaN.
+        One weight >= 0 per row, broadcastable to the batch shape; for example a boolean mask. The value of each row is
+        multiplied by its weight. "rowmean" divides by the sum of the weights; the other reductions divide by the same
+        number as without weights. Rows with weight 0 are skipped and give 0, even if they hold NaN.
     denominator : float or 0-d array, optional
-        Divides the value, and the gradients with it; only with "sum". The number of tokens of a batch whose parts are
-        computed one after the other, say, or that number divided by the temperature's square. An array of the GPU is
-        read there, and nothing waits for it: so one that is negative, infinite or NaN raises on the CPU only. The
-        result is NaN where it is 0.
+        Divides the value and the gradients; only with ``reduction="sum"``. For example, the number of tokens of a batch
+        that is computed in parts, or that number divided by the square of the temperature. If it is 0, the result is
+        NaN. An array on a GPU is read there, without synchronisation, so a negative, infinite or NaN denominator raises
+        on the CPU only.
     temperature : float or array
-        Divides the logits; only with logits. Nothing is multiplied by its square. An array holds one a row, as
-        `weights` do, and each row has the bits that it has alone with its number. One of the GPU, of no dimensions as
-        well, is read there, and nothing waits for it. Where no argument is float64 the numbers of an array are to lie
-        between 2**-20 and 2**100. A bad one, of a row that has a weight, raises on the CPU, and makes its row NaN on a
-        GPU.
+        Divides the logits; only valid if x or y is logits. The result is not multiplied by the square of the
+        temperature. An array holds one temperature per row, like `weights`; each row then has the same bits as if it
+        were computed alone, with its temperature as a number. An array on a GPU, even a 0-d one, is read there, without
+        synchronisation. If no argument is float64, the temperatures in an array must be between 2**-20 and 2**100. An
+        invalid temperature of a row whose weight is not 0 raises on the CPU, and makes its row NaN on a GPU.
     base : float, optional
-        Of the logarithms, above 1: the value and the gradients are in its unit, as in bits for 2. None: nats.
+        The base of the logarithms, above 1. It sets the unit of the value and the gradients: 2 gives bits. None gives
+        nats.
     indices : array of integers, optional
-        x lists some classes only, a teacher's best K, say: these, where y has all. Of the shape (..., K), as x; batch
-        axes broadcast. In any order; -1 stands for no class, and the probabilities of one that is listed several times
-        are added.
+        The classes of y that x lists, if x has only some of them; for example a teacher's top K. Of shape (..., K),
+        like x; batch axes broadcast. The classes can be in any order. -1 means no class. If a class is listed several
+        times, its probabilities are added.
     tail : {"bucket", "zero", "renorm"}
-        With `indices`: what x has of all other classes. "bucket": together they are one class, of the mass that is left
-        to x, and what y has of them is that class's. "zero": nothing. "renorm": x and y are both renormalised on the
-        classes listed. The first two take x as probabilities or log-probabilities, at the temperature that divides y's
-        logits.
+        With `indices`: what x has in the classes that it does not list. "bucket": these classes are merged into one.
+        The mass of x in it is what is left of x, and the mass of y is the sum of y over these classes. "zero": x has
+        nothing there. "renorm": x and y are both renormalised over the listed classes. "bucket" and "zero" need x as
+        probabilities or log-probabilities, at the same temperature as the one that divides the logits of y.
     tail_mass : array, optional
-        With "bucket": the mass that is left to x, one number between 0 and 1 a row, which then does not depend on x.
-        None: 1 less the sum of x, or 0 where that is negative.
+        With "bucket": the mass of x in the merged class, one number between 0 and 1 per row. It is then a constant that
+        does not depend on x. None means 1 minus the sum of x, or 0 where that is negative.
     return_grad : {"x", "y", ("x", "y")}, optional
-        Also return the derivative of the value (for "row" and "none": of the sum of what is returned) with respect to
-        these arguments as they were given, computed in the same pass. PyTorch's autograd and ``jax.grad`` need no such
-        word.
+        Also return the gradient of the value with respect to these arguments, in the space in which they were given,
+        computed in the same pass. For "row" and "none" it is the gradient of the sum of the returned values. PyTorch's
+        autograd and ``jax.grad`` do not need this option.
     out : array or tuple of arrays, optional
-        Where to write the value, or (value, gradients...). Must not overlap an input, nor itself; but the gradient for
-        y from logits may be written over y, ``out=(None, y)``, unless y is x, or one of them is broadcast whose
-        gradient is asked for.
+        Where to write the value, or (value, gradients...); None in a tuple allocates. An output must not overlap an
+        input, another output, or itself. One exception: ``out=(None, y)`` writes the gradient for y over y, if y is
+        logits, y is not x, and no argument whose gradient is asked for is broadcast.
     device : {"cpu", "cuda", "cuda:N"}, optional
-        Where to compute, and where the result stays. None: where the arrays are.
+        Where to compute; the result stays there. None means where the arrays are.
 
     Returns
     -------
     value : array or scalar
-        float64 if an argument is, else float32. Of the batch shape for "row", of the broadcast input shape for "none",
-        else a scalar.
+        float64 if x or y is float64 or was converted to it, else float32. It has the batch shape for "row", the shape
+        to which x and y broadcast for "none", and is a scalar otherwise.
     gradients : arrays
-        Of the shape and dtype of their arguments, if `return_grad` asks for them: ``(value, dx)``, ``(value, dy)`` or
+        In the shapes and dtypes of their arguments, if `return_grad` asks for them: ``(value, dx)``, ``(value, dy)`` or
         ``(value, dx, dy)``.
 
     Raises
     ------
     TypeError
-        For complex, object, string, masked or sparse arrays, those with units, arrays of an unknown library, or of two
-        that do not go together; for labels that contradict the positions of an argument without labels; for `indices`
-        without `tail`.
+        For complex, object, string, masked or sparse arrays; arrays with units; arrays of an unknown library; two
+        arrays whose libraries do not go together; labels in another order than the positions, next to an argument
+        without labels; and `indices` without `tail`.
     ValueError
-        For shapes and labels that do not match and words that are not known.
+        For shapes or labels that do not match, and for unknown option values.
     klcore.BackendUnavailableError
-        If the device cannot be used; never is another one used instead.
+        If the device cannot be used; klcore never falls back to another device.
+
+    See Also
+    --------
+    rel_entr : the literal sum of x*log(x/y).
+    kl_estimate : an estimate from sampled tokens, where only their log-probabilities are known.
 
     Notes
     -----
-    Domain, per class: x = 0 contributes y; x > 0 with y = 0 makes +inf; equal finite numbers contribute exactly 0;
-    negative numbers and NaN make NaN. Of log-probabilities and logits -inf is an exact zero. A row of logits that is
-    all -inf, or holds +inf or NaN, is NaN, and so is a row of counts that is all 0, or holds a negative number, +inf
-    or NaN. No row affects another.
+    Per class, x = 0 contributes y; x > 0 with y = 0 gives +inf; equal finite numbers contribute exactly 0; negative
+    numbers and NaN give NaN. As a log-probability or a logit, -inf is an exact zero. A row of logits is NaN if all of
+    it is -inf, or if it holds +inf or NaN. A row of counts is NaN if all of it is 0, or if it holds a negative number,
+    +inf or NaN. No row affects another.
 
-    With `indices` the value is that of K + 1 classes, computed in float64: the terms above of each class listed, and of
-    all others as one. What y has of these is summed over them, and is not 1 less the rest. A class of its own that is
-    empty, because all are listed, counts nothing. Terms ("none") are those of the classes in the order listed, and last
-    of all others; that of a class that is listed several times stands at its largest number. On a GPU an index outside
-    of y, or a mass outside of [0, 1], makes its row NaN; on the CPU they raise.
+    With `indices`, the value is the divergence of K + 1 classes, computed in float64: the terms above for each listed
+    class, and for all other classes as one. The mass of y in the other classes is their sum, not 1 minus the rest. If
+    all classes are listed, the merged class is empty and contributes nothing. The terms ("none") are those of the
+    classes in the order listed, and last that of the merged class. If a class is listed several times, its term stands
+    at its largest entry, and the others are 0. An index outside of y, or a mass outside of [0, 1], raises on the CPU,
+    and makes its row NaN on a GPU.
 
     Accuracy and the order of addition are part of the contract (docs/maths.md): the same input gives the same bits for
     any number of threads, instruction set, batch and memory layout.
@@ -187,7 +196,7 @@ def kl_div(
     >>> print(klcore.kl_div([0.5, 0.5], [0.9, 0.1]))
     0.5108256237659906
 
-    Two tokens, of which the mask leaves out the second:
+    Two tokens, the second of which is masked out:
 
     >>> teacher, student, mask = [[2.0, 0.0], [9.0, 9.0]], [[1.0, 1.0], [0.0, 5.0]], [True, False]
     >>> loss, dy = klcore.kl_div(
@@ -196,7 +205,7 @@ def kl_div(
     >>> print(round(float(loss), 6), dy.round(6).tolist())
     0.327813 [[-0.380797, 0.380797], [0.0, 0.0]]
 
-    The two best classes of a teacher, out of four:
+    A teacher's two most likely classes out of four:
 
     >>> best = {"indices": [1, 3], "tail": "bucket", "space": ("probs", "logits")}
     >>> print(round(float(klcore.kl_div([0.6, 0.3], [1.0, 2.0, 0.0, 1.0], **best)), 6))
@@ -259,33 +268,38 @@ def rel_entr(
     out: Any = None,
     device: str | None = None,
 ) -> Any:
-    """Relative entropy sum(x*log(x/y)), the literal sum, in nats.
+    """Relative entropy sum(x*log(x/y)) over the classes, the literal sum, in nats.
 
-    Equal to :func:`kl_div` where both arguments sum to one. Otherwise it may be negative, and rounding in the
-    normalisation of close distributions shows in it at first order: prefer `kl_div` unless it is this sum that is
-    wanted.
+    Equal to :func:`kl_div` if x and y both sum to one. Otherwise it can be negative, and if the distributions are
+    close, rounding errors in their normalisation show at first order. Use `kl_div` unless you need exactly this sum.
 
     Parameters
     ----------
     x, y : array of shape (..., n, ...)
         The truth and the model.
-    space, axis, reduction, weights, denominator, temperature, base, indices, tail, tail_mass, return_grad, out,
-    device
+    space, axis, reduction, weights, denominator, temperature, base, return_grad, out, device
         As for :func:`kl_div`.
+    indices, tail, tail_mass
+        For an x that lists only some of the classes of y, as for :func:`kl_div`.
 
     Returns
     -------
     value, gradients
-        As of :func:`kl_div`.
+        As for :func:`kl_div`.
+
+    Raises
+    ------
+    TypeError, ValueError, klcore.BackendUnavailableError
+        As for :func:`kl_div`.
 
     See Also
     --------
-    kl_div : says what all parameters mean, what is returned, and what raises.
+    kl_div : explains all options, results and errors.
+    cross_entropy : the same sum without the entropy of x.
 
     Notes
     -----
-    Domain, per class: x = 0 contributes 0 for any y >= 0; x > 0 with y = 0 makes +inf; negative numbers and NaN
-    make NaN.
+    Per class, x = 0 contributes 0 for any y >= 0; x > 0 with y = 0 gives +inf; negative numbers and NaN give NaN.
 
     Examples
     --------
@@ -359,16 +373,21 @@ def cross_entropy(
     Returns
     -------
     value, gradients
-        As of :func:`kl_div`.
+        As for :func:`kl_div`.
+
+    Raises
+    ------
+    TypeError, ValueError, klcore.BackendUnavailableError
+        As for :func:`kl_div`.
 
     See Also
     --------
-    kl_div : says what all parameters mean, what is returned, and what raises.
+    kl_div : explains all options, results and errors.
+    entropy : what the cross-entropy is if y equals x.
 
     Notes
     -----
-    Domain, per class: x = 0 contributes 0 for any y >= 0; x > 0 with y = 0 makes +inf; negative numbers and NaN
-    make NaN.
+    Per class, x = 0 contributes 0 for any y >= 0; x > 0 with y = 0 gives +inf; negative numbers and NaN give NaN.
 
     Examples
     --------
@@ -426,15 +445,21 @@ def entropy(
     Returns
     -------
     value, gradients
-        As of :func:`kl_div`.
+        As for :func:`kl_div`.
+
+    Raises
+    ------
+    TypeError, ValueError, klcore.BackendUnavailableError
+        As for :func:`kl_div`.
 
     See Also
     --------
-    kl_div : says what all parameters mean, what is returned, and what raises.
+    kl_div : explains all options, results and errors.
+    cross_entropy : the same sum with the logarithms of another distribution.
 
     Notes
     -----
-    Domain, per class: x = 0 contributes 0; negative numbers and NaN make NaN.
+    Per class, x = 0 contributes 0; negative numbers and NaN give NaN.
 
     Examples
     --------
@@ -462,39 +487,39 @@ def loss(
     dtype: str | None = None,
     return_grad: str | tuple[str, str] | None = None,
 ) -> Any:
-    """Sum of the terms of another system's loss, for :mod:`klcore.compat`: not part of the public interface.
+    """Sum the terms of another system's loss, for :mod:`klcore.compat`; not part of the public interface.
 
     Parameters
     ----------
     term : {"pytorch", "keras", "mxnet", "puzzlelib"}
-        Whose term; they stand in src/kl_compat.h.
+        The system whose term is summed; the terms are in src/kl_compat.h.
     x, y : array
-        The target and the prediction. They broadcast over all axes, that of the classes included.
+        The target and the prediction. They broadcast over all axes, including the class axis.
     space : pair of {"probs", "log_probs", "logits"}
-        What x and y are. Each term knows certain pairs: "pytorch" (probs, log_probs) and (log_probs, log_probs);
+        What x and y are. Each term accepts certain pairs: "pytorch" (probs, log_probs) and (log_probs, log_probs);
         "keras" (probs, probs); "mxnet" (probs, log_probs) and (probs, logits); "puzzlelib" (probs, logits) and
         (logits, logits).
     axis : int
-        The class axis, counted in the broadcast shape.
+        The class axis of the broadcast shape.
     reduction : {"row", "sum", "none"}
-        Sums over the classes, over everything, or the terms.
+        Sum over the classes, sum over everything, or return the terms.
     factors : array, optional
-        Multiplies the terms, and the gradients with them: any numbers, of a shape that broadcasts to the terms'. A row
-        whose factor, the same for all its classes, is 0 is not read, and yields 0.
+        Multiplies the terms and the gradients: any numbers, of a shape that broadcasts to that of the terms. A row
+        whose classes all share the factor 0 is skipped and gives 0.
     denominator : float, optional
-        Divides the result, and the gradients with it.
+        Divides the result and the gradients.
     epsilon : float
-        What "keras" clips at, and "mxnet" adds within the logarithm.
+        Where "keras" clips, and what "mxnet" adds inside the logarithm.
     dtype : str, optional
-        Name of the value's dtype. None: float64 if an argument is, else float32.
+        The name of the dtype of the value. None: float64 if an argument is float64, else float32.
     return_grad : {"x", "y", ("x", "y")}, optional
-        As in :func:`kl_div`; with "puzzlelib" only "y": its gradient is (x - softmax(y)) / denominator, a direction of
-        descent.
+        As in :func:`kl_div`. "puzzlelib" accepts only "y", and its gradient is (x - softmax(y)) / denominator, a
+        direction of descent.
 
     Returns
     -------
     value : array
-        With the gradients, if `return_grad` asks for them, in the operands' shapes and dtypes.
+        Followed by the gradients that `return_grad` asks for, in the shapes and dtypes of x and y.
     """
     return compute(
         Call(

@@ -1,6 +1,6 @@
-"""The divergence of a policy, estimated from the tokens that it sampled: of each the two log-probabilities are enough.
+"""Estimates of the divergence of a policy from the tokens that it sampled, given only their two log-probabilities.
 
-The terms stand in src/kl_estimate.h. A token is a row of one class, so rows.py and the kernels see to weights, sums and
+The terms are in src/kl_estimate.h. A token is a row of one class, so rows.py and the kernels handle weights, sums and
 gradients as they do for `kl_div`.
 """
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from klcore.typing import EstimateOptions, EstimateTotalOptions, OfNumPy
 
-_REDUCTIONS = {"none": "row", "sum": "sum", "mean": "rowmean"}  # as rows.py calls them
+_REDUCTIONS = {"none": "row", "sum": "sum", "mean": "rowmean"}  # the name here -> the name in rows.py
 
 
 @overload
@@ -71,67 +71,73 @@ def kl_estimate(
     out: Any = None,
     device: str | None = None,
 ) -> Any:
-    """Estimates of KL(x || y) from tokens that were drawn from x: of each r = log_y - log_x alone.
+    """Estimate KL(x || y) from tokens that were sampled from x, using only r = log_y - log_x of each token.
 
-    For RL with a KL penalty, where x is the policy and y the reference, and no more is kept of their distributions than
-    the log-probabilities of the sampled tokens. Where the logits are at hand, :func:`kl_div` is exact.
+    For reinforcement learning with a KL penalty, where x is the policy, y is the reference, and only the
+    log-probabilities of the sampled tokens are kept. If you have the logits, :func:`kl_div` is exact. The estimators
+    are Schulman's [1]_.
 
     Parameters
     ----------
     log_x : array
-        The log-probabilities of the tokens under x, which sampled them: one number a token, of the class that was
-        drawn, and not of the whole vocabulary. Of any shape; of the libraries and dtypes that :func:`kl_div` takes, but
-        dask's.
+        The log-probability of each token under x, from which it was sampled: one number per token, for the class that
+        was sampled, not for the whole vocabulary. Any shape, and any library and dtype that :func:`kl_div` takes,
+        except Dask.
     log_y : array
-        Those of the same tokens under y. Both broadcast.
+        The log-probability of the same tokens under y. Both broadcast.
     kind : {"k3", "k1", "k2"}
         "k1": -r, unbiased, of either sign. "k2": r**2 / 2, biased, never negative. "k3": exp(r) - 1 - r, unbiased,
-        never negative, and exactly 0 at r = 0; small ones are as precise as large ones.
+        never negative, and exactly 0 at r = 0; small values are as precise as large ones.
     ratio : array, optional
-        Importance weights, the probability of each token under x divided by the one under whatever sampled it; finite
-        numbers >= 0, broadcastable to the tokens. Multiplies the values, and is no part of what "mean" divides by.
-        What is none makes NaN. No gradient is given with respect to it.
+        Importance weights: the probability of each token under x divided by its probability under the distribution that
+        sampled it. Finite numbers >= 0, broadcastable to the tokens; anything else gives NaN. They multiply the values,
+        and "mean" does not divide by them. They have no gradient.
     limit : float, optional
-        Above 0: r is clipped to [-limit, limit], and beyond the gradient is 0. None: nothing is clipped, and where
-        exp(r) is more than the dtype holds (r > 88 in float32), "k3" and its gradient are +inf.
+        Above 0: r is clipped to [-limit, limit], and the gradient is 0 outside of it. None means no clipping; "k3" and
+        its gradient are then +inf where exp(r) overflows, which is r > 88 in float32.
     reduction : {"none", "sum", "mean"}
-        "none": a value a token. "mean": their sum, divided by that of the weights, or by the number of tokens.
+        "none": one value per token. "sum": the sum over all tokens. "mean": the sum divided by the sum of the weights,
+        or by the number of tokens.
     weights : array, optional
-        One weight >= 0 a token, broadcastable to the tokens; a boolean mask, say. A token of weight 0 is not read, and
-        yields 0, even if it holds NaN.
+        One weight >= 0 per token, broadcastable to the tokens; for example a boolean mask. Tokens with weight 0 are
+        skipped and give 0, even if they hold NaN.
     denominator : float or 0-d array, optional
-        Divides the value, and the gradients with it; only with "sum", as in :func:`kl_div`.
+        Divides the value and the gradients; only with ``reduction="sum"``, as for :func:`kl_div`.
     base : float, optional
-        Of the logarithms, above 1: the value and the gradients are divided by ln(base). None: nats. r, and `limit`, are
-        always in nats.
+        The base of the logarithms, above 1: the value and the gradients are divided by ln(base). None gives nats. r and
+        `limit` are always in nats.
     return_grad : {"x", "y", ("x", "y")}, optional
-        Also return the derivative of the sum of what is returned with respect to log_x, log_y: with the tokens, and
-        `ratio`, fixed. PyTorch's autograd and ``jax.grad`` need no such word.
+        Also return the gradient of the sum of the returned values with respect to log_x, log_y or both, with the tokens
+        and `ratio` held fixed. PyTorch's autograd and ``jax.grad`` do not need this option.
     out, device
         As for :func:`kl_div`.
 
     Returns
     -------
     value : array or scalar
-        float64 if log_x or log_y is, else float32. Of the shape to which they broadcast for "none", else a scalar.
+        float64 if log_x or log_y is float64 or was converted to it, else float32. It has the shape to which they
+        broadcast for "none", and is a scalar otherwise.
     gradients : arrays
-        Of the shape and dtype of log_x and log_y, if `return_grad` asks for them.
+        In the shapes and dtypes of log_x and log_y, if `return_grad` asks for them.
 
     Raises
     ------
-    TypeError, ValueError, klcore.BackendUnavailableError
-        As :func:`kl_div`; TypeError also for a `ratio` or `weights` of PyTorch's that require a gradient: multiply the
+    TypeError
+        As for :func:`kl_div`, and for a `ratio` or `weights` tensor of PyTorch that requires a gradient: multiply the
         result instead, ``ratio * klcore.kl_estimate(...)``.
+    ValueError, klcore.BackendUnavailableError
+        As for :func:`kl_div`.
 
     See Also
     --------
-    kl_div : the divergence itself, of whole distributions.
+    kl_div : the exact divergence of whole distributions.
 
     Notes
     -----
-    An unbiased value does not make an unbiased gradient. With the tokens fixed, what autograd finds with respect to x
-    is on average 0 for "k1", the gradient of KL(x || y) for "k2", and that of KL(y || x) for "k3". With a `ratio` of
-    which the gradient is taken as well, ``ratio * kl_estimate(...)``, "k1" and "k3" have that of KL(x || y).
+    An unbiased value does not make an unbiased gradient. With the tokens held fixed, the expectation of the gradient
+    with respect to x that autograd computes is 0 for "k1", the gradient of KL(x || y) for "k2", and the gradient of
+    KL(y || x) for "k3". If the gradient of a `ratio` is taken as well, ``ratio * kl_estimate(...)``, "k1" and "k3" have
+    the gradient of KL(x || y).
 
     References
     ----------
@@ -165,9 +171,9 @@ def _limit(limit: Any) -> float:
         return math.inf
     found = number(limit, "limit")
     if not found > 0:
-        raise ValueError(f"limit must be a number > 0, or None to clip nothing; found {found!r}")
+        raise ValueError(f"limit must be a number > 0, or None for no clipping; found {found!r}")
     return found
 
 
-def _list(words: Any) -> str:
-    return ", ".join(repr(w) for w in words)
+def _list(options: Any) -> str:
+    return ", ".join(map(repr, options))

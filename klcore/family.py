@@ -1,7 +1,7 @@
-"""The relatives of the divergence: a function each, with the parameters that are its own.
+"""The relatives of the divergence, one function each, with the parameters that only they have.
 
-All are sums over the classes of a function of p and q, whose terms are non-negative, and exactly 0 where both agree
-(src/kl_family.h). So no value is negative, whatever is rounded. `divergence.py` says what the other words mean.
+All of them sum a function of p and q over the classes, whose terms are non-negative, and exactly 0 where p equals q
+(src/kl_family.h). So no value is negative, whatever is rounded. `kl_div` explains the common options.
 """
 
 from typing import TYPE_CHECKING, Any, SupportsFloat, SupportsIndex, overload
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     )
 
 
-# Parameters next to 0, but not 0: their products with probabilities would leave float32's range.
+# The smallest parameter above 0: products of smaller ones with probabilities would leave the range of float32.
 _LEAST = 1e-20
 
 
@@ -97,39 +97,50 @@ def js_div(
 ) -> Any:
     """Jensen-Shannon divergence beta KL(x || m) + (1 - beta) KL(y || m), where m = beta x + (1 - beta) y, in nats.
 
+    This is Lin's divergence [1]_ with weights beta and 1 - beta.
+
     Parameters
     ----------
     x, y : array of shape (..., n, ...)
         The truth and the model.
     beta : float
-        The weight of x, between 0 and 1, and at least 1e-20: Lin's, and that of GKD, TRL and Liger-Kernel between
-        these.
+        The weight of x, at least 1e-20 and below 1. The beta of GKD, TRL and Liger-Kernel is the same between these,
+        but has another meaning at 0 and 1; see `scaled`.
     scaled : bool
-        Divide by ``beta*(1 - beta)``. This is continuous: ``kl_div(x, y)`` at beta=0, ``kl_div(y, x)`` at beta=1.
-    space, axis, reduction, weights, denominator, temperature, base, indices, tail, tail_mass, return_grad, out,
-    device
+        Divide by ``beta*(1 - beta)``. The result is then continuous in beta, which can also be 0 and 1: it is
+        ``kl_div(x, y)`` at beta=0 and ``kl_div(y, x)`` at beta=1.
+    space, axis, reduction, weights, denominator, temperature, base, return_grad, out, device
         As for :func:`kl_div`.
+    indices, tail, tail_mass
+        For an x that lists only some of the classes of y, as for :func:`kl_div`.
 
     Returns
     -------
     value, gradients
-        As of :func:`kl_div`. For distributions at most ``-beta*log(beta) - (1 - beta)*log(1 - beta)``, log(2) at 0.5;
-        finite also where one argument excludes what the other allows.
+        As for :func:`kl_div`. For distributions, the value is at most ``-beta*log(beta) - (1 - beta)*log(1 - beta)``,
+        which is log(2) for beta=0.5. It is finite even if one argument is 0 where the other is not.
 
     Raises
     ------
     ValueError
-        For a beta outside of the range, or next to 0; and as :func:`kl_div` does.
+        For a `beta` outside of its range, and as for :func:`kl_div`.
+    TypeError, klcore.BackendUnavailableError
+        As for :func:`kl_div`.
 
     See Also
     --------
-    kl_div : says what the other parameters mean, what is returned, and what raises.
+    kl_div : explains all other options, results and errors.
+    mixed_kl_div : the weighted sum of the divergences in both directions.
+    skew_kl_div : only one of the two divergences from a mixture.
 
     Notes
     -----
-    Term: ``beta D(p, m) + (1 - beta) D(q, m)``, with ``D(w, v) = w log(w/v) - w + v``. Domain, per class: x = 0
-    contributes ``-(1 - beta) log(1 - beta) y``, y = 0 ``-beta log(beta) x``; negative numbers and NaN make NaN. SciPy's
-    ``jensenshannon`` is a distance: the square root of this at 0.5, of arguments that it normalises first.
+    The terms are ``beta D(p, m) + (1 - beta) D(q, m)``, with ``D(w, v) = w log(w/v) - w + v``. Per class, x = 0
+    contributes ``-(1 - beta) log(1 - beta) y``; y = 0 contributes ``-beta log(beta) x``; negative numbers and NaN give
+    NaN.
+
+    ``scipy.spatial.distance.jensenshannon`` is a distance: the square root of this divergence at beta=0.5, of arguments
+    that it normalises first.
 
     References
     ----------
@@ -147,8 +158,8 @@ def js_div(
         if not scaled and beta in (0, 1):
             pair = "x, y" if beta == 0 else "y, x"
             raise ValueError(
-                f"beta={beta:g} is the limit 0 of the Jensen-Shannon divergence; TRL and Liger-Kernel mean "
-                f"kl_div({pair}) by it, which scaled=True gives as well"
+                f"beta={beta:g} makes every Jensen-Shannon divergence 0; TRL and Liger-Kernel use it for "
+                f"kl_div({pair}), which is what scaled=True gives"
             )
         raise ValueError(f"beta must be in {'[0, 1]' if scaled else '(0, 1)'}; found {beta!r}")
     if 0 < beta < _LEAST:
@@ -218,36 +229,40 @@ def mixed_kl_div(
 ) -> Any:
     """Forward and reverse divergence, forward KL(x || y) + (1 - forward) KL(y || x), in nats.
 
-    Twice that at 0.5 is Jeffreys' divergence.
+    Twice the value at forward=0.5 is Jeffreys' divergence [1]_.
 
     Parameters
     ----------
     x, y : array of shape (..., n, ...)
         The truth and the model.
     forward : float
-        The weight of KL(x || y), from 0 to 1. NeMo's ``mixed_kl_weight``, torchtune's ``sym_kd_ratio``.
-    space, axis, reduction, weights, denominator, temperature, base, indices, tail, tail_mass, return_grad, out,
-    device
+        The weight of KL(x || y), from 0 to 1. NeMo calls it ``mixed_kl_weight``, torchtune ``sym_kd_ratio``.
+    space, axis, reduction, weights, denominator, temperature, base, return_grad, out, device
         As for :func:`kl_div`.
+    indices, tail, tail_mass
+        For an x that lists only some of the classes of y, as for :func:`kl_div`.
 
     Returns
     -------
     value, gradients
-        As of :func:`kl_div`.
+        As for :func:`kl_div`.
 
     Raises
     ------
     ValueError
-        For a weight outside of the range; and as :func:`kl_div` does.
+        For a `forward` outside of [0, 1], and as for :func:`kl_div`.
+    TypeError, klcore.BackendUnavailableError
+        As for :func:`kl_div`.
 
     See Also
     --------
-    kl_div : says what the other parameters mean, what is returned, and what raises.
+    kl_div : explains all other options, results and errors.
+    js_div : another symmetric combination, which is always finite.
 
     Notes
     -----
-    Domain, per class: where one argument is 0 and the other is not, +inf, unless the weight of the divergence that is
-    infinite there is 0; negative numbers and NaN make NaN.
+    Per class, if one argument is 0 and the other is not, the result is +inf, unless the weight of the divergence that
+    is infinite there is 0; negative numbers and NaN give NaN.
 
     References
     ----------
@@ -320,34 +335,38 @@ def skew_kl_div(
 ) -> Any:
     """Skew divergence KL(x || m), where m = alpha x + (1 - alpha) y, in nats.
 
+    The skew divergence of Lee [1]_, and the loss of DistiLLM [2]_, whose reverse loss is ``skew_kl_div(y, x)``.
+
     Parameters
     ----------
     x, y : array of shape (..., n, ...)
         The truth and the model.
     alpha : float
-        The weight of x in m, from 0, which is ``kl_div(x, y)``, or 1e-20, to below 1. DistiLLM's reverse one is
-        ``skew_kl_div(y, x)``.
+        The weight of x in m: 0, which is ``kl_div(x, y)``, or at least 1e-20 and below 1.
     space, axis, reduction, weights, denominator, temperature, base, return_grad, out, device
         As for :func:`kl_div`.
 
     Returns
     -------
     value, gradients
-        As of :func:`kl_div`. For distributions at most ``-log(alpha)``.
+        As for :func:`kl_div`. For distributions, the value is at most ``-log(alpha)``.
 
     Raises
     ------
     ValueError
-        For an alpha outside of the range; and as :func:`kl_div` does.
+        For an `alpha` outside of its range, and as for :func:`kl_div`.
+    TypeError, klcore.BackendUnavailableError
+        As for :func:`kl_div`.
 
     See Also
     --------
-    kl_div : says what the other parameters mean, what is returned, and what raises.
+    kl_div : explains all other options, results and errors.
+    js_div : the divergences of both x and y from a mixture.
 
     Notes
     -----
-    Domain, per class: x = 0 contributes ``(1 - alpha) y``, y = 0 ``(alpha - 1 - log(alpha)) x``; negative numbers and
-    NaN make NaN.
+    Per class, x = 0 contributes ``(1 - alpha) y``; y = 0 contributes ``(alpha - 1 - log(alpha)) x``; negative numbers
+    and NaN give NaN.
 
     References
     ----------
@@ -420,39 +439,45 @@ def alpha_div(
     out: Any = None,
     device: str | None = None,
 ) -> Any:
-    """Alpha divergence (sum(x**alpha * y**(1 - alpha)) - 1)/(alpha*(alpha - 1)), Amari's and Cressie and Read's.
+    """Alpha divergence (sum(x**alpha * y**(1 - alpha)) - 1)/(alpha*(alpha - 1)).
 
-    KL(x || y) at alpha=1 and KL(y || x) at alpha=0, continuously; 4 times :func:`sq_hellinger` at 0.5, half of
-    :func:`chi2_div` at 2. Tsallis' relative entropy is alpha times this.
+    This is the divergence of Cressie and Read [1]_ and of Amari [2]_. It is continuous in alpha: KL(x || y) at alpha=1
+    and KL(y || x) at alpha=0. It is 4 times :func:`sq_hellinger` at alpha=0.5, and half of :func:`chi2_div` at alpha=2.
+    The relative entropy of Tsallis is alpha times this divergence.
 
     Parameters
     ----------
     x, y : array of shape (..., n, ...)
         The truth and the model.
     alpha : float
-        Any number, of magnitude 1e-20 to 1e20 if it is not 0.
-    space, axis, reduction, weights, denominator, temperature, base, return_grad, out, device
+        0, or any number of magnitude 1e-20 to 1e20.
+    space, axis, reduction, weights, denominator, temperature, return_grad, out, device
         As for :func:`kl_div`.
+    base : None
+        Not supported: there is no logarithm in this divergence.
 
     Returns
     -------
     value, gradients
-        As of :func:`kl_div`. For distributions and 0 < alpha < 1 at most ``1/(alpha*(1 - alpha))``.
+        As for :func:`kl_div`. For distributions and 0 < alpha < 1, the value is at most ``1/(alpha*(1 - alpha))``.
 
     Raises
     ------
     ValueError
-        For an alpha outside of the range; and as :func:`kl_div` does.
+        For an `alpha` outside of its range, for a `base`, and as for :func:`kl_div`.
+    TypeError, klcore.BackendUnavailableError
+        As for :func:`kl_div`.
 
     See Also
     --------
-    kl_div : says what the other parameters mean, what is returned, and what raises.
+    kl_div : explains all other options, results and errors.
+    renyi_div : a function of this divergence, in nats.
 
     Notes
     -----
-    Of numbers that are no distributions the sum of ``(p**a q**(1-a) - a p - (1-a) q)/(a (a-1))`` is taken, which is
-    never negative. Domain, per class: x = 0 contributes ``y/alpha``, +inf for alpha <= 0; y = 0 ``x/(1 - alpha)``,
-    +inf for alpha >= 1; negative numbers and NaN make NaN.
+    The terms are ``(p**a q**(1-a) - a p - (1-a) q)/(a (a-1))``. They are never negative, and for distributions their
+    sum is the formula above. Per class, x = 0 contributes ``y/alpha``, or +inf if alpha <= 0; y = 0 contributes
+    ``x/(1 - alpha)``, or +inf if alpha >= 1; negative numbers and NaN give NaN.
 
     References
     ----------
@@ -526,41 +551,46 @@ def renyi_div(
 ) -> Any:
     """Rényi divergence log(sum(x**alpha * y**(1 - alpha)))/(alpha - 1), in nats.
 
-    KL(x || y) at alpha=1, continuously; ``-2*log(1 - sq_hellinger(x, y))`` at 0.5, ``log(1 + chi2_div(x, y))`` at 2.
+    The divergence of Rényi [1]_, whose properties are collected in [2]_. It is continuous in alpha: KL(x || y) at
+    alpha=1. It is ``-2*log(1 - sq_hellinger(x, y))`` at alpha=0.5, and ``log(1 + chi2_div(x, y))`` at alpha=2.
 
     Parameters
     ----------
     x, y : array of shape (..., n, ...)
-        The truth and the model: distributions. Numbers that do not sum to 1 may give any value; of counts,
-        ``space='counts'`` takes shares.
+        The truth and the model, both distributions. For numbers that do not sum to 1 the value means nothing. Pass
+        counts with ``space="counts"``, which normalises them.
     alpha : float
-        From 1e-20 to 1e20. It has no default.
+        From 1e-20 to 1e20. There is no default.
     space, axis, weights, denominator, temperature, base, return_grad, out, device
         As for :func:`kl_div`.
-    reduction : {'row', 'sum', 'rowmean', 'batchmean', 'mean'}
-        As for :func:`kl_div`. There is no 'none': this is no sum over classes.
+    reduction : {"row", "sum", "rowmean", "batchmean", "mean"}
+        As for :func:`kl_div`. There is no "none", because this divergence is not a sum over the classes.
 
     Returns
     -------
     value, gradients
-        As of :func:`kl_div`. The value does not fall as alpha grows.
+        As for :func:`kl_div`. The value does not decrease as alpha increases.
 
     Raises
     ------
     ValueError
-        For an alpha outside of the range, for ``reduction='none'``, and as :func:`kl_div` does.
+        For an `alpha` outside of its range, for ``reduction="none"``, and as for :func:`kl_div`.
+    TypeError, klcore.BackendUnavailableError
+        As for :func:`kl_div`.
 
     See Also
     --------
-    kl_div : says what the other parameters mean, what is returned, and what raises.
-    alpha_div : of which this is a function.
+    kl_div : explains all other options, results and errors.
+    alpha_div : the divergence from which this one is computed.
 
     Notes
     -----
-    Computed as ``log1p(alpha*(alpha - 1)*A)/(alpha - 1)`` with A = ``alpha_div(x, y, alpha=alpha)``, which is as exact
-    as A where x and y are close; where that sum is below 1/2 or out of range, by the logarithm of
-    ``sum(x**alpha * y**(1 - alpha))`` itself. Domain: +inf for alpha < 1 where x and y have no class in common, for
-    alpha >= 1 where y is 0 and x is not; negative numbers and NaN make NaN.
+    Computed as ``log1p(alpha*(alpha - 1)*A)/(alpha - 1)`` with ``A = alpha_div(x, y, alpha=alpha)``, which is as
+    accurate as A if x and y are close. If ``sum(x**alpha * y**(1 - alpha))`` is below 1/2 or out of range, the
+    logarithm of this sum is computed directly.
+
+    The value is +inf for alpha < 1 if x and y have no class in common, and for alpha >= 1 if y is 0 where x is not;
+    negative numbers and NaN give NaN.
 
     References
     ----------
@@ -635,24 +665,36 @@ def tv_dist(
 ) -> Any:
     """Total variation distance sum(abs(x - y))/2.
 
-    Of a draft model and its target, 1 less this is the rate at which speculative decoding accepts.
+    If x and y are the target and the draft model of speculative decoding, its acceptance rate is 1 minus this distance.
 
     Parameters
     ----------
     x, y : array of shape (..., n, ...)
         The truth and the model.
-    space, axis, reduction, weights, denominator, temperature, base, indices, tail, tail_mass, return_grad, out,
-    device
+    space, axis, reduction, weights, denominator, temperature, return_grad, out, device
         As for :func:`kl_div`.
+    base : None
+        Not supported: there is no logarithm in this divergence.
+    indices, tail, tail_mass
+        For an x that lists only some of the classes of y, as for :func:`kl_div`.
 
     Returns
     -------
     value, gradients
-        As of :func:`kl_div`. For distributions at most 1. The derivative of a term is 0 where both agree.
+        As for :func:`kl_div`. For distributions, the value is at most 1. The derivative of a term is 0 where x equals
+        y.
+
+    Raises
+    ------
+    ValueError
+        For a `base`, and as for :func:`kl_div`.
+    TypeError, klcore.BackendUnavailableError
+        As for :func:`kl_div`.
 
     See Also
     --------
-    kl_div : says what the other parameters mean, what is returned, and what raises.
+    kl_div : explains all other options, results and errors.
+    sq_hellinger : the squared Hellinger distance, never larger for distributions.
 
     Examples
     --------
@@ -718,17 +760,27 @@ def sq_hellinger(
     ----------
     x, y : array of shape (..., n, ...)
         The truth and the model.
-    space, axis, reduction, weights, denominator, temperature, base, return_grad, out, device
+    space, axis, reduction, weights, denominator, temperature, return_grad, out, device
         As for :func:`kl_div`.
+    base : None
+        Not supported: there is no logarithm in this divergence.
 
     Returns
     -------
     value, gradients
-        As of :func:`kl_div`. For distributions at most 1, and never more than :func:`tv_dist`.
+        As for :func:`kl_div`. For distributions, the value is at most 1, and never above :func:`tv_dist`.
+
+    Raises
+    ------
+    ValueError
+        For a `base`, and as for :func:`kl_div`.
+    TypeError, klcore.BackendUnavailableError
+        As for :func:`kl_div`.
 
     See Also
     --------
-    kl_div : says what the other parameters mean, what is returned, and what raises.
+    kl_div : explains all other options, results and errors.
+    tv_dist : the total variation distance.
 
     Examples
     --------
@@ -787,27 +839,39 @@ def chi2_div(
     out: Any = None,
     device: str | None = None,
 ) -> Any:
-    """Pearson's chi-squared divergence sum((x - y)**2 / y): y is the model.
+    """Pearson's chi-squared divergence sum((x - y)**2 / y), where y is the model.
+
+    Pearson's statistic [1]_ is this divergence of observed from expected shares, times the sample size.
 
     Parameters
     ----------
     x, y : array of shape (..., n, ...)
         The truth and the model.
-    space, axis, reduction, weights, denominator, temperature, base, return_grad, out, device
+    space, axis, reduction, weights, denominator, temperature, return_grad, out, device
         As for :func:`kl_div`.
+    base : None
+        Not supported: there is no logarithm in this divergence.
 
     Returns
     -------
     value, gradients
-        As of :func:`kl_div`.
+        As for :func:`kl_div`.
+
+    Raises
+    ------
+    ValueError
+        For a `base`, and as for :func:`kl_div`.
+    TypeError, klcore.BackendUnavailableError
+        As for :func:`kl_div`.
 
     See Also
     --------
-    kl_div : says what the other parameters mean, what is returned, and what raises.
+    kl_div : explains all other options, results and errors.
+    alpha_div : half of this divergence at alpha=2.
 
     Notes
     -----
-    Domain, per class: x = 0 contributes y; x > 0 with y = 0 makes +inf; negative numbers and NaN make NaN.
+    Per class, x = 0 contributes y; x > 0 with y = 0 gives +inf; negative numbers and NaN give NaN.
 
     References
     ----------

@@ -1,4 +1,4 @@
-"""Quantiles of the normal and of Student's t distribution, for klcore.Summary's intervals."""
+"""Quantiles of the normal distribution and of Student's t distribution, for the intervals of klcore.Summary."""
 
 import importlib
 import math
@@ -7,22 +7,22 @@ _FEW = 300  # degrees of freedom up to which the sum is evaluated
 
 
 def normal_quantile(probability: float) -> float:
-    """By Wichura's AS241, of the standard library, whose import takes longer than that of klcore may."""
+    """Wichura's AS241, from the standard library; imported on first use, because that would slow `import klcore`."""
     return float(importlib.import_module("statistics").NormalDist().inv_cdf(probability))
 
 
 def t_quantile(probability: float, degrees: int) -> float:
-    """That of a probability >= 1/2, for a whole number of degrees of freedom, to 9 digits.
+    """The quantile of a probability >= 1/2, for a whole number of degrees of freedom, to 9 digits.
 
-    Up to 300 degrees by bisection of the distribution function, which is a sum of as many terms as there are pairs of
-    them; above by the expansion about the normal quantile.
+    Up to 300 degrees by bisection of the distribution function, which is a finite sum [1]_; above that by the expansion
+    around the normal quantile.
 
     References
     ----------
-    Abramowitz and Stegun, "Handbook of Mathematical Functions" (1964), 26.7.3, 26.7.4 and 26.7.5.
+    .. [1] Abramowitz and Stegun, "Handbook of Mathematical Functions" (1964), 26.7.3, 26.7.4 and 26.7.5.
     """
     if degrees <= _FEW:
-        low, high = 0.0, math.pi / 2  # of the angle whose tangent is t / sqrt(degrees)
+        low, high = 0.0, math.pi / 2  # bounds of the angle whose tangent is t / sqrt(degrees)
         for _ in range(60):
             middle = (low + high) / 2
             low, high = (middle, high) if _within(middle, degrees) < 2 * probability - 1 else (low, middle)

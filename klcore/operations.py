@@ -1,8 +1,8 @@
-"""The table of operations, and the call of one: what the public functions hand to a backend.
+"""The table of operations, and `Call`, which the public functions hand to a backend.
 
-Whatever goes over all operations, in backends, tests, self-test, benchmarks and pages, reads OPERATIONS (the public
-functions), LOSSES (the terms of other systems, for klcore.compat) and ESTIMATORS (of the divergence, from a token each,
-for klcore.kl_estimate). What kernels are told of an operation stands in src/kl_math.h.
+Code that loops over all operations (backends, tests, self-test, benchmarks, pages) reads OPERATIONS (the public
+functions), LOSSES (the terms of other systems, for klcore.compat) and ESTIMATORS (the divergence from one sampled token
+each, for klcore.kl_estimate). What the kernels know about each operation is in src/kl_math.h.
 """
 
 from dataclasses import dataclass, field, replace
@@ -16,24 +16,24 @@ PAIRS = tuple((x, y) for x in SPACES for y in SPACES)
 
 @dataclass(frozen=True, eq=False)
 class Operation:
-    """One row of the table. There is one object of it: so it is compared and hashed, and unpickled."""
+    """An operation of the table. There is one object per operation, so comparing and hashing go by identity."""
 
     name: str
-    code: int  # how kernels know it
+    code: int  # its number in the kernels
     form: int  # kl::Form: how rows of logits are computed
-    single: bool  # it has one argument, x
+    single: bool  # whether x is its only argument
     is_loss: bool
-    pairs: tuple[tuple[str, str], ...]  # the spaces of x and y that it is for
-    gradients: tuple[str, ...]  # with respect to what
-    parameters: tuple[str, ...] = ()  # keywords that are its own
-    needed: dict[str, float] = field(default_factory=dict)  # the keywords without a default, with a value to try
-    has_terms: bool = True  # a row's value is their sum
-    is_estimator: bool = False  # each number is a row of its own, of one class: there is no class axis
-    takes_indices: bool = False  # x may list some classes of y
+    pairs: tuple[tuple[str, str], ...]  # the spaces of (x, y) that it accepts
+    gradients: tuple[str, ...]  # the arguments that it has gradients for
+    parameters: tuple[str, ...] = ()  # keywords of this operation only
+    needed: dict[str, float] = field(default_factory=dict)  # its keywords without a default, with a valid value
+    has_terms: bool = True  # whether the value of a row is a sum of terms
+    is_estimator: bool = False  # whether every number is a row of one class, so that there is no class axis
+    takes_indices: bool = False  # whether x may list only some classes of y
 
     @property
     def function(self) -> str:
-        """Whose operation it is, for messages."""
+        """The name of its public function, for messages."""
         return "kl_estimate" if self.is_estimator else self.name
 
     def __reduce__(self) -> Any:
@@ -41,7 +41,7 @@ class Operation:
 
 
 def named(name: str) -> Operation:
-    """The row of that name, of whichever table."""
+    """The operation of this name, from any of the tables."""
     return OPERATIONS.get(name) or LOSSES.get(name) or ESTIMATORS[name]
 
 
@@ -92,8 +92,10 @@ ESTIMATORS = {name: _estimator(name) for name in ("k1", "k2", "k3")}
 
 
 class Call(NamedTuple):
-    """The arguments of a call, as they were given: what they mean, ``klcore.kl_div`` says, and for losses
-    ``klcore.divergence.loss``."""
+    """The arguments of a call, as the user gave them.
+
+    :func:`klcore.kl_div` explains what they mean, and ``klcore.divergence.loss`` does for the losses of klcore.compat.
+    """
 
     operation: Operation
     x: Any
@@ -101,18 +103,18 @@ class Call(NamedTuple):
     space: Any
     axis: Any
     reduction: Any
-    weights: Any = None  # of a loss: its factors, any numbers, one a term
+    weights: Any = None  # for a loss: its factors, any numbers, one per term
     temperature: Any = 1.0
     return_grad: Any = None
     out: Any = None
     device: Any = None
-    denominator: Any = None  # divides a sum, and its gradients; of a loss, whatever is returned
-    parameter: Any = 0.0  # of the operations that take one: js_div's beta, say, or the epsilon of a loss
-    factor: Any = 1.0  # multiplies the value, and the gradients with it
-    dtype: Any = None  # a loss's: its name
-    cotangent: Any = None  # not None: the gradients alone, of sum(cotangent * value), and `out` is for these
-    ratio: Any = None  # an estimator's: multiplies the terms as their weights do, but no mean is divided by it
-    examples: int = 0  # an adapter's: how many of the first axes count examples, each with a total of its own
+    denominator: Any = None  # divides a sum and its gradients; for a loss, whatever is returned
+    parameter: Any = 0.0  # for operations that have one, such as beta of js_div, or the epsilon of a loss
+    factor: Any = 1.0  # multiplies the value and the gradients
+    dtype: Any = None  # for a loss: the name of the dtype of its value
+    cotangent: Any = None  # if given: return only the gradients, of sum(cotangent * value); `out` is for them
+    ratio: Any = None  # for an estimator: multiplies the terms like weights, but no mean divides by it
+    examples: int = 0  # set by adapters: how many leading axes are examples, each with a total of its own
     indices: Any = None  # the classes of y that x lists
-    tail: Any = None  # what x has beside them
-    tail_mass: Any = None  # and how much that is
+    tail: Any = None  # what x has in the other classes
+    tail_mass: Any = None  # how much that is

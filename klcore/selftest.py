@@ -1,7 +1,7 @@
-"""Whether klcore keeps its promises on this machine: `python -m klcore --selftest`, which calls `run`.
+"""Check klcore's promises on this machine: `python -m klcore --selftest`, which calls `run`.
 
-Needs NumPy alone. The exact answers stand in exact.py, and klcore had no part in them. All other inputs are made of
-integers and single IEEE operations, so that they are the same on every machine, and so are the digests of the results.
+Needs only NumPy. The exact answers in exact.py were computed without klcore. All other inputs are made from integers
+and single IEEE operations, so that they, and the digests of the results, are the same on every machine.
 """
 
 import hashlib
@@ -24,10 +24,10 @@ from klcore.operations import ESTIMATORS, OPERATIONS, Operation
 FUNCTIONS = vars(divergence) | vars(family) | vars(estimate)
 SPACES = ("probs", "log_probs", "logits")
 DTYPES = ("float64", "float32", "float16", "bfloat16")
-# On a GPU each pair of spaces, dtype and way to go over rows is a kernel of its own, compiled for a second: these pairs
-# in both dtypes are checked there, and each way once.
+# On a GPU, each combination of a pair of spaces, a dtype and a launch strategy is a kernel that takes a second to
+# compile. So only these pairs are checked there, in both dtypes, and each launch strategy once.
 GPU_PAIRS = (*((space, space) for space in SPACES), ("probs", "logits"))
-BOUNDS = {  # docs/accuracy.md: relative, the gradients' to the row's largest
+BOUNDS = {  # docs/accuracy.md: relative errors; for gradients, relative to the largest of the row
     ("values", "float32"): 4e-6,
     ("values", "float64"): 1e-13,
     ("gradients", "float32"): 2e-5,
@@ -50,7 +50,8 @@ DOMAIN = (  # space, x, y, KL(x || y)
     ("logits", (-INF, -INF), (1.0, 1.0), NAN),
     ("logits", (INF, 1.0), (1.0, 1.0), NAN),
 )
-# Numerics v2: the first 64 bits of the SHA-256 of all results of a group of calls. Only another version changes them.
+# The first 64 bits of the SHA-256 of all results of a group of calls. Only a new version of the numerics, now v2,
+# changes them.
 DIGESTS = {
     "kernels": "ee6c028047469bf0",
     "kl_div float64": "87a1b958b344259d",
@@ -111,16 +112,16 @@ DIGESTS = {
 }
 
 Call = tuple[str, list[Any], dict[str, Any]]
-Line = tuple[bool, str]  # whether it holds, and a sentence
+Line = tuple[bool, str]  # whether the check passed, and a sentence about it
 
 
 def run() -> bool:
-    """Check every device, and print a line for each promise.
+    """Check every device, and print one line per promise.
 
     Returns
     -------
     bool
-        Whether all of them hold. A device that is not there is none.
+        Whether all checks passed. A device that is missing is not checked.
     """
     config = show_config("dicts")
     devices = {"cpu": f"{config['cpu']['instruction set in use']}, {get_num_threads()} threads"}
@@ -137,7 +138,7 @@ def run() -> bool:
     print(
         f"klcore keeps its promises on {', '.join(devices)}."
         if holds
-        else "klcore does NOT keep its promises here. Please report it, with everything above: "
+        else "klcore does NOT keep its promises here. Please report this, with everything above: "
         "https://github.com/klcore/klcore/issues"
     )
     return holds
@@ -146,7 +147,7 @@ def run() -> bool:
 def _lines(check: Callable[[str], Iterator[Line]], device: str) -> Iterator[Line]:
     try:
         yield from check(device)
-    except Exception as error:  # of any kind: a report says it better than a traceback
+    except Exception as error:  # of any kind: a line of the report is more useful than a traceback
         yield False, f"{check.__name__[1:]}: {type(error).__name__}: {error}"
 
 
@@ -154,7 +155,7 @@ def _lines(check: Callable[[str], Iterator[Line]], device: str) -> Iterator[Line
 
 
 def _uniform(seed: int, shape: tuple[int, ...]) -> Any:
-    """Multiples of 2^-53 in [0, 1): the finaliser of SplitMix64 (Steele, Lea and Flood 2014) over a counter."""
+    """Multiples of 2^-53 in [0, 1): the finaliser of SplitMix64 (Steele, Lea and Flood 2014) applied to a counter."""
     k = np.arange(1, math.prod(shape) + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(seed << 32)
     k = (k ^ (k >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     k = (k ^ (k >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -163,7 +164,7 @@ def _uniform(seed: int, shape: tuple[int, ...]) -> Any:
 
 @cache
 def _arrays(shape: tuple[int, int], spaces: tuple[str, ...], dtype: str) -> list[Any]:
-    """One array a space. Rows of four kinds take turns: far apart, close, equal, with excluded classes."""
+    """One array per space. Rows alternate between four kinds: far apart, close, equal, and with excluded classes."""
     u, v = _uniform(1, shape), _uniform(2, shape)
     kind = np.arange(shape[0])[:, None] % 4
     v = np.where(kind == 1, u * (1 - 2.0**-12) + v * 2.0**-12, np.where(kind == 2, u, v))
@@ -185,7 +186,7 @@ def _options(row: Operation, pair: tuple[str, str]) -> dict[str, Any]:
 
 
 def _calls(operation: str, dtype: str) -> Iterator[Call]:
-    """Every pair of spaces over short and longer rows; reductions, weights, temperature, broadcasting, a long row."""
+    """Every pair of spaces over short and longer rows; reductions, weights, temperature, broadcasting; a long row."""
     row = OPERATIONS[operation]
     for pair in (pair for pair in row.pairs if "counts" not in pair):
         options = _options(row, pair)
@@ -209,7 +210,7 @@ def _calls(operation: str, dtype: str) -> Iterator[Call]:
 
 
 def _counts(operation: str) -> Iterator[Call]:
-    """Counts alone, and of kl_div beside all other spaces."""
+    """Counts with counts, and for kl_div also counts with every other space."""
     row = OPERATIONS[operation]
     for pair, dtype in product(row.pairs, DTYPES[:2]):
         if pair == ("counts", "counts") or ("counts" in pair and operation == "kl_div"):
@@ -218,7 +219,7 @@ def _counts(operation: str) -> Iterator[Call]:
 
 
 def _listed(operation: str) -> Iterator[Call]:
-    """x lists some classes: in no order, one of them twice, and sometimes none."""
+    """x lists some classes, unordered; one of them twice, and some entries list no class."""
     u = _uniform(5, (6, 40))
     indices = (u * 2500).astype(np.int64)
     indices[:, 7], indices[::2, 9] = -1, indices[::2, 8]
@@ -230,7 +231,7 @@ def _listed(operation: str) -> Iterator[Call]:
 
 
 def _estimates(kind: str, dtype: str) -> Iterator[Call]:
-    """Tokens of which r = log_y - log_x is next to 0, about 1, and far from 0; masks, ratios and limits."""
+    """Tokens with r = log_y - log_x close to 0, about 1, and far from 0; with weights, ratios and limits."""
     u, v = _uniform(1, (60, 70)), _uniform(2, (60, 70))
     size = 2.0 ** np.array([-20.0, 1.0, 6.0])[np.arange(60) % 3, None]
     arrays = [a.astype(dtype) for a in (u * -16, u * -16 + (v - 0.5) * size)]
@@ -242,7 +243,7 @@ def _estimates(kind: str, dtype: str) -> Iterator[Call]:
 
 
 def _kernels() -> Iterator[Call]:
-    """Every kernel of kl_cuda.cu: short rows, longer ones, few, many, and columns; sums, and summed gradients."""
+    """Every kernel of kl_cuda.cu: short, longer, few and many rows, and columns; sums, and summed gradients."""
     both = {"return_grad": ("x", "y")}
     for dtype, pair in product(("float32", "float64"), GPU_PAIRS):
         yield "kl_div", _arrays((8, 17), pair, dtype), {**both, "space": pair}
@@ -256,7 +257,7 @@ def _kernels() -> Iterator[Call]:
 
 
 def _compute(device: str, call: Call) -> tuple[Any, ...]:
-    """What klcore returns, as NumPy arrays."""
+    """The results of klcore as NumPy arrays."""
     operation, arrays, options = call
     found = FUNCTIONS[operation](*arrays, device=device, **options)
     results = found if isinstance(found, tuple) else (found,)
@@ -267,13 +268,13 @@ def _compute(device: str, call: Call) -> tuple[Any, ...]:
 
 
 def _answers(device: str) -> Iterator[Line]:
-    """The exact answers, and rows in which they are repeated."""
+    """The exact answers, and rows that repeat them."""
     worst = dict.fromkeys(BOUNDS, 0.0)
     count = 0
     pairs = GPU_PAIRS if device != "cpu" else tuple(product(SPACES, SPACES))
     for pair, dtype in product(pairs, ("float32", "float64")):
         x, y, value, dx, dy = (np.array(a) for a in zip(*(a[2:] for a in ANSWERS if a[:2] == pair), strict=True))
-        softmax = pair == ("logits", "logits")  # of a row repeated: the same divergence, of smaller probabilities
+        softmax = pair == ("logits", "logits")  # a repeated row has smaller probabilities, but the same divergence
         repeats = (1, 40, 500, 45_000) if device == "cpu" else (1, 40)
         for times in repeats if softmax or "logits" not in pair else (1,):
             arrays = [np.tile(a, times).astype(dtype) for a in (x, y)]
@@ -285,7 +286,7 @@ def _answers(device: str) -> Iterator[Line]:
             off = [np.max(abs(g - e), 1) / np.max(abs(e), 1) for g, e in zip(gradients, exact, strict=True)]
             errors["gradients"] = np.max(off)
             for what, error in errors.items():
-                worst[what, dtype] = max(worst[what, dtype], error if error >= 0 else INF)  # NaN is no answer
+                worst[what, dtype] = max(worst[what, dtype], error if error >= 0 else INF)  # NaN is a failure
             count += len(value)
     for what in ("values", "gradients"):
         of = {dtype: (worst[what, dtype], BOUNDS[what, dtype]) for dtype in ("float32", "float64")}
@@ -325,13 +326,14 @@ def _bits(device: str) -> Iterator[Line]:
     groups: dict[str, Callable[[], Iterator[Call]]] = {"kernels": _kernels}
     bfloat16 = importlib.util.find_spec("ml_dtypes") is not None
     if not bfloat16:
-        yield True, "bits of bfloat16: not checked: ml_dtypes is not installed"
+        yield True, "bits of bfloat16: not checked, because ml_dtypes is not installed"
     for operation, dtype in product(OPERATIONS, DTYPES if bfloat16 else DTYPES[:3]):
-        if OPERATIONS[operation].form != _cpu.BY_CLASS or dtype in DTYPES[:2]:  # 16 bits of these: as float32
+        # the 16-bit dtypes of these are computed as float32
+        if OPERATIONS[operation].form != _cpu.BY_CLASS or dtype in DTYPES[:2]:
             groups[f"{operation} {dtype}"] = partial(_calls, operation, dtype)
     groups |= {f"{operation} counts": partial(_counts, operation) for operation in OPERATIONS}
     groups |= {f"{o.name} listed": partial(_listed, o.name) for o in OPERATIONS.values() if o.takes_indices}
-    for dtype in DTYPES[:2]:  # 16 bits: as float32
+    for dtype in DTYPES[:2]:  # 16-bit dtypes are computed as float32
         groups |= {f"{kind} {dtype}": partial(_estimates, kind, dtype) for kind in ESTIMATORS}
     in_use = _cpu.instruction_set()
     try:
@@ -348,7 +350,7 @@ def _bits(device: str) -> Iterator[Line]:
 
 
 def _digests(device: str, groups: dict[str, Callable[[], Iterator[Call]]], how: str) -> Line:
-    """Whether all results have the bits of numerics v2."""
+    """Check that all results have the bits of numerics v2."""
     differ, count = [], 0
     for name, calls in groups.items():
         digest = hashlib.sha256()
@@ -359,5 +361,5 @@ def _digests(device: str, groups: dict[str, Callable[[], Iterator[Call]]], how: 
         if digest.hexdigest()[:16] != DIGESTS.get(name):
             differ.append(f"{name} ({digest.hexdigest()[:16]})")
     if differ:
-        return False, f"bits{how}: not those of numerics v2: {', '.join(differ)}"
-    return True, f"bits{how}: those of numerics v2, in {count:,} numbers"
+        return False, f"bits{how}: these differ from numerics v2: {', '.join(differ)}"
+    return True, f"bits{how}: {count:,} numbers, all equal to numerics v2"

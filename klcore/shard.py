@@ -1,6 +1,7 @@
-"""Rows whose classes are spread over processes: what each process sends of its shard, and its part of the results.
+"""Rows whose classes are spread over several processes: what each process sends, and its part of the results.
 
-It holds no formula: a shard calls its backend's `states`, `merge` and `outputs` in their order (src/kl_partial.h).
+This file contains no formulas. A shard calls the functions `states`, `merge` and `outputs` of its backend in order
+(src/kl_partial.h).
 """
 
 import importlib
@@ -20,50 +21,53 @@ _OF_LISTS = ("indices", "tail", "tail_mass")
 
 
 class Shard:
-    """A process's shard of rows whose classes are spread over several, as the logits of a vocabulary-parallel model.
+    """One process's shard of rows whose classes are spread over several processes.
 
-    Each process makes a shard of its classes. A few numbers a row are exchanged, by whatever means the processes have,
-    and then every one of them knows the values, and computes its own classes' part of the gradients.
+    For example, the logits of a vocabulary-parallel model. Each process makes a `Shard` of its classes. The processes
+    exchange a few numbers per row, by any means that they have. Then each of them knows the values, and computes the
+    part of the gradients that belongs to its own classes.
 
     Parameters
     ----------
     operation : str or callable
-        The public function, or its name: ``klcore.js_div`` or ``"js_div"``.
+        The public function or its name: ``klcore.js_div`` or ``"js_div"``.
     x, y : array of shape (..., n, ...)
-        This process's classes of both arguments, of NumPy, CuPy or PyTorch; `x` alone for :func:`entropy`. All
-        processes have the same rows; a shard may have no classes.
+        This process's classes of both arguments, as arrays of NumPy, CuPy or PyTorch; only `x` for :func:`entropy`. All
+        processes have the same rows. A shard can have no classes.
     space, axis, weights, temperature, base
-        As of the function; the same in every process.
+        As for the function, and the same in every process.
     **parameters
-        The function's own, as ``beta=0.1``.
+        The parameters that only this function has, for example ``beta=0.1``.
 
     Attributes
     ----------
     exchanges : int
-        How often states are to be exchanged: once for probabilities, log-probabilities and :func:`kl_div` of logits,
-        twice or three times for others.
+        The number of exchanges: one for probabilities, log-probabilities and :func:`kl_div` of logits, two or three
+        otherwise.
 
     Raises
     ------
     TypeError
-        For arrays of other libraries; for tensors that require a gradient where autograd would record; for a reduction
-        and the like, which are the caller's; and as the function does.
+        For arrays of other libraries; for tensors that require a gradient while autograd is recording; for options that
+        a shard does not have, such as `reduction`; and as for the function.
     ValueError
-        As the function does.
+        As for the function.
 
     See Also
     --------
-    kl_div : says what the words mean.
+    kl_div : explains the options.
 
     Notes
     -----
-    A state is at most nine doubles for every 1024 classes. ``state(fold=True)`` merges those of a shard into one: at
-    most 72 bytes a row. Values and gradients are then within the published bounds, and the same in all processes; but
-    their last bits depend on how the classes are spread. Without `fold` they have the bits of the whole rows in one
-    process, if every shard but the last holds a multiple of 1024 classes (:doc:`/sharding`).
+    A state is at most nine float64 numbers for every 1024 classes. ``state(fold=True)`` merges the states of a shard
+    into one, of at most 72 bytes per row. Values and gradients are then within the published bounds, and the same in
+    all processes, but their last bits depend on how the classes are spread. Without `fold` they have the same bits as
+    the whole rows in one process, if every shard except the last holds a multiple of 1024 classes; see
+    docs/sharding.md.
 
-    Tensors are taken without their history. In a ``torch.autograd.Function`` the forward returns the values, and
-    the backward the gradient: no derivative goes through the exchange.
+    Autograd does not see a shard: it takes the values of tensors without their history. Use it in a
+    ``torch.autograd.Function`` whose forward returns the values and whose backward returns the gradient; no derivative
+    goes through the exchange.
 
     Examples
     --------
@@ -99,23 +103,21 @@ class Shard:
         function, of = _public(operation)
         name = of.name
         if (y is None) != of.single:
-            raise TypeError(f"{name} takes {'x alone' if of.single else 'x and y'}")
-        for word in parameters.keys() - set(of.parameters):
-            why = "it has one value a row, and gradients for a cotangent of each; reduce the values yourself"
-            if of.takes_indices and word in _OF_LISTS:
-                why = (
-                    f"where x lists some of y's classes y's rows have to be whole; gather them, and call klcore.{name}"
-                )
-            raise TypeError(f"a shard of {name} takes no {word!r}: {why}")
+            raise TypeError(f"{name} takes {'only x' if of.single else 'x and y'}")
+        for option in parameters.keys() - set(of.parameters):
+            why = "it has one value per row, and gradients for one cotangent per row; reduce the values yourself"
+            if of.takes_indices and option in _OF_LISTS:
+                why = f"with indices, the rows of y must be whole; gather them and call klcore.{name}"
+            raise TypeError(f"a shard of {name} does not take {option!r}: {why}")
         given = (x,) if of.single else (x, y)
-        words = {"space": space, "axis": axis, "weights": weights, "temperature": temperature, "base": base}
-        self._lender = parts.lender_of(function(*given, **words, **parameters, device=Unevaluated))
+        options = {"space": space, "axis": axis, "weights": weights, "temperature": temperature, "base": base}
+        self._lender = parts.lender_of(function(*given, **options, **parameters, device=Unevaluated))
         self._call: Call = self._lender.call
         with self._lender.here():
             self._task = self._lender.backend.arrange(self._call)
         self.exchanges = len(self._sweeps())
-        self._stats: list[Any] = [None]  # before each sweep
-        self._left = False  # whether this exchange's state has been asked for
+        self._stats: list[Any] = [None]  # the statistics of the rows before each sweep
+        self._left = False  # whether state() was called for the current exchange
 
     def _sweeps(self, terms: bool = False, gradient: bool = False) -> tuple[int, ...]:
         cpu = importlib.import_module("klcore.backends.cpu")
@@ -123,17 +125,23 @@ class Shard:
         return found
 
     def state(self, *, fold: bool = False) -> Any:
-        """What this shard's classes leave for the next exchange.
+        """The state of this shard's classes, for the next exchange.
 
         Parameters
         ----------
         fold : bool
-            Merge the states of the shard's chunks of 1024 classes into one; the same in all processes.
+            Merge the states of the shard's chunks of 1024 classes into one. Must be the same in all processes.
 
         Returns
         -------
         array
-            float64, of shape batch + (numbers, chunks), with 1 for `chunks` if folded; in the library of the arguments.
+            float64, of shape batch + (numbers, chunks), where `chunks` is 1 if folded; an array of the library of the
+            arguments.
+
+        Raises
+        ------
+        RuntimeError
+            If all exchanges are done.
         """
         number = self._number()
         call = self._call._replace(return_grad=self._task.operation.gradients)
@@ -147,16 +155,23 @@ class Shard:
             return self._lender.give(left)
 
     def join(self, states: Iterable[Any]) -> None:
-        """Take the states of all shards, this one's included, in the order of their classes.
+        """Take in the states of all shards, including this one, in the order of their classes.
 
         Parameters
         ----------
         states : sequence of arrays
-            What :meth:`state` returned in every process, in the order of the processes' classes.
+            What :meth:`state` returned in each process, in the order of the processes' classes.
+
+        Raises
+        ------
+        RuntimeError
+            If all exchanges are done, or :meth:`state` was not called for this one.
+        ValueError
+            If there are no states, or they do not fit this shard.
         """
         number = self._number()
         if not self._left:
-            raise RuntimeError("join() takes what state() returned in every process: call that first, and exchange it")
+            raise RuntimeError("join() takes what state() returned in every process; call state() first")
         shape = (*self._task.x.shape[:-1], self._sweeps()[number])
         xp = _library(self._task.x)
         with self._lender.here():
@@ -164,24 +179,48 @@ class Shard:
             for k, s in enumerate(found):
                 if s.shape[:-1] != shape or s.dtype != np.float64:
                     raise ValueError(
-                        f"states[{k}] has the shape {s.shape} and the dtype {s.dtype}, and this shard's exchange "
-                        f"{number + 1} of {self.exchanges} takes float64 of {(*shape, 'chunks')}: all processes make "
-                        "their shards of the same rows, with the same words, and exchange in step"
+                        f"states[{k}] has shape {s.shape} and dtype {s.dtype}, but exchange {number + 1} of "
+                        f"{self.exchanges} of this shard takes float64 of shape {(*shape, 'chunks')}; all processes "
+                        "must make their shards of the same rows with the same options, and exchange in step"
                     )
             if not found:
-                raise ValueError("states are those of all shards, this one's included; found none")
+                raise ValueError("states must hold the states of all shards, including this one; found none")
             states = xp.concatenate(found, axis=-1)
             self._stats.append(self._lender.backend.merge(self._task, number, states, self._stats[-1]))
         self._left = False
 
     def values(self) -> Any:
-        """One value a row, of whole rows, times its weight: the same in every process."""
+        """One value per row, of the whole row, times its weight; the same in every process.
+
+        Returns
+        -------
+        array or scalar
+            In the dtype that the function returns, and of the batch shape.
+
+        Raises
+        ------
+        RuntimeError
+            If not all exchanges are done.
+        """
         self._finished()
-        with self._lender.here(), np.errstate(over="ignore"):  # a float64 value may be infinite as float32
+        with self._lender.here(), np.errstate(over="ignore"):  # a finite float64 can be infinite as float32
             return self._lender.give(self._stats[-1][..., 0].astype(self._task.scalar_dtype)[()])
 
     def terms(self) -> Any:
-        """This shard's terms, as of ``reduction="none"``."""
+        """The terms of this shard's classes, as with ``reduction="none"``.
+
+        Returns
+        -------
+        array
+            Of the shape to which this shard's x and y broadcast.
+
+        Raises
+        ------
+        RuntimeError
+            If not all exchanges are done.
+        ValueError
+            For an operation without terms, :func:`renyi_div`.
+        """
         return self._outputs(self._call._replace(reduction="none"), True)[0]
 
     def gradient(self, of: str | tuple[str, ...], cotangent: Any = None) -> Any:
@@ -190,14 +229,21 @@ class Shard:
         Parameters
         ----------
         of : {"x", "y", ("x", "y")}
-            With respect to what.
+            The arguments with respect to which the gradient is taken.
         cotangent : array, optional
-            One number a row, broadcastable to the batch shape. None: 1.
+            One number per row, broadcastable to the batch shape. None means 1.
 
         Returns
         -------
-        array, or tuple of two
-            In the shape and dtype of the argument. Of one that is broadcast over the batch: the sum over its rows.
+        array, or tuple of two arrays
+            In the shape and dtype of the argument. If the argument is broadcast over the batch, the sum over its rows.
+
+        Raises
+        ------
+        RuntimeError
+            If not all exchanges are done.
+        ValueError
+            For a `cotangent` that does not broadcast, or an unknown `of`.
         """
         batch, shape = self._task.x.shape[:-1], () if cotangent is None else tuple(np.shape(cotangent))
         if len(shape) > len(batch) or any(n not in (1, m) for n, m in zip(shape[::-1], batch[::-1], strict=False)):
@@ -213,27 +259,29 @@ class Shard:
             return tuple(map(self._lender.give, found))
 
     def _number(self) -> int:
-        """Of the exchange that is next."""
+        """The number of the next exchange."""
         number = len(self._stats) - 1
         if number == self.exchanges:
-            raise RuntimeError(f"all exchanges are done ({number}): ask for values(), terms() or gradient()")
+            raise RuntimeError(f"all exchanges are done ({number}); call values(), terms() or gradient()")
         return number
 
     def _finished(self) -> None:
         done = len(self._stats) - 1
         if done < self.exchanges:
             raise RuntimeError(
-                f"{done} of {self.exchanges} exchanges are done: values, terms and gradients take whole rows; call "
+                f"{done} of {self.exchanges} exchanges are done, but values, terms and gradients need whole rows; call "
                 "state() and join() for each of range(shard.exchanges)"
             )
 
 
 def _public(operation: Any) -> tuple[Callable[..., Any], Operation]:
-    """The public function, and its row of the table."""
+    """The public function and its operation."""
     name = operation if isinstance(operation, str) else getattr(operation, "__name__", "")
     function: Any = getattr(divergence, name, None) or getattr(family, name, None)
     if name not in OPERATIONS or not (isinstance(operation, str) or operation is function):
-        raise ValueError(f"operation must be one of {', '.join(OPERATIONS)}, or its function; found {shown(operation)}")
+        raise ValueError(
+            f"operation must be one of {', '.join(OPERATIONS)}, or the function of that name; found {shown(operation)}"
+        )
     return function, OPERATIONS[name]
 
 
@@ -243,7 +291,7 @@ def _library(a: Any) -> Any:
 
 
 def _excluded(task: Any, call: Call) -> Call:
-    """The call of one class that both arguments exclude, which adds nothing: so a shard of no classes has a state."""
+    """The call with one class that both arguments exclude: it adds nothing, but gives a shard of no classes a state."""
 
     def one(a: Any, space: str) -> Any:
         return _library(a).full((*a.shape[:-1], 1), 0.0 if space in ("probs", "counts") else -math.inf, a.dtype)

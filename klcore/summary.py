@@ -1,8 +1,8 @@
 """Statistics of row values that are exact, and the same to the bit however the values were split, ordered and merged.
 
-Nothing is added up in floating point. A float32 is an integer times 2^-149, so sums of values and of their squares are
-Python's integers, which lose nothing; every figure is a quotient of two of them, rounded once. Quantiles come from a
-count of the values by the upper bits of their float32: 512 bins for every factor of two.
+Nothing is added up in floating point. A float32 is an integer times 2^-149, so the sums of values and of their squares
+are Python integers, which are exact; every statistic is a quotient of two of them, rounded once. Quantiles come from a
+histogram over the upper bits of the float32 values: 512 bins for every factor of two.
 """
 
 import functools
@@ -19,40 +19,45 @@ from klcore.normal import normal_quantile, t_quantile
 from klcore.parameters import number
 
 _UNIT = 149  # 2^-149 is the smallest float32: all finite ones are multiples of it
-_SHIFT = 14  # lower bits of a float32 that the histogram does not see
+_SHIFT = 14  # the number of lower bits of a float32 that the histogram ignores
 _BINS = 1 << (31 - _SHIFT)  # for each sign
-_PIECE = 1 << 18  # values at a time: some megabytes of working memory, and sums in float64 that are still exact
-_FORMAT = 1  # of to_dict
+_PIECE = 1 << 18  # values at a time: a few megabytes of working memory, and sums that are exact in float64
+_FORMAT = 1  # the version of what to_dict returns
 
 
 class Summary:
-    """Exact, mergeable statistics of row values: mean, errors, quantiles, extremes and where they are.
+    """Exact, mergeable statistics of row values: mean, standard errors, quantiles, extremes and their positions.
 
-    The same bits for any split of the values into updates, any order of these, and any tree of merges.
+    The results have the same bits for any split of the values into updates, any order of the updates, and any tree of
+    merges.
 
     Parameters
     ----------
     quantiles : bool
-        Keep the histogram that :meth:`quantile` reads: 1 MiB, or 2 MiB with `signed`.
+        Keep the histogram that :meth:`quantile` and :meth:`histogram` need: 1 MiB, or 2 MiB with `signed`.
     signed : bool
-        Take negative values as well, as those of a difference. Without it they raise: divergences have none.
+        Accept negative values, such as differences. By default they raise, because divergences are never negative.
 
     Attributes
     ----------
     count : int
         The number of finite values.
     n_inf, n_nan : int
-        That of infinite values, and of NaN. They are in no other figure.
+        The number of infinite values and of NaNs. They enter no other statistic.
     seen : int
         The position after the last value.
 
+    See Also
+    --------
+    kl_div : returns row values with ``reduction="row"``.
+
     Notes
     -----
-    Values are rounded to float32, as which klcore returns most row values; what is too large for it counts as infinite.
-    Memory does not grow with the number of values; with `groups` it grows with the number of groups.
+    Values are rounded to float32, the dtype of most row values of klcore; values that are too large for it count as
+    infinite. Memory does not grow with the number of values; with `groups`, it grows with the number of groups.
 
-    The rows of one text are alike, so the usual standard error, which takes them to be independent, is too small. Name
-    the text of each row in `groups`, and :meth:`stderr` is the clustered one [1]_.
+    The rows of one text are alike, so the usual standard error, which assumes that they are independent, is too small.
+    Pass the text of each row as `groups`, and :meth:`stderr` returns the clustered standard error [1]_.
 
     References
     ----------
@@ -81,28 +86,28 @@ class Summary:
         self._squares = 0  # in units of 2^-298
         self._least: tuple[float, int] | None = None  # value, position
         self._most: tuple[float, int] | None = None
-        self._groups: dict[int, tuple[int, int]] = {}  # name -> number of finite values, their sum
+        self._groups: dict[int, tuple[int, int]] = {}  # group -> number of finite values, their sum
         self._histogram = np.zeros(_BINS * (1 + self.signed), np.int64) if quantiles else None
 
-    # ---- taking values in ----------------------------------------------------------------------------------------
+    # ---- adding values -------------------------------------------------------------------------------------------
 
     @classmethod
     def of(
         cls, values: Any, weights: Any = None, groups: Any = None, *, quantiles: bool = True, signed: bool = False
     ) -> Any:
-        """The summary of these values; of a dask array a lazy one, each chunk by itself and then merged in a tree.
+        """The summary of these values; for a Dask array a lazy one, computed per chunk and merged in a tree.
 
         Parameters
         ----------
         values, weights, groups
-            As of :meth:`update`. Beside a dask array the others may be dask's too.
+            As for :meth:`update`. If `values` is a Dask array, the others can be Dask arrays, too.
         quantiles, signed
-            As of the class.
+            As for the class.
 
         Returns
         -------
         Summary or dask.delayed.Delayed
-            Of a dask array what computes to a Summary, with the bits of the array in one piece.
+            For a Dask array, a Delayed whose result is a Summary with the same bits as that of the array in one piece.
 
         Examples
         --------
@@ -119,36 +124,36 @@ class Summary:
     def update(
         self, values: Any, weights: Any = None, groups: Any = None, *, start: SupportsIndex | None = None
     ) -> "Summary":
-        """Take these values in.
+        """Add these values.
 
         Parameters
         ----------
         values : array
-            Real numbers of any shape, of whatever library and device klcore knows: they are copied to the host. Of
-            dask arrays :meth:`of` makes a lazy summary.
+            Real numbers of any shape, on any device, of any library that klcore knows; they are copied to the host. For
+            Dask arrays, use :meth:`of`.
         weights : array of bool, optional
-            Broadcastable to the shape of `values`: a value whose weight is False is not looked at.
+            Broadcastable to the shape of `values`. Values with weight False are ignored.
         groups : array of int, optional
-            Broadcastable to the shape of `values`: the text, or another cluster, that each value belongs to.
+            Broadcastable to the shape of `values`: the text, or other cluster, to which each value belongs.
         start : int, optional
-            The position of the first of these values, in C order. None: after those that were seen.
+            The position of the first of these values, in C order. None means right after the values seen so far.
 
         Returns
         -------
         Summary
-            This one.
+            This summary.
 
         Raises
         ------
         TypeError
-            If `weights` are not boolean, or `groups` not integers.
+            If `weights` are not boolean or `groups` are not integers.
         ValueError
-            If a value is negative without `signed`, or shapes do not match. Nothing was taken in then.
+            If a value is negative without `signed`, or the shapes do not match. The summary is then unchanged.
         """
         arrays = {"values": values, "weights": weights, "groups": groups}
         lazy = next((name for name, a in arrays.items() if _is_dask(a)), None)
         if lazy:
-            raise TypeError(f"{lazy} is a dask array, which holds no values yet; use klcore.Summary.of(values, ...)")
+            raise TypeError(f"{lazy} is a dask array, which has no values yet; use klcore.Summary.of(values, ...)")
         at = self.seen if start is None else operator.index(start)
         if at < 0:
             raise ValueError(f"start must be at least 0; found {at}")
@@ -167,8 +172,8 @@ class Summary:
         return self
 
     def _take(self, at: int, values: Any, mask: Any, names: Any) -> None:
-        """One piece, of 1-d arrays; `at` is the position of its first value."""
-        with np.errstate(over="ignore"):  # to infinity, which is counted
+        """Add one piece, given as 1-d arrays; `at` is the position of its first value."""
+        with np.errstate(over="ignore"):  # the overflow to infinity is counted below
             x = values.astype(np.float32)
         finite = np.isfinite(x)
         if mask is not None:
@@ -184,7 +189,7 @@ class Summary:
             x, names = x[where], None if names is None else names[where]
         if not x.size:
             return
-        x = x + np.float32(0)  # -0 is 0
+        x = x + np.float32(0)  # -0 becomes 0
         for k, keep in ((int(x.argmin()), self._keep_least), (int(x.argmax()), self._keep_most)):
             keep((float(x[k]), at + (k if where is None else int(where[k]))))
         bits = x.view(np.int32)
@@ -195,7 +200,7 @@ class Summary:
         power = np.maximum(exponent, 1) - 1  # the value is mantissa * 2^(power - 149)
         self.count += x.size
         self._sum += _total(power, signed)
-        square = mantissa.astype(np.int64) ** 2  # below 2^48, of which a piece in float64 would be rounded
+        square = mantissa.astype(np.int64) ** 2  # below 2^48: their sum over a piece would be rounded in float64
         self._squares += _total(2 * power, square & 0xFFFFFF) + (_total(2 * power, square >> 24) << 24)
         if names is not None:
             self._take_groups(names, power, signed)
@@ -228,28 +233,32 @@ class Summary:
     # ---- merging -------------------------------------------------------------------------------------------------
 
     def merge(self, other: "Summary") -> "Summary":
-        """Take in what `other` took in; its positions stay what they are, so give `start` where they matter.
+        """Add everything that `other` holds.
+
+        Positions in `other` stay as they are, so pass `start` to :meth:`update` if positions matter.
 
         Parameters
         ----------
         other : Summary
-            Of the same `quantiles` and `signed`.
+            A summary with the same `quantiles` and `signed`.
 
         Returns
         -------
         Summary
-            This one. ``a + b`` is a new one, and so is ``sum(summaries)``.
+            This summary. ``a + b`` and ``sum(summaries)`` return a new one.
 
         Raises
         ------
-        TypeError, ValueError
-            If `other` is no Summary, or one of another kind.
+        TypeError
+            If `other` is not a Summary.
+        ValueError
+            If `other` has another `quantiles` or `signed`.
         """
         if not isinstance(other, Summary):
             raise TypeError(f"other must be a klcore.Summary; found a {type(other).__name__}")
         if (self._histogram is None, self.signed) != (other._histogram is None, other.signed):
             raise ValueError(
-                f"two summaries of one kind can be merged; this one has {self._kind()} and the other {other._kind()}"
+                f"only summaries of the same kind can be merged; this one has {self._kind()}, the other {other._kind()}"
             )
         self.seen = max(self.seen, other.seen)
         self.count += other.count
@@ -271,74 +280,80 @@ class Summary:
 
     def __add__(self, other: Any) -> "Summary":
         if not isinstance(other, Summary):
-            return self.copy() if isinstance(other, int) and other == 0 else NotImplemented  # sum() begins with 0
+            return self.copy() if isinstance(other, int) and other == 0 else NotImplemented  # sum() starts with 0
         return self.copy().merge(other)
 
     __radd__ = __add__
 
     def copy(self) -> "Summary":
-        """A summary of the same values, of its own."""
+        """An independent copy."""
         return Summary(quantiles=self._histogram is not None, signed=self.signed).merge(self)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Summary) and self.to_dict() == other.to_dict()
 
-    __hash__ = None  # type: ignore[assignment]  # it changes
+    __hash__ = None  # type: ignore[assignment]  # summaries are mutable
 
-    # ---- figures -------------------------------------------------------------------------------------------------
+    # ---- statistics ----------------------------------------------------------------------------------------------
 
     @property
     def sum(self) -> float:
-        """Of the finite values, rounded once."""
+        """The sum of the finite values, rounded once."""
         return _quotient(self._sum, 1 << _UNIT)
 
     @property
     def mean(self) -> float:
-        """Of the finite values, rounded once; NaN if there is none."""
+        """The mean of the finite values, rounded once; NaN if there are none."""
         return _quotient(self._sum, self.count << _UNIT)
 
     @property
     def rms(self) -> float:
-        """The root of the mean of their squares; NaN if there is none."""
+        """The root mean square of the finite values; NaN if there are none."""
         return math.sqrt(_quotient(self._squares, self.count << 2 * _UNIT))
 
     @property
     def min(self) -> float:
-        """The smallest finite value; NaN if there is none."""
+        """The smallest finite value; NaN if there are none."""
         return math.nan if self._least is None else self._least[0]
 
     @property
     def max(self) -> float:
-        """The largest finite value; NaN if there is none."""
+        """The largest finite value; NaN if there are none."""
         return math.nan if self._most is None else self._most[0]
 
     @property
     def argmin(self) -> int | None:
-        """Where the smallest is: the first of equals."""
+        """The position of the smallest finite value, the first one if several are equal; None if there are none."""
         return None if self._least is None else self._least[1]
 
     @property
     def argmax(self) -> int | None:
-        """Where the largest is: the first of equals."""
+        """The position of the largest finite value, the first one if several are equal; None if there are none."""
         return None if self._most is None else self._most[1]
 
     @property
     def n_groups(self) -> int:
-        """The number of groups of which a finite value was seen."""
+        """The number of groups with a finite value."""
         return len(self._groups)
 
     def stderr(self, cluster: bool | None = None) -> float:
-        """The standard error of the mean; NaN of fewer than two values, or groups.
+        """The standard error of the mean.
 
         Parameters
         ----------
         cluster : bool, optional
-            Take values to be independent between groups only, and not within them. None: where there are groups.
+            Assume that values are independent between groups only, not within them. None means to do so if there are
+            groups.
+
+        Returns
+        -------
+        float
+            NaN for fewer than two values, or fewer than two groups.
 
         Raises
         ------
         ValueError
-            With `cluster`, if there are values without a group.
+            With `cluster`, if some values have no group.
         """
         n, k = self.count, self.n_groups
         if not (k > 0 if cluster is None else cluster):
@@ -353,17 +368,29 @@ class Summary:
     def interval(
         self, level: SupportsFloat = 0.95, *, cluster: bool | None = None, quantile: SupportsFloat | None = None
     ) -> tuple[float, float]:
-        """A confidence interval, of the mean or of a quantile.
+        """A confidence interval of the mean, or of a quantile.
 
         Parameters
         ----------
         level : float
             Between 0 and 1.
         cluster : bool, optional
-            As of :meth:`stderr`; then by Student's t distribution with a degree of freedom less than there are groups.
+            As for :meth:`stderr`. The interval then uses Student's t distribution with one degree of freedom less than
+            there are groups.
         quantile : float, optional
-            Of this quantile, not of the mean: between two order statistics, whatever the distribution [1]_. Takes the
-            values to be independent. Infinite (0 below, without `signed`) where no value is that far out.
+            Return an interval of this quantile instead of the mean. It lies between two order statistics, whatever the
+            distribution [1]_, and assumes that the values are independent. An end is infinite (0 at the lower end,
+            without `signed`) if there are too few values on that side.
+
+        Returns
+        -------
+        tuple of float
+            The lower and the upper end.
+
+        Raises
+        ------
+        ValueError
+            For a `level` or `quantile` out of range, and as for :meth:`stderr`.
 
         References
         ----------
@@ -386,7 +413,7 @@ class Summary:
         return mean - reach * error, mean + reach * error
 
     def quantile(self, q: Any) -> Any:
-        """Quantiles of the finite values, linear between order statistics as NumPy's; NaN if there are none.
+        """Quantiles of the finite values, interpolated linearly between order statistics, as in ``numpy.quantile``.
 
         Parameters
         ----------
@@ -396,8 +423,14 @@ class Summary:
         Returns
         -------
         float or array
-            float64. An order statistic is within 2^-10 of its own; the smallest and the largest are exact, and so are
-            zeros. Below 2^-126, where a float32 has fewer digits, it is within 2^-136.
+            float64; NaN if there are no finite values. The smallest value, the largest value and zeros are exact; other
+            order statistics have a relative error below 2^-10. Below 2^-126, where a float32 has fewer digits, the
+            absolute error is below 2^-136.
+
+        Raises
+        ------
+        ValueError
+            For a `q` out of range, and if the summary keeps no histogram.
         """
         fractions = np.asarray(q, np.float64)
         if not ((fractions >= 0) & (fractions <= 1)).all():
@@ -410,17 +443,22 @@ class Summary:
         return found if fractions.ndim else float(found)
 
     def histogram(self, edges: Any) -> Any:
-        """How many finite values are between each two of these edges.
+        """Count the finite values between consecutive edges.
 
         Parameters
         ----------
         edges : array of float of shape (n + 1,)
-            Increasing. Each is moved to the next edge of a bin of the summary's, by less than 2^-9 of itself.
+            Increasing. Each edge is moved to the next bin edge of the summary, a relative shift of less than 2^-9.
 
         Returns
         -------
         array of int of shape (n,)
-            Of the values at an edge or above it, and below the next.
+            The number of values at or above each edge and below the next.
+
+        Raises
+        ------
+        ValueError
+            For negative edges without `signed`, and if the summary keeps no histogram.
         """
         histogram = self._kept()
         with np.errstate(over="ignore"):
@@ -429,17 +467,17 @@ class Summary:
         if self.signed:
             bins = np.where(bits < 0, _BINS - bins, _BINS + bins)
         elif (bits < 0).any():
-            raise ValueError("edges must not be negative; this summary has no such values")
+            raise ValueError("edges must not be negative; this summary has no negative values")
         below = np.concatenate([[0], np.cumsum(histogram)])
         return np.diff(below[np.minimum(bins, histogram.size)])
 
     def _kept(self) -> Any:
         if self._histogram is None:
-            raise ValueError("this summary keeps no histogram; make it with quantiles=True")
+            raise ValueError("this summary keeps no histogram; create it with quantiles=True")
         return self._histogram
 
     def _ordered(self, ranks: Any) -> Any:
-        """The order statistics of these ranks, from 0, as the histogram knows them."""
+        """The order statistics with these ranks, counted from 0, up to the width of the histogram's bins."""
         histogram, ranks = self._kept(), np.asarray(ranks)
         if not self.count:
             return np.full(ranks.shape, math.nan)
@@ -447,10 +485,15 @@ class Summary:
         values = np.clip(_middles(bins - _BINS if self.signed else bins), self.min, self.max)
         return np.where(ranks == 0, self.min, np.where(ranks == self.count - 1, self.max, values))
 
-    # ---- for files -----------------------------------------------------------------------------------------------
+    # ---- serialisation -------------------------------------------------------------------------------------------
 
     def to_dict(self) -> dict[str, Any]:
-        """All of it, as JSON can hold it: sums, which are large integers, in hexadecimal digits.
+        """The summary as a dict that JSON can hold; the sums, which are large integers, are hexadecimal strings.
+
+        Returns
+        -------
+        dict
+            For :meth:`from_dict`.
 
         Examples
         --------
@@ -479,15 +522,25 @@ class Summary:
 
     @classmethod
     def from_dict(cls, state: dict[str, Any]) -> "Summary":
-        """The summary of which :meth:`to_dict` made this.
+        """The summary from which :meth:`to_dict` made this dict.
+
+        Parameters
+        ----------
+        state : dict
+            What :meth:`to_dict` returned.
+
+        Returns
+        -------
+        Summary
+            A new summary.
 
         Raises
         ------
         ValueError
-            If it is not such a dict, or one of a later version's.
+            If `state` is not such a dict, or was written by a later version of klcore.
         """
         if not isinstance(state, dict) or state.get("format") != _FORMAT:
-            raise ValueError(f"this is no dict of klcore.Summary.to_dict, of format {_FORMAT}")
+            raise ValueError(f"state is not a dict of klcore.Summary.to_dict in format {_FORMAT}")
         try:
             new = cls(quantiles=state["histogram"] is not None, signed=state["signed"])
             new.seen, new.count, new.n_inf, new.n_nan = (int(state[k]) for k in ("seen", "count", "n_inf", "n_nan"))
@@ -500,7 +553,7 @@ class Summary:
                 bins, counts = state["histogram"]
                 new._histogram[bins] = counts
         except (KeyError, TypeError, ValueError, IndexError) as error:
-            raise ValueError(f"this is no dict of klcore.Summary.to_dict: {error!r}") from error
+            raise ValueError(f"state is not a dict of klcore.Summary.to_dict: {error!r}") from error
         return new
 
     def __repr__(self) -> str:
@@ -508,27 +561,27 @@ class Summary:
         return f"Summary({figures}, n_inf={self.n_inf}, n_nan={self.n_nan})"
 
 
-# ---- the parts of it -----------------------------------------------------------------------------------------------
+# ---- helpers -------------------------------------------------------------------------------------------------------
 
 
 def _total(power: Any, mantissa: Any) -> int:
-    """The sum of mantissa * 2^power, exactly: at most 2^18 mantissas below 2^24 are added up in float64."""
+    """The exact sum of mantissa * 2^power: float64 holds the sum of at most 2^18 mantissas below 2^24."""
     sums = np.bincount(power, weights=mantissa)
     return sum(int(sums[k]) << int(k) for k in np.flatnonzero(sums))
 
 
 def _quotient(a: int, b: int) -> float:
-    """Python rounds the quotient of two integers correctly, however large they are."""
+    """The correctly rounded quotient: Python's division of integers, however large."""
     if b == 0:
         return math.nan
     return a / b
 
 
 def _middles(bins: Any) -> Any:
-    """The middle of each bin, as float64; 0 for the two that hold zeros."""
+    """The middle of each bin as float64; 0 for the two bins that hold zeros."""
     far = np.where(bins < 0, -1 - bins, bins).astype(np.int64)
     edges = [((far + k) << _SHIFT).astype(np.int32).view(np.float32).astype(np.float64) for k in (0, 1)]
-    infinite = np.isinf(edges[1])  # the last bin ends where float32 does
+    infinite = np.isinf(edges[1])  # the last bin ends at the limit of float32
     upper = np.where(infinite, 2.0**128, edges[1])
     return np.where(far == 0, 0.0, np.where(bins < 0, -1.0, 1.0) * (edges[0] + upper) / 2)
 
@@ -541,17 +594,17 @@ def _fraction(value: Any, name: str, closed: bool = True) -> float:
 
 
 def _beside(a: Any, name: str, kinds: str, shape: tuple[int, ...]) -> Any:
-    """`a` as a NumPy array of the shape of the values, or None."""
+    """`a` as a NumPy array, broadcast to the shape of the values, or None."""
     if a is None:
         return None
     found = to_numpy(a, name)
-    if found.dtype.kind not in kinds and found.size:  # no numbers are no numbers of a kind
-        what = "booleans, True for a value that counts" if kinds == "b" else "integers"
+    if found.dtype.kind not in kinds and found.size:  # an empty list becomes float64
+        what = "booleans, True for values that count" if kinds == "b" else "integers"
         raise TypeError(f"{name} must be {what}; found dtype {found.dtype}")
     try:
         return np.broadcast_to(found, shape)
     except ValueError:
-        raise ValueError(f"{name} has shape {found.shape}, which does not go with values of shape {shape}") from None
+        raise ValueError(f"{name} of shape {found.shape} does not broadcast to the shape of values, {shape}") from None
 
 
 def _refuse_negative(at: int, values: Any, mask: Any) -> None:
@@ -559,8 +612,8 @@ def _refuse_negative(at: int, values: Any, mask: Any) -> None:
     if wrong.any():
         k = int(np.argmax(wrong))
         raise ValueError(
-            f"value {float(values[k])!r} at position {at + k} is negative, as no divergence is; Summary(signed=True) "
-            "takes differences"
+            f"value {float(values[k])!r} at position {at + k} is negative, but divergences are not; use "
+            "Summary(signed=True) for differences"
         )
 
 
@@ -568,7 +621,7 @@ def _is_dask(a: Any) -> bool:
     return type(a).__module__.partition(".")[0] == "dask"
 
 
-# ---- what dask's workers call --------------------------------------------------------------------------------------
+# ---- called by Dask's workers --------------------------------------------------------------------------------------
 
 
 def _of_block(
@@ -580,7 +633,7 @@ def _of_block(
     quantiles: bool,
     signed: bool,
 ) -> Summary:
-    """The summary of a block that begins at `origin` in an array of that shape."""
+    """The summary of a block that starts at `origin` in an array of this shape."""
     new = Summary(quantiles=quantiles, signed=signed).update(values, weights, groups)
 
     def moved(found: tuple[float, int] | None) -> tuple[float, int] | None:
@@ -597,7 +650,7 @@ def _of_block(
 
 
 def _position(index: list[int], shape: tuple[int, ...]) -> int:
-    """In C order, whatever the size."""
+    """The position in C order, as a Python integer of any size."""
     at = 0
     for i, n in zip(index, shape, strict=True):
         at = at * n + i
@@ -606,7 +659,7 @@ def _position(index: list[int], shape: tuple[int, ...]) -> int:
 
 def _merged(parts: Iterable[Summary]) -> Summary:
     first, *others = parts
-    first = first.copy()  # dask may hand out what it gives us to others as well
+    first = first.copy()  # Dask may pass the same object to other tasks
     for other in others:
         first.merge(other)
     return first

@@ -1,24 +1,25 @@
-"""The words that the public functions take, as types: for their annotations, and for those of your own wrappers.
+"""Types for the arguments of the public functions: for their annotations, and for wrappers that you write.
 
 >>> import klcore
 >>> from klcore.typing import ArrayT, Reduction
 >>> def loss(x: ArrayT, y: ArrayT, reduction: Reduction = "row") -> ArrayT:
 ...     return klcore.kl_div(x, y, reduction=reduction)
 
-What type checkers are told comes back:
+What type checkers see as the return type:
 
-* Arrays of the type that went in: a `torch.Tensor` for two of them, and tuples of them with `return_grad`. So a typed
-  function may return what klcore returns, under ``mypy --strict`` as well. A list or a number goes with the other's
-  type. Of two types that are not related, as of two libraries, what they have in common, or either: a call raises.
-* Of NumPy the totals ("sum", "rowmean", "batchmean", "mean") are `Any`, as NumPy's own sums are: they are scalars,
-  float64 ones, which are Python's floats as well, or float32 ones, which are not. What is "row" or "none" is called an
-  array, though that of one row is a scalar, too, which no type can tell: say ``float(...)`` if a float is to be had.
-  An array's type is taken as it is given; that 16-bit numbers and integers make wider values is not in it.
-* `Any` for lists and numbers alone.
-* Of pandas, polars and xarray the results are NumPy arrays, whatever the checker says: pass ``.to_numpy()`` where types
+* The type of the array arguments: a `torch.Tensor` for two tensors, and a tuple of tensors with `return_grad`. A typed
+  function can return what klcore returns, also under ``mypy --strict``. A list or a number takes the type of the other
+  argument. For two unrelated types, such as arrays of two libraries, it is their common base or a union, although the
+  call raises.
+* `Any` for the totals ("sum", "rowmean", "batchmean", "mean") of NumPy arrays, as for NumPy's own sums: they are
+  scalars, either float64, which is a Python float, or float32, which is not. "row" and "none" have the type of an
+  array, although one row gives a scalar, which no type can express: use ``float(...)`` to get a float. The dtype of an
+  array type stays as it is; that 16-bit numbers and integers give wider values is not expressed.
+* `Any` if there are only lists and numbers.
+* For pandas, polars and xarray the results are NumPy arrays, whatever the checker says: pass ``.to_numpy()`` if types
   matter.
 
-Numbers of NumPy's are taken as `temperature` and `axis`: what has ``__float__``, which strings have not, and what has
+`temperature` and `axis` also accept NumPy's scalars: anything with ``__float__``, which excludes strings, or
 ``__index__``.
 """
 
@@ -50,7 +51,7 @@ __all__ = [
 
 
 class Array(Protocol):
-    """An array of any library: what all of them have, and lists and numbers have not."""
+    """An array of any library: the attributes that all of them have, and lists and numbers do not."""
 
     @property
     def shape(self) -> Any: ...
@@ -59,7 +60,7 @@ class Array(Protocol):
 
 
 ArrayT = TypeVar("ArrayT", bound=Array)
-Plain: TypeAlias = float | Sequence[Any]  # taken as float64
+Plain: TypeAlias = float | Sequence[Any]  # converted to float64
 OfNumPy: TypeAlias = "NDArray[Any] | np.generic | Plain"
 Temperature: TypeAlias = SupportsFloat | Array | list[float] | tuple[float, ...]
 
@@ -88,7 +89,7 @@ class _CommonOptions(TypedDict, total=False):
 
 
 class Options(_CommonOptions, total=False):
-    """The keywords of cross_entropy but `return_grad`, and what others have too; for ``**options: Unpack[Options]``."""
+    """The keywords that all functions share, except `return_grad`; for ``**options: Unpack[Options]``."""
 
     space: Spaces
     reduction: Reduction
@@ -101,60 +102,60 @@ class _Listed(TypedDict, total=False):
 
 
 class ListedOptions(Options, _Listed, total=False):
-    """Those of Options, and how x lists some classes: of kl_div, rel_entr and tv_dist."""
+    """The keywords of kl_div, rel_entr and tv_dist, except `return_grad`."""
 
 
 class EntropyOptions(_CommonOptions, total=False):
-    """Those of entropy."""
+    """The keywords of entropy, except `return_grad`."""
 
     space: Space
     reduction: Reduction
 
 
 class BetaOptions(ListedOptions, total=False):
-    """Those of ListedOptions, and what js_div has beside them."""
+    """The keywords of js_div, except `return_grad`."""
 
     beta: SupportsFloat
     scaled: bool
 
 
 class ForwardOptions(ListedOptions, total=False):
-    """The same of mixed_kl_div."""
+    """The keywords of mixed_kl_div, except `return_grad`."""
 
     forward: SupportsFloat
 
 
 class AlphaOptions(Options, total=False):
-    """Those of Options, and what skew_kl_div and alpha_div have beside them."""
+    """The keywords of skew_kl_div and alpha_div, except `return_grad`."""
 
     alpha: SupportsFloat
 
 
 class TotalOptions(_CommonOptions, total=False):
-    """Those of Options but `reduction`."""
+    """Options without `reduction`."""
 
     space: Spaces
 
 
 class ListedTotalOptions(TotalOptions, _Listed, total=False):
-    """Those of ListedOptions but `reduction`."""
+    """ListedOptions without `reduction`."""
 
 
 class BetaTotalOptions(ListedTotalOptions, total=False):
-    """Those of BetaOptions but `reduction`."""
+    """BetaOptions without `reduction`."""
 
     beta: SupportsFloat
     scaled: bool
 
 
 class ForwardTotalOptions(ListedTotalOptions, total=False):
-    """Those of ForwardOptions but `reduction`."""
+    """ForwardOptions without `reduction`."""
 
     forward: SupportsFloat
 
 
 class AlphaTotalOptions(TotalOptions, total=False):
-    """Those of AlphaOptions but `reduction`."""
+    """AlphaOptions without `reduction`."""
 
     alpha: SupportsFloat
 
@@ -164,23 +165,23 @@ class _Alpha(TypedDict):
 
 
 class RenyiTotalOptions(TotalOptions, _Alpha):
-    """Those of RenyiOptions but `reduction`."""
+    """RenyiOptions without `reduction`."""
 
 
 class RenyiOptions(RenyiTotalOptions, total=False):
-    """The same as AlphaOptions of renyi_div, which has no default for alpha, and is no sum of terms."""
+    """The keywords of renyi_div, except `return_grad`: alpha is required, and there is no reduction "none"."""
 
     reduction: Literal["row"] | Total
 
 
 class EntropyTotalOptions(_CommonOptions, total=False):
-    """Those of EntropyOptions but `reduction`."""
+    """EntropyOptions without `reduction`."""
 
     space: Space
 
 
 class EstimateTotalOptions(TypedDict, total=False):
-    """Those of EstimateOptions but `reduction`."""
+    """EstimateOptions without `reduction`."""
 
     kind: Estimator
     ratio: Any
@@ -193,6 +194,6 @@ class EstimateTotalOptions(TypedDict, total=False):
 
 
 class EstimateOptions(EstimateTotalOptions, total=False):
-    """Those of kl_estimate but `return_grad`."""
+    """The keywords of kl_estimate, except `return_grad`."""
 
     reduction: EstimateReduction

@@ -692,9 +692,9 @@ WRONG_OUT = {
     "empty tuple": (ValueError, (), "x", ("tuple of 2", "tuple of 0", "out")),
     "overlapping": (ValueError, (None, OVERLAPPING[:2], OVERLAPPING[1:3]), PAIR, ("overlap", "separate")),
     "the same twice": (ValueError, (None, OVERLAPPING[:2], OVERLAPPING[:2]), PAIR, ("overlap", "separate")),
-    "x itself": (ValueError, (None, IN_PLACE), "x", ("overlaps", "input", "array of its own")),
-    "x itself for y": (ValueError, (None, IN_PLACE), "y", ("overlaps", "input", "array of its own")),
-    "a part of x": (ValueError, IN_PLACE[:, 1], None, ("overlaps", "input", "array of its own")),
+    "x itself": (ValueError, (None, IN_PLACE), "x", ("overlaps", "input", "separate array")),
+    "x itself for y": (ValueError, (None, IN_PLACE), "y", ("overlaps", "input", "separate array")),
+    "a part of x": (ValueError, IN_PLACE[:, 1], None, ("overlaps", "input", "separate array")),
 }
 
 

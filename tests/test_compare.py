@@ -175,7 +175,7 @@ def test_figures_of_other_spaces(capsys, folder, pair, spaces):
     report = report_of(capsys, "a.npy", "b.npy", "--space", spaces, "--tokens", "tokens.npy")
     assert report["space"] == [of[0], of[-1]]
     assert_report(report, expected_rows(*pair))
-    assert "say --groups" in report["notes"][0]
+    assert "pass --groups" in report["notes"][0]
 
 
 def test_against_itself(capsys, folder):
@@ -208,7 +208,7 @@ def test_masked_and_infinite_rows(capsys, folder, pair):
     close(kl_of(report), rows["kl"].mean())
     assert (report["rows_infinite"], report["rows_nan"], report["rows_counted"]) == (1, 0, mask.sum() - 1)
     assert report["worst"][0] == {"row": 1, "kl": None}
-    assert report["notes"][0].startswith("1 row with an infinite KL")
+    assert report["notes"][0].startswith("1 row has an infinite KL")
     known = mask & (tokens >= 0)
     nll = expected_rows(x[known], x[known], tokens[known])["base_nll"]
     close(report["tokens"]["base_perplexity"]["mean"], np.exp(nll.mean()))
@@ -243,7 +243,7 @@ def test_rows_of_nan(capsys, folder, pair):
     status, out, err = compare(capsys, "base.npy", "quant.npy")
     assert status == 2
     assert err.count("\n") == 1
-    assert "2 rows are NaN, the first of them row 7" in err
+    assert "2 rows are NaN, starting with row 7" in err
     assert "58 of 37 classes" in out
     assert compare(capsys, "base.npy", "quant.npy", "--skip-nan")[0] == 0
 
@@ -371,9 +371,7 @@ def test_cut_off_files(capsys, folder, pair):
     (folder / "quant.npy").write_bytes(whole[: -3 * 4 * VOCAB - 1])
     status, _, err = compare(capsys, "base.npy", "quant.npy")
     assert status == 2
-    assert (
-        f"quant.npy is cut off after row {ROWS - 5}: it says that it has {ROWS} rows, and {ROWS - 4} are whole" in err
-    )
+    assert f"quant.npy is truncated after row {ROWS - 5}: only {ROWS - 4} of {ROWS} rows are complete" in err
     report = report_of(capsys, "base.npy", "quant.npy", "--partial")
     assert report["rows"] == ROWS - 4
     close(kl_of(report), expected_rows(*pair)["kl"][:-4].mean())
@@ -446,7 +444,7 @@ def test_a_llama_file_of_spoilt_numbers(capsys, folder, base_file):
     start = 20 + 4 * CHUNKS * CONTEXT
     data[start : start + 4] = struct.pack("<f", 3e38)
     (folder / "base.kld").write_bytes(data)
-    refused(capsys, "row 0 of base.kld has a probability above 1: it is spoilt", "base.kld", "y.npy")
+    refused(capsys, "row 0 of base.kld has a probability above 1; the file is corrupt", "base.kld", "y.npy")
 
 
 def test_llama_file_beside_itself(capsys, folder, base_file):
@@ -458,8 +456,8 @@ def test_llama_file_beside_itself(capsys, folder, base_file):
     assert report["kl"]["max"] < (base_file[3] / 65535) ** 2
     report = report_of(capsys, "base.kld", "base.kld")
     assert report["kl"]["max"] < 1e-12
-    assert "quant is stored above a floor too" in report["notes"][1]
-    refused(capsys, "base.kld is stored above a floor, so BASE must be", "z.npy", "base.kld")
+    assert "quant is stored with a floor, too" in report["notes"][1]
+    refused(capsys, "base.kld is stored with a floor, so BASE must be", "z.npy", "base.kld")
 
 
 def test_second_format(capsys, folder, base_file):
@@ -663,7 +661,7 @@ def test_a_name_is_no_html(capsys, folder):
     page = as_page(report_of(capsys, "<b>&.npy", "quant.npy"), dict.fromkeys(PICTURES, b""))
     assert "&lt;b&gt;&amp;.npy" in page
     assert "<b>&" not in page
-    assert "<li>errors take rows to be independent" in page
+    assert "<li>errors assume independent rows" in page
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="names of any bytes")
@@ -675,7 +673,7 @@ def test_a_name_that_is_no_text(capsys, folder):
     assert (status, err) == (0, "")
     assert "quant  ?.npy" in out
     assert json.loads((folder / "r.json").read_text())["quant"] == name
-    assert "?.npy beside base.npy" in (folder / "r.html").read_text()
+    assert "?.npy compared with base.npy" in (folder / "r.html").read_text()
 
 
 def test_a_terminal_of_ascii(folder):
@@ -697,7 +695,7 @@ PICTURES = [(theme, narrow) for theme in ("light", "dark") for narrow in (False,
     [
         (("--max-mean", "10", "--max-q99", "100"), 0, ""),
         (("--max-mean", "1e-9"), 1, "the mean KL is .* above --max-mean 1e-09"),
-        (("--max-mean", "10", "--max-q99", "1e-9"), 1, "the KL of 99 % of the rows is .* above --max-q99 1e-09"),
+        (("--max-mean", "10", "--max-q99", "1e-9"), 1, "the 99 % quantile of the KL is .* above --max-q99 1e-09"),
         (("--max-mean", "nan"), 1, "above --max-mean nan"),
     ],
 )
@@ -780,16 +778,16 @@ def test_states_of_other_comparisons(capsys, folder):
     assert compare(capsys, "base.npy", "quant.npy", "--resume", "state")[0] == 0
     status, _, err = compare(capsys, "base.npy", "quant.npy", "--resume", "state", "--quick")
     assert status == 2
-    assert "its --quick is False, and this one's True" in err
+    assert "its --quick is False, but here it is True" in err
     np.save("quant.npy", np.load("base.npy"))
     status, _, err = compare(capsys, "base.npy", "quant.npy", "--resume", "state")
     assert status == 2
-    assert re.search(r"state is of another comparison: its quant.npy is 9,.* bytes of 20.*, and this one's", err)
+    assert re.search(r"state is from another comparison: its quant.npy is 9,.* bytes of 20.*, but here", err)
     spoilt = bytearray((folder / "state").read_bytes())
     spoilt[60:80] = bytes([255] * 20)
     for content in (b"PK\x03\x04", spoilt):
         (folder / "state").write_bytes(content)
-        assert "no state of klcore compare" in compare(capsys, "base.npy", "quant.npy", "--resume", "state")[2]
+        assert "not a state of klcore compare" in compare(capsys, "base.npy", "quant.npy", "--resume", "state")[2]
 
 
 @pytest.mark.parametrize(
@@ -845,28 +843,28 @@ def npy_of_objects():
 HEADER = b"_logits_" + struct.pack("<3i", 20, 37, 6)
 BAD_FILES = {
     "empty": (b"", "bad is empty"),
-    "stub": (HEADER[:12], "bad ends in its header: the run that should have written it stopped"),
+    "stub": (HEADER[:12], "bad ends in its header; the run that wrote it stopped"),
     "no tokens": (HEADER + b"\0" * 9, "bad ends in its 6 x 20 tokens"),
-    "no sense": (b"_logits_" + struct.pack("<3i", 0, 5, 1), "n_ctx 0"),
-    "first row": (HEADER + b"\0" * 500, "bad is cut off in its first row"),
-    "rows": (HEADER + b"\0" * (480 + 84 * 10 + 5), "bad is cut off after row 9: it says that it has 54 rows"),
+    "no sense": (b"_logits_" + struct.pack("<3i", 0, 5, 1), "invalid header: n_ctx 0"),
+    "first row": (HEADER + b"\0" * 500, "bad is truncated in its first row"),
+    "rows": (HEADER + b"\0" * (480 + 84 * 10 + 5), "bad is truncated after row 9: only 10 of 54 rows"),
     "pickle": (b"\x80\x04\x95.", "bad is a pickle, which can run any code"),
-    "torch": (torch_file(), "bad is a file of torch.save"),
+    "torch": (torch_file(), "bad was written by torch.save"),
     "objects": (npy_of_objects(), "bad holds Python objects"),
-    "header": (npy(np.zeros((2, 2)))[:30], "has no header of one"),
-    "open header": (npy(np.zeros((2, 2))).replace(b"2), }", b"2    "), "has no header of one"),
-    "negative": (npy(np.zeros((2, 2))).replace(b"(2, 2)", b"(-2,2)"), "there is nothing in it"),
+    "header": (npy(np.zeros((2, 2)))[:30], "has no valid header"),
+    "open header": (npy(np.zeros((2, 2))).replace(b"2), }", b"2    "), "has no valid header"),
+    "negative": (npy(np.zeros((2, 2))).replace(b"(2, 2)", b"(-2,2)"), "which is empty"),
     "zip": (b"PK\x03\x04 and no more", r"bad cannot be read as .npz"),
-    "safetensors": (struct.pack("<Q", 90) + b'{"logits":' + b" " * 100, "bad is no whole .safetensors file"),
+    "safetensors": (struct.pack("<Q", 90) + b'{"logits":' + b" " * 100, "bad is not a complete .safetensors file"),
     "text": (b"0.5 0.25\n", r"--shape ROWS,VOCAB and --dtype"),
-    "integers": (npy(np.zeros((ROWS, VOCAB), int)), "bad has dtype int64, and logits are one of float64"),
+    "integers": (npy(np.zeros((ROWS, VOCAB), int)), "bad has dtype int64, but logits must be float64"),
     "complex": (npy(np.zeros((ROWS, VOCAB), complex)), "bad has dtype complex128"),
-    "two bytes": (npy(np.zeros((ROWS, VOCAB), "V2")), "say --dtype bfloat16"),
+    "two bytes": (npy(np.zeros((ROWS, VOCAB), "V2")), "pass --dtype bfloat16"),
     "one axis": (npy(np.zeros(5)), r"bad has shape \(5,\)"),
-    "nothing": (npy(np.zeros((0, 5))), r"bad has shape \(0, 5\): there is nothing in it"),
-    "columns": (npy(np.zeros((ROWS, VOCAB), order="F")), "Fortran's order"),
-    "fewer": (npy(np.zeros((ROWS - 1, VOCAB))), "base.npy has 60 rows, and bad 59"),
-    "classes": (npy(np.zeros((ROWS, VOCAB + 3))), "if the larger one is padded, say --vocab 37"),
+    "nothing": (npy(np.zeros((0, 5))), r"bad has shape \(0, 5\), which is empty"),
+    "columns": (npy(np.zeros((ROWS, VOCAB), order="F")), "Fortran order"),
+    "fewer": (npy(np.zeros((ROWS - 1, VOCAB))), "base.npy has 60 rows, but bad has 59"),
+    "classes": (npy(np.zeros((ROWS, VOCAB + 3))), "if the larger one is padded, pass --vocab 37"),
 }
 
 
@@ -891,29 +889,29 @@ def refused(capsys, words, *arguments):
 OTHERS = {
     "absent": (("base.npy", "absent"), "absent cannot be read: No such file"),
     "empty folder": (("base.npy", "folder"), r"folder without files row_\*"),
-    "member": (("base.npy", "two.npz"), r"two.npz has 2 arrays \(a, b\); name one"),
+    "member": (("base.npy", "two.npz"), r"two.npz has 2 arrays \(a, b\); choose one"),
     "no member": (("base.npy", "two.npz:c"), "two.npz has no array 'c'; it has a, b"),
-    "no members": (("base.npy", "quant.npy:c"), "quant.npy is one array, and has none of the name 'c'"),
+    "no members": (("base.npy", "quant.npy:c"), "quant.npy is a single array, without an array named 'c'"),
     "open tokens": (("base.npy", "quant.npy", "--tokens", "open.npy"), "for --tokens, cannot be read"),
-    "mask": (("base.npy", "quant.npy", "--mask", "short.npy"), "for --mask, has 5 numbers, and there are 60 rows"),
+    "mask": (("base.npy", "quant.npy", "--mask", "short.npy"), "for --mask, has 5 numbers, but there are 60 rows"),
     "mask of numbers": (("base.npy", "quant.npy", "--mask", "tokens.npy"), "it must hold booleans"),
-    "nobody": (("base.npy", "quant.npy", "--mask", "none.npy"), "none.npy leaves no row"),
+    "nobody": (("base.npy", "quant.npy", "--mask", "none.npy"), "none.npy, for --mask, leaves out all rows"),
     "groups": (("base.npy", "quant.npy", "--groups", "short.npy"), "--groups, has dtype bool; it must hold integers"),
-    "whole texts": (("base.npy", "quant.npy", "--groups", "7"), "60 rows are not whole texts of 7 rows"),
-    "no text": (("base.npy", "quant.npy", "--groups", "0"), "not whole texts of 0 rows"),
-    "tokens": (("base.npy", "quant.npy", "--tokens", "large.npy"), "the token of row 1 is 99, and there are 37"),
-    "no tokens": (("base.npy", "quant.npy", "--tokens", "two.npz"), "is no .npy file"),
+    "whole texts": (("base.npy", "quant.npy", "--groups", "7"), "60 rows are not a multiple of 7"),
+    "no text": (("base.npy", "quant.npy", "--groups", "0"), "not a multiple of 0"),
+    "tokens": (("base.npy", "quant.npy", "--tokens", "large.npy"), "the token of row 1 is 99, but there are only 37"),
+    "no tokens": (("base.npy", "quant.npy", "--tokens", "two.npz"), "is not a .npy file"),
     "vocab": (("base.npy", "quant.npy", "--vocab", "38"), "--vocab 38 is more than the 37"),
     "temperature": (("base.npy", "quant.npy", "--temperature", "0"), "must be above 0"),
     "of logits": (("base.npy", "quant.npy", "--temperature", "2", "--space", "probs"), "divides logits"),
     "space": (("base.npy", "quant.npy", "--space", "log_probs"), "row 0 of base.npy has a probability above 1"),
     "space of one": (("base.npy", "quant.npy", "--space", "logits,log_probs"), "of quant.npy has a probability above"),
-    "llama": (("base.npy", "quant.npy", "--llama"), "--llama is for a _logits_ file"),
-    "raw": (("base.npy", "raw", "--shape", "2,2", "--dtype", "float32"), "raw has 100 bytes, and 2 rows of 2"),
-    "raw rows": (("base.npy", "raw", "--shape", "9,3", "--dtype", "float32"), "cut off after row 7"),
+    "llama": (("base.npy", "quant.npy", "--llama"), "--llama needs a _logits_ file"),
+    "raw": (("base.npy", "raw", "--shape", "2,2", "--dtype", "float32"), "raw has 100 bytes, but 2 rows of 2"),
+    "raw rows": (("base.npy", "raw", "--shape", "9,3", "--dtype", "float32"), "truncated after row 7"),
     "exists": (("base.npy", "quant.npy", "--rows", "tokens.npy"), "tokens.npy exists; --force overwrites it"),
-    "input": (("base.npy", "quant.npy", "--rows", "base.npy", "--force"), "base.npy is read: write to another file"),
-    "twice": (("base.npy", "quant.npy", "--rows", "new.json"), "new.json is named for two outputs"),
+    "input": (("base.npy", "quant.npy", "--rows", "base.npy", "--force"), "base.npy is an input; write"),
+    "twice": (("base.npy", "quant.npy", "--rows", "new.json"), "new.json is given for two outputs"),
     "no folder": (("base.npy", "quant.npy", "--rows", "no/r.npy"), "there is no folder no"),
     "picture": (("base.npy", "quant.npy", "--plot", "p.jpg"), "must end in .png, .svg, .pdf"),
 }
@@ -938,7 +936,7 @@ def test_other_bad_input(capsys, folder, name):
     ("arguments", "words"),
     [
         (("pipe",), "pipe is a pipe or a device"),  # opening it would wait forever
-        (("quant.npy", "--rows", "pipe", "--force"), "pipe is a pipe or a device, and not a file to write to"),
+        (("quant.npy", "--rows", "pipe", "--force"), "pipe is a pipe or a device; write to a file"),
         (("quant.npy", "--resume", "pipe"), "pipe is a pipe or a device"),
         (("x" * 300,), "File name too long"),
         (("loop",), "cannot be read"),
@@ -955,7 +953,7 @@ def test_a_folder_to_write_in_is_looked_at_first(capsys, folder, monkeypatch):
     """Not after everything has been computed."""
     monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write everywhere
     monkeypatch.delattr(Comparison, "run")
-    refused(capsys, "cannot be written: its folder is not yours", "base.npy", "quant.npy")
+    refused(capsys, "cannot be written: no permission to write in its folder", "base.npy", "quant.npy")
 
 
 @pytest.mark.parametrize("what", ["full", "spoilt", "unknown"])
@@ -1051,7 +1049,7 @@ def test_a_file_that_shrinks_meanwhile(capsys, folder, monkeypatch):
         return plain(*arguments)
 
     monkeypatch.setattr(outputs, "check_outputs", shrink)
-    refused(capsys, "quant.npy has become shorter while it was read", "base.npy", "quant.npy")
+    refused(capsys, "quant.npy was truncated while it was read", "base.npy", "quant.npy")
 
 
 @pytest.mark.parametrize("package", ["safetensors", "matplotlib", "ml_dtypes"])

@@ -134,7 +134,7 @@ print(sorted({"torch", "jax", "keras", "cupy", "tensorflow", "ml_dtypes"} & set(
 @pytest.mark.parametrize("name", FRONT_ENDS)
 def test_cotangent_of_another_shape(name):
     _, function, *inputs = FRONT_ENDS[name]
-    with quiet(), pytest.raises(ValueError, match="cotangent must be a number, or of the shape of the value"):
+    with quiet(), pytest.raises(ValueError, match="cotangent must be a number or have the shape of the value"):
         function.value_and_grad(*inputs, cotangent=np.ones((2, 1, 7)))
 
 

@@ -227,7 +227,7 @@ def test_pytorch_promotion(input, target, expected):
     [
         (([0.5], HALF), TypeError, "input must be an array"),
         ((HALF, 0.5), TypeError, "target must be an array"),
-        ((HALF.astype(object), HALF), TypeError, "must be of float16"),
+        ((HALF.astype(object), HALF), TypeError, "must have dtype float16"),
         ((np.ones((2, 3), np.uint8), np.ones((2, 4))), RuntimeError, "floating-point"),
         ((np.ones((0, 3), int), np.ones((0, 3))), RuntimeError, "floating-point"),
         ((np.ones(3, int), np.ones(3, np.complex64)), RuntimeError, "must be real"),

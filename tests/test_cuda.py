@@ -1098,7 +1098,7 @@ def test_arrays_on_different_devices(two, which):
 
 def test_out_on_another_device_than_the_named_one(two):
     x, out = np.full((3, 4), 0.25), on(two, 1, np.full(3, 7.0))
-    with pytest.raises(ValueError, match=r"out\[0\] is on cuda:1 and the computation on cuda:0"):
+    with pytest.raises(ValueError, match=r"out\[0\] is on cuda:1, but the computation is on cuda:0"):
         klcore.kl_div(on(two, 0, x), on(two, 0, x), device="cuda:0", out=out)
     assert (two.get(out) == 7).all()
 
@@ -1132,7 +1132,7 @@ ROWS = np.full((2, 3), 0.25)
 @pytest.mark.parametrize(
     ("error", "words", "arguments"),
     [
-        (TypeError, ("x is a cupy array and y a numpy one", "device="), lambda put: {"y": ROWS}),
+        (TypeError, ("x is a cupy array and y is a numpy array", "device="), lambda put: {"y": ROWS}),
         (TypeError, ("x has dtype complex", "float64"), lambda put: {"x": put(ROWS + 0j)}),
         (TypeError, ("x is a masked array", "filled"), lambda put: {"x": np.ma.masked_less(ROWS, 1), "device": "cuda"}),
         (TypeError, ("x has dtype object", "float64"), lambda put: {"x": ROWS.astype(object), "device": "cuda"}),

@@ -174,7 +174,7 @@ def test_types_of_different_modules_of_numpy():
 def test_mixed_libraries(toy, number, swap):
     arrays = (number, array_class("toylib")()) if swap else (array_class("toylib")(), number)
     of = ("numpy", "toylib") if swap else ("toylib", "numpy")
-    with pytest.raises(TypeError, match=rf"x is a {of[0]} array and y a {of[1]} one; move one"):
+    with pytest.raises(TypeError, match=rf"x is a {of[0]} array and y is a {of[1]} array; convert one"):
         klcore.kl_div(*arrays)
     assert not toy.calls
 
@@ -183,7 +183,7 @@ def test_device_is_for_the_backend_to_honour(toy):
     """It decides between NumPy and CuPy; another library's backend receives it."""
     assert klcore.entropy(array_class("toylib")(), device="cpu") == ("computed", "entropy")
     assert toy.calls[0].device == "cpu"
-    with pytest.raises(TypeError, match="x is a toylib array and y a numpy one; move one"):
+    with pytest.raises(TypeError, match="x is a toylib array and y is a numpy array; convert one"):
         klcore.kl_div(array_class("toylib")(), np.ones(2), device="cpu")
 
 
@@ -207,7 +207,7 @@ def test_unknown_type(operation, device):
         (np.ndarray, "m", TypeError, ("library", "string", "type")),
         ("", "m", ValueError, ("library", "''")),
         ("a lib", "m", ValueError, ("library", "'a lib'")),
-        ("lib.array", "m", ValueError, ("library", "first word", "'lib.array'")),
+        ("lib.array", "m", ValueError, ("library", "top-level package", "'lib.array'")),
         ("lib", "", ValueError, ("module", "''")),
         ("lib", "my-module", ValueError, ("module", "'my-module'")),
         ("lib", "package..module", ValueError, ("module", "'package..module'")),
@@ -440,7 +440,7 @@ def test_best_instruction_set_is_the_default(python, environment):
     [
         ("sse9", "", ("KLCORE_ISA", "'sse9'", *_cpu.instruction_sets())),
         ("AVX2", "", ("KLCORE_ISA", "'AVX2'", "generic")),
-        ("avx9", PRETEND, ("KLCORE_ISA=avx9", "this processor does not have it", "generic")),
+        ("avx9", PRETEND, ("KLCORE_ISA=avx9", "this processor does not support it", "generic")),
     ],
 )
 def test_wrong_instruction_set(python, isa, setup, words):
@@ -497,7 +497,7 @@ print([environment.get(name) for name in ("KLCORE_NUM_THREADS", "OMP_PLACES", "H
 
 
 def test_show_config_of_an_unknown_mode():
-    with pytest.raises(ValueError, match="'stdout' or 'dicts', found 'json'"):
+    with pytest.raises(ValueError, match="'stdout' or 'dicts'; found 'json'"):
         klcore.show_config("json")
 
 

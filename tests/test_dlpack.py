@@ -170,7 +170,7 @@ def test_out():
 def test_out_that_cannot_be_written():
     value = np.zeros(6)
     old = library("oldlib", __dlpack__=lambda self: self.array.__dlpack__())  # without versions: NumPy cannot know
-    with pytest.raises(TypeError, match="out, an array of oldlib, lends its memory read-only"):
+    with pytest.raises(TypeError, match="out, a oldlib array, is read-only"):
         klcore.kl_div(Plain(X), Plain(Y), out=old(value))
     assert not value.any()
 
@@ -259,12 +259,12 @@ def raising(error):
     ("arguments", "error", "words"),
     [
         ({"x": Plain(X), "y": Other(Y)}, TypeError, "x of plainlib, y of otherlib"),
-        ({"x": Plain(X), "y": Y}, TypeError, "x is a dlpack array and y a numpy one"),
-        ({"x": Plain(X, (8, 0)), "y": Plain(Y)}, TypeError, r"x, .* plainlib, .* Metal \(DLPack: 8\).*CPU and on CUDA"),
+        ({"x": Plain(X), "y": Y}, TypeError, "x is a dlpack array and y is a numpy array"),
+        ({"x": Plain(X, (8, 0)), "y": Plain(Y)}, TypeError, r"x, a plainlib array, .* Metal \(DLPack: 8\), but klcore"),
         ({"x": Plain(X), "y": Plain(Y, (10, 0))}, TypeError, "y, .* ROCm"),
         ({"x": Plain(X), "y": Plain(Y, (99, 0))}, TypeError, r"unknown \(DLPack: 99\)"),
-        ({"x": Silent(), "y": Silent()}, TypeError, "silentlib.Silent.*no __dlpack_device__"),
-        ({"x": raising(BufferError("no")), "y": [1.0]}, TypeError, "x, an array of raisinglib of dtype float64.*: no"),
+        ({"x": Silent(), "y": Silent()}, TypeError, "silentlib.Silent.*not __dlpack_device__"),
+        ({"x": raising(BufferError("no")), "y": [1.0]}, TypeError, "x, a raisinglib array of dtype float64.*: no"),
         ({"x": raising(RuntimeError("requires grad")), "y": [1.0]}, TypeError, "requires grad"),
         ({"x": Plain(X + 0j), "y": Plain(Y)}, TypeError, "x has dtype complex128"),
         ({"x": strict(X), "y": strict(Y.astype("c8"))}, TypeError, "y has dtype complex64"),
@@ -272,7 +272,7 @@ def raising(error):
         ({"x": strict(X), "y": strict(Y), "space": "prob"}, ValueError, "space must be one of"),
         ({"x": strict(X), "y": strict(Y), "device": "cuda"}, ValueError, "device='cuda'.*on cpu:0"),
         ({"x": strict(X), "y": strict(Y), "weights": Plain(np.ones(6), (8, 0))}, TypeError, "weights, .*Metal"),
-        ({"x": object(), "y": [1.0]}, TypeError, "x is of the type builtins.object, which klcore does not.*__dlpack__"),
+        ({"x": object(), "y": [1.0]}, TypeError, "x is of type builtins.object, which klcore does not.*__dlpack__"),
     ],
 )
 def test_errors(arguments, error, words):

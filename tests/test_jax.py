@@ -696,7 +696,7 @@ def test_out_is_refused(operation):
 
 def test_libraries_are_not_mixed():
     torch = pytest.importorskip("torch", reason="torch is not installed")
-    with pytest.raises(TypeError, match=r"x is a jax array and y a torch one; move one of them"):
+    with pytest.raises(TypeError, match=r"x is a jax array and y is a torch array; convert one of them"):
         klcore.kl_div(jnp.ones(3), torch.ones(3))
 
 
@@ -749,7 +749,7 @@ def test_device_that_is_missing():
         jax.devices("cuda")
         pytest.skip("JAX has a CUDA device")
     for device in ("cuda", "cuda:1"):
-        with pytest.raises(klcore.BackendUnavailableError, match=rf"device='{device}': JAX has no such device"):
+        with pytest.raises(klcore.BackendUnavailableError, match=rf"device='{device}', but JAX has no such device"):
             klcore.kl_div(jnp.ones(3), jnp.ones(3), device=device)
 
 

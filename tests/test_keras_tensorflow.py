@@ -213,7 +213,7 @@ def test_shapes_that_do_not_fit():
     graph = tf.function(ours.kl_divergence, input_signature=[tf.TensorSpec((None, 5, 4))] * 2)
     with pytest.raises(tf.errors.InvalidArgumentError, match=r"found \(3, 5, 4\) and \(2, 5, 4\)"):
         graph(TRUTH, GUESS[:2])
-    with pytest.raises(ValueError, match="must have an axis of classes"):
+    with pytest.raises(ValueError, match="must have a class axis"):
         ours.kl_divergence(tf.constant(0.5), tf.constant(GUESS))
 
 
@@ -232,20 +232,20 @@ def test_other_tensors(tensor, words):
 
 def test_another_library_beside():
     torch = pytest.importorskip("torch", reason="not run: PyTorch is not installed")
-    with pytest.raises(TypeError, match="one library, found TensorFlow's beside an array of torch"):
+    with pytest.raises(TypeError, match="one library, found a TensorFlow tensor and an array of torch"):
         ours.kl_divergence(torch.tensor(TRUTH), tf.constant(GUESS))
 
 
 def test_gradients_are_the_tapes():
     for function in (ours.kl_divergence, ours.KLDivergence()):
-        with pytest.raises(TypeError, match=r"tensorflow.GradientTape: pass tensor.numpy\(\)"):
+        with pytest.raises(TypeError, match=r"tensorflow.GradientTape, or pass tensor.numpy\(\)"):
             function.value_and_grad(tf.constant(TRUTH), GUESS)
 
 
 def test_instances_made_without_keras(monkeypatch):
     monkeypatch.delitem(sys.modules, "keras")
     for call in (ours.KLDivergence(), ours.KLDivergenceMetric()):
-        with pytest.raises(TypeError, match=f"a {type(call).__name__} takes .* if Keras is imported before it is made"):
+        with pytest.raises(TypeError, match=f"this {type(call).__name__} cannot take .* import Keras before you"):
             call(tf.constant(TRUTH), tf.constant(GUESS))
     np.testing.assert_array_equal(ours.kl_divergence(tf.constant(TRUTH), GUESS), ours.kl_divergence(TRUTH, GUESS))
 

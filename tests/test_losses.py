@@ -202,7 +202,7 @@ def test_broadcasting_over_all_axes(device, shape_x, shape_y, reduction):
 
 
 def test_pairs_of_spaces_are_checked():
-    with pytest.raises(ValueError, match=r"'keras' is not for the spaces \('probs', 'logits'\)"):
+    with pytest.raises(ValueError, match=r"'keras' does not support the spaces \('probs', 'logits'\)"):
         loss("keras", [0.5], [0.5], space=("probs", "logits"))
 
 

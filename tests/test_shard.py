@@ -217,11 +217,11 @@ X, Y = np.random.default_rng(0).dirichlet(np.ones(5), (2, 3))
         (("kl", X, Y), {}, ValueError, "operation must be one of kl_div"),
         ((np.exp, X, Y), {}, ValueError, "operation must be one of kl_div"),
         (("kl_div", X), {}, TypeError, "kl_div takes x and y"),
-        ((klcore.entropy, X, Y), {}, TypeError, "entropy takes x alone"),
-        ((klcore.kl_div, X, Y), {"reduction": "sum"}, TypeError, "takes no 'reduction'"),
-        ((klcore.js_div, X, Y), {"alpha": 0.5}, TypeError, "takes no 'alpha'"),
-        ((klcore.kl_div, X, Y), {"indices": [0]}, TypeError, "takes no 'indices': where x lists some of y's classes"),
-        ((klcore.kl_div, X, Y), {"tail": "zero"}, TypeError, "takes no 'tail': where x lists some"),
+        ((klcore.entropy, X, Y), {}, TypeError, "entropy takes only x"),
+        ((klcore.kl_div, X, Y), {"reduction": "sum"}, TypeError, "does not take 'reduction'"),
+        ((klcore.js_div, X, Y), {"alpha": 0.5}, TypeError, "does not take 'alpha'"),
+        ((klcore.kl_div, X, Y), {"indices": [0]}, TypeError, "does not take 'indices': with indices, the rows of y"),
+        ((klcore.kl_div, X, Y), {"tail": "zero"}, TypeError, "does not take 'tail': with indices, the rows"),
         ((klcore.js_div, X, Y), {"beta": 2}, ValueError, "beta must be in"),
         (("renyi_div", X, Y), {}, TypeError, "alpha"),
         (("kl_div", X, Y[:, :4]), {}, ValueError, "same number of classes"),
@@ -239,14 +239,14 @@ def test_wrong_arguments(arguments, words, error, message):
 def test_wrong_order():
     shard = klcore.Shard(klcore.tv_dist, X, Y)
     other = klcore.Shard(klcore.kl_div, np.log(X), np.log(Y), space="logits")
-    with pytest.raises(RuntimeError, match="call that first"):
+    with pytest.raises(RuntimeError, match=r"call state\(\) first"):
         shard.join([])
     for ask in (shard.values, shard.terms, lambda: shard.gradient("y")):
         with pytest.raises(RuntimeError, match="0 of 1 exchanges are done"):
             ask()
     state = shard.state()
     for wrong in (other.state(), state[:2], state.astype("float32"), state[..., 0]):
-        with pytest.raises(ValueError, match=r"states\[1\] has the shape .* takes float64 of \(3, 1, 'chunks'\)"):
+        with pytest.raises(ValueError, match=r"states\[1\] has shape .* takes float64 of shape \(3, 1, 'chunks'\)"):
             shard.join([state, wrong])
     with pytest.raises(ValueError, match="found none"):
         shard.join([])
@@ -268,7 +268,7 @@ def test_no_classes_at_all():
 
 
 @pytest.mark.parametrize(
-    ("library", "message"), [("jax.numpy", "shard them over a mesh"), ("dask.array", "chunk the class axis")]
+    ("library", "message"), [("jax.numpy", "shard the arrays over a mesh"), ("dask.array", "chunk the class axis")]
 )
 def test_libraries_that_do_it_themselves(library, message):
     module = pytest.importorskip(library, reason=f"{library} is not installed")
@@ -322,7 +322,7 @@ def test_in_an_autograd_function(name, dtype):
 def test_tensors():
     torch = pytest.importorskip("torch", reason="PyTorch is not installed")
     x, y = torch.tensor(X), torch.tensor(Y, requires_grad=True)
-    with pytest.raises(TypeError, match=r"torch\.no_grad\(\), or in the forward of a torch\.autograd\.Function"):
+    with pytest.raises(TypeError, match=r"torch\.no_grad\(\), or .* a torch\.autograd\.Function"):
         klcore.Shard("kl_div", x, y)
     warm = torch.tensor(2.0, requires_grad=True)
     with pytest.raises(TypeError, match="an argument requires a gradient"):

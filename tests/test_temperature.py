@@ -217,7 +217,7 @@ REFUSED = {
     "complex": (np.ones(2) + 0j, TypeError, "temperature has dtype complex128"),
     "text": (["a", "b"], TypeError, "temperature has dtype <U1"),
     "masked": (np.ma.ones(2), TypeError, "temperature is a masked array"),
-    "low": ([2.0**-21, 1.0], ValueError, "between 2**-20 and 2**100", "pass one as float64"),
+    "low": ([2.0**-21, 1.0], ValueError, "between 2**-20 and 2**100", "pass x or y as float64"),
     "high": ([1.0, 2.0**101], ValueError, "between 2**-20 and 2**100", "index (1,)"),
 }
 

@@ -386,7 +386,7 @@ def test_second_derivatives_are_refused(operation):
     else:
         value = call(operation, x, x.detach())
     (dx,) = torch.autograd.grad(value, x, create_graph=True)
-    with pytest.raises(RuntimeError, match=r"first derivatives .* this asks for a second one \(create_graph=True"):
+    with pytest.raises(RuntimeError, match=r"first derivatives .* second derivative was requested \(create_graph=True"):
         dx.sum().backward()
 
 
@@ -665,7 +665,7 @@ def test_second_derivatives_of_func():
         return torch.func.jacrev(torch.func.jacrev(loss))(logits(3))
 
     y = logits(3, seed=1)
-    with pytest.raises(RuntimeError, match="asks for a second one"):
+    with pytest.raises(RuntimeError, match="a second derivative was requested"):
         twice(lambda x: kl(x, y))
     found = twice(lambda x: klcore.divergence.loss("pytorch", x, y, space=("log_probs", "log_probs"), reduction="sum"))
     expected = twice(lambda x: torch.nn.functional.kl_div(y, x, reduction="sum", log_target=True))
@@ -959,7 +959,7 @@ def test_messages_of_numpy(compiled, keywords, road):
         (
             lambda x: klcore.kl_div(x.clone().requires_grad_(), x, out=torch.empty(2)),
             TypeError,
-            "out= has no place in autograd's history",
+            "out= does not support autograd",
         ),
         (
             lambda x: klcore.kl_div(x, x, out=torch.empty(2, requires_grad=True)),
@@ -969,12 +969,12 @@ def test_messages_of_numpy(compiled, keywords, road):
         (
             lambda x: klcore.kl_div(x.to("meta"), x.to("meta"), out=torch.empty(3, device="meta")),
             ValueError,
-            r"out must have the shape \(2,\) .* found \(3,\)",
+            r"out must have shape \(2,\) .* found \(3,\)",
         ),
         (
             lambda x: klcore.kl_div(x, x, weights=torch.ones(2, requires_grad=True)),
             TypeError,
-            "weights must not require a gradient",
+            "weights requires a gradient",
         ),
         (lambda x: klcore.entropy(torch.nn.Linear(1, 1)), TypeError, "x is a torch.nn.*Linear; klcore takes tensors"),
         (
@@ -993,7 +993,7 @@ def test_refused(call, error, match):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this PyTorch has a GPU")
 @pytest.mark.parametrize("device", ["cuda", "cuda:1"])
 def test_no_other_device_is_used_instead(device):
-    with pytest.raises(klcore.BackendUnavailableError, match=f"device='{device}': PyTorch finds no usable CUDA device"):
+    with pytest.raises(klcore.BackendUnavailableError, match=f"device='{device}', but PyTorch finds no usable CUDA"):
         klcore.kl_div(torch.ones(2), torch.ones(2), device=device)
 
 

@@ -158,7 +158,7 @@ def test_denominators_of_nothing(device):
 def test_denominator_goes_with_a_sum(device, reduction, return_grad):
     x = device.put(np.ones((2, 5)))
     for denominator in (4, device.put(np.array(4))):
-        with pytest.raises(ValueError, match="it goes with reduction='sum'; found reduction='" + reduction):
+        with pytest.raises(ValueError, match="so it needs reduction='sum'; found reduction='" + reduction):
             klcore.kl_div(x, x, reduction=reduction, denominator=denominator, return_grad=return_grad)
 
 
@@ -170,8 +170,8 @@ def test_denominator_goes_with_a_sum(device, reduction, return_grad):
         (math.nan, ValueError, "finite and >= 0; found nan"),
         ("4", TypeError, "denominator must be a number"),
         ([4], TypeError, "denominator must be a number"),
-        (np.array([4]), ValueError, r"a number or a 0-d array; found one of the shape \(1,\)"),
-        (np.ones((2, 2)), ValueError, r"found one of the shape \(2, 2\)"),
+        (np.array([4]), ValueError, r"a number or a 0-d array; found shape \(1,\)"),
+        (np.ones((2, 2)), ValueError, r"found shape \(2, 2\)"),
         (4j, TypeError, "denominator must be a number"),
         (np.complex64(4), TypeError, "denominator must be a number"),
         (np.str_("4"), TypeError, "denominator must be a number"),
@@ -229,9 +229,9 @@ def test_pytorch():
     np.testing.assert_allclose(many[1], 2 * bits[0], rtol=1e-6)
     with pytest.raises(TypeError, match="denominator requires a gradient"):
         of(torch.tensor(48.0, requires_grad=True))(torch.from_numpy(x), torch.from_numpy(y))
-    with pytest.raises(ValueError, match="it goes with reduction='sum'"):
+    with pytest.raises(ValueError, match="so it needs reduction='sum'"):
         klcore.kl_div(torch.from_numpy(x).requires_grad_(), torch.from_numpy(y), denominator=torch.tensor(3))
-    with pytest.raises(ValueError, match="it goes with reduction='sum'"):
+    with pytest.raises(ValueError, match="so it needs reduction='sum'"):
         klcore.kl_div(torch.from_numpy(x).requires_grad_(), torch.from_numpy(y), denominator=3)
 
 
@@ -336,7 +336,7 @@ def test_dask(chunks):
             found = klcore.kl_div(da.from_array(x, chunks), da.from_array(y, chunks), denominator=d, **options)
             for a, b in zip(found, expected, strict=True):
                 np.testing.assert_allclose(a.compute(), b, rtol=1e-12, atol=1e-17)
-    with pytest.raises(ValueError, match="it goes with reduction='sum'"):
+    with pytest.raises(ValueError, match="so it needs reduction='sum'"):
         klcore.kl_div(da.ones((2, 3)), da.ones((2, 3)), denominator=2)
     with pytest.raises(ValueError, match="finite and >= 0"):
         klcore.kl_div(da.ones((2, 3)), da.ones((2, 3)), reduction="sum", denominator=-2)

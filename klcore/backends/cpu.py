@@ -1,7 +1,7 @@
 """NumPy arrays on the CPU: arguments arranged by rows.py, rows computed by klcore._cpu (src/kl_cpu.pyx).
 
-The contract of a backend, with a short cut for the commonest calls (`_cpu.plain`), which must give the bits of the long
-way; and blocks of arrays, for the adapter of dask.
+This is the contract of a backend, with a shortcut for the most common calls (`_cpu.plain`), which must give the same
+bits as the long way; and functions for blocks of arrays, for the Dask adapter and klcore.Shard.
 """
 
 import os
@@ -16,14 +16,14 @@ from klcore.operations import Call, Operation
 
 
 def _choose_instruction_set() -> None:
-    """The best one that this processor has, or the one that KLCORE_ISA names."""
+    """Use the best instruction set of this processor, or the one named by KLCORE_ISA."""
     built = _cpu.instruction_sets()
     name = os.environ.get("KLCORE_ISA") or next(n for n in reversed(built) if built[n])
     if name not in built:
-        raise ValueError(f"KLCORE_ISA must be one of {', '.join(built)} (those built in); found {name!r}")
+        raise ValueError(f"KLCORE_ISA must be one of {', '.join(built)}, which klcore was built with; found {name!r}")
     if not built[name]:
         usable = ", ".join(n for n in built if built[n])
-        raise ValueError(f"KLCORE_ISA={name}: this processor does not have it; it has {usable}")
+        raise ValueError(f"KLCORE_ISA={name}, but this processor does not support it; it supports {usable}")
     _cpu.use_instruction_set(name)
 
 
@@ -31,25 +31,25 @@ _choose_instruction_set()
 
 
 def asarray(a: Any, name: str) -> Any:
-    """Whatever NumPy makes an array of, as one of a dtype that klcore computes with; or TypeError, by name."""
+    """Convert to a NumPy array of a dtype that klcore supports, or raise TypeError naming the argument."""
     if type(a) is not np.ndarray:
-        # device="cpu" was asked for, if it is CuPy's
+        # a CuPy array gets here only with device="cpu"
         a = a.get() if hasattr(a, "__cuda_array_interface__") and hasattr(a, "get") else rows.as_numpy(a, name)
     if a.dtype.char in "dfe" and a.dtype.isnative:
         return a
     rows.refuse(a, name)
-    if a.dtype.kind in "iub" and name not in ("weights", "temperature", "indices"):  # which are read as they are
+    if a.dtype.kind in "iub" and name not in ("weights", "temperature", "indices"):  # kernels read these as integers
         return a.astype(np.float64)
     return a if a.dtype.isnative else a.astype(a.dtype.newbyteorder("="))
 
 
 def _lent(a: Any) -> Any:
-    """The array as the kernel reads it: bfloat16 has no buffer format, so two bytes are lent."""
+    """The array as the kernel reads it: bfloat16 has no buffer format, so it is passed as pairs of bytes."""
     return a.view("V2") if isinstance(a, np.ndarray) and a.dtype.kind == "V" else a
 
 
 def compute(call: Call) -> Any:
-    """The value, or (value, *gradients); with a cotangent, the gradients alone."""
+    """The value, or (value, *gradients); with a cotangent, only the gradients."""
     if call.indices is not None:
         return sparse.compute(np, asarray, _Listed, _arranged, call)
     found = _cpu.plain(call, get_num_threads())
@@ -65,7 +65,7 @@ def _compute(task: rows.Task) -> Any:
     denominator = _weigh(task) if task.by_weights else task.denominator
     scale = rows.scale(denominator, task.cotangent)
 
-    # the gradients of operands that are not broadcast come with the value, in one pass
+    # the gradients of operands that are not broadcast are computed with the value, in one pass
     direct = {g.of: _lent(g.view) for g in task.gradients if not g.inner}
     plans = [
         _cpu.plan(
@@ -84,7 +84,7 @@ def _compute(task: rows.Task) -> Any:
     if not task.value_wanted:
         return rows.gradients(task)
     if task.output == rows.TOTAL:
-        with np.errstate(over="ignore"):  # a float64 total may be infinite as float32
+        with np.errstate(over="ignore"):  # a finite float64 total can be infinite as float32
             value = task.scalar_dtype.type(total / denominator if denominator else np.nan)
         if task.out is not None:
             task.out[...] = value
@@ -95,10 +95,10 @@ def _compute(task: rows.Task) -> Any:
 
 
 def _weigh(task: rows.Task) -> float:
-    """What a mean with weights is divided by. Weights at an end of the range are moved to its middle."""
+    """The divisor of a weighted mean. Very large or very small weights are moved to the middle of the range."""
     factor = 1.0
     largest = float(np.max(task.weights, initial=0))
-    if task.denominator is None or not 2.0**-400 < largest < 2.0**400:  # else their sum is fine
+    if task.denominator is None or not 2.0**-400 < largest < 2.0**400:  # else their sum is in range
         counted = task.weights if task.counted is None else task.counted
         total = sum_of(counted)
         factor = rows.weight_factor(total)
@@ -109,7 +109,7 @@ def _weigh(task: rows.Task) -> float:
 
 
 def _summed_gradient(task: rows.Task, g: rows.Gradient, scale: float, threads: int) -> Any:
-    """The call for the gradient of a broadcast operand."""
+    """The plan for the gradient of a broadcast operand."""
     to, (x, y, weights, temperature, factors), _ = _turned(task, g)
     return _cpu.plan(
         task.operation.code, *task.spaces, rows.PER_ROW, x, y, weights, None,
@@ -119,10 +119,10 @@ def _summed_gradient(task: rows.Task, g: rows.Gradient, scale: float, threads: i
 
 
 def _turned(task: rows.Task, g: rows.Gradient) -> tuple[Any, tuple[Any, ...], tuple[int, ...]]:
-    """The gradient, what is read, and their batch axes' order: the operand's own in front, those to sum over behind."""
+    """The gradient and the arrays to read, with the batch axes in the order `g.order`; and that order."""
     order = g.order
 
-    def turn(a: Any) -> Any:  # None and a number as they are
+    def turn(a: Any) -> Any:  # None and a number are returned unchanged
         return _lent(a.transpose(*order, *range(len(order), a.ndim))) if isinstance(a, np.ndarray) else a
 
     read = task.x, task.y, task.weights, task.temperature, task.factors
@@ -130,7 +130,7 @@ def _turned(task: rows.Task, g: rows.Gradient) -> tuple[Any, tuple[Any, ...], tu
 
 
 class _Listed(_cpu.Listed):
-    """The steps of sparse.py, of arrays as C++ reads them."""
+    """The steps of sparse.py, with arrays as C++ reads them."""
 
     def __init__(self, x: Any, indices: Any, y: Any, weights: Any, temperature: Any, mass: Any, *words: int) -> None:
         read: tuple[Any, ...] = _lent(x), indices, _lent(y), _lent(weights), _lent(temperature), mass
@@ -145,19 +145,19 @@ class _Listed(_cpu.Listed):
 
 # ---- blocks of arrays that are never in one place, for backends/dask.py and klcore.Shard -----------------------------
 #
-# `shared`: the operands of which other blocks hold copies; their gradients are yet to be added up, and come as float64,
-# of shape batch + (n,) with a 1 where they are broadcast.
+# `shared` names the operands of which other blocks hold copies. Their gradients still have to be added up over the
+# blocks; they are float64, of shape batch + (n,), with a 1 for axes along which the operand is broadcast.
 
-STATS = _cpu.MAX_STATS  # numbers that say what the outputs of a row need
+STATS = _cpu.MAX_STATS  # how many numbers of a row its outputs depend on
 
 
 def chunks(n: int) -> int:
-    """How many chunks n classes are."""
+    """The number of chunks of n classes."""
     return -(-n // _cpu.CHUNK)
 
 
 def chunk_sums(values: Any) -> Any:
-    """The sums of every 1024 values of a real array of any layout, in C order: what `add_up` goes on with."""
+    """The sums of every 1024 values of a real array of any layout, in C order, for `add_up`."""
     sums = np.empty(chunks(values.size))
     _cpu.chunk_sums(_lent(asarray(values, "weights")), sums)
     return sums
@@ -169,12 +169,12 @@ def add_up(sums: Any) -> float:
 
 
 def sum_of(values: Any) -> float:
-    """Of a real array of any layout, in this order."""
+    """The sum of a real array of any layout, in klcore's order of addition."""
     return add_up(chunk_sums(values))
 
 
 def block(call: Call, denominator: float, shared: tuple[str, ...]) -> tuple[Any, ...]:
-    """A block of whole rows: (value, *gradients) for reduction="row" or "none", the gradients divided."""
+    """Compute a block of whole rows: (value, *gradients) for reduction="row" or "none", the gradients divided."""
     if call.indices is not None:
         found = sparse.compute(np, asarray, _Listed, lambda dense: block(dense, denominator, ()), call, shared)
         return found if isinstance(found, tuple) else (found,)
@@ -187,17 +187,17 @@ def block(call: Call, denominator: float, shared: tuple[str, ...]) -> tuple[Any,
 def sweeps(
     operation: Operation, spaces: tuple[int, int], terms: bool = False, gradient: bool = False
 ) -> tuple[int, ...]:
-    """How many numbers a chunk of a row's classes leaves behind, for each sweep over the row that these outputs take.
+    """The number of numbers in the state of a chunk of classes, for each sweep over the row that these outputs need.
 
-    The value is known after the sweeps it takes without outputs; outputs are written by the last sweep they take.
+    Without outputs, the value is known after the last sweep. Outputs are written by the last sweep.
     """
     return _cpu.sweeps(operation.code, *spaces, False, terms, gradient)  # as many in float32 as in float64
 
 
 def states(call: Call, number: int, stats: Any) -> Any:
-    """What sweep `number` leaves of a block of the classes, of shape batch + (numbers, chunks).
+    """The states that sweep `number` leaves for a block of the classes, of shape batch + (numbers, chunks).
 
-    `stats`, if it is not the first sweep: what :func:`merge` made of the one before.
+    `stats` is what :func:`merge` made of the previous sweep, or None for the first one.
     """
     spaces, _, wanted = rows.words(call)
     task = arrange(call._replace(return_grad=None))
@@ -214,11 +214,11 @@ def states(call: Call, number: int, stats: Any) -> Any:
 
 
 def merge(task: rows.Task, number: int, states: Any, stats: Any, fold: bool = False) -> Any:
-    """The states of all blocks, joined along the chunks, into the rows' stats, of shape batch + (STATS,).
+    """Merge the states of all blocks, joined along the chunks, into the stats of the rows, of shape batch + (STATS,).
 
-    stats[..., 0] is a row's value, once that is known, times its weight. With `fold`, the states of some chunks, at
-    least one, into one that stands for them, of shape batch + (numbers, 1). `task`: of any block of these rows, or
-    what has its words, its weights and its temperature.
+    stats[..., 0] is the value of a row, once it is known, times its weight. With `fold`, merge the states of at least
+    one chunk into one state, of shape batch + (numbers, 1). `task` is that of any block of these rows, or an object
+    with its options, weights and temperature.
     """
     batch, count = states.shape[:-2], states.shape[-1]
     if fold:
@@ -226,7 +226,7 @@ def merge(task: rows.Task, number: int, states: Any, stats: Any, fold: bool = Fa
     else:
         merged = np.zeros((*batch, STATS)) if stats is None else np.array(stats, order="C")
 
-    def by_row(a: Any, name: str) -> Any:  # None and a number as they are
+    def by_row(a: Any, name: str) -> Any:  # None and a number are returned unchanged
         return a if a is None or isinstance(a, float) else _lent(np.broadcast_to(asarray(a, name), batch))
 
     _cpu.merge(
@@ -264,7 +264,7 @@ def outputs(call: Call, number: int, stats: Any, denominator: float, shared: tup
 
 
 def arrange(call: Call, shared: tuple[str, ...] = ()) -> rows.Task:
-    """The call, checked and laid out in rows."""
+    """Check a call and lay it out in rows."""
     task = rows.arrange(np, asarray, call)
     rows.share(np, task.gradients, shared)
     return task

@@ -1,15 +1,15 @@
-"""Dask arrays: lazy in, lazy out; every block computed by backends/cpu.py or cuda/ where it lies.
+"""Dask arrays: lazy in, lazy out; every block is computed by backends/cpu.py or cuda/, where it lies.
 
-Arguments are checked at once, by rows.py on arrays that have a shape and no memory. What is computed later:
+Arguments are checked at once, by rows.py, on arrays that have a shape and no memory. The rest is lazy:
 
-* the class axis in one chunk: each block by itself, with the bits of the whole array;
-* a list of classes, in one chunk as y's class axis has to be: likewise;
-* the class axis in several chunks: the sweeps of the kernels over a row, block by block. A block leaves a state
-  for every 1024 of its classes, these are merged into the rows' statistics, and from them a block's outputs follow
-  (src/kl_partial.h);
-* totals: sums of 1024 rows each, as float64, added up when all are there, in the order of the blocks.
+* If the class axis is in one chunk, each block is computed by itself, with the same bits as the whole array. So are
+  calls with a list of classes, where the class axis of y must be in one chunk.
+* If the class axis is in several chunks, the kernels sweep over a row block by block. A block leaves one state for
+  every 1024 of its classes; the states are merged into the statistics of the rows, and the outputs of a block follow
+  from these (src/kl_partial.h).
+* Totals are float64 sums of 1024 rows each, which are added up in the order of the blocks when all are there.
 
-Which worker computes what, and when, never changes a bit; how the arrays are chunked may: docs/dask.md.
+Which worker computes what, and when, never changes a bit. How the arrays are chunked can: see docs/dask.md.
 """
 
 import importlib
@@ -33,7 +33,7 @@ from klcore.operations import Call
 
 # ---- arguments -------------------------------------------------------------------------------------------------------
 
-# An array library whose arrays have a shape and a dtype, and no memory, for rows.py.
+# An array library for rows.py, whose arrays have a shape and a dtype, but no memory.
 _SHAPES = SimpleNamespace(
     broadcast_to=np.broadcast_to,
     dtype=np.dtype,
@@ -42,42 +42,45 @@ _SHAPES = SimpleNamespace(
     minimum=np.minimum,
     moveaxis=np.moveaxis,
 )
-_LISTED = -1  # stands for the class axis of x and indices, where that is another than y's
+_LISTED = -1  # the label of the class axis of x and indices, if it is not that of y
 
 
 def _array(a: Any, name: str) -> Any:
-    """`a` as a dask array of a dtype that klcore computes with."""
+    """`a` as a Dask array of a dtype that klcore supports."""
     if isinstance(a, da.Array):
         if _library(a) not in ("numpy", "cupy"):
             raise TypeError(
-                f"{name} is a dask array with chunks of type {type(a._meta).__module__}.{type(a._meta).__qualname__}; "
-                f"klcore takes chunks of numpy or cupy: convert them with {name}.map_blocks"
+                f"{name} is a dask array with chunks of type {type(a._meta).__module__}.{type(a._meta).__qualname__}, "
+                f"but klcore takes chunks of numpy or cupy; convert them with {name}.map_blocks"
             )
         rows.refuse(a._meta, name)
     elif type(a).__module__.partition(".")[0] == "dask":
         raise TypeError(
-            f"{name} is a {type(a).__module__}.{type(a).__qualname__}; klcore takes dask arrays: "
-            "DataFrame.to_dask_array(lengths=True), dask.array.from_delayed or dask.array.from_array makes one"
+            f"{name} is a {type(a).__module__}.{type(a).__qualname__}, but klcore takes dask arrays; make one with "
+            "DataFrame.to_dask_array(lengths=True), dask.array.from_delayed or dask.array.from_array"
         )
     else:
         of = type(a).__module__.partition(".")[0]
-        lazy = hasattr(a, "__dask_graph__") and a.__dask_graph__() is not None  # NumPy would compute it here and now
+        lazy = hasattr(a, "__dask_graph__") and a.__dask_graph__() is not None  # NumPy would compute it right here
         if lazy or (hasattr(type(a), "__dlpack__") and of not in ("numpy", "cupy")):
             library, plain = of.replace("jaxlib", "jax"), f"{name}.data" if lazy else f"numpy.asarray({name})"
-            raise TypeError(f"{name} is a {library} array beside dask's; pass NumPy's, CuPy's or dask's, as {plain}")
-        a = a if of == "cupy" else rows.as_numpy(a, name)  # CuPy's stay where they are
+            raise TypeError(
+                f"{name} is a {library} array, which cannot be combined with dask arrays; pass an array of dask, NumPy "
+                f"or CuPy, for example {plain}"
+            )
+        a = a if of == "cupy" else rows.as_numpy(a, name)  # CuPy arrays stay where they are
         rows.refuse(a, name)
         a = da.from_array(a, chunks=-1)
     return a.astype(np.float64) if a.dtype.kind in "iub" and name != "indices" else a
 
 
 def _library(a: Any) -> str:
-    """That of a dask array's chunks."""
+    """The library of a Dask array's chunks."""
     return type(a._meta).__module__.partition(".")[0]
 
 
 def _like(a: Any, b: Any) -> Any:
-    """NumPy chunks moved to where those of `b` are."""
+    """`a`, with its chunks moved to the library of those of `b`."""
     if _library(b) == "numpy":
         return a
     meta = meta_from_array(b._meta, a.ndim, a.dtype)
@@ -85,15 +88,15 @@ def _like(a: Any, b: Any) -> Any:
 
 
 def _stand_in(a: Any, name: str, sizes: list[Any]) -> Any:
-    """An array without memory for a dask array; a size that is not known is taken from `sizes`. Of ones; but of rows
-    that might have no weight nothing is looked at."""
+    """An array without memory in place of a Dask array; unknown sizes come from `sizes`. All ones, which pass every
+    check, but zeros for weights and indices, so that no row is checked."""
     shape = tuple(sizes[k - a.ndim] if math.isnan(n) else n for k, n in enumerate(a.shape))
     dtype = np.int64 if a.dtype.kind in "iu" else a.dtype.newbyteorder("=")
     return np.broadcast_to(np.array(name not in ("weights", "indices"), dtype), shape)
 
 
 def _axes(of_classes: dict[str, Any], by_row: dict[str, Any], axis: int) -> list[tuple[str, Any, tuple[int, ...]]]:
-    """The operands, with the axes that theirs are in the broadcast shape. `by_row`: one a row."""
+    """The operands, each with its axes in the broadcast shape. `by_row`: those with one number per row."""
     whole = tuple(range(_ndim(of_classes)))
     classes = axis % max(len(whole), 1)
     batch = tuple(d for d in whole if d != classes)
@@ -107,10 +110,9 @@ def _ndim(of_classes: dict[str, Any]) -> int:
 
 
 def _arrange(call: Call, of_classes: dict[str, Any], by_row: dict[str, Any], given: dict[str, Any]) -> rows.Task:
-    """The call, of dask arrays, as rows.py sees it, all errors included; `given`: the arguments as the caller gave
-    them."""
+    """The call as rows.py sees it, with all its errors; `given`: the arguments as the caller gave them."""
     axis, reduction, ndim = call.axis, call.reduction, _ndim(of_classes)
-    # along the axes of the broadcast shape; where nobody knows a size, any that is not 1 will do
+    # along the axes of the broadcast shape; for an unknown size, anything except 1 will do
     sizes = [
         max((a.shape[d] for a in of_classes.values() if a.ndim >= -d and a.shape[d] > 1), default=2)
         for d in range(-ndim, 0)
@@ -125,7 +127,7 @@ def _arrange(call: Call, of_classes: dict[str, Any], by_row: dict[str, Any], giv
         if isinstance(given[name], da.Array) or hasattr(given[name], "__cuda_array_interface__"):
             of_axes = sizes if name == "indices" else [n for d, n in enumerate(sizes) if d != axis % ndim]
             return _stand_in(a, name, of_axes)
-        return np.asarray(given[name], a.dtype.newbyteorder("="))  # its values are looked at
+        return np.asarray(given[name], a.dtype.newbyteorder("="))  # its values are checked
 
     arrange = rows.arrange if call.indices is None else sparse.outcome
     task = arrange(_SHAPES, asarray, call._replace(**of_classes, **by_row))
@@ -135,17 +137,17 @@ def _arrange(call: Call, of_classes: dict[str, Any], by_row: dict[str, Any], giv
 
 
 def _check_whole(of_classes: dict[str, Any], axis: int) -> None:
-    """Raise ValueError if classes are in several chunks."""
+    """Raise ValueError if the classes are in several chunks."""
     for name, a in of_classes.items():
         if a.numblocks[axis] > 1:
             raise ValueError(
-                f"{name} has its classes in {a.numblocks[axis]} chunks, and where x lists some of y's classes a block "
-                f"takes whole rows; pass {name}.rechunk({{{axis}: -1}})"
+                f"{name} has its classes in {a.numblocks[axis]} chunks, but with indices every block must hold whole "
+                f"rows; pass {name}.rechunk({{{axis}: -1}})"
             )
 
 
 def _check_sizes(operands: list[tuple[str, Any, tuple[int, ...]]], classes: int, reduction: str) -> None:
-    """Raise ValueError if a size must be known and is not."""
+    """Raise ValueError for an unknown size that must be known."""
     for name, a, axes in operands:
         for k in range(a.ndim):
             if not math.isnan(a.shape[k]):
@@ -154,7 +156,7 @@ def _check_sizes(operands: list[tuple[str, Any, tuple[int, ...]]], classes: int,
             if axes[k] in (classes, _LISTED):
                 what = "the number of classes must be known"
             elif any(n > 1 for n in others):
-                what = "another argument's is known: they might not match"
+                what = "the size of another argument is known, which might not match"
             elif reduction in ("rowmean", "batchmean", "mean"):
                 what = f"reduction={reduction!r} divides by it"
             else:
@@ -165,17 +167,17 @@ def _check_sizes(operands: list[tuple[str, Any, tuple[int, ...]]], classes: int,
             )
 
 
-# ---- what is computed, block by block: called by dask's workers ------------------------------------------------------
+# ---- computing blocks, called by Dask's workers ----------------------------------------------------------------------
 
 
 def _threads() -> Any:
-    """One thread a block where dask runs several at a time, as the threads of its schedulers and workers do."""
+    """One thread per block in the threads of Dask's schedulers and workers, which run several blocks at a time."""
     alone = threading.current_thread() is threading.main_thread()
     return nullcontext() if alone else threads(1)
 
 
 def _backend(a: Any) -> Any:
-    """That of a block."""
+    """The backend of a block."""
     return importlib.import_module("klcore.backends.cuda") if hasattr(a, "__cuda_array_interface__") else cpu
 
 
@@ -188,7 +190,7 @@ def _rows(
     x: Any, y: Any, weights: Any, temperature: Any, indices: Any, tail_mass: Any, denominator: Any, call: Call,
     totals: bool, shared: Any,
 ) -> tuple[Any, ...]:  # fmt: skip
-    """A block whose rows are whole: the value, or the sums of 1024 rows each, and gradients."""
+    """A block of whole rows: the value, or the sums of 1024 rows each, and the gradients."""
     with _threads():
         call = _of_block(call, x, y, weights, temperature, indices=indices, tail_mass=tail_mass)
         value, *gradients = _backend(x).block(call, float(denominator), shared)
@@ -215,7 +217,7 @@ def _outputs(
 
 
 def _matching(function: Any, alike: tuple[Any, ...], *blocks: Any, **more: Any) -> Any:
-    """What the function makes of blocks whose sizes nobody knew before: `alike` says which must be equal."""
+    """Call the function with blocks whose sizes were unknown so far; `alike` says which sizes must be equal."""
     for sides in alike:
         sizes = [blocks[block].shape[k] for _, block, k in sides]
         if len(set(sizes)) > 1:
@@ -223,14 +225,14 @@ def _matching(function: Any, alike: tuple[Any, ...], *blocks: Any, **more: Any) 
                 f"{name} of size {n} along axis {k}" for (name, _, k), n in zip(sides, sizes, strict=True)
             )
             raise ValueError(
-                f"chunks of unknown sizes must match, block by block; found those of {found}. "
-                "compute_chunk_sizes(), called on each argument first, lets klcore compare and rechunk the whole"
+                f"chunks of unknown sizes must match, block by block; found {found}. "
+                "Call compute_chunk_sizes() on each argument first, and klcore can compare and rechunk the arrays"
             )
     return function(*blocks, **more)
 
 
 def _checked(temperature: Any, double: bool) -> Any:
-    """Of no dimensions: blocks would take it for a number, at which float32 may be computed in double."""
+    """Check a 0-d temperature: blocks would take it for a number, and might compute float32 in double."""
     rows.check_temperatures(_host(temperature), None, double)
     return temperature
 
@@ -240,7 +242,7 @@ def _factor(total: Any) -> Any:
 
 
 def _pick(packed: Any, k: int) -> Any:
-    """Result k of a block; along axes that the result does not have there is one block."""
+    """Result k of a block; along axes that the result does not have, there is only one block."""
     while isinstance(packed, list):
         packed = packed[0]
     return packed[k]
@@ -259,7 +261,7 @@ def _sums_of_stats(stats: Any) -> Any:
 
 
 def _total(sums: Any, denominator: Any, dtype: Any, library: str) -> Any:
-    """The sums of all blocks, in lists nested in C order, added up and divided."""
+    """Add up the sums of all blocks, which come in lists nested in C order, and divide."""
     parts: list[Any] = []
 
     def gather(nested: Any) -> None:
@@ -281,7 +283,7 @@ def _add(a: Any, axis: Any, keepdims: bool) -> Any:
 
 
 def _round(a: Any, dtype: Any) -> Any:
-    with np.errstate(all="ignore"):  # what is finite as float64 may be infinite as float32
+    with np.errstate(all="ignore"):  # a finite float64 can be infinite as float32
         return a.astype(dtype)
 
 
@@ -292,13 +294,13 @@ def _host(a: Any) -> Any:
 # ---- the graph -------------------------------------------------------------------------------------------------------
 
 
-# the operands of a block, in the order in which its functions take them
+# the operands of a block, in the order of the functions' parameters
 _READ = ("x", "y", "weights", "temperature")
 _ARGUMENTS = (*_READ, "indices", "tail_mass")
 
 
 class _Graph:
-    """The layers of one call. Axes have numbers as labels: those of the broadcast shape, and two of our own."""
+    """The layers of one call. The labels of axes are numbers: the axes of the broadcast shape, and two more."""
 
     def __init__(self, task: rows.Task, of_classes: dict[str, Any], by_row: dict[str, Any], axis: int) -> None:
         self.task, self.axis = task, axis
@@ -322,7 +324,7 @@ class _Graph:
         return [(self.arrays.get(name), self.axes.get(name)) for name in names]
 
     def layer(self, function: Any, out: tuple[int, ...], *pairs: tuple[Any, Any], dtype: Any, **more: Any) -> Any:
-        """One task a block; arguments are pairs of an array and its axes, or of a constant and None."""
+        """One task per block; arguments are pairs of an array and its axes, or of a constant and None."""
         like = np.empty(0) if np.dtype(dtype) == object else self.arrays["x"]._meta
         arguments = [word for pair in pairs for word in pair]
         if alike := self._alike(pairs):
@@ -330,7 +332,7 @@ class _Graph:
         return da.blockwise(function, out, *arguments, dtype=dtype, meta=meta_from_array(like, len(out), dtype), **more)
 
     def _alike(self, pairs: tuple[tuple[Any, Any], ...]) -> tuple[tuple[tuple[str, int, int], ...], ...]:
-        """For each axis along which several operands are of unknown size: their names, places and axes."""
+        """For each axis along which several operands have an unknown size: their names, positions and axes."""
         names = {id(a): name for name, a in self.arrays.items()}
         sides = [
             [(names[id(a)], at, axes.index(d)) for at, (a, axes) in enumerate(pairs)
@@ -342,13 +344,13 @@ class _Graph:
     def sums(
         self, function: Any, *pairs: tuple[Any, Any], over: tuple[int, ...] | None = None, **more: Any
     ) -> tuple[Any, Any]:
-        """Over the batch axes, or some of them, one vector a block; as an argument of :meth:`layer`."""
+        """Sums over the batch axes, or some of them: one vector per block, as an argument of :meth:`layer`."""
         over = self.batch if over is None else over
         adjust = dict.fromkeys(over, 1)
         return self.layer(function, over, *pairs, dtype=object, adjust_chunks=adjust, **more), over
 
     def sum_of_weights(self) -> Any:
-        """Of all rows; if nobody knows how many there are, of the weights as they are, enough to find their range."""
+        """The sum over all rows; if their number is unknown, over the weights as given, enough to find their range."""
         w, axes = self.arrays["weights"], self.axes["weights"]
         chunks = tuple(self.chunks[d] for d in self.batch)
         shape = tuple(map(sum, chunks))
@@ -359,7 +361,7 @@ class _Graph:
         return self.layer(_total, (), sums, (1.0, None), (wide, None), ("numpy", None), dtype=wide)
 
     def move_weights(self) -> Any:
-        """Bring weights at an end of the range into its middle; the factor, an array of no dimensions."""
+        """Move very large or small weights to the middle of the range; returns the factor, a 0-d array."""
         w, axes = self.arrays["weights"], self.axes["weights"]
         factor = self.layer(_factor, (), (self.sum_of_weights(), ()), dtype=np.float64)
         self.arrays["weights"] = da.blockwise(
@@ -368,11 +370,11 @@ class _Graph:
         return factor
 
     def classes_of(self, a: Any) -> dict[int, int]:
-        """How many an array has, for chunks that are not those of y."""
+        """The number of classes of an array whose chunks are not those of y."""
         return {self.classes: a.shape[self.classes - len(self.all)]} if "indices" in self.arrays else {}
 
     def gradient(self, packed: Any, k: int, g: rows.Gradient) -> Any:
-        """Result k of packed blocks: a gradient, or parts of one that is a sum over blocks."""
+        """Result k of packed blocks: a gradient, or the parts of one that are summed over blocks."""
         operand = self.arrays[g.of]
         pick = ((packed, self.all), (k, None))
         listed = self.classes_of(operand)
@@ -391,30 +393,30 @@ class _Graph:
 def compute(call: Call) -> Any:
     if call.operation.is_loss:
         raise TypeError(
-            "klcore.compat takes arrays of NumPy, CuPy, PyTorch and JAX, not dask's: map its functions over the chunks "
-            "with dask.array.map_blocks, or use klcore.kl_div"
+            "klcore.compat takes arrays of NumPy, CuPy, PyTorch and JAX, but not of dask; map its functions over the "
+            "chunks with dask.array.map_blocks, or use klcore.kl_div"
         )
     if call.operation.is_estimator:
         raise TypeError(
-            "klcore.kl_estimate takes arrays of NumPy, CuPy, PyTorch and JAX, not dask's: map it over the chunks, as "
-            "with dask.array.map_blocks(klcore.kl_estimate, log_x, log_y, dtype='float32'), and let dask sum the result"
+            "klcore.kl_estimate takes arrays of NumPy, CuPy, PyTorch and JAX, but not of dask; map it over the chunks, "
+            "dask.array.map_blocks(klcore.kl_estimate, log_x, log_y, dtype='float32'), and let dask sum the result"
         )
     if call.out is not None:
         raise TypeError(
-            "out= cannot be a dask array's: it is computed later, and holds no memory to write into; use the result, "
-            "or dask.array.store"
+            "out= is not supported with dask arrays, which have no memory to write to yet; use the result, or "
+            "dask.array.store"
         )
     if call.device is not None:
         raise ValueError(
-            f"device={call.device!r}: dask's chunks are computed where they are; move them first, as with "
-            "x.map_blocks(cupy.asarray)"
+            f"device={call.device!r}, but the chunks of dask arrays are computed where they are; move them first, for "
+            "example with x.map_blocks(cupy.asarray)"
         )
     given = {name: getattr(call, name) for name in _ARGUMENTS}
     if not rows.has_numbers(call.temperature):
         del given["temperature"]
     arrays = {name: _array(a, name) for name, a in given.items() if a is not None}
     like = next(arrays[name] for name in ("x", "y") if isinstance(given[name], da.Array))
-    of_classes = {  # a list goes with the other's chunks
+    of_classes = {  # a list is moved to the library of the other's chunks
         name: a if isinstance(given[name], da.Array) else _like(a, like)
         for name, a in arrays.items()
         if name in ("x", "y", "indices")
@@ -423,7 +425,7 @@ def compute(call: Call) -> Any:
     if len({_library(a) for a in of_classes.values()}) > 1:
         found = " and ".join(f"{name} of {_library(a)}" for name, a in of_classes.items())
         raise TypeError(
-            f"all chunks must be of one library, found {found}; move them, as with x.map_blocks(cupy.asarray)"
+            f"all chunks must be of one library, found {found}; move them, for example with x.map_blocks(cupy.asarray)"
         )
     rows.check_reduction(call.reduction, call.operation)
     rows.check_denominator(call)
@@ -439,7 +441,7 @@ def compute(call: Call) -> Any:
     if "indices" in of_classes:
         _check_whole(of_classes, last)
     scalar = task.x.ndim == 1 and all(a.ndim == 0 for a in of_classes.values())
-    if scalar:  # one class
+    if scalar:  # 0-d arrays: one class
         of_classes = {name: a.reshape(1) for name, a in of_classes.items()}
     if "temperature" in by_row and by_row["temperature"].ndim == 0:
         double = any(a.dtype.itemsize == 8 for name, a in of_classes.items() if name in ("x", "y"))
@@ -452,7 +454,7 @@ def compute(call: Call) -> Any:
     scale = (denominator, () if isinstance(denominator, da.Array) else None)
     by = _by_rows if len(graph.chunks[graph.classes]) == 1 else _by_parts
     last = graph.classes - len(graph.all)
-    # the call of a block, which gets its own arrays; Python's numbers, so that equal calls have equal keys
+    # the call of a block, without arrays, and with Python numbers, so that equal calls have equal Dask keys
     block = call._replace(
         x=None,
         y=None,
@@ -465,7 +467,7 @@ def compute(call: Call) -> Any:
         denominator=None,
     )
     value, gradients = by(graph, block, scale)
-    if task.output == rows.TOTAL:  # so far its sums
+    if task.output == rows.TOTAL:  # `value` holds sums so far
         dtype = task.scalar_dtype
         value = graph.layer(_total, (), value, scale, (dtype, None), (graph.chunk_library, None), dtype=dtype)
     if scalar:
@@ -474,7 +476,7 @@ def compute(call: Call) -> Any:
 
 
 def _by_rows(graph: _Graph, call: Call, scale: Any) -> tuple[Any, list[Any]]:
-    """Value (or sums of row totals) and gradients, where the class axis is in one chunk."""
+    """The value, or sums of rows, and the gradients, if the class axis is in one chunk."""
     task, totals = graph.task, graph.task.output == rows.TOTAL
     block = call._replace(reduction="row", dtype="float64") if totals else call
     packed = graph.layer(
@@ -491,11 +493,11 @@ def _by_rows(graph: _Graph, call: Call, scale: Any) -> tuple[Any, list[Any]]:
 
 
 def _by_parts(graph: _Graph, call: Call, scale: Any) -> tuple[Any, list[Any]]:
-    """The same where it is in several."""
+    """The value, or sums of rows, and the gradients, if the class axis is in several chunks."""
     task, operation = graph.task, call.operation
     operands = graph.operands(*_READ)
     of_stats, of_states = (*graph.batch, graph.stats), (*graph.batch, graph.states, graph.classes)
-    stats: list[tuple[Any, Any]] = [(None, None)]  # before each sweep, and after the last that the value takes
+    stats: list[tuple[Any, Any]] = [(None, None)]  # before each sweep, and after the last one that the value needs
     by_row = call._replace(reduction="row")
     words = {name: getattr(task, name) for name in ("operation", "spaces", "wide", "parameter", "factor")}
     words["temperature"] = call.temperature
@@ -511,7 +513,7 @@ def _by_parts(graph: _Graph, call: Call, scale: Any) -> tuple[Any, list[Any]]:
         stats.append((merged, of_stats))
 
     def outputs(block: Call, terms: bool, shared: tuple[str, ...]) -> Any:
-        """Written by the last of the sweeps that they take."""
+        """What the last of the sweeps that these outputs need writes."""
         number = len(cpu.sweeps(operation, task.spaces, terms, not terms)) - 1
         return graph.layer(
             _outputs, graph.all, *operands, stats[number], scale, dtype=object, number=number, call=block,
@@ -543,19 +545,19 @@ def _shared(task: rows.Task) -> tuple[str, ...]:
 
 # ---- summaries -------------------------------------------------------------------------------------------------------
 
-_BRANCHES = 8  # of the tree: so many summaries meet at a time
+_BRANCHES = 8  # how many summaries are merged at a time
 
 
 def reduced(values: Any, beside: dict[str, Any], leaf: Any, join: Any) -> Any:
-    """Something of every chunk, joined in a tree: a dask.delayed.Delayed.
+    """Reduce `values` in a tree: a dask.delayed.Delayed.
 
-    ``leaf(chunk, *beside, origin=, shape=)`` gets a chunk of `values`, the parts of the other arrays that belong to it
-    (or None), and where it is; ``join`` gets a list of what leaves, or joins, returned.
+    ``leaf(chunk, *beside, origin=, shape=)`` gets a chunk of `values`, the corresponding parts of the other arrays (or
+    None), and the position of the chunk; ``join`` gets a list of results of ``leaf`` or ``join``.
     """
     values = _array(values, "values")
     if any(math.isnan(n) for n in values.shape):
         raise ValueError(
-            "values has chunks of unknown sizes, and positions need them; call compute_chunk_sizes() first"
+            "values has chunks of unknown sizes, which positions depend on; call compute_chunk_sizes() first"
         )
     arrays: list[Any] = [values]
     for name, a in beside.items():
@@ -565,7 +567,7 @@ def reduced(values: Any, beside: dict[str, Any], leaf: Any, join: Any) -> Any:
                 a = da.broadcast_to(a, values.shape).rechunk(values.chunks)
             except ValueError:
                 raise ValueError(
-                    f"{name} has shape {a.shape}, which does not go with values of shape {values.shape}"
+                    f"{name} of shape {a.shape} does not broadcast to the shape of values, {values.shape}"
                 ) from None
         arrays.append(a)
     parts = [None if a is None else a.to_delayed().ravel() for a in arrays]

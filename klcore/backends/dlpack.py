@@ -1,7 +1,7 @@
-"""Arrays of any other library that lends its memory through DLPack: to klcore.backends.cpu or klcore.backends.cuda.
+"""Arrays of any other library with DLPack: their memory is lent to klcore.backends.cpu or klcore.backends.cuda.
 
-Nothing is copied. Results go back as arrays of that library, without dimensions where NumPy's would be scalars, if its
-arrays have an array API namespace (``__array_namespace__``) that takes them; else they are NumPy's or CuPy's.
+Nothing is copied. Results are arrays of that library, 0-d arrays where NumPy returns scalars, if its arrays have an
+array API namespace (``__array_namespace__``) that can import them; otherwise they are NumPy's or CuPy's.
 """
 
 import importlib
@@ -14,7 +14,7 @@ from klcore.backends import cpu
 from klcore.operations import Call
 
 # DLDeviceType in dlpack.h
-_CPU, _CUDA = (1, 3), (2, 13)  # pinned host memory and managed memory among them
+_CPU, _CUDA = (1, 3), (2, 13)  # including pinned host memory and managed memory
 _OTHERS = {
     4: "OpenCL", 7: "Vulkan", 8: "Metal", 9: "VPI", 10: "ROCm", 11: "ROCm host", 12: "extension", 14: "oneAPI",
     15: "WebGPU", 16: "Hexagon", 17: "MAIA",
@@ -26,22 +26,22 @@ def _library(a: Any) -> str:
 
 
 def _lends(a: Any) -> bool:
-    """Whether `a` is one of the arrays that this module is for; NumPy's and CuPy's need no help."""
+    """Whether this module is for the array `a`; NumPy's and CuPy's arrays do not need it."""
     return hasattr(a, "__dlpack__") and _library(a) not in ("numpy", "cupy")
 
 
 def lend(a: Any, name: str) -> Any:
-    """The array's memory as a NumPy or CuPy array; numbers, lists and None as they are."""
+    """The array's memory as a NumPy or CuPy array; numbers, lists and None are returned unchanged."""
     if not _lends(a):
         return a
     kind, _ = _place(a, name)
-    # ready: CuPy, or a sentence on what is missing
+    # ready() returns CuPy, or raises with what is missing
     xp = np if kind == "cpu" else importlib.import_module("klcore.backends.cuda").ready()
     try:
         return xp.from_dlpack(a)
     except (BufferError, RuntimeError, TypeError, ValueError) as error:
         raise TypeError(
-            f"{name}, an array of {_library(a)} of dtype {getattr(a, 'dtype', 'unknown')}, cannot be lent through "
+            f"{name}, a {_library(a)} array of dtype {getattr(a, 'dtype', 'unknown')}, cannot be imported through "
             f"DLPack: {error}"
         ) from error
 
@@ -50,20 +50,20 @@ def _place(a: Any, name: str) -> tuple[str, int]:
     """("cpu" or "cuda", number of the device)."""
     if not hasattr(a, "__dlpack_device__"):
         raise TypeError(
-            f"{name}, of type {type(a).__module__}.{type(a).__qualname__}, has __dlpack__ and no __dlpack_device__, "
-            "which says where its memory is"
+            f"{name}, of type {type(a).__module__}.{type(a).__qualname__}, has __dlpack__ but not __dlpack_device__, "
+            "without which klcore cannot tell where its memory is"
         )
     kind, number = (int(part) for part in a.__dlpack_device__())
     if kind not in _CPU + _CUDA:
         raise TypeError(
-            f"{name}, an array of {_library(a)}, is on a device of type {_OTHERS.get(kind, 'unknown')} (DLPack: "
-            f"{kind}); klcore computes on the CPU and on CUDA: move it to one of them"
+            f"{name}, a {_library(a)} array, is on a device of type {_OTHERS.get(kind, 'unknown')} (DLPack: {kind}), "
+            "but klcore computes on the CPU and on CUDA; move it to one of them"
         )
     return ("cpu", 0) if kind in _CPU else ("cuda", number)
 
 
 def _backend(arrays: dict[str, Any], device: str | None) -> Any:
-    """The module that computes where these arrays are."""
+    """The backend for the device of these arrays."""
     places = {name: _place(a, name) for name, a in arrays.items() if _lends(a)}
     libraries = {name: _library(a) for name, a in arrays.items() if _lends(a)}
     if len(set(libraries.values())) > 1:
@@ -75,7 +75,7 @@ def _backend(arrays: dict[str, Any], device: str | None) -> Any:
     kind, number = next(iter(places.values()))
     if device not in (None, kind, f"{kind}:{number}"):
         raise ValueError(
-            f"device={device!r}: the arrays are on {kind}:{number} and only their library can move them; do so first"
+            f"device={device!r}, but the arrays are on {kind}:{number}; move them first, with their own library"
         )
     if kind == "cpu":
         return cpu
@@ -83,7 +83,7 @@ def _backend(arrays: dict[str, Any], device: str | None) -> Any:
 
 
 def _back(result: Any, like: Any) -> Any:
-    """A result as an array of the library of `like`, on its device, if that library takes it."""
+    """A result as an array of the library of `like`, on its device, if that library can import it."""
     namespace = like.__array_namespace__() if hasattr(like, "__array_namespace__") else None
     take = getattr(namespace, "from_dlpack", None) or getattr(namespace, "asarray", None)
     if take is None:
@@ -94,20 +94,19 @@ def _back(result: Any, like: Any) -> Any:
 
 
 def _outs(out: Any) -> Any:
-    """`out` with its arrays lent for writing."""
+    """`out`, with its memory lent for writing."""
     if isinstance(out, tuple):
         return tuple(_outs(a) for a in out)
     lent = lend(out, "out")
     if _lends(out) and not getattr(lent.flags, "writeable", True):
         raise TypeError(
-            f"out, an array of {_library(out)}, lends its memory read-only through DLPack; leave out= away and use the "
-            "result"
+            f"out, a {_library(out)} array, is read-only through DLPack; omit out= and use the returned array"
         )
     return lent
 
 
 def _results(found: Any, out: Any, like: Any) -> Any:
-    """What the backend found, in the caller's arrays where these were given."""
+    """The results of the backend, as arrays of the caller's library, or the caller's arrays of `out`."""
     results = found if isinstance(found, tuple) else (found,)
     given = out if isinstance(out, tuple) else (out,)
     results = tuple(_back(a, like) if b is None else b for a, b in itertools.zip_longest(results, given))

@@ -1,9 +1,9 @@
-"""Totals of many examples in one call, for adapters whose libraries map a function over a batch, as torch.func.vmap.
+"""Totals of many examples in one call, for libraries that map a function over a batch, such as torch.func.vmap.
 
-The first `call.examples` axes of x and y count examples, each of which has a total of its own. The backend computes the
-rows of all as those of one batch, and what they add up to is found here: with the bits that each example has alone, but
-for the gradient of an operand that is broadcast within its example. `xp` is numpy or cupy, and `backend` cpu.py or
-cuda/. Called by klcore.backends.torch.kernels.
+The first `call.examples` axes of x and y count examples, each with a total of its own. The backend computes the rows of
+all examples as one batch, and this module adds them up per example. The results have the same bits as those of each
+example alone, except for the gradient of an operand that is broadcast within its example. `xp` is numpy or cupy, and
+`backend` is cpu.py or cuda/. Called by klcore.backends.torch.kernels.
 """
 
 import math
@@ -17,7 +17,7 @@ from klcore.operations import Call
 
 
 def compute(xp: Any, backend: Any, call: Call) -> tuple[Any, ...]:
-    """The totals in float64, and the gradients; with cotangents, one an example, the gradients alone."""
+    """The totals in float64, and the gradients. With cotangents, one per example, only the gradients."""
     with np.errstate(all="ignore"):
         by_row, denominator = _divided(xp, call)
         in_one_pass = call.cotangent is None and isinstance(denominator, float)
@@ -28,7 +28,7 @@ def compute(xp: Any, backend: Any, call: Call) -> tuple[Any, ...]:
         if call.return_grad is not None:
             scale = xp.where(xp.asarray(denominator) == 0, math.nan, 1 / xp.asarray(denominator))
             scale = scale if call.cotangent is None else scale * call.cotangent
-            if call.ratio is not None:  # multiplies the weights first, as for an example alone
+            if call.ratio is not None:  # multiply the weights first, in the same order as for an example alone
                 ratio = xp.broadcast_to(call.ratio, _batch(call))
                 by_row = by_row._replace(weights=rows.times_ratio(xp, by_row.weights, ratio), ratio=None)
             gradients = [*backend.compute(by_row._replace(cotangent=_for_rows(xp, scale, call), dtype=None))]
@@ -42,7 +42,7 @@ def _totals(xp: Any, values: Any, denominator: Any, call: Call) -> Any:
 
 
 def _divided(xp: Any, call: Call) -> tuple[Call, Any]:
-    """The call for the rows, and what divides the total of each example: a number for all, or an array."""
+    """The call for the rows, and what divides the total of each example: one number for all, or an array."""
     by_row = call._replace(reduction="row", denominator=None, examples=0, dtype="float64")
     weights, denominator = call.weights, _denominator(xp, call)
     if weights is None or call.operation.is_loss or (call.reduction == "sum" and call.denominator is None):
@@ -53,25 +53,25 @@ def _divided(xp: Any, call: Call) -> tuple[Call, Any]:
 
 
 def _denominator(xp: Any, call: Call) -> Any:
-    """None: the sum of the weights of each example."""
+    """What divides each example's total; None means the sum of its weights."""
     d = call.denominator
     if not hasattr(d, "shape"):
         return rows.denominator(call, _terms(call)[call.examples :], _batch(call)[call.examples :], call.weights)
-    if isinstance(d, np.ndarray):  # those of a GPU are not waited for
+    if isinstance(d, np.ndarray):  # checking arrays on a GPU would synchronise
         bad = d[~((d >= 0) & (d < math.inf))]
         rows.denominator_of(call._replace(denominator=bad[0] if bad.size else 1.0))
     return d.astype("float64")
 
 
 def _for_rows(xp: Any, a: Any, call: Call) -> Any:
-    """What there is of each example, or of all, for each row."""
+    """Broadcast an array of one number per example, or a number, to the rows."""
     batch = _batch(call)
     a = xp.broadcast_to(a, batch[: call.examples])
     return xp.broadcast_to(a.reshape(a.shape + (1,) * (len(batch) - call.examples)), batch)
 
 
 def _sums(xp: Any, a: Any, call: Call) -> Any:
-    """Of an array of all rows, over those of each example."""
+    """The sum over the rows of each example."""
     return add_up(xp, a.reshape(*a.shape[: call.examples], math.prod(a.shape[call.examples :])))
 
 
@@ -88,7 +88,7 @@ def _terms(call: Call) -> tuple[int, ...]:
 
 
 def add_up(xp: Any, a: Any) -> Any:
-    """The sums along the last axis, in the order of kl_tree.h."""
+    """The sums along the last axis, in the order of src/kl_tree.h."""
     *others, n = a.shape
     width = min(_cpu.COLUMNS, 1 << max(n - 1, 0).bit_length())
     chunks, depth = max(-(-n // _cpu.CHUNK), 1), max(-(-min(n, _cpu.CHUNK) // width), 1)

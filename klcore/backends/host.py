@@ -1,4 +1,4 @@
-"""Arrays of any library copied to the host, as NumPy's: for what is computed of few numbers, as klcore.Summary."""
+"""Copy arrays of any library to the host, as NumPy arrays, for cheap computations such as klcore.Summary."""
 
 import importlib
 from typing import Any
@@ -9,7 +9,7 @@ from klcore.backends import library
 
 
 def to_numpy(a: Any, name: str) -> "np.ndarray[Any, Any]":
-    """The array's numbers, in a NumPy array of a dtype that klcore computes with; TypeError, by name, for others."""
+    """A NumPy array of a dtype that klcore supports; TypeError, naming the argument, for other dtypes."""
     of = library(a, name)
     if of == "torch":
         a = importlib.import_module("klcore.backends.torch.memory").lend(a.detach().cpu())
@@ -18,7 +18,7 @@ def to_numpy(a: Any, name: str) -> "np.ndarray[Any, Any]":
     elif of == "dlpack":
         a = importlib.import_module("klcore.backends.dlpack").lend(a, name)
         a = a.get() if hasattr(a, "get") else a
-    rows = importlib.import_module("klcore.backends.rows")  # with the first array, as backends are
+    rows = importlib.import_module("klcore.backends.rows")  # imported with the first array, as backends are
     a = rows.as_numpy(a, name)
     rows.refuse(a, name)
     return a

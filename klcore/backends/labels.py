@@ -1,8 +1,8 @@
-"""What the rows and columns of a table are called: klcore computes by position, and refuses what labels contradict.
+"""The labels of tables: klcore computes by position, and refuses arguments whose labels contradict their positions.
 
-Called by rows.py, and by the adapters that convert their arguments themselves. The tables of pandas, polars and xarray
-are known by their attributes: no library is imported, and whatever behaves as they do is understood. Nothing is
-aligned, and no result carries labels.
+Called by rows.py, and by the adapters that convert their arguments themselves. Tables of pandas, polars and xarray are
+recognised by their attributes: no library is imported, and look-alikes work, too. Nothing is aligned, and results carry
+no labels.
 """
 
 import itertools
@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-# of every axis: the dimension's name, or None; its labels, or None
+# for every axis: the name of the dimension or None, and its labels or None
 Axes = list[tuple[Any, Any]]
 
 _readers: dict[type, Callable[[Any], Axes] | None] = {}
@@ -39,7 +39,7 @@ def _reader(cls: type) -> Callable[[Any], Axes] | None:
 
 
 def are_there(*arrays: Any) -> bool:
-    """Whether one of them has labels, or names of dimensions."""
+    """Whether any of the arrays has labels or dimension names."""
     return any(_reader(type(a)) for a in arrays)
 
 
@@ -47,14 +47,14 @@ def check(
     last: int, x: Any, y: Any, weights: Any, ratio: Any = None, temperature: Any = None, indices: Any = None,
     tail_mass: Any = None,
 ) -> None:  # fmt: skip
-    """Raise ValueError where labels say another thing than positions, TypeError where they may, and nobody can tell.
+    """Raise ValueError if labels contradict positions, and TypeError if they might and it cannot be decided.
 
     Parameters
     ----------
     last : int
         The class axis, counted from the end; 0 if there is none.
     x, y, weights, ratio, temperature, indices, tail_mass
-        As the caller gave them; all but x may be None. With `indices` the classes of x are not those of y.
+        As the caller gave them; all but x may be None. With `indices`, the classes of x are not those of y.
     """
     found = {}
     given = {
@@ -67,10 +67,10 @@ def check(
         reader, shape = _reader(type(a)), tuple(getattr(a, "shape", None) or np.shape(a))
         axes = reader(a) if reader else [(None, None)] * len(shape)
         for k, (n, (dimension, labels)) in enumerate(zip(shape, axes, strict=True)):
-            at = k - len(shape)  # in the broadcast shape of x and y, from its end; what is one a row has no class axis
-            at -= name in ("weights", "temperature", "tail_mass") and at <= last < 0
+            at = k - len(shape)  # the axis in the broadcast shape of x and y, counted from the end
+            at -= name in ("weights", "temperature", "tail_mass") and at <= last < 0  # these have no class axis
             if indices is not None and at == last and name in ("x", "indices"):
-                at = 1  # classes of their own
+                at = 1  # their class axis is not that of y
             found[name, at] = f"axis {k} of {name}", n, dimension, labels
     for ((one, at), a), ((other, to), b) in itertools.combinations(found.items(), 2):
         if at == to:
@@ -78,20 +78,20 @@ def check(
 
 
 def _compare(one: str, other: str, a: Any, b: Any) -> None:
-    """One axis of two arguments."""
+    """Compare one axis of two arguments."""
     (of_a, n, dimension, labels), (of_b, m, other_dimension, other_labels) = a, b
-    by_position = f"pass {one}.to_numpy() and {other}.to_numpy() to go by position"
+    by_position = f"pass {one}.to_numpy() and {other}.to_numpy() to ignore the labels"
     if dimension is not None and other_dimension is not None and dimension != other_dimension:
         raise ValueError(
-            f"{of_a} is the dimension {dimension!r} and {of_b} is {other_dimension!r}, and klcore goes by position; "
-            f"transpose one of them, or {by_position}"
+            f"{of_a} is the dimension {dimension!r} and {of_b} is {other_dimension!r}, but klcore matches axes by "
+            f"position; transpose one of them, or {by_position}"
         )
     if n != m or (labels is None and other_labels is None):
-        return  # broadcast, or an error of shapes; or nothing to compare
+        return  # broadcast, or a shape error that is raised elsewhere, or no labels
     if labels is not None and other_labels is not None:
         if not _equal(labels, other_labels):
             raise ValueError(
-                f"{of_a} and {of_b} have different labels ({_difference(labels, other_labels)}), and klcore does not "
+                f"{of_a} and {of_b} have different labels ({_difference(labels, other_labels)}), but klcore does not "
                 f"align them; reindex one like the other, or {by_position}"
             )
         return
@@ -99,8 +99,8 @@ def _compare(one: str, other: str, a: Any, b: Any) -> None:
     labels = other_labels if labels is None else labels
     if _reordered(labels):
         raise TypeError(
-            f"the labels of {of} ({_first(labels)}) number it in another order than its positions, and {alone} has no "
-            f"labels there to tell which is meant; sort {name} by them, or pass {name}.to_numpy() to go by position"
+            f"the labels of {of} ({_first(labels)}) are not in the order of the positions, and {alone} has no labels "
+            f"there to decide which one is meant; sort {name} by its labels, or pass {name}.to_numpy() to ignore them"
         )
 
 
@@ -109,7 +109,7 @@ def _equal(a: Any, b: Any) -> bool:
 
 
 def _reordered(labels: Any) -> bool:
-    """Whether they are the numbers from 0 on, but not in order."""
+    """Whether the labels are the numbers from 0 on, but not in order."""
     numbers, order = np.asarray(labels), np.arange(len(labels))
     if numbers.dtype.kind not in "iufO" or any(not isinstance(v, (int, float)) for v in numbers.tolist()):
         return False
@@ -117,7 +117,7 @@ def _reordered(labels: Any) -> bool:
 
 
 def _difference(a: Any, b: Any) -> str:
-    """Where two rows of labels of one length differ first."""
+    """Where two label sequences of the same length first differ."""
     pairs = enumerate(zip(a, b, strict=True))
     k, (one, other) = next(
         ((k, pair) for k, pair in pairs if type(pair[0]) is not type(pair[1]) or pair[0] != pair[1]), (0, (a, b))

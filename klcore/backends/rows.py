@@ -1,9 +1,9 @@
-"""The one shape that kernels see: rows of n classes, batch + (n,), as views; for NumPy and CuPy alike.
+"""The one layout that kernels see: rows of n classes, as views of shape batch + (n,), for NumPy and CuPy alike.
 
-`arrange` checks every argument of a call, and raises before anything is computed: of the public functions, of the
-losses of klcore.compat, and of the products of cotangents and Jacobians that adapters ask for. Called by cpu.py and
-cuda/ with their array library as `xp`, and by adapters that only want a call checked, with arrays that have a shape
-and no memory. Of arithmetic there is here what is done to weights before a kernel runs, and to results after it.
+`arrange` checks every argument of a call, and raises before anything is computed. Calls come from the public functions,
+from the losses of klcore.compat, and from adapters that ask for products of cotangents and Jacobians. cpu.py and cuda/
+pass their array library as `xp`; adapters that only want a call checked pass stand-ins with a shape and no memory. The
+only arithmetic here is on weights before a kernel runs, and on results after it.
 """
 
 import math
@@ -18,16 +18,16 @@ from klcore.backends import labels
 from klcore.operations import Call, Operation
 from klcore.parameters import check_divides, number, refuse_traced, shown
 
-FLOATS = tuple(_cpu.DTYPES)  # by name, in the order of their codes
+FLOATS = tuple(_cpu.DTYPES)  # the names, in the order of their codes
 SPACES, CODES = _cpu.SPACES, _cpu.DTYPES
 LOGITS = SPACES["logits"]
 PER_ROW, TERMS, TOTAL = (_cpu.OUTPUTS[name] for name in ("row", "none", "total"))
 REDUCTIONS = ("row", "sum", "rowmean", "none", "batchmean", "mean")
 TAILS = _cpu.TAILS
 _MEANINGS = (
-    "tail='bucket' (all other classes are one, of the mass that x has left), tail='zero' (x has nothing there), "
-    "tail='renorm' (both are renormalised on the classes listed), or rel_entr with tail='zero' (the truncated sum of "
-    "x*log(x/y), which may be negative)"
+    "tail='bucket' (merge the other classes into one, with the remaining mass of x), tail='zero' (x is 0 there), "
+    "tail='renorm' (renormalise x and y over the listed classes), or rel_entr with tail='zero' (the truncated sum of "
+    "x*log(x/y), which can be negative)"
 )
 GRADIENTS: dict[Any, tuple[str, ...]] = {
     None: (),
@@ -41,60 +41,60 @@ GRADIENTS: dict[Any, tuple[str, ...]] = {
 
 @dataclass(slots=True)
 class Gradient:
-    """One gradient to compute: `array` has the operand's shape, `view` the kernel's."""
+    """One gradient to compute: `array` has the shape of the operand, `view` that of the kernel."""
 
     of: str
     array: Any
     view: Any
-    inner: tuple[int, ...] = ()  # batch axes over which the operand is broadcast: their gradients are summed
-    spread: tuple[int, Any] | None = None  # the class axis and the operand, if that is broadcast over it
-    out: Any = None  # where the sum over that axis goes, if not to a new array
+    inner: tuple[int, ...] = ()  # batch axes over which the operand is broadcast: the gradient is summed over them
+    spread: tuple[int, Any] | None = None  # (class axis, operand) if the operand is broadcast over the classes
+    out: Any = None  # where the sum over the classes goes, if not to a new array
 
     @property
     def order(self) -> tuple[int, ...]:
-        """The batch axes: a broadcast operand's own in front, those to sum its gradient over behind."""
+        """The batch axes: first those of the operand, then those to sum the gradient over."""
         return (*(d for d in range(self.view.ndim - 1) if d not in self.inner), *self.inner)
 
 
 @dataclass(slots=True)
 class Task:
-    """A call, checked and arranged. Views have the shape batch + (n,), or batch."""
+    """A call, checked and laid out in rows. Views have shape batch + (n,) or batch."""
 
     operation: Operation
     x: Any
     y: Any
     spaces: tuple[int, int]
-    weights: Any  # one a row, of any dtype that the backend's kernels read them in; or None
-    factors: Any  # one a term; float64 or float32, or None
+    weights: Any  # one per row, of any dtype that the backend's kernels read; or None
+    factors: Any  # one per term, float64 or float32; or None
     output: int
-    value: Any  # the result's array, allocated or given; None where it is a scalar made from the total
+    value: Any  # the array of the result, allocated or given; None if the result is a scalar made from the total
     value_view: Any
-    out: Any  # where a scalar result is to be written, if anywhere
-    signed: bool  # whether weights may be any numbers
-    given: bool  # whether the caller gave `out`, and so wants arrays
+    out: Any  # where to write a scalar result, if anywhere
+    signed: bool  # whether weights may be any numbers, not only >= 0
+    given: bool  # whether the caller passed `out`, so that results are arrays
     scalar_dtype: Any
     wide: bool  # compute in float64
-    temperature: Any  # a float, or an array, one a row, of any dtype that the backend's kernels read them in
+    temperature: Any  # a float, or an array with one per row, of any dtype that the backend's kernels read
     rows: int
     n: int
-    denominator: float | None  # of a total, and of all gradients; None: the sum of the weights
+    denominator: float | None  # divides a total and all gradients; None: the sum of the weights
     gradients: list[Gradient] = field(default_factory=list)
     parameter: float = 0.0
-    factor: float = 1.0  # of the value, and of all gradients
+    factor: float = 1.0  # multiplies the value and all gradients
     cotangent: Any = None  # a scalar that multiplies the gradients
-    value_wanted: bool = True  # else the gradients only
-    over_y: bool = False  # whether the gradient for y may be written where y is
-    divisor: Any = None  # instead of a denominator of 1: one that is known where the arrays are, or later
-    counted: Any = None  # the weights that a mean is divided by, where others multiply the rows
+    value_wanted: bool = True  # else only the gradients
+    over_y: bool = False  # whether the gradient for y may be written over y
+    divisor: Any = None  # replaces a denominator of 1: a denominator known only on the device, or later
+    counted: Any = None  # the weights whose sum divides a mean, if other weights multiply the rows
 
     @property
     def temperatures(self) -> Any:
-        """Those of the rows, where they have their own; or None."""
+        """One temperature per row, or None if all rows share one."""
         return None if isinstance(self.temperature, float) else self.temperature
 
     @property
     def by_weights(self) -> bool:
-        """Whether the sum of the weights must be known: a mean divides by it, or may be in range where it is not."""
+        """Whether the sum of the weights must be known: to divide by it, or to rescale weights that could overflow."""
         if self.denominator is None:
             return True
         divided = self.divisor is not None or self.denominator != 1
@@ -108,11 +108,12 @@ def arrange(xp: Any, asarray: Any, call: Call) -> Task:
     Parameters
     ----------
     xp : module
-        numpy or cupy, or what stands in for them.
+        numpy, cupy, or a stand-in for them.
     asarray : callable
-        ``asarray(a, name)`` gives a native array of float64, float32, float16 or bfloat16, or raises TypeError.
+        ``asarray(a, name)`` returns an array of `xp` of dtype float64, float32, float16 or bfloat16, in native byte
+        order, or raises TypeError.
     call : Call
-        With a cotangent, the task's own value means nothing, and `out` is for the gradients alone.
+        If it has a cotangent, the value of the task has no meaning, and `out` holds only the gradients.
     """
     if call.cotangent is not None:
         return _arrange_gradient(xp, asarray, call)
@@ -120,27 +121,27 @@ def arrange(xp: Any, asarray: Any, call: Call) -> Task:
 
 
 class Laid(NamedTuple):
-    """x and y as rows, and what shape that gives."""
+    """x and y as rows, and the resulting shapes."""
 
-    operands: dict[str, Any]  # as arrays, in their own shapes
+    operands: dict[str, Any]  # x and y as arrays, in their own shapes
     x: Any  # of shape batch + (n,)
     y: Any
     batch: tuple[int, ...]
     n: int
     last: int  # the class axis, counted from the end
-    scalar: bool  # one class: neither has a dimension
+    scalar: bool  # x and y are 0-d: one class
     terms: tuple[
         int, ...
-    ]  # the shape of the terms, or where x lists classes of y; the classes where the caller has them
-    alone: bool = False  # every number is a row
+    ]  # the shape of the terms, with the classes on the caller's axis; with indices, the shape with all classes of y
+    alone: bool = False  # every number is a row of one class
 
     def classes_last(self, a: Any) -> Any:
-        """An array of the terms' shape, as kernels see it."""
+        """An array of the shape of the terms, with the class axis last, as kernels see it."""
         return a[..., None] if self.alone else classes_last(a.reshape(1) if self.scalar else a, self.last)
 
 
 def _lay_alone(xp: Any, asarray: Any, call: Call) -> Laid:
-    """Every number as a row of one class."""
+    """Lay out every number as a row of one class."""
     x, y = asarray(call.x, "x"), asarray(call.y, "y")
     batch = estimate_shape(x, y)
     xs, ys = (broadcast(xp, a[..., None], (*batch, 1)) for a in (x, y))
@@ -170,7 +171,7 @@ def _lay(xp: Any, asarray: Any, call: Call) -> Laid:
 
 
 def _arrange(xp: Any, asarray: Any, call: Call, factors: Any = None, signed: bool = False) -> Task:
-    """`factors`, of every term, broadcast to their shape; `signed`: weights may be any numbers."""
+    """`factors` broadcast to the shape of the terms; `signed`: weights may be any numbers."""
     spaces, temperature, wanted = words(call)
     laid = _lay(xp, asarray, call)
     weights = by = read_weights(xp, asarray, call.weights, laid.batch, signed)
@@ -220,7 +221,7 @@ def _arrange(xp: Any, asarray: Any, call: Call, factors: Any = None, signed: boo
 
 
 def _arrange_results(xp: Any, task: Task, laid: Laid, out: Any, wanted: tuple[str, ...]) -> None:
-    """Where the value and the gradients go: to `out`, if that is fit for it, or to new arrays."""
+    """Where the value and the gradients go: to `out`, after checking it, or to new arrays."""
     shape = laid.batch if task.output == PER_ROW else laid.terms if task.output == TERMS else ()
     value, *gradients = results_in(out, wanted)
     if out is not None:
@@ -246,8 +247,8 @@ def check_results(
     xp: Any, laid: Laid, shape: tuple[int, ...], dtype: Any, value: Any, gradients: dict[str, Any],
     read: tuple[Any, ...], over_y: bool,
 ) -> None:  # fmt: skip
-    """Whether results that the caller gave are fit for it: the value of this shape and dtype, gradients of their
-    operands', none of which lies over these or over what is `read` besides, but perhaps that for y over y."""
+    """Check the caller's output arrays: shapes and dtypes, and that none overlaps an operand or an array in `read`.
+    With `over_y`, the gradient for y may be y itself."""
     if value is not None:
         _check_out(xp, value, "the value", shape, dtype)
     for name, result in gradients.items():
@@ -268,14 +269,14 @@ def gradient_of(laid: Laid, name: str, array: Any) -> Gradient:
 
 
 def share(xp: Any, gradients: list[Gradient], shared: tuple[str, ...]) -> None:
-    """Have those of operands that blocks share written as parts of a sum."""
+    """Let the gradients of operands that blocks share be written as float64, as parts of a sum."""
     for g in gradients:
         if g.of in shared:
             g.array = g.view = xp.zeros(g.view.shape, np.float64)
 
 
 def _arrange_loss(xp: Any, asarray: Any, call: Call) -> Task:
-    """The arguments of ``klcore.divergence.loss``: x and y broadcast over the classes as well."""
+    """The arguments of ``klcore.divergence.loss``, where x and y broadcast over the classes, too."""
     _, _, wanted = words(call)
     operands = {"x": asarray(call.x, "x"), "y": asarray(call.y, "y")}
     ndim = max(a.ndim for a in operands.values())
@@ -288,7 +289,7 @@ def _arrange_loss(xp: Any, asarray: Any, call: Call) -> Task:
     weights, factors = None, call.weights
     if factors is not None:
         factors = asarray(factors, "factors")
-        if factors.ndim == 0 or factors.ndim < -last or factors.shape[last] == 1:  # one factor a row
+        if factors.ndim == 0 or factors.ndim < -last or factors.shape[last] == 1:  # one factor per row
             weights = factors if factors.ndim < -last else xp.squeeze(factors, last)
             factors = None
     spread = [name for name in wanted if {"x": x, "y": y}[name].shape != operands[name].shape]
@@ -302,7 +303,7 @@ def _arrange_loss(xp: Any, asarray: Any, call: Call) -> Task:
 
 
 def _over_classes(xp: Any, a: Any, last: int, n: int) -> Any:
-    """`a`, broadcast along the class axis only; of 32 bits at least then: its gradient is summed, and rounded once."""
+    """`a` broadcast along the class axis only; 16 bits become float32, so that its summed gradient is rounded once."""
     shape = [1] * (-last - a.ndim) + list(a.shape)
     if shape[last] == 1:
         shape[last] = n
@@ -312,7 +313,7 @@ def _over_classes(xp: Any, a: Any, last: int, n: int) -> Any:
 
 
 def _arrange_gradient(xp: Any, asarray: Any, call: Call) -> Task:
-    """A product of cotangent and Jacobian: the cotangent of rows or terms goes into the weights or factors of a sum."""
+    """A cotangent-Jacobian product: the cotangent of rows or terms becomes the weights or factors of a sum."""
     out = None if call.out is None else (None, *call.out)
     total = call.reduction not in ("row", "none")
     cotangent, weights, factors = call.cotangent, call.weights, None
@@ -333,7 +334,7 @@ def _arrange_gradient(xp: Any, asarray: Any, call: Call) -> Task:
                 weights = multiplier(asarray, weights, "weights")
                 with np.errstate(over="ignore", invalid="ignore"):
                     product = cotangent * weights
-                weights = xp.where(weights == 0, 0, product)  # such a row yields 0, whatever the cotangent: inf as well
+                weights = xp.where(weights == 0, 0, product)  # rows of weight 0 give 0 even if the cotangent is inf
         elif call.reduction == "none":
             factors = cotangent
         task = _arrange(xp, asarray, summed._replace(weights=weights), factors, signed=call.reduction == "row")
@@ -344,70 +345,70 @@ def _arrange_gradient(xp: Any, asarray: Any, call: Call) -> Task:
 
 
 _OWN = np.ndarray.__array_ufunc__
-TABLES = ("pandas", "polars", "xarray")  # to them NumPy's functions mean what they mean to arrays, labels apart
-_PLAIN_NUMBERS = (  # what stands for what in an array of another meaning: an attribute, and how to write it
+TABLES = ("pandas", "polars", "xarray")  # NumPy's functions have their usual meaning for these, except for labels
+_PLAIN_NUMBERS = (  # how to get the plain numbers of an array with a unit or the like: the attribute, the expression
     ("compute", "compute()"), ("value", "value"), ("magnitude", "magnitude"),
 )  # fmt: skip
 
 
 def refuse(a: Any, name: str) -> None:
-    """Raise TypeError for arrays that no backend takes: by what they are, or of no known dtype."""
+    """Raise TypeError for arrays that no backend accepts, because of their type or their dtype."""
     _refuse_kind(a, name)
     dtype = getattr(a, "dtype", None)
     if dtype is not None and dtype.kind not in "iub" and dtype.name not in FLOATS:
-        columns = f"pass its columns as one array, as numpy.lib.recfunctions.structured_to_unstructured({name})"
+        columns = f"pass its columns as one array: numpy.lib.recfunctions.structured_to_unstructured({name})"
         numbers = f"pass {name}.astype({'int' if name == 'indices' else 'float'})"
         hint = columns if dtype.names else "" if dtype.kind == "c" else numbers
         if dtype.kind == "O" and a.size and isinstance(np.ravel(a)[0], (list, tuple, np.ndarray)):
             hint = _of_rows(name)
         raise TypeError(
-            f"{name} has dtype {dtype}; klcore computes with {', '.join(FLOATS)}, and with integers and booleans as "
-            f"float64{': ' + hint if hint else ''}"
+            f"{name} has dtype {dtype}; klcore supports {', '.join(FLOATS)}, and converts integers and booleans to "
+            f"float64{'; ' + hint if hint else ''}"
         )
 
 
 def refuse_others(dtype: Any, are_integers: bool) -> None:
-    """Raise TypeError for indices that are none."""
+    """Raise TypeError for indices of another dtype than integer."""
     if not are_integers:
-        raise TypeError(f"indices must be integers, the numbers of classes; found the dtype {dtype}")
+        raise TypeError(f"indices must be integers, the numbers of classes; found dtype {dtype}")
 
 
 def _refuse_kind(a: Any, name: str) -> None:
-    """The same for those that are masked, sparse, or of a meaning that their numbers alone do not have."""
+    """Raise TypeError for masked and sparse arrays, and those with a meaning beyond their numbers, such as units."""
     if isinstance(a, np.ma.MaskedArray):
         raise TypeError(
-            f"{name} is a masked array, and klcore would ignore the mask; pass {name}.filled(value), or weights=0 for "
-            "rows to leave out"
+            f"{name} is a masked array, but klcore would ignore the mask; pass {name}.filled(value), or weights=0 for "
+            "the rows to leave out"
         )
     cls = type(a)
     _refuse_tensorflow(cls, name)
     dense = next((f"{name}.{method}()" for method in ("toarray", "todense") if hasattr(cls, method)), None)
     if dense is not None:
-        raise TypeError(f"{name} is a sparse {cls.__name__}; klcore takes dense arrays: pass {dense}")
+        raise TypeError(f"{name} is a sparse {cls.__name__}, but klcore takes dense arrays; pass {dense}")
     unit = None if isinstance(a, np.ndarray) or _is_known(cls) else getattr(a, "unit", None)
     if unit is not None or _has_meaning(cls):
         raise TypeError(
-            f"{name} is of the type {_type_name(cls)}, to which NumPy's functions mean something of its own "
-            f"(units, say), which klcore would ignore; pass the plain numbers, {_plain_numbers(a, name)}"
+            f"{name} is of type {_type_name(cls)}, which redefines NumPy's functions, for example for units, but "
+            f"klcore would ignore that; pass the plain numbers, {_plain_numbers(a, name)}"
         )
 
 
 def _refuse_tensorflow(cls: type, name: str) -> None:
     if "tensorflow" in _roots(cls):
         raise TypeError(
-            f"{name} is of the type {_type_name(cls)}, and klcore has no adapter for TensorFlow: train with the losses "
-            "of klcore.compat.keras, or where no gradient is needed, pass what the tensor's numpy() returns"
+            f"{name} is of type {_type_name(cls)}, but klcore has no adapter for TensorFlow; train with the losses "
+            f"of klcore.compat.keras, or, if you need no gradient, pass the NumPy array that its numpy() returns"
         )
 
 
 def _has_meaning(cls: type) -> bool:
-    """Whether NumPy's functions mean something of their own to such arrays."""
+    """Whether arrays of this type redefine NumPy's functions."""
     return getattr(cls, "__array_ufunc__", _OWN) is not _OWN and not _is_known(cls)
 
 
 def _refuse_parts(a: Any, name: str) -> None:
-    """What lists hold, and NumPy would take for numbers alone."""
-    lists, seen = [a], set()  # a list may hold itself
+    """Raise TypeError for lists of objects that NumPy would convert to plain numbers, losing their meaning."""
+    lists, seen = [a], set()  # a list may contain itself
     while lists:
         part = lists.pop()
         if id(part) in seen:
@@ -423,7 +424,7 @@ def _refuse_parts(a: Any, name: str) -> None:
                 make = "torch.stack" if _is_tensor(one) else "numpy.stack"
                 raise TypeError(
                     f"{name} is a {type(part).__name__} of {_type_name(cls)}, whose labels, mask, unit or history "
-                    f"klcore would not see; pass one array, as {make}({name}) makes it where that means the same"
+                    f"klcore would ignore; pass one array, such as {make}({name})"
                 )
 
 
@@ -432,7 +433,7 @@ def _is_tensor(a: Any) -> bool:
 
 
 def _of_rows(name: str) -> str:
-    return f"it holds lists or arrays, one an element; pass numpy.stack({name}) to make rows of them"
+    return f"its elements are lists or arrays; pass numpy.stack({name}) to make them the rows of one array"
 
 
 def _type_name(cls: type) -> str:
@@ -450,55 +451,54 @@ def _roots(cls: type) -> set[str]:
 def _plain_numbers(a: Any, name: str) -> str:
     attribute = next((f" or {name}.{text}" for word, text in _PLAIN_NUMBERS if hasattr(a, word)), "")
     if isinstance(a, np.ndarray):
-        return f"as {name}.view(numpy.ndarray){attribute}"
-    return attribute.replace(" or ", "as ") or f"as a NumPy array made of {name}"
+        return f"{name}.view(numpy.ndarray){attribute}"
+    return attribute.removeprefix(" or ") or f"as a NumPy array made from {name}"
 
 
 def as_numpy(a: Any, name: str) -> Any:
-    """Whatever NumPy makes an array of, as that; TypeError or ValueError, by name, for what it cannot or misreads."""
+    """Convert `a` with NumPy; TypeError or ValueError, naming the argument, if NumPy cannot or would misread it."""
     if type(a) is np.ndarray:
         return a
     _refuse_kind(a, name)
     cls = type(a)
     if isinstance(a, (str, bytes, bytearray)):
-        raise TypeError(f"{name} is of the type {_type_name(cls)}; klcore takes arrays and sequences of numbers")
+        raise TypeError(f"{name} is of type {_type_name(cls)}; klcore takes arrays and sequences of numbers")
     if isinstance(a, (list, tuple)):
         _refuse_parts(a, name)
     try:
         lends = hasattr(a, "__dlpack__") and not hasattr(a, "__array__")
         found = np.from_dlpack(a) if lends else np.asarray(a)
-    except Exception as error:  # of the container's own making
+    except Exception as error:  # whatever the container raises
         kind = ValueError if isinstance(error, ValueError) else TypeError
-        raise kind(f"{name}, of the type {_type_name(cls)}, cannot be made a NumPy array: {error}") from error
+        raise kind(f"{name}, of type {_type_name(cls)}, cannot be converted to a NumPy array: {error}") from error
     if found.dtype == object and not isinstance(a, np.ndarray):
         if not found.ndim and not isinstance(a, (int, np.generic)):
-            raise TypeError(f"{name} is of the type {_type_name(cls)}, of which NumPy makes no array of numbers")
+            raise TypeError(f"{name} is of type {_type_name(cls)}, which NumPy cannot convert to an array of numbers")
         if found.size and isinstance(np.ravel(found)[0], (list, tuple, np.ndarray)):
             hint = _of_rows(name)
         elif hasattr(cls, "iloc"):
-            hint = f"select the columns of numbers, or pass {name}.to_numpy(dtype=float), where what is missing is NaN"
+            hint = f"select the numeric columns, or pass {name}.to_numpy(dtype=float), which makes missing values NaN"
         else:
             hint = f"pass numpy.asarray({name}, dtype=float)"
         raise TypeError(
-            f"{name}, of the type {_type_name(cls)}, becomes an array of dtype object, not one of {', '.join(FLOATS)}; "
-            f"{hint}"
+            f"{name}, of type {_type_name(cls)}, becomes an array of dtype object, not {', '.join(FLOATS)}; {hint}"
         )
     return found
 
 
 def is_wide(operation: Operation, spaces: tuple[int, int], temperature: float = 1.0, parameter: float = 0.0) -> bool:
-    """Whether float32 is computed in float64."""
+    """Whether float32 arguments are computed in float64."""
     return _cpu.is_wide(operation.code, *spaces, temperature, parameter)
 
 
 def scale(denominator: Any, cotangent: Any = None) -> float:
-    """What multiplies the gradients of a sum that is divided; NaN for the mean of nothing."""
+    """What multiplies the gradients of a sum divided by the denominator; NaN if it is 0."""
     found = 1.0 / denominator if denominator else math.nan
     return found if cotangent is None else found * float(cotangent)
 
 
 def result(task: Task, value: Any) -> Any:
-    """What the caller gets: the value, or the value and the gradients in the order they were asked for."""
+    """What the caller gets: the value, followed by the gradients in the order in which they were asked for."""
     if task.output != TOTAL and task.denominator != 1:
         if task.given:
             value /= task.denominator
@@ -508,16 +508,16 @@ def result(task: Task, value: Any) -> Any:
 
 
 def gradients(task: Task) -> tuple[Any, ...]:
-    """In the order they were asked for."""
+    """The gradients, in the order in which they were asked for."""
     return tuple(_collected(g) for g in task.gradients)
 
 
 def _collected(g: Gradient) -> Any:
-    """A gradient in its operand's own shape."""
+    """A gradient in the shape of its operand."""
     if g.spread is None:
         return g.array
     axis, operand = g.spread
-    with np.errstate(invalid="ignore", over="ignore"):  # infinities of both signs; more than the dtype holds
+    with np.errstate(invalid="ignore", over="ignore"):  # infinities of both signs, or overflow of the dtype
         sums = g.array.sum(axis, dtype="float64", keepdims=True).astype(operand.dtype).reshape(operand.shape)
     if g.out is None:
         return sums
@@ -525,13 +525,13 @@ def _collected(g: Gradient) -> Any:
     return g.out
 
 
-def _list(words: Any) -> str:
-    return ", ".join(repr(w) for w in words)
+def _list(options: Any) -> str:
+    return ", ".join(map(repr, options))
 
 
 def words(call: Call) -> tuple[tuple[int, int], Any, tuple[str, ...]]:
-    """Those of a call, checked: the codes of both spaces, the temperature, the names of the gradients. An array of
-    temperatures comes as it was given; its numbers are looked at later."""
+    """The checked options of a call: the codes of both spaces, the temperature, the names of the gradients. An array of
+    temperatures is returned as given; its values are checked later."""
     operation = call.operation
     spaces = space_pair(call.space, operation)
     check_list(call, spaces)
@@ -542,23 +542,23 @@ def words(call: Call) -> tuple[tuple[int, int], Any, tuple[str, ...]]:
 
 
 def check_list(call: Call, spaces: tuple[int, int]) -> None:
-    """The words of a call whose x lists some classes (sparse.py), or of one that should be one."""
+    """Check the options of a call whose x lists some classes (sparse.py), or raise if they do not fit together."""
     if call.indices is None:
         if call.tail is not None or call.tail_mass is not None:
-            word = "tail" if call.tail is not None else "tail_mass"
-            raise TypeError(f"{word}= says what x has beside the classes that indices= lists; pass indices as well")
+            option = "tail" if call.tail is not None else "tail_mass"
+            raise TypeError(f"{option}= describes the classes that indices= does not list; pass indices, too")
         return
     if call.tail is None:
-        raise TypeError(f"indices= lists the classes that x is of; say by tail= what x has beside them: {_MEANINGS}")
+        raise TypeError(f"indices= needs tail=, which says what x has in the other classes: {_MEANINGS}")
     if not isinstance(call.tail, str) or call.tail not in TAILS:
         raise ValueError(f"tail must be one of {_list(TAILS)}; found {shown(call.tail)}")
     if call.tail_mass is not None and call.tail != "bucket":
-        raise ValueError(f"tail_mass goes with tail='bucket'; found it with tail={call.tail!r}")
+        raise ValueError(f"tail_mass needs tail='bucket'; found tail={call.tail!r}")
     if spaces[0] in (LOGITS, SPACES["counts"]) and call.tail != "renorm":
         numbers = "logits" if spaces[0] == LOGITS else "counts"
         raise ValueError(
-            f"x, which has the classes listed, is {numbers} here: these are normalised on the list, which goes with "
-            f"tail='renorm' only; pass its probabilities or log-probabilities with tail={call.tail!r}"
+            f"x is {numbers} of the listed classes only, which can only be normalised over the list, with "
+            f"tail='renorm'; with tail={call.tail!r}, pass x as probabilities or log-probabilities"
         )
 
 
@@ -568,20 +568,20 @@ def check_reduction(reduction: Any, operation: Operation) -> None:
         return
     if isinstance(reduction, str) and reduction in REDUCTIONS:
         raise ValueError(
-            f"{operation.name} is no sum over classes, so it has no terms for reduction='none'; "
-            f"take one of {_list(known)}"
+            f"{operation.name} is not a sum over classes, so it has no terms for reduction='none'; "
+            f"use one of {_list(known)}"
         )
     raise ValueError(f"reduction must be one of {_list(known)}; found {shown(reduction)}")
 
 
 def check_denominator(call: Call) -> None:
-    """All but its value."""
+    """Check everything about the denominator except its value."""
     if not call.operation.is_loss:
         check_divides(call.denominator, call.reduction)
 
 
 def denominator_of(call: Call) -> float:
-    """Its value."""
+    """The value of the denominator."""
     d = number(call.denominator, "denominator")
     if not 0 <= d < math.inf:
         raise ValueError(f"denominator must be finite and >= 0; found {d!r}")
@@ -589,14 +589,14 @@ def denominator_of(call: Call) -> float:
 
 
 def class_axis(x: Any, y: Any, axis: Any) -> int:
-    """Counted from the end; x and y have the same number of classes along it."""
+    """The class axis, counted from the end; ValueError if x and y do not have the same number of classes along it."""
     shapes = tuple(x.shape), tuple(x.shape if y is None else y.shape)
     ndim = max(map(len, shapes))
     last = _axis(axis, ndim or 1, ndim == 0)
     xs, ys = (shape if ndim else (1,) for shape in shapes)
     if min(len(xs), len(ys)) < -last or xs[last] != ys[last]:
         n, m = (shape[last] if len(shape) >= -last else 1 for shape in (xs, ys))
-        hint = "; where x has some of them, indices= says which" if n < m else ""
+        hint = "; if x has only some of the classes, say which with indices=" if n < m else ""
         raise ValueError(
             f"x and y must have the same number of classes along axis {axis} of the shape to which they broadcast; "
             f"found {n} and {m} (shapes {shapes[0]} and {shapes[1]}){hint}"
@@ -605,7 +605,7 @@ def class_axis(x: Any, y: Any, axis: Any) -> int:
 
 
 def class_axis_of(call: Call, x: Any, y: Any) -> int:
-    """That of a call, of whose arguments adapters have made arrays; 0 where every number is a row."""
+    """The class axis of a call, with x and y as arrays, counted from the end; 0 if every number is a row."""
     if call.indices is not None:
         return lay_list(x, y, call.indices, call.axis)[0]
     if not call.operation.is_estimator:
@@ -615,32 +615,32 @@ def class_axis_of(call: Call, x: Any, y: Any) -> int:
 
 
 def lay_list(x: Any, y: Any, indices: Any, axis: Any) -> tuple[int, tuple[int, ...]]:
-    """Where x lists classes of y: the class axis, counted from the end, and y's shape in the batch of all three."""
+    """For an x that lists classes of y: the class axis, counted from the end, and the shape of y in the full batch."""
     of_x, of_indices, of_y = shapes = tuple(x.shape), tuple(indices.shape), tuple(y.shape)
     ndims = [len(shape) for shape in shapes]
     last = _axis(axis, max(ndims) or 1, max(ndims) == 0)
     if min(ndims) < -last or of_x[last] != of_indices[last]:
         raise ValueError(
-            f"x and indices must have the same number of classes along axis {axis}, on which y has all of them; found "
-            f"the shapes {of_x}, {of_indices} and {of_y} of x, indices and y"
+            f"x and indices must have the same number of classes along axis {axis}, along which y has all classes; "
+            f"found shapes {of_x}, {of_indices} and {of_y} of x, indices and y"
         )
     try:
         batch = broadcast_shapes(with_classes(of_x, last, 1), with_classes(of_indices, last, 1))
         return last, broadcast_shapes(batch, of_y)
     except ValueError:
         raise ValueError(
-            f"x, indices and y must have batch shapes (all axes but axis {axis}) that broadcast; found the shapes "
+            f"x, indices and y must have batch shapes (all axes except axis {axis}) that broadcast; found shapes "
             f"{of_x}, {of_indices} and {of_y}"
         ) from None
 
 
 def with_classes(shape: tuple[int, ...], last: int, n: int) -> tuple[int, ...]:
-    """The shape with n classes."""
+    """The shape with n classes on its class axis."""
     return (*shape[:last], n, *shape[last:][1:])
 
 
 def estimate_shape(x: Any, y: Any) -> tuple[int, ...]:
-    """That of an estimator's values."""
+    """The shape of the values of an estimator."""
     try:
         return broadcast_shapes(x.shape, y.shape)
     except ValueError:
@@ -650,27 +650,27 @@ def estimate_shape(x: Any, y: Any) -> tuple[int, ...]:
 
 
 def batches_differ(x: Any, y: Any, axis: Any) -> ValueError:
-    """What to raise for batch shapes that do not broadcast."""
+    """The error for batch shapes that do not broadcast."""
     return ValueError(
-        f"x and y must have batch shapes (all axes but axis {axis}) that broadcast; found shapes {tuple(x.shape)} and "
-        f"{tuple(y.shape)}"
+        f"x and y must have batch shapes (all axes except axis {axis}) that broadcast; found shapes {tuple(x.shape)} "
+        f"and {tuple(y.shape)}"
     )
 
 
 def space_pair(space: Any, operation: Operation) -> tuple[int, int]:
-    """The codes of both arguments' spaces, or ValueError."""
+    """The codes of the spaces of x and y, or ValueError."""
     pair = (space, space) if isinstance(space, str) else space
     known = isinstance(pair, (tuple, list)) and len(pair) == 2 and all(isinstance(s, str) and s in SPACES for s in pair)
     if not known or (operation.single and not isinstance(space, str)):
         or_a_pair = "" if operation.single else ", or a pair (space of x, space of y)"
         raise ValueError(f"space must be one of {_list(SPACES)}{or_a_pair}; found {shown(space)}")
     if operation.is_loss and tuple(pair) not in operation.pairs:
-        raise ValueError(f"the term of {operation.name!r} is not for the spaces {space!r}")
+        raise ValueError(f"the term {operation.name!r} does not support the spaces {space!r}")
     return SPACES[pair[0]], SPACES[pair[1]]
 
 
 def has_numbers(temperature: Any) -> bool:
-    """Whether a temperature is an array to read from: not NumPy's of no dimensions, which is a number."""
+    """Whether a temperature is an array; a 0-d NumPy array counts as a number."""
     if isinstance(temperature, (int, float)):
         return False
     if isinstance(temperature, (np.ndarray, np.generic)) and on_host(temperature) is not None:
@@ -681,11 +681,11 @@ def has_numbers(temperature: Any) -> bool:
 def _temperature(temperature: Any, spaces: tuple[int, int]) -> Any:
     if has_numbers(temperature):
         if LOGITS not in spaces:
-            raise ValueError("temperature divides logits: it needs space='logits' for x or y; found an array")
+            raise ValueError("temperature divides logits, so it needs space='logits' for x or y; found an array")
         return temperature
     try:
         t = float(temperature)
-    except OverflowError:  # an integer that no float holds
+    except OverflowError:  # an integer too large for a float
         t = math.inf
     except (TypeError, ValueError):
         t = None
@@ -694,7 +694,7 @@ def _temperature(temperature: Any, spaces: tuple[int, int]) -> Any:
     if not (t > 0 and _POSITIVE[0] <= t <= _POSITIVE[1]):
         raise ValueError(f"temperature must {_BE_POSITIVE}; found {shown(temperature)}")
     if t != 1 and LOGITS not in spaces:
-        raise ValueError(f"temperature divides logits: it needs space='logits' for x or y; found temperature={t!r}")
+        raise ValueError(f"temperature divides logits, so it needs space='logits' for x or y; found temperature={t!r}")
     return t
 
 
@@ -702,7 +702,7 @@ def _wanted(return_grad: Any, operation: Operation) -> tuple[str, ...]:
     key = tuple(return_grad) if isinstance(return_grad, list) else return_grad
     try:
         wanted = GRADIENTS.get(key)
-    except TypeError:  # something in it that is no key
+    except TypeError:  # not hashable
         wanted = None
     if wanted is None or (len(operation.gradients) < 2 and wanted not in ((), operation.gradients)):
         known = (None, *operation.gradients, *([("x", "y")] if len(operation.gradients) > 1 else []))
@@ -722,7 +722,7 @@ def _axis(axis: Any, ndim: int, scalar: bool) -> int:
 
 
 def integer(axis: Any, name: str) -> int:
-    """A plain int, of whatever may index."""
+    """A plain int from anything with ``__index__``."""
     try:
         if isinstance(axis, (float, str, tuple, list, type(None))):  # torch.compile 2.11 fails in index() of these
             raise TypeError
@@ -736,11 +736,11 @@ def classes_last(a: Any, last: int) -> Any:
     if last == -1:
         return a
     axis = a.ndim + last
-    return a.transpose(*range(axis), *range(axis + 1, a.ndim), axis)  # moveaxis takes ten times as long
+    return a.transpose(*range(axis), *range(axis + 1, a.ndim), axis)  # ten times as fast as moveaxis
 
 
 def broadcast_shapes(a: tuple[int, ...], b: tuple[int, ...]) -> tuple[int, ...]:
-    """The shape to which two broadcast, or ValueError. NumPy's own function knows 32 dimensions, its arrays have 64."""
+    """The shape to which two shapes broadcast, or ValueError. NumPy's function stops at 32 of the 64 dimensions."""
     ndim = max(len(a), len(b))
     shape = []
     for m, n in zip((1,) * (ndim - len(a)) + tuple(a), (1,) * (ndim - len(b)) + tuple(b), strict=True):
@@ -759,7 +759,7 @@ def _insert(batch: tuple[int, ...], position: int, n: int) -> tuple[int, ...]:
 
 
 def multiplier(asarray: Any, a: Any, name: str) -> Any:
-    """Factors, a cotangent, or weights to multiply it with, of a dtype that kernels read them in."""
+    """Factors, a cotangent, or weights that multiply it, in a dtype that kernels read."""
     a = asarray(a, name)
     if a.dtype.kind in "iub":
         return a.astype("float64")
@@ -773,37 +773,37 @@ def read_weights(xp: Any, asarray: Any, weights: Any, batch: tuple[int, ...], si
     view = over_rows(xp, w, batch, "weights")
     if signed:
         return view
-    host = on_host(w, weights)  # on a GPU a bad weight makes its row NaN
+    host = on_host(w, weights)  # on a GPU, an invalid weight makes its row NaN
     if host is not None and w.size and not (np.min(host) >= 0 and np.max(host) < math.inf):  # NaN fails both
         host = np.asarray(host)
         raise ValueError(f"weights must be finite and >= 0; found {bad_ones(host, ~((host >= 0) & (host < math.inf)))}")
     return view
 
 
-# Between which temperatures lie: of double, and of float32, which at others has no room for the logarithms of a row.
-# They are asked for their sign as well: threads of XLA's take the least one, a subnormal number, for 0.
+# The range of temperatures, in double and in float32; outside of the latter, the logarithms of a row overflow float32.
+# The sign is checked, too, because the threads of XLA flush the lower limit, a subnormal number, to 0.
 _POSITIVE, _NARROW = _cpu.TEMPERATURES, _cpu.NARROW_TEMPERATURES
-_BE_POSITIVE = "be positive and finite, and so must be 1 / temperature"
+_BE_POSITIVE = "be positive and finite, and so must 1 / temperature"
 
 
 def read_temperatures(
     xp: Any, asarray: Any, temperature: Any, batch: tuple[int, ...], weights: Any, double: bool
 ) -> Any:
-    """One a row; or a float, where NumPy makes a number of it."""
+    """One temperature per row; or a float for a 0-d array on the host."""
     t = asarray(temperature, "temperature")
     if t.ndim == 0 and isinstance(on_host(t), np.ndarray):
         return _temperature(t, (LOGITS, LOGITS))
     view = over_rows(xp, t, batch, "temperature")
-    host = on_host(t, temperature)  # on a GPU a bad one makes its row NaN
+    host = on_host(t, temperature)  # on a GPU, an invalid temperature makes its row NaN
     if host is not None:
         check_temperatures(broadcast(np, np.asarray(host), batch), weights, double)
     return view
 
 
 def check_temperatures(t: Any, weights: Any, double: bool) -> None:
-    """Raise ValueError if one of them is bad, of a row that has a weight. `double`: an argument is float64."""
+    """Raise ValueError for an invalid temperature of a row whose weight is not 0. `double`: an argument is float64."""
     t = t.astype(np.float64)
-    narrow = "lie between 2**-20 and 2**100 where it is an array and no argument is float64; pass one as float64"
+    narrow = "be between 2**-20 and 2**100 if it is an array and no argument is float64; pass x or y as float64"
     for (low, high), must in ((_POSITIVE, _BE_POSITIVE), (_NARROW, narrow))[: 1 if double else 2]:
         good = (t > 0) & (t >= low) & (t <= high)
         if weights is not None and on_host(weights) is not None:
@@ -813,12 +813,12 @@ def check_temperatures(t: Any, weights: Any, double: bool) -> None:
 
 
 def on_host(*same: Any) -> Any:
-    """One of these, that NumPy can look at. On a GPU nobody does, which would mean to wait for it."""
+    """The first of these equivalent arrays that is on the host, or None: reading from a GPU would synchronise."""
     return next((a for a in same if not hasattr(a, "__cuda_array_interface__")), None)
 
 
 def bad_ones(a: Any, bad: Any) -> str:
-    """The first, where it is, and how many more there are."""
+    """The first bad element, its index, and how many more there are, for a message."""
     where = np.argwhere(bad)
     at = tuple(where[0].tolist())
     return f"{a[at]!s}{f' at index {at}' if at else ''}{f', and {len(where) - 1} more' if len(where) > 1 else ''}"
@@ -833,15 +833,15 @@ def over_rows(xp: Any, a: Any, batch: tuple[int, ...], name: str) -> Any:
 
 
 def times_ratio(xp: Any, weights: Any, ratio: Any) -> Any:
-    """What multiplies an estimator's rows: NaN where the ratio is none, which a GPU need not be waited for to find out.
-    A row of weight 0 is left out, whatever its ratio."""
+    """What multiplies the rows of an estimator: NaN for an invalid ratio, because raising would synchronise a GPU. Rows
+    of weight 0 are left out, whatever their ratio."""
     with np.errstate(over="ignore", invalid="ignore"):
         product = xp.where((ratio >= 0) & (ratio < math.inf), ratio, math.nan).astype("float64")
         return product if weights is None else xp.where(weights == 0, 0, product * weights)
 
 
 def denominator(call: Call, terms: tuple[int, ...], batch: tuple[int, ...], weights: Any) -> float | None:
-    """What divides a total, and all gradients; None: the sum of the weights. `terms`, `batch`: the shapes of these."""
+    """What divides a total and all gradients; None: the sum of the weights. `terms` and `batch` are shapes."""
     if call.denominator is not None:
         return float(call.denominator) if call.operation.is_loss else denominator_of(call)
     if call.reduction == "rowmean" and weights is not None:
@@ -850,25 +850,25 @@ def denominator(call: Call, terms: tuple[int, ...], batch: tuple[int, ...], weig
     return float(counts.get(call.reduction, 1))
 
 
-# A mean does not depend on a common factor of weight and denominator: far from the ends of the range nothing overflows,
-# and nothing is rounded.
+# A weighted mean does not depend on a common factor of the weights. These powers of two move very large or very small
+# weights to the middle of the range, where nothing overflows or is rounded.
 WEIGHT_FACTORS = (1.0, 2.0**-600, 2.0**600)
 
 
 def weight_factor(total: Any) -> Any:
-    """Of weights with this sum, or these."""
+    """The factor for weights with this sum, or for each of several sums."""
     one, small, large = WEIGHT_FACTORS
     return np.where(total > 2.0**500, small, np.where((0 < total) & (total < 2.0**-500), large, one))[()]
 
 
 def scaled_weights(weights: Any, factor: Any) -> Any:
-    """Times a power of two; a row that counts goes on to do so, however small its weight is."""
+    """The weights times a power of two; a weight that is not 0 stays above 0, however small it is."""
     scaled = weights * factor
     return np.where((scaled == 0) & (weights != 0), 2.0**-1074, scaled)
 
 
 def results_in(out: Any, wanted: tuple[str, ...]) -> tuple[Any, ...]:
-    """Where the value and the gradients go; None for those to allocate."""
+    """The output arrays of the value and the gradients; None for those to allocate."""
     results = out if isinstance(out, tuple) else (out, *[None] * len(wanted))
     if len(results) != 1 + len(wanted):
         count = len(wanted)
@@ -881,23 +881,24 @@ def results_in(out: Any, wanted: tuple[str, ...]) -> tuple[Any, ...]:
 
 
 def _check_out(xp: Any, out: Any, what: str, shape: tuple[int, ...], dtype: Any) -> None:
-    hint = "; where a gradient goes is said by a tuple, as out=(None, array)" if what == "the value" else ""
+    hint = "; to write a gradient, pass a tuple, for example out=(None, array)" if what == "the value" else ""
     if not isinstance(out, xp.ndarray) or hasattr(out, "mask") or _has_meaning(type(out)):
         raise TypeError(f"out for {what} must be a plain {xp.__name__}.ndarray, found {type(out).__name__}{hint}")
     if out.shape != shape:
-        raise ValueError(f"out for {what} must have the shape {shape}, found {out.shape}{hint}")
+        raise ValueError(f"out for {what} must have shape {shape}, found {out.shape}{hint}")
     if out.dtype != dtype:
-        raise ValueError(f"out for {what} must have the dtype {dtype}, found {out.dtype}")
+        raise ValueError(f"out for {what} must have dtype {dtype}, found {out.dtype}")
     flags = getattr(out.flags, "writeable", True)
     if not flags:
         raise ValueError(f"out for {what} is read-only")
     if shares_with_itself(out.shape, out.strides, out.dtype.itemsize):
-        raise ValueError(f"out for {what} is a view whose elements share memory; pass an array of its own")
+        raise ValueError(f"out for {what} is a view whose elements share memory; pass a new array")
 
 
 def shares_with_itself(shape: Any, strides: Any, size: int) -> bool:
-    """Whether elements of `size` may share memory. Each axis has to step over all that the ones of smaller steps cover:
-    so it is in slices, transposes and reversals of ordinary arrays. What interleaves otherwise counts as shared."""
+    """Whether elements of `size` bytes may share memory. They do not if each axis steps over everything that the axes
+    of smaller steps cover, as in slices, transposes and reversals of ordinary arrays. Anything else counts as
+    shared."""
     if 0 in shape:
         return False
     covered = size
@@ -909,13 +910,13 @@ def shares_with_itself(shape: Any, strides: Any, size: int) -> bool:
 
 
 def check_overlap(outs: list[Any], inputs: list[Any], over_y: Any = None) -> None:
-    """Raise ValueError if results would be written over an input, or over each other. `over_y`: one of the results that
-    may be the second input, whose shape and dtype it has."""
+    """Raise ValueError if an output overlaps an input or another output. `over_y`: the output that may be the second
+    input itself, whose shape and dtype it has."""
     for i, out in enumerate(outs):
         if any(_overlap(out, a) and not (k == 1 and out is over_y and _is_same(out, a)) for k, a in enumerate(inputs)):
             raise ValueError(
-                "out overlaps the memory of an input; pass an array of its own (only the gradient for y from logits "
-                "may be y itself, where neither is broadcast over the other's batch)"
+                "out overlaps the memory of an input; pass a separate array (only the gradient for y can be written "
+                "over y, if y is logits and no argument with a gradient is broadcast)"
             )
         if any(_overlap(out, other) for other in outs[:i]):
             raise ValueError("two arrays of out overlap; pass separate ones")
@@ -923,22 +924,22 @@ def check_overlap(outs: list[Any], inputs: list[Any], over_y: Any = None) -> Non
 
 def _overlap(a: Any, b: Any) -> bool:
     a, b = _memory(a), _memory(b)
-    if not np.may_share_memory(a, b):  # two integer intervals
+    if not np.may_share_memory(a, b):  # cheap: compares two address ranges
         return False
     try:
         return bool(np.shares_memory(a, b, max_work=100_000))  # type: ignore[arg-type]  # any integer will do
-    except Exception:  # too hard to decide exactly
+    except Exception:  # too expensive to decide exactly
         return True
 
 
 def _is_same(a: Any, b: Any) -> bool:
-    """Of two arrays of one shape and dtype."""
+    """Whether two arrays of equal shape and dtype are the same memory."""
     a, b = _memory(a).__array_interface__, _memory(b).__array_interface__
     return a["data"][0] == b["data"][0] and a["strides"] == b["strides"]
 
 
 class _memory_of:
-    """Where an array of another device lies, for NumPy to compare; nobody reads what is there."""
+    """The address of an array on another device, for NumPy to compare; the memory is never read."""
 
     def __init__(self, a: Any) -> None:
         interface = a.__cuda_array_interface__

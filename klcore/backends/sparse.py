@@ -1,8 +1,9 @@
-"""Calls in which x lists some classes of y: a teacher's best K, say. For NumPy and CuPy alike.
+"""Calls in which x lists only some classes of y, for example a teacher's top K. For NumPy and CuPy alike.
 
-Of each row K + 1 classes are made, those listed and all others as one (src/kl_sparse.h). Their divergence is one more
-call to the same backend, of two dense arrays; and its derivatives are taken back to x and y. So every operation,
-reduction and weight is computed by the kernels that compute it anyway. y is read once, and once more for its gradient.
+Each row becomes one of K + 1 classes: the listed classes, and all others as one (src/kl_sparse.h). Their divergence is
+another call to the same backend, with two dense arrays, and its derivatives are mapped back to x and y. So the kernels
+that compute an operation, reduction or weight anyway compute it here, too. y is read once, and once more for its
+gradient.
 """
 
 import math
@@ -21,35 +22,35 @@ _LOGS = (rows.SPACES["log_probs"], rows.LOGITS)
 
 @dataclass(slots=True)
 class Task:
-    """Such a call, checked. Views have the shape batch + (K,), batch + (n,), or batch."""
+    """A checked call. Views have shape batch + (K,), batch + (n,) or batch."""
 
     laid: rows.Laid
     indices: Any  # int64
     tail: int
     tail_mass: Any
     spaces: tuple[int, int]
-    weights: Any  # 0 where a row is not looked at
+    weights: Any  # 0 for rows that are skipped
     temperature: Any
     gradients: list[rows.Gradient]
-    inner: Call  # that of the K + 1 classes, but for their arrays
-    value: Any  # out= for it
+    inner: Call  # the call of the K + 1 classes, without their arrays
+    value: Any  # the caller's output array for the value, or None
 
 
 def compute(xp: Any, asarray: Any, listed: Any, dense: Any, call: Call, shared: tuple[str, ...] = ()) -> Any:
-    """What a backend's `compute` returns.
+    """Compute such a call; returns what the `compute` of a backend returns.
 
     Parameters
     ----------
     xp, asarray
         As for ``rows.arrange``.
     listed : callable
-        Makes the K + 1 classes: ``_cpu.Listed``, or what does the same. All its arrays are float64.
+        Makes the K + 1 classes: ``_cpu.Listed`` or an equivalent. All its arrays are float64.
     dense : callable
-        The backend's `compute`, of calls without indices.
+        The `compute` of the backend, for calls without indices.
     call : Call
         With indices.
     shared : tuple
-        As of ``cpu.block``, which is then `dense`.
+        As for ``cpu.block``, which is then `dense`.
     """
     task = arrange(xp, asarray, call)
     rows.share(xp, task.gradients, shared)
@@ -64,7 +65,7 @@ def compute(xp: Any, asarray: Any, listed: Any, dense: Any, call: Call, shared: 
             continue
         order, inner = g.order, len(g.inner) or -1
 
-        def turned(a: Any, order: tuple[int, ...] = order) -> Any:  # None and a number as they are
+        def turned(a: Any, order: tuple[int, ...] = order) -> Any:  # None and a number are returned unchanged
             return a.transpose(*order, *range(len(order), a.ndim)) if hasattr(a, "transpose") else a
 
         if g.of == "x":
@@ -85,7 +86,7 @@ def compute(xp: Any, asarray: Any, listed: Any, dense: Any, call: Call, shared: 
 
 
 def _of_classes(xp: Any, task: Task, steps: Any, dense: Any, call: Call) -> tuple[Any, ...]:
-    """The value of the K + 1 classes, or None, and the gradients by them."""
+    """The value of the K + 1 classes, or None, and the gradients with respect to them."""
     inner = task.inner._replace(x=steps.xs, y=steps.ys)
     count = task.indices.shape[-1]
     places = None
@@ -103,12 +104,12 @@ def _of_classes(xp: Any, task: Task, steps: Any, dense: Any, call: Call) -> tupl
 
 
 def _terms(task: Task) -> int:
-    """How many there are in a row: without the others', where that is nothing."""
+    """The number of terms in a row; "renorm" has no term for the other classes."""
     return task.indices.shape[-1] + (task.tail != RENORM)
 
 
 def _as_listed(xp: Any, task: Task, places: Any, count: int, terms: Any) -> Any:
-    """Terms in the caller's order, and on the caller's axis."""
+    """The terms in the caller's order, on the caller's class axis."""
     found = xp.zeros_like(terms)
     if terms.size:
         xp.put_along_axis(found[..., :count], places, terms[..., 1:], -1)
@@ -117,7 +118,7 @@ def _as_listed(xp: Any, task: Task, places: Any, count: int, terms: Any) -> Any:
 
 
 def _sorted(xp: Any, task: Task, places: Any, count: int, cotangent: Any) -> Any:
-    """What multiplies the terms, in the order of the classes."""
+    """The cotangents of the terms, in the order of the classes."""
     batch, last, terms = task.laid.batch, task.laid.last, _terms(task)
     c = xp.broadcast_to(xp.asarray(cotangent), rows.with_classes(task.laid.terms, last, terms))
     c = xp.moveaxis(c, last, -1)
@@ -141,7 +142,7 @@ def arrange(xp: Any, asarray: Any, call: Call) -> Task:
     if mass is not None:
         mass = rows.over_rows(xp, mass, batch, "tail_mass")
         _check(mass, 0, 1, weights, "tail_mass must lie in [0, 1]")
-    no_class = "or be -1, of a signed dtype, for no class; rows to leave out have the weight 0"
+    no_class = "or be -1, in a signed dtype, for no class; to leave out a row, give it weight 0"
     _check(indices, -1, n - 1, weights, f"indices must lie in [0, {n}), {no_class}")
     given = call.x, call.y, call.weights, call.ratio, call.temperature, call.indices, call.tail_mass
     if labels.are_there(*given):
@@ -162,19 +163,19 @@ def arrange(xp: Any, asarray: Any, call: Call) -> Task:
         rows.gradient_of(laid, name, xp.empty_like(laid.operands[name]) if a is None else a)
         for name, a in zip(wanted, into, strict=True)
     ]
-    # logits and counts, where they are to be normalised; else they are already
+    # spaces that are normalised for "renorm", else spaces that are not
     log, plain = ("logits", "counts") if tail == RENORM else ("log_probs", "probs")
     inner = call._replace(
         space=tuple(log if space in _LOGS else plain for space in spaces), axis=-1, weights=weights, temperature=1.0,
         out=None, dtype=dtype, indices=None, tail=None, tail_mass=None, device=None,
     )  # fmt: skip
-    if call.reduction in ("mean", "batchmean"):  # by numbers of y's, not of the K + 1 classes
+    if call.reduction in ("mean", "batchmean"):  # these divide by sizes of y, not of the K + 1 classes
         inner = inner._replace(reduction="sum", denominator=rows.denominator(call, laid.terms, batch, weights))
-    if indices.dtype == np.uint64:  # of which the largest would become -1
+    if indices.dtype == np.uint64:  # the largest uint64 would become -1
         indices = xp.minimum(indices, 2**63 - 1)
     indices = indices.astype(np.int64, copy=False)
     seen = weights
-    # a row whose cotangent is 0 has no gradient, even if it is NaN
+    # a row whose cotangent is 0 has gradient 0, even if its value is NaN
     if call.cotangent is not None and call.reduction == "row":
         seen = rows.over_rows(xp, rows.multiplier(asarray, call.cotangent, "cotangent"), batch, "cotangent") != 0
         seen = seen if weights is None else seen & (weights != 0)
@@ -182,8 +183,8 @@ def arrange(xp: Any, asarray: Any, call: Call) -> Task:
 
 
 def outcome(xp: Any, asarray: Any, call: Call) -> rows.Task:
-    """The call checked, for adapters that only want that: with the task of the K + 1 classes, but the value, gradients
-    and temperature of the call itself."""
+    """Check a call without computing it, for adapters: the task of the K + 1 classes, with the value, gradients and
+    temperature of the call itself."""
     task = arrange(xp, asarray, call)
     one = xp.broadcast_to(np.ones((), task.inner.dtype), (*task.laid.batch, task.indices.shape[-1] + 1))
     found = rows.arrange(xp, asarray, task.inner._replace(x=one, y=one, weights=call.weights, return_grad=None))
@@ -194,10 +195,10 @@ def outcome(xp: Any, asarray: Any, call: Call) -> rows.Task:
 
 
 def _check(a: Any, low: int, high: int, weights: Any, must: str) -> None:
-    """Raise ValueError for numbers of rows that count, where NumPy can look at them; a GPU makes such a row NaN."""
+    """Raise ValueError for numbers out of range on the host, in rows with weight; a GPU makes such rows NaN."""
     if rows.on_host(a) is None:
         return
-    once = a[tuple(slice(0, 1) if step == 0 else slice(None) for step in a.strides)]  # of what is broadcast
+    once = a[tuple(slice(0, 1) if step == 0 else slice(None) for step in a.strides)]  # broadcast elements only once
     if ((once >= low) & (once <= high)).all():
         return
     good = (a >= low) & (a <= high)
@@ -208,16 +209,16 @@ def _check(a: Any, low: int, high: int, weights: Any, must: str) -> None:
 
 
 def _lay(xp: Any, asarray: Any, call: Call) -> tuple[rows.Laid, Any]:
-    """x and y as rows, of K and of n classes, and the indices."""
+    """x and y as rows, of K and n classes, and the indices."""
     x, y, indices = asarray(call.x, "x"), asarray(call.y, "y"), asarray(call.indices, "indices")
-    if indices.size or isinstance(call.indices, type(indices)):  # of an empty list NumPy makes floats
+    if indices.size or isinstance(call.indices, type(indices)):  # NumPy converts an empty list to float64
         rows.refuse_others(indices.dtype, indices.dtype.kind in "iu")
     last, terms = rows.lay_list(x, y, indices, call.axis)
     count, n = x.shape[last], y.shape[last]
     if count > n:
-        raise ValueError(f"x and indices list {count} classes along axis {call.axis}, more than the {n} of y")
+        raise ValueError(f"x and indices list {count} classes along axis {call.axis}, but y has only {n}")
     if n > _cpu.MOST_CLASSES:
-        raise ValueError(f"y must have at most {_cpu.MOST_CLASSES} classes where x lists some of them; found {n}")
+        raise ValueError(f"with indices, y must have at most {_cpu.MOST_CLASSES} classes; found {n}")
     batch = (*terms[:last], *terms[last:][1:])
     xs, of, ys = (rows.broadcast(xp, rows.classes_last(a, last), (*batch, a.shape[last])) for a in (x, indices, y))
     return rows.Laid({"x": x, "y": y}, xs, ys, batch, n, last, False, terms), of

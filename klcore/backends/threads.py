@@ -1,4 +1,4 @@
-"""How many threads the CPU kernels use. Their number never changes a result, only how long it takes."""
+"""The number of threads of the CPU kernels. It never changes a result, only how long it takes."""
 
 import operator
 import os
@@ -6,9 +6,9 @@ from contextvars import ContextVar
 from typing import Any, SupportsIndex
 
 MOST = 2**31 - 1  # a C int
-_within: ContextVar[Any] = ContextVar("klcore_threads", default=None)  # the innermost block's, and the outer ones
+_within: ContextVar[Any] = ContextVar("klcore_threads", default=None)  # (the innermost `threads` block's n, outer ones)
 _set: int | None = None  # by set_num_threads
-_found: int | None = None  # by _default; apart, or a first call could undo what another thread sets meanwhile
+_found: int | None = None  # by _default; not _set, which a first call could overwrite while another thread sets it
 
 
 def _positive(n: SupportsIndex, what: str) -> int:
@@ -28,7 +28,7 @@ def _shown(number: int) -> str:
 
 
 def _usable_cpus() -> int:
-    """The processors this process may run on, and no more than its container's share of them."""
+    """The number of processors that this process may use, limited to the quota of its container."""
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     try:
         with open("/sys/fs/cgroup/cpu.max") as f:
@@ -42,11 +42,11 @@ def _usable_cpus() -> int:
 
 def _default() -> int:
     for name in ("KLCORE_NUM_THREADS", "OMP_NUM_THREADS"):
-        text = os.environ.get(name, "").partition(",")[0].strip()  # OpenMP allows a list, one number a level
+        text = os.environ.get(name, "").partition(",")[0].strip()  # OpenMP allows a list, one number per nesting level
         if text:
             if text.isdecimal() and int(text):
                 return _positive(int(text), name)
-            if name.startswith("KLCORE"):  # what OpenMP ignores of its own, klcore does
+            if name.startswith("KLCORE"):  # OpenMP ignores invalid values of its own variable, and so does klcore
                 raise ValueError(
                     f"the environment variable {name} must be a whole number of at least 1, found {text!r}; unset "
                     "it to use all processors"
@@ -57,10 +57,25 @@ def _default() -> int:
 def get_num_threads() -> int:
     """The number of threads that klcore's CPU kernels may use in this context.
 
-    That of the innermost :func:`threads`, else of :func:`set_num_threads`, else of the environment variables
-    ``KLCORE_NUM_THREADS`` or ``OMP_NUM_THREADS`` when the first call was made, else the number of processors that this
-    process may use. Small inputs use one thread whatever this says, and no call uses more than there are processors, or
-    than the system lets it make.
+    This is the number of the innermost :class:`threads` block; without one, that of :func:`set_num_threads`; else that
+    of the environment variable ``KLCORE_NUM_THREADS`` or ``OMP_NUM_THREADS`` at the first call; else the number of
+    processors that this process may use. Small inputs use one thread in any case. No call uses more threads than there
+    are processors, or than the system lets it create.
+
+    Returns
+    -------
+    int
+        The number of threads.
+
+    See Also
+    --------
+    set_num_threads, threads
+
+    Examples
+    --------
+    >>> import klcore
+    >>> klcore.get_num_threads() >= 1
+    True
     """
     global _found
     within = _within.get()
@@ -73,12 +88,24 @@ def get_num_threads() -> int:
 
 
 def set_num_threads(n: SupportsIndex) -> None:
-    """Use at most `n` threads from now on, in every thread of this process.
+    """Use at most `n` threads from now on, in all Python threads of this process.
 
     Parameters
     ----------
     n : int
-        At least 1. Results are the same bits for every `n`.
+        At least 1. Results have the same bits for every `n`.
+
+    Raises
+    ------
+    TypeError
+        If `n` is not an integer.
+    ValueError
+        If `n` is out of range.
+
+    See Also
+    --------
+    threads : sets the number for a ``with`` block.
+    get_num_threads : returns the number.
 
     Examples
     --------
@@ -94,7 +121,24 @@ def set_num_threads(n: SupportsIndex) -> None:
 
 
 class threads:
-    """Use at most `n` threads inside a ``with`` block, in this thread or task only.
+    """Use at most `n` threads inside a ``with`` block, in this Python thread or task only.
+
+    Parameters
+    ----------
+    n : int
+        At least 1. Results have the same bits for every `n`.
+
+    Raises
+    ------
+    TypeError
+        If `n` is not an integer.
+    ValueError
+        If `n` is out of range.
+
+    See Also
+    --------
+    set_num_threads : sets the number for the whole process.
+    get_num_threads : returns the number.
 
     Examples
     --------

@@ -1,1 +1,1 @@
-"""`klcore compare`: two files of logits, one report. command.py is the way in."""
+"""`klcore compare`: one report on the logits of two models. It starts in command.py."""

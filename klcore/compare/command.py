@@ -1,7 +1,7 @@
-"""The command line of `klcore compare`: arguments, what they mean, and the order of what happens.
+"""The command line of `klcore compare`: its arguments, what they mean, and the steps of a run.
 
-Exit status: 0; 1 if --max-mean or --max-q99 is exceeded; 2 if something is wrong with the input, in one sentence; 130
-after Ctrl-C, with the figures of the rows until then.
+Exit status: 0; 1 if --max-mean or --max-q99 is exceeded; 2 if the input is wrong, with a message of one sentence; 130
+after Ctrl-C, with the report on the rows so far.
 """
 
 import argparse
@@ -34,104 +34,106 @@ _UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Those of `klcore compare`."""
+    """Add the arguments of `klcore compare`."""
     parser.add_argument(
-        "base", metavar="BASE", help="the original's logits: a file, FILE:ARRAY, or a folder of EXL3 rows"
+        "base", metavar="BASE", help="the logits of the original model: a file, FILE:ARRAY, or a folder of EXL3 rows"
     )
-    parser.add_argument("quant", metavar="QUANT", help="the other model's, of the same tokens")
-    what = parser.add_argument_group("what the files hold")
+    parser.add_argument("quant", metavar="QUANT", help="the logits of the other model, for the same tokens")
+    what = parser.add_argument_group("input files")
     what.add_argument(
         "--space",
         type=_spaces,
         default=None,
         metavar="SPACE[,SPACE]",
-        help="logits (the default), log_probs or probs; of base and of quant if they differ",
+        help="what the numbers are: logits (the default), log_probs or probs; a pair if base and quant differ",
     )
-    what.add_argument("--shape", type=_shape, metavar="ROWS,VOCAB", help="of files without a header")
-    what.add_argument("--dtype", choices=files.FLOATS, help="of files without a header")
-    what.add_argument("--vocab", type=_positive, metavar="N", help="compare the first N classes: cuts padding")
-    what.add_argument("--temperature", type=float, default=1.0, metavar="T", help="divides logits")
-    what.add_argument("--partial", action="store_true", help="take the whole rows of files that are cut off")
+    what.add_argument("--shape", type=_shape, metavar="ROWS,VOCAB", help="the shape of files without a header")
+    what.add_argument("--dtype", choices=files.FLOATS, help="the dtype of files without a header")
+    what.add_argument(
+        "--vocab", type=_positive, metavar="N", help="compare only the first N classes, to ignore padding"
+    )
+    what.add_argument("--temperature", type=float, default=1.0, metavar="T", help="divide logits by T")
+    what.add_argument("--partial", action="store_true", help="compare the complete rows of truncated files")
     rows = parser.add_argument_group("rows")
     rows.add_argument(
-        "--tokens", metavar="T.npy", help="the token that came after each row (negative: none), for perplexities"
+        "--tokens", metavar="T.npy", help="the token that follows each row (negative: none), for perplexities"
     )
-    rows.add_argument("--mask", metavar="M.npy", help="booleans: the rows that count")
+    rows.add_argument("--mask", metavar="M.npy", help="booleans: the rows to compare")
     rows.add_argument(
         "--groups",
         metavar="N|G.npy",
-        help="rows of a text, or the number of each row's text: errors are then clustered by text",
+        help="the number of rows per text, or the text of each row as an integer: clusters the errors by text",
     )
-    rows.add_argument("--skip-nan", action="store_true", help="exit status 0 also if there are rows of NaN")
-    out = parser.add_argument_group("what is written")
-    out.add_argument("--json", metavar="FILE", help="all figures; - is standard output, in place of the table")
-    out.add_argument("--rows", metavar="FILE.npy", help="the KL of each row, float32; NaN where a mask left it out")
-    out.add_argument("--plot", metavar="FILE", help=f"a picture: {', '.join(SUFFIXES)}")
-    out.add_argument("--html", metavar="FILE", help="a page with figures and pictures, in one file")
-    out.add_argument("--llama", action="store_true", help="print what llama-perplexity does, by its own arithmetic")
-    out.add_argument("--worst", type=_natural, default=10, metavar="N", help="rows with the largest KL to name (10)")
-    out.add_argument("--force", action="store_true", help="overwrite files that exist")
-    gate = parser.add_argument_group("for CI: exit status 1 if exceeded")
-    gate.add_argument("--max-mean", type=float, metavar="X", help="of the mean KL, in nats")
-    gate.add_argument("--max-q99", type=float, metavar="X", help="of the KL of 99 %% of the rows")
-    how = parser.add_argument_group("how")
-    how.add_argument("--quick", action="store_true", help="KL and agreement alone: several times as fast")
+    rows.add_argument("--skip-nan", action="store_true", help="exit status 0 even if there are rows of NaN")
+    out = parser.add_argument_group("output")
+    out.add_argument("--json", metavar="FILE", help="write the report as JSON; - prints it instead of the table")
+    out.add_argument("--rows", metavar="FILE.npy", help="write the KL of each row, float32; NaN for rows left out")
+    out.add_argument("--plot", metavar="FILE", help=f"write a picture: {', '.join(SUFFIXES)}")
+    out.add_argument("--html", metavar="FILE", help="write a self-contained page with tables and pictures")
+    out.add_argument("--llama", action="store_true", help="print the report of llama-perplexity, in its arithmetic")
+    out.add_argument("--worst", type=_natural, default=10, metavar="N", help="list the N rows with the largest KL (10)")
+    out.add_argument("--force", action="store_true", help="overwrite existing files")
+    gate = parser.add_argument_group("limits for CI: exit status 1 if exceeded")
+    gate.add_argument("--max-mean", type=float, metavar="X", help="the limit of the mean KL, in nats")
+    gate.add_argument("--max-q99", type=float, metavar="X", help="the limit of the 99 %% quantile of the KL, in nats")
+    how = parser.add_argument_group("execution")
+    how.add_argument("--quick", action="store_true", help="compute only KL and agreement; several times as fast")
     how.add_argument(
-        "--resume", metavar="STATE", help="go on from this file if it is there; it is written now and then"
+        "--resume", metavar="STATE", help="save the state to this file regularly, and continue from it if it exists"
     )
     how.add_argument(
         "--chunk-bytes",
         type=_bytes,
         default=8 << 20,
         metavar="SIZE",
-        help="of both files, in memory for each thread (8M)",
+        help="how much of both files to hold in memory per thread (8M)",
     )
-    how.add_argument("--threads", type=_positive, metavar="N", help="as klcore.threads")
+    how.add_argument("--threads", type=_positive, metavar="N", help="use at most N threads")
 
 
 def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"a number of at least 1, found {text!r}")
+        raise argparse.ArgumentTypeError(f"must be an integer of at least 1, found {text!r}")
     return int(text)
 
 
 def _natural(text: str) -> int:
     if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"a number of at least 0, found {text!r}")
+        raise argparse.ArgumentTypeError(f"must be an integer of at least 0, found {text!r}")
     return int(text)
 
 
 def _bytes(text: str) -> int:
     number, unit = text.rstrip("kKmMgG"), text[len(text.rstrip("kKmMgG")) :].lower()
     if unit not in _UNITS:
-        raise argparse.ArgumentTypeError(f"a size as 16M, found {text!r}")
+        raise argparse.ArgumentTypeError(f"must be a size such as 16M, found {text!r}")
     return _positive(number) * _UNITS[unit]
 
 
 def _shape(text: str) -> tuple[int, int]:
     parts = text.split(",")
     if len(parts) != 2:
-        raise argparse.ArgumentTypeError(f"two numbers, as 1000,32000; found {text!r}")
+        raise argparse.ArgumentTypeError(f"must be two integers such as 1000,32000; found {text!r}")
     return _positive(parts[0]), _positive(parts[1])
 
 
 def _spaces(text: str) -> tuple[str, str]:
     parts = text.split(",")
     if len(parts) > 2 or any(p not in SPACES for p in parts):
-        raise argparse.ArgumentTypeError(f"one or two of {', '.join(SPACES)}; found {text!r}")
+        raise argparse.ArgumentTypeError(f"must be one or two of {', '.join(SPACES)}; found {text!r}")
     return parts[0], parts[-1]
 
 
 def main(arguments: argparse.Namespace, command: list[str]) -> int:
-    """The exit status; `command` is what was typed, for the report."""
+    """Run the command; returns the exit status. `command` is the command line, for the report."""
     limited = threads(arguments.threads) if arguments.threads else contextlib.nullcontext()
     try:
-        with limited:  # and not for whoever calls this from Python
+        with limited:  # only within this call, which may come from Python
             return _compare(arguments, shlex.join(command))
     except InputError as error:
         print(f"klcore compare: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:  # before the first chunk or after the last, or the second one
+    except KeyboardInterrupt:  # before the first chunk, after the last, or a second Ctrl-C
         return 130
     finally:
         files.remove_temporary()
@@ -157,12 +159,12 @@ def _compare(a: argparse.Namespace, command: str) -> int:
     report = make_report(comparison, tally, command)
     try:
         save()
-    finally:  # figures are not lost with a state that cannot be written
+    finally:  # the report is not lost if the state cannot be written
         _write(a, report, tally)
     return _status(a, report, tally.done < comparison.rows)
 
 
-# ---- what is compared ------------------------------------------------------------------------------------------------
+# ---- the inputs ------------------------------------------------------------------------------------------------------
 
 
 def _prepare(a: argparse.Namespace) -> tuple[Comparison, tuple[str, ...]]:
@@ -176,7 +178,7 @@ def _prepare(a: argparse.Namespace) -> tuple[Comparison, tuple[str, ...]]:
     if not (a.temperature > 0 and np.isfinite(a.temperature)):
         raise InputError(f"--temperature must be above 0 and finite; found {a.temperature}")
     if a.temperature != 1 and "logits" not in spaces:
-        raise InputError("--temperature divides logits, and neither file holds these")
+        raise InputError("--temperature divides logits, but neither file holds logits")
     base, quant = sources
     if not a.partial:
         for source in sources:
@@ -185,7 +187,7 @@ def _prepare(a: argparse.Namespace) -> tuple[Comparison, tuple[str, ...]]:
             raise InputError(_rows_differ(opened))
     rows = min(base.rows, quant.rows)
     if not rows:
-        raise InputError("there is no whole row to compare")
+        raise InputError("there is no complete row to compare")
     vocab = _vocab(a, base, quant)
     of_llama = next((f for f in opened if isinstance(f, llama.LlamaFile)), None)
     targets, groups, per_group = None, None, None
@@ -201,17 +203,17 @@ def _prepare(a: argparse.Namespace) -> tuple[Comparison, tuple[str, ...]]:
         groups = np.arange(rows) // per_group
     mask = files.read_small(a.mask, "--mask", "b", rows) if a.mask else None
     if mask is not None and not mask.any():
-        raise InputError(f"{a.mask} leaves no row")
+        raise InputError(f"{a.mask}, for --mask, leaves out all rows")
     if targets is not None:
         targets = np.asarray(targets, np.int64)
         if targets.max() >= vocab:
             row = int(targets.argmax())
-            raise InputError(f"the token of row {row} is {targets[row]}, and there are {vocab:,} classes")
+            raise InputError(f"the token of row {row} is {targets[row]}, but there are only {vocab:,} classes")
     if a.llama:
         _check_llama(opened, spaces, targets, mask)
     floored, quant_floored = (isinstance(f, llama.LlamaFile) and f.has_floor for f in opened)
     if quant_floored and not floored:
-        raise InputError(f"{quant.name} is stored above a floor, so BASE must be a _logits_ file of llama.cpp too")
+        raise InputError(f"{quant.name} is stored with a floor, so BASE must be a _logits_ file of llama.cpp, too")
     measure = Measure((spaces[0], spaces[1]), a.temperature, floored, a.quick)
     comparison = Comparison(
         base, quant, rows, vocab, measure, targets=targets, mask=mask, groups=groups, per_group=per_group,
@@ -227,11 +229,13 @@ def _open(text: str, a: argparse.Namespace) -> "files.Source | llama.LlamaFile":
 
 def _rows_differ(opened: list[Any]) -> str:
     base, quant = (f.source if isinstance(f, llama.LlamaFile) else f for f in opened)
-    text = f"{base.name} has {base.rows:,} rows, and {quant.name} {quant.rows:,}"
+    text = f"{base.name} has {base.rows:,} rows, but {quant.name} has {quant.rows:,}"
     of_llama = next((f for f in opened if isinstance(f, llama.LlamaFile)), None)
     if of_llama is not None:
         n_ctx, first = of_llama.tokens.shape[1], of_llama.tokens.shape[1] // 2
-        text += f"; llama.cpp keeps positions {first} to {n_ctx - 2} of each chunk of {n_ctx} tokens: save these"
+        text += (
+            f"; llama.cpp keeps positions {first} to {n_ctx - 2} of each chunk of {n_ctx} tokens, so save only these"
+        )
     return text
 
 
@@ -240,8 +244,8 @@ def _vocab(a: argparse.Namespace, base: files.Source, quant: files.Source) -> in
     if a.vocab is None:
         if base.vocab != quant.vocab:
             raise InputError(
-                f"{base.name} has {base.vocab:,} classes, and {quant.name} {quant.vocab:,}; if the larger one is "
-                f"padded, say --vocab {least}"
+                f"{base.name} has {base.vocab:,} classes, but {quant.name} has {quant.vocab:,}; if the larger one is "
+                f"padded, pass --vocab {least}"
             )
         return least
     if a.vocab > least:
@@ -252,22 +256,22 @@ def _vocab(a: argparse.Namespace, base: files.Source, quant: files.Source) -> in
 def _per_group(count: int, rows: int, partial: bool) -> int:
     if count < 1 or (rows % count and not partial):
         raise InputError(
-            f"--groups {count}: {rows:,} rows are not whole texts of {count:,} rows; a text of n tokens has n - 1"
+            f"--groups {count}: {rows:,} rows are not a multiple of {count:,}; a text of n tokens has n - 1 rows"
         )
     return count
 
 
 def _check_llama(opened: list[Any], spaces: tuple[str, ...], targets: Any, mask: Any) -> None:
     if not (isinstance(opened[0], llama.LlamaFile) and opened[0].has_floor and spaces[1] == "logits"):
-        raise InputError("--llama is for a _logits_ file of llama.cpp as BASE, and logits as QUANT")
+        raise InputError("--llama needs a _logits_ file of llama.cpp as BASE, and logits as QUANT")
     if mask is not None or targets.min() < 0:
-        raise InputError("--llama takes all rows, as llama.cpp does: leave --mask away, and negative tokens")
+        raise InputError("--llama uses all rows, as llama.cpp does, so --mask and negative tokens are not supported")
     if len(targets) < llama.LEAST_ROWS:
-        raise InputError(f"--llama needs {llama.LEAST_ROWS} rows for its errors; found {len(targets)}")
+        raise InputError(f"--llama needs {llama.LEAST_ROWS} rows for the standard errors; found {len(targets)}")
 
 
 def _about(a: argparse.Namespace, c: Comparison, columns: tuple[str, ...], inputs: list[Path]) -> dict[str, Any]:
-    """By what a state is known to be of this comparison: of these arrays, in files that have not changed."""
+    """What identifies a comparison for --resume: the arrays, in files that have not changed, and the options."""
     names = ("tokens", "mask", "groups", "temperature", "quick", "worst")
     return {
         **{end: [s.name, s.dtype] for end, s in (("base", c.base), ("quant", c.quant))},
@@ -290,7 +294,7 @@ def _stamp(path: Path) -> str:
 
 @contextlib.contextmanager
 def _until_interrupted() -> Iterator[threading.Event]:
-    """Set by Ctrl-C, so that a chunk is either in the figures or not; a second Ctrl-C ends at once."""
+    """An event that Ctrl-C sets, so that a chunk is either counted or not; a second Ctrl-C ends at once."""
     stop = threading.Event()
 
     def interrupt(*_: object) -> None:
@@ -310,7 +314,7 @@ def _until_interrupted() -> Iterator[threading.Event]:
 
 @contextlib.contextmanager
 def _progress(rows: int, done: int) -> Iterator[Callable[[int], object]]:
-    """A bar, for people, if tqdm is there."""
+    """A progress bar if stderr is a terminal and tqdm is installed."""
     bar = None
     if sys.stderr.isatty():
         with contextlib.suppress(ImportError):
@@ -324,14 +328,14 @@ def _progress(rows: int, done: int) -> Iterator[Callable[[int], object]]:
             bar.close()
 
 
-# ---- what is written -------------------------------------------------------------------------------------------------
+# ---- the outputs -----------------------------------------------------------------------------------------------------
 
 
 def _check_outputs(a: argparse.Namespace, inputs: list[Any]) -> None:
     if a.plot and not a.plot.lower().endswith(SUFFIXES):
-        raise InputError(f"--plot {a.plot}: its name must end in {', '.join(SUFFIXES)}")
+        raise InputError(f"--plot {a.plot}: the name must end in {', '.join(SUFFIXES)}")
     if a.llama and a.json == "-":
-        raise InputError("--llama and --json - both print: write --json to a file")
+        raise InputError("--llama and --json - both print; write the JSON to a file")
     if a.plot or a.html:
         check_plots()
     written = [f for f in (None if a.json == "-" else a.json, a.rows, a.plot, a.html) if f]
@@ -366,7 +370,7 @@ def _status(a: argparse.Namespace, report: dict[str, Any], stopped: bool) -> int
         return 130
     if report["rows_nan"] and not a.skip_nan:
         print(
-            f"klcore compare: {report['notes'][0]}; --skip-nan takes that as it is",
+            f"klcore compare: {report['notes'][0]}; --skip-nan accepts this",
             file=sys.stderr,
         )
         return 2
@@ -374,12 +378,12 @@ def _status(a: argparse.Namespace, report: dict[str, Any], stopped: bool) -> int
     exceeded = False
     for option, limit, value, what in (
         ("--max-mean", a.max_mean, kl["mean"], "the mean KL"),
-        ("--max-q99", a.max_q99, kl["quantiles"]["0.99"], "the KL of 99 % of the rows"),
+        ("--max-q99", a.max_q99, kl["quantiles"]["0.99"], "the 99 % quantile of the KL"),
     ):
         if limit is None:
             continue
         if report["rows_infinite"]:
-            print(f"klcore compare: {option} {limit:g} is exceeded: rows with an infinite KL", file=sys.stderr)
+            print(f"klcore compare: {option} {limit:g} is exceeded by rows with an infinite KL", file=sys.stderr)
             exceeded = True
         elif value is None or not value <= limit:
             print(f"klcore compare: {what} is {figure(value)}, above {option} {limit:g}", file=sys.stderr)

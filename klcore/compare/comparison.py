@@ -1,4 +1,4 @@
-"""Two sources that go together, and the loop over their rows: threads that read and measure, one that adds up."""
+"""Two sources to compare, and the loop over their rows: threads read and compute chunks, one thread adds them up."""
 
 import collections
 import threading
@@ -18,29 +18,29 @@ from klcore.compare.llama import tool_figures
 from klcore.compare.tally import PLACES, Tally
 
 _SAVE_EVERY = 30.0  # seconds
-_LARGEST = 1.05  # probability, as 16 bits may have rounded it
+_LARGEST = 1.05  # the largest probability that rounding to 16 bits can produce
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """What is compared.
+    """The inputs of a comparison.
 
     Attributes
     ----------
     base, quant : Source
     rows, vocab : int
-        Those of both that count.
+        How many rows and classes are compared.
     measure : Measure
     targets : array of int of shape (rows,), or None
     mask : array of bool of shape (rows,), or None
     groups : array of int of shape (rows,), or None
         The text of each row.
     per_group : int or None
-        Rows of a text, where all have as many.
+        The number of rows per text, if it is the same for all.
     with_tool : bool
-        Also compute what llama.cpp does.
+        Also compute the figures of llama.cpp.
     quant_floored : bool
-        The quant is a file of llama.cpp with a floor as well.
+        The quant is a file of llama.cpp with a floor, too.
     """
 
     base: Source
@@ -56,7 +56,7 @@ class Comparison:
     quant_floored: bool = False
 
     def figures(self, start: int, stop: int) -> dict[str, Any]:
-        """Of these rows; several threads may ask at once."""
+        """The figures of these rows; thread-safe."""
         x, y = (source.read(start, stop)[:, : self.vocab] for source in (self.base, self.quant))
         targets = None if self.targets is None else self.targets[start:stop]
         found = self.measure(x, y, targets)
@@ -66,7 +66,7 @@ class Comparison:
             if above.any():
                 row = start + int(above.argmax())
                 raise InputError(
-                    f"row {row} of {source.name} has a probability above 1: it is spoilt, or not what --space says"
+                    f"row {row} of {source.name} has a probability above 1; the file is corrupt, or --space is wrong"
                 )
         if self.with_tool:
             tool = tool_figures(x, y.astype(np.float32), targets)
@@ -74,7 +74,7 @@ class Comparison:
         return found
 
     def places(self, start: int, stop: int) -> Any:
-        """Which part of its text, or of the file, each row is in."""
+        """The place of each row: the part of its text, or of the file, that it is in."""
         rows = np.arange(start, stop)
         if self.per_group:
             return rows % self.per_group * PLACES // self.per_group
@@ -88,11 +88,11 @@ class Comparison:
         save: Callable[[], None] = lambda: None,
         progress: Callable[[int], object] = lambda rows: None,
     ) -> None:
-        """Add the rows that `tally` has not seen, in order, until `stop` is set.
+        """Add the rows that are not in `tally` yet, in order, until `stop` is set.
 
-        Each thread reads and measures a chunk of at most `chunk_bytes` by itself, so that a busy neighbour delays one
-        chunk and not every kernel call; one thread more than there are processors, which waits for the disk. `save` is
-        called now and then; `progress` with the number of new rows.
+        Each thread reads and computes a chunk of at most `chunk_bytes` by itself, so that a busy processor delays one
+        chunk, not every kernel call. There is one thread more than processors, to wait for the disk. `save` is called
+        from time to time, `progress` with the number of new rows.
         """
         row_bytes = sum(np.dtype(_memory(s)).itemsize * s.vocab for s in (self.base, self.quant))
         size = max(1, chunk_bytes // row_bytes)
@@ -124,7 +124,7 @@ class Comparison:
 
 
 def _memory(source: Source) -> str:
-    """The dtype that a chunk has in memory: NumPy knows no bfloat16, of the size of float16."""
+    """A dtype of the size of a chunk's numbers in memory: NumPy has no bfloat16, so float16."""
     return "float16" if source.dtype == "bfloat16" else source.dtype
 
 
@@ -134,4 +134,4 @@ def _result(future: "Future[dict[str, Any]]") -> dict[str, Any]:
     except OSError as error:
         raise InputError(f"a file cannot be read any further: {error}") from error
     except MemoryError as error:
-        raise InputError("there is not enough memory for a chunk of rows; say a smaller --chunk-bytes") from error
+        raise InputError("there is not enough memory for a chunk of rows; use a smaller --chunk-bytes") from error

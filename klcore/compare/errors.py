@@ -1,5 +1,5 @@
-"""What is wrong with the input of `klcore compare`, in one sentence."""
+"""An error in the input of `klcore compare`, as one sentence."""
 
 
 class InputError(Exception):
-    """Its text is what the user reads; the exit status is 2."""
+    """The message is printed for the user; the exit status is 2."""

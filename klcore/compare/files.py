@@ -1,8 +1,8 @@
-"""Files of one distribution a row, read a few rows at a time: .npy, .npz, .safetensors, folders of these, raw numbers.
+"""Files with one distribution per row, read a few rows at a time: .npy, .npz, .safetensors, folders, raw numbers.
 
-What a file is, its first bytes say, not its name. Nothing is ever unpickled. Rows are read by `readinto` into arrays of
-the caller's thread, not mapped: memory stays bounded whatever the system keeps, and a file that shrinks meanwhile is a
-sentence, where a map would end the process. Formats of llama.cpp are in llama.py.
+The first bytes of a file decide its format, not its name. Nothing is ever unpickled. Rows are read with `readinto` into
+arrays of the caller's thread, not mapped: memory stays bounded whatever the system caches, and a file that shrinks
+raises an error, while a memory map would end the process. The formats of llama.cpp are in llama.py.
 """
 
 import contextlib
@@ -30,20 +30,20 @@ Array = Any
 
 @dataclass(frozen=True)
 class Source:
-    """Rows of a file, or of several, one after the other.
+    """The rows of a file, or of several files in order.
 
     Attributes
     ----------
     name : str
-        What messages call it.
+        Its name in messages.
     rows, vocab : int
     promised : int
-        Rows that its header speaks of; more than `rows` if it was cut off.
+        The number of rows according to its header; more than `rows` if the file is truncated.
     dtype : str
     read : callable
-        ``read(start, stop)``: array of shape (stop - start, vocab), native byte order. Threads may call it together.
+        ``read(start, stop)`` returns an array of shape (stop - start, vocab) in native byte order; thread-safe.
     parts : tuple of Path
-        The files it is in.
+        Its files.
     """
 
     name: str
@@ -57,15 +57,15 @@ class Source:
     def check_whole(self) -> None:
         if self.rows < self.promised:
             raise InputError(
-                f"{self.name} is cut off after row {self.rows - 1}: it says that it has {self.promised:,} rows, and "
-                f"{self.rows:,} are whole; --partial compares these"
+                f"{self.name} is truncated after row {self.rows - 1}: only {self.rows:,} of {self.promised:,} rows are "
+                "complete; --partial compares these"
                 if self.rows
-                else f"{self.name} is cut off in its first row: it says that it has {self.promised:,}"
+                else f"{self.name} is truncated in its first row, of {self.promised:,} rows"
             )
 
 
 def split_member(text: str) -> tuple[Path, str | None]:
-    """A path, and the name of an array in that file: FILE, or FILE:NAME."""
+    """Split FILE or FILE:NAME into the path, and the name of an array in that file."""
     path = Path(text)
     head, colon, member = text.rpartition(":")
     if not os.path.exists(path) and colon and member and os.path.exists(head):
@@ -75,7 +75,7 @@ def split_member(text: str) -> tuple[Path, str | None]:
 
 def first_bytes(path: Path, count: int = 16) -> bytes:
     if os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path):
-        raise InputError(f"{path} is a pipe or a device, and rows are read at any place of a file: save it as one")
+        raise InputError(f"{path} is a pipe or a device, which cannot be read in any order; save it to a file")
     try:
         with open(path, "rb") as file:
             return file.read(count)
@@ -84,14 +84,14 @@ def first_bytes(path: Path, count: int = 16) -> bytes:
 
 
 def open_source(text: str, shape: tuple[int, int] | None, dtype: str | None) -> Source:
-    """What FILE or FILE:NAME holds; `shape` and `dtype` are those of files without a header."""
+    """Open FILE or FILE:NAME; `shape` and `dtype` are for files without a header."""
     path, member = split_member(text)
     if os.path.isdir(path):
         return _folder(path, member or "logits")
     start = first_bytes(path)
     if start.startswith(b"\x93NUMPY"):
         if member is not None:
-            raise InputError(f"{path} is one array, and has none of the name {member!r}")
+            raise InputError(f"{path} is a single array, without an array named {member!r}")
         return _npy(path, dtype)
     if start.startswith(b"PK\x03\x04"):
         return _npz(path, member, dtype)
@@ -99,15 +99,15 @@ def open_source(text: str, shape: tuple[int, int] | None, dtype: str | None) -> 
         return _safetensors(path, member)
     if re.match(rb"\x80[\x02-\x05]", start):
         raise InputError(
-            f"{path} is a pickle, which can run any code when it is read; save the logits as .npy or .safetensors"
+            f"{path} is a pickle, which can run any code when it is loaded; save the logits as .npy or .safetensors"
         )
     if shape and dtype:
         return _raw(path, shape, dtype)
     if not start:
         raise InputError(f"{path} is empty")
     raise InputError(
-        f"{path} is none of .npy, .npz, .safetensors and llama.cpp's logits; of raw numbers say --shape ROWS,VOCAB and "
-        "--dtype"
+        f"{path} is not .npy, .npz, .safetensors or the logits of llama.cpp; for raw numbers, pass --shape ROWS,VOCAB "
+        "and --dtype"
     )
 
 
@@ -115,12 +115,12 @@ def open_source(text: str, shape: tuple[int, int] | None, dtype: str | None) -> 
 
 
 def _dtype(found: Any, named: str | None, name: str) -> Any:
-    """That of the numbers; `named` says what two bytes without a meaning are: NumPy writes bfloat16 so."""
+    """The dtype of the numbers; `named` is that of the user, for bfloat16, which NumPy writes as two plain bytes."""
     if named == "bfloat16" and found in (np.dtype("V2"), np.dtype("u2"), np.dtype("i2")):
         return bfloat16(name)
     if found.name not in FLOATS:
-        hint = "; if these are bfloat16, say --dtype bfloat16" if found == np.dtype("V2") else ""
-        raise InputError(f"{name} has dtype {found}, and logits are one of {', '.join(FLOATS)}{hint}")
+        hint = "; for bfloat16, pass --dtype bfloat16" if found == np.dtype("V2") else ""
+        raise InputError(f"{name} has dtype {found}, but logits must be {', '.join(FLOATS)}{hint}")
     return found
 
 
@@ -135,29 +135,29 @@ def bfloat16(name: str) -> Any:
 
 def _two_axes(shape: tuple[int, ...], name: str) -> tuple[int, int]:
     if len(shape) < 2:
-        raise InputError(f"{name} has shape {shape}; logits have two axes or more, of which the last is the vocabulary")
+        raise InputError(f"{name} has shape {shape}, but logits have two or more axes, with the vocabulary last")
     if min(shape) < 1:
-        raise InputError(f"{name} has shape {shape}: there is nothing in it")
+        raise InputError(f"{name} has shape {shape}, which is empty")
     return math.prod(shape[:-1]), shape[-1]
 
 
-# ---- numbers in a row in a file --------------------------------------------------------------------------------------
+# ---- uncompressed arrays in files ------------------------------------------------------------------------------------
 
 
 def read_into(path: Path, offset: int, array: Array) -> None:
-    """Fill an array with what stands at that place of the file."""
+    """Fill an array from the file, starting at this offset."""
     memory = memoryview(array.reshape(-1).view(np.uint8))
     with open(path, "rb", buffering=0) as file:
         file.seek(offset)
         while memory:
             got = file.readinto(memory)
             if not got:
-                raise InputError(f"{path} has become shorter while it was read")
+                raise InputError(f"{path} was truncated while it was read")
             memory = memory[got:]
 
 
 def _plain(name: str, path: Path, offset: int, size: int, shape: tuple[int, int], dtype: Any) -> Source:
-    """Rows one behind the other, from an offset; `size` bytes are there."""
+    """Contiguous rows from an offset on, of which `size` bytes are there."""
     promised, vocab = shape
     row = vocab * dtype.itemsize
 
@@ -179,20 +179,18 @@ def _npy(path: Path, named: str | None, name: str | None = None) -> Source:
 
 
 def _npy_header(file: BinaryIO, name: str) -> tuple[tuple[int, ...], Any, int]:
-    """Shape, dtype, and where the numbers begin."""
+    """The shape, the dtype, and the offset of the numbers."""
     try:
         version = np.lib.format.read_magic(file)
         read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
         shape, by_columns, dtype = read[min(version, (2, 0))](file)
-    except Exception as error:  # NumPy's parser lets through what Python's tokenizer raises
-        raise InputError(f"{name} begins as a .npy file, and has no header of one: {error}") from error
+    except Exception as error:  # NumPy's parser passes on what Python's tokenizer raises
+        raise InputError(f"{name} starts like a .npy file, but has no valid header: {error}") from error
     if dtype.hasobject:
-        raise InputError(
-            f"{name} holds Python objects, which would have to be unpickled; save it with a dtype of numbers"
-        )
+        raise InputError(f"{name} holds Python objects, which would have to be unpickled; save it with a numeric dtype")
     if by_columns and len(shape) > 1 and min(shape) > 1:
         raise InputError(
-            f"{name} is in Fortran's order, so that no row lies in one piece; save numpy.ascontiguousarray"
+            f"{name} is in Fortran order, so its rows are not contiguous; save numpy.ascontiguousarray(logits)"
         )
     return shape, dtype, file.tell()
 
@@ -202,8 +200,8 @@ def _raw(path: Path, shape: tuple[int, int], dtype: str) -> Source:
     size, wanted = path.stat().st_size, shape[0] * shape[1] * kind.itemsize
     if size > wanted:
         raise InputError(
-            f"{path} has {size:,} bytes, and {shape[0]:,} rows of {shape[1]:,} {dtype} are {wanted:,}: --shape or "
-            "--dtype is not that of the file"
+            f"{path} has {size:,} bytes, but {shape[0]:,} rows of {shape[1]:,} {dtype} are {wanted:,} bytes; --shape "
+            "or --dtype is wrong"
         )
     return _plain(str(path), path, 0, size, shape, kind)
 
@@ -217,8 +215,8 @@ def _npz(path: Path, member: str | None, named: str | None) -> Source:
             names = archive.namelist()
             if any(name.rpartition("/")[2] == "data.pkl" for name in names):
                 raise InputError(
-                    f"{path} is a file of torch.save, which is a pickle and can run any code when it is read; save the "
-                    "logits as .npy or .safetensors"
+                    f"{path} was written by torch.save: it is a pickle, which can run any code when it is loaded; save "
+                    "the logits as .npy or .safetensors"
                 )
             chosen = _choose(path, [n.removesuffix(".npy") for n in names if n.endswith(".npy")], member)
             info = archive.getinfo(f"{chosen}.npy")
@@ -230,17 +228,17 @@ def _npz(path: Path, member: str | None, named: str | None) -> Source:
                     shape, dtype, offset = _npy_header(file, name)
                 dtype = _dtype(dtype, named, name)
                 return _plain(name, path, offset, start + info.file_size - offset, _two_axes(shape, name), dtype)
-            # compressed: rows cannot be found in it, so it is unpacked once, into a file that goes with this process
+            # compressed, so rows have no fixed offset: unpack it once, into a temporary file
             with archive.open(info) as packed:
                 return _npy(_unpacked(packed), named, name)
-    except (zipfile.BadZipFile, EOFError, zlib.error, RuntimeError) as error:  # the last of what zipfile cannot do
+    except (zipfile.BadZipFile, EOFError, zlib.error, RuntimeError) as error:  # RuntimeError: unsupported by zipfile
         raise InputError(f"{path} cannot be read as .npz: {error}") from error
     except OSError as error:
         raise InputError(f"{path} cannot be unpacked in {tempfile.gettempdir()}: {error.strerror or error}") from error
 
 
 def _start_of(file: BinaryIO, info: zipfile.ZipInfo) -> int:
-    """Where a member's bytes begin: behind its own header, whose names may be longer than the directory says."""
+    """The offset of a member's bytes, after its own header, which may be longer than the directory says."""
     file.seek(info.header_offset + 26)
     lengths = np.frombuffer(file.read(4), "<u2")
     return info.header_offset + 30 + int(lengths.sum())
@@ -258,7 +256,7 @@ def _unpacked(packed: Any) -> Path:
 
 
 def remove_temporary() -> None:
-    """Files that were unpacked."""
+    """Delete the unpacked files."""
     _temporary.close()
 
 
@@ -271,7 +269,7 @@ def _choose(path: Path, names: list[str], member: str | None) -> str:
         raise InputError(f"{path} has no array {member!r}; it has {found or 'none'}")
     if len(names) != 1:
         raise InputError(
-            f"{path} has {len(names)} arrays ({found}); name one, as {path}:NAME" if names else f"{path} is empty"
+            f"{path} has {len(names)} arrays ({found}); choose one with {path}:NAME" if names else f"{path} is empty"
         )
     return names[0]
 
@@ -280,7 +278,7 @@ def _choose(path: Path, names: list[str], member: str | None) -> str:
 
 
 def _is_safetensors(path: Path, start: bytes) -> bool:
-    """Eight bytes with the length of a header in JSON, and that."""
+    """The format starts with the length of a JSON header, in eight bytes, and the header."""
     length = int.from_bytes(start[:8], "little")
     return len(start) > 8 and start[8:9] == b"{" and 2 <= length <= max(path.stat().st_size, 1 << 27)
 
@@ -292,8 +290,8 @@ def _safe_open(path: Path) -> Any:
         raise InputError(f"{path} needs the package safetensors: pip install 'klcore[compare]'") from error
     try:
         return library.safe_open(path, "np")
-    except Exception as error:  # of the library's own kind
-        raise InputError(f"{path} is no whole .safetensors file: {error}") from error
+    except Exception as error:  # an exception of the library
+        raise InputError(f"{path} is not a complete .safetensors file: {error}") from error
 
 
 _SAFETENSORS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
@@ -305,9 +303,9 @@ def _safetensors(path: Path, member: str | None) -> Source:
         part = file.get_slice(chosen)
         name, shape, code = f"{path}:{chosen}", tuple(part.get_shape()), part.get_dtype()
     if code not in _SAFETENSORS:
-        raise InputError(f"{name} has dtype {code}, and logits are one of {', '.join(_SAFETENSORS)}")
+        raise InputError(f"{name} has dtype {code}, but logits must be {', '.join(_SAFETENSORS)}")
     dtype = bfloat16(name) if code == "BF16" else np.dtype(_SAFETENSORS[code]).newbyteorder("<")
-    # where it lies: the library reads whole indices of the first axis, which may be all rows, for each chunk
+    # find the offset: for each chunk, the library would read whole indices of the first axis, which may be all rows
     with open(path, "rb") as plain:
         length = int.from_bytes(plain.read(8), "little")
         begin, end = json.loads(plain.read(length))[chosen]["data_offsets"]
@@ -315,7 +313,7 @@ def _safetensors(path: Path, member: str | None) -> Source:
 
 
 def _folder(path: Path, member: str) -> Source:
-    """Of EXL3's tools: row_000000.safetensors and so on, each with the logits of a text."""
+    """The format of EXL3's tools: row_000000.safetensors and so on, each with the logits of a text."""
     files = sorted(path.glob("row_*.safetensors"))
     if not files:
         raise InputError(f"{path} is a folder without files row_*.safetensors")
@@ -323,11 +321,11 @@ def _folder(path: Path, member: str) -> Source:
 
 
 def joined(name: str, sources: list[Source]) -> Source:
-    """One source of several, which must be alike."""
+    """Join several sources, which must have the same vocabulary and dtype."""
     for source in sources:
         if (source.vocab, source.dtype) != (sources[0].vocab, sources[0].dtype):
             raise InputError(
-                f"{source.name} has {source.vocab:,} classes of {source.dtype}, and {sources[0].name} has "
+                f"{source.name} has {source.vocab:,} classes of {source.dtype}, but {sources[0].name} has "
                 f"{sources[0].vocab:,} of {sources[0].dtype}"
             )
     ends = np.cumsum([s.rows for s in sources])
@@ -347,22 +345,22 @@ def joined(name: str, sources: list[Source]) -> Source:
     )
 
 
-# ---- small arrays, one number a row ----------------------------------------------------------------------------------
+# ---- small arrays, one number per row --------------------------------------------------------------------------------
 
 
 def read_small(text: str, what: str, kinds: str, rows: int) -> Array:
-    """A .npy file of `rows` numbers, of one of NumPy's kinds."""
+    """Read a .npy file with `rows` numbers of one of NumPy's dtype kinds."""
     path = Path(text)
     if not first_bytes(path).startswith(b"\x93NUMPY"):
-        raise InputError(f"{path}, for {what}, is no .npy file")
+        raise InputError(f"{path}, for {what}, is not a .npy file")
     try:
         found = np.load(path, allow_pickle=False)
-    except Exception as error:  # as of _npy_header
+    except Exception as error:  # as in _npy_header
         raise InputError(f"{path}, for {what}, cannot be read: {error}") from error
     if found.dtype.kind not in kinds:
         raise InputError(
             f"{path}, for {what}, has dtype {found.dtype}; it must hold {'booleans' if kinds == 'b' else 'integers'}"
         )
     if found.size != rows:
-        raise InputError(f"{path}, for {what}, has {found.size:,} numbers, and there are {rows:,} rows")
+        raise InputError(f"{path}, for {what}, has {found.size:,} numbers, but there are {rows:,} rows")
     return found.reshape(-1)

@@ -1,4 +1,4 @@
-"""llama.cpp's files of log-probabilities (`llama-perplexity --kl-divergence-base`): reading, and the tool's own report.
+"""llama.cpp's files of log-probabilities (`llama-perplexity --kl-divergence-base`): how to read them, and its report.
 
 Layout, little-endian, without padding, version or checksum:
 
@@ -7,14 +7,14 @@ Layout, little-endian, without padding, version or checksum:
     int32   tokens[n_chunk][n_ctx]
     uint16  rows[n_chunk][n_ctx - 1 - n_ctx//2][2*((n_vocab + 1)//2) + 4]
 
-Row j of a chunk holds what the model says after token n_ctx//2 + j, so its target is the token after that. A row is
+Row j of a chunk holds the log-probabilities after token n_ctx//2 + j, so its target is the next token. A row is
 
     float32 scale, float32 least    (the first four uint16)
-    uint16  code[n_vocab]           and one that is not used where n_vocab is odd
+    uint16  code[n_vocab]           and an unused one if n_vocab is odd
 
-and log p = scale*code + least. Code 0 means "at the floor or below": 16 nats below the row's largest in llama.cpp, 24
-in ik_llama.cpp, under one magic. With the magic "_logits2" of a fork there is no floor: log p = scale*(code - 1) +
-least, code 0 is probability 0, and what was decoded is normalised.
+and log p = scale*code + least. Code 0 means "at the floor or below it": 16 nats below the largest of the row in
+llama.cpp, and 24 in ik_llama.cpp, with the same magic. The magic "_logits2" of a fork has no floor: log p = scale*(code
+- 1) + least, code 0 is probability 0, and the decoded numbers are normalised.
 
 Source: tools/perplexity/perplexity.cpp of ggml-org/llama.cpp.
 """
@@ -31,24 +31,24 @@ from klcore.compare.errors import InputError
 from klcore.compare.files import Source, first_bytes, read_into
 
 MAGIC, MAGIC2 = b"_logits_", b"_logits2"
-FLOORS = (16, 24)  # nats below the row's largest: llama.cpp's, ik_llama.cpp's
+FLOORS = (16, 24)  # nats below the largest of the row, in llama.cpp and in ik_llama.cpp
 _HEAD = 20  # bytes
-LEAST_ROWS = 2  # the tool prints nothing for fewer than 100; its errors need two
+LEAST_ROWS = 2  # the standard errors need two; the tool itself prints nothing for fewer than 100
 
 
 @dataclass(frozen=True)
 class LlamaFile:
-    """Such a file.
+    """A file of llama.cpp.
 
     Attributes
     ----------
     source : Source
-        Its rows, float32 log-probabilities, as the tool decodes them.
+        Its rows, as float32 log-probabilities, decoded as the tool does.
     has_floor : bool
-        What is below a row's floor reads as the floor; `is_below` says where.
+        Whether log-probabilities below the floor of a row read as the floor; `is_below` says which.
     tokens : array of shape (n_chunk, n_ctx)
     per_chunk : int
-        Rows of a chunk.
+        The number of rows per chunk.
     """
 
     source: Source
@@ -58,7 +58,7 @@ class LlamaFile:
 
     @property
     def targets(self) -> Any:
-        """Of each row, (rows,)."""
+        """The target token of each row, of shape (rows,)."""
         return self.tokens[:, -self.per_chunk :].reshape(-1)[: self.source.rows]
 
 
@@ -71,14 +71,10 @@ def open_llama(text: str) -> LlamaFile:
     path = Path(text)
     start, size = first_bytes(path, _HEAD), path.stat().st_size
     if len(start) < _HEAD:
-        raise InputError(
-            f"{path} ends in its header: the run that should have written it stopped before its first token"
-        )
+        raise InputError(f"{path} ends in its header; the run that wrote it stopped before the first token")
     n_ctx, n_vocab, n_chunk = np.frombuffer(start, "<i4", 3, 8).tolist()
     if n_ctx < 4 or n_vocab < 1 or n_chunk < 1:
-        raise InputError(
-            f"{path} has a header that makes no sense: n_ctx {n_ctx}, n_vocab {n_vocab}, n_chunk {n_chunk}"
-        )
+        raise InputError(f"{path} has an invalid header: n_ctx {n_ctx}, n_vocab {n_vocab}, n_chunk {n_chunk}")
     if size < _HEAD + 4 * n_chunk * n_ctx:
         raise InputError(f"{path} ends in its {n_chunk:,} x {n_ctx:,} tokens, before its first row")
     tokens = np.empty((n_chunk, n_ctx), "<i4")
@@ -94,7 +90,7 @@ def open_llama(text: str) -> LlamaFile:
     def read(start: int, stop: int) -> Any:
         stored = np.empty((stop - start, length), "<u2")
         read_into(path, offset + 2 * length * start, stored)
-        with np.errstate(over="ignore", invalid="ignore"):  # of bytes that are spoilt; such rows are NaN
+        with np.errstate(over="ignore", invalid="ignore"):  # corrupt rows become NaN
             return decode(*_parts(stored, n_vocab))
 
     source = Source(str(path), rows, n_vocab, promised, "float32", read, (path,))
@@ -118,9 +114,9 @@ def _decode2(scale: Any, least: Any, code: Any) -> Any:
 
 
 def is_below(log_probs: Any) -> Any:
-    """Where a decoded row is at its floor, and nothing is known but that it is not above.
+    """Where a decoded row is at its floor, so that its log-probabilities may be lower.
 
-    A row that spans less than the floor is stored whole: its smallest entry is what it is.
+    A row that spans less than the floor is stored exactly, including its smallest entry.
     """
     least, top = log_probs.min(1, keepdims=True), log_probs.max(1, keepdims=True)
     span = top - least
@@ -128,20 +124,20 @@ def is_below(log_probs: Any) -> Any:
     return (log_probs == least) & cut
 
 
-# ---- the tool's own figures ------------------------------------------------------------------------------------------
+# ---- the statistics of the tool itself -------------------------------------------------------------------------------
 
-COLUMNS = ("kld", "p_diff", "nll", "nll_base", "same_top")  # a row's
+COLUMNS = ("kld", "p_diff", "nll", "nll_base", "same_top")  # the figures of a row
 
 
 def tool_figures(log_base: Any, logits: Any, targets: Any) -> dict[str, Any]:
-    """What the tool computes of rows, in its arithmetic: float32, with sums in double.
+    """The figures that the tool computes for each row, in its arithmetic: float32, with sums in double.
 
     Parameters
     ----------
     log_base : array of shape (rows, vocab)
         As the tool decodes it, with its floor.
     logits : array of shape (rows, vocab), float32
-        Of the other model.
+        The logits of the other model.
     targets : array of shape (rows,)
     """
     row = np.arange(len(logits))
@@ -160,10 +156,10 @@ def tool_figures(log_base: Any, logits: Any, targets: Any) -> dict[str, Any]:
 
 
 def tool_report(columns: dict[str, Any]) -> str:
-    """The text that the tool prints at its end, of the columns of all rows."""
+    """The report that the tool prints at the end, given the columns of all rows."""
     n = len(columns["kld"])
     if n < LEAST_ROWS:
-        raise InputError(f"--llama: errors of llama.cpp need {LEAST_ROWS} rows; found {n}")
+        raise InputError(f"--llama needs {LEAST_ROWS} rows for the standard errors; found {n}")
     nll, nll_base = (columns[k].astype(np.float64) for k in ("nll", "nll_base"))
     (q, dq), (b, db) = _mean(nll), _mean(nll_base)
     cov = (float((nll * nll_base).sum()) / n - q * b) / (n - 1)
@@ -211,7 +207,7 @@ def _exp(value: float) -> float:
 
 
 def _mean(values: Any) -> tuple[float, float]:
-    """With the error that the tool gives: of independent rows."""
+    """The mean, and its standard error as the tool computes it, for independent rows."""
     n, v = len(values), values.astype(np.float64)
     mean = v.sum() / n
     spread = (v**2).sum() / n - mean * mean
@@ -219,7 +215,7 @@ def _mean(values: Any) -> tuple[float, float]:
 
 
 def _percentile(ordered: Any, fraction: float) -> Any:
-    """In float32."""
+    """A quantile, in float32 as in the tool."""
     at = np.float32(fraction) * np.float32(len(ordered) - 1)
     low = int(at)
     part = np.float32(at - low)

@@ -1,4 +1,4 @@
-"""The report as one HTML page that needs nothing else: figures, pictures, the worst rows, and the command."""
+"""The report as one self-contained HTML page: statistics, pictures, the worst rows, and the command that made it."""
 
 import base64
 from html import escape
@@ -33,13 +33,13 @@ ul { padding-left: 1.2rem; margin: .5rem 0; }
 
 
 def as_page(report: dict[str, Any], pictures: dict[tuple[str, bool], bytes]) -> str:
-    """The page; `pictures` are SVG, by theme and by whether they are narrow."""
+    """The page; `pictures` are SVG, by (theme, whether they are narrow)."""
     r = report
     rows = f"{r['rows_counted'] + r['rows_infinite']:,} rows of {r['vocab']:,} classes"
     texts = f" in {r['texts']:,} texts" if r["texts"] else ""
     notes = "".join(f"<li>{escape(note)}.</li>" for note in r["notes"])
     parts = [
-        f"<h1>{escape(_last(r['quant']))} beside {escape(_last(r['base']))}</h1>",
+        f"<h1>{escape(_last(r['quant']))} compared with {escape(_last(r['base']))}</h1>",
         f"<p class='soft'>{rows}{texts}; divergences in nats</p>",
         _cards(r),
         f"<ul>{notes}</ul>",
@@ -48,9 +48,9 @@ def as_page(report: dict[str, Any], pictures: dict[tuple[str, bool], bytes]) -> 
         _divergences(r),
         "<h2>By the confidence of base</h2>",
         _confidence(r),
-        *(("<h2>Of the tokens that came</h2>", _tokens(r["tokens"])) if "tokens" in r else ()),
+        *(("<h2>Target tokens</h2>", _tokens(r["tokens"])) if "tokens" in r else ()),
         *(("<h2>Rows with the largest KL</h2>", _worst(r["worst"])) if r["worst"] else ()),
-        "<h2>Made by</h2>",
+        "<h2>Command</h2>",
         f"<pre>{escape(r['command'])}</pre>",
         f"<p class='soft'>base: {escape(r['base'])}<br>quant: {escape(r['quant'])}<br>klcore {escape(r['klcore'])}</p>",
     ]
@@ -71,7 +71,7 @@ def _picture(pictures: dict[tuple[str, bool], bytes], narrow: bool) -> str:
     light, dark = (
         f"data:image/svg+xml;base64,{base64.b64encode(pictures[theme, narrow]).decode()}" for theme in ("light", "dark")
     )
-    alt = "Histogram of the KL of rows, its mean along the position, and agreement by the base's confidence"
+    alt = "Histogram of the KL of the rows, mean KL by position, and agreement by the confidence of base"
     return (
         f"<picture class='{'for-narrow' if narrow else 'for-wide'}'>"
         f"<source media='(prefers-color-scheme: dark)' srcset='{dark}'><img src='{light}' alt=\"{alt}\"></picture>"
@@ -82,11 +82,11 @@ def _cards(r: dict[str, Any]) -> str:
     kl = r["kl"]
     cards = [
         (figure(kl["mean"]), f"mean KL ± {figure(kl['stderr'])}"),
-        (figure(kl["quantiles"]["0.99"]), "KL of 99 % of the rows, at most"),
+        (figure(kl["quantiles"]["0.99"]), "99 % quantile of KL"),
         (share(r["same_top"]["mean"]), "same most likely token"),
     ]
     if "acceptance" in r:
-        cards.append((share(r["acceptance"]["mean"]), "1 - TV: accepted of a draft"))
+        cards.append((share(r["acceptance"]["mean"]), "draft acceptance, 1 - TV"))
     if "tokens" in r:
         ratio = r["tokens"]["ratio"]
         cards.append((figure(ratio["mean"]), f"ratio of perplexities ± {figure(ratio['stderr'])}"))
@@ -112,7 +112,7 @@ def _divergences(r: dict[str, Any]) -> str:
 
 
 def _confidence(r: dict[str, Any]) -> str:
-    head = ["probability of its first token", "rows", "mean KL", "± error", "same token", "p by base", "p by quant"]
+    head = ["probability of its top token", "rows", "mean KL", "± error", "same token", "p by base", "p by quant"]
     rows = [
         [f"{b['from']:.2f} to {b['to']:.2f}", f"{b['rows']:,}", figure(b["kl"]["mean"]), figure(b["kl"]["stderr"]),
          *(share(b[k]["mean"]) for k in ("same_top", "base_confidence", "quant_confidence"))]
@@ -127,11 +127,11 @@ def _tokens(t: dict[str, Any]) -> str:
         [label, figure(t[name]["mean"]), figure(t[name]["stderr"])]
         for label, name in (
             ("perplexity of base", "base_perplexity"), ("perplexity of quant", "quant_perplexity"),
-            ("their ratio, paired", "ratio"), ("ln of it", "log_ratio"),
+            ("their ratio, paired", "ratio"), ("ln of the ratio", "log_ratio"),
         )
     ]  # fmt: skip
     rows.append(["change of probability", share(d["mean"], digits=3), share(d["stderr"], digits=3)])
-    rows.append(["root of its mean square", share(d["rms"], digits=3), ""])
+    rows.append(["its root mean square", share(d["rms"], digits=3), ""])
     return _table(["", "mean", "± error"], rows)
 
 

@@ -1,4 +1,4 @@
-"""The pictures of a comparison, with matplotlib: the KL of rows, along the position, and by the base's confidence."""
+"""The pictures of a comparison, with matplotlib: KL of the rows, KL by position, agreement by confidence of base."""
 
 import importlib
 import io
@@ -12,15 +12,15 @@ from klcore.compare.report import percent
 from klcore.compare.tally import PLACES, Tally
 
 SUFFIXES = (".png", ".svg", ".pdf")
-_MARKED = {False: (0.01, 0.5, 0.9, 0.99, 0.999), True: (0.5, 0.99)}  # quantiles; fewer have room if narrow
+_MARKED = {False: (0.01, 0.5, 0.9, 0.99, 0.999), True: (0.5, 0.99)}  # quantiles; fewer fit if narrow
 _BARS = 60
 _WIDE, _NARROW = [["rows", "rows"], ["place", "trust"]], [["rows"], ["place"], ["trust"]]  # panels
 _CURVES = (
     ("quant_confidence", "probability by quant", "main", "o"),
-    ("same_top", "quant's first token is the same", "second", "s"),
+    ("same_top", "same top token", "second", "s"),
 )
 
-# Darker on white, lighter on dark; after Okabe and Ito.
+# After Okabe and Ito, darker on white and lighter on dark.
 THEMES = {
     "light": {"paper": "#ffffff", "ink": "#1f2328", "grid": "#d8dee4", "main": "#0060a8", "second": "#c2570c"},
     "dark": {"paper": "#0d1117", "ink": "#e6edf3", "grid": "#30363d", "main": "#4aa8ee", "second": "#f5803a"},
@@ -28,7 +28,7 @@ THEMES = {
 
 
 def draw(tally: Tally, report: dict[str, Any], theme: str, file_format: str, narrow: bool = False) -> bytes:
-    """The picture, as the bytes of a file; `narrow` puts the panels one above the other."""
+    """The picture, as the bytes of a file; with `narrow`, the panels are stacked."""
     matplotlib = _matplotlib()
     colours = THEMES[theme]
     style = {
@@ -61,19 +61,19 @@ def _matplotlib() -> Any:
 
 
 def check_plots() -> None:
-    """Raise InputError, before anything is computed, if none can be drawn."""
+    """Raise InputError, before anything is computed, if pictures cannot be drawn."""
     _matplotlib()
 
 
 def _rows(axes: Any, tally: Tally, marked: tuple[float, ...], colours: dict[str, str]) -> None:
-    """A histogram over a logarithmic axis, with quantiles marked."""
+    """A histogram of the KL with a logarithmic axis and marked quantiles."""
     kl = tally.summaries["kl"]
     axes.set_title(f"KL(base || quant) of {kl.count:,} rows: mean {_short(kl.mean)} nats")
     axes.set_ylabel("rows")
-    axes.set_xlabel("nats, logarithmic")
+    axes.set_xlabel("nats (logarithmic)")
     low, high = kl.quantile([0.0005, 1.0]).tolist()
     if not high > 0:
-        axes.text(0.5, 0.5, "no row differs", ha="center", va="center", transform=axes.transAxes)
+        axes.text(0.5, 0.5, "all rows are equal", ha="center", va="center", transform=axes.transAxes)
         axes.set_yticks([])
         return
     low = max(min(low, high / 30), high * 1e-12, 2.0**-126)  # zeros have no place on this axis
@@ -86,7 +86,7 @@ def _rows(axes: Any, tally: Tally, marked: tuple[float, ...], colours: dict[str,
     outside = kl.count - int(counts.sum())
     if outside:
         axes.text(
-            0.01, 0.72, f"further left: {outside:,}", transform=axes.transAxes, fontsize=9,
+            0.01, 0.72, f"to the left: {outside:,}", transform=axes.transAxes, fontsize=9,
             bbox={"facecolor": colours["paper"], "edgecolor": "none", "pad": 1},
         )  # fmt: skip
     for step, (q, value) in enumerate(zip(marked, kl.quantile(list(marked)).tolist(), strict=True)):
@@ -99,15 +99,15 @@ def _rows(axes: Any, tally: Tally, marked: tuple[float, ...], colours: dict[str,
 
 
 def _along(axes: Any, tally: Tally, report: dict[str, Any], colours: dict[str, str]) -> None:
-    """The mean KL along the text, or the file, with twice its standard error."""
+    """The mean KL by position in the text or the file, with twice its standard error."""
     where = report["along"]
-    axes.set_title(f"Mean KL along the {where}")
-    axes.set_xlabel(f"place in the {where}")
+    axes.set_title(f"Mean KL by position in the {where}")
+    axes.set_xlabel(f"position in the {where}")
     axes.set_ylabel("nats")
-    of_texts = where == "text"  # else a place is of one text, of which nothing is known but its rows
+    of_texts = where == "text"  # otherwise a place may lie in one text, and errors cannot be clustered
     found = [((k + 0.5) / PLACES, s.mean, s.stderr(of_texts)) for k, s in enumerate(tally.places) if s.count]
     place, mean, error = np.array(found).reshape(-1, 3).T
-    error = np.nan_to_num(error)  # of a place with one text
+    error = np.nan_to_num(error)  # NaN for a place with only one text
     axes.fill_between(place, np.maximum(mean - 2 * error, 0), mean + 2 * error, color=colours["main"], alpha=0.25, lw=0)
     axes.plot(place, mean, color=colours["main"], linewidth=1.8)
     axes.set_xlim(0, 1)
@@ -117,9 +117,9 @@ def _along(axes: Any, tally: Tally, report: dict[str, Any], colours: dict[str, s
 
 
 def _trust(axes: Any, report: dict[str, Any], colours: dict[str, str]) -> None:
-    """Of each bucket of the base's confidence: how sure quant is of the same token, and how often it agrees."""
-    axes.set_title("By the base's confidence in its first token")
-    axes.set_xlabel("probability that base gives it")
+    """For each bucket of base's confidence: how sure quant is of the same token, and how often it agrees."""
+    axes.set_title("By the confidence of base in its top token")
+    axes.set_xlabel("probability by base")
     axes.axline((0, 0), slope=1, color=colours["grid"], linewidth=1.5)
     for name, label, colour, marker in _CURVES:
         points = [

@@ -1,4 +1,4 @@
-"""The report as numbers, for JSON and for whatever shows it; and as text of 80 columns."""
+"""The report as numbers, for JSON and for other views; and as text of 80 columns."""
 
 import math
 import textwrap
@@ -13,12 +13,12 @@ from klcore.version import __version__
 
 QUANTILES = (0.001, 0.01, 0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99, 0.999)
 WIDTH = 80
-_LARGEST_EXPONENT = 709.0  # of e, in float64
+_LARGEST_EXPONENT = 709.0  # math.exp overflows above it
 LABELS = DIVERGENCES | {"base_entropy": "entropy of base", "quant_entropy": "entropy of quant"}
 
 
 def percent(fraction: float) -> str:
-    """As in "99.9 %"."""
+    """A fraction as text, such as "99.9 %"."""
     return f"{100 * fraction:g} %"
 
 
@@ -26,7 +26,7 @@ def percent(fraction: float) -> str:
 
 
 def make_report(comparison: Comparison, tally: Tally, command: str) -> dict[str, Any]:
-    """All figures, of nothing but dicts, lists, strings and numbers; what is no number, or infinite, is None."""
+    """All statistics, as dicts, lists, strings and numbers; NaN and infinities are None."""
     c, s = comparison, tally.summaries
     kl = s["kl"]
     report: dict[str, Any] = {
@@ -50,7 +50,7 @@ def make_report(comparison: Comparison, tally: Tally, command: str) -> dict[str,
         if name in s:
             report[name] = _statistics(s[name])
     report["same_top"] = _share(s["same_top"])
-    if "tv" in s:  # the share of a draft's tokens that speculative decoding accepts
+    if "tv" in s:  # speculative decoding accepts this share of the draft tokens
         tv = _share(s["tv"])
         low, high = tv["interval"]
         report["acceptance"] = tv | {"mean": _less(tv["mean"]), "interval": [_less(high), _less(low)]}
@@ -82,7 +82,7 @@ def _mean(s: Summary) -> dict[str, Any]:
 
 
 def _share(s: Summary) -> dict[str, Any]:
-    """Of what is between 0 and 1; its interval, by Student's t, might not be."""
+    """As _mean, for values between 0 and 1; the interval, by Student's t, is clipped to that."""
     found = _mean(s)
     return found | {"interval": [v if v is None else min(max(v, 0.0), 1.0) for v in found["interval"]]}
 
@@ -110,7 +110,7 @@ def _tokens(s: dict[str, Summary]) -> dict[str, Any]:
 
 
 def _exponential(s: Summary) -> dict[str, Any]:
-    """e to the mean, with the error that follows to first order."""
+    """e to the power of the mean, with its standard error to first order."""
     if s.n_inf or not s.mean < _LARGEST_EXPONENT:
         return {"mean": None, "stderr": None}
     value = math.exp(s.mean)
@@ -126,46 +126,46 @@ def _place(c: Comparison, row: int) -> dict[str, Any]:
 def _notes(c: Comparison, tally: Tally) -> Iterator[str]:
     kl = tally.summaries["kl"]
     if tally.done < c.rows:
-        yield f"stopped after {tally.done:,} of {c.rows:,} rows: the figures are of these"
+        yield f"stopped after {tally.done:,} of {c.rows:,} rows; the report covers these"
     if kl.n_nan:
         rows = "1 row is" if kl.n_nan == 1 else f"{kl.n_nan:,} rows are"
-        yield f"{rows} NaN, the first of them row {tally.first_nan}, and in no figure"
+        yield f"{rows} NaN, starting with row {tally.first_nan}, and left out of the report"
     if kl.n_inf:
-        rows = "1 row" if kl.n_inf == 1 else f"{kl.n_inf:,} rows"
-        yield f"{rows} with an infinite KL, where quant excludes what base does not; in no mean of the KL"
+        rows = "1 row has" if kl.n_inf == 1 else f"{kl.n_inf:,} rows have"
+        yield f"{rows} an infinite KL, because quant excludes a token that base does not; left out of the mean"
     losses = sum(tally.summaries[name].n_inf for name in ("base_nll", "quant_nll") if name in tally.summaries)
     if losses:
         infinite = "1 loss is" if losses == 1 else f"{losses:,} losses are"
-        yield f"{infinite} infinite, of a token that a model excludes: so is its perplexity; no mean has it"
+        yield f"{infinite} infinite, because a model excludes the token; so is its perplexity; left out of the means"
     if "tv" in tally.summaries and tally.summaries["tv"].max > 1.001:
-        yield "a total variation is above 1: rows do not add up to 1 as --space says that they do"
+        yield "a total variation is above 1, so some rows do not sum to 1, as --space requires"
     if c.measure.floored:
-        yield "base is stored above a floor: divergences go over the classes above it, and are lower bounds"
+        yield "base is stored with a floor: divergences are over the classes above it, and are lower bounds"
     if c.quant_floored:
-        yield "quant is stored above a floor too: what is below it reads as the floor, again for a lower bound"
+        yield "quant is stored with a floor, too: classes below it read as the floor, which again gives lower bounds"
     if not kl.n_groups:
-        yield "errors take rows to be independent, which those of a text are not: say --groups"
+        yield "errors assume independent rows, but the rows of a text are not; pass --groups"
 
 
 # ---- text ------------------------------------------------------------------------------------------------------------
 
 
 def as_text(report: dict[str, Any]) -> str:
-    """At most 80 columns, unless a path is longer."""
+    """The report as text, of at most 80 columns unless a path is longer."""
     return "\n".join(line.rstrip() for line in _lines(report)) + "\n"
 
 
 def figure(value: float | None, width: int = 0) -> str:
-    """Four digits."""
+    """A number with four digits; "-" for None."""
     text = "-" if value is None else "0" if value == 0 else f"{value:.4g}"
     return f"{text:>{width}}"
 
 
 def share(value: float | None, width: int = 0, digits: int = 2) -> str:
-    """Of one, in percent."""
+    """A fraction in percent; "-" for None."""
     if value is None:
         return f"{'-':>{width}}"
-    return f"{f'{round(100 * value, digits) + 0.0:.{digits}f} %':>{width}}"  # -0 is 0
+    return f"{f'{round(100 * value, digits) + 0.0:.{digits}f} %':>{width}}"  # -0 becomes 0
 
 
 def _lines(r: dict[str, Any]) -> Iterator[str]:
@@ -185,7 +185,7 @@ def _lines(r: dict[str, Any]) -> Iterator[str]:
     yield ""
     yield from _shares(r)
     yield ""
-    yield "KL by rank"
+    yield "quantiles of KL"
     quantiles = list(r["kl"]["quantiles"].items())
     for part in (quantiles[:6], quantiles[6:]):
         yield "".join(f"{percent(float(q)):>13}" for q, _ in part)
@@ -213,7 +213,7 @@ def _lines(r: dict[str, Any]) -> Iterator[str]:
 
 
 def _shares(r: dict[str, Any]) -> Iterator[str]:
-    for label, name in (("same most likely token", "same_top"), ("accepted of a draft, 1 - TV", "acceptance")):
+    for label, name in (("same most likely token", "same_top"), ("draft acceptance, 1 - TV", "acceptance")):
         if name in r:
             s = r[name]
             low, high = s["interval"]
@@ -222,19 +222,19 @@ def _shares(r: dict[str, Any]) -> Iterator[str]:
     low, high = r["kl"]["interval"]
     yield f"{'mean KL, 95 % interval':<30}{figure(low, 10)} to {figure(high)}"
     if r["texts"]:
-        yield f"{'error of it if rows were independent':<40}{figure(r['kl']['stderr_iid'])}"
+        yield f"{'its error if rows were independent':<40}{figure(r['kl']['stderr_iid'])}"
 
 
 def _token_lines(t: dict[str, Any]) -> Iterator[str]:
-    yield f"{'of the tokens that came':<31}{'mean':>11} ± error"
+    yield f"{'target tokens':<31}{'mean':>11} ± error"
     yield "-" * WIDTH
     rows = [("perplexity of base", "base_perplexity"), ("perplexity of quant", "quant_perplexity")]
-    rows += [("their ratio, paired", "ratio"), ("ln of it", "log_ratio")]
+    rows += [("their ratio, paired", "ratio"), ("ln of the ratio", "log_ratio")]
     for label, name in rows:
         yield f"{label:<31}{figure(t[name]['mean'], 11)} ± {figure(t[name]['stderr'])}"
     d = t["delta_p"]
     yield f"{'change of probability':<31}{share(d['mean'], 11, 3)} ± {share(d['stderr'], 0, 3)}"
-    yield f"{'  root of its mean square':<31}{share(d['rms'], 11, 3)}"
+    yield f"{'  its root mean square':<31}{share(d['rms'], 11, 3)}"
     ends = [d["quantiles"][q] for q in ("0.01", "0.05", "0.5", "0.95", "0.99")]
     yield f"{'  1, 5, 50, 95, 99 %':<31}" + "".join(share(v, 10, 2) for v in ends).removeprefix(" ")
 

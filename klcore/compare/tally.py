@@ -1,4 +1,4 @@
-"""What `klcore compare` keeps of the rows that it has seen: summaries, worst rows, and columns that outputs need."""
+"""What `klcore compare` keeps of the rows so far: summaries, the worst rows, and columns that outputs need."""
 
 import heapq
 import math
@@ -9,33 +9,33 @@ import numpy as np
 from klcore.compare.figures import DIVERGENCES, QUICK
 from klcore.summary import Summary
 
-# The base's probability of its most likely token, in the buckets of EXL3's tools: the last one includes 1.
+# The edges of the buckets of base's probability of its top token, as in EXL3's tools; the last bucket includes 1.
 CONFIDENCE = (0.0, 0.25, 0.5, 0.75, 0.95, 1.0)
-PLACES = 64  # parts of a text, or of the file, for the divergence along the position
+PLACES = 64  # parts of a text, or of the file, for the divergence by position
 
 _SIGNED = ("log_ratio", "delta_p")
 _BUCKETED = ("kl", "same_top", "base_confidence", "quant_confidence")
-_MEANS = ("same_top", "base_confidence", "quant_confidence")  # no quantiles are asked of these
+_MEANS = ("same_top", "base_confidence", "quant_confidence")  # no quantiles are needed
 
 
 class Tally:
-    """The figures of all rows so far; whatever the order in which they came, the same.
+    """The statistics of all rows so far, which do not depend on how the rows were split into chunks.
 
     Parameters
     ----------
     quick, tokens : bool
-        Which figures there are.
+        Which figures are computed.
     columns : tuple of str
-        Figures of which every row is kept, as float32.
+        Figures whose values are kept for every row, as float32.
     worst : int
-        How many of the rows with the largest KL are named.
+        The number of rows with the largest KL to keep.
     """
 
     def __init__(self, quick: bool, tokens: bool, columns: tuple[str, ...] = (), worst: int = 10) -> None:
         names = [n for n in DIVERGENCES if not quick or n in QUICK]
         names += [] if quick else ["base_entropy", "quant_entropy"]
         names += ["same_top", *(("base_nll", "quant_nll", *_SIGNED) if tokens else ())]
-        self.done = 0  # rows, of which a mask may have left some out
+        self.done = 0  # rows, including those that a mask left out
         self.first_nan: int | None = None
         self.summaries = {n: Summary(quantiles=n not in _MEANS, signed=n in _SIGNED) for n in names}
         self.buckets = [{n: Summary(quantiles=False) for n in _BUCKETED} for _ in CONFIDENCE[1:]]
@@ -44,9 +44,9 @@ class Tally:
         self.columns: dict[str, list[Any]] = {n: [] for n in columns}
         self._worst = worst
 
-    @np.errstate(over="ignore")  # a float64 beyond float32 is infinite, in columns as in summaries
+    @np.errstate(over="ignore")  # a float64 beyond float32 becomes infinite, in columns as in summaries
     def add(self, figures: dict[str, Any], mask: Any, groups: Any, places: Any) -> None:
-        """The rows that follow those so far.
+        """Add the next rows.
 
         Parameters
         ----------
@@ -54,14 +54,14 @@ class Tally:
         mask : array of bool of shape (rows,), or None
         groups : array of int of shape (rows,), or None
         places : array of int of shape (rows,)
-            Which of the `PLACES` each belongs to.
+            The place of each row, below `PLACES`.
         """
         kl, at = figures["kl"], self.done
         counts = np.ones(len(kl), bool) if mask is None else mask
         undefined = np.isnan(kl) & counts
         if undefined.any() and self.first_nan is None:
             self.first_nan = at + int(undefined.argmax())
-        defined = counts & ~undefined  # a row whose divergence is NaN is in no other figure
+        defined = counts & ~undefined  # rows whose divergence is NaN enter no other statistic
         self.summaries["kl"].update(kl, counts, groups, start=at)
         derived = _with_derived(figures)
         for name, summary in self.summaries.items():
@@ -103,7 +103,7 @@ class Tally:
         }
 
     def load(self, state: dict[str, Any], columns: dict[str, Any]) -> None:
-        """What `to_dict` of a tally of the same arguments gave, and its columns."""
+        """Restore what `to_dict` returned, for a tally with the same arguments, and its columns."""
         self.done, self.first_nan = state["done"], state["first_nan"]
         self.summaries = {n: Summary.from_dict(state["summaries"][n]) for n in self.summaries}
         self.buckets = [{n: Summary.from_dict(s) for n, s in bucket.items()} for bucket in state["buckets"]]
@@ -113,10 +113,10 @@ class Tally:
 
 
 def _with_derived(figures: dict[str, Any]) -> dict[str, Any]:
-    """With what follows of the losses of the target."""
+    """The figures, and those that follow from the losses of the target tokens."""
     if "base_nll" not in figures:
         return figures
     base, quant = figures["base_nll"], figures["quant_nll"]
-    with np.errstate(invalid="ignore"):  # both infinite
+    with np.errstate(invalid="ignore"):  # if both are infinite
         log_ratio = quant - base
     return figures | {"log_ratio": log_ratio, "delta_p": np.exp(-quant) - np.exp(-base)}

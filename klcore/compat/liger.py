@@ -1,4 +1,4 @@
-"""Liger-Kernel's LigerJSD, LigerTVDLoss and LigerKLDIVLoss: modules and functions over klcore's, without Triton.
+"""Liger-Kernel's LigerJSD, LigerTVDLoss and LigerKLDIVLoss: modules and functions on klcore's own, without Triton.
 
 The student comes first, and has a gradient; the teacher has none. All tensors are (rows, classes).
 """
@@ -16,19 +16,19 @@ _REDUCTIONS = ("batchmean", "sum", "mean", "none")
 
 
 class LigerJSD(torch.nn.Module):
-    """The generalised Jensen-Shannon divergence of log-probabilities, with beta=0 and beta=1 as KL divergences.
+    """The generalised Jensen-Shannon divergence of log-probabilities, with KL divergences at beta=0 and beta=1.
 
     Parameters
     ----------
     beta : float
-        The teacher's weight; see :func:`liger_jsd`.
+        The weight of the teacher; see :func:`liger_jsd`.
     ignore_index : int
         The label of rows that are left out.
 
     Attributes
     ----------
     beta, ignore_index
-        As given; they may be changed.
+        As given; they can be changed.
 
     See Also
     --------
@@ -54,7 +54,7 @@ class LigerJSD(torch.nn.Module):
     def forward(
         self, log_q: torch.Tensor, log_p: torch.Tensor, shift_labels: "torch.Tensor | None" = None
     ) -> torch.Tensor:
-        """The loss of the student's and the teacher's log-probabilities, as :func:`liger_jsd` takes them."""
+        """The loss of the student's and the teacher's log-probabilities; the arguments are as for :func:`liger_jsd`."""
         return liger_jsd(log_q, log_p, shift_labels, self.beta, self.ignore_index)
 
 
@@ -72,37 +72,38 @@ def liger_jsd(
     input, target : tensor of shape (rows, classes)
         Log-probabilities of the student, Q, and of the teacher, P: float64, float32, float16 or bfloat16.
     shift_labels : tensor of integers, of shape (rows,), optional
-        A row whose label is `ignore_index` is left out. Other labels are not looked at.
+        Rows with label `ignore_index` are left out. Other labels are ignored.
     beta : float
-        0 means KL(P || Q), 1 means KL(Q || P). The formula itself is 0 there, so next to these the loss jumps.
+        0 means KL(P || Q), 1 means KL(Q || P). The formula itself is 0 there, so the loss is discontinuous at both
+        ends.
     ignore_index : int
         The label of rows that are left out.
 
     Returns
     -------
     tensor
-        The sum divided by the number of rows that are not left out, or 0 where there are none. Of the input's dtype.
+        The sum divided by the number of rows that are not left out, or 0 if there are none. In the dtype of the input.
         Differentiable with respect to the input.
 
     Raises
     ------
     TypeError
-        For what is no tensor.
+        If an argument is not a tensor.
     ValueError
-        For other shapes, and a beta outside of [0, 1] or nearer than 1e-20 to 0.
+        For other shapes, and for a `beta` outside of [0, 1] or between 0 and 1e-20.
     AssertionError
-        For labels that are not one a row.
+        If the labels are not one per row.
 
     See Also
     --------
-    klcore.js_div : in new code; takes logits, which saves two arrays of their size.
+    klcore.js_div : for new code; takes logits, which saves two arrays of their size.
 
     Notes
     -----
-    As in Liger-Kernel 0.8.2. Different from it: a probability of 0, which is -inf, contributes what the divergence
-    says, where the original has NaN from 0 log 0. float64 is computed in float64. Between the ends no value is
-    negative; at the ends it is the literal sum of p log(p/q), as there, whose rounding may have either sign. Nothing
-    waits for the GPU.
+    As in Liger-Kernel 0.8.2, with these differences. A probability of 0, which is -inf, contributes what the divergence
+    says; the original has NaN from 0 log 0. float64 is computed in float64. For 0 < beta < 1 the value is never
+    negative; at both ends it is the literal sum of p log(p/q), as in the original, whose rounding error can have either
+    sign. Nothing synchronises with the GPU.
 
     Examples
     --------
@@ -117,7 +118,7 @@ def liger_jsd(
         target.detach(),
         input,
         beta,
-        rel_entr,  # whose derivative is the original's: kl_div's has the terms -p + q, too
+        rel_entr,  # it has the derivative of the original; that of kl_div includes the terms -p + q
         space="log_probs",
         reduction="sum",
         weights=mask,
@@ -132,14 +133,14 @@ class LigerTVDLoss(torch.nn.Module):
     Parameters
     ----------
     reduction : {"batchmean", "sum", "mean", "none"}
-        As in :func:`liger_tvd`, whose default is another.
+        As for :func:`liger_tvd`, which has another default.
     ignore_index : int
         The label of rows that are left out.
 
     Attributes
     ----------
     reduction, ignore_index
-        As given; they may be changed.
+        As given; they can be changed.
 
     See Also
     --------
@@ -161,7 +162,7 @@ class LigerTVDLoss(torch.nn.Module):
         self.ignore_index = ignore_index
 
     def forward(self, p: torch.Tensor, q: torch.Tensor, shift_labels: "torch.Tensor | None" = None) -> torch.Tensor:
-        """The loss of the student's and the teacher's probabilities, as :func:`liger_tvd` takes them."""
+        """The loss of the student's and the teacher's probabilities; the arguments are as for :func:`liger_tvd`."""
         return liger_tvd(p, q, shift_labels, self.reduction, self.ignore_index)
 
 
@@ -179,36 +180,38 @@ def liger_tvd(
     input, target : tensor of shape (rows, classes)
         Probabilities of the student and of the teacher: float64, float32, float16 or bfloat16.
     shift_labels : tensor of integers, of shape (rows,), optional
-        A row whose label is `ignore_index` is left out. Other labels are not looked at.
+        Rows with label `ignore_index` are left out. Other labels are ignored.
     reduction : {"mean", "batchmean", "sum", "none"}
-        "batchmean": the sum divided by the number of rows that are not left out. "mean": by that number times classes.
-        "none": the terms, of shape (rows, classes), 0 in rows that are left out.
+        "batchmean": the sum divided by the number of rows that are not left out. "mean": the sum divided by that number
+        times classes. "none": the terms, of shape (rows, classes), which are 0 in rows that are left out.
     ignore_index : int
         The label of rows that are left out.
 
     Returns
     -------
     tensor
-        A scalar, but for "none"; float32, or float64 if an argument is. Differentiable with respect to the input.
+        A scalar, except for "none"; float64 if an argument is float64, else float32. Differentiable with respect to the
+        input.
 
     Raises
     ------
     TypeError
-        For what is no tensor.
+        If an argument is not a tensor.
     ValueError
-        For other shapes, and an unknown reduction.
+        For other shapes, and for an unknown reduction.
     AssertionError
-        For labels that are not one a row.
+        If the labels are not one per row.
 
     See Also
     --------
-    klcore.tv_dist : in new code; takes logits.
+    klcore.tv_dist : for new code; takes logits.
 
     Notes
     -----
-    As in Liger-Kernel 0.8.2. Different from it: where p = q the derivative is 0; the original's is -1/2. Where no row
-    is left the means are 0, as its Jensen-Shannon divergence is; it raises ZeroDivisionError. Negative numbers, which
-    are no probabilities, make NaN. 16-bit numbers are subtracted in float32. Nothing waits for the GPU.
+    As in Liger-Kernel 0.8.2, with these differences. Where p = q the derivative is 0; in the original it is -1/2. If
+    all rows are left out the means are 0, like its Jensen-Shannon divergence; the original raises ZeroDivisionError.
+    Negative numbers, which are not probabilities, give NaN. 16-bit numbers are subtracted in float32. Nothing
+    synchronises with the GPU.
 
     Examples
     --------
@@ -232,23 +235,23 @@ def liger_tvd(
 
 
 class LigerKLDIVLoss(torch.nn.KLDivLoss):
-    """The divergence of a target from the model's log-probabilities: ``torch.nn.KLDivLoss`` with an epsilon before it.
+    """The divergence of a target from the model's log-probabilities: ``torch.nn.KLDivLoss`` with an extra `eps`.
 
     Parameters
     ----------
     eps : float
-        Taken, and not used; see :func:`liger_kl_div`.
+        Accepted, but not used; see :func:`liger_kl_div`.
     size_average, reduce : bool, optional
-        Deprecated; as in ``torch.nn.KLDivLoss``, which warns.
+        Deprecated; as for ``torch.nn.KLDivLoss``, which warns.
     reduction : {"mean", "batchmean", "sum", "none"}
-        As in :func:`liger_kl_div`. "mean" divides by the number of elements.
+        As for :func:`liger_kl_div`. "mean" divides by the number of elements.
     log_target : bool
         The target holds log-probabilities.
 
     Attributes
     ----------
     eps, reduction, log_target
-        As given; they may be changed.
+        As given; they can be changed.
 
     See Also
     --------
@@ -256,7 +259,7 @@ class LigerKLDIVLoss(torch.nn.KLDivLoss):
 
     Notes
     -----
-    The order of the arguments is the original's: `eps` comes first, so say ``reduction="batchmean"`` by its name.
+    The order of the arguments is that of the original: `eps` comes first, so pass ``reduction="batchmean"`` by name.
 
     Examples
     --------
@@ -282,7 +285,7 @@ class LigerKLDIVLoss(torch.nn.KLDivLoss):
         self.eps = eps
 
     def forward(self, y_pred: torch.Tensor, y_true: torch.Tensor) -> torch.Tensor:
-        """The loss of the model's log-probabilities and the target, as :func:`liger_kl_div` takes them."""
+        """The loss of the model's log-probabilities and the target; the arguments are as for :func:`liger_kl_div`."""
         return liger_kl_div(y_pred, y_true, reduction=self.reduction, log_target=self.log_target, eps=self.eps)
 
 
@@ -304,40 +307,41 @@ def liger_kl_div(
     target : tensor of the same shape
         Probabilities, or log-probabilities with `log_target`.
     size_average, reduce : bool
-        Taken, and not looked at, as in the original.
+        Accepted, but ignored, as in the original.
     reduction : {"mean", "batchmean", "sum", "none"}
-        "batchmean": the sum divided by the number of rows. "mean": by the number of elements. "none": the terms.
+        "batchmean": the sum divided by the number of rows. "mean": the sum divided by the number of elements. "none":
+        the terms.
     log_target : bool
         The target holds log-probabilities.
     eps : float
-        Taken, and not used: klcore needs none.
+        Accepted, but not used: klcore does not need it.
 
     Returns
     -------
     tensor
-        A scalar, but for "none"; float32, or float64 if an argument is. Differentiable with respect to the input, with
-        the derivative -t of a term.
+        A scalar, except for "none"; float64 if an argument is float64, else float32. Differentiable with respect to the
+        input; a term has the derivative -t.
 
     Raises
     ------
     TypeError
-        For what is no tensor.
+        If an argument is not a tensor.
     ValueError
-        For other shapes, and an unknown reduction.
+        For other shapes, and for an unknown reduction.
 
     See Also
     --------
-    klcore.kl_div : in new code; takes logits, and is never negative.
+    klcore.kl_div : for new code; takes logits, and is never negative.
 
     Notes
     -----
-    As in Liger-Kernel 0.8.2: the literal sum, whose rounding may be negative for close rows; the means of no rows are
-    NaN.
+    As in Liger-Kernel 0.8.2, this is the literal sum, which rounding can make negative for close rows; the means of no
+    rows are NaN.
 
-    Different from it: the original takes log(eps) as the logarithm of probabilities below `eps`, which adds up to
-    ``eps/e`` a class, 4e-11 by default. A target of 0 contributes 0 whatever the input is; the original has NaN where
-    that is -inf, and with `log_target` for every 0. Negative targets make NaN. 16-bit numbers are computed in float32;
-    Triton has no logarithm of them.
+    Differences from Liger-Kernel: the original uses log(eps) as the logarithm of probabilities below `eps`, which adds
+    up to ``eps/e`` per class, 4e-11 by default. A target of 0 contributes 0 whatever the input is; the original has NaN
+    if the input is -inf, and with `log_target` for every 0. Negative targets give NaN. 16-bit numbers are computed in
+    float32; Triton has no logarithm of them.
 
     Examples
     --------
@@ -365,21 +369,21 @@ def _check(**tensors: Any) -> None:
     shapes = [tuple(t.shape) for t in tensors.values()]
     if len(shapes[0]) != 2 or shapes[0] != shapes[1]:
         raise ValueError(
-            f"{' and '.join(tensors)} must be of one shape, (rows, classes); found {shapes[0]} and {shapes[1]}"
+            f"{' and '.join(tensors)} must have the same shape, (rows, classes); found {shapes[0]} and {shapes[1]}"
         )
 
 
 def _rows(input: torch.Tensor, labels: "torch.Tensor | None", ignore_index: int) -> "tuple[torch.Tensor | None, Any]":
-    """(which rows count, how many they are, at least 1)."""
+    """(the mask of the rows that count, their number, at least 1)."""
     if labels is None:
         return None, max(input.shape[0], 1)
     check_tensors(shift_labels=labels)
     if labels.shape != input.shape[:1]:
         raise AssertionError(
-            f"shift_labels must be one a row, of shape {tuple(input.shape[:1])}; found {tuple(labels.shape)}"
+            f"shift_labels must have one label per row, shape {tuple(input.shape[:1])}; found {tuple(labels.shape)}"
         )
     mask = (labels != ignore_index).to(input.device)
-    return mask, mask.sum().clamp_min(1)  # counted where it is: the host need not know
+    return mask, mask.sum().clamp_min(1)  # stays on the device, without synchronisation
 
 
 def _denominator(reduction: str, rows: Any, classes: int) -> Any:

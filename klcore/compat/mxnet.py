@@ -1,4 +1,4 @@
-"""MXNet gluon's KLDivLoss: its parameters, axes and weights over klcore's engine."""
+"""MXNet Gluon's KLDivLoss: its parameters, axes and weights on klcore's engine."""
 
 import math
 import numbers
@@ -28,32 +28,36 @@ __all__ = ["KLDivLoss"]
 
 
 class KLDivLoss:
-    """The loss of ``mxnet.gluon.loss.KLDivLoss``: the mean of label*(log(label + 1e-12) - log_prob), for every sample.
+    """The loss of ``mxnet.gluon.loss.KLDivLoss``: the mean of label*(log(label + 1e-12) - log_prob) for every sample.
 
     Parameters
     ----------
     from_logits : bool
-        True: `pred` holds log-probabilities (the word means the opposite in other libraries). False: scores, whose
-        log-softmax over `axis` is taken.
+        True: `pred` holds log-probabilities (other libraries use this name with the opposite meaning). False: `pred`
+        holds scores, and their log-softmax over `axis` is used.
     axis : int
-        Of the softmax; used with ``from_logits=False`` only.
+        The axis of the softmax; only with ``from_logits=False``.
     weight : float, optional
-        What the loss is multiplied with.
+        Multiplies the loss.
     batch_axis : int
         The axis of the samples, which is kept.
     nonbatch : {"mean", "sum"}
-        What is done with the terms of a sample. The mean is what MXNet's page says and all its versions do but 1.9.0
-        and 1.9.1, which add up.
+        How the terms of a sample are reduced. "mean" is documented by MXNet, and computed by all its versions except
+        1.9.0 and 1.9.1, which compute the sum.
+
+    See Also
+    --------
+    klcore.kl_div : for new code; takes logits, and is never negative.
 
     Notes
     -----
-    The mean is over all elements of a sample, not over its distributions, and weights are not in its denominator. The
-    result is a vector of one loss a sample.
+    The mean is over all elements of a sample, not over its distributions, and does not divide by the weights. The
+    result is a vector with one loss per sample.
 
-    ``MXNetError`` of the original is here a ValueError (shapes, axes) or a TypeError (dtypes). Different from it:
-    pred and label must have one shape (the original broadcasts them by accident where it is not hybridized), integers
-    are refused, 16-bit arrays are computed in float32 and rounded once. In float16, 1e-12 is 0, as in the original,
-    and so a label of 0 gives NaN there.
+    Where the original raises ``MXNetError``, this raises ValueError (shapes, axes) or TypeError (dtypes). Other
+    differences: pred and label must have the same shape (if it is not hybridized, the original accidentally broadcasts
+    them); integers raise; 16-bit arrays are computed in float32 and rounded once. In float16, 1e-12 is 0, as in the
+    original, so a label of 0 gives NaN.
 
     Examples
     --------
@@ -97,21 +101,21 @@ class KLDivLoss:
         label : array of the same shape and dtype
             Probabilities.
         sample_weight : array, optional
-            What the terms are multiplied with; broadcasts with them: (batch, 1, ...) for one weight a sample. Other
-            shapes take memory of the size of pred.
+            Multiplies the terms, with which it broadcasts: (batch, 1, ...) for one weight per sample. Other shapes need
+            memory of the size of pred.
 
         Returns
         -------
         array of shape (batch,)
-            In the dtype of pred. Of PyTorch's and JAX' arrays differentiable with respect to all three.
+            In the dtype of pred. For arrays of PyTorch and JAX, differentiable with respect to all three arguments.
 
         Raises
         ------
         AssertionError
-            If `weight` is no number.
+            If `weight` is not a number.
         TypeError
-            For what is no array, dtypes that differ or are not floating-point, an axis that is no integer, and
-            arguments by keyword.
+            If an argument is not an array, for dtypes that differ or are not floating-point, for an axis that is not an
+            integer, and for arguments passed by keyword.
         ValueError
             For shapes that differ or do not broadcast, and axes out of range.
         """
@@ -126,16 +130,16 @@ class KLDivLoss:
         Parameters
         ----------
         pred, label, sample_weight : array
-            As for a call. Of PyTorch's and JAX' arrays the values are taken, and plain arrays are returned.
+            As for a call. Arrays of PyTorch and JAX are taken without their history, and the results are plain arrays.
         cotangent : array of shape (batch,) or float, optional
-            What the derivatives are multiplied with; None: ones.
+            Multiplies the derivatives. None means ones.
 
         Returns
         -------
         value : array of shape (batch,)
             The loss.
         gradients : tuple of arrays
-            With respect to pred, label and, where it is given, sample_weight, in their shapes and dtypes.
+            With respect to pred, label and, if given, sample_weight, in their shapes and dtypes.
 
         Notes
         -----
@@ -172,16 +176,19 @@ class KLDivLoss:
             if not hasattr(array, "dtype") or not hasattr(array, "shape"):
                 raise TypeError(f"{word} must be an array, found {type(array).__name__}")
             if dtype_name(array) not in FLOATS:
-                raise TypeError(f"{word} must be of {', '.join(FLOATS)}, found {dtype_name(array)}")
+                raise TypeError(f"{word} must have dtype {', '.join(FLOATS)}, found {dtype_name(array)}")
         one_library(pred=pred, label=label)
         if dtype_name(pred) != dtype_name(label):
             raise TypeError(
-                f"pred and label must be of one dtype, found {dtype_name(pred)} and {dtype_name(label)}; convert one"
+                f"pred and label must have the same dtype, found {dtype_name(pred)} and {dtype_name(label)}; convert "
+                "one of them"
             )
         if tuple(pred.shape) != tuple(label.shape):
-            raise ValueError(f"pred and label must be of one shape, found {tuple(pred.shape)} and {tuple(label.shape)}")
+            raise ValueError(
+                f"pred and label must have the same shape, found {tuple(pred.shape)} and {tuple(label.shape)}"
+            )
         if not pred.ndim:
-            raise ValueError("pred must have a batch axis, found an array without dimensions")
+            raise ValueError("pred must have a batch axis, found a 0-d array")
         weights = None if sample_weight is None else as_array(sample_weight, pred, dtype_name(pred))
         return pred, label, weights
 
@@ -189,9 +196,10 @@ class KLDivLoss:
         return _axis("batch_axis", self.batch_axis, len(shape))
 
     def _denominator(self, shape: tuple[int, ...]) -> float:
-        """What the sum over a sample is divided by, for terms of this shape.
+        """The divisor of the sum over a sample, for terms of this shape.
 
-        The weight is in it, so that it costs no pass; 0 as its infinite inverse, which leaves infinite terms NaN.
+        It includes the inverse of the weight, which saves a pass. A weight of 0 gives inf, and so NaN for infinite
+        terms.
         """
         batch = self._batch(shape)
         count = 1 if self.nonbatch == "sum" else math.prod(shape[:batch] + shape[batch + 1 :])
@@ -199,7 +207,7 @@ class KLDivLoss:
         return divisor_of(count / weight) if weight else math.inf
 
     def _engine(self, pred: Any, label: Any, reduction: str, **options: Any) -> Any:
-        """The engine's loss. With `from_logits`, any axis may be called that of the classes."""
+        """The loss of the engine. With `from_logits`, any axis can be the class axis."""
         axis = options.pop("axis", -1 if self.from_logits else self.axis)
         return loss(
             "mxnet",
@@ -219,13 +227,13 @@ class KLDivLoss:
         full = broadcast(shape, of_weights, "pred and sample_weight")
         batch = self._batch(full)
         samples = of_weights[batch] if len(of_weights) == len(full) else 1
-        if len(full) == len(shape) and math.prod(of_weights) == samples:  # one weight a sample
+        if len(full) == len(shape) and math.prod(of_weights) == samples:  # one weight per sample
             return self._sums(pred, label)[0] * weights.reshape(-1)
         terms = self._engine(pred, label, "none", denominator=self._denominator(full)) * weights
         return cast(_sum(terms, [k for k in range(len(full)) if k != batch]), dtype_name(pred))
 
     def _sums(self, pred: Any, label: Any, return_grad: tuple[str, str] | None = None) -> list[Any]:
-        """The losses of the samples without sample weights, and the gradients that `return_grad` asks for."""
+        """The losses of the samples, without sample weights, and the gradients that `return_grad` asks for."""
         shape = tuple(pred.shape)
         view, axis, reduction, leftover = self._layout(shape)
         found = self._engine(
@@ -240,10 +248,10 @@ class KLDivLoss:
         return [cast(_sum(value, leftover), dtype_name(pred)), *(g.reshape(shape) for g in gradients)]
 
     def _layout(self, shape: tuple[int, ...]) -> tuple[tuple[int, ...], int, str, list[int]]:
-        """How the engine adds up as much as it can: (shape for it, class axis, reduction, axes left to sum)."""
+        """(shape for the engine, class axis, reduction, axes left to sum), so that the engine adds up all it can."""
         batch = self._batch(shape)
         others = [k for k in range(len(shape)) if k != batch]
-        if self.from_logits:  # all of a sample can be one row
+        if self.from_logits:  # a whole sample can be one row
             before, n, after = math.prod(shape[:batch]), shape[batch], math.prod(shape[batch + 1 :])
             if not others:
                 return shape, 0, "none", []
@@ -265,5 +273,5 @@ def _axis(word: str, axis: Any, ndim: int) -> int:
         raise TypeError(f"{word} must be an integer, found {shown(axis)}")
     axis = int(axis)
     if not -ndim <= axis < ndim:
-        raise ValueError(f"{word} must be within [{-ndim}, {ndim}) for arrays of {ndim} axes, found {shown(axis)}")
+        raise ValueError(f"{word} must be in [{-ndim}, {ndim}) for arrays with {ndim} axes, found {shown(axis)}")
     return axis % ndim

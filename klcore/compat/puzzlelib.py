@@ -1,4 +1,4 @@
-"""PuzzleLib's Cost.KLDivergence: its call, its state and its checks over klcore's engine."""
+"""PuzzleLib's Cost.KLDivergence: its call, its state and its checks on klcore's engine."""
 
 import math
 import warnings
@@ -16,37 +16,41 @@ class KLDivergence:
     Parameters
     ----------
     maxlabels : int, optional
-        The exact size of axis 1 of the scores, which is checked; None and 0 check nothing.
+        The exact size of axis 1 of the scores, which is checked. None and 0 check nothing.
     normTarget : bool
-        The target holds scores, too: its softmax is taken.
+        The target holds scores, too, and its softmax is used.
 
     Attributes
     ----------
     maxlabels, normTarget
         As given.
     error, valError : scalar
-        Of the last call, and of the last :meth:`validate`, in nats.
+        The error of the last call, and of the last :meth:`validate`, in nats.
     grad : array
-        Of the last call.
+        The gradient of the last call.
     devErr, accumErr : scalar
-        The sum over the last batch, not divided, and over all batches since :meth:`resetAccumulator`.
+        The undivided sum over the last batch, and over all batches since :meth:`resetAccumulator`.
     batchsize, numOfSamples : int
-        The size of the last batch, and of all since :meth:`resetAccumulator`.
+        The size of the last batch, and of all batches since :meth:`resetAccumulator`.
     dirty : bool
-        `error` is not yet that of the last call; :meth:`getError` makes it so.
+        `error` is not yet that of the last call; :meth:`getError` updates it.
+
+    See Also
+    --------
+    klcore.kl_div : for new code; returns the derivative, and is never negative.
 
     Notes
     -----
-    The softmax spans all axes but the first, together. The error is the sum of y*(log(y) - log(softmax)) over the
-    classes with y > 0, divided by the size of the batch: zero, negative and NaN targets count nothing.
+    The softmax is over all axes except the first, together. The error is the sum of y*(log(y) - log(softmax)) over the
+    classes with y > 0, divided by the size of the batch: zero, negative and NaN targets contribute nothing.
 
-    The gradient is (y - softmax) / batch: what PuzzleLib's optimisers *add* to the parameters. It is the negative
-    derivative only where the targets of a sample are non-negative and sum to one. The derivative is what
+    The gradient is (y - softmax) / batch, which PuzzleLib's optimisers *add* to the parameters. It is the negative
+    derivative only if the targets of a sample are non-negative and sum to one. The derivative is what
     ``klcore.kl_div(..., return_grad="y")`` returns.
 
-    Different from the original: the logarithm of the softmax is taken directly, so that a score far below the others
-    makes a large error, not an infinite one. NumPy arrays are taken as device arrays are; both arguments must be
-    of one library. The sum does not depend on the number of threads or the device.
+    Differences from the original: the logarithm of the softmax is computed directly, so a score far below the others
+    gives a large error, not an infinite one. NumPy arrays are accepted like device arrays; both arguments must be of
+    the same library. The sum does not depend on the number of threads or the device.
 
     Examples
     --------
@@ -76,38 +80,38 @@ class KLDivergence:
         self.numOfSamples = 0
 
     def __call__(self, pred: Any, target: Any, queryError: bool = True) -> Any:
-        """Error and gradient of a batch; both are also kept.
+        """The error and the gradient of a batch; both are also stored.
 
         Parameters
         ----------
         pred : float32 array of shape (batch, ...)
-            Scores; their softmax is taken.
+            Scores; their softmax is used.
         target : float32 array of the same shape
             Probabilities, or scores with `normTarget`.
         queryError : bool
-            False returns the gradient only.
+            False returns only the gradient.
 
         Returns
         -------
         error : scalar
-            In nats, of one sample on average.
+            The average error of a sample, in nats.
         grad : float32 array
-            The direction of descent, of the shape of pred.
+            The direction of descent, in the shape of pred.
 
         Raises
         ------
         AssertionError
-            For shapes that differ, and a size of axis 1 that is not `maxlabels`.
+            For different shapes, and if the size of axis 1 is not `maxlabels`.
         AttributeError
-            For what is no array.
+            If an argument is not an array.
         KeyError
-            For floating-point scores of another dtype than float32, those of a target with `normTarget` included.
+            For floating-point scores of another dtype than float32, including a target with `normTarget`.
         ValueError
             For probabilities of another dtype.
         TypeError
-            For scores that are no floating-point numbers, and arrays of two libraries.
+            For scores that are not floating-point, and arrays of two libraries.
         IndexError
-            For arrays without dimensions, and `maxlabels` with arrays of one.
+            For 0-d arrays, and for `maxlabels` with 1-d arrays.
         ZeroDivisionError
             For an empty batch.
         """
@@ -123,14 +127,21 @@ class KLDivergence:
         return error, self.grad
 
     def value_and_grad(self, pred: Any, target: Any, *, cotangent: Any = None) -> tuple[Any, tuple[Any]]:
-        """``(error, (grad,))`` with the gradient of a call, a direction of descent; nothing is kept.
+        """``(error, (grad,))`` with the gradient of a call, a direction of descent; nothing is stored.
 
         Parameters
         ----------
         pred, target : array
-            As for a call. Of PyTorch's and JAX' arrays the values are taken, and plain arrays are returned.
+            As for a call. Arrays of PyTorch and JAX are taken without their history, and the results are plain arrays.
         cotangent : array or float, optional
-            What the gradient is multiplied with.
+            Multiplies the gradient.
+
+        Returns
+        -------
+        error : scalar
+            The average error of a sample, in nats.
+        gradients : (array,)
+            The direction of descent, in the shape of pred.
         """
         pred, target = detached(pred, target)
         error, grad = self._compute(pred, target, "y")
@@ -139,7 +150,7 @@ class KLDivergence:
         return error, (grad,)
 
     def validate(self, pred: Any, target: Any) -> Any:
-        """The error of a batch, kept as `valError` and nowhere else."""
+        """The error of a batch, which is stored only as `valError`."""
         self.valError = self._compute(pred, target, None)
         return self.valError
 
@@ -155,7 +166,7 @@ class KLDivergence:
         return self.valError
 
     def getMeanError(self) -> Any:
-        """The error of a sample on average over all batches since :meth:`resetAccumulator`."""
+        """The average error of a sample over all batches since :meth:`resetAccumulator`."""
         return _mean(self.accumErr, self.numOfSamples)
 
     def resetAccumulator(self) -> None:
@@ -190,15 +201,15 @@ class KLDivergence:
                 raise AttributeError(f"{name} must be an array, found {type(array).__name__}")
         one_library(pred=pred, target=target)
         if not pred.ndim or not target.ndim:
-            raise IndexError("pred and target must have a batch axis, found an array without dimensions")
+            raise IndexError("pred and target must have a batch axis, found a 0-d array")
         shapes = f"{tuple(pred.shape)} and {tuple(target.shape)}"
         if tuple(pred.shape) != tuple(target.shape):
-            raise AssertionError(f"pred and target must be of one shape, found {shapes}")
+            raise AssertionError(f"pred and target must have the same shape, found {shapes}")
         if truth(self.maxlabels, "maxlabels"):
             if pred.ndim == 1:
-                raise IndexError("maxlabels is the size of axis 1, and pred has one axis only")
+                raise IndexError("maxlabels is the size of axis 1, but pred has only one axis")
             if pred.shape[1] != self.maxlabels:
-                raise AssertionError(f"axis 1 of pred must be of size maxlabels = {self.maxlabels}, found {shapes}")
+                raise AssertionError(f"axis 1 of pred must have size maxlabels={self.maxlabels}, found {shapes}")
         for name, array in (("pred", pred), ("target", target)):
             dtype = dtype_name(array)
             if dtype == "float32":
@@ -212,5 +223,5 @@ class KLDivergence:
 def _mean(total: Any, count: int) -> Any:
     if count:
         return total / count
-    warnings.warn("there was no batch yet: the mean of nothing is NaN", RuntimeWarning, stacklevel=3)
+    warnings.warn("the mean error is NaN, because there was no batch yet", RuntimeWarning, stacklevel=3)
     return math.nan

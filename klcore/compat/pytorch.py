@@ -1,6 +1,6 @@
-"""PyTorch's KLDivLoss and kl_div: the arguments of torch.nn and torch.nn.functional over klcore's engine.
+"""PyTorch's KLDivLoss and kl_div: the arguments of torch.nn and torch.nn.functional on klcore's engine.
 
-The terms stand in src/kl_compat.h; here are the words, warnings, checks and dtypes. klcore.compat.rtorch calls `aten`.
+The terms are in src/kl_compat.h; options, warnings, checks and dtypes are here. klcore.compat.rtorch uses `aten`.
 """
 
 import math
@@ -29,10 +29,10 @@ from klcore.divergence import loss
 
 if TYPE_CHECKING:
     from torch import Tensor
-    from torch.nn import KLDivLoss as _Original  # unknown to type checkers where there is no PyTorch: then anything
+    from torch.nn import KLDivLoss as _Original  # Any for type checkers without PyTorch
     from typing_extensions import Self  # in typing from Python 3.11
 else:
-    _Original = object  # PyTorch is not imported here: `_module` brings its class in where it is loaded
+    _Original = object  # PyTorch is not imported here: `_module` adds its class if it is loaded
 
 __all__ = ["KLDivLoss", "kl_div"]
 
@@ -40,24 +40,24 @@ __all__ = ["KLDivLoss", "kl_div"]
 class KLDivLoss(_Original):
     """The loss of ``torch.nn.KLDivLoss``: the divergence of `target` from the model's log-probabilities, in nats.
 
+    If PyTorch is loaded, instances are ``torch.nn.KLDivLoss`` modules, also those of subclasses, with hooks,
+    ``.to(device)`` and so on.
+
     Parameters
     ----------
     size_average, reduce : bool, optional
-        Deprecated. If either is given, `reduction` is ignored: "none" if `reduce` is false, else "mean" if
-        `size_average` is true, else "sum". One that is missing counts as true.
+        Deprecated. If either is given, `reduction` is ignored, and is "none" if `reduce` is false, else "mean" if
+        `size_average` is true, else "sum". If only one is given, the other counts as true.
     reduction : {"mean", "batchmean", "sum", "none"}
         "batchmean", the sum divided by the size of the first axis of the input, is the divergence. "mean" divides by
-        the number of elements. A wrong word raises when the loss is called.
+        the number of elements. An unknown value raises when the loss is called.
     log_target : bool
         The target holds log-probabilities.
 
     Attributes
     ----------
     reduction, log_target
-        As given; they may be changed.
-
-    Where PyTorch is loaded, instances are ``torch.nn.KLDivLoss``, those of subclasses too: modules with hooks,
-    ``.to(device)`` and the like.
+        As given; they can be changed.
 
     See Also
     --------
@@ -102,11 +102,11 @@ class KLDivLoss(_Original):
         return "KLDivLoss()"
 
     def __call__(self, input: Any, target: Any) -> Any:
-        """The loss of arrays as :func:`kl_div` takes them."""
+        """The loss; input and target are as for :func:`kl_div`."""
         return self.forward(input, target)
 
     def forward(self, input: Any, target: Any) -> "Tensor":
-        """What a call computes; for subclasses to override."""
+        """Computes a call; subclasses can override it."""
         return aten(input, target, *_reduction(None, None, self.reduction), self.log_target)
 
     def value_and_grad(self, input: Any, target: Any, *, cotangent: Any = None) -> tuple[Any, tuple[Any, Any]]:
@@ -115,9 +115,9 @@ class KLDivLoss(_Original):
         Parameters
         ----------
         input, target : array
-            As for a call. Of PyTorch's and JAX' arrays the values are taken, and plain arrays are returned.
+            As for a call. Arrays of PyTorch and JAX are taken without their history, and the results are plain arrays.
         cotangent : array or float, optional
-            What the derivatives are multiplied with, of the shape of the value; None: ones.
+            Multiplies the derivatives; of the shape of the value. None means ones.
 
         Returns
         -------
@@ -165,41 +165,45 @@ def kl_div(
     target : array
         Probabilities, or log-probabilities with `log_target`. Broadcasts with the input, along any axis.
     size_average, reduce : bool, optional
-        Deprecated; see :class:`KLDivLoss`. Here ``reduction="batchmean"`` still divides what they ask for.
+        Deprecated; see :class:`KLDivLoss`. Here ``reduction="batchmean"`` still divides the result that they ask for.
     reduction : {"mean", "batchmean", "sum", "none"}
-        "mean": by the number of elements of the broadcast arrays. "batchmean": the sum by the size of the first axis of
-        the input, if it has one. "none": the terms.
+        "mean" divides by the number of elements of the broadcast arrays. "batchmean" divides the sum by the size of the
+        first axis of the input, if it has one. "none" returns the terms.
     log_target : bool
         The target holds log-probabilities.
 
     Returns
     -------
     array
-        A scalar, or of the broadcast shape for "none". The wider dtype of the two; float32 for float16 with bfloat16;
-        an array without dimensions does not widen one that has some. Of PyTorch's and JAX' arrays differentiable with
-        respect to both.
+        A scalar, or for "none" an array of the broadcast shape. The dtype is the wider of the two, and float32 for
+        float16 with bfloat16; a 0-d array does not widen an array that has dimensions. For arrays of PyTorch and JAX,
+        differentiable with respect to both.
 
     Raises
     ------
     ValueError
         For an unknown reduction.
     TypeError
-        For what is no array, arrays of two libraries, and a `log_target` that is no bool.
+        If an argument is not an array, the arrays are of two libraries, or `log_target` is not a bool.
     RuntimeError
-        For complex numbers, integers and booleans, and shapes that do not broadcast.
+        For complex numbers, integers and booleans, and for shapes that do not broadcast.
 
     Warns
     -----
     UserWarning
-        For "mean", and for the deprecated arguments and words.
+        For "mean", and for the deprecated arguments and option values.
+
+    See Also
+    --------
+    klcore.kl_div : for new code; takes logits, and is never negative.
 
     Notes
     -----
-    As in PyTorch, from version 1.13: a target of 0 contributes 0 if the input is finite, else NaN; negative ones NaN.
-    The derivative with respect to a target of 0 is NaN. With `log_target`, -inf gives NaN.
+    As in PyTorch 1.13 and later: a target of 0 contributes 0 if the input is finite, else NaN; a negative target gives
+    NaN. The derivative with respect to a target of 0 is NaN. With `log_target`, -inf gives NaN.
 
-    Different from it: NumPy and CuPy arrays are taken, too. float16 and bfloat16 are computed in float32 and rounded
-    once, so that "batchmean" in float16 does not overflow on its way.
+    Differences from PyTorch: NumPy and CuPy arrays are supported. float16 and bfloat16 are computed in float32 and
+    rounded once, so that "batchmean" in float16 does not overflow in between.
 
     ``kl_div.value_and_grad(...)`` takes the same arguments and `cotangent`; see :meth:`KLDivLoss.value_and_grad`.
 
@@ -215,30 +219,30 @@ def kl_div(
 
 @cache
 def _module(torch: ModuleType, cls: type) -> type:
-    """KLDivLoss, or a subclass, as a module of PyTorch's, called as those are."""
+    """KLDivLoss, or a subclass, as a PyTorch module."""
     if issubclass(cls, torch.nn.Module):
         return cls
 
-    def reduce(self: Any) -> Any:  # by the class that can be imported
+    def reduce(self: Any) -> Any:  # pickle by the class that can be imported
         return cls.__new__, (cls,), self.__dict__
 
     members = {"__call__": torch.nn.Module.__call__, "__reduce__": reduce, "__module__": cls.__module__}
     return type(cls.__name__, (cls, torch.nn.KLDivLoss), {**members, "__qualname__": cls.__qualname__})
 
 
-# ---- the words -------------------------------------------------------------------------------------------------------
+# ---- options ---------------------------------------------------------------------------------------------------------
 
 
 def _legacy(size_average: Any, reduce: Any) -> str:
-    """The reduction that the deprecated arguments ask for, of which at least one is given."""
+    """The reduction that the deprecated arguments ask for; at least one of them is given."""
     average = size_average is None or truth(size_average, "size_average")
     word = "none" if reduce is not None and not truth(reduce, "reduce") else "mean" if average else "sum"
-    _warn(f"size_average and reduce are deprecated; reduction={word!r} is what they ask for here")
+    _warn(f"size_average and reduce are deprecated; use reduction={word!r} instead")
     return word
 
 
 def _warn(message: str) -> None:
-    """A UserWarning about the line that called klcore, be it through a module of PyTorch's."""
+    """A UserWarning about the line that called klcore, directly or through a PyTorch module."""
     if traced():
         return
     frame, level = sys._getframe(1), 2
@@ -254,9 +258,9 @@ def _reduction(size_average: Any, reduce: Any, reduction: str) -> tuple[str, boo
         return _legacy(size_average, reduce), by_batch
     word = reduction if isinstance(reduction, str) else None  # an array may equal several
     if word == "mean":
-        _warn("reduction='mean' divides by the number of elements, which is not the divergence; 'batchmean' is")
+        _warn("reduction='mean' divides by the number of elements, which is not the divergence; use 'batchmean'")
     elif word == "elementwise_mean":
-        _warn("reduction='elementwise_mean' is deprecated; say 'mean'")
+        _warn("reduction='elementwise_mean' is deprecated; use 'mean'")
         return "mean", False
     elif word not in ("batchmean", "none", "sum"):
         raise ValueError(f"reduction must be 'mean', 'batchmean', 'sum' or 'none', found {shown(reduction)}")
@@ -267,7 +271,7 @@ def _reduction(size_average: Any, reduce: Any, reduction: str) -> tuple[str, boo
 
 
 def _checked(input: Any, target: Any, log_target: bool) -> tuple[tuple[int, ...], str]:
-    """(shape, name of the dtype) of the terms. The checks and their classes are in PyTorch's order."""
+    """(shape, name of the dtype) of the terms. The checks and their exceptions are in PyTorch's order."""
     dense(input=input, target=target)
     for name, array in (("input", input), ("target", target)):
         if not hasattr(array, "dtype") or not hasattr(array, "shape"):
@@ -279,9 +283,9 @@ def _checked(input: Any, target: Any, log_target: bool) -> tuple[tuple[int, ...]
     if any(name.startswith("complex") for name in found):
         raise RuntimeError(f"input and target must be real, found {' and '.join(found)}")
     if any(name.startswith(("int", "uint", "bool")) for name in found):
-        raise RuntimeError(f"input and target must be floating-point; convert them first. Found {' and '.join(found)}")
+        raise RuntimeError(f"input and target must be floating-point, found {' and '.join(found)}; convert them first")
     if not set(found) <= set(FLOATS):
-        raise TypeError(f"input and target must be of {', '.join(FLOATS)}; found {' and '.join(found)}")
+        raise TypeError(f"input and target must have dtype {', '.join(FLOATS)}; found {' and '.join(found)}")
     shape = broadcast(tuple(input.shape), tuple(target.shape), "input and target", RuntimeError)
     if len(set(found)) == 1 or (not input.ndim and target.ndim):
         return shape, found[1]
@@ -299,9 +303,9 @@ def aten(
     cotangent: Any = None,
     return_grad: tuple[str, str] | None = None,
 ) -> Any:
-    """What PyTorch and R torch both call: the terms, not reduced ("none"), added up ("sum") or averaged ("mean").
+    """The function behind PyTorch and R torch: the terms, not reduced ("none"), added up ("sum") or averaged ("mean").
 
-    `by_batch` divides by the size of the first axis of the input besides.
+    `by_batch` also divides by the size of the first axis of the input.
     """
     shape, dtype = _checked(input, target, log_target)
     wide = "float64" if "float64" in (dtype_name(input), dtype_name(target)) else "float32"
@@ -316,7 +320,7 @@ def aten(
         reduction="none" if word == "none" else "sum",
         factors=cotangent,
         denominator=divisor_of(denominator),
-        dtype=None if dtype == wide else dtype,  # the engine's own choice is its quickest way
+        dtype=None if dtype == wide else dtype,  # None lets the engine take its fastest path
         return_grad=return_grad,
     )
 
@@ -324,10 +328,10 @@ def aten(
 def aten_and_grad(
     input: Any, target: Any, word: str, by_batch: bool, log_target: bool, cotangent: Any
 ) -> tuple[Any, tuple[Any, Any]]:
-    """The same with the derivatives with respect to input and target."""
+    """The value of `aten`, and its derivatives with respect to input and target."""
     input, target = detached(input, target)
     value = None
-    if cotangent is not None:  # multiplies the gradients, not the value
+    if cotangent is not None:  # it multiplies the gradients, not the value
         value = aten(input, target, word, by_batch, log_target)
         cotangent = cotangent_of(value, cotangent)
     passed, d_target, d_input = aten(input, target, word, by_batch, log_target, cotangent, ("x", "y"))

@@ -1,4 +1,4 @@
-"""R torch's nn_kl_div_loss and nnf_kl_div: its arguments and its warning, over what it shares with PyTorch."""
+"""R torch's nn_kl_div_loss and nnf_kl_div: their arguments and their warning, on what they share with PyTorch."""
 
 import sys
 import warnings
@@ -11,26 +11,30 @@ __all__ = ["nn_kl_div_loss", "nnf_kl_div"]
 
 
 class nn_kl_div_loss:
-    """The loss of R's ``torch::nn_kl_div_loss``: made with a reduction, called with arrays; in nats.
+    """The loss of R's ``torch::nn_kl_div_loss``: created with a reduction, called with arrays; in nats.
 
     Parameters
     ----------
     reduction : {"mean", "batchmean", "sum", "none"}
-        As in :func:`nnf_kl_div`.
+        As for :func:`nnf_kl_div`.
 
     Attributes
     ----------
     reduction : str
-        As given; it may be changed.
+        As given; it can be changed.
 
     Raises
     ------
     ValueError
         For an unknown reduction.
 
+    See Also
+    --------
+    nnf_kl_div : the same as a function, with types, errors and differences from the original.
+
     Notes
     -----
-    There is no `log_target`, as in the original, though its page describes one.
+    There is no `log_target`, as in the original, although its page describes one.
 
     Examples
     --------
@@ -46,11 +50,11 @@ class nn_kl_div_loss:
         self.reduction = reduction
 
     def __call__(self, input: Any, target: Any) -> Any:
-        """The loss of arrays as :func:`nnf_kl_div` takes them."""
+        """The loss; input and target are as for :func:`nnf_kl_div`."""
         return aten(input, target, *_reduction(input, self.reduction))
 
     def value_and_grad(self, input: Any, target: Any, *, cotangent: Any = None) -> tuple[Any, tuple[Any, Any]]:
-        """As :meth:`klcore.compat.pytorch.KLDivLoss.value_and_grad`: ``(value, (d_input, d_target))``."""
+        """``(value, (d_input, d_target))``, as :meth:`klcore.compat.pytorch.KLDivLoss.value_and_grad`."""
         return aten_and_grad(input, target, *_reduction(input, self.reduction), False, cotangent)
 
 
@@ -72,29 +76,33 @@ def nnf_kl_div(input: Any, target: Any, reduction: str = "mean") -> Any:
     target : array
         Probabilities. Broadcasts with the input, along any axis.
     reduction : {"mean", "batchmean", "sum", "none"}
-        As in :func:`klcore.compat.pytorch.kl_div`.
+        As for :func:`klcore.compat.pytorch.kl_div`.
 
     Returns
     -------
     array
-        As from :func:`klcore.compat.pytorch.kl_div`.
+        As for :func:`klcore.compat.pytorch.kl_div`.
 
     Raises
     ------
     ValueError
-        For an unknown reduction, and for "batchmean" of an input without dimensions.
+        For an unknown reduction, and for "batchmean" of a 0-d input.
     TypeError, RuntimeError
-        As :func:`klcore.compat.pytorch.kl_div`.
+        As for :func:`klcore.compat.pytorch.kl_div`.
 
     Warns
     -----
     UserWarning
-        For "mean", at every call: not only at the first from a line, as Python does otherwise. Filters that ignore it,
-        or make it an error, apply.
+        For "mean", at every call, not only once per line as usual in Python. Filters that ignore it, or make it an
+        error, apply.
+
+    See Also
+    --------
+    klcore.kl_div : for new code; takes logits, and is never negative.
 
     Notes
     -----
-    The original takes any unknown reduction for "none", silently; here it raises.
+    The original silently treats any unknown reduction as "none"; here it raises.
 
     ``nnf_kl_div.value_and_grad(...)`` takes the same arguments and `cotangent`.
 
@@ -113,17 +121,17 @@ def _checked(reduction: str) -> None:
 
 
 def _reduction(input: Any, reduction: str) -> tuple[str, bool]:
-    """(what to do with the terms, whether to divide by the size of the batch). Warns where its caller was called."""
+    """(what to do with the terms, whether to divide by the batch size). Warnings point to the caller's caller."""
     _checked(reduction)
     if reduction == "batchmean":
         if not getattr(input, "shape", True):
-            raise ValueError("reduction='batchmean' needs an input with a batch axis, found one without dimensions")
+            raise ValueError("reduction='batchmean' needs an input with a batch axis, found a 0-d array")
         return "sum", True
     if reduction == "mean" and not traced():
-        # the registry, by which Python knows that a line has warned already, is left out
+        # without a registry, in which Python would record that this line has warned already
         caller = sys._getframe(2)
         warnings.warn_explicit(
-            "reduction='mean' divides by the number of elements, which is not the divergence; 'batchmean' is",
+            "reduction='mean' divides by the number of elements, which is not the divergence; use 'batchmean'",
             UserWarning,
             caller.f_code.co_filename,
             caller.f_lineno,

@@ -1,4 +1,4 @@
-"""TRL's generalized_jsd_loss, the loss of its GKDTrainer: logits, labels and denominators over klcore's functions."""
+"""TRL's generalized_jsd_loss, the loss of its GKDTrainer: logits, labels and denominators on klcore's functions."""
 
 from typing import Any
 
@@ -23,57 +23,60 @@ def generalized_jsd_loss(
 ) -> torch.Tensor:
     """The loss of TRL's ``GKDTrainer``, beta KL(T || M) + (1 - beta) KL(S || M) with M = beta T + (1 - beta) S.
 
-    T and S are the softmaxes of the teacher's and the student's logits; in nats.
+    T and S are the softmax of the teacher's and the student's logits; in nats.
 
     Parameters
     ----------
     student_logits, teacher_logits : tensor of shape (..., classes)
         Usually (batch, tokens, classes): float64, float32, float16 or bfloat16.
     labels : tensor of integers, of shape (...), optional
-        A token whose label is -100 is left out. Other labels are not looked at.
+        Tokens with label -100 are left out. Other labels are ignored.
     beta : float
-        0 means KL(T || S), 1 means KL(S || T). The formula itself is 0 there, so next to these the loss jumps.
+        0 means KL(T || S), 1 means KL(S || T). The formula itself is 0 there, so the loss is discontinuous at both
+        ends.
     temperature : float
-        Divides the logits. Nothing is multiplied by its square.
+        Divides the logits. The result is not multiplied by its square.
     reduction : {"batchmean", "sum", "mean", "none"}
-        "batchmean": the sum divided by the number of tokens that the labels leave, or 1 if they leave none; without
-        labels by the size of the first axis. "mean": by that number times classes; without labels by the number of
-        elements. "none": the terms, of shape (tokens left, classes) with labels, else of the logits' shape.
+        "batchmean": the sum divided by the number of tokens that are not left out, or by 1 if there are none; without
+        labels, by the size of the first axis. "mean": the sum divided by that number times classes; without labels, by
+        the number of elements. "none": the terms, of shape (tokens not left out, classes) with labels, else of the
+        shape of the logits.
     num_items_in_batch : number or 0-d tensor, optional
-        Divides the sum, whatever `reduction` says. A tensor of the GPU is read there, and nothing waits for it.
+        Divides the sum, whatever `reduction` is. A tensor on a GPU is read there, without synchronisation.
 
     Returns
     -------
     tensor
-        A scalar, but for "none". Of the wider dtype of the logits; float32 under autocast. Differentiable with respect
-        to both logits.
+        A scalar, except for "none". The dtype is the wider one of the logits, and float32 under autocast.
+        Differentiable with respect to both logits.
 
     Raises
     ------
     TypeError
-        For what is no tensor.
+        If an argument is not a tensor.
     RuntimeError
-        For logits of two shapes.
+        If the logits have different shapes.
     IndexError
-        For labels that are not one a token.
+        If the labels are not one per token.
     ValueError
-        For an unknown reduction, a beta outside of [0, 1] or nearer than 1e-20 to 0, a temperature that is not
-        positive, and a `num_items_in_batch` that is negative or has dimensions.
+        For an unknown reduction, a `beta` outside of [0, 1] or between 0 and 1e-20, a temperature that is not positive,
+        and a `num_items_in_batch` that is negative or has dimensions.
 
     See Also
     --------
-    klcore.js_div : the same for arrays of any library, in new code; with ``scaled=True`` nothing jumps.
+    klcore.js_div : for new code, with arrays of any library; with ``scaled=True`` it is continuous in beta.
 
     Notes
     -----
-    As in TRL 1.10: where no token is left, "batchmean" and "sum" are 0, with a gradient of 0, and "mean" is NaN.
+    As in TRL 1.10: if all tokens are left out, "batchmean" and "sum" are 0, with gradient 0, and "mean" is NaN.
 
-    Different from it: sums are never negative, and exactly 0 for equal logits. 16-bit numbers are computed in float32
-    and rounded once; `beta` is not rounded to their dtype. Classes of -inf in both logits contribute 0, not NaN, and a
-    token that is left out may hold anything. An unknown reduction raises, where the original returns the terms. A
-    `num_items_in_batch` of 0 gives NaN. But for "none", the only array of the logits' size is the gradient.
+    Differences from TRL: sums are never negative, and exactly 0 for equal logits. 16-bit numbers are computed in
+    float32 and rounded once, and `beta` is not rounded to their dtype. Classes that are -inf in both logits contribute
+    0, not NaN, and a token that is left out may hold anything. An unknown reduction raises, where the original returns
+    the terms. A `num_items_in_batch` of 0 gives NaN. Except for "none", the only array of the size of the logits is the
+    gradient.
 
-    ``GOLDTrainer`` has the parameter `logits_are_probs` before `num_items_in_batch`; it is not rebuilt.
+    ``GOLDTrainer`` has another parameter, `logits_are_probs`, before `num_items_in_batch`; it is not supported.
 
     Examples
     --------
@@ -90,7 +93,7 @@ def generalized_jsd_loss(
     shape = tuple(student_logits.shape)
     if not shape or shape != tuple(teacher_logits.shape):
         raise RuntimeError(
-            "student_logits and teacher_logits must be of one shape, (..., classes); found "
+            "student_logits and teacher_logits must have the same shape, (..., classes); found "
             f"{shape} and {tuple(teacher_logits.shape)}"
         )
     mask = None if labels is None else _mask(labels, student_logits)
@@ -98,7 +101,7 @@ def generalized_jsd_loss(
     if num_items_in_batch is None and word_of(reduction, "reduction", _REDUCTIONS) == "none":
         value = of_beta(teacher_logits, student_logits, beta, rel_entr, reduction="none", **options)
         value = value if mask is None else value[mask]
-    else:  # kl_div: rel_entr's sum, but never negative
+    else:  # kl_div has the same sum as rel_entr, but is never negative
         denominator = _denominator(student_logits, mask, reduction, num_items_in_batch)
         value = of_beta(
             teacher_logits, student_logits, beta, kl_div, reduction="sum", denominator=denominator, **options
@@ -108,15 +111,15 @@ def generalized_jsd_loss(
         dtype = torch.promote_types(dtype, num_items_in_batch.dtype)
     if dtype in _HALVES and not torch.is_autocast_enabled(student_logits.device.type):
         return value.to(dtype)
-    return value  # autocast has the original compute in float32
+    return value  # under autocast, the original computes in float32
 
 
 def _mask(labels: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-    """Which tokens count."""
+    """The mask of the tokens that count."""
     check_tensors(labels=labels)
     if labels.shape != logits.shape[:-1]:
         raise IndexError(
-            f"labels must be one a token, of shape {tuple(logits.shape[:-1])}; found {tuple(labels.shape)}"
+            f"labels must have one label per token, shape {tuple(logits.shape[:-1])}; found {tuple(labels.shape)}"
         )
     return (labels != -100).to(logits.device)
 

@@ -1,13 +1,14 @@
 """CuPy arrays on NVIDIA GPUs: arguments arranged by rows.py, kernels of src/kl_cuda.cu planned and launched here.
 
-A call becomes a few launches on the caller's current stream, all prepared, their working memory included, before the
-first one starts: nothing waits for the GPU, and what fails, fails before anything is written. Which launches, and how
-numbers are grouped in them, depends on the shapes alone; how many blocks run them does not change a bit.
+A call becomes a few launches on the caller's current stream. All of them, and their working memory, are prepared before
+the first one starts. So nothing synchronises with the GPU, and what fails, fails before anything is written. Which
+launches there are, and how they group numbers, depends only on the shapes; how many blocks run them never changes a
+bit.
 
-Launches are prepared without the addresses of the arrays, and kept: the next call of the same words, shapes, strides
-and dtypes only fills its own addresses in.
+Launches are prepared without the addresses of the arrays, and cached. The next call with the same options, shapes,
+strides and dtypes only fills in its addresses.
 
-Here is the road that a call takes. Of the other files each imports those before it alone: nvrtc.py, devices.py,
+This file has the main path of a call. Each of the other files imports only those before it: nvrtc.py, devices.py,
 kernels.py, plans.py, launches.py, preparation.py, parts.py, listed.py.
 """
 
@@ -30,13 +31,13 @@ from klcore.operations import Call
 
 __all__ = ["arrange", "block", "compute", "merge", "missing", "on_stream", "outputs", "ready", "states"]
 
-_CHECKED = 4  # of READ: out= may not overlap these
-_MOST_KEPT = 1024  # prepared calls; 2.4 KB a launch
-_kept: dict[Any, Prepared] = {}  # by _key
+_CHECKED = 4  # out= must not overlap this many of the first arrays of READ
+_MOST_KEPT = 1024  # prepared calls, of 2.4 KB per launch
+_kept: dict[Any, Prepared] = {}  # the cache, with keys from _key
 
 
 def _key(cupy: Any, words: tuple[Any, ...], arrays: tuple[Any, ...]) -> Any:
-    """What tells calls apart that differ by more than addresses; None for one that has to be looked at each time."""
+    """The cache key: everything about a call except addresses. None for a call that cannot be cached."""
     key: list[Any] = [words]
     for a in arrays:
         if a is None:
@@ -48,7 +49,7 @@ def _key(cupy: Any, words: tuple[Any, ...], arrays: tuple[Any, ...]) -> Any:
     return tuple(key)
 
 
-# What equals it must mean the same, now and later: 1.0 == 1 is no axis, and an object may be another number tomorrow.
+# Values that are equal must mean the same, now and later: 1.0 == 1 but is not a valid axis, and objects are mutable.
 _WORDS_OF = frozenset((str, int, float, tuple, type(None)))
 
 
@@ -56,7 +57,7 @@ def _integer(axis: Any) -> Any:
     try:
         return rows.integer(axis, "axis")
     except TypeError:
-        return axis  # for rows.py to refuse
+        return axis  # rows.py will raise
 
 
 def _number(temperature: Any) -> Any:
@@ -68,7 +69,7 @@ def _number(temperature: Any) -> Any:
 
 
 def compute(call: Call) -> Any:
-    """The value, or (value, *gradients); with a cotangent, the gradients alone."""
+    """The value, or (value, *gradients); with a cotangent, only the gradients."""
     cupy = ready()
     if call.indices is not None:
         return _of_listed(cupy, call, compute)
@@ -87,9 +88,9 @@ def compute(call: Call) -> Any:
         weights=weights, cotangent=cotangent, axis=_integer(call.axis),
         temperature=number if temperatures is None else temperatures,
     )  # fmt: skip
-    # the arrays that kernels read, in the order of READ, and what there is beside them
+    # the arrays that kernels read, in the order of READ
     read: tuple[Any, ...] = (call.x, call.y, weights, temperatures, None, cotangent, divisor, None)
-    if cotangent is not None and weights is None and not total:  # it multiplies each row, or each term
+    if cotangent is not None and weights is None and not total:  # the cotangent multiplies each row, or each term
         by_row = call.reduction == "row"
         read = (call.x, call.y, cotangent, temperatures, None, None, None, None)
         read = read if by_row else (call.x, call.y, None, temperatures, cotangent, None, None, None)
@@ -103,11 +104,11 @@ def compute(call: Call) -> Any:
     given = out if isinstance(out, tuple) else (out,)
     types = tuple(map(type, words))
     key = None
-    if _WORDS_OF.issuperset(types) and call.ratio is None:  # whose product with the weights is new each time
+    if _WORDS_OF.issuperset(types) and call.ratio is None:  # the product of ratio and weights is a new array each time
         key = _key(cupy, (call.device, given is out, cotangent is None, words, types), (*read, *given))
     try:
         prepared = _kept.get(key)
-    except TypeError:  # a tuple with something in it that cannot be a key
+    except TypeError:  # a tuple with an unhashable element
         key = prepared = None
     if prepared is not None:
         if cupy.cuda.runtime.getDevice() == prepared.device:
@@ -128,7 +129,7 @@ def compute(call: Call) -> Any:
 
 
 def _of_listed(cupy: Any, call: Call, dense: Callable[[Call], Any], shared: tuple[str, ...] = ()) -> Any:
-    """A call in which x lists classes of y. It is laid out anew each time, but for the call that it makes."""
+    """A call in which x lists classes of y. Only the dense call that it makes is cached."""
     out = call.out if isinstance(call.out, tuple) else (call.out,)
     read = {
         "x": call.x, "y": call.y, "indices": call.indices, "weights": call.weights, "temperature": call.temperature,
@@ -141,7 +142,7 @@ def _of_listed(cupy: Any, call: Call, dense: Callable[[Call], Any], shared: tupl
 
 
 def _divisor(cupy: Any, denominator: Any) -> Any:
-    """As kernels read it, beside what multiplies weights; whoever waits for it, this does not."""
+    """The denominator as kernels read it, followed by the factor of the weights; without synchronisation."""
     denominator = cupy.asarray(denominator)
     with denominator.device:
         pair = cupy.ones(2)
@@ -150,7 +151,7 @@ def _divisor(cupy: Any, denominator: Any) -> Any:
 
 
 def _can_be_kept(task: rows.Task, arrays: list[Any], read: tuple[Any, ...]) -> bool:
-    """Whether the kernels read the caller's own arrays, none of them converted or moved, and finish the results."""
+    """Whether the kernels read the caller's arrays, unconverted and in place, and nothing follows after the kernels."""
     pairs = zip(arrays, read, strict=True)
     return (
         all(a is b if a is None or b is None else a.data.ptr == b.data.ptr for a, b in pairs)
@@ -160,7 +161,7 @@ def _can_be_kept(task: rows.Task, arrays: list[Any], read: tuple[Any, ...]) -> b
 
 
 def _again(cupy: Any, prepared: Prepared, read: tuple[Any, ...], given: tuple[Any, ...], value_wanted: bool) -> Any:
-    """A call that was prepared before, with other addresses."""
+    """Run a cached call with new addresses."""
     arrays = list(read)
     for k, (shape, dtype, like) in enumerate(prepared.results):
         a = given[k] if k < len(given) else None
@@ -176,7 +177,7 @@ def _again(cupy: Any, prepared: Prepared, read: tuple[Any, ...], given: tuple[An
 
 
 def _check_overlap(prepared: Prepared, arrays: list[Any], addresses: list[int], given: tuple[Any, ...]) -> None:
-    """What rows.arrange checks as well; here most pairs of arrays are told apart by integers that are known already."""
+    """The same check as in rows.arrange; here, address ranges that are known already rule out most pairs of arrays."""
     starts, ends = [], []
     for at, (low, high) in zip(addresses, prepared.spans, strict=True):
         starts.append(at + low)
@@ -192,8 +193,8 @@ def _check_overlap(prepared: Prepared, arrays: list[Any], addresses: list[int], 
 
 
 def _execute(cupy: Any, prepared: Prepared, addresses: list[int]) -> None:
-    """Launch everything; `addresses`: of arguments and results, in the order of READ."""
-    # CuPy takes the memory back at the end of this function, and reuses it in the order of the stream
+    """Launch everything; `addresses` are those of the arguments and results, in the order of READ."""
+    # CuPy frees the memory at the end of this function, and reuses it in stream order
     memory = cupy.cuda.alloc(prepared.scratch) if prepared.scratch else None
     addresses.append(0 if memory is None else memory.ptr)
     plans = prepared.plans.copy()
@@ -204,18 +205,18 @@ def _execute(cupy: Any, prepared: Prepared, addresses: list[int]) -> None:
 
 
 def _start(launches: Sequence[Launch], plans: np.ndarray) -> None:
-    """All launches of a call pass here: whoever wants to know what is launched wraps this function."""
+    """All launches of a call go through this function; wrap it to see what is launched."""
     for k, launch in enumerate(launches):
         launch.function(launch.grid, launch.block, (plans[k : k + 1],), launch.shared)
 
 
 def _compute(cupy: Any, device: int, task: rows.Task) -> tuple[Any, Prepared | None, list[Any]]:
-    """The value's array, how it was computed, and the arrays that were read, in the order of READ."""
+    """The array of the value, the prepared launches, and the arrays that they read, in the order of READ."""
     value = task.value if task.out is None else task.out
     if value is None:
         value = cupy.empty((), task.scalar_dtype)
 
-    if task.rows == 0 or task.n == 0:  # none of our launches; CuPy fills what is not empty
+    if task.rows == 0 or task.n == 0:  # no launches; CuPy fills the results that are not empty
         of = task.denominator
         if task.output != rows.TOTAL:
             value[...] = 0
@@ -231,7 +232,7 @@ def _compute(cupy: Any, device: int, task: rows.Task) -> tuple[Any, Prepared | N
 
     cotangent = task.cotangent
     if cotangent is not None and (task.by_weights or devices.is_here(cotangent, cupy)):
-        cotangent = task.cotangent = cupy.asarray(cotangent, np.float64)  # multiplied where the denominator is known
+        cotangent = task.cotangent = cupy.asarray(cotangent, np.float64)  # multiplied on the device
     here = cotangent if devices.is_here(cotangent, cupy) else None
     arrays = [task.x, task.y, task.weights, task.temperatures, task.factors, here, task.divisor, task.counted]
     results = [value, *(g.array for g in task.gradients)]
@@ -240,11 +241,11 @@ def _compute(cupy: Any, device: int, task: rows.Task) -> tuple[Any, Prepared | N
     return value, prepared, arrays
 
 
-# ---- blocks of arrays that are never in one place: what cpu.py has by the same names ---------------------------------
+# ---- blocks of arrays that are never in one place: the functions of these names in cpu.py ----------------------------
 
 
 def block(call: Call, denominator: float, shared: tuple[str, ...]) -> tuple[Any, ...]:
-    """What cpu.block does, for backends/dask.py."""
+    """As cpu.block, for backends/dask.py."""
     if call.indices is not None:
         found = _of_listed(ready(), call, lambda dense: block(dense, denominator, ()), shared)
         return found if isinstance(found, tuple) else (found,)
@@ -256,13 +257,13 @@ def block(call: Call, denominator: float, shared: tuple[str, ...]) -> tuple[Any,
 
 
 def arrange(call: Call) -> rows.Task:
-    """The call, checked and laid out in rows."""
+    """Check a call and lay it out in rows."""
     with _there(call) as (cupy, device):
         return _laid_out(cupy, device, call)
 
 
 def states(call: Call, number: int, stats: Any) -> Any:
-    """What sweep `number` leaves of a block of the classes: of all its chunks, also where there is one."""
+    """As cpu.states: the states of all chunks, even if there is only one."""
     with _there(call) as (cupy, device):
         spaces, _, wanted = rows.words(call)
         task = _laid_out(cupy, device, call._replace(return_grad=None))
@@ -276,7 +277,7 @@ def states(call: Call, number: int, stats: Any) -> Any:
 
 
 def merge(task: rows.Task, number: int, states: Any, stats: Any, fold: bool = False) -> Any:
-    """The states of all blocks, joined along the chunks, into the rows' stats; or, to `fold`, into one state a row."""
+    """As cpu.merge: the states of all blocks into the stats of the rows, or with `fold` into one state per row."""
     cupy = ready()
     with states.device:
         if fold:
@@ -285,7 +286,7 @@ def merge(task: rows.Task, number: int, states: Any, stats: Any, fold: bool = Fa
             merged = cupy.zeros((*states.shape[:-2], MAX_STATS)) if stats is None else cupy.array(stats, order="C")
 
         def by_row(a: Any, name: str) -> Any:
-            if a is None or isinstance(a, float):  # a number is one for all rows
+            if a is None or isinstance(a, float):  # a number applies to all rows
                 return None
             return cupy.broadcast_to(devices.asarray(cupy, states.device.id, a, name), states.shape[:-2])
 
@@ -321,7 +322,7 @@ def outputs(call: Call, number: int, stats: Any, denominator: float, shared: tup
 
 @contextlib.contextmanager
 def _there(call: Call) -> Iterator[tuple[Any, int]]:
-    """CuPy, on the device of a block's arrays, and its number."""
+    """CuPy with the device of a block's arrays as the current one, and the number of that device."""
     cupy = ready()
     given = {"x": call.x, "y": call.y, "weights": call.weights, "temperature": call.temperature}
     device = devices.choose(cupy, None, given, ())
@@ -330,7 +331,7 @@ def _there(call: Call) -> Iterator[tuple[Any, int]]:
 
 
 def _laid_out(cupy: Any, device: int, call: Call, shared: tuple[str, ...] = ()) -> rows.Task:
-    # the kernels write a gradient in its operand's dtype, and parts of a sum should not be rounded to 16 bits
+    # the kernels write a gradient in the dtype of its operand, but parts of a sum should not be rounded to 16 bits
     x, y = (
         a.astype(np.float32) if name in shared and a.dtype.itemsize == 2 else a
         for name, a in (("x", call.x), ("y", call.y))
@@ -339,7 +340,7 @@ def _laid_out(cupy: Any, device: int, call: Call, shared: tuple[str, ...] = ()) 
 
 
 def _parts_of_sums(task: rows.Task, shared: tuple[str, ...]) -> tuple[Any, ...]:
-    """The gradients of a block; of the operands of which other blocks hold copies, to be added up."""
+    """The gradients of a block; in float64 for operands of which other blocks hold copies, to be added up."""
     return tuple(g.view.astype(np.float64) if g.of in shared else g.array for g in task.gradients)
 
 

@@ -1,4 +1,4 @@
-"""CuPy, the devices that it finds, their arrays and streams; and what is missing where there is none."""
+"""CuPy, its devices, arrays and streams; and what is missing if CUDA cannot be used."""
 
 import contextlib
 import importlib
@@ -11,30 +11,30 @@ import numpy as np
 from klcore.backends import BackendUnavailableError, rows
 from klcore.backends.cuda import nvrtc
 
-RESERVED = 1024  # bytes of shared memory that CUDA takes for itself in every block
-FLOAT64, FLOAT32 = np.dtype("float64"), np.dtype("float32")  # NumPy takes its time to make one of a type
+RESERVED = 1024  # bytes of shared memory that CUDA reserves in every block
+FLOAT64, FLOAT32 = np.dtype("float64"), np.dtype("float32")  # constants, because creating a dtype is slow
 
 
 @cache
 def code_of(dtype: Any) -> int | None:
-    """The code of a dtype in kl_store.h, or None. A dtype's name takes NumPy a microsecond: hence the cache."""
+    """The code of a dtype in kl_store.h, or None. Cached, because dtype.name takes a microsecond."""
     return rows.CODES.get(dtype.name)
 
 
 @cache
 def library() -> Any:
-    """CuPy, or why there is none."""
+    """CuPy; BackendUnavailableError if it cannot be imported."""
     try:
         return importlib.import_module("cupy")
     except ImportError as error:
         raise BackendUnavailableError(
             f"CUDA needs CuPy, which cannot be imported ({error}); install it with: pip install 'klcore[cuda13]' "
-            "(or 'klcore[cuda12]' where the driver is older than 580)"
+            "(or 'klcore[cuda12]' if the driver is older than 580)"
         ) from error
 
 
 def missing() -> str | None:
-    """What keeps this machine from computing on a GPU, as a sentence; None if nothing does."""
+    """Why this machine cannot compute on a GPU, as a sentence; None if it can."""
     try:
         cupy = library()
         nvrtc.version()
@@ -42,13 +42,13 @@ def missing() -> str | None:
         return str(error)
     try:
         count = cupy.cuda.runtime.getDeviceCount()
-    except Exception as error:  # CUDARuntimeError, of whatever kind
+    except Exception as error:  # CUDARuntimeError or another
         return (
             f"CUDA finds no usable NVIDIA driver ({error}); install or update the driver and check with: nvidia-smi. "
             "Inside a container, start it with GPU access (docker run --gpus all)"
         )
     if count == 0:
-        return "CUDA finds no NVIDIA device; check with: nvidia-smi, and look at the variable CUDA_VISIBLE_DEVICES"
+        return "CUDA finds no NVIDIA device; check with: nvidia-smi, and check the variable CUDA_VISIBLE_DEVICES"
     return None
 
 
@@ -61,15 +61,15 @@ def ready() -> Any:
 
 
 class _Device(NamedTuple):
-    """What the choice of launches needs to know."""
+    """The properties of a device that the choice of launches depends on."""
 
     arch: int
     multiprocessors: int
-    shared: int  # bytes of shared memory that a block may have
-    shared_all: int  # and that a multiprocessor has
+    shared: int  # bytes of shared memory, at most, for a block
+    shared_all: int  # bytes of shared memory of a multiprocessor
 
     def blocks(self, nbytes: int, warps: int, most: int) -> int:
-        """How many blocks share a multiprocessor, by the shared memory of each and the registers of `most` warps."""
+        """How many blocks fit on a multiprocessor, given the shared memory of each and registers for `most` warps."""
         return min(self.shared_all // (nbytes + RESERVED), most // warps) if nbytes <= self.shared else 0
 
 
@@ -86,10 +86,10 @@ def properties(device: int) -> _Device:
 
 
 def as_read(cupy: Any, a: Any, dtype: Any = None, name: str = "weights") -> Any:
-    """Weights, temperatures, factors or a cotangent as kernels read them, which rows.py would see to as well, but too
-    late: a call is known by the arrays that kernels read. Only for CuPy's arrays on the current device."""
+    """Weights, temperatures, factors or a cotangent as kernels read them. rows.py would convert them too late: the
+    cache key of a call is made of the arrays that kernels read. Only for CuPy arrays on the current device."""
     if type(a) is not cupy.ndarray:
-        # rows.py looks at what is on the host, by NumPy
+        # rows.py checks the values of arrays on the host with NumPy
         foreign = hasattr(type(a), "__dlpack__") and not hasattr(a, "__cuda_array_interface__")
         return rows.as_numpy(a, name) if foreign else a
     if a.data.device_id != cupy.cuda.runtime.getDevice():
@@ -106,12 +106,12 @@ def is_here(a: Any, cupy: Any) -> bool:
 
 
 def choose(cupy: Any, device: str | None, arrays: dict[str, Any], outs: Sequence[Any]) -> int:
-    """The number of the device to compute on, where `outs` have to be."""
+    """The number of the device to compute on; `outs` must be there."""
     chosen = _named_or_found(cupy, device, arrays | {f"out[{k}]": a for k, a in enumerate(outs)})
     for k, a in enumerate(outs):
         if is_here(a, cupy) and a.device.id != chosen:
             raise ValueError(
-                f"out[{k}] is on cuda:{a.device.id} and the computation on cuda:{chosen}; pass one from there"
+                f"out[{k}] is on cuda:{a.device.id}, but the computation is on cuda:{chosen}; pass an array on that one"
             )
     return chosen
 
@@ -122,7 +122,7 @@ def _named_or_found(cupy: Any, device: str | None, arrays: dict[str, Any]) -> in
         count = cupy.cuda.runtime.getDeviceCount()
         if int(number) >= count:
             raise BackendUnavailableError(
-                f"device={device!r}: this machine has {count} CUDA device(s), 'cuda:0' to 'cuda:{count - 1}'"
+                f"device={device!r}, but this machine has {count} CUDA device(s), 'cuda:0' to 'cuda:{count - 1}'"
             )
         return int(number)
     found = {name: a.device.id for name, a in arrays.items() if is_here(a, cupy)}
@@ -133,7 +133,7 @@ def _named_or_found(cupy: Any, device: str | None, arrays: dict[str, Any]) -> in
 
 
 def asarray(cupy: Any, device: int, a: Any, name: str) -> Any:
-    """`a` on the current device, of one of the four dtypes; indices as they are."""
+    """`a` on the current device, in one of the four dtypes; indices keep theirs."""
     if not is_here(a, cupy):
         a = rows.as_numpy(a, name)
         if not a.dtype.isnative:
@@ -147,11 +147,11 @@ def asarray(cupy: Any, device: int, a: Any, name: str) -> Any:
     if a.dtype.kind in "iub":
         return a if name == "indices" else a.astype(np.float64)
     by_row = name in ("weights", "temperature")
-    return a.astype(np.float32) if by_row and a.dtype.itemsize == 2 else a  # as kernels read them
+    return a.astype(np.float32) if by_row and a.dtype.itemsize == 2 else a  # kernels do not read 16 bits of these
 
 
 class _Foreign:
-    """A stream of another library's, as CuPy takes it."""
+    """A stream of another library, in the form that CuPy accepts."""
 
     def __init__(self, pointer: int) -> None:
         self._pointer = pointer
@@ -162,7 +162,7 @@ class _Foreign:
 
 @contextlib.contextmanager
 def on_stream(device: int, pointer: int) -> Iterator[Any]:
-    """CuPy, with another library's device and stream as its current ones; for that library's adapter."""
+    """CuPy with the device and stream of another library as the current ones; for the adapter of that library."""
     cupy = ready()
     with cupy.cuda.Device(device), cupy.cuda.Stream.from_external(_Foreign(pointer)):
         yield cupy

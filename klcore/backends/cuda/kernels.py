@@ -1,4 +1,4 @@
-"""The kernels of src/kl_cuda.cu and src/kl_sparse.cu: the macros that one is compiled with, and one of them, loaded."""
+"""The kernels of src/kl_cuda.cu and src/kl_sparse.cu: the macros that each is compiled with, and how it is loaded."""
 
 from functools import cache
 from typing import Any
@@ -16,26 +16,26 @@ ENTRIES = {
     "kl_keys": "KL_LISTED", "kl_others_fold": "KL_LISTED", "kl_classes": "KL_LISTED", "kl_by_x": "KL_SLOPES",
     "kl_by_y": "KL_SLOPES", "kl_others": "KL_OTHERS", "kl_spread": "KL_SPREAD", "kl_spread_fold": "KL_SPREAD",
 }  # fmt: skip
-# kernels that keep chunks in shared memory
+# kernels that stage chunks in shared memory
 _STAGING = ("kl_units", "kl_narrow", "kl_rows", "kl_summed", "kl_others", "kl_spread")
 
 
 def is_beside(operation: Operation, spaces: tuple[int, int]) -> bool:
-    """Whether it is the divergence of logits beside another space: norms in double, log-probabilities in two parts.
+    """Whether only one of x and y is logits, in a divergence: norms are double, log-probabilities in two parts.
 
-    So it takes as many registers as what is wide, and no hardware exponentials.
+    Such a kernel takes as many registers as a wide one, and does not use hardware exponentials.
     """
     return rows.LOGITS in spaces and spaces[0] != spaces[1] and operation.form == _cpu.BY_RATIO
 
 
 def is_fast(operation: Operation, spaces: tuple[int, int], dtypes: tuple[int, int], wide: bool) -> bool:
-    """Whether exponentials are the hardware's: 16-bit inputs come faster than others could be computed."""
+    """Whether to use hardware exponentials: 16-bit inputs arrive faster than exact exponentials can be computed."""
     beside = is_beside(operation, spaces) or operation.form == _cpu.BY_CLASS
     return not wide and not beside and max(_cpu.SIZES[d] for d in dtypes) == 2
 
 
 def tempered_by(temperature: Any) -> str:
-    """The macro for one temperature, or for one a row; none for 1."""
+    """The macro for one temperature, or for one per row; none if the temperature is 1."""
     return "TEMPERATURES" if not isinstance(temperature, float) else "TEMPERATURE" if temperature != 1 else ""
 
 
@@ -43,7 +43,7 @@ def options(
     operation: Operation, spaces: tuple[int, int], dtypes: tuple[int, int], wide: bool, outputs: int,
     entries: tuple[str, ...], tempered: str = "", factors: bool = False,
 ) -> tuple[str, ...]:  # fmt: skip
-    """The macros that kl_cuda.cu is compiled with for these kernels; `tempered`: see `tempered_by`."""
+    """The macros that kl_cuda.cu is compiled with for these kernels; `tempered` comes from `tempered_by`."""
     values = {
         "OPERATION": operation.code, "SPACE_X": spaces[0], "SPACE_Y": spaces[1], "X": dtypes[0], "Y": dtypes[1],
         "WIDE": int(wide), "OUTPUTS": outputs,
@@ -62,13 +62,13 @@ def options(
 
 def sum_options() -> tuple[str, ...]:
     pair, float32 = (rows.SPACES["probs"],) * 2, (rows.CODES["float32"],) * 2
-    return options(KL_DIV, pair, float32, False, 0, ("kl_sum",))  # which looks at none of these
+    return options(KL_DIV, pair, float32, False, 0, ("kl_sum",))  # kl_sum depends on none of these
 
 
 @cache
 def listed_options(entry: str, dtypes: tuple[str, str], wide: bool) -> tuple[str, ...]:
-    """The macros for one of src/kl_sparse.cu's; `dtypes`: of what it reads and writes, `wide`: whether in double."""
-    spaces = rows.SPACES["probs"], rows.LOGITS  # a pair of which exponentials are exact; else nobody looks at it
+    """The macros for a kernel of src/kl_sparse.cu; `dtypes`: what it reads and writes; `wide`: compute in double."""
+    spaces = rows.SPACES["probs"], rows.LOGITS  # a pair with exact exponentials; otherwise the spaces are not used
     return options(KL_DIV, spaces, (rows.CODES[dtypes[0]], rows.CODES[dtypes[1]]), wide, 0, (entry,))
 
 
@@ -79,11 +79,11 @@ def states(operation: int, spaces: tuple[int, int], outputs: int, factors: bool)
 
 @cache
 def kernel(device: int, options: tuple[str, ...], name: str) -> Any:
-    """A kernel, compiled if need be, loaded on the current device, and told what it may use there: CuPy's Function,
-    which has less to do for a launch than a RawKernel."""
+    """A kernel, compiled if necessary, loaded on the current device, and set up to use its shared memory. It is CuPy's
+    Function, which launches faster than a RawKernel."""
     properties = devices.properties(device)
     kernel = devices.library().RawModule(path=str(nvrtc.build(options, properties.arch))).get_function(name)
     if name in _STAGING:
         kernel.max_dynamic_shared_size_bytes = properties.shared
-        kernel.preferred_shared_memory_carveout = 100  # percent: how many blocks fit was reckoned with all of it
+        kernel.preferred_shared_memory_carveout = 100  # percent; launches.py assumes all of it
     return kernel.kernel

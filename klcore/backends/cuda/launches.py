@@ -1,4 +1,4 @@
-"""Which launches sweep over rows, and which add numbers up: by shapes alone, whatever the addresses. Decision 16."""
+"""Which launches sweep over rows, and which add numbers up. This depends on shapes, never on addresses: decision 16."""
 
 import math
 from typing import Any, NamedTuple
@@ -9,13 +9,13 @@ from klcore.backends.cuda import devices, kernels, plans
 from klcore.operations import Operation
 
 CHUNK, NARROW, MAX_STATS = _cpu.CHUNK, _cpu.COLUMNS, _cpu.MAX_STATS  # rows of up to NARROW classes share a warp
-KNOWN = 2 * MAX_STATS  # doubles for each warp, in shared memory
-_WARPS = 4  # in a block that keeps chunks in shared memory, at most: warps that wait for each other are better few
-# What part of a multiprocessor's warps must be busy for a block to have a row each (decision 16): rows that are swept
-# once; several times; several times with 16-bit inputs, which is never so.
+KNOWN = 2 * MAX_STATS  # float64 numbers per warp, in shared memory
+_WARPS = 4  # at most, in a block that stages chunks in shared memory: fewer warps wait less for each other
+# The fraction of a multiprocessor's warps that must be busy to give each row a block (decision 16): for rows that are
+# swept once; several times; several times with 16-bit inputs, which is never reached.
 _BUSY_ENOUGH = (0.5, 0.75, 2.0)
-_FEW_CHUNKS = 8  # of logits: their fold takes longer than their sweep
-_MOST_BLOCKS = 32  # a multiprocessor in one launch; those share what there is to do
+_FEW_CHUNKS = 8  # with fewer chunks of logits, the fold takes longer than the sweep
+_MOST_BLOCKS = 32  # per multiprocessor in one launch; the blocks share the work
 
 
 class Launch(NamedTuple):
@@ -30,7 +30,7 @@ Planned = tuple[Launch, plans.Plan]
 
 
 class Kind(NamedTuple):
-    """What all launches of one call share."""
+    """What all launches of a call have in common."""
 
     device: int
     operation: Operation
@@ -43,11 +43,11 @@ class Kind(NamedTuple):
     n: int
 
     def until(self, last: int) -> "Kind":
-        """What is compiled for the sweeps before `last`: of several, the first leaves nothing but states."""
+        """The kind for the sweeps before `last`: if there are several sweeps, the first one has no outputs."""
         return self._replace(outputs=0) if last == 1 < self.sweeps else self
 
     def kernel(self, name: str) -> Any:
-        folds = name == "kl_fold" and not self.of_logits  # what is folded does not depend on the outputs
+        folds = name == "kl_fold" and not self.of_logits  # these states do not depend on the outputs
         outputs = 0 if folds else self.outputs
         macros = kernels.options(
             self.operation, self.spaces, self.dtypes, self.wide, outputs, (name,), self.tempered, self.factors
@@ -56,12 +56,12 @@ class Kind(NamedTuple):
 
     @property
     def states(self) -> tuple[int, ...]:
-        """Doubles that a chunk leaves behind, for each sweep over the rows that these outputs take."""
+        """The float64 numbers in the state of a chunk, for each sweep over the rows that these outputs need."""
         return kernels.states(self.operation.code, self.spaces, self.outputs, self.factors)
 
     def row_bytes(self, chunks: int) -> int:
-        """Of a row in kl_rows: what its chunks leave behind, and what is known of it."""
-        fold = 0 if not self.of_logits or self.extra_bytes() else 4 * 3 * 32  # of warps that add up together
+        """The bytes of a row in kl_rows: the states of its chunks, and its stats."""
+        fold = 0 if not self.of_logits or self.extra_bytes() else 4 * 3 * 32  # for warps that add up together
         return 8 * (max(self.states) * chunks + MAX_STATS + fold)
 
     @property
@@ -91,12 +91,12 @@ class Kind(NamedTuple):
         return kernels.is_fast(self.operation, self.spaces, self.dtypes, self.wide)
 
     def extra_bytes(self) -> int:
-        """A class beside its inputs: two rows of logits keep weights, terms are written from there."""
+        """The bytes per class besides its inputs: two rows of logits keep weights, and terms are staged."""
         weights = (self.of_logits and not self.fast) or self.of_members
         return self.number() if weights or self.outputs & kernels.TERMS else 0
 
     def most_warps(self) -> int:
-        """On a multiprocessor, with the registers that they want: four times BLOCKS in kl_cuda.cu (or 16)."""
+        """The number of warps whose registers fit on a multiprocessor: four times BLOCKS in kl_cuda.cu (or 16)."""
         if self.wide or self.of_members or kernels.is_beside(self.operation, self.spaces):
             return 8
         if self.of_logits and devices.properties(self.device).arch >= 120:
@@ -108,23 +108,23 @@ class Kind(NamedTuple):
         return 16 if self.of_logits or self.of_cross or self.outputs & ~kernels.TERMS else 24
 
     def warps(self, bytes_a_warp: int) -> int:
-        """In a block: so that a multiprocessor has the most of them."""
+        """The number of warps in a block that gives a multiprocessor the most warps."""
         blocks, most = devices.properties(self.device).blocks, self.most_warps()
         return max(range(1, _WARPS + 1), key=lambda w: (w * blocks(w * bytes_a_warp, w, most), w))
 
 
 def grid_of(device: int, items: int) -> tuple[int]:
-    """For so many blocks' worth of work."""
+    """The grid for this many blocks of work."""
     return (max(1, min(items, int(_MOST_BLOCKS * devices.properties(device).multiprocessors))),)
 
 
 def launch_of(kind: Kind, name: str, plan: plans.Plan, items: int, warps: int, shared: int) -> Planned:
-    """One launch; `items` blocks' worth of work."""
+    """One launch, for `items` blocks of work."""
     return Launch(name, kind.kernel(name), grid_of(kind.device, items), (32 * warps,), shared), plan
 
 
 def units(kind: Kind, plan: plans.Plan, layout: plans.Layout, first: int, last: int) -> Planned:
-    """Sweeps `first` to last - 1 over all chunks, one a warp."""
+    """Sweeps `first` to last - 1 over all chunks, one chunk per warp."""
     batch, chunks = math.prod(layout.shape), -(-kind.n // CHUNK)
     bytes_a_warp = CHUNK * (kind.bytes_a_class() + kind.extra_bytes()) + 8 * KNOWN
     warps = kind.warps(bytes_a_warp)
@@ -139,7 +139,7 @@ def folds(
     kind: Kind, plan: plans.Plan, sweep: int, rows: int, count: int, states: plans.Place, scratch: plans.Scratch,
     into: plans.Place | None = None,
 ) -> list[Planned]:  # fmt: skip
-    """The states that `sweep` left, `count` a row, made one, which finishes the row or is left `into` a place."""
+    """Merge the `count` states of each row that `sweep` left into one, which finishes the row or is written `into`."""
     launches = []
     while True:
         groups = -(-count // CHUNK)
@@ -175,13 +175,13 @@ def sweep(kind: Kind, plan: plans.Plan, layout: plans.Layout, last: int, scratch
             p = plan.with_fields(first=0, last=last, slots=slots)
             return [launch_of(kind, "kl_rows", p, batch, warps_a_row, shared)]
 
-    # the chunks over the whole device, one sweep a launch
+    # spread the chunks over the whole device, one launch per sweep
     if plans.AT["stats"] not in plan.places:
         plan = plan.with_fields(stats=scratch.doubles(batch * MAX_STATS))
     plan = plan.with_fields(packed=chunks <= CHUNK)
     launches = []
     for sweep in range(last):
-        if not kind.states[sweep]:  # it looks at those that an earlier one left
+        if not kind.states[sweep]:  # it reads the states of an earlier sweep
             launches.append(units(kind, plan, layout, sweep, sweep + 1))
             continue
         states = scratch.doubles(batch * kind.states[sweep] * chunks)
@@ -192,13 +192,13 @@ def sweep(kind: Kind, plan: plans.Plan, layout: plans.Layout, last: int, scratch
 
 
 def _narrow_bytes(kind: Kind, n: int, count: int) -> int:
-    """Of a warp that treats so many rows of n classes at a time."""
+    """The shared memory of a warp that computes `count` rows of n classes at a time."""
     classes = -(-(count * n + NARROW) // 8) * 8
     return classes * (kind.bytes_a_class() + kind.extra_bytes()) + count * MAX_STATS * 8
 
 
 def _rows_at_once(kind: Kind, n: int) -> int:
-    """As many as fit in a chunk and leave room for all warps that have registers: multiples of those side by side."""
+    """The number of rows that fit in a chunk and leave room for all warps; a multiple of the rows side by side."""
     properties, most = devices.properties(kind.device), kind.most_warps()
     side_by_side = 32
     while side_by_side > 1 and 32 // side_by_side * 4 < n:
@@ -213,10 +213,11 @@ def _rows_at_once(kind: Kind, n: int) -> int:
 def _a_block_a_row(
     kind: Kind, batch: int, chunks: int, last: int, slot: int, beside: int
 ) -> tuple[int, int, int] | None:
-    """Warps, chunks that each of them holds, and bytes of shared memory of a block that treats a row in one launch.
+    """For a block that computes a row in one launch: its warps, the chunks that each holds, and its shared memory.
 
-    None where a launch for each sweep over all chunks is faster: a row that is swept several times must leave enough
-    shared memory to others; one with few chunks costs more to fold than to sweep; and rows may be few. Decision 16.
+    None if one launch per sweep over all chunks is faster: if a row that is swept several times leaves too little
+    shared memory for other rows, if a row has so few chunks that its fold takes longer than its sweep, or if there are
+    too few rows. Decision 16.
     """
     properties, most, fixed = devices.properties(kind.device), kind.most_warps(), kind.row_bytes(chunks)
     enough = most * _BUSY_ENOUGH[0 if last == 1 else 1 + kind.fast]
@@ -228,7 +229,7 @@ def _a_block_a_row(
         slots = 1 if last == 1 else share
         shared = warps * (slots * slot + beside) + fixed
         blocks = min(properties.blocks(shared, warps, most), batch // properties.multiprocessors)
-        busy = blocks * chunks / share  # warps on a multiprocessor, on average: some have a chunk less
+        busy = blocks * chunks / share  # busy warps per multiprocessor on average: some have a chunk less
         found.append((busy, warps, slots, shared))
     busy, warps, slots, shared = max(found)
     return (warps, slots, shared) if busy >= enough else None
@@ -237,7 +238,7 @@ def _a_block_a_row(
 def added_up(
     kind: Kind, name: str, sums: int, values: plans.Place | None, count: int, plan: plans.Plan, scratch: plans.Scratch
 ) -> list[Planned]:
-    """The sum of `count` doubles, divided, into the plan's value; or so many sums of the plan's weights into `sums`."""
+    """Write the sum of `count` doubles, divided, to the plan's value; or `sums` sums of its weights to its sums."""
     launches = []
     function = kernels.kernel(kind.device, kernels.sum_options(), name)
     while True:
@@ -250,5 +251,5 @@ def added_up(
         launches.append((Launch(name, function, (max(1, min(-(-groups // 8), 1 << 16)),), (256,), 0), p))
         if up is None:
             return launches
-        plan = plan.with_fields(weights=None)  # from now on the sums of the level below
+        plan = plan.with_fields(weights=None)  # the next level adds up the sums of this one
         values, count = up, groups

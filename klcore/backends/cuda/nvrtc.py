@@ -1,7 +1,7 @@
-"""Compiles src/kl_cuda.cu and src/kl_sparse.cu for one GPU architecture with NVRTC, and keeps what it made on disk.
+"""Compile src/kl_cuda.cu and src/kl_sparse.cu for one GPU architecture with NVRTC, and cache the result on disk.
 
-CuPy can compile too, but it appends its own options, flush-to-zero among them, and the last one wins; and it needs a
-driver. Here NVRTC is called through ctypes: it needs neither CuPy nor a GPU, so that any machine can check the kernels.
+CuPy can compile, too, but it appends options of its own, among them flush-to-zero, and the last option wins; and it
+needs a driver. Here NVRTC is called through ctypes, without CuPy or a GPU, so that any machine can check the kernels.
 """
 
 import atexit
@@ -30,21 +30,21 @@ SOURCES = (
     "kl_sparse.h", "kl_cuda.cu", "kl_sparse_steps.h", "kl_sparse.cu",
 )  # fmt: skip
 
-# Put behind the caller's, so that none of those can undo them: the last one wins.
+# These come after the caller's options, so that they win: the last option counts.
 _OPTIONS = (
     "--std=c++17",
-    "--device-as-default-execution-space",  # constexpr functions, which both compilers read, bear no mark
+    "--device-as-default-execution-space",  # constexpr functions, which both compilers read, have no __device__
     "--ftz=false",
     "--fmad=false",
     "--prec-div=true",
     "--prec-sqrt=true",
 )
-# Of CUDA 13 and of CUDA 12: the library's file, and where in the folder `nvidia` pip puts it.
+# For CUDA 13 and CUDA 12: the file name of the library, and its folder in pip's `nvidia` package.
 _LINUX = (("libnvrtc.so.13", "cu13/lib"), ("libnvrtc.so.12", "cuda_nvrtc/lib"))
 _WINDOWS = (("nvrtc64_130_0.dll", "cu13/bin/x86_64"), ("nvrtc64_120_0.dll", "cuda_nvrtc/bin"))
 
 _lock = threading.Lock()
-_private: tempfile.TemporaryDirectory[str] | None = None  # the cache of a process that may not write the common one
+_private: tempfile.TemporaryDirectory[str] | None = None  # the cache of a process that cannot write the shared one
 
 
 # ---- the source ------------------------------------------------------------------------------------------------------
@@ -52,7 +52,7 @@ _private: tempfile.TemporaryDirectory[str] | None = None  # the cache of a proce
 
 @cache
 def source() -> str:
-    """The files of SOURCES as one: NVRTC has no folder to include from. Messages still name the file and the line."""
+    """The files of SOURCES as one, because NVRTC has no include path; #line keeps file and line in its messages."""
     folder = importlib.resources.files("klcore._src")
     own = re.compile(rf'[ \t]*#[ \t]*(?:pragma[ \t]+once|include[ \t]*"(?:{"|".join(map(re.escape, SOURCES))})").*')
     parts = []
@@ -68,7 +68,7 @@ def source() -> str:
 
 @cache
 def _library() -> ctypes.CDLL:
-    """NVRTC: where pip, conda or CUDA's installer put it, else where the system looks."""
+    """NVRTC, from pip, conda or the CUDA installer, or from the system's library path."""
     try:
         pathfinder = importlib.import_module("cuda.pathfinder")  # comes with CuPy 14
         return _load(pathfinder.load_nvidia_dynamic_lib("nvrtc").abs_path)
@@ -80,16 +80,16 @@ def _library() -> ctypes.CDLL:
         except OSError:
             continue
     raise BackendUnavailableError(
-        "NVRTC, the compiler of NVIDIA's GPUs, is not installed, or cannot be loaded; install it with: "
+        "NVRTC, NVIDIA's runtime compiler, is not installed or cannot be loaded; install it with: "
         'pip install "klcore[cuda13]" (or "klcore[cuda12]" for a driver of CUDA 12)'
     )
 
 
 def _files() -> Iterator[str]:
-    """Where to look for NVRTC without cuda.pathfinder: in pip's packages, then wherever the system looks."""
+    """Where to look for NVRTC without cuda.pathfinder: in pip's packages, then on the system's library path."""
     names = _WINDOWS if sys.platform == "win32" else _LINUX
     roots: list[str] = []
-    with contextlib.suppress(ValueError):  # of a module that says not where it is from
+    with contextlib.suppress(ValueError):  # find_spec raises for a module whose __spec__ is None
         spec = importlib.util.find_spec("nvidia")
         roots = list(spec.submodule_search_locations or []) if spec else []
     for name, folder in names:
@@ -121,8 +121,8 @@ def _load(path: str) -> ctypes.CDLL:
 
 
 def _load_builtins(library: ctypes.CDLL, path: str) -> None:
-    """NVRTC's other half, which it loads by name when it compiles. Some of pip's packages do not have the system look
-    for it beside the first; there NVRTC finds it only if it is loaded already."""
+    """Load the second library of NVRTC, which NVRTC loads by name when it compiles. With some pip packages the system
+    does not search next to the first library, and NVRTC finds the second one only if it is loaded already."""
     major, minor = ctypes.c_int(), ctypes.c_int()
     library.nvrtcVersion(ctypes.byref(major), ctypes.byref(minor))
     builtins = Path(path).with_name(f"libnvrtc-builtins.so.{major.value}.{minor.value}")
@@ -137,7 +137,7 @@ def _call(name: str, *arguments: Any) -> None:
 
 
 def _read(name: str, program: ctypes.c_void_p) -> bytes:
-    """What NVRTC gives in two calls, the size and the bytes."""
+    """Read data from NVRTC, which takes two calls: one for the size, one for the bytes."""
     size = ctypes.c_size_t()
     _call(f"{name}Size", program, ctypes.byref(size))
     data = ctypes.create_string_buffer(size.value)
@@ -147,7 +147,7 @@ def _read(name: str, program: ctypes.c_void_p) -> bytes:
 
 @cache
 def version() -> tuple[int, int]:
-    """NVRTC's major and minor version, which are CUDA's."""
+    """The major and minor version of NVRTC, which are those of CUDA."""
     major, minor = ctypes.c_int(), ctypes.c_int()
     _call("nvrtcVersion", ctypes.byref(major), ctypes.byref(minor))
     return major.value, minor.value
@@ -155,7 +155,7 @@ def version() -> tuple[int, int]:
 
 @cache
 def supported() -> tuple[int, ...]:
-    """The architectures NVRTC compiles for, in ascending order: 90 for compute capability 9.0."""
+    """The architectures that NVRTC supports, in ascending order: 90 for compute capability 9.0."""
     count = ctypes.c_int()
     _call("nvrtcGetNumSupportedArchs", ctypes.byref(count))
     archs = (ctypes.c_int * count.value)()
@@ -167,10 +167,10 @@ def _require(arch: int) -> None:
     if arch in supported():
         return
     (major, minor), oldest = version(), supported()[0]
-    gpu = f"NVRTC {major}.{minor} does not compile for this GPU, of compute capability {arch // 10}.{arch % 10}"
+    gpu = f"NVRTC {major}.{minor} does not support this GPU, of compute capability {arch // 10}.{arch % 10}"
     if arch > oldest:
         package = "nvidia-cuda-nvrtc" if major > 12 else f"nvidia-cuda-nvrtc-cu{major}"
-        newer = "" if major > 12 else ', or change to CUDA 13: pip install "klcore[cuda13]"'
+        newer = "" if major > 12 else ', or switch to CUDA 13: pip install "klcore[cuda13]"'
         raise BackendUnavailableError(f"{gpu}; upgrade it: pip install --upgrade {package}{newer}")
     if arch >= 70:
         raise BackendUnavailableError(f'{gpu}, but NVRTC 12 does: pip install "klcore[cuda12]"')
@@ -178,7 +178,7 @@ def _require(arch: int) -> None:
 
 
 def _compile(source: str, options: tuple[str, ...], arch: int) -> tuple[bytes, str]:
-    """The cubin, and what NVRTC had to say: its warnings."""
+    """The cubin and the log of NVRTC."""
     _require(arch)
     words = [*options, f"--gpu-architecture=sm_{arch}", *_OPTIONS]
     program = ctypes.c_void_p()
@@ -203,9 +203,9 @@ def compile(source: str, options: tuple[str, ...], arch: int) -> bytes:
     Parameters
     ----------
     source : str
-        CUDA C++; it can include nothing.
+        CUDA C++ without #include.
     options : tuple of str
-        NVRTC's. C++17 and IEEE arithmetic (no flush to zero, no contraction, exact division) are fixed.
+        Options of NVRTC. C++17 and IEEE arithmetic (no flush-to-zero, no contraction, exact division) are fixed.
     arch : int
         90 for compute capability 9.0.
 
@@ -217,39 +217,39 @@ def compile(source: str, options: tuple[str, ...], arch: int) -> bytes:
     Raises
     ------
     BackendUnavailableError
-        If NVRTC is missing or does not know the architecture.
+        If NVRTC is missing or does not support the architecture.
     RuntimeError
-        If it does not compile; with NVRTC's log.
+        If the source does not compile; the message has the log of NVRTC.
     """
     with _lock:
         return _compile(source, options, arch)[0]
 
 
 # ---- the cache -------------------------------------------------------------------------------------------------------
-# An entry is called KEY-DIGEST.cubin: of what it was made, and of what it holds. One file, so nothing can disagree; one
-# that was cut short or damaged is not what its name says, and is made again.
+# An entry is a file KEY-DIGEST.cubin, where KEY is a hash of the inputs and DIGEST one of the content. A truncated or
+# damaged file does not match its DIGEST, and is compiled again.
 
 
 def build(options: tuple[str, ...], arch: int) -> Path:
-    """The path of klcore's kernels as a cubin, compiled on the first call for these options and never again.
+    """The path of klcore's kernels as a cubin, which is compiled on the first call with these options, and then cached.
 
     Parameters
     ----------
     options : tuple of str
-        NVRTC's, as ``-DNAME=VALUE``.
+        Options of NVRTC, such as ``-DNAME=VALUE``.
     arch : int
         90 for compute capability 9.0.
 
     Returns
     -------
     pathlib.Path
-        A file in the folder that KLCORE_CACHE_DIR names, else in the user's cache; if that cannot be written, in a
-        temporary one of this process.
+        A file in the folder KLCORE_CACHE_DIR, or in the user's cache folder; if that cannot be written, in a temporary
+        folder of this process.
 
     Raises
     ------
     BackendUnavailableError, RuntimeError
-        As compile does.
+        As for `compile`.
     """
     key = _key(options, arch)
     with _lock:
@@ -269,7 +269,7 @@ def _key(options: tuple[str, ...], arch: int) -> str:
 
 
 def _folder() -> Path:
-    """Where entries are kept: KLCORE_CACHE_DIR, else what the platform has for this."""
+    """The cache folder: KLCORE_CACHE_DIR, or the platform's folder for caches."""
     chosen = os.environ.get("KLCORE_CACHE_DIR")
     if chosen:
         return Path(chosen).expanduser().absolute()
@@ -311,8 +311,8 @@ def _keep(name: str, cubin: bytes) -> Path:
             _private = tempfile.TemporaryDirectory(prefix="klcore-", ignore_cleanup_errors=True)
             atexit.register(_private.cleanup)
             warnings.warn(
-                f"compiled CUDA kernels cannot be kept in {where} ({error}): every process will compile its own; "
-                "KLCORE_CACHE_DIR chooses another directory",
+                f"cannot cache compiled CUDA kernels in {where} ({error}), so every process will compile them again; "
+                "set KLCORE_CACHE_DIR to another directory",
                 UserWarning,
                 stacklevel=3,
             )
@@ -320,10 +320,10 @@ def _keep(name: str, cubin: bytes) -> Path:
 
 
 def _write(folder: Path, name: str, cubin: bytes) -> Path:
-    """Whole or not at all: whoever looks meanwhile sees no half of it."""
+    """Write a file atomically, so that no other process sees half of it."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / name
-    part = folder / f"{secrets.token_hex(8)}.part"  # unique among processes, and among machines that share the folder
+    part = folder / f"{secrets.token_hex(8)}.part"  # unique, also among machines that share the folder
     try:
         part.write_bytes(cubin)
         part.replace(path)

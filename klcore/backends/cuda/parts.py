@@ -1,6 +1,6 @@
-"""The launches for rows in parts: a shard's states, states into stats, and outputs from these (src/kl_partial.h).
+"""The launches for rows in parts: states of a shard, stats from states, outputs from stats (src/kl_partial.h).
 
-A state lies where klcore.backends.cpu has it: the rows in C order, for each so many numbers, for each so many chunks.
+A state has the same layout as in klcore.backends.cpu: the rows in C order, then the numbers, then the chunks.
 """
 
 import math
@@ -26,7 +26,7 @@ def _places(arrays: dict[str, Any]) -> dict[str, plans.Place]:
 
 
 def states(device: int, task: rows.Task, outputs: int, number: int, arrays: dict[str, Any]) -> Prepared:
-    """Sweep `number` into arrays["states"]; `outputs` will be asked for, and arrays["stats"] are the rows'."""
+    """Sweep `number`, into arrays["states"], given arrays["stats"] of the rows; `outputs` will be asked for later."""
     places, scratch = _places(arrays), plans.Scratch()
     views = views_of(task, places)
     kind = kind_of(device, task, views, outputs)
@@ -36,12 +36,12 @@ def states(device: int, task: rows.Task, outputs: int, number: int, arrays: dict
 
 
 def merge(device: int, task: rows.Task, number: int, fold: bool, arrays: dict[str, Any]) -> Prepared:
-    """arrays["states"] into arrays["merged"]: the rows' stats or, to `fold`, one state a row."""
+    """Merge arrays["states"] into arrays["merged"]: the stats of the rows, or with `fold` one state per row."""
     places, scratch = _places(arrays), plans.Scratch()
     *batch, _, count = arrays["states"].shape
     by_row = {name: arrays[name] for name in ("weights", "temperatures") if arrays[name] is not None}
     views = {name: plans.view_of(a, places[name], False) for name, a in by_row.items()}
-    if not fold:  # the first of a row's stats becomes its value, times its weight
+    if not fold:  # the first number of a row's stats becomes its value, times its weight
         views["value"] = plans.view_of(arrays["merged"][..., 0], places["merged"], False)
     dtype = rows.CODES["float64" if task.wide else "float32"]
     tempered = kernels.tempered_by(task.temperature)
@@ -58,8 +58,8 @@ def merge(device: int, task: rows.Task, number: int, fold: bool, arrays: dict[st
 
 
 def outputs(device: int, task: rows.Task, number: int, scale: float, arrays: dict[str, Any]) -> Prepared:
-    """What sweep `number` writes: arrays["value"], the terms, and the gradients arrays["dx"] and arrays["dy"]; of one
-    that is summed over rows, arrays["stats dx"] has the stats in the order of its rows."""
+    """What sweep `number` writes: the terms, arrays["value"], and the gradients, arrays["dx"] and arrays["dy"]. For a
+    gradient that is summed over rows, arrays["stats dx"] or ["stats dy"] has the stats in the order of its rows."""
     places, scratch = _places(arrays), plans.Scratch()
     views = views_of(task, places)
     fields = {**fields_of(task), "gradient_scale": scale}
@@ -74,7 +74,7 @@ def outputs(device: int, task: rows.Task, number: int, scale: float, arrays: dic
         chunks = -(-task.n // CHUNK)
         own = scratch.doubles(task.rows * max(kind.states) * chunks)
         plan = plans.plan_of(layout, task.n, states=own, stats=places["stats"], **fields)
-        if kind.of_logits:  # whose slopes follow from the state of each chunk
+        if kind.of_logits:  # the slopes depend on the state of each chunk
             launches.append(units(kind, plan, layout, 0, 1))
         launches.append(units(kind, plan, layout, number, number + 1))
     for g in task.gradients:

@@ -1,5 +1,4 @@
-"""What one launch is told: kl::Plan of src/kl_cuda.cu, with places where addresses will be; or kl::Listing of
-src/kl_sparse.cu."""
+"""The arguments of a launch, kl::Plan of src/kl_cuda.cu or kl::Listing of src/kl_sparse.cu, without addresses."""
 
 import math
 from typing import Any, NamedTuple
@@ -17,7 +16,7 @@ class _Field(NamedTuple):
 
 
 def _fields(struct: str) -> list[_Field]:
-    """The members of a struct of the CUDA source, where alone its layout stands; all are whole words."""
+    """The members of a struct, parsed from the CUDA source, which alone defines its layout; all are whole words."""
     body = nvrtc.source().partition(f"struct {struct} {{")[2].partition("\n};")[0]
     found = []
     for line in body.splitlines()[1:]:
@@ -33,7 +32,7 @@ _ARRAY = sum(field.words for field in _fields("Array"))
 
 
 class Struct:
-    """Where the members of one lie, in words."""
+    """The offsets of the members of a struct, in words."""
 
     def __init__(self, name: str) -> None:
         fields = _fields(name)
@@ -44,20 +43,20 @@ class Struct:
 
 PLAN, LISTING = Struct("Plan"), Struct("Listing")
 AT, WORDS = PLAN.at, PLAN.words
-# What has an address: what a call reads, in this order, then its value and gradients, then its working memory.
+# The addresses of a call: the arrays that it reads, in this order, then its value and gradients, then scratch memory.
 READ = ("x", "y", "weights", "temperatures", "factors", "cotangent", "divisor", "counted")
-_SCRATCH = -1  # the last address of all
+_SCRATCH = -1  # the number of the last address
 
 
 class Place(NamedTuple):
-    """Where something will lie: so many bytes behind the address of number `of`, in the order of READ."""
+    """A future address: `offset` bytes after address number `of`, in the order of READ."""
 
     of: int
     offset: int = 0
 
 
 class Scratch:
-    """The working memory of a call, laid out piece by piece, so that one allocation serves all launches."""
+    """The scratch memory of a call, laid out piece by piece, so that one allocation serves all launches."""
 
     def __init__(self) -> None:
         self.nbytes = 0
@@ -71,7 +70,7 @@ class Scratch:
 class View(NamedTuple):
     """An array as kl::Array describes it."""
 
-    place: Place | int  # or its address
+    place: Place | int  # a future address, or an address
     stride: int
     batch: tuple[int, ...]
     dtype: int
@@ -81,14 +80,14 @@ class View(NamedTuple):
 def view_of(a: Any, place: Place | int, classes: bool) -> View:
     strides = a.strides
     code = devices.code_of(a.dtype)
-    assert code is not None  # devices.asarray and rows.py have seen to it
+    assert code is not None  # devices.asarray and rows.py ensure this
     if classes:
         return View(place, strides[-1], strides[:-1], code, _cpu.SIZES[code])
     return View(place, 0, strides, code, _cpu.SIZES[code])
 
 
 class Layout(NamedTuple):
-    """The batch axes, joined where all arrays move over them in even steps, and the arrays over them."""
+    """The batch axes, merged where the strides of all arrays allow it, and the arrays over these axes."""
 
     shape: tuple[int, ...]
     views: dict[str, View]
@@ -101,7 +100,7 @@ def layout_of(shape: tuple[int, ...], n: int, views: dict[str, View], keep_order
     columns = False
     x = views.get("x")
     if x and not keep_order and n > 1 and abs(x.stride) > x.size:
-        # the classes lie apart: have the rows that are closest to each other follow each other
+        # the classes are not contiguous: make the axis with the smallest stride the innermost batch axis
         apart = {d: abs(x.batch[d]) for d in order if shape[d] > 1 and x.batch[d]}
         nearest = min(apart, key=apart.__getitem__, default=None)
         if nearest is not None and apart[nearest] < abs(x.stride):
@@ -126,7 +125,7 @@ def layout_of(shape: tuple[int, ...], n: int, views: dict[str, View], keep_order
 
 
 class Plan:
-    """kl::Plan, or another struct, in words of eight bytes, and the places whose addresses some of them are to hold."""
+    """kl::Plan, or another struct, as eight-byte words, and the places of the addresses that some words will hold."""
 
     __slots__ = ("places", "struct", "words")
 
@@ -134,7 +133,7 @@ class Plan:
         self.words, self.places, self.struct = words, places, struct
 
     def with_fields(self, **fields: Any) -> "Plan":
-        """A copy with some fields changed; None stands for the address 0."""
+        """A copy with some fields changed; None means the null address."""
         plan = Plan(self.words.copy(), self.places.copy(), self.struct)
         for name, value in fields.items():
             plan.put(self.struct.at[name], value, name in self.struct.doubles)

@@ -1,4 +1,4 @@
-"""A call with all its launches, but for addresses: what is kept, and serves the next one of its kind."""
+"""A call with all its launches, without addresses: this is cached, and reused by the next call of the same kind."""
 
 import math
 from typing import Any, NamedTuple
@@ -11,20 +11,20 @@ from klcore.backends.cuda.launches import CHUNK, MAX_STATS, Kind, Launch, Planne
 
 
 class Prepared(NamedTuple):
-    """The launches of a call, but for addresses; and what the next such call needs to know besides."""
+    """The launches of a call, without addresses, and what else the next such call needs."""
 
     device: int
     launches: tuple[Launch, ...]
-    plans: np.ndarray  # one element a launch, as kl::Plan lies in memory
-    addresses: tuple[tuple[int, int, int], ...]  # word of `plans`, number of the address, bytes to add
+    plans: np.ndarray  # one element per launch, with the memory layout of kl::Plan
+    addresses: tuple[tuple[int, int, int], ...]  # (word of `plans`, number of the address, bytes to add)
     scratch: int  # bytes of working memory
-    results: tuple[tuple[Any, Any, int | None], ...] = ()  # shape, dtype, and which argument each is laid out like
-    spans: tuple[tuple[int, int], ...] = ()  # by _span, of arguments and results
-    over_y: bool = False  # rows.Task's
+    results: tuple[tuple[Any, Any, int | None], ...] = ()  # (shape, dtype, number of the argument with the same layout)
+    spans: tuple[tuple[int, int], ...] = ()  # from _span, of the arguments and results
+    over_y: bool = False  # as in rows.Task
 
 
 def launched(device: int, launches: list[Planned], scratch: plans.Scratch, *more: Any) -> Prepared:
-    """These launches, and what else the next such call needs to know."""
+    """Prepare these launches; `more` are the remaining fields of Prepared."""
     planned, filled = zip(*launches, strict=True)
     places = ((k * plans.WORDS + at, place) for k, plan in enumerate(filled) for at, place in plan.places.items())
     return Prepared(
@@ -38,20 +38,20 @@ def launched(device: int, launches: list[Planned], scratch: plans.Scratch, *more
 
 
 def _span(a: Any) -> tuple[int, int]:
-    """The bytes that an array covers, counted from the address of its first element: from, to."""
+    """The range of bytes that an array covers, relative to the address of its first element."""
     steps = [(n - 1) * step for n, step in zip(a.shape, a.strides, strict=True)]
     return sum(s for s in steps if s < 0), sum(s for s in steps if s > 0) + a.dtype.itemsize
 
 
 def prepare(device: int, task: rows.Task, arrays: list[Any], results: list[Any]) -> Prepared:
-    """All launches of a task, which reads `arrays`, in the order of plans.READ, and writes `results`."""
+    """All launches of a task that reads `arrays`, in the order of plans.READ, and writes `results`."""
     names = (*plans.READ, "value", *("d" + g.of for g in task.gradients))
     places = {name: plans.Place(k) for k, name in enumerate(names)}
     cotangent = arrays[plans.READ.index("cotangent")] is not None
     scratch = plans.Scratch()
     views = views_of(task, places)
     totals = None
-    if task.value_wanted and task.output == rows.TOTAL:  # one number a row, behind each other
+    if task.value_wanted and task.output == rows.TOTAL:  # one number per row, contiguous
         totals = scratch.doubles(task.rows)
         batch = task.x.shape[:-1]
         strides = tuple(8 * math.prod(batch[d + 1 :]) for d in range(len(batch)))
@@ -65,7 +65,7 @@ def prepare(device: int, task: rows.Task, arrays: list[Any], results: list[Any])
     launches: list[Planned] = []
     divisor = math.nan if task.denominator is None else task.denominator  # NaN: the sum of the weights
     denominator = None if task.divisor is None else places["divisor"]
-    if task.by_weights:  # whose sum is known to the device only
+    if task.by_weights:  # their sum is known only on the device
         known, denominator = denominator, scratch.doubles(2)
         counted = views["weights"]
         if task.counted is not None:
@@ -103,7 +103,7 @@ def prepare(device: int, task: rows.Task, arrays: list[Any], results: list[Any])
 
 
 def views_of(task: rows.Task, places: dict[str, plans.Place]) -> dict[str, plans.View]:
-    """What all sweeps of a task read."""
+    """The arrays that all sweeps of a task read."""
     classes = {"x": task.x, "y": task.y, "factors": task.factors}
     by_row = {"weights": task.weights, "temperatures": task.temperatures}
     read = {**classes, **by_row}
@@ -111,12 +111,12 @@ def views_of(task: rows.Task, places: dict[str, plans.Place]) -> dict[str, plans
 
 
 def inverse_of(temperature: Any) -> float:
-    """That of all rows; 1 where they have their own."""
+    """The inverse temperature of all rows; 1 if there is one temperature per row."""
     return 1.0 / temperature if isinstance(temperature, float) else 1.0
 
 
 def outputs_of(task: rows.Task) -> int:
-    """The terms, and the gradients that are not summed over rows."""
+    """The flags of the outputs: the terms, and the gradients that are not summed over rows."""
     direct = sum(kernels.OUTPUTS[g.of] for g in task.gradients if not g.inner)
     return direct + (kernels.TERMS if task.output == rows.TERMS else 0)
 
@@ -129,7 +129,7 @@ def kind_of(device: int, task: rows.Task, views: dict[str, plans.View], outputs:
 
 
 def fields_of(task: rows.Task) -> dict[str, Any]:
-    """What all launches of a task are told."""
+    """The fields that all plans of a task have in common."""
     return {
         "output": task.output,
         "any_weights": task.signed,
@@ -143,7 +143,7 @@ def summed(
     kind: Kind, task: rows.Task, g: rows.Gradient, to: plans.View, views: dict[str, plans.View], fields: dict[str, Any],
     scratch: plans.Scratch, stats: plans.Place | None = None,
 ) -> list[Planned]:  # fmt: skip
-    """The gradient of a broadcast operand, 1024 rows at a time. `stats` of these, in its order, may be known."""
+    """The gradient of a broadcast operand, 1024 rows at a time. `stats`, if known, are in the order of its rows."""
     batch = task.x.shape[:-1]
     order = g.order
     shape = tuple(batch[d] for d in order)

@@ -1,16 +1,17 @@
-"""JAX arrays: their memory is lent to klcore.backends.cpu or cuda, and JAX is taught the gradients; no formulas here.
+"""JAX arrays: their memory is lent to klcore.backends.cpu or cuda, and JAX learns the gradients. No formulas are here.
 
-A call, traced or not, is one call from compiled code back to Python (``jax.experimental.buffer_callback``, an XLA FFI
-handler that comes with jaxlib), which gets the buffers of arguments and results as they lie in memory: NumPy views on
-the CPU, CuPy views and XLA's stream on an NVIDIA GPU. Nothing is copied, but results of a few kilobytes. The callback
-never calls JAX, so it cannot wait for a thread that waits for it, as one that is handed JAX arrays may
-(``jax.pure_callback``). Which device computes is decided where the program is compiled for one: a program for CUDA runs
-the CUDA kernels, one for a TPU is refused by JAX, nothing is moved unasked.
+Compiled code calls back into Python (``jax.experimental.buffer_callback``, an XLA FFI handler that comes with jaxlib),
+whether the call is traced or not. The callback gets the buffers of arguments and results where they lie: NumPy views on
+the CPU, CuPy views and XLA's stream on an NVIDIA GPU. Nothing is copied except results of a few kilobytes. The callback
+never calls JAX, so it cannot wait for a thread that waits for it, which can happen with callbacks that are passed JAX
+arrays (``jax.pure_callback``). The device is known when the program is compiled: a program for CUDA runs the CUDA
+kernels, JAX refuses a program for a TPU, and nothing is moved implicitly.
 
-Concrete arrays take the same way, through a ``jax.jit`` that keeps a program for each shape and each choice of words,
-as JAX's own functions do; but where the CPU is JAX' only device large ones are computed at once, as NumPy's are.
-Programs run in the calling thread or in one of XLA's, where ``klcore.set_num_threads`` holds and ``klcore.threads``,
-which is of the caller's thread, does not; what a signal handler raises within one, JAX makes an error of its own.
+Concrete arrays go the same way, through a ``jax.jit`` that caches a program for each shape and each choice of options,
+as JAX's own functions do. But if the CPU is JAX's only device, large arrays are computed at once, like NumPy arrays.
+Programs run in the calling thread or in a thread of XLA. There ``klcore.set_num_threads`` holds, but
+``klcore.threads``, which belongs to the caller's thread, does not. JAX turns exceptions that a signal handler raises
+there into its own error.
 """
 
 import math
@@ -29,7 +30,7 @@ from klcore.backends.jax.programs import SMALL, Program, as_data
 from klcore.operations import Call
 
 _DTYPES = frozenset(jnp.dtype(name) for name in rows.FLOATS)
-_ARRAYS = ("x", "y", "weights", "ratio", "temperature", "indices", "tail_mass")  # what may be one
+_ARRAYS = ("x", "y", "weights", "ratio", "temperature", "indices", "tail_mass")  # the arguments that may be arrays
 _OF_CLASSES = ("x", "y", "indices")
 
 
@@ -37,12 +38,12 @@ _OF_CLASSES = ("x", "y", "indices")
 
 
 def _arranged(call: Call, arrays: dict[str, Any], known: tuple[str, ...] = ()) -> rows.Task:
-    """A call's arguments, checked as those of NumPy arrays are; but the numbers of the known ones only."""
+    """Check the arguments of a call as for NumPy arrays; only those in `known` have values to check."""
 
     def to_check(name: str, a: Any) -> Any:
         if name in known:
             return np.asarray(a)
-        # of no size in memory; of rows that might have no weight nothing is looked at
+        # an array without memory: ones pass every check, and zeros for weights and indices prevent checks of rows
         return np.broadcast_to(np.array(name not in ("weights", "indices"), a.dtype), a.shape)
 
     arranged = rows.arrange if call.tail is None else sparse.outcome
@@ -51,7 +52,7 @@ def _arranged(call: Call, arrays: dict[str, Any], known: tuple[str, ...] = ()) -
 
 @partial(jax.jit, static_argnums=0)
 def _compute(call: Call, arrays: dict[str, Any], numbers: dict[str, Any]) -> tuple[Any, ...]:
-    """The value and the gradients asked for; what is wrong with the arguments is raised while JAX traces this."""
+    """The value and the gradients that were asked for. Errors in the arguments are raised while JAX traces this."""
     task = _arranged(call, arrays)
     shape = () if task.output == rows.TOTAL else task.value.shape
     operands = {name: arrays[name] for name in _OF_CLASSES if name in arrays}
@@ -60,14 +61,14 @@ def _compute(call: Call, arrays: dict[str, Any], numbers: dict[str, Any]) -> tup
     axes = frozenset[str]().union(*map(private.varying_axes, arrays.values()))
 
     def whole(name: str, a: Any) -> Any:
-        # vmap puts axes in front: those that broadcast have to be there already. A number is one class.
+        # vmap adds leading axes, so axes that broadcast must exist already. A number is one class.
         a = jnp.expand_dims(a, tuple(range((ndim if name in operands else of_rows) - a.ndim)))
         return private.varying(a, axes)
 
     value_shape = (1,) if call.reduction == "none" and not shape else shape
     of_value = jax.dtypes.canonicalize_dtype(task.scalar_dtype)
     axis = call.axis if call.axis < 0 else call.axis - ndim
-    # the value's dtype is what JAX has, of a loss and a row of integers alike
+    # the dtype of the value is one that JAX has, also for losses and integer arguments
     of_call = call._replace(axis=axis, dtype=of_value.name if call.operation.is_loss else None)
     wanted = tuple(g.of for g in task.gradients)
     program = Program(of_call, ndim, value_shape, of_value, wanted, divided=task.denominator)
@@ -81,30 +82,30 @@ def _compute(call: Call, arrays: dict[str, Any], numbers: dict[str, Any]) -> tup
 
 
 def _array(a: Any, name: str) -> Any:
-    """A JAX array of one of klcore's dtypes. Integers become JAX's own float: float64 only if jax_enable_x64 is set;
-    but indices JAX's own integer."""
+    """A JAX array of one of klcore's dtypes. Integers become JAX's default float, which is float64 only if
+    jax_enable_x64 is set; indices become JAX's default integer."""
     if isinstance(a, jax.Array) and a.dtype in _DTYPES and name != "indices":
         return a
     if not isinstance(a, jax.Array) and not _holds_jax(a):
         a = rows.as_numpy(a, name)
         rows.refuse(a, name)
         a = a if a.dtype.isnative else a.astype(a.dtype.newbyteorder("="))
-    with jax.ensure_compile_time_eval():  # numbers stay known while JAX traces, so that weights can be checked
+    with jax.ensure_compile_time_eval():  # constants stay concrete while JAX traces, so that weights can be checked
         if name == "indices":
             return _indices(a)
         a = jnp.asarray(a)
         if jnp.issubdtype(a.dtype, jax.dtypes.extended):
-            raise TypeError(f"{name} has dtype {a.dtype}; klcore computes with {', '.join(rows.FLOATS)} and integers")
+            raise TypeError(f"{name} has dtype {a.dtype}; klcore supports {', '.join(rows.FLOATS)} and integers")
         rows.refuse(a, name)
         return a.astype(float) if a.dtype.kind in "iub" else a
 
 
 def _indices(a: Any) -> Any:
-    """One that JAX' integer has no room for is not in y: it stays so, as the last one that there is room for."""
+    """Indices as JAX's default integer. An index that overflows it is out of range for y; clipping keeps it so."""
     a = jnp.asarray(a) if _holds_jax(a) else a
     info: Any = jnp.iinfo  # without types
     own = info(jax.dtypes.canonicalize_dtype(int))
-    if not a.size:  # of an empty list NumPy makes floats
+    if not a.size:  # NumPy converts an empty list to float64
         return jnp.zeros(a.shape, own.dtype)
     rows.refuse_others(a.dtype, jnp.issubdtype(a.dtype, jnp.integer))
     if isinstance(a, jax.Array) and a.dtype == own.dtype:
@@ -115,36 +116,36 @@ def _indices(a: Any) -> Any:
 
 
 def _holds_jax(a: Any) -> bool:
-    """Lists of numbers, which may be traced."""
+    """Whether `a` is a list that contains JAX arrays, which may be traced."""
     return isinstance(a, (list, tuple)) and any(isinstance(part, jax.Array) or _holds_jax(part) for part in a)
 
 
 def _moved(device: str, arrays: dict[str, Any]) -> dict[str, Any]:
     if any(isinstance(a, jax.core.Tracer) for a in arrays.values()):
         raise ValueError(
-            f"device={device!r} has no meaning while JAX traces a function (jit, grad, vmap): the program runs where "
-            "its arguments are. Leave device=None, and move the arguments with jax.device_put before"
+            f"device={device!r} has no meaning while JAX traces a function (jit, grad, vmap), because the program runs "
+            "where its arguments are; use device=None, and move the arguments with jax.device_put first"
         )
     platform, _, number = device.partition(":")
     try:
         to = jax.local_devices(backend=platform)[int(number or 0)]
     except (RuntimeError, IndexError) as error:
         raise BackendUnavailableError(
-            f"device={device!r}: JAX has no such device ({error}); see jax.devices(). For NVIDIA GPUs install it with: "
-            "pip install 'jax[cuda13]'"
+            f"device={device!r}, but JAX has no such device ({error}); see jax.devices(). For NVIDIA GPUs, install JAX "
+            "with: pip install 'jax[cuda13]'"
         ) from error
     return {name: jax.device_put(a, to) for name, a in arrays.items()}
 
 
 def _platform(a: Any) -> str | None:
-    """Where an array is; None if JAX traces, when that is not decided yet."""
+    """The platform of an array; None while JAX traces, when it is not decided yet."""
     return None if a is None or isinstance(a, jax.core.Tracer) else next(iter(a.devices())).platform
 
 
 def _numbers(call: Call) -> tuple[Call, dict[str, Any]]:
-    """The numbers that a program gets as data, and the call without them: it is one for all of them."""
+    """The call without its numbers, and the numbers, which are data: one program then serves all numbers."""
     numbers: dict[str, Any] = {}
-    if not call.operation.is_loss and call.denominator is not None:  # a loss's is a word of the program
+    if not call.operation.is_loss and call.denominator is not None:  # that of a loss is part of the program
         waits = isinstance(call.denominator, jax.Array) and _platform(call.denominator) != "cpu"
         numbers["denominator"] = call.denominator if waits else as_data(rows.denominator_of(call))
         call = call._replace(denominator=None)
@@ -156,8 +157,8 @@ def _numbers(call: Call) -> tuple[Call, dict[str, Any]]:
 
 def compute(call: Call) -> Any:
     if call.out is not None:
-        raise TypeError("JAX arrays cannot be written to, so out= is not possible with them; use what is returned")
-    # JAX looks calls up among those of the programs it has compiled: what equals a right one is to be refused first
+        raise TypeError("JAX arrays cannot be written to, so out= is not supported; use the returned arrays")
+    # check first: JAX would take an invalid option that equals a valid one for a program that it has compiled already
     _, temperature, wanted = rows.words(call)
     device, several = call.device, rows.has_numbers(temperature)
     given = {name: a for name in _ARRAYS if (a := getattr(call, name)) is not None}
@@ -174,9 +175,9 @@ def compute(call: Call) -> Any:
         labels.check(last, *map(given.get, _ARRAYS))
     if device is not None:
         arrays = _moved(device, arrays)
-    # In this thread a signal ends the call: JAX does not look for any while its programs run. Only where there is one
-    # device, to which results are bound; not for little, of which JAX' own way takes a third of the time, nor for
-    # gradients in bfloat16, which JAX does not take over without a copy.
+    # In this thread, a signal can end the call: JAX does not check for signals while its programs run. Only if there is
+    # one device, where the results must be; not for small arrays, for which JAX takes a third of the time; and not for
+    # gradients in bfloat16, which JAX copies.
     operands = [arrays[name] for name in "xy" if name in arrays]
     here = jax.default_backend() == "cpu" and jax.device_count() == 1
     here = here and not any(isinstance(a, jax.core.Tracer) for a in (*arrays.values(), call.denominator))
@@ -185,7 +186,7 @@ def compute(call: Call) -> Any:
         return _in_this_thread(call, arrays)
     call, numbers = _numbers(call)
     known = tuple(name for name in arrays if name not in ("x", "y", "ratio") and _platform(arrays[name]) == "cpu")
-    if known:  # compiled code would raise JAX's own error
+    if known:  # check values now: from compiled code, JAX would raise its own error instead
         _arranged(call, arrays, known)
     if "gpu" in map(_platform, operands):
         import_module("klcore.backends.cuda").ready()
@@ -194,7 +195,7 @@ def compute(call: Call) -> Any:
 
 
 def _in_this_thread(call: Call, arrays: dict[str, Any]) -> Any:
-    """The same for arrays of numbers on the CPU, outside of JAX' programs."""
+    """Compute concrete arrays on the CPU at once, without a JAX program."""
     arrays = {name: np.asarray(a) for name, a in arrays.items()}
     task = _arranged(call, {name: a for name, a in arrays.items() if name != "weights"})
     out = [None if task.value is None else _to_be_taken_over(task.value.shape, task.scalar_dtype)]
@@ -207,8 +208,8 @@ def _in_this_thread(call: Call, arrays: dict[str, Any]) -> Any:
 
 
 def _to_be_taken_over(shape: tuple[int, ...], dtype: Any) -> Any:
-    """New memory that JAX takes over as it is: its arrays begin at multiples of 64 bytes. None for what is copied:
-    little, or bfloat16, which NumPy does not lend."""
+    """New memory, aligned to 64 bytes, that JAX takes over without a copy. None for small arrays, which are copied, and
+    for bfloat16, which NumPy cannot export."""
     size = math.prod(shape) * dtype.itemsize
     if size <= SMALL or dtype.kind == "V":
         return None

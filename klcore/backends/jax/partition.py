@@ -1,8 +1,8 @@
-"""How XLA splits a call over the devices of a mesh: its rows, and its classes.
+"""How XLA partitions a call over the devices of a mesh: by rows, and by classes.
 
-Every device computes its own rows. What they add to a total, or to the gradient of an operand that rows share, is added
-up over the devices. Where the classes are sharded, devices exchange states of their classes, not the classes
-(shards.py). JAX asks for all this once it knows how the arguments are sharded; nothing here runs when the program does.
+Every device computes its own rows. Their parts of a total, and of the gradient of an operand that rows share, are added
+up over the devices. If the classes are sharded, devices exchange states of their classes, not the classes themselves
+(shards.py). JAX calls this file once it knows how the arguments are sharded; nothing here runs when the program does.
 """
 
 import itertools
@@ -24,14 +24,14 @@ from klcore.backends.jax.programs import BY_CLASS, Program, call_back, is_data, 
 _sum: Any = jax.lax.psum  # without types
 _spec: Any = PartitionSpec
 
-# An axis of an argument or result: of the shape of x and y, counted from its end; from 0 on of those that vmap maps;
-# None for one of its own.
+# The label of an axis of an argument or result: negative for an axis of the shape of x and y, counted from its end;
+# from 0 on for the axes that vmap maps; None for an axis that nothing else has.
 Label = int | None
-Split = dict[Label, tuple[str, ...]]  # by which axes of the mesh an axis is split
+Split = dict[Label, tuple[str, ...]]  # the mesh axes that split each axis
 
 
 def over_devices(program: Program, context: Any) -> Callable[..., Any]:
-    """What computes a program in one that XLA is to split."""
+    """The function that computes a program within one that XLA partitions."""
     return partial(_partitioned, _Site(program, context))
 
 
@@ -48,17 +48,17 @@ class Axes:
         for name, a in self.arguments.items():
             for label, n in zip(self.labels(name, a), a.shape, strict=True):
                 self.sizes[label] = max(n, self.sizes.get(label, 1))
-        self.sizes[None] = -1  # of no axis
+        self.sizes[None] = -1  # equals no size
         call = program.call
         self.classes: Label = None if call.operation.is_estimator else call.axis
-        # where every class is by itself no device needs another's
+        # if every class is computed by itself, no device needs the classes of another
         self.by_class = call.reduction == "none" and all(space in BY_CLASS for space in program.spaces.values())
         terms_pulled = call.reduction == "none" and program.pull
-        whole = call.operation.is_loss or self.lists  # kernels take whole rows of these
+        whole = call.operation.is_loss or self.lists  # these need whole rows
         self.may_split_classes = not whole and (self.by_class or not terms_pulled)
 
     def labels(self, name: str, a: Any) -> tuple[Label, ...]:
-        """Those of an argument or result; a gradient's are those of its operand."""
+        """The labels of the axes of an argument or result; a gradient has those of its operand."""
         program = self.program
         whole: tuple[Label, ...] = tuple(range(-program.ndim, 0))
         of_rows = tuple(label for label in whole if label != program.call.axis)
@@ -72,9 +72,9 @@ class Axes:
         return *range(a.ndim - len(own)), *own
 
     def rule(self) -> tuple[str, dict[str, Any]]:
-        """The same, as Shardy is told it."""
+        """The sharding rule for Shardy."""
         own = (f"own{k}" for k in itertools.count())
-        alone: dict[str, None] = {}  # in the order in which they come
+        alone: dict[str, None] = {}  # an ordered set
 
         def factor(label: Label, n: int) -> str:
             whole = n == self.sizes[label]
@@ -92,8 +92,8 @@ class Axes:
         return f"{arguments} -> {results}", {"need_replication_factors": tuple(alone)}
 
     def split(self, mesh: Any, *sides: Any) -> Split:
-        """By which axes of the mesh to split what, as the first of arguments, or then results, says it that has any:
-        evenly, or not at all."""
+        """Which mesh axes split which axis: as the first argument, or else the first result, that is sharded along it
+        says. Axes are split evenly or not at all."""
         split: Split = {}
         used: set[str] = set()
         for side, arrays in zip((self.arguments, self.results), sides, strict=False):
@@ -109,7 +109,7 @@ class Axes:
         return split
 
     def missing(self, split: Split, name: str) -> tuple[str, ...]:
-        """The axes of the mesh that split what an operand is broadcast over."""
+        """The mesh axes that split an axis over which an operand is broadcast."""
         a = self.arguments[name]
         axes = zip(self.labels(name, a), a.shape, strict=True)
         return tuple(axis for label, n in axes if n != self.sizes[label] for axis in split.get(label, ()))
@@ -125,8 +125,8 @@ class Axes:
 
 
 def in_explicit_mesh(program: Program, function: Callable[..., Any], arrays: dict[str, Any]) -> Any:
-    """The function of the arrays; its results are sharded as they are, where their types say how, on a mesh whose axes
-    are explicit. The function itself is split by XLA."""
+    """Call the function. If the arrays are sharded over explicit mesh axes, so are the results; XLA partitions the
+    function itself."""
     mesh = private.explicit_mesh(arrays.values())
     if mesh is None:
         return function(arrays)
@@ -138,7 +138,7 @@ def in_explicit_mesh(program: Program, function: Callable[..., Any], arrays: dic
 
 
 class _Site(Axes):
-    """A call in a program that is lowered, and what devices may have to do."""
+    """A call in a program that is lowered, with the steps that a device may have to run."""
 
     def __init__(self, program: Program, context: Any) -> None:
         super().__init__(program, context.avals_in, context.avals_out)
@@ -146,7 +146,7 @@ class _Site(Axes):
         self.steps = {name: private.callback(context, *step) for name, step in self._steps().items()}
 
     def _steps(self) -> dict[Any, tuple[Callable[..., None], int]]:
-        """Functions of buffers, and how many they write."""
+        """The steps: functions of buffers, and how many buffers each writes."""
         own, count = self.own, len(self.results)
         steps: dict[Any, Any] = {"whole": (own, count)}
         if "denominator" in set(own.names) - set(self.program.names):
@@ -169,7 +169,7 @@ def _factor(label: Label) -> str:
 
 
 def _of_own_rows(program: Program) -> Program:
-    """What a device computes of its rows: of a mean their part, divided by what divides the whole."""
+    """The program for the rows of one device: a mean becomes a sum, divided by the denominator of the whole."""
     if not program.total or program.call.operation.is_loss:
         return program
     by_weights = program.divided is None and "denominator" not in program.names
@@ -179,7 +179,7 @@ def _of_own_rows(program: Program) -> Program:
     return replace(program, call=call, names=names)
 
 
-# ---- what JAX asks ---------------------------------------------------------------------------------------------------
+# ---- called by JAX ---------------------------------------------------------------------------------------------------
 
 
 @partial(custom_partitioning, static_argnums=(0,))
@@ -194,7 +194,7 @@ def _partition(site: _Site, mesh: Any, arguments: Any, results: Any) -> Any:
 
 
 def _infer(site: _Site, mesh: Any, arguments: Any, results: Any) -> Any:
-    """For GSPMD, which JAX had before Shardy."""
+    """For GSPMD, the partitioner before Shardy."""
     return site.shardings(mesh, site.split(mesh, arguments), site.results)
 
 
@@ -206,7 +206,7 @@ _define: Any = _partitioned.def_partition
 _define(_partition, _infer, sharding_rule=_rule)
 
 
-# ---- what a device does ----------------------------------------------------------------------------------------------
+# ---- run by each device ----------------------------------------------------------------------------------------------
 
 
 def _on_device(site: _Site, split: Split, *arguments: Any) -> Any:
@@ -215,7 +215,7 @@ def _on_device(site: _Site, split: Split, *arguments: Any) -> Any:
     of_rows = tuple(
         axis for label, axes in split.items() if (label or 0) < 0 and label != site.classes for axis in axes
     )
-    # what other devices' rows share: a part of its gradient is not to be rounded to 16 bits
+    # operands that rows of other devices share: a part of their gradient should not be rounded to 16 bits
     shared = {name: site.missing(split, name) for name in own.gradients}
     for name, axes in shared.items():
         if axes and arrays[name].dtype.itemsize == 2:
@@ -245,15 +245,15 @@ def _on_device(site: _Site, split: Split, *arguments: Any) -> Any:
 
 
 def _by_states(site: _Site, axes: tuple[str, ...], types: dict[str, Any], rows: tuple[int, ...], given: Any) -> Any:
-    """The same where the classes are split by these axes: the states of a sweep are exchanged, then comes the next."""
+    """The results if the classes are split by these mesh axes: the states are exchanged after each sweep."""
     own, steps = site.own, site.steps
     x = given[own.names.index("x")]
     chunks = shards.chunks(x.shape[own.call.axis])
     outputs = [name for name in ("terms", "gradients") if name in steps]
-    last = {name: len(shards.sweeps(own, name)) - 1 for name in outputs}  # of which the sweep writes them
+    last = {name: len(shards.sweeps(own, name)) - 1 for name in outputs}  # the sweep that writes each output
     numbers = shards.sweeps(own)
     count = max(last.values()) if own.pull or own.call.reduction == "none" else len(numbers)
-    stats: list[Any] = [()]  # before each sweep
+    stats: list[Any] = [()]  # the stats before each sweep
     for k in range(count):
         (left,) = steps["states", k]([shards.doubles(*rows, numbers[k], chunks)], *given, *stats[k])
         stats += [steps["merge", k]([shards.doubles(*rows, cpu.STATS)], *given, _gathered(left, axes), *stats[k])]
@@ -269,5 +269,5 @@ def _by_states(site: _Site, axes: tuple[str, ...], types: dict[str, Any], rows: 
 
 
 def _gathered(a: Any, axes: tuple[str, ...]) -> Any:
-    """The arrays of all devices, joined along their last axis."""
+    """The arrays of all devices, concatenated along their last axis."""
     return jax.lax.all_gather(a, axes, axis=a.ndim - 1, tiled=True) if axes else a

@@ -1,8 +1,8 @@
-"""What JAX is taught: two primitives, one that calls the engine, and its derivative, a linear function.
+"""What JAX learns: two primitives, one that calls the engine, and its derivative, a linear function.
 
-`value` is what the adapter calls. JAX differentiates it by `_jvp`: of a total the gradients come in the same pass as
-the value; else backward asks the engine for the product of cotangent and Jacobian. `_tangent` is that derivative as one
-linear operation, which JAX applies (jvp), transposes (grad) and batches (vmap). There are no second ones.
+The adapter calls `value`. JAX differentiates it by `_jvp`. The gradients of a total come in the same pass as its value;
+otherwise backward asks the engine for the cotangent-Jacobian product. `_tangent` is that derivative as one linear
+operation, which JAX applies (jvp), transposes (grad) and batches (vmap). There are no second derivatives.
 """
 
 from dataclasses import replace
@@ -19,18 +19,18 @@ from klcore.backends import rows
 from klcore.backends.jax import partition, private
 from klcore.backends.jax.programs import BY_CLASS, Program, call_back
 
-Arrays = dict[str, Any]  # the arguments there are, as Call names them
+Arrays = dict[str, Any]  # the arguments that are given, by their names in Call
 
 
 def _refuse_second(program: Program) -> Any:
     raise NotImplementedError(
-        f"klcore.{program.call.operation.function} has first derivatives only; second ones (jax.hessian, grad of grad) "
-        "are not available"
+        f"klcore.{program.call.operation.function} has first derivatives only; second derivatives (jax.hessian, grad "
+        "of grad) are not available"
     )
 
 
 def _in_front(a: Any, at: int | None, size: int | None = None) -> Any:
-    """The axis that vmap maps, put first; where there is none one of size 1, or of `size`."""
+    """Move the axis that vmap maps to the front; without one, add an axis of size 1, or of `size`."""
     if at is not None:
         return jnp.moveaxis(a, at, 0)
     return jnp.expand_dims(a, 0) if size is None else jnp.broadcast_to(a, (size, *a.shape))
@@ -48,7 +48,7 @@ private.needs_devices(_engine)
 
 
 def _run(*arguments: Any, program: Program) -> Any:
-    with jax.disable_jit(False):  # there is no other way to run it
+    with jax.disable_jit(False):  # the primitive can only run in compiled code
         return _compiled(program, *arguments)
 
 
@@ -69,9 +69,9 @@ def _batch(arguments: Any, at: Any, *, program: Program) -> Any:
 def _lower(context: Any, *arguments: Any, program: Program) -> Any:
     if private.for_export(context):
         raise NotImplementedError(
-            f"klcore.{program.call.operation.function} cannot be exported by jax.export: its programs call back into "
-            "the process that made them. Export the function that makes its arguments, and call klcore on what that "
-            "returns, where it is loaded"
+            f"klcore.{program.call.operation.function} cannot be exported by jax.export, because its programs call "
+            "back into the process that made them. Export the function that computes its arguments instead, and call "
+            "klcore on their values where you load it"
         )
     split = private.is_to_be_partitioned(context)
     alone: Any = partial(call_back, program, private.devices(context) > 1)
@@ -91,7 +91,7 @@ mlir.register_lowering(_engine, _lower)
 
 
 def execute(program: Program, arrays: Arrays) -> Any:
-    """The results of a program; within jax.shard_map they differ from device to device as the arguments do."""
+    """The results of a program; within jax.shard_map they vary over devices as the arguments do."""
     found = _engine.bind(*arrays.values(), program=replace(program, names=tuple(arrays)))
     axes = frozenset[str]().union(*map(private.varying_axes, arrays.values()))
     return [private.varying(a, axes) for a in found]
@@ -99,8 +99,9 @@ def execute(program: Program, arrays: Arrays) -> Any:
 
 # ---- its derivative --------------------------------------------------------------------------------------------------
 #
-# `result`: of the type that the tangent has; then what is known, by the names `known`: either the gradients of a total,
-# as dx and dy, or the program's arguments; then the tangents of the operands that `program.gradients` names.
+# The arguments of _tangent: `result`, which has the type of the tangent; then arrays with the names `known`, either the
+# gradients of a total, dx and dy, or the arguments of the program; then the tangents of the operands that
+# `program.gradients` names.
 
 _tangent: Any = Primitive("klcore_tangent")
 _PARTS = {"x": "dx", "y": "dy"}
@@ -131,13 +132,13 @@ def _gradients(program: Program, arrays: Arrays) -> Arrays:
 
 
 def _by_row(program: Program, arrays: Arrays, tangents: Arrays) -> tuple[Arrays, Arrays, tuple[int, ...]]:
-    """The derivatives of rows or terms by their own operands' elements, the tangents, and the axes to add up over."""
+    """The derivatives of rows or terms with respect to their operands, the tangents, and the axes to sum over."""
     call, listed = program.call, "indices" in arrays
     if call.reduction == "none" and (listed or not all(program.spaces[name] in BY_CLASS for name in tangents)):
-        of = "where x lists some classes" if listed else "of logits or counts"
+        of = "with indices" if listed else "of logits or counts"
         raise NotImplementedError(
             f"klcore.{call.operation.function} has no forward mode (jax.jvp, jax.linearize, jax.jacfwd) for "
-            f"reduction='none' {of}, of which every term depends on the whole row; use reduction='row', or jax.grad, "
+            f"reduction='none' {of}, because every term depends on the whole row; use reduction='row', or jax.grad, "
             "jax.vjp or jax.jacrev"
         )
     whole = program.whole(arrays)
@@ -163,7 +164,7 @@ def _transpose(cotangent: Any, result: Any, *arguments: Any, program: Program, k
     else:
         given = arrays | {"cotangent": cotangent}
         found = list(_gradients(replace(program, pull=True), given).values())
-        if program.call.reduction != "row":  # there the engine leaves such rows out
+        if program.call.reduction != "row":  # the engine itself leaves out rows with a cotangent of 0
             zero, listed = _under(cotangent, program) == 0, "indices" in arrays
             found = [
                 _left_out(program, name, listed, zero, g) for name, g in zip(program.gradients, found, strict=True)
@@ -172,8 +173,9 @@ def _transpose(cotangent: Any, result: Any, *arguments: Any, program: Program, k
 
 
 def _left_out(program: Program, name: str, listed: bool, zero: Any, g: Any) -> Any:
-    """A gradient of totals or terms: 0 where all that it is of have a cotangent of 0, as of an infinite derivative."""
-    of_row = not program.total and (listed or program.spaces[name] not in BY_CLASS)  # else a term is of its own number
+    """A gradient of totals or terms: 0 if all totals or terms that it belongs to have a cotangent of 0, even if their
+    derivative is infinite."""
+    of_row = not program.total and (listed or program.spaces[name] not in BY_CLASS)  # else a term has its own number
     if of_row:
         zero = zero.all(program.call.axis, keepdims=True)
     shapes = [program.with_classes(a.shape, 1) if of_row else a.shape for a in (zero, g)]
@@ -181,13 +183,13 @@ def _left_out(program: Program, name: str, listed: bool, zero: Any, g: Any) -> A
 
 
 def _under(cotangent: Any, program: Program) -> Any:
-    """A cotangent of totals or terms, of as many axes as x."""
+    """A cotangent of totals or terms, with as many axes as x."""
     count = cotangent.ndim - len(program.shape)
     return cotangent.reshape(cotangent.shape[:count] + (1,) * (program.ndim - len(program.shape)) + program.shape)
 
 
 def _times(gradient: Any, factor: Any) -> Any:
-    """Of the gradient's dtype; where the factor is 0 so is the product, as of an infinite derivative."""
+    """The product in the dtype of the gradient; 0 if the factor is 0, even if the gradient is infinite."""
     return jnp.where(factor == 0, 0, factor.astype(gradient.dtype) * gradient)
 
 
@@ -234,7 +236,8 @@ def _jvp(program: Program, primals: Any, tangents: Any) -> Any:
     function = program.call.operation.function
     if program.call.operation.name == "puzzlelib":
         raise NotImplementedError(
-            "PuzzleLib's loss returns a direction of descent, which is not its derivative; use that, or klcore.kl_div"
+            "PuzzleLib's loss has no derivative, because it returns a direction of descent; use that direction, or "
+            "klcore.kl_div"
         )
     for name in moving.keys() - {"x", "y", "temperature"}:
         raise NotImplementedError(
@@ -244,8 +247,8 @@ def _jvp(program: Program, primals: Any, tangents: Any) -> Any:
     if "temperature" in moving:
         known, moving = _by_temperature(program, arrays, moving)
     wanted = tuple(name for name in "xy" if name in moving)
-    # The gradients of a total come in the same pass, and are multiplied by its cotangent afterwards. Not so those of 16
-    # bits: what the cotangent (a loss scale) is to save from underflow would be lost by then.
+    # The gradients of a total are computed in the same pass, and multiplied by its cotangent later. Not in 16 bits: the
+    # cotangent, a loss scale, should save them from underflow, and would come too late.
     wide = all(arrays[name].dtype.itemsize > 2 for name in "xy" if name in arrays)
     one_pass = program.total and wide and all(known[name] is arrays[name] for name in wanted)
     names = tuple(name for name in "xy" if name in program.gradients or (one_pass and name in wanted))
@@ -260,20 +263,20 @@ def _jvp(program: Program, primals: Any, tangents: Any) -> Any:
 
 
 def _by_temperature(program: Program, arrays: Arrays, moving: Arrays) -> tuple[Arrays, Arrays]:
-    """The tangent of the temperature as one of the logits: x / T moves by -x / T**2, as if x did by -x / T. What is
-    added to all logits of a row changes nothing, so their greatest may be taken from them."""
+    """The tangent of the temperature as a tangent of the logits: x / T changes by -x / T**2, as if x changed by -x / T.
+    A constant added to all logits of a row changes nothing, so the largest logit may be subtracted first."""
     call = program.call
     t, dt = (jnp.expand_dims(a, call.axis) for a in (arrays["temperature"], moving["temperature"]))
     logits = [name for name, space in program.spaces.items() if name in arrays and space == rows.LOGITS]
     spread = {name: jnp.broadcast_to(arrays[name], _whole(arrays[name], t)) for name in logits}
     moved = {name: moving[name] for name in "xy" if name in moving}
     for name, a in spread.items():
-        if name == "x" and "indices" in arrays:  # where no class is listed the number means nothing
+        if name == "x" and "indices" in arrays:  # the number at an index of -1 means nothing
             a = jnp.where(arrays["indices"] < 0, -jnp.inf, a)
         a = a if a.dtype.itemsize > 2 else a.astype(jnp.float32)
         greatest = jnp.max(a, call.axis, keepdims=True, where=jnp.isfinite(a), initial=-jnp.inf)
         share = (greatest - a) / t
-        own = jnp.where(jnp.isfinite(share), share, 0) * dt  # what is excluded has no gradient
+        own = jnp.where(jnp.isfinite(share), share, 0) * dt  # excluded classes have gradient 0
         own = own.astype(spread[name].dtype)
         moved[name] = own + jnp.broadcast_to(moved[name], own.shape) if name in moved else own
     same = {name: arrays[name] for name in logits if spread[name].shape == arrays[name].shape}

@@ -1,4 +1,4 @@
-"""What JAX' documentation does not promise, in one place: who runs on which versions of it looks here."""
+"""All uses of JAX that its documentation does not promise: the file to check for a new version of JAX."""
 
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -11,26 +11,26 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 
 def varying_axes(a: Any) -> frozenset[str]:
-    """The axes of a mesh along which an array differs, within jax.shard_map with its checks."""
+    """The mesh axes along which an array varies, within a jax.shard_map that checks this."""
     kind = jax.typeof(a)
     manual = getattr(kind, "manual_axis_type", None)  # since 0.10
     return frozenset(getattr(kind, "vma", ()) if manual is None else manual.varying)
 
 
 def varying(a: Any, axes: frozenset[str]) -> Any:
-    """The array, as one that differs along these axes as well."""
+    """The array, marked as varying along these axes, too."""
     more = tuple(axes - varying_axes(a))
     return jax.lax.pcast(a, more, to="varying") if more else a
 
 
 def explicit_mesh(arrays: Iterable[Any]) -> Any:
-    """That by whose axes the arrays are sharded, as their types say; None where types say nothing."""
+    """The mesh that shards the arrays, if their types say so (explicit axes), or None."""
     meshes = (getattr(getattr(jax.typeof(a), "sharding", None), "mesh", None) for a in arrays)
     return next((mesh for mesh in meshes if getattr(mesh, "explicit_axes", ())), None)
 
 
 def result(shape: tuple[int, ...], dtype: Any, arguments: Iterable[Any]) -> Any:
-    """The type of what is made of arguments of these types. It names their mesh, in which vmap looks for its axis."""
+    """The type of a result of these arguments. It has their mesh, in which vmap looks for its axis."""
     meshes = (a.sharding.mesh for a in arguments)
     mesh: Any = next((mesh for mesh in meshes if not mesh.empty), None)
     spec: Any = PartitionSpec  # without types
@@ -39,7 +39,7 @@ def result(shape: tuple[int, ...], dtype: Any, arguments: Iterable[Any]) -> Any:
 
 
 def needs_devices(primitive: Any) -> None:
-    """Have JAX say for which devices it lowers a program with this primitive: custom_partitioning has to know."""
+    """Let JAX provide the devices when it lowers a program with this primitive: custom_partitioning needs them."""
     dispatch.prim_requires_devices_during_lowering.add(primitive)
 
 
@@ -48,22 +48,22 @@ def for_export(context: Any) -> bool:
 
 
 def devices(context: Any) -> int:
-    """How many run the program that is lowered."""
+    """The number of devices that run the program that is lowered."""
     axes = context.module_context.axis_context
     return int(axes.num_devices if isinstance(axes, mlir.ShardingContext) else axes.mesh.size)
 
 
 def is_to_be_partitioned(context: Any) -> bool:
-    """Whether XLA will split the program that is lowered over the devices of a mesh."""
+    """Whether XLA will partition the program that is lowered over the devices of a mesh."""
     axes = context.module_context.axis_context
     several = isinstance(axes, mlir.ShardingContext) and axes.num_devices > 1
     return several and axes.abstract_mesh is not None and not axes.abstract_mesh.empty
 
 
 def callback(context: Any, function: Callable[..., None], results: int) -> Callable[..., Any]:
-    """A function of a context, `results` buffers to write and the arguments' buffers, made known to the program that is
-    lowered; and what emits a call of it. So does jax.experimental.buffer_callback, which cannot be called within what
-    XLA partitions: nobody would know the function."""
+    """Register a function with the program that is lowered, and return what emits a call of it. The function takes a
+    context, `results` buffers to write, and the buffers of the arguments. jax.experimental.buffer_callback does the
+    same, but cannot be used within what XLA partitions, where the function would not be registered."""
     module = context.module_context
     target = "xla_buffer_python_cpu_callback" if "cpu" in module.platforms else "xla_buffer_python_gpu_callback"
 

@@ -1,7 +1,7 @@
-"""What compiled code calls back to: the engine, on the buffers of arguments and results as they lie in memory.
+"""What compiled code calls back into: the engine, on the buffers of arguments and results where they lie.
 
 NumPy views on the CPU, CuPy views and XLA's stream on an NVIDIA GPU. Nothing here calls JAX, so nothing can wait for a
-thread that waits for it. Called by XLA, in its threads; primitives.py and partition.py say what with.
+thread that waits for it. XLA calls this in its own threads; primitives.py and partition.py set up these calls.
 """
 
 import math
@@ -18,48 +18,49 @@ from klcore.backends import cpu, rows
 from klcore.operations import Call
 
 _ON_CPU = 1  # kDLCPU
-SMALL = 1 << 16  # bytes of results, which are copied in less time than klcore takes to look at `out`
+SMALL = 1 << 16  # bytes: copying smaller results takes less time than checking `out`
 
 
-BY_CLASS = tuple(rows.SPACES[name] for name in ("probs", "log_probs"))  # where a term is of its class alone
+BY_CLASS = tuple(rows.SPACES[name] for name in ("probs", "log_probs"))  # spaces in which a term depends on one class
 NUMBERS = ("temperature", "denominator")  # the arguments that may be numbers
 
 
 def as_data(number: float) -> Any:
-    """A number as an argument of a program, which is then one for all numbers: the bits of a float64, which JAX itself
-    may not have."""
+    """A number as data, so that one program serves all numbers: the bits of a float64, a dtype that JAX may not have
+    enabled."""
     return np.array([number]).view(np.uint32)
 
 
 def is_data(a: Any) -> bool:
-    """Whether that is what an array is: no argument of the engine is of this dtype."""
+    """Whether an array was made by `as_data`: no other argument has this dtype."""
     return bool(a.dtype == np.uint32)
 
 
 def number_of(a: Any) -> Any:
-    """What it was, and of several their sum; of another array its one element. On a GPU not waited for."""
+    """The number in an array from `as_data`, or the sum of several; for other arrays, their one element. Does not
+    synchronise with a GPU."""
     numbers = a.reshape(-1).view(np.float64) if is_data(a) else a
     return math.fsum(numbers.reshape(-1).tolist()) if isinstance(numbers, np.ndarray) else numbers.sum()
 
 
 @dataclass(frozen=True, repr=False)
 class Program:
-    """What to compute, as compiled code refers to it: equal ones are equal objects, so that JAX compiles them once.
+    """What compiled code computes. Equal programs compare equal, so JAX compiles them only once.
 
-    Its arrays may have axes in front that vmap has put there, of size 1 where an argument is not mapped.
+    The arrays may have leading axes from vmap, of size 1 for arguments that are not mapped.
     """
 
-    call: Call  # without arrays; its axis counted from the end
+    call: Call  # without arrays; its axis is counted from the end
     ndim: int  # of x and y
     shape: tuple[int, ...]  # of the value
     dtype: Any
     gradients: tuple[str, ...] = ()
-    pull: bool = False  # the gradients only, of sum(cotangent * value)
-    names: tuple[str, ...] = ()  # of the arguments, in their order, as Call has them
-    # by what the sum of a total is divided, where no argument says it; None: by the sum of the weights
+    pull: bool = False  # only the gradients, of sum(cotangent * value)
+    names: tuple[str, ...] = ()  # the arguments in order, by their names in Call
+    # what divides a total, if no argument does; None: the sum of the weights
     divided: float | None = 1.0
 
-    def __repr__(self) -> str:  # in what jax.make_jaxpr prints
+    def __repr__(self) -> str:  # shown by jax.make_jaxpr
         call = self.call
         return f"{call.operation.name} of {call.space}, reduction={call.reduction!r}, return_grad={self.gradients}"
 
@@ -69,11 +70,11 @@ class Program:
 
     @property
     def spaces(self) -> dict[str, int]:
-        """Those of x and y, by their codes."""
+        """The codes of the spaces of x and y."""
         return dict(zip("xy", rows.space_pair(self.call.space, self.call.operation), strict=True))
 
     def whole(self, arrays: dict[str, Any]) -> dict[str, tuple[int, ...]]:
-        """The shapes of the arguments that have classes, in all their rows."""
+        """The shapes of x, y and indices, broadcast over all rows."""
         of = {name: tuple(arrays[name].shape) for name in ("x", "y", "indices") if name in arrays}
         if "indices" not in of:
             return dict.fromkeys(of, np.broadcast_shapes(*of.values()))
@@ -81,16 +82,16 @@ class Program:
         return {name: self.with_classes(batch, shape[self.call.axis]) for name, shape in of.items()}
 
     def with_classes(self, shape: tuple[int, ...], n: int) -> tuple[int, ...]:
-        """A shape, with n classes."""
+        """The shape with n classes on its class axis."""
         return rows.with_classes(shape, self.call.axis, n)
 
     def mapped(self, arguments: Any) -> tuple[int, ...]:
-        """The axes in front."""
+        """The leading axes from vmap."""
         count = arguments[self.names.index("x")].ndim - self.ndim
         return np.broadcast_shapes(*(a.shape[:count] for a in arguments))
 
     def results(self, arguments: Any) -> tuple[Any, ...]:
-        """Shapes and dtypes of what is computed."""
+        """The shapes and dtypes of the results."""
         mapped = self.mapped(arguments)
         result: Any = jax.ShapeDtypeStruct
         value = () if self.pull else (result(mapped + self.shape, self.dtype),)
@@ -98,12 +99,12 @@ class Program:
         return *value, *(result(mapped + a.shape[len(mapped) :], a.dtype) for a in operands)
 
     def __call__(self, backend: Any, xp: Any, out: list[Any], arguments: list[Any]) -> None:
-        """Compute `out`."""
+        """Compute the results into `out`."""
         for at, given in self.examples(xp, arguments):
             self._compute(backend, [o[at] for o in out], given)
 
     def examples(self, xp: Any, arguments: list[Any]) -> Iterator[tuple[Any, list[Any]]]:
-        """Where in the results each mapped example is, and its arguments; all at once if they are but more rows."""
+        """For each mapped example, its index in the results, and its arguments; all at once if examples are rows."""
         mapped = self.mapped(arguments)
         if not self.total:
             yield ..., self.as_rows(xp, arguments)
@@ -114,12 +115,12 @@ class Program:
             yield at, [a[at] for a in spread]
 
     def as_rows(self, xp: Any, arguments: list[Any]) -> list[Any]:
-        """The arguments, whose mapped axes are more rows; a number is the same for all."""
+        """The arguments with their mapped axes as more rows; a number is the same for all rows."""
         mapped = self.mapped(arguments)
         return [a if is_data(a) else xp.broadcast_to(a, mapped + a.shape[len(mapped) :]) for a in arguments]
 
     def call_of(self, arguments: list[Any], **more: Any) -> Call:
-        """The call with its arrays, and its numbers."""
+        """The call with its arrays and numbers."""
         arrays = dict(zip(self.names, arguments, strict=True))
         for name in self.names:
             if name in NUMBERS and (is_data(arrays[name]) or arrays[name].size == 1):
@@ -133,15 +134,15 @@ class Program:
 
 
 def put(out: list[Any], results: Any) -> None:
-    """Where they are not yet there."""
+    """Copy the results to `out`, unless they are there already."""
     for o, result in zip(out, results, strict=True):
         if result is not o:
             o[...] = result
 
 
 def on_buffers(compute: Callable[..., None], several: bool, context: Any, out: Any, *arguments: Any) -> None:
-    """Have `compute` write `out`, buffers of XLA's. One of `several` devices does not raise for numbers that are wrong:
-    the others would wait for it, and XLA end the process. It yields NaN, as GPUs do."""
+    """Let `compute` write the XLA buffers `out`. With `several` devices, invalid numbers give NaN, as on GPUs, instead
+    of raising: the other devices would wait for this one, and XLA would end the process."""
     kind, number = arguments[0].__dlpack_device__()
     if kind == _ON_CPU:
         results = [np.asarray(o) for o in out]
@@ -159,7 +160,7 @@ def on_buffers(compute: Callable[..., None], several: bool, context: Any, out: A
 
 
 def call_back(program: Program, several: bool, *arguments: Any) -> Any:
-    """The results of a program: where compiled code runs this, it calls that, as one of several devices or alone."""
+    """The results of a program, by a callback from compiled code; `several`: whether several devices run it."""
 
     def callback(context: Any, out: Any, *buffers: Any) -> None:
         on_buffers(program, several, context, out, *buffers)

@@ -1,13 +1,13 @@
 """PyTorch tensors: their memory is lent to klcore.backends.cpu or klcore.backends.cuda; autograd learns the gradient.
 
-Nothing is copied, bfloat16 included. The operator ``torch.ops.klcore.value`` is what torch.compile, torch.export and
-torch.func see; ordinary eager calls go through an autograd.Function instead, or, where no gradient is needed, straight
-to the kernels: that takes a fifth of the operator's time on small tensors. On a GPU everything runs on PyTorch's
-current stream, and results are PyTorch's own memory.
+Nothing is copied, not even bfloat16. torch.compile, torch.export and torch.func see the operator
+``torch.ops.klcore.value``. Ordinary eager calls go through an autograd.Function instead, or, if no gradient is needed,
+straight to the kernels; for small tensors, that takes a fifth of the operator's time. On a GPU, everything runs on
+PyTorch's current stream, and results are in PyTorch's own memory.
 
-Here is the road that a call takes. Of the other files each imports those before it alone: private.py, memory.py,
-kernels.py, operator.py, batches.py, autograd.py. DTensors take sharded.py's, which leads back here with every process'
-part; parts.py is for klcore.Shard.
+This file has the main path of a call. Each of the other files imports only those before it: private.py, memory.py,
+kernels.py, operator.py, batches.py, autograd.py. DTensors go through sharded.py, which calls this file with the part of
+each process; parts.py is for klcore.Shard.
 """
 
 from typing import Any
@@ -19,7 +19,7 @@ from klcore.backends.torch import autograd, kernels, memory, private
 from klcore.operations import Call, named
 
 _HALVES = ("float16", "bfloat16")
-_PLAIN = {*private.PLAIN, type(None), float, int}  # what stands in for nothing
+_PLAIN = {*private.PLAIN, type(None), float, int}  # types that are never stand-ins
 
 
 def compute(call: Call) -> Any:
@@ -32,7 +32,7 @@ def compute(call: Call) -> Any:
         return torch.overrides.handle_torch_function(called, stand_ins, call.operation.name, *call[1:])
     given = call
     x, y = memory.operands(call.x, call.y, call.device)
-    if call.operation.name == "puzzlelib":  # its gradient is none: autograd would descend where it should ascend
+    if call.operation.name == "puzzlelib":  # it returns no gradient, but a direction of descent, the opposite sign
         x, y = x.detach(), y.detach()
     estimate = "klcore.kl_estimate(...)" if call.operation.is_estimator else None
     name = "factors" if call.operation.is_loss else "weights"
@@ -62,22 +62,21 @@ def compute(call: Call) -> Any:
 
 
 def _check_labels(given: Call, call: Call, x: Any, y: Any) -> None:
-    """Of what the caller gave, before tensors were made of it."""
+    """Check the labels of the caller's arguments, before they were converted to tensors."""
     arrays = given.x, given.y, given.weights, given.ratio, given.temperature, given.indices, given.tail_mass
     if labels.are_there(*arrays):
         labels.check(rows.class_axis_of(call, x, y), *arrays)
 
 
 def _with_numbers(call: Call, x: Any) -> Call:
-    """The call, whose temperature and denominator are numbers, or tensors beside x: data of whoever compiles."""
+    """The call with temperature and denominator as numbers, or as tensors next to x: data for the compiler."""
     if torch.compiler.is_compiling() and not call.operation.is_loss:
         call = call._replace(temperature=memory.data(call.temperature), denominator=memory.data(call.denominator))
     if isinstance(call.denominator, torch.Tensor):
         rows.check_denominator(call)
         if call.denominator.requires_grad and torch.is_grad_enabled():
             raise TypeError(
-                "denominator requires a gradient, and klcore gives none with respect to it; divide the sum by it "
-                "instead"
+                "denominator requires a gradient, but klcore has no gradient for it; divide the sum by it instead"
             )
         if call.denominator.requires_grad:
             call = call._replace(denominator=call.denominator.detach())
@@ -87,12 +86,12 @@ def _with_numbers(call: Call, x: Any) -> Call:
 
 
 def called(operation: str, *arguments: Any) -> Any:
-    """A call, as torch.fx.symbolic_trace writes it into its graph."""
+    """A call, as torch.fx.symbolic_trace records it in its graph."""
     return compute(Call(named(operation), *arguments))
 
 
 def _sharded(call: Call) -> Any:
-    from klcore.backends.torch import sharded  # there may be no torch.distributed
+    from klcore.backends.torch import sharded  # torch.distributed may be unavailable
 
     return sharded.compute(call, compute)
 
@@ -107,12 +106,12 @@ def _history_or_not(call: Call) -> Any:
         return _sharded(call)
     if call.return_grad is None and t is not None and _needs_grad(t):
         call = call._replace(axis=rows.class_axis_of(call, x, y))
-        if t.ndim and y is not None:  # rows that share an operand may have temperatures of their own
+        if t.ndim and y is not None:  # rows that share an operand may have different temperatures
             shape, axis = kernels.shape_of(call), call.axis
             x, y = (a.expand(rows.with_classes(shape, axis, a.shape[axis])) for a in (x, y))
             call = call._replace(x=x, y=y)
     elif eager and t is not None and t.ndim == 0:
-        call = call._replace(temperature=t.item() if t.is_cpu else t.clone())  # of now: backward comes later
+        call = call._replace(temperature=t.item() if t.is_cpu else t.clone())  # it may change before backward
     if eager and (call.return_grad is not None or not _needs_grad(x, y, t)):
         return kernels.compute(call)
     rows.check_reduction(call.reduction, call.operation)
@@ -120,7 +119,7 @@ def _history_or_not(call: Call) -> Any:
     rows.space_pair(call.space, call.operation)
     wanted: tuple[str, ...] = ()
     if not eager:
-        # a tensor's numbers are looked at where they are known
+        # the values of a tensor are checked when they are known
         _, temperature, wanted = rows.words(call if t is None else call._replace(temperature=1.0))
         axis = call.axis if call.operation.is_loss else rows.class_axis_of(call, x, y)
         call = call._replace(temperature=temperature if t is None else t, axis=axis)
@@ -129,7 +128,7 @@ def _history_or_not(call: Call) -> Any:
     call = call._replace(x=x.detach(), y=None if y is None else y.detach())
     call = call if t is None else call._replace(temperature=t.detach())
     value = autograd.value(call)
-    if call.reduction in ("row", "none"):  # of the sum of what is returned
+    if call.reduction in ("row", "none"):  # the gradient is that of the sum of the returned values
         call = call._replace(reduction="sum")
     both = autograd.gradients(call, value.new_ones(()), "x" in wanted, "y" in wanted)
     return (value, *(g for name, g in zip("xy", both, strict=True) if name in wanted))
@@ -140,28 +139,28 @@ def _needs_grad(*arguments: Any) -> bool:
 
 
 def _into(call: Call) -> Any:
-    """The same, into tensors of the caller's."""
+    """Compute into the caller's output tensors."""
     x, y, out = call.x, call.y, call.out
     if _needs_grad(x, y, call.temperature):
         raise TypeError(
-            "out= has no place in autograd's history, and an argument requires a gradient; leave out= away, or detach "
-            "the arguments, or compute within torch.no_grad()"
+            "out= does not support autograd, but an argument requires a gradient; omit out=, or detach the arguments, "
+            "or use torch.no_grad()"
         )
     outs = list(out) if isinstance(out, tuple) else [out]
     for t in outs:
         if t is not None and not (isinstance(t, torch.Tensor) and t.device == x.device):
             found = f"one on {t.device}" if isinstance(t, torch.Tensor) else type(t).__name__
-            raise TypeError(f"out must be a tensor on {x.device}, or a tuple of such; found {found}")
+            raise TypeError(f"out must be a tensor on {x.device}, or a tuple of such tensors; found {found}")
         if t is not None:
             memory.check(t, "out")
             if rows.shares_with_itself(t.shape, t.stride(), 1):
-                raise ValueError("out is a view whose elements share memory; pass a tensor of its own")
+                raise ValueError("out is a view whose elements share memory; pass a new tensor")
             if t.requires_grad and torch.is_grad_enabled():
-                raise TypeError("out requires a gradient, and its history would not know of the call; pass another")
+                raise TypeError("out requires a gradient, but out= does not support autograd; pass a detached tensor")
     beside = y, call.weights, call.ratio, call.indices, call.tail_mass, *outs
     if not private.is_eager(x, *beside) or any(t is not None and t.is_neg() for t in outs):
         return _copied(_history_or_not(call._replace(out=None)), out, outs)
-    if not x.is_cpu:  # all results are to be PyTorch's own memory
+    if not x.is_cpu:  # all results must be in PyTorch's own memory
         new = kernels.outs_of(call)
         given = rows.results_in(out, ("",) * (len(new) - 1))
         outs = [b if a is None else a for a, b in zip(given, new, strict=True)]
@@ -171,19 +170,19 @@ def _into(call: Call) -> Any:
     results = results if isinstance(results, tuple) else (results,)
     outs += [None] * (len(results) - len(outs))
     kept = tuple(memory.as_tensor(a) if t is None else t for a, t in zip(results, outs, strict=True))
-    torch.autograd.graph.increment_version([t for t in outs if t is not None])  # who saved one for backward, is told
+    torch.autograd.graph.increment_version([t for t in outs if t is not None])  # autograd must see that they changed
     return kept if call.return_grad is not None else kept[0]
 
 
 def _copied(found: Any, out: Any, outs: list[Any]) -> Any:
-    """What was computed elsewhere, into the tensors given."""
+    """Copy results into the caller's output tensors."""
     results = found if isinstance(found, tuple) else (found,)
     if isinstance(out, tuple) and len(out) != len(results):
         raise ValueError(f"out must be a tuple of {len(results)} (value, then gradients); found a tuple of {len(out)}")
     for r, t in zip(results, outs, strict=False):
         if t is not None and (t.shape, t.dtype) != (r.shape, r.dtype):
             raise ValueError(
-                f"out must have the shape {tuple(r.shape)} and the dtype {r.dtype}; found {tuple(t.shape)}, {t.dtype}"
+                f"out must have shape {tuple(r.shape)} and dtype {r.dtype}; found {tuple(t.shape)} and {t.dtype}"
             )
     outs = outs + [None] * (len(results) - len(outs))
     kept = tuple(r if t is None else t.copy_(r) for r, t in zip(results, outs, strict=True))

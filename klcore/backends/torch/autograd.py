@@ -1,6 +1,6 @@
-"""What PyTorch's transforms have to know: gradients, for autograd and torch.func, and batches, for vmap.
+"""What PyTorch's transforms need: gradients for autograd and torch.func, and batches for vmap.
 
-First derivatives only, but for the term of PyTorch itself, whose second ones are PyTorch's.
+There are first derivatives only, except for PyTorch's own term, whose second derivatives are computed by PyTorch.
 """
 
 import math
@@ -15,7 +15,7 @@ from klcore.operations import Call
 
 
 def value(call: Call) -> Any:
-    """For whoever traces or transforms."""
+    """The value of a call that is traced or transformed."""
     if not private.is_transformed():
         return operator.value(call)
     tensors = operator.tensors_of(call)
@@ -28,20 +28,19 @@ def value(call: Call) -> Any:
 
 
 def gradients(call: Call, cotangent: Any, of_x: bool, of_y: bool) -> Any:
-    """The same; an empty tensor for one that is not wanted."""
+    """The gradients of a call that is traced or transformed; an empty tensor for one that is not wanted."""
     if not private.is_transformed():
         return operator.gradients(call, cotangent, of_x, of_y)
     return _TransformedGradients.apply(*operator.tensors_of(call).values(), cotangent, _Rest(call, of_x, of_y))
 
 
 def eager_value(call: Call) -> Any:
-    """With a history, and without the operator."""
+    """The value of an eager call, recorded by autograd, without the operator."""
     return _Value.apply(*operator.tensors_of(call).values(), _Rest(call))
 
 
 class _Rest:
-    """What there is beside the tensors of a call, in one argument: torch.func looks into every tuple, and takes its
-    time."""
+    """All of a call except its tensors, as one object: torch.func traverses every tuple, which is slow."""
 
     def __init__(self, call: Call, *wants: bool) -> None:
         tensors = operator.tensors_of(call)
@@ -55,7 +54,7 @@ class _Rest:
 
 @cache
 def _places(names: tuple[str, ...]) -> dict[str, int]:
-    """Of a call's tensors among the inputs of a Function, which may go on with a cotangent."""
+    """The positions of a call's tensors among the inputs of a Function, where a cotangent may follow."""
     return {name: k for k, name in enumerate((*names, "cotangent"))}
 
 
@@ -72,7 +71,7 @@ def _needs(ctx: Any, name: str) -> bool:
 
 
 def _of_inputs(ctx: Any, **gradients: Any) -> tuple[Any, ...]:
-    """What a backward returns."""
+    """The tuple that a backward returns."""
     found: list[Any] = [None] * len(ctx.needs_input_grad)
     for name, g in gradients.items():
         if _needs(ctx, name):
@@ -89,7 +88,7 @@ def _backward(ctx: Any, cotangent: Any) -> tuple[Any, ...]:
     call = ctx.rest.whole(ctx.saved_tensors)
     of_x, of_y = _read_off(ctx, call)
     if torch.is_grad_enabled() or not private.is_eager(call.x, cotangent) or private.is_batched(cotangent):
-        # the operator keeps the history that a second derivative needs, or refuses one
+        # the operator records the history for a second derivative, or raises
         dx, dy = gradients(call, cotangent, of_x, of_y)
     else:
         found = kernels.compute(call._replace(cotangent=cotangent, return_grad=operator.names(of_x, of_y)))
@@ -98,7 +97,7 @@ def _backward(ctx: Any, cotangent: Any) -> tuple[Any, ...]:
 
 
 def _read_off(ctx: Any, call: Call) -> tuple[bool, bool]:
-    """Which gradients are to be computed: that of the temperature is read off those of all logits."""
+    """Which gradients to compute: that of the temperature follows from those of all logits."""
     of_x, of_y = (
         _needs(ctx, name) or (space == "logits" and _needs(ctx, "temperature"))
         for name, space in zip("xy", operator.pair_of(call), strict=True)
@@ -107,8 +106,8 @@ def _read_off(ctx: Any, call: Call) -> tuple[bool, bool]:
 
 
 def _of_temperature(ctx: Any, call: Call, dx: Any, dy: Any) -> Any:
-    """The values depend on logits / T alone, so T times this is the negative sum of the logits times their gradients:
-    a sum in which a row's common offset drops out, and is left out."""
+    """The gradient for the temperature T. Values depend only on logits / T, so T times the gradient is the negative sum
+    of the logits times their gradients. A constant offset of a row cancels in this sum, so it is subtracted first."""
     if not _needs(ctx, "temperature"):
         return None
     t = call.temperature
@@ -117,10 +116,10 @@ def _of_temperature(ctx: Any, call: Call, dx: Any, dy: Any) -> Any:
         if space == "logits" and logits is not None and logits.numel():
             wide = torch.promote_types(logits.dtype, torch.float32)
             a, g = logits.to(wide), g.to(wide)
-            a = torch.where(g == 0, -math.inf, a)  # excluded classes, those not listed, and rows that are left out
+            a = torch.where(g == 0, -math.inf, a)  # excluded or unlisted classes, and rows that are left out
             terms = torch.where(g == 0, 0, (a - a.amax(call.axis, keepdim=True)) * g)
             found = found - terms.sum(call.axis).sum_to_size(t.shape).to(found.device)
-    return torch.where(found == 0, 0, found / t).to(t.dtype)  # that of a row that is left out may be 0 or NaN
+    return torch.where(found == 0, 0, found / t).to(t.dtype)  # the temperature of a left-out row may be 0 or NaN
 
 
 def _setup_second(ctx: Any, inputs: Sequence[Any], output: Any) -> None:
@@ -131,8 +130,8 @@ def _setup_second(ctx: Any, inputs: Sequence[Any], output: Any) -> None:
 
 def refuse_second(*_: Any) -> Any:
     raise RuntimeError(
-        "klcore gives first derivatives of its divergences, and this asks for a second one (create_graph=True, or a "
-        "gradient of a gradient)"
+        "klcore has first derivatives only, but a second derivative was requested (create_graph=True, or a gradient of "
+        "a gradient)"
     )
 
 
@@ -144,7 +143,7 @@ def _backward_second(ctx: Any, of_dx: Any, of_dy: Any) -> tuple[Any, ...]:
     call = ctx.rest.whole(tensors)
     x, y, factors = call.x, call.y, call.weights
 
-    def value(x: Any, y: Any) -> Any:  # PyTorch's own loss, in the precision of klcore's
+    def value(x: Any, y: Any) -> Any:  # PyTorch's own loss, in the precision of klcore
         wide = torch.promote_types(torch.promote_types(x.dtype, y.dtype), torch.float32)
         terms = torch.nn.functional.kl_div(
             y.to(wide), x.to(wide), reduction="none", log_target=call.space[0] == "log_probs"
@@ -164,8 +163,8 @@ def _backward_second(ctx: Any, of_dx: Any, of_dy: Any) -> tuple[Any, ...]:
 
 
 class _Value(torch.autograd.Function):
-    """The operator, for eager calls: PyTorch takes less time to call this, and it is told beforehand which gradients
-    will be wanted. Those of a total then come in the same pass, and are multiplied by its cotangent afterwards."""
+    """The operator, for eager calls: PyTorch calls a Function faster, and a Function knows in advance which gradients
+    are needed. Those of a total are computed in the same pass, and multiplied by its cotangent later."""
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Any:
@@ -181,7 +180,7 @@ class _Value(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *cotangents: Any) -> Any:
         (cotangent,) = cotangents
-        unit, ctx.unit = ctx.unit, None  # ours to give away, once
+        unit, ctx.unit = ctx.unit, None  # they are scaled in place, so they can be used only once
         if unit is None or torch.is_grad_enabled() or not private.is_eager(cotangent) or private.is_batched(cotangent):
             return _backward(ctx, cotangent)
         unit = kernels.scaled(unit, cotangent)
@@ -245,8 +244,8 @@ class _TransformedGradients(torch.autograd.Function):
 
 
 class _TransformedTotal(torch.autograd.Function):
-    """A total together with the gradients that will be wanted, as _Value has them: PyTorch takes longer for a Function
-    within torch.func than klcore for thousands of rows."""
+    """A total together with the gradients that are needed, as in _Value: within torch.func, a Function takes PyTorch
+    longer than thousands of rows take klcore."""
 
     jvp = staticmethod(_no_tangents)  # type: ignore[assignment]
 

@@ -1,7 +1,7 @@
-"""torch.func.vmap: the examples of a batch are rows of one call, and where there is a total, each has its own.
+"""torch.func.vmap: the examples of a batch become rows of one call; a total is computed per example.
 
-Of a call for one example the tensors may have an axis more, that of the batch: `dims` says where, by the fields of the
-call. autograd.py tells PyTorch of these functions, and gives them what computes a call.
+Each tensor of a call for one example may have one more axis, that of the batch; `dims` gives its position, by field of
+the call. autograd.py registers these functions with PyTorch, and passes them the function that computes a call.
 """
 
 from collections.abc import Callable
@@ -15,11 +15,11 @@ Dims = dict[str, int | None]
 
 def value(function: Callable[[Call], Any], info: Any, dims: Dims, call: Call) -> tuple[Any, int]:
     found = function(_of_all(info, dims, call))
-    return found.reshape(found.shape[: 1 + _ndim(dims, call)]), 0  # of a number the term, which has no classes
+    return found.reshape(found.shape[: 1 + _ndim(dims, call)]), 0  # drops the class axis of a term of 0-d arguments
 
 
 def value_and_gradients(function: Callable[[Call], Any], info: Any, dims: Dims, call: Call) -> tuple[Any, Any]:
-    """Of a total; the gradients that `call.return_grad` names."""
+    """A total and the gradients that `call.return_grad` names."""
     total, *found = function(_of_all(info, dims, call))
     shapes = (_shape(dims, name, getattr(call, name)) for name in call.return_grad)
     found = [g.reshape(info.batch_size, *shape) for g, shape in zip(found, shapes, strict=True)]
@@ -38,16 +38,16 @@ def gradients(
 
 
 def _of_all(info: Any, dims: Dims, call: Call) -> Call:
-    """The call for all examples: in front the axis of the batch, and behind it sizes of 1 where others have axes."""
+    """The call for all examples: the batch axis comes first, then axes of size 1 where other arguments have more."""
     estimate, ndim = call.operation.is_estimator, _ndim(dims, call)
     if not estimate:
-        ndim = max(ndim, call.examples + 1)  # a number is one class
+        ndim = max(ndim, call.examples + 1)  # a 0-d tensor is one class
     batch = ndim if estimate else ndim - 1
     behind = {
         "x": ndim, "y": ndim, "indices": ndim, "weights": ndim if call.operation.is_loss else batch,
         "denominator": call.examples,
     }  # fmt: skip
-    whole = ("x",) if call.operation.single else ("x", "y")  # of which each example has a gradient of its own
+    whole = ("x",) if call.operation.single else ("x", "y")  # each example has its own gradient for these
     laid = {
         name: _in_front(info, dims.get(name), getattr(call, name), behind.get(name, batch))
         for name in {*whole, *(name for name, d in dims.items() if d is not None)} - {"cotangent"}
@@ -62,12 +62,12 @@ def _in_front(info: Any, d: int | None, t: Any, ndim: int) -> Any:
 
 
 def _shape(dims: Dims, name: str, t: Any) -> tuple[int, ...]:
-    """That of one example."""
+    """The shape for one example."""
     d = dims.get(name)
     return tuple(t.shape) if d is None else (*t.shape[:d], *t.shape[d + 1 :])
 
 
 def _ndim(dims: Dims, call: Call) -> int:
-    """How many axes the terms of one example have."""
+    """The number of axes of the terms of one example."""
     arrays = ("x", call.x), ("y", call.y), ("indices", call.indices)
     return max(len(_shape(dims, name, t)) for name, t in arrays if t is not None)

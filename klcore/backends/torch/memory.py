@@ -1,6 +1,7 @@
-"""Tensors lend their memory to klcore.backends.cpu or cuda as arrays of NumPy or CuPy, and arrays to tensors.
+"""Tensors lend their memory to klcore.backends.cpu or cuda as NumPy or CuPy arrays, and results become tensors.
 
-And what may be lent: devices, dtypes, layouts; what stands beside a tensor becomes one, on its device.
+Also the checks of what can be lent (devices, dtypes, layouts), and the conversion of other arguments to tensors on the
+same device.
 """
 
 import contextlib
@@ -30,7 +31,7 @@ def bfloat16() -> Any:
 
 
 def lend(t: Any) -> Any:
-    """The tensor's memory as a NumPy or CuPy array; anything that is no tensor as it is."""
+    """The tensor's memory as a NumPy or CuPy array; anything that is not a tensor is returned unchanged."""
     if not isinstance(t, torch.Tensor):
         return t
     t = t.detach()
@@ -46,7 +47,7 @@ def lend(t: Any) -> Any:
     except RuntimeError:
         if t.is_nested:
             raise TypeError("klcore takes dense tensors, found a nested one; pass x.to_padded_tensor(value)") from None
-        # else the imaginary part of a conjugate: memory that is to be read negated
+        # otherwise the imaginary part of a conjugate, whose memory must be read negated
         return t.resolve_neg().numpy()
 
 
@@ -61,7 +62,7 @@ def cuda() -> Any:
 
 @contextlib.contextmanager
 def backend_of(x: Any) -> Iterator[Any]:
-    """The module that computes where this tensor is, as PyTorch has things computed there."""
+    """The backend for the device of this tensor, with PyTorch's stream and allocator if it is a GPU."""
     if x.is_cpu:
         yield cpu
         return
@@ -70,7 +71,7 @@ def backend_of(x: Any) -> Iterator[Any]:
 
 
 def as_tensor(a: Any) -> Any:
-    """The same the other way."""
+    """The memory of a NumPy or CuPy array as a tensor."""
     take: Any = torch.utils.dlpack.from_dlpack
     if not hasattr(a, "__cuda_array_interface__"):
         a, take = np.asarray(a), torch.from_numpy
@@ -80,7 +81,7 @@ def as_tensor(a: Any) -> Any:
 
 
 class _Writable:
-    """An array's memory as if it could be written to: PyTorch knows no other, and warns. Nobody writes to arguments."""
+    """A read-only array presented as writable: PyTorch would warn about a read-only one. klcore only reads it."""
 
     def __init__(self, a: Any) -> None:
         self._owner = a
@@ -88,8 +89,8 @@ class _Writable:
 
 
 def _lent_by(a: Any, name: str) -> Any:
-    """A tensor on the memory of a NumPy array, or of what NumPy makes one of; a copy where PyTorch has no such strides,
-    dtype or byte order."""
+    """A tensor on the memory of a NumPy array, or of anything that NumPy can convert; a copy if PyTorch does not have
+    its strides, dtype or byte order."""
     a = cpu.asarray(a, name)
     if any(step < 0 or step % a.dtype.itemsize for step in a.strides):
         a = a.copy()
@@ -102,8 +103,8 @@ def _lent_by(a: Any, name: str) -> Any:
 
 @contextlib.contextmanager
 def as_pytorch(x: Any) -> Any:
-    """Compute on PyTorch's current stream of the device of `x`, and take all memory from PyTorch: a CUDA graph that
-    PyTorch captures owns what is allocated meanwhile, which CuPy's pool would lend to others."""
+    """Compute on PyTorch's current stream of the device of `x`, with memory from PyTorch. A CUDA graph that PyTorch is
+    capturing must own the memory that is allocated during capture, which CuPy's pool would reuse."""
 
     def allocate(nbytes: int) -> Any:
         memory = torch.empty(nbytes, dtype=torch.uint8, device=x.device)
@@ -117,19 +118,19 @@ def as_pytorch(x: Any) -> Any:
 
 def check(t: Any, name: str) -> None:
     if t.is_nested:
-        raise TypeError(f"{name} is a nested tensor; klcore takes dense ones: pass {name}.to_padded_tensor(value)")
+        raise TypeError(f"{name} is a nested tensor, but klcore takes dense ones; pass {name}.to_padded_tensor(value)")
     if t.layout is not torch.strided:
-        raise TypeError(f"{name} is a tensor of layout {t.layout}; klcore takes dense ones: pass {name}.to_dense()")
+        raise TypeError(f"{name} is a tensor of layout {t.layout}, but klcore takes dense ones; pass {name}.to_dense()")
     if t.is_quantized:
         raise TypeError(f"{name} is a quantized tensor; pass {name}.dequantize()")
-    if t.dtype not in FLOATS and (t.dtype.is_complex or t.dtype.is_floating_point):  # those of 8 bits
+    if t.dtype not in FLOATS and (t.dtype.is_complex or t.dtype.is_floating_point):  # complex, or 8 bits
         raise TypeError(
-            f"{name} has dtype {t.dtype}; klcore computes with {', '.join(rows.FLOATS)}, and with integers and "
-            "booleans as float64"
+            f"{name} has dtype {t.dtype}; klcore supports {', '.join(rows.FLOATS)}, and converts integers and booleans "
+            "to float64"
         )
     if t.device.type not in ("cpu", "cuda", "meta"):
         raise TypeError(
-            f"{name} is on the device {str(t.device)!r}, and klcore computes on 'cpu' and 'cuda'; move it with "
+            f"{name} is on the device {str(t.device)!r}, but klcore computes on 'cpu' and 'cuda'; move it with "
             f"{name}.to('cpu')"
         )
 
@@ -143,7 +144,7 @@ def operands(x: Any, y: Any, device: str | None) -> tuple[Any, Any]:
             check(t, name)
         elif type(t).__module__.partition(".")[0] == "torch":
             raise TypeError(
-                f"{name} is a {type(t).__module__}.{type(t).__qualname__}; klcore takes tensors, NumPy arrays, and "
+                f"{name} is a {type(t).__module__}.{type(t).__qualname__}; klcore takes tensors, NumPy arrays, "
                 "numbers, lists and tuples"
             )
     found = next((t.device for t in (x, y) if isinstance(t, torch.Tensor)), torch.device("cpu"))
@@ -154,28 +155,29 @@ def operands(x: Any, y: Any, device: str | None) -> tuple[Any, Any]:
 
 
 def _refuse_host(t: Any, name: str, where: Any, device: str | None) -> None:
-    """Arrays that nobody said to move."""
+    """Raise TypeError for an array on the host next to tensors on a GPU, unless device= says to move it."""
     if where.type == "cuda" and device is None and not isinstance(t, (torch.Tensor, *_NUMBERS, type(None))):
         raise TypeError(
-            f"{name} is a {type(t).__module__}.{type(t).__qualname__}, in the host's memory, and the other "
-            f"argument a tensor on {where}; move one of them, as with torch.asarray({name}, "
-            f"device={str(where)!r}), or pass device= to have klcore do it"
+            f"{name} is a {type(t).__module__}.{type(t).__qualname__} in host memory, but the other argument is a "
+            f"tensor on {where}; move one of them, for example with torch.asarray({name}, device={str(where)!r}), or "
+            "pass device= to let klcore move it"
         )
 
 
 def _named(device: str) -> Any:
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise BackendUnavailableError(
-            f"device={device!r}: PyTorch finds no usable CUDA device (torch.cuda.is_available() is False)"
+            f"device={device!r}, but PyTorch finds no usable CUDA device (torch.cuda.is_available() is False)"
         )
     number = device.partition(":")[2]
     if number and int(number) >= torch.cuda.device_count():
-        raise BackendUnavailableError(f"device={device!r}: PyTorch finds {torch.cuda.device_count()} CUDA device(s)")
+        count = torch.cuda.device_count()
+        raise BackendUnavailableError(f"device={device!r}, but PyTorch finds {count} CUDA device(s)")
     return torch.device(device)
 
 
 def _on(where: Any, t: Any, name: str, device: str | None) -> Any:
-    """A tensor that is there, or may be moved there because a device is named; lists and numbers become one."""
+    """`t` as a tensor on the device `where`. Tensors are moved only if `device` is given."""
     if t is None or not isinstance(t, torch.Tensor):
         return None if t is None else _number(t, name, where)
     if t.device != where:
@@ -192,7 +194,7 @@ def _is_ordinary(t: Any) -> bool:
 
 
 def _number(a: Any, name: str, device: Any) -> Any:
-    """Lists, numbers and other libraries' arrays, understood and refused as NumPy's are."""
+    """A list, number or array of another library as a tensor, with the checks for NumPy arrays."""
     if torch.compiler.is_compiling() and isinstance(a, _NUMBERS):
         return torch.as_tensor(a, dtype=torch.float64, device=device)
     if torch.compiler.is_compiling() and isinstance(a, np.ndarray) and not isinstance(a, np.ma.MaskedArray):
@@ -201,8 +203,8 @@ def _number(a: Any, name: str, device: Any) -> Any:
 
 
 def data(number: Any) -> Any:
-    """For the compiler: what it does not know yet as a tensor of the program, which it would compile anew for each
-    other number."""
+    """For the compiler: an array, or a number that it does not know, as a tensor, so that it does not recompile for
+    every new number."""
     if isinstance(number, np.ndarray):
         return torch.as_tensor(number)
     if isinstance(number, float) and not is_known(number):
@@ -211,8 +213,8 @@ def data(number: Any) -> Any:
 
 
 def temperature_beside(temperature: Any, like: Any) -> Any:
-    """A number, or a tensor: for all rows on any device, else on that of the others."""
-    if not isinstance(temperature, torch.Tensor) and rows.has_numbers(temperature):  # it may change before backward
+    """The temperature as a number, a 0-d tensor on any device, or a tensor on the device of the others."""
+    if not isinstance(temperature, torch.Tensor) and rows.has_numbers(temperature):  # cloned: it may change later
         temperature = _number(temperature, "temperature", like.device).clone()
     if not isinstance(temperature, torch.Tensor) or (_is_ordinary(temperature) and temperature.ndim == 0):
         return temperature
@@ -221,7 +223,7 @@ def temperature_beside(temperature: Any, like: Any) -> Any:
 
 
 def weights_beside(weights: Any, like: Any, device: str | None, name: str, estimate: str | None = None) -> Any:
-    """On the tensors' device. `estimate`: of an estimator, how its result is written, for a message."""
+    """The weights on the device of the tensors. `estimate`: for an estimator, the text of its call, for a message."""
     if weights is None or (_is_ordinary(weights) and like.is_cpu and not weights.requires_grad):
         return weights
     if isinstance(weights, torch.Tensor):
@@ -229,19 +231,19 @@ def weights_beside(weights: Any, like: Any, device: str | None, name: str, estim
         if weights.requires_grad and torch.is_grad_enabled():
             instead = f"result by it instead: {name} * {estimate}" if estimate else 'values of reduction="row" by them'
             raise TypeError(
-                f"{name} must not require a gradient: klcore gives none with respect to {name}; pass {name}.detach(), "
-                f"or multiply the {instead}"
+                f"{name} requires a gradient, but klcore has no gradient for it; pass {name}.detach(), or multiply the "
+                f"{instead}"
             )
     return _on(like.device, weights, name, device)
 
 
 def list_beside(indices: Any, mass: Any, like: Any, device: str | None) -> tuple[Any, Any]:
-    """The numbers of the classes that x lists, and the mass of all others, on the tensors' device; copies of what is no
-    tensor, and may change before backward reads it."""
+    """The indices of the classes that x lists, and the mass of all others, on the device of the tensors. What is not a
+    tensor is copied, because it may change before backward."""
     if isinstance(mass, torch.Tensor) and mass.requires_grad and torch.is_grad_enabled():
         raise TypeError(
-            "tail_mass requires a gradient, and klcore gives none with respect to it; pass tail_mass.detach(), or "
-            "leave it away: the mass is then what x leaves, and its derivative is x's"
+            "tail_mass requires a gradient, but klcore has no gradient for it; pass tail_mass.detach(), or omit it: "
+            "the mass is then 1 minus the sum of x, and differentiated as part of x"
         )
     mass = data(mass) if torch.compiler.is_compiling() else mass
     beside = weights_beside(mass, like, device, "tail_mass")
@@ -256,7 +258,7 @@ def _indices_beside(indices: Any, like: Any, device: str | None) -> Any:
     else:
         _refuse_host(indices, "indices", like.device, device)
         found = torch.as_tensor(indices) if torch.compiler.is_compiling() else _lent_by(indices, "indices")
-        found = (found.clone() if found.numel() else found.long()).to(like.device)  # NumPy takes [] for floats
+        found = (found.clone() if found.numel() else found.long()).to(like.device)  # NumPy converts [] to float64
     odd = found.dtype is torch.bool or found.dtype.is_floating_point or found.dtype.is_complex
     rows.refuse_others(found.dtype, not odd)
     return found

@@ -1,6 +1,6 @@
-"""The operators ``torch.ops.klcore.value`` and ``gradients``: what torch.compile, torch.export and torch.func see.
+"""The operators ``torch.ops.klcore.value`` and ``gradients``, which torch.compile, torch.export and torch.func see.
 
-A call becomes their arguments, and those a call again; shapes and dtypes are known without memory.
+A call becomes the arguments of an operator, and these become a call again. Shapes and dtypes are known without memory.
 """
 
 from collections.abc import Sequence
@@ -26,7 +26,7 @@ def call_of(
     ratio: Any, temperature: float, temperatures: Any, denominator: float | None, divisor: Any, parameter: float,
     factor: float, examples: int, indices: Any, tail: str | None, tail_mass: Any,
 ) -> Call:  # fmt: skip
-    """The call that the operator's arguments stand for."""
+    """The call that these arguments of the operator describe."""
     space = space_x if space_x == space_y else (space_x, space_y)
     found = named(operation)
     space = (space_x, space_y) if found.is_loss else space
@@ -49,7 +49,7 @@ def arguments_of(call: Call) -> tuple[Any, ...]:
     )  # fmt: skip
 
 
-# the fields of a call that may be tensors, and where the operators have them
+# the fields of a call that may be tensors, and their positions among the arguments of the operators
 TENSORS = {
     "x": 1, "y": 2, "weights": 7, "ratio": 8, "temperature": 10, "denominator": 12, "indices": 16, "tail_mass": 18,
 }  # fmt: skip
@@ -89,7 +89,7 @@ def _both_gradients(*arguments: Any) -> tuple[Any, Any]:
 
 
 def both_of(x: Any, y: Any, found: Sequence[Any], of_x: bool, of_y: bool) -> tuple[Any, Any]:
-    """The gradients that an operator returns, of those found; an empty tensor for one that is not wanted."""
+    """The two gradients that an operator returns; an empty tensor for one that is not wanted."""
     return (
         _laid_out_like(x, found[0]) if of_x else x.new_empty(0),
         _laid_out_like(y, found[-1]) if of_y else x.new_empty(0),
@@ -97,7 +97,7 @@ def both_of(x: Any, y: Any, found: Sequence[Any], of_x: bool, of_y: bool) -> tup
 
 
 def _laid_out_like(t: Any, found: Any) -> Any:
-    """What the compiler relies on: for views with gaps or steps of 0 NumPy would choose other strides than PyTorch."""
+    """Give a gradient the strides that the compiler expects: for views with gaps or broadcasting, NumPy's differ."""
     promised = kernels.gradient_like(t)
     return found if found.stride() == promised.stride() else promised.copy_(found)
 

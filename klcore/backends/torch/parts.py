@@ -1,4 +1,4 @@
-"""PyTorch tensors that are a shard of the classes: lent to the kernels' library, whose arrays become tensors again."""
+"""For klcore.Shard: tensors that are a shard of the classes, lent to the library of the kernels and back."""
 
 import contextlib
 from typing import Any
@@ -16,16 +16,15 @@ class Lender(parts.Lender):
         weights = memory.weights_beside(call.weights, x, None, "weights")
         if not private.is_eager(x, y, weights):
             raise TypeError(
-                f"klcore.Shard takes plain tensors with memory; found a {type(x).__name__}. Keep torch.compile and "
-                "torch.func away by torch.compiler.disable, and pass a DTensor to klcore's functions, which exchange "
-                "states by themselves"
+                f"klcore.Shard takes plain tensors with memory; found a {type(x).__name__}. Exclude the call from "
+                "torch.compile with torch.compiler.disable, do not use it in torch.func, and pass DTensors to klcore's "
+                "functions, which exchange the states"
             )
         temperature = call.temperature
         if torch.is_grad_enabled() and any(getattr(t, "requires_grad", False) for t in (x, y, temperature)):
             raise TypeError(
-                "an argument requires a gradient, and klcore.Shard keeps no history for autograd: call it within "
-                "torch.no_grad(), or in the forward of a torch.autograd.Function, whose backward returns "
-                "shard.gradient(...)"
+                "an argument requires a gradient, but klcore.Shard does not support autograd; use torch.no_grad(), or "
+                "call it in the forward of a torch.autograd.Function whose backward returns shard.gradient(...)"
             )
         if isinstance(temperature, torch.Tensor):
             temperature = temperature.detach()

@@ -1,21 +1,20 @@
-"""What PyTorch is doing while klcore is called. Whatever klcore asks of PyTorch's private interfaces, it asks here.
+"""The state of PyTorch during a call. All uses of PyTorch's private interfaces are in this file.
 
 ``torch._C._is_tracing()``
-    Within torch.jit.trace; ``torch.jit.is_tracing`` asks it as well.
+    Whether torch.jit.trace is running; the public ``torch.jit.is_tracing`` calls it.
 ``torch._C._are_functorch_transforms_active()``
-    Within torch.func's vmap, grad, vjp, jvp, functionalize.
+    Whether torch.func's vmap, grad, vjp, jvp or functionalize is running.
 ``torch._C._len_torch_dispatch_stack()``
-    How many TorchDispatchModes have been entered. FakeTensorMode is one.
+    The number of active TorchDispatchModes. FakeTensorMode is one.
 ``torch.autograd.forward_ad._current_level``
-    0 or more within ``dual_level()``, and so in torch.func.jvp; else -1.
+    0 or more within ``dual_level()``, and so in torch.func.jvp; otherwise -1.
 ``torch._C._functorch.is_legacy_batchedtensor(t)``
-    Whether it is a batch of the vmap that was there before torch.func's. Its type is torch.Tensor, and no transform is
-    active then.
+    Whether it is a batch of the vmap that preceded torch.func. Its type is torch.Tensor, and no transform is active.
 ``torch.fx.experimental.symbolic_shapes.has_static_value(number)``
-    False for a number that changes from one call of a compiled function to the next.
+    False for a number that changes between calls of a compiled function.
 
-All six are in PyTorch 2.10, the oldest that klcore takes, and in 2.13. A call of a few rows takes ten microseconds,
-and asks twice on its way: so none of these functions calls another.
+All six exist in PyTorch 2.10, the oldest supported version, and in 2.13. A call with a few rows takes ten microseconds
+and checks this state twice, so none of these functions calls another.
 """
 
 from typing import Any
@@ -27,40 +26,41 @@ PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 
 def is_transformed() -> bool:
-    """Whether torch.func or forward mode is at work, which torch.compile sees to itself.
+    """Whether torch.func or forward mode is active outside of torch.compile, which handles them itself.
 
-    torch.func differentiates a Function, but no operator (torch 2.13), and only a Function notices a tangent."""
+    torch.func can differentiate a Function, but not an operator (torch 2.13), and only a Function notices a tangent.
+    """
     transformed = torch._C._are_functorch_transforms_active() and not torch.compiler.is_compiling()
     return transformed or forward_ad._current_level >= 0
 
 
 def is_batched(cotangent: Any) -> bool:
-    """Several at once, as torch.autograd.grad(is_grads_batched=True) hands them over."""
+    """Whether a cotangent is a batch, from torch.autograd.grad(is_grads_batched=True)."""
     return torch._C._functorch.is_legacy_batchedtensor(cotangent)
 
 
 def stands_in(a: Any) -> bool:
-    """Whether it is no tensor, but wants to know itself of what is called with it, as the proxies of torch.fx do."""
+    """Whether it is not a tensor, but overrides functions that are called with it, like the proxies of torch.fx."""
     return hasattr(a, "__torch_function__") and not isinstance(a, torch.Tensor)
 
 
 def is_distributed(*tensors: Any) -> bool:
-    """Whether one is a DTensor: by name, since importing them takes a while."""
+    """Whether one of them is a DTensor; found by name, because importing DTensor is slow."""
     return any(type(t).__name__ == "DTensor" for t in tensors)
 
 
 def is_known(number: float) -> bool:
-    """Whether the compiler may take it for a constant."""
-    from torch.fx.experimental.symbolic_shapes import has_static_value  # slow to import; the compiler has it already
+    """Whether the compiler can treat the number as a constant."""
+    from torch.fx.experimental.symbolic_shapes import has_static_value  # slow, but the compiler has imported it already
 
     return has_static_value(number)
 
 
 def is_eager(*tensors: Any) -> bool:
-    """Whether these are tensors with memory, and nobody is tracing or transforming what is done with them."""
+    """Whether these are tensors with memory, and nothing traces or transforms the call."""
     return (
         not torch.compiler.is_compiling()
-        and not torch._C._is_tracing()  # torch.jit.trace, which would keep the numbers
+        and not torch._C._is_tracing()  # torch.jit.trace would record the numbers as constants
         and all(t is None or type(t) in PLAIN for t in tensors)
         and not torch._C._are_functorch_transforms_active()
         and torch._C._len_torch_dispatch_stack() == 0

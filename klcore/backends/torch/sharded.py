@@ -1,9 +1,9 @@
-"""DTensors: every process computes from what it holds, and the results are DTensors.
+"""DTensors: every process computes from the part that it holds, and the results are DTensors.
 
-Axes of the batch may be sharded in any way: nothing is exchanged, and a total is Partial, as PyTorch's own loss is.
-Where the classes are sharded, each process leaves a state for every 1024 of its classes (src/kl_partial.h). All are
-gathered before the value is known, and merged by every process; value and gradients of what it holds then follow from
-its own classes. So autograd sees no exchange, and backward has none of its own.
+Batch axes may be sharded in any way: nothing is exchanged, and a total is Partial, as for PyTorch's own loss. If the
+classes are sharded, each process leaves a state for every 1024 of its classes (src/kl_partial.h). Before the value is
+known, all states are gathered, and merged by every process. The value and the gradients of its own part then follow
+without another exchange. So autograd sees no exchange, and backward needs none.
 """
 
 import math
@@ -19,20 +19,20 @@ from klcore.backends import cpu, rows, sparse
 from klcore.backends.torch import autograd, kernels, memory, operator
 from klcore.operations import Call
 
-# ---- what is where ---------------------------------------------------------------------------------------------------
+# ---- placements ------------------------------------------------------------------------------------------------------
 
 
 class _Layout(NamedTuple):
-    """Axes are those of the broadcast shape, counted from the end."""
+    """How a call is sharded. Axes are those of the broadcast shape, counted from the end."""
 
     mesh: Any
-    divided: tuple[int | None, ...]  # which axis each dimension of the mesh divides
+    divided: tuple[int | None, ...]  # for each dimension of the mesh, the axis that it divides
     classes: int  # the class axis; 0 if there is none
-    exchanged: bool  # whether it is divided, and states of its shards are exchanged
+    exchanged: bool  # whether the class axis is divided, and states of its shards are exchanged
 
     def placements(self, shape: Any, of_rows: bool = False, missing: Any = Replicate) -> tuple[Any, ...]:
-        """Of a tensor of this shape; `of_rows`: which lacks the class axis. `missing`: where the mesh divides an axis
-        that it does not have."""
+        """The placements of a tensor of this shape; `of_rows`: it lacks the class axis; `missing`: the placement along
+        mesh dimensions that divide an axis which it does not have."""
         found: list[Any] = []
         for axis in self.divided:
             lost = of_rows and axis == self.classes
@@ -44,7 +44,7 @@ class _Layout(NamedTuple):
         return tuple(found)
 
     def part(self, t: Any, of_rows: bool = False) -> Any:
-        """This process' of a DTensor, moved to where the others' parts are; a number as it is."""
+        """This process's part of a DTensor, redistributed to this layout; anything else unchanged."""
         if not isinstance(t, DTensor):
             return t
         placements = self.placements(t.shape, of_rows)
@@ -52,7 +52,7 @@ class _Layout(NamedTuple):
         return t.to_local(grad_placements=self.placements(t.shape, of_rows, Partial))
 
     def whole(self, t: Any, shape: Any, stride: Any, placements: tuple[Any, ...]) -> Any:
-        """The DTensor of which all processes have such a part."""
+        """The DTensor that consists of the parts of all processes."""
         return DTensor.from_local(t, self.mesh, placements, run_check=False, shape=torch.Size(shape), stride=stride)
 
     def shards(self, n: int) -> list[int]:
@@ -65,17 +65,18 @@ class _Layout(NamedTuple):
         return sizes
 
     def gathered(self, states: Any) -> Any:
-        """Those of all shards of the classes, in order, along the last axis."""
+        """The states of all shards of the classes, in order, along the last axis."""
         of_classes = [Shard(states.ndim - 1) if axis == self.classes else Replicate() for axis in self.divided]
-        whole = DTensor.from_local(states, self.mesh, of_classes, run_check=False)  # other rows stay where they are
+        whole = DTensor.from_local(states, self.mesh, of_classes, run_check=False)  # rows are not exchanged
         return whole.redistribute(placements=[Replicate()] * len(of_classes)).to_local()
 
 
 def _layout(x: Any, y: Any, classes: int) -> _Layout:
-    """What is sharded stays so. Where x and y differ, the smaller one is moved, and classes sooner than rows."""
+    """Choose the layout: sharded axes stay sharded. If x and y differ, the smaller one is moved; of two equally large
+    ones, the one whose classes are sharded."""
 
     def divided(t: Any) -> tuple[int | None, ...]:
-        # compared, since torch.compile would have the number itself vary from call to call
+        # by comparison, because torch.compile would treat p.dim itself as dynamic
         found = [[d for d in range(t.ndim) if d == getattr(p, "dim", None) and t.shape[d] > 1] for p in t.placements]
         return tuple(d[0] - t.ndim if d else None for d in found)
 
@@ -88,11 +89,11 @@ def _layout(x: Any, y: Any, classes: int) -> _Layout:
 
 
 def _check(call: Call) -> None:
-    """What DTensors cannot be called with."""
+    """Raise for arguments that do not go together with DTensors."""
     if call.out is not None:
-        raise TypeError("out= has no place beside DTensors, whose parts are in several processes; use the result")
+        raise TypeError("out= is not supported with DTensors; use the returned DTensors")
     if call.device is not None:
-        raise ValueError(f"device={call.device!r}: DTensors are computed on the devices of their mesh")
+        raise ValueError(f"device={call.device!r}, but DTensors are computed on their mesh; omit device=")
     for name in ("x", "y", "weights", "ratio", "temperature", "denominator", "indices", "tail_mass"):
         t = getattr(call, name)
         if isinstance(t, DTensor):
@@ -103,28 +104,28 @@ def _check(call: Call) -> None:
             name in ("x", "y", "indices") or getattr(t, "shape", ()) != () or isinstance(t, (list, tuple))
         ):
             raise TypeError(
-                f"{name} is a {type(t).__module__}.{type(t).__qualname__} beside a DTensor: nobody can tell whether it "
-                f"is a part or the whole; pass distribute_tensor({name}, mesh, placements) of the whole, or "
+                f"{name} is a {type(t).__module__}.{type(t).__qualname__}, but other arguments are DTensors, so it may "
+                f"be a part or the whole; pass distribute_tensor({name}, mesh, placements) of the whole, or "
                 "DTensor.from_local of a part"
             )
 
 
 def _check_gradient(temperature: Any, layout: _Layout) -> None:
-    """One with respect to the temperature is of all rows, and of whole ones."""
+    """Raise if the temperature requires a gradient that klcore cannot compute: it needs all rows, and whole ones."""
     if not isinstance(temperature, DTensor):
         raise TypeError(
-            "temperature requires a gradient, of which each process would have its rows' part; pass it as a DTensor, "
-            "as distribute_tensor(temperature, mesh, [Replicate()]) makes it"
+            "temperature requires a gradient, of which each process would only have the part of its rows; pass it as a "
+            "DTensor, distribute_tensor(temperature, mesh, [Replicate()])"
         )
     if layout.exchanged:
         raise TypeError(
-            "temperature requires a gradient, and klcore gives none with respect to it where the classes are sharded; "
-            "divide the logits by it instead"
+            "temperature requires a gradient, but klcore has no gradient for it if the classes are sharded; divide the "
+            "logits by it instead"
         )
 
 
 def compute(call: Call, locally: Callable[[Call], Any]) -> Any:
-    """As klcore.backends.torch.compute, which is `locally` for plain tensors."""
+    """Compute a call with DTensors; `locally` is klcore.backends.torch.compute, for plain tensors."""
     _check(call)
     operation, x, y = call.operation, call.x, call.y
     if isinstance(call.denominator, DTensor):
@@ -138,18 +139,18 @@ def compute(call: Call, locally: Callable[[Call], Any]) -> Any:
     if not torch.compiler.is_compiling():
         if x.device_mesh.get_coordinate() is None:
             raise ValueError(
-                "this process is not in x.device_mesh, and holds no part of x: call klcore in those that do"
+                "this process is not in x.device_mesh and has no part of x; call klcore only in processes of the mesh"
             )
         arrange = rows.arrange if call.indices is None else sparse.arrange
         arrange(np, _shape_of, call._replace(return_grad=None, reduction="row", denominator=None, dtype=None))
     layout = _layout(x, y, classes)
     if layout.exchanged and call.indices is not None:
         raise TypeError(
-            "x lists some classes of y, and the classes are sharded: klcore takes these whole, and the batch sharded; "
-            "move them with redistribute(placements=[Shard(0)]), say, or full_tensor()"
+            "with indices, the batch may be sharded, but not the classes; move them, for example with "
+            "redistribute(placements=[Shard(0)]) or full_tensor()"
         )
     if layout.exchanged and (call.reduction == "none" or operation.is_loss) and _sweeps(call, True, False) == 1:
-        layout = layout._replace(exchanged=False)  # every class by itself
+        layout = layout._replace(exchanged=False)  # every class is computed by itself
     if call.return_grad is None and torch.is_grad_enabled() and getattr(call.temperature, "requires_grad", False):
         _check_gradient(call.temperature, layout)
 
@@ -184,12 +185,12 @@ def compute(call: Call, locally: Callable[[Call], Any]) -> Any:
 
 
 def _shape_of(a: Any, name: str) -> Any:
-    """An array of ones without memory: what rows.py checks it by. No number of a class is checked."""
+    """An array without memory for the checks of rows.py: ones, or -1 for indices, which are not checked here."""
     return np.broadcast_to(-1 if name == "indices" else 1.0, getattr(a, "shape", ()))
 
 
 def _divided(call: Call, terms: tuple[int, ...], batch: tuple[int, ...]) -> dict[str, Any]:
-    """What makes a mean of the whole batch a sum of its parts."""
+    """The changes to a call that turn a mean over the whole batch into a sum of its parts."""
     weights, count = call.weights, math.prod(batch)
     if call.reduction != "rowmean" or weights is None:
         denominator: Any = rows.denominator(call, terms, batch, None)
@@ -198,18 +199,18 @@ def _divided(call: Call, terms: tuple[int, ...], batch: tuple[int, ...]) -> dict
     else:
         denominator = _sum(weights, count)
         factor = 1.0 if torch.compiler.is_compiling() else rows.weight_factor(float(denominator))
-        if factor != 1:  # out of the range's end, that the sum be a number
+        if factor != 1:  # move the weights to the middle of the range, where their sum is finite
             weights = weights.to(torch.float64) * factor
             denominator = _sum(weights, count)
     return {"reduction": "sum", "weights": weights, "denominator": denominator}
 
 
 def _sum(weights: Any, count: int) -> Any:
-    """Of the weights of all rows."""
+    """The sum of the weights of all rows."""
     return weights.detach().to(torch.float64).sum().full_tensor() * (count // max(weights.numel(), 1))
 
 
-# ---- the classes sharded ---------------------------------------------------------------------------------------------
+# ---- sharded classes -------------------------------------------------------------------------------------------------
 
 
 @torch.compiler.assume_constant_result
@@ -218,20 +219,20 @@ def _count(code: int, space_x: int, space_y: int, terms: bool, gradient: bool) -
 
 
 def _sweeps(call: Call, terms: bool, gradient: bool) -> int:
-    """How many sweeps over the rows such outputs take."""
+    """The number of sweeps over the rows that these outputs need."""
     return _count(call.operation.code, *rows.space_pair(call.space, call.operation), terms, gradient)
 
 
 def _exchanging(call: Call, layout: _Layout, classes: int) -> Any:
-    """The value of this process' rows, and gradients of its classes."""
+    """The value of this process's rows, and the gradients for its classes."""
     _, temperature, wanted = rows.words(call)
     x, y = (t if t is None or not wanted else t.detach() for t in (call.x, call.y))
     weights = memory.weights_beside(call.weights, x, None, "weights")
     terms = call.reduction == "none"
     if call.operation.is_loss:
         raise TypeError(
-            "klcore.compat takes DTensors whose classes are not sharded where a loss takes logits; move them with "
-            "redistribute(placements=[Shard(0)]), say"
+            "if a loss of klcore.compat takes logits, the classes of its DTensors must not be sharded; move them, for "
+            "example with redistribute(placements=[Shard(0)])"
         )
     call = call._replace(x=x, y=y, weights=weights, temperature=temperature, return_grad=None)
     of_x, of_y = "x" in wanted, "y" in wanted
@@ -239,12 +240,12 @@ def _exchanging(call: Call, layout: _Layout, classes: int) -> Any:
         of_x, of_y = x.requires_grad, y is not None and y.requires_grad
         if terms and (of_x or of_y):
             raise NotImplementedError(
-                "reduction='none' has no gradient where classes of logits or counts are sharded; take "
-                "reduction='row', or call it within torch.no_grad()"
+                "reduction='none' has no gradient if the classes of logits or counts are sharded; use "
+                "reduction='row', or torch.no_grad()"
             )
     counts = [cpu.chunks(n) for n in layout.shards(classes)]
     ops, arguments = torch.ops.klcore, operator.arguments_of(call)
-    stats: list[Any] = [None]  # after each sweep
+    stats: list[Any] = [None]  # the stats before each sweep, and after the last
     with torch.no_grad():
         for number in range(_sweeps(call, False, False)):
             states = ops.states.default(*arguments, number, stats[-1], of_x, of_y, max(counts))
@@ -259,7 +260,7 @@ def _exchanging(call: Call, layout: _Layout, classes: int) -> Any:
     return (value, *(g for g, of in zip(both, (of_x, of_y), strict=True) if of))
 
 
-# The operators that torch.compile sees: of the calls of operator.py, with what is known of the rows besides.
+# The operators that torch.compile sees: the arguments are those of operator.py, and the stats of the rows.
 _define, _arguments = operator.LIBRARY.define, operator.ARGUMENTS
 _define(f"states({_arguments}, int number, Tensor? stats, bool of_x, bool of_y, int count) -> Tensor")
 _define(f"merged({_arguments}, int number, Tensor? stats, Tensor states, int[] counts) -> Tensor")
@@ -273,7 +274,7 @@ def _lent(arguments: Sequence[Any], of_x: bool = False, of_y: bool = False) -> C
 
 
 def _states(*arguments: Any) -> Any:
-    """What sweep `number` leaves of this process' classes, `count` chunks at most; zeros where it has fewer."""
+    """The states that sweep `number` leaves for this process's classes, padded with zeros to `count` chunks."""
     *rest, number, stats, of_x, of_y, count = arguments
     call = _lent(rest, of_x, of_y)._replace(reduction="row", denominator=None)
     with memory.backend_of(rest[1]) as backend:
@@ -282,7 +283,7 @@ def _states(*arguments: Any) -> Any:
 
 
 def _merged(*arguments: Any) -> Any:
-    """The rows' stats, of the states of all shards, which have so many chunks each."""
+    """The stats of the rows, from the states of all shards; `counts` are their numbers of chunks."""
     *rest, number, stats, states, counts = arguments
     most = max(counts)
     if set(counts) != {most}:

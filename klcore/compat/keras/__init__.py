@@ -1,7 +1,7 @@
-"""Keras' Kullback-Leibler divergence: the functions, the loss and the metric, with Keras 3's reductions and weights.
+"""Keras's Kullback-Leibler divergence: functions, loss and metric, with the reductions and weights of Keras 3.
 
-Keras itself is not imported. Where the process has loaded it, its epsilon and float type are used, and the classes are
-made Keras' own kind, so that a model takes them.
+Keras itself is not imported. If the process has loaded it, its epsilon and float type are used, and the classes become
+Keras losses and metrics, so that a model accepts them.
 """
 
 from klcore.compat.keras import registration
@@ -27,7 +27,7 @@ __all__ = [
     "set_epsilon",
 ]
 
-for _name in __all__:  # where users import them from, and where pickles and saved models look for them
+for _name in __all__:  # the module that users import them from, and in which pickles and saved models look for them
     globals()[_name].__module__ = __name__
 
 if _keras := registration.loaded():

@@ -1,4 +1,4 @@
-"""Arguments as Keras takes them: dtypes, ranks that are aligned, masks and weights. No Keras is needed for it."""
+"""Arguments as Keras handles them: dtypes, aligned ranks, masks and weights. Keras itself is not needed."""
 
 from typing import Any
 
@@ -19,7 +19,7 @@ from klcore.compat.keras import registration, tensorflow
 
 
 def arrays_of(y_true: Any, y_pred: Any, name: str | None = None) -> tuple[Any, Any]:
-    """Both as arrays of one library and dtype: that called `name`, or that of y_pred."""
+    """Both as arrays of the same library and dtype: the dtype called `name`, or that of y_pred."""
     dense(y_true=y_true, y_pred=y_pred)
     y_pred = y_pred if is_array(y_pred) else np.asarray(y_pred, dtype_of(None))
     for array in (y_true, y_pred):
@@ -33,16 +33,16 @@ def arrays_of(y_true: Any, y_pred: Any, name: str | None = None) -> tuple[Any, A
 
 def values_shape(y_true: Any, y_pred: Any) -> tuple[int, ...]:
     if 0 in (y_true.ndim, y_pred.ndim):
-        raise ValueError("y_true and y_pred must have an axis of classes, found an array without dimensions")
+        raise ValueError("y_true and y_pred must have a class axis, found a 0-d array")
     if tensorflow.are_there(y_pred):
         return tensorflow.values_shape(y_true, y_pred)
     return broadcast(tuple(y_true.shape), tuple(y_pred.shape), "y_true and y_pred")[:-1]
 
 
 def converted(value: Any, like: Any, name: str) -> Any:
-    """`value` as an array of the library and dtype of another; beside a tensor of Keras' it becomes one.
+    """`value` as an array of the library of `like`, of the dtype called `name`; for a Keras tensor, a Keras tensor.
 
-    In training the truth and the weights come as the data has them, on another device maybe.
+    In training, the truth and the weights have the type of the data, and may be on another device.
     """
     if tensorflow.are_there(like):
         return tensorflow.converted(value, name)
@@ -53,15 +53,15 @@ def converted(value: Any, like: Any, name: str) -> Any:
 
 
 def mask_of(y_pred: Any) -> Any:
-    """The mask that Keras attached to a tensor."""
+    """The mask that Keras attached to a tensor, or None."""
     mask = getattr(y_pred, "_keras_mask", None)
     keras = registration.loaded()
-    # beside those that can't have attributes it keeps them elsewhere
+    # for tensors that cannot have attributes, Keras keeps masks elsewhere
     return keras.src.backend.get_keras_mask(y_pred) if mask is None and keras is not None else mask
 
 
 def dtype_of(dtype: Any) -> str:
-    """The name of a dtype, of a policy of Keras', or for None of the float type."""
+    """The name of a dtype, or of the compute dtype of a Keras policy; None means Keras's float type."""
     if dtype is None:
         keras = registration.loaded()
         return "float32" if keras is None else str(keras.config.floatx())
@@ -86,7 +86,7 @@ def as_given(gradients: Any, given: tuple[Any, Any]) -> tuple[Any, Any]:
 
 
 def aligned(a: tuple[int, ...], b: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Two shapes, of which one is one axis longer and ends in one of size 1, with the same number of axes."""
+    """Align two shapes as Keras does, if one has one axis more than the other, of size 1, at its end."""
     if len(a) < len(b):
         return aligned(b, a)[::-1]
     if len(a) == len(b) + 1 and a[-1] == 1:
@@ -95,7 +95,7 @@ def aligned(a: tuple[int, ...], b: tuple[int, ...]) -> tuple[tuple[int, ...], tu
 
 
 def reshaped(array: Any, shape: tuple[int, ...]) -> Any:
-    """In a shape that :func:`aligned` found."""
+    """The array in a shape from :func:`aligned`."""
     return tensorflow.reshaped(array, len(shape)) if tensorflow.are_there(array) else array.reshape(shape)
 
 

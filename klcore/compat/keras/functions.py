@@ -1,4 +1,4 @@
-"""The divergence of each row, with Keras' epsilon, as a function; what the loss and the metric reduce."""
+"""The divergence of each row, with Keras's epsilon, as a function; the loss and the metric reduce it."""
 
 from typing import Any, SupportsFloat
 
@@ -8,11 +8,20 @@ from klcore.compat._arguments import cotangent_of, detached, dtype_name, number,
 from klcore.compat.keras import arguments, registration, tensorflow
 from klcore.divergence import loss
 
-_epsilon = 1e-7  # where there is no Keras to hold it
+_epsilon = 1e-7  # used if Keras is not loaded
 
 
 def epsilon() -> float:
-    """What probabilities are clipped at: that of Keras where it is loaded, else this module's.
+    """The value to which probabilities are clipped: Keras's epsilon if Keras is loaded, else this module's.
+
+    Returns
+    -------
+    float
+        The smallest probability.
+
+    See Also
+    --------
+    set_epsilon : changes it.
 
     Examples
     --------
@@ -25,12 +34,16 @@ def epsilon() -> float:
 
 
 def set_epsilon(value: SupportsFloat) -> None:
-    """Change what probabilities are clipped at: in Keras where it is loaded, else in this module.
+    """Change the value to which probabilities are clipped: in Keras if Keras is loaded, else in this module.
 
     Parameters
     ----------
     value : float
-        The smallest probability; from the next call on.
+        The smallest probability, from the next call on.
+
+    See Also
+    --------
+    epsilon : returns it.
 
     Examples
     --------
@@ -46,7 +59,7 @@ def set_epsilon(value: SupportsFloat) -> None:
 
 
 def engine(y_true: Any, y_pred: Any, **options: Any) -> Any:
-    """The values, or what `options` make of them. Both arrays are of one dtype."""
+    """The values, reduced or differentiated as `options` say. Both arrays have the same dtype."""
     shape = arguments.values_shape(y_true, y_pred)
     if tensorflow.are_there(y_pred):
         return tensorflow.row_values(engine, y_true, y_pred, shape)
@@ -57,14 +70,14 @@ def engine(y_true: Any, y_pred: Any, **options: Any) -> Any:
         y_pred,
         space=("probs", "probs"),
         epsilon=_rounded(epsilon(), name),
-        dtype=name if name in ("float16", "bfloat16") else None,  # else the engine's own choice, its quickest way
+        dtype=name if name in ("float16", "bfloat16") else None,  # None lets the engine take its fastest path
         **options,
     )
 
 
 def _rounded(value: float, name: str) -> float:
-    """A number as the dtype called `name` holds it."""
-    if name == "bfloat16":  # a float32 without its lower half, rounded to even; NumPy may not know the type
+    """A number rounded to the dtype called `name`."""
+    if name == "bfloat16":  # a float32 without its lower half, rounded to even; NumPy may not have the type
         bits = int(np.float32(value).view(np.uint32))
         bits = (bits + 0x7FFF + (bits >> 16 & 1)) & 0xFFFF0000
         return float(np.uint32(bits).view(np.float32))
@@ -86,40 +99,44 @@ def _value_and_grad(y_true: Any, y_pred: Any, *, cotangent: Any = None) -> tuple
 @with_gradients(_value_and_grad)
 @quietly
 def kullback_leibler_divergence(y_true: Any, y_pred: Any) -> Any:
-    """Keras' divergence of predictions from the truth: the sum of t*log(t/p) over the last axis, in nats.
+    """Keras's divergence of predictions from the truth: the sum of t*log(t/p) over the last axis, in nats.
 
     Both arguments are clipped to [epsilon, 1] first; see :func:`epsilon`. Also called `kl_divergence`, `KLD` and `kld`.
 
     Parameters
     ----------
     y_true : array of shape (..., n)
-        True probabilities. Cast to the dtype of `y_pred`.
+        True probabilities. Converted to the dtype of `y_pred`.
     y_pred : array of shape (..., n)
-        Predicted probabilities: float64, float32, float16 or bfloat16. Integers and lists are taken as Keras' float
-        type, float32. The two broadcast, along any axis.
+        Predicted probabilities: float64, float32, float16 or bfloat16. Integers and lists are converted to Keras's
+        float type, float32. The two arguments broadcast, along any axis.
 
     Returns
     -------
     array of shape (...)
-        In the dtype of `y_pred`. Of PyTorch's, JAX' and TensorFlow's arrays differentiable with respect to both.
+        In the dtype of `y_pred`. For arrays of PyTorch, JAX and TensorFlow, differentiable with respect to both.
 
     Raises
     ------
     TypeError
         For complex numbers and arrays of two libraries.
     NotImplementedError
-        For TensorFlow's tensors where XLA compiles, as with ``model.compile(jit_compile=True)``.
+        For TensorFlow tensors in functions compiled by XLA, as with ``model.compile(jit_compile=True)``.
     ValueError
-        For shapes that do not broadcast, and arguments without dimensions.
+        For shapes that do not broadcast, and for 0-d arguments.
+
+    See Also
+    --------
+    klcore.kl_div : for new code; takes logits, and is never negative.
 
     Notes
     -----
-    The truth comes first, unlike in the other four systems. Because both sides are clipped, a class with t = 0 still
-    contributes about -1.6e-6, the value can be negative, and a prediction of 0 has the gradient 0. At the bounds of the
-    clipping the gradient passes (TensorFlow's and PyTorch's convention; that of Keras on JAX is half of it). In float32
-    and narrower the epsilon is rounded to the dtype.
+    The truth comes first, unlike in the losses of PyTorch, R torch, MXNet and PuzzleLib. Because both arguments are
+    clipped, a class with t = 0 still contributes about -1.6e-6, the value can be negative, and a prediction of 0 has
+    gradient 0. At the bounds of the clipping, the gradient passes unchanged, as in TensorFlow and PyTorch; Keras on JAX
+    halves it. In float32 and narrower dtypes, the epsilon is rounded to the dtype.
 
-    ``kullback_leibler_divergence.value_and_grad(y_true, y_pred, cotangent=None)`` returns the derivatives, too; see
+    ``kullback_leibler_divergence.value_and_grad(y_true, y_pred, cotangent=None)`` also returns the derivatives; see
     :meth:`KLDivergence.value_and_grad`.
 
     Examples
@@ -136,7 +153,7 @@ def kullback_leibler_divergence(y_true: Any, y_pred: Any) -> Any:
 
 @with_gradients(_value_and_grad)
 def kl_divergence(y_true: Any, y_pred: Any) -> Any:
-    """:func:`~klcore.compat.keras.kullback_leibler_divergence`, under the name that Keras 3 writes into its logs."""
+    """:func:`~klcore.compat.keras.kullback_leibler_divergence` under the name that Keras 3 uses in its logs."""
     return kullback_leibler_divergence(y_true, y_pred)
 
 

@@ -1,4 +1,4 @@
-"""The loss ``keras.losses.KLDivergence``: the function's values, weighted and reduced."""
+"""The loss ``keras.losses.KLDivergence``: the values of the function, weighted and reduced."""
 
 import math
 from functools import cache
@@ -19,28 +19,28 @@ from klcore.compat._arguments import (
 from klcore.compat.keras import arguments, functions, registration, tensorflow
 
 if TYPE_CHECKING:
-    from keras.losses import Loss as _Loss  # which for mypy is anything: Keras has no types
+    from keras.losses import Loss as _Loss  # Any for mypy: Keras has no types
     from typing_extensions import Self  # in typing from Python 3.11
 else:
-    _Loss = object  # Keras is not imported here: `_keras_loss` brings its class in
+    _Loss = object  # Keras is not imported here: `_keras_loss` adds its class
 
 _MEANS = ("sum_over_batch_size", "mean")
 _REDUCTIONS = (*_MEANS, "mean_with_sample_weight", "sum", "none", None)
 
 
 class KLDivergence(_Loss):  # type: ignore[misc]
-    """The loss of ``keras.losses.KLDivergence``, in nats. Where Keras is loaded, instances are ``keras.losses.Loss``.
+    """The loss of ``keras.losses.KLDivergence``, in nats. If Keras is loaded, instances are ``keras.losses.Loss``.
 
     Parameters
     ----------
     reduction : {"sum_over_batch_size", "mean", "mean_with_sample_weight", "sum", "none", None}
-        "sum_over_batch_size" and "mean", which are the same, divide by the number of values of the function, which for
-        sequences is more than the size of the batch. "mean_with_sample_weight" divides by the sum of the weights, as
-        they are given. A divisor of 0 makes 0.
+        "sum_over_batch_size" and "mean" are the same: they divide by the number of values of the function, which for
+        sequences is larger than the batch. "mean_with_sample_weight" divides by the sum of the weights, as given. A
+        divisor of 0 gives 0.
     name : str
-        For Keras' logs.
+        The name in Keras's logs.
     dtype : str, optional
-        To which both arguments are cast, float64 included: None is Keras' float type, float32. A policy of Keras'
+        Both arguments are converted to it, including float64. None is Keras's float type, float32. A Keras dtype policy
         stands for its compute dtype.
 
     Attributes
@@ -59,16 +59,17 @@ class KLDivergence(_Loss):  # type: ignore[misc]
 
     Notes
     -----
-    Ranks are aligned as Keras does: if two arrays differ by one axis, and the longer ends in one of size 1, it loses
-    that; but if the shorter is a vector, this gets one. Then NumPy's rules apply. So weights of shape (batch,) weigh
-    the *last* axis of values of shape (batch, steps), as in Keras 3; Keras 2 weighed the first. Say (batch, 1).
+    Ranks are aligned as in Keras: if one array has one axis more than the other, and that last axis has size 1, the
+    axis is removed; but if the other array is a vector, an axis of size 1 is added to it instead. Then NumPy's rules
+    apply. So weights of shape (batch,) weight the *last* axis of values of shape (batch, steps), as in Keras 3; Keras 2
+    weighted the first. Use (batch, 1).
 
     As in the original, values that are a scalar or an empty vector are not reduced.
 
-    Import Keras before instances are made: one made without it stays a plain object, whose weights Keras would apply to
-    the reduced value. Models that were saved with it load where Keras and this module are imported, in this order.
+    Import Keras before you create instances: an instance created without it stays a plain object, and Keras would apply
+    weights to its reduced value. To load a model that was saved with it, import Keras and this module, in this order.
 
-    float16 is computed in float32 and rounded once: where Keras' own ratio overflows to infinity, this is finite.
+    float16 is computed in float32 and rounded once: the result is finite where Keras's own ratio overflows to infinity.
 
     Examples
     --------
@@ -109,26 +110,26 @@ class KLDivergence(_Loss):  # type: ignore[misc]
         Parameters
         ----------
         y_true, y_pred : array of shape (..., n)
-            As for :func:`kullback_leibler_divergence`; but cast to `dtype`, and their ranks aligned. A mask that Keras
-            attached to `y_pred` becomes a weight.
+            As for :func:`kullback_leibler_divergence`, but converted to `dtype`, and with aligned ranks. A mask that
+            Keras attached to `y_pred` becomes a weight.
         sample_weight : array or float, optional
-            Aligned with the values of the function, shape (...), and multiplied with them.
+            Multiplies the values of the function, of shape (...), after aligning the ranks.
 
         Returns
         -------
         array
-            A scalar; for "none" of the shape of the weighted values. In `dtype`.
+            A scalar, or for "none" an array of the shape of the weighted values. In `dtype`.
 
         Raises
         ------
-        TypeError, ValueError
-            As :func:`kullback_leibler_divergence`, and ValueError for weights that do not fit.
-        NotImplementedError
-            As :func:`kullback_leibler_divergence`.
+        TypeError, NotImplementedError
+            As for :func:`kullback_leibler_divergence`.
+        ValueError
+            As for :func:`kullback_leibler_divergence`, and for weights that do not fit.
         """
         if tensorflow.are_there(y_true, y_pred, sample_weight):
             tensorflow.need_keras(self)
-            return super().__call__(y_true, y_pred, sample_weight)  # weights and reductions by Keras, around `call`
+            return super().__call__(y_true, y_pred, sample_weight)  # Keras calls `call`, then weights and reduces
         mask = arguments.mask_of(y_pred)
         y_true, y_pred = self._arrays(y_true, y_pred)
         shape, weight = self._weight(arguments.values_shape(y_true, y_pred), y_pred, sample_weight, mask)
@@ -147,16 +148,16 @@ class KLDivergence(_Loss):  # type: ignore[misc]
         Parameters
         ----------
         y_true, y_pred, sample_weight : array
-            As for a call. Of PyTorch's and JAX' arrays the values are taken, and plain arrays are returned.
+            As for a call. Arrays of PyTorch and JAX are taken without their history, and the results are plain arrays.
         cotangent : array or float, optional
-            What the derivatives are multiplied with, of the shape of the value; None: ones.
+            Multiplies the derivatives; of the shape of the value. None means ones.
 
         Returns
         -------
         value : array
             The loss.
         gradients : (array, array)
-            With respect to y_true and y_pred, in their shapes and dtypes; in `dtype` where those are integers.
+            With respect to y_true and y_pred, in their shapes and dtypes; in `dtype` for integers.
 
         Notes
         -----
@@ -180,36 +181,36 @@ class KLDivergence(_Loss):  # type: ignore[misc]
             factors = factors * weight
         if divisor is not None:
             factors = arguments.ratio(factors, divisor)
-        if factors.ndim:  # one factor for every value: of their shape, with an axis of size 1 for the classes
+        if factors.ndim:  # one factor per value, with an axis of size 1 for the classes
             full = shape if weight is None else broadcast(shape, tuple(weight.shape), "the values and their weights")
             factors = sum_to(factors, full, shape).reshape((*values_shape, 1))
         _, *gradients = functions.engine(*arrays, factors=factors, return_grad=("x", "y"))
         return value, arguments.as_given(gradients, given)
 
     def get_config(self) -> dict[str, Any]:
-        """What :meth:`from_config` needs."""
+        """The arguments for :meth:`from_config`."""
         return {"name": self.name, "reduction": self.reduction}
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> "KLDivergence":
-        """An instance from what :meth:`get_config` returned."""
+        """An instance made from the result of :meth:`get_config`."""
         return KLDivergence(**config)
 
     def __reduce__(self) -> Any:
         return KLDivergence, (self.reduction, self.name, self.dtype)
 
     def _arrays(self, y_true: Any, y_pred: Any) -> tuple[Any, Any]:
-        """Both in `dtype`, their ranks aligned."""
+        """Both in `dtype`, with aligned ranks."""
         y_true, y_pred = arguments.arrays_of(y_true, y_pred, self.dtype)
         of_true, of_pred = arguments.aligned(tuple(y_true.shape), tuple(y_pred.shape))
         return arguments.reshaped(y_true, of_true), arguments.reshaped(y_pred, of_pred)
 
     def _weight(self, shape: tuple[int, ...], like: Any, sample_weight: Any, mask: Any) -> tuple[tuple[int, ...], Any]:
-        """The shape of the values, aligned with their weight, and that: sample_weight and mask in one, or None."""
+        """The shape of the values, aligned with their weight, and the weight: sample_weight times mask, or None."""
         weight = None if sample_weight is None else arguments.converted(sample_weight, like, self.dtype)
         if mask is not None:
             valid = arguments.converted(mask, like, self.dtype)
-            if self.reduction in _MEANS:  # so that the mean is over what is not masked
+            if self.reduction in _MEANS:  # so that the mean is over the values that are not masked
                 valid = valid * arguments.ratio(float(math.prod(valid.shape)), valid.sum())
             weight = valid if weight is None else arguments.product(valid, weight)
         if weight is None:
@@ -219,7 +220,7 @@ class KLDivergence(_Loss):  # type: ignore[misc]
         return shape, weight.reshape(of_weight)
 
     def _divisor(self, shape: tuple[int, ...], weight: Any) -> Any:
-        """What the sum of the weighted values is divided by; None: they are not reduced."""
+        """The divisor of the sum of the weighted values; None if they are not reduced."""
         if weight is not None:
             shape = broadcast(shape, tuple(weight.shape), "the values and their weights")
         if self.reduction in ("none", None) or shape in ((), (0,)):
@@ -230,7 +231,7 @@ class KLDivergence(_Loss):  # type: ignore[misc]
 
     def _value(self, y_true: Any, y_pred: Any, shape: tuple[int, ...], weight: Any) -> Any:
         divisor = self._divisor(shape, weight)
-        if weight is None and divisor is not None and type(self).call is KLDivergence.call:  # all of it in one pass
+        if weight is None and divisor is not None and type(self).call is KLDivergence.call:  # everything in one pass
             return functions.engine(y_true, y_pred, reduction="sum", denominator=divisor_of(divisor or 1))
         values = self.call(y_true, y_pred)
         if weight is not None:
@@ -240,7 +241,7 @@ class KLDivergence(_Loss):  # type: ignore[misc]
 
 @cache
 def _keras_loss(keras: ModuleType, cls: type) -> type:
-    """KLDivergence, or a subclass, as a loss of Keras'; what both define is ours."""
+    """KLDivergence, or a subclass, as a Keras loss; attributes that both define are ours."""
     if issubclass(cls, keras.losses.Loss):
         return cls
     made = registration.named(cls, (cls, keras.losses.Loss), {})

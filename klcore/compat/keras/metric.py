@@ -9,28 +9,32 @@ from klcore.compat.keras import arguments, registration, tensorflow
 from klcore.compat.keras.functions import kullback_leibler_divergence
 
 if TYPE_CHECKING:
-    from keras.metrics import Metric as _Metric  # which for mypy is anything: Keras has no types
+    from keras.metrics import Metric as _Metric  # Any for mypy: Keras has no types
     from typing_extensions import Self  # in typing from Python 3.11
 else:
-    _Metric = object  # Keras is not imported here: `_keras_metric` brings its class in
+    _Metric = object  # Keras is not imported here: `_keras_metric` adds its class
 
 
 class KLDivergenceMetric(_Metric):  # type: ignore[misc]
     """The metric ``keras.metrics.KLDivergence``: the mean divergence of all samples so far, in nats.
 
-    Where Keras is loaded, instances are ``keras.metrics.MeanMetricWrapper``, with Keras' own state.
+    If Keras is loaded, instances are ``keras.metrics.MeanMetricWrapper``, with Keras's own state.
 
     Parameters
     ----------
     name : str
-        For Keras' logs.
+        The name in Keras's logs.
     dtype : str, optional
-        Of the state: None is Keras' float type, float32.
+        The dtype of the state. None is Keras's float type, float32.
 
     Attributes
     ----------
     total, count : scalar
-        The weighted sum of the divergences so far, and of the weights.
+        The weighted sum of the divergences so far, and the sum of the weights.
+
+    See Also
+    --------
+    kullback_leibler_divergence : the values that are averaged.
 
     Examples
     --------
@@ -55,19 +59,20 @@ class KLDivergenceMetric(_Metric):  # type: ignore[misc]
         self.count: Any = 0.0
 
     def __call__(self, y_true: Any, y_pred: Any, sample_weight: Any = None) -> Any:
-        """Update, and return the result."""
+        """Update the state and return the result."""
         self.update_state(y_true, y_pred, sample_weight)
         return self.result()
 
     def update_state(self, y_true: Any, y_pred: Any, sample_weight: Any = None) -> None:
-        """Take a batch in.
+        """Add a batch.
 
         Parameters
         ----------
         y_true, y_pred : array of shape (batch, ..., n)
             As for :func:`kullback_leibler_divergence`.
         sample_weight : array, optional
-            A vector is one weight a sample; more axes weigh the values of the function, shape (batch, ...).
+            A vector has one weight per sample; with more axes, the weights multiply the values of the function, of
+            shape (batch, ...).
         """
         if tensorflow.are_there(y_true, y_pred, sample_weight):
             tensorflow.need_keras(self)
@@ -97,18 +102,18 @@ class KLDivergenceMetric(_Metric):  # type: ignore[misc]
         self.total = self.count = 0.0
 
     def get_config(self) -> dict[str, Any]:
-        """What :meth:`from_config` needs."""
+        """The arguments for :meth:`from_config`."""
         return {"name": self.name, "dtype": self.dtype}
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> "KLDivergenceMetric":
-        """An instance from what :meth:`get_config` returned."""
+        """An instance made from the result of :meth:`get_config`."""
         return KLDivergenceMetric(**config)
 
 
 @cache
 def _keras_metric(keras: ModuleType, cls: type) -> type:
-    """KLDivergenceMetric, or a subclass, as a metric of Keras', with its state in variables that trainers can see."""
+    """KLDivergenceMetric, or a subclass, as a Keras metric, with its state in variables that trainers can see."""
     if issubclass(cls, keras.metrics.Metric):
         return cls
     if cls is not KLDivergenceMetric:
@@ -116,12 +121,12 @@ def _keras_metric(keras: ModuleType, cls: type) -> type:
 
     def init(self: Any, name: str = "kl_divergence", dtype: Any = None) -> None:
         keras.metrics.MeanMetricWrapper.__init__(self, kullback_leibler_divergence, name=name, dtype=dtype)
-        self._direction = "down"  # for callbacks: less is better
+        self._direction = "down"  # for callbacks: lower is better
 
     def get_config(self: Any) -> dict[str, Any]:
         return {"name": self.name, "dtype": self.dtype}
 
-    def reduce(self: Any) -> Any:  # by the class that can be imported
+    def reduce(self: Any) -> Any:  # pickle by the class that can be imported
         return KLDivergenceMetric, (self.name, self.dtype), [float(v) for v in self.variables]
 
     def set_state(self: Any, values: list[Any]) -> None:
