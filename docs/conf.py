@@ -18,12 +18,14 @@ extensions = [
     "sphinx.ext.autosummary",
     "sphinx.ext.intersphinx",
     "sphinx_copybutton",
+    "docstrings",
     "mathml",
     "pictures",
     "repository",
 ]
 exclude_patterns = ["_build", "_extensions", "benchmarks"]
 nitpicky = True
+smartquotes = False  # types such as {"probs", "logits"} must paste
 
 myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 3
