@@ -18,6 +18,7 @@ extensions = [
     "sphinx.ext.autosummary",
     "sphinx.ext.intersphinx",
     "sphinx_copybutton",
+    "docstrings",
     "indexed",
     "mathml",
     "pictures",
@@ -25,6 +26,7 @@ extensions = [
 ]
 exclude_patterns = ["_build", "_extensions", "benchmarks"]
 nitpicky = True
+smartquotes = False  # types such as {"probs", "logits"} must paste
 
 myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 3

@@ -84,7 +84,7 @@ def show_config(mode: str = "stdout") -> dict[str, Any] | None:
 
     See Also
     --------
-    list_backends : the array libraries that klcore knows.
+    list_backends : The array libraries that klcore knows.
 
     Examples
     --------

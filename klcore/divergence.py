@@ -164,8 +164,8 @@ def kl_div(
 
     See Also
     --------
-    rel_entr : the literal sum of x*log(x/y).
-    kl_estimate : an estimate from sampled tokens, where only their log-probabilities are known.
+    rel_entr : The literal sum of x*log(x/y).
+    kl_estimate : An estimate from sampled tokens, where only their log-probabilities are known.
 
     Notes
     -----
@@ -294,8 +294,8 @@ def rel_entr(
 
     See Also
     --------
-    kl_div : explains all options, results and errors.
-    cross_entropy : the same sum without the entropy of x.
+    kl_div : Explains all options, results and errors.
+    cross_entropy : The same sum without the entropy of x.
 
     Notes
     -----
@@ -382,8 +382,8 @@ def cross_entropy(
 
     See Also
     --------
-    kl_div : explains all options, results and errors.
-    entropy : what the cross-entropy is if y equals x.
+    kl_div : Explains all options, results and errors.
+    entropy : What the cross-entropy is if y equals x.
 
     Notes
     -----
@@ -454,8 +454,8 @@ def entropy(
 
     See Also
     --------
-    kl_div : explains all options, results and errors.
-    cross_entropy : the same sum with the logarithms of another distribution.
+    kl_div : Explains all options, results and errors.
+    cross_entropy : The same sum with the logarithms of another distribution.
 
     Notes
     -----

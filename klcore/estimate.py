@@ -130,7 +130,7 @@ def kl_estimate(
 
     See Also
     --------
-    kl_div : the exact divergence of whole distributions.
+    kl_div : The exact divergence of whole distributions.
 
     Notes
     -----

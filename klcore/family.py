@@ -104,8 +104,8 @@ def js_div(
     x, y : array of shape (..., n, ...)
         The truth and the model.
     beta : float
-        The weight of x, at least 1e-20 and below 1. The beta of GKD, TRL and Liger-Kernel is the same between these,
-        but has another meaning at 0 and 1; see `scaled`.
+        The weight of x, at least 1e-20 and below 1. It is also the beta of GKD, TRL and Liger-Kernel, except that they
+        define 0 and 1 as the two KL divergences; see `scaled`.
     scaled : bool
         Divide by ``beta*(1 - beta)``. The result is then continuous in beta, which can also be 0 and 1: it is
         ``kl_div(x, y)`` at beta=0 and ``kl_div(y, x)`` at beta=1.
@@ -129,9 +129,9 @@ def js_div(
 
     See Also
     --------
-    kl_div : explains all other options, results and errors.
-    mixed_kl_div : the weighted sum of the divergences in both directions.
-    skew_kl_div : only one of the two divergences from a mixture.
+    kl_div : Explains all other options, results and errors.
+    mixed_kl_div : The weighted sum of the divergences in both directions.
+    skew_kl_div : Only one of the two divergences from a mixture.
 
     Notes
     -----
@@ -256,8 +256,8 @@ def mixed_kl_div(
 
     See Also
     --------
-    kl_div : explains all other options, results and errors.
-    js_div : another symmetric combination, which is always finite.
+    kl_div : Explains all other options, results and errors.
+    js_div : Another symmetric combination, which is always finite.
 
     Notes
     -----
@@ -360,8 +360,8 @@ def skew_kl_div(
 
     See Also
     --------
-    kl_div : explains all other options, results and errors.
-    js_div : the divergences of both x and y from a mixture.
+    kl_div : Explains all other options, results and errors.
+    js_div : The divergences of both x and y from a mixture.
 
     Notes
     -----
@@ -470,8 +470,8 @@ def alpha_div(
 
     See Also
     --------
-    kl_div : explains all other options, results and errors.
-    renyi_div : a function of this divergence, in nats.
+    kl_div : Explains all other options, results and errors.
+    renyi_div : A function of this divergence, in nats.
 
     Notes
     -----
@@ -580,8 +580,8 @@ def renyi_div(
 
     See Also
     --------
-    kl_div : explains all other options, results and errors.
-    alpha_div : the divergence from which this one is computed.
+    kl_div : Explains all other options, results and errors.
+    alpha_div : The divergence from which this one is computed.
 
     Notes
     -----
@@ -693,8 +693,8 @@ def tv_dist(
 
     See Also
     --------
-    kl_div : explains all other options, results and errors.
-    sq_hellinger : the squared Hellinger distance, never larger for distributions.
+    kl_div : Explains all other options, results and errors.
+    sq_hellinger : The squared Hellinger distance, never larger for distributions.
 
     Examples
     --------
@@ -779,8 +779,8 @@ def sq_hellinger(
 
     See Also
     --------
-    kl_div : explains all other options, results and errors.
-    tv_dist : the total variation distance.
+    kl_div : Explains all other options, results and errors.
+    tv_dist : The total variation distance.
 
     Examples
     --------
@@ -866,8 +866,8 @@ def chi2_div(
 
     See Also
     --------
-    kl_div : explains all other options, results and errors.
-    alpha_div : half of this divergence at alpha=2.
+    kl_div : Explains all other options, results and errors.
+    alpha_div : Half of this divergence at alpha=2.
 
     Notes
     -----

@@ -16,20 +16,50 @@ PAIRS = tuple((x, y) for x in SPACES for y in SPACES)
 
 @dataclass(frozen=True, eq=False)
 class Operation:
-    """An operation of the table. There is one object per operation, so comparing and hashing go by identity."""
+    """An operation of the table.
+
+    There is one object per operation, so comparing and hashing go by identity.
+
+    Attributes
+    ----------
+    name : str
+        The name of its public function, of its loss in klcore.compat, or of its estimator.
+    code : int
+        Its number in the kernels.
+    form : int
+        How rows of logits are computed: kl::Form in src/kl_math.h.
+    single : bool
+        Whether x is its only argument.
+    is_loss : bool
+        Whether it is a loss of klcore.compat.
+    pairs : tuple of pairs of str
+        The spaces of (x, y) that it accepts.
+    gradients : tuple of str
+        The arguments that it has gradients for.
+    parameters : tuple of str
+        The keywords that only this operation has.
+    needed : dict of str to float
+        Its keywords without a default, each with a valid value.
+    has_terms : bool
+        Whether the value of a row is a sum of terms.
+    is_estimator : bool
+        Whether it is an estimator of kl_estimate: every number is a row of one class, and there is no class axis.
+    takes_indices : bool
+        Whether x may list only some of the classes of y.
+    """
 
     name: str
-    code: int  # its number in the kernels
-    form: int  # kl::Form: how rows of logits are computed
-    single: bool  # whether x is its only argument
+    code: int
+    form: int
+    single: bool
     is_loss: bool
-    pairs: tuple[tuple[str, str], ...]  # the spaces of (x, y) that it accepts
-    gradients: tuple[str, ...]  # the arguments that it has gradients for
-    parameters: tuple[str, ...] = ()  # keywords of this operation only
-    needed: dict[str, float] = field(default_factory=dict)  # its keywords without a default, with a valid value
-    has_terms: bool = True  # whether the value of a row is a sum of terms
-    is_estimator: bool = False  # whether every number is a row of one class, so that there is no class axis
-    takes_indices: bool = False  # whether x may list only some classes of y
+    pairs: tuple[tuple[str, str], ...]
+    gradients: tuple[str, ...]
+    parameters: tuple[str, ...] = ()
+    needed: dict[str, float] = field(default_factory=dict)
+    has_terms: bool = True
+    is_estimator: bool = False
+    takes_indices: bool = False
 
     @property
     def function(self) -> str:
@@ -94,27 +124,53 @@ ESTIMATORS = {name: _estimator(name) for name in ("k1", "k2", "k3")}
 class Call(NamedTuple):
     """The arguments of a call, as the user gave them.
 
-    :func:`klcore.kl_div` explains what they mean, and ``klcore.divergence.loss`` does for the losses of klcore.compat.
+    :func:`klcore.kl_div` explains those that are not described here, and ``klcore.divergence.loss`` those of the losses
+    of klcore.compat.
+
+    Attributes
+    ----------
+    operation : Operation
+        What to compute.
+    x, y : array
+        y is None for an operation with one argument.
+    space, axis, reduction, temperature, return_grad, out, device, indices, tail, tail_mass
+        As for :func:`klcore.kl_div`.
+    weights : array or None
+        For a loss, its factors: any numbers, one per term.
+    denominator : float or array or None
+        Divides a sum and its gradients; for a loss, whatever is returned.
+    parameter : float
+        The parameter of an operation that has one, such as beta of js_div, or the epsilon of a loss.
+    factor : float
+        Multiplies the value and the gradients.
+    dtype : str or None
+        For a loss, the dtype of its value.
+    cotangent : array or None
+        If given, only the gradients are returned, those of ``sum(cotangent * value)``, and `out` is for them.
+    ratio : array or None
+        For an estimator: multiplies the terms like weights, but no mean divides by it.
+    examples : int
+        Set by adapters: how many leading axes are examples, each with a total of its own.
     """
 
     operation: Operation
     x: Any
-    y: Any  # None for an operation of one argument
+    y: Any
     space: Any
     axis: Any
     reduction: Any
-    weights: Any = None  # for a loss: its factors, any numbers, one per term
+    weights: Any = None
     temperature: Any = 1.0
     return_grad: Any = None
     out: Any = None
     device: Any = None
-    denominator: Any = None  # divides a sum and its gradients; for a loss, whatever is returned
-    parameter: Any = 0.0  # for operations that have one, such as beta of js_div, or the epsilon of a loss
-    factor: Any = 1.0  # multiplies the value and the gradients
-    dtype: Any = None  # for a loss: the name of the dtype of its value
-    cotangent: Any = None  # if given: return only the gradients, of sum(cotangent * value); `out` is for them
-    ratio: Any = None  # for an estimator: multiplies the terms like weights, but no mean divides by it
-    examples: int = 0  # set by adapters: how many leading axes are examples, each with a total of its own
-    indices: Any = None  # the classes of y that x lists
-    tail: Any = None  # what x has in the other classes
-    tail_mass: Any = None  # how much that is
+    denominator: Any = None
+    parameter: Any = 0.0
+    factor: Any = 1.0
+    dtype: Any = None
+    cotangent: Any = None
+    ratio: Any = None
+    examples: int = 0
+    indices: Any = None
+    tail: Any = None
+    tail_mass: Any = None

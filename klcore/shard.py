@@ -55,7 +55,7 @@ class Shard:
 
     See Also
     --------
-    kl_div : explains the options.
+    kl_div : Explains the options.
 
     Notes
     -----

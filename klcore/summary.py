@@ -49,7 +49,7 @@ class Summary:
 
     See Also
     --------
-    kl_div : returns row values with ``reduction="row"``.
+    kl_div : Returns row values with ``reduction="row"``.
 
     Notes
     -----

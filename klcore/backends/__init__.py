@@ -168,7 +168,7 @@ def list_backends() -> dict[str, str]:
 
     See Also
     --------
-    register_backend : adds a library.
+    register_backend : Adds a library.
 
     Examples
     --------
@@ -180,7 +180,9 @@ def list_backends() -> dict[str, str]:
 
 
 def register_backend(library: str, module: str) -> None:
-    """Let `module` compute for the arrays of `library`; docs/backends.md is a guide.
+    """Let `module` compute for the arrays of `library`.
+
+    docs/backends.md explains how to write such a module.
 
     Parameters
     ----------
@@ -203,7 +205,7 @@ def register_backend(library: str, module: str) -> None:
 
     See Also
     --------
-    list_backends : the registered backends.
+    list_backends : The registered backends.
     """
     for word, text in (("library", library), ("module", module)):
         if not isinstance(text, str):

@@ -69,7 +69,8 @@ def get_num_threads() -> int:
 
     See Also
     --------
-    set_num_threads, threads
+    threads : Sets the number for a ``with`` block.
+    set_num_threads : Sets the number for the whole process.
 
     Examples
     --------
@@ -104,8 +105,8 @@ def set_num_threads(n: SupportsIndex) -> None:
 
     See Also
     --------
-    threads : sets the number for a ``with`` block.
-    get_num_threads : returns the number.
+    threads : Sets the number for a ``with`` block.
+    get_num_threads : Returns the number.
 
     Examples
     --------
@@ -137,8 +138,8 @@ class threads:
 
     See Also
     --------
-    set_num_threads : sets the number for the whole process.
-    get_num_threads : returns the number.
+    set_num_threads : Sets the number for the whole process.
+    get_num_threads : Returns the number.
 
     Examples
     --------

@@ -39,7 +39,7 @@ def draw(tally: Tally, report: dict[str, Any], theme: str, file_format: str, nar
         "axes.spines.right": False, "axes.titlelocation": "left", "axes.titlesize": 11.5, "axes.axisbelow": True,
     }  # fmt: skip
     with matplotlib.rc_context(style):
-        # no pyplot, which keeps figures and a backend for whoever calls this from Python
+        # without pyplot, which would keep figures and set a backend in the caller's Python process
         figure = matplotlib.figure.Figure(figsize=(5.6, 10.4) if narrow else (10, 7), layout="constrained")
         axes = figure.subplot_mosaic(_NARROW if narrow else _WIDE)
         figure.get_layout_engine().set(w_pad=0.12, h_pad=0.12)

@@ -32,7 +32,7 @@ class LigerJSD(torch.nn.Module):
 
     See Also
     --------
-    liger_jsd : the same as a function, with types, errors and differences from the original.
+    liger_jsd : The same as a function, with types, errors and differences from the original.
 
     Examples
     --------
@@ -96,7 +96,7 @@ def liger_jsd(
 
     See Also
     --------
-    klcore.js_div : for new code; takes logits, which saves two arrays of their size.
+    klcore.js_div : For new code; takes logits, which saves two arrays of their size.
 
     Notes
     -----
@@ -144,7 +144,7 @@ class LigerTVDLoss(torch.nn.Module):
 
     See Also
     --------
-    liger_tvd : the same as a function, with types, errors and differences from the original.
+    liger_tvd : The same as a function, with types, errors and differences from the original.
 
     Examples
     --------
@@ -204,7 +204,7 @@ def liger_tvd(
 
     See Also
     --------
-    klcore.tv_dist : for new code; takes logits.
+    klcore.tv_dist : For new code; takes logits.
 
     Notes
     -----
@@ -255,7 +255,7 @@ class LigerKLDIVLoss(torch.nn.KLDivLoss):
 
     See Also
     --------
-    liger_kl_div : the same as a function, with types, errors and differences from the original.
+    liger_kl_div : The same as a function, with types, errors and differences from the original.
 
     Notes
     -----
@@ -331,7 +331,7 @@ def liger_kl_div(
 
     See Also
     --------
-    klcore.kl_div : for new code; takes logits, and is never negative.
+    klcore.kl_div : For new code; takes logits, and is never negative.
 
     Notes
     -----

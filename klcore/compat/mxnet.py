@@ -47,7 +47,7 @@ class KLDivLoss:
 
     See Also
     --------
-    klcore.kl_div : for new code; takes logits, and is never negative.
+    klcore.kl_div : For new code; takes logits, and is never negative.
 
     Notes
     -----

@@ -37,7 +37,7 @@ class KLDivergence:
 
     See Also
     --------
-    klcore.kl_div : for new code; returns the derivative, and is never negative.
+    klcore.kl_div : For new code; returns the derivative, and is never negative.
 
     Notes
     -----

@@ -61,7 +61,7 @@ class KLDivLoss(_Original):
 
     See Also
     --------
-    kl_div : the same as a function, with types, errors and differences from the original.
+    kl_div : The same as a function, with types, errors and differences from the original.
 
     Notes
     -----
@@ -195,7 +195,7 @@ def kl_div(
 
     See Also
     --------
-    klcore.kl_div : for new code; takes logits, and is never negative.
+    klcore.kl_div : For new code; takes logits, and is never negative.
 
     Notes
     -----

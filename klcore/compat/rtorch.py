@@ -30,7 +30,7 @@ class nn_kl_div_loss:
 
     See Also
     --------
-    nnf_kl_div : the same as a function, with types, errors and differences from the original.
+    nnf_kl_div : The same as a function, with types, errors and differences from the original.
 
     Notes
     -----
@@ -98,7 +98,7 @@ def nnf_kl_div(input: Any, target: Any, reduction: str = "mean") -> Any:
 
     See Also
     --------
-    klcore.kl_div : for new code; takes logits, and is never negative.
+    klcore.kl_div : For new code; takes logits, and is never negative.
 
     Notes
     -----

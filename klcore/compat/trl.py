@@ -64,7 +64,7 @@ def generalized_jsd_loss(
 
     See Also
     --------
-    klcore.js_div : for new code, with arrays of any library; with ``scaled=True`` it is continuous in beta.
+    klcore.js_div : For new code, with arrays of any library; with ``scaled=True`` it is continuous in beta.
 
     Notes
     -----

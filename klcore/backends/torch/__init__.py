@@ -55,7 +55,7 @@ def compute(call: Call) -> Any:
     call = _with_numbers(call, x)
     of_value = call.dtype
     if call.operation.name == "pytorch" and of_value in _HALVES and torch.is_autocast_enabled(x.device.type):
-        of_value = "float32"  # autocast has PyTorch's own loss compute in it
+        of_value = "float32"  # under autocast, PyTorch's own loss computes in float32
     if not as_given or call.device is not None or of_value is not call.dtype:
         call = call._replace(x=x, y=y, weights=weights, ratio=ratio, device=None, dtype=of_value)
     return _history_or_not(call) if call.out is None else _into(call)

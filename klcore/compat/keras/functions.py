@@ -21,7 +21,7 @@ def epsilon() -> float:
 
     See Also
     --------
-    set_epsilon : changes it.
+    set_epsilon : Changes it.
 
     Examples
     --------
@@ -43,7 +43,7 @@ def set_epsilon(value: SupportsFloat) -> None:
 
     See Also
     --------
-    epsilon : returns it.
+    epsilon : Returns it.
 
     Examples
     --------
@@ -127,7 +127,7 @@ def kullback_leibler_divergence(y_true: Any, y_pred: Any) -> Any:
 
     See Also
     --------
-    klcore.kl_div : for new code; takes logits, and is never negative.
+    klcore.kl_div : For new code; takes logits, and is never negative.
 
     Notes
     -----

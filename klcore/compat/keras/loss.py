@@ -55,7 +55,7 @@ class KLDivergence(_Loss):  # type: ignore[misc]
 
     See Also
     --------
-    kullback_leibler_divergence : the values that are reduced.
+    kullback_leibler_divergence : The values that are reduced.
 
     Notes
     -----

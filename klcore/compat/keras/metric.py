@@ -34,7 +34,7 @@ class KLDivergenceMetric(_Metric):  # type: ignore[misc]
 
     See Also
     --------
-    kullback_leibler_divergence : the values that are averaged.
+    kullback_leibler_divergence : The values that are averaged.
 
     Examples
     --------
