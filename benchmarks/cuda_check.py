@@ -68,15 +68,15 @@ def every_build() -> Iterator[Build]:
 
     With the most and the fewest outputs; for hot kernels, also with the most common gradient.
     """
-    rows = importlib.import_module("klcore.backends.rows")
+    options, rows = map(importlib.import_module, ("klcore.backends.options", "klcore.backends.rows"))
     sweeping, folding = ("kl_units", "kl_narrow", "kl_rows"), ("kl_summed", "kl_summed_fold", "kl_fold")
     for operation in (*OPERATIONS.values(), *LOSSES.values()):
         for (sx, sy), (dtype, code) in itertools.product(operation.pairs, rows.CODES.items()):
             if "counts" in (sx, sy) and sx != sy and operation.name != "kl_div":  # like kl_div's
                 continue
-            spaces = rows.SPACES[sx], rows.SPACES[sy]
+            spaces = options.SPACES[sx], options.SPACES[sy]
             wide = dtype == "float64" or rows.is_wide(operation, spaces)
-            build = functools.partial(kernels.options, operation, spaces, (code, code), wide)
+            build = functools.partial(kernels.macros, operation, spaces, (code, code), wide)
             hot = () if wide or (not operation.is_loss and kernels.is_beside(operation, spaces)) else sweeping
             if operation.form == _cpu.BY_CLASS:  # similar to each other, and many
                 label = f"{operation.name} {sx}/{sy} {dtype}"
@@ -103,19 +103,19 @@ def every_build() -> Iterator[Build]:
                 yield Build(f"{label} value, temperatures", tempered, sweeping, hot)
             if dtype in ("float64", "float32") or not wide:
                 yield Build(f"{label} summed", build(1, folding), folding, ())
-    yield Build("sum", kernels.sum_options(), ("kl_sum", "kl_weights"), ())
+    yield Build("sum", kernels.sum_macros(), ("kl_sum", "kl_weights"), ())
     of_rows = ("kl_keys", "kl_others_fold", "kl_classes"), ("kl_by_x", "kl_by_y")
     spreading = ("kl_spread", "kl_spread_fold")
     for entries in of_rows:
-        yield Build(f"listed {entries[-1]}", kernels.listed_options(entries[0], ("float32",) * 2, False), entries, ())
+        yield Build(f"listed {entries[-1]}", kernels.listed_macros(entries[0], ("float32",) * 2, False), entries, ())
     for dtype in rows.CODES:
         wide = dtype == "float64"
         same, parts = (dtype, dtype), (dtype, "float64")  # parts of a gradient that blocks share
-        yield Build(f"listed {dtype} others", kernels.listed_options("kl_others", same, wide), ("kl_others",), ())
-        yield Build(f"listed {dtype} dx", kernels.listed_options("kl_spread", same, True), spreading, ())
+        yield Build(f"listed {dtype} others", kernels.listed_macros("kl_others", same, wide), ("kl_others",), ())
+        yield Build(f"listed {dtype} dx", kernels.listed_macros("kl_spread", same, True), spreading, ())
         if not wide:
-            yield Build(f"listed {dtype} dy", kernels.listed_options("kl_spread", same, False), spreading, ())
-            yield Build(f"listed {dtype} dy parts", kernels.listed_options("kl_spread", parts, False), spreading, ())
+            yield Build(f"listed {dtype} dy", kernels.listed_macros("kl_spread", same, False), spreading, ())
+            yield Build(f"listed {dtype} dy parts", kernels.listed_macros("kl_spread", parts, False), spreading, ())
 
 
 class Budget(NamedTuple):

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from klcore.typing import EstimateOptions, EstimateTotalOptions, OfNumPy
 
-_REDUCTIONS = {"none": "row", "sum": "sum", "mean": "rowmean"}  # the name here -> the name in rows.py
+_REDUCTIONS = {"none": "row", "sum": "sum", "mean": "rowmean"}  # the name here -> the name in backends/options.py
 
 
 @overload

@@ -27,6 +27,7 @@ BACKENDS = sorted(klcore.list_backends().values())
 STANDARD = set(sys.stdlib_module_names) | {"typing_extensions"}  # for type checkers: see what an import loads
 REGISTRY_ERROR = "klcore.backends:BackendUnavailableError"  # an exception has to be defined above those who raise it
 # module (the first pattern that matches) -> what it may import, besides the standard library
+CHECKED = {f"klcore.backends.{name}" for name in ("arguments", "options", "destinations", "rows")}  # of every call
 ROOMS = {
     r"klcore": {
         "klcore.divergence", "klcore.estimate", "klcore.family", "klcore.backends", "klcore.backends.threads",
@@ -86,52 +87,58 @@ ROOMS = {
     },
     r"klcore\.backends": {"klcore.backends.torch", "klcore.operations"},  # within a function, and for type checkers
     r"klcore\.backends\.host": {
-        "numpy", "klcore.backends:library", "klcore.backends.rows", "klcore.backends.torch.memory",
+        "numpy", "klcore.backends:library", "klcore.backends.arguments", "klcore.backends.torch.memory",
         "klcore.backends.dlpack",
     },
     r"klcore\.backends\.parts": {"klcore.backends:find", "klcore.backends.torch.parts", "klcore.operations"},
     r"klcore\.backends\.labels": {"numpy"},
+    r"klcore\.backends\.arguments": {"numpy", "klcore._cpu", "klcore.backends.labels"},
+    r"klcore\.backends\.options": {
+        "numpy", "klcore._cpu", "klcore.backends.arguments", "klcore.operations", "klcore.parameters",
+    },
+    r"klcore\.backends\.destinations": {"numpy", "klcore.backends.arguments"},
     r"klcore\.backends\.rows": {
-        "numpy", "klcore._cpu", "klcore.backends.labels", "klcore.operations", "klcore.parameters",
+        "numpy", "klcore._cpu", "klcore.backends.arguments", "klcore.backends.destinations", "klcore.backends.labels",
+        "klcore.backends.options", "klcore.operations", "klcore.parameters",
     },
     r"klcore\.backends\.threads": set(),
-    r"klcore\.backends\.examples": {"numpy", "klcore._cpu", "klcore.backends.rows", "klcore.operations"},
+    r"klcore\.backends\.examples": {"numpy", "klcore._cpu", *CHECKED, "klcore.operations"},
     r"klcore\.backends\.sparse": {
-        "numpy", "klcore._cpu", "klcore.backends.labels", "klcore.backends.rows", "klcore.operations",
+        "numpy", "klcore._cpu", "klcore.backends.labels", *CHECKED, "klcore.operations",
     },
     r"klcore\.backends\.cpu": {
-        "numpy", "klcore._cpu", "klcore.backends.rows", "klcore.backends.sparse", "klcore.backends.threads",
+        "numpy", "klcore._cpu", *CHECKED, "klcore.backends.sparse", "klcore.backends.threads",
         "klcore.operations",
     },
     r"klcore\.backends\.cuda\.nvrtc": {"cuda", "klcore._src", REGISTRY_ERROR},  # compiles without CuPy
     r"klcore\.backends\.cuda\.devices": {
-        "numpy", "cupy", "klcore.backends.rows", "klcore.backends.cuda.nvrtc", REGISTRY_ERROR,
+        "numpy", "cupy", *CHECKED, "klcore.backends.cuda.nvrtc", REGISTRY_ERROR,
     },
     r"klcore\.backends\.cuda\.kernels": {
-        "klcore._cpu", "klcore.backends.rows", "klcore.backends.cuda.devices", "klcore.backends.cuda.nvrtc",
+        "klcore._cpu", *CHECKED, "klcore.backends.cuda.devices", "klcore.backends.cuda.nvrtc",
         "klcore.operations",
     },
     r"klcore\.backends\.cuda\.plans": {
         "numpy", "klcore._cpu", "klcore.backends.cuda.devices", "klcore.backends.cuda.nvrtc",
     },
     r"klcore\.backends\.cuda\.launches": {
-        "klcore._cpu", "klcore.backends.rows", "klcore.backends.cuda.devices", "klcore.backends.cuda.kernels",
+        "klcore._cpu", *CHECKED, "klcore.backends.cuda.devices", "klcore.backends.cuda.kernels",
         "klcore.backends.cuda.plans", "klcore.operations",
     },
     r"klcore\.backends\.cuda\.preparation": {
-        "numpy", "klcore.backends.rows", "klcore.backends.cuda.kernels", "klcore.backends.cuda.launches",
+        "numpy", *CHECKED, "klcore.backends.cuda.kernels", "klcore.backends.cuda.launches",
         "klcore.backends.cuda.plans",
     },
     r"klcore\.backends\.cuda\.parts": {
-        "klcore.backends.rows", "klcore.operations",
+        *CHECKED, "klcore.operations",
         *(f"klcore.backends.cuda.{name}" for name in ("kernels", "launches", "plans", "preparation")),
     },
     r"klcore\.backends\.cuda\.listed": {
-        "numpy", "klcore._cpu", "klcore.backends.rows",
+        "numpy", "klcore._cpu", *CHECKED,
         *(f"klcore.backends.cuda.{name}" for name in ("devices", "kernels", "launches", "plans", "preparation")),
     },
     r"klcore\.backends\.cuda": {
-        "numpy", "klcore.backends.rows", "klcore.backends.sparse", "klcore.operations",
+        "numpy", *CHECKED, "klcore.backends.sparse", "klcore.operations",
         *(
             f"klcore.backends.cuda.{name}"
             for name in ("devices", "kernels", "launches", "listed", "parts", "plans", "preparation")
@@ -139,10 +146,10 @@ ROOMS = {
     },
     r"klcore\.backends\.jax\.private": {"numpy", "jax"},
     r"klcore\.backends\.jax\.programs": {
-        "numpy", "jax", "klcore.backends.cpu", "klcore.backends.cuda", "klcore.backends.rows", "klcore.operations",
+        "numpy", "jax", "klcore.backends.cpu", "klcore.backends.cuda", *CHECKED, "klcore.operations",
     },
     r"klcore\.backends\.jax\.shards": {
-        "numpy", "jax", "klcore._cpu", "klcore.backends.cpu", "klcore.backends.rows", "klcore.backends.jax.programs",
+        "numpy", "jax", "klcore._cpu", "klcore.backends.cpu", *CHECKED, "klcore.backends.jax.programs",
         "klcore.operations",
     },
     r"klcore\.backends\.jax\.partition": {
@@ -150,26 +157,26 @@ ROOMS = {
         *(f"klcore.backends.jax.{name}" for name in ("private", "programs", "shards")),
     },
     r"klcore\.backends\.jax\.primitives": {
-        "jax", "klcore.backends.rows",
+        "jax", *CHECKED,
         *(f"klcore.backends.jax.{name}" for name in ("partition", "private", "programs")),
     },
     r"klcore\.backends\.jax": {
-        "numpy", "jax", "klcore.backends.cpu", "klcore.backends.cuda", "klcore.backends.labels", "klcore.backends.rows",
+        "numpy", "jax", "klcore.backends.cpu", "klcore.backends.cuda", "klcore.backends.labels", *CHECKED,
         "klcore.backends.sparse", "klcore.operations", REGISTRY_ERROR,
         *(f"klcore.backends.jax.{name}" for name in ("partition", "primitives", "private", "programs")),
     },
     r"klcore\.backends\.(?P<library>dask|dlpack)": {
-        "numpy", "cupy", "ml_dtypes", "klcore.backends.cpu", "klcore.backends.cuda", "klcore.backends.rows",
+        "numpy", "cupy", "ml_dtypes", "klcore.backends.cpu", "klcore.backends.cuda", *CHECKED,
         "klcore.backends.threads", "klcore.backends.labels", "klcore.backends.sparse", "klcore.operations",
         REGISTRY_ERROR,
     },
     r"klcore\.backends\.torch\.private": {"torch"},
     r"klcore\.backends\.torch\.memory": {
-        "numpy", "torch", "ml_dtypes", "klcore.backends.cpu", "klcore.backends.cuda", "klcore.backends.rows",
+        "numpy", "torch", "ml_dtypes", "klcore.backends.cpu", "klcore.backends.cuda", *CHECKED,
         "klcore.backends.torch.private", REGISTRY_ERROR,
     },
     r"klcore\.backends\.torch\.kernels": {
-        "numpy", "torch", "klcore.backends.cpu", "klcore.backends.examples", "klcore.backends.rows",
+        "numpy", "torch", "klcore.backends.cpu", "klcore.backends.examples", *CHECKED,
         "klcore.backends.torch.memory", "klcore.operations",
     },
     r"klcore\.backends\.torch\.operator": {"torch", "klcore.backends.torch.kernels", "klcore.operations"},
@@ -183,16 +190,16 @@ ROOMS = {
         *(f"klcore.backends.torch.{name}" for name in ("kernels", "memory", "private")),
     },
     r"klcore\.backends\.torch\.sharded": {
-        "numpy", "torch", "klcore._cpu", "klcore.backends.cpu", "klcore.backends.rows", "klcore.backends.sparse",
+        "numpy", "torch", "klcore._cpu", "klcore.backends.cpu", *CHECKED, "klcore.backends.sparse",
         "klcore.operations",
         *(f"klcore.backends.torch.{name}" for name in ("autograd", "kernels", "memory", "operator")),
     },
     r"klcore\.backends\.torch": {
-        "numpy", "torch", "klcore.backends.cpu", "klcore.backends.labels", "klcore.backends.rows", "klcore.operations",
+        "numpy", "torch", "klcore.backends.cpu", "klcore.backends.labels", *CHECKED, "klcore.operations",
         *(f"klcore.backends.torch.{name}" for name in ("autograd", "kernels", "memory", "private", "sharded")),
     },
     r"klcore\.compat": {"klcore.compat"},
-    r"klcore\.compat\._arguments": {"numpy", "klcore.backends.rows", "klcore.parameters"},
+    r"klcore\.compat\._arguments": {"numpy", *CHECKED, "klcore.parameters"},
     r"klcore\.compat\.rtorch": {"klcore.compat._arguments", "klcore.compat.pytorch"},  # one library in R as well
     # a library is named only for type checkers: see what importing it loads
     r"klcore\.compat\.keras\.registration": set(),

@@ -795,28 +795,28 @@ def test_out_that_overlaps_itself(library, name, reduction):
 @settings(deadline=None, max_examples=200)
 def test_views_of_ordinary_arrays_do_not_overlap(data):
     """Slices, reversals, transposes, new axes, fields: everything that indexing produces."""
-    rows = importlib.import_module("klcore.backends.rows")
+    destinations = importlib.import_module("klcore.backends.destinations")
     dtype = data.draw(st.sampled_from(["f4", "f8", [("a", "f8"), ("b", "u1")]]))
     a = np.zeros(data.draw(st.lists(st.integers(0, 5), max_size=5)), dtype)
     a = a["a"] if a.dtype.names else a
     for _ in range(data.draw(st.integers(0, 3))):
         index = tuple(data.draw(st.one_of(st.just(np.newaxis), st.slices(n))) if n else slice(None) for n in a.shape)
         a = a[index].transpose(data.draw(st.permutations(range(a[index].ndim))))
-    assert not rows.shares_with_itself(a.shape, a.strides, a.itemsize)
+    assert not destinations.shares_with_itself(a.shape, a.strides, a.itemsize)
 
 
 @given(data=st.data())
 @settings(deadline=None, max_examples=200)
 def test_no_overlap_is_missed(data):
     """For small arrays of any strides, all addresses are compared."""
-    rows = importlib.import_module("klcore.backends.rows")
+    destinations = importlib.import_module("klcore.backends.destinations")
     shape = data.draw(st.lists(st.integers(0, 4), max_size=4))
     strides = data.draw(st.lists(st.integers(-20, 20), min_size=len(shape), max_size=len(shape)))
     size = data.draw(st.sampled_from([1, 2, 4]))
     starts = [sum(i * step for i, step in zip(at, strides, strict=True)) for at in np.ndindex(*shape)]
     covered = [byte for start in starts for byte in range(start, start + size)]
     if len(set(covered)) < len(covered):
-        assert rows.shares_with_itself(shape, strides, size)
+        assert destinations.shares_with_itself(shape, strides, size)
 
 
 # ---- no examples -----------------------------------------------------------------------------------------------------

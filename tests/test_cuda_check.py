@@ -105,7 +105,7 @@ def logits(tool):
     kernels = importlib.import_module("klcore.backends.cuda.kernels")
     found = []
     for outputs in (0, 2):
-        options = kernels.options(KL_DIV, (2, 2), (1, 1), False, outputs, ("kl_rows",))
+        options = kernels.macros(KL_DIV, (2, 2), (1, 1), False, outputs, ("kl_rows",))
         (kernel,), wrong = tool.check(tool.Job("logits", options, ("kl_rows",), ("kl_rows",), 90))
         assert wrong == []
         found.append(kernel)
@@ -127,7 +127,7 @@ def test_real_kernels_are_counted_whole(logits):
 @pytest.mark.parametrize("outputs", [0, 2])
 def test_rows_that_are_swept_once_are_not_staged(logits, tool, kernel, outputs):
     kernels = importlib.import_module("klcore.backends.cuda.kernels")
-    options = kernels.options(KL_DIV, (0, 0), (1, 1), False, outputs, (kernel,))
+    options = kernels.macros(KL_DIV, (0, 0), (1, 1), False, outputs, (kernel,))
     (found,), wrong = tool.check(tool.Job("probs", options, (kernel,), (kernel,), 90))
     assert wrong == []
     assert set(found.parts) == {"reading sweep", "per chunk"}
@@ -136,7 +136,7 @@ def test_rows_that_are_swept_once_are_not_staged(logits, tool, kernel, outputs):
 
 def test_a_kernel_that_takes_more_than_it_may(tool, logits, monkeypatch):
     kernels = importlib.import_module("klcore.backends.cuda.kernels")
-    options = kernels.options(KL_DIV, (0, 0), (1, 1), False, 0, ("kl_rows",))
+    options = kernels.macros(KL_DIV, (0, 0), (1, 1), False, 0, ("kl_rows",))
     job = tool.Job("kl_div probs float32 value", options, ("kl_rows",), ("kl_rows",), tool.BUDGETED)
     assert tool.check(job)[1] == []
     monkeypatch.setitem(tool.BUDGETS, r"kl_div (probs|log_probs) float32 value: kl_rows", tool.Budget(1, 2))

@@ -13,7 +13,7 @@ from typing_extensions import Unpack, assert_type, is_typeddict
 
 import klcore
 from klcore import typing as words
-from klcore.backends import rows
+from klcore.backends import options
 from klcore.compat import keras, mxnet, puzzlelib, pytorch, rtorch
 from klcore.operations import ESTIMATORS, OPERATIONS
 
@@ -257,11 +257,11 @@ def test_losses_between_language_models() -> None:
 
 
 def test_words_are_those_of_rows() -> None:
-    assert get_args(words.Space) == tuple(rows.SPACES)
-    assert get_args(words.Reduction) == rows.REDUCTIONS
-    assert get_args(words.Tail) == tuple(rows.TAILS)
+    assert get_args(words.Space) == tuple(options.SPACES)
+    assert get_args(words.Reduction) == options.REDUCTIONS
+    assert get_args(words.Tail) == tuple(options.TAILS)
     one, two = (get_args(get_args(words.ReturnGrad)[k]) for k in (0, 2))
-    assert {*one, *((name,) for name in one), ("x", "y"), None} == rows.GRADIENTS.keys()
+    assert {*one, *((name,) for name in one), ("x", "y"), None} == options.GRADIENTS.keys()
     assert [get_args(name) for name in two] == [("x",), ("y",)]
 
 

@@ -113,7 +113,7 @@ def _look_up(cls: type, name: str) -> str | None:
     is_tensorflow = any(base.__module__.partition(".")[0] == "tensorflow" for base in cls.__mro__)
     if hasattr(cls, "__dlpack__") and not is_tensorflow:
         return "dlpack"
-    # whatever NumPy can convert; also sparse arrays and TensorFlow tensors, for which rows.py has a better message
+    # whatever NumPy can convert; also sparse arrays and TensorFlow tensors, for which arguments.py has a better message
     if is_tensorflow or any(hasattr(cls, name) for name in ("__array__", "__array_interface__", "toarray", "todense")):
         return "numpy"
     if issubclass(cls, (*_NUMBERS, Sequence)) and not issubclass(cls, _TEXT):

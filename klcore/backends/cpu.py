@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from klcore import _cpu
-from klcore.backends import rows, sparse
+from klcore.backends import arguments, options, rows, sparse
 from klcore.backends.threads import get_num_threads
 from klcore.operations import Call, Operation
 
@@ -34,10 +34,10 @@ def asarray(a: Any, name: str) -> Any:
     """Convert to a NumPy array of a dtype that klcore supports, or raise TypeError naming the argument."""
     if type(a) is not np.ndarray:
         # a CuPy array gets here only with device="cpu"
-        a = a.get() if hasattr(a, "__cuda_array_interface__") and hasattr(a, "get") else rows.as_numpy(a, name)
+        a = a.get() if hasattr(a, "__cuda_array_interface__") and hasattr(a, "get") else arguments.as_numpy(a, name)
     if a.dtype.char in "dfe" and a.dtype.isnative:
         return a
-    rows.refuse(a, name)
+    arguments.refuse(a, name)
     if a.dtype.kind in "iub" and name not in ("weights", "temperature", "indices"):  # kernels read these as integers
         return a.astype(np.float64)
     return a if a.dtype.isnative else a.astype(a.dtype.newbyteorder("="))
@@ -199,7 +199,7 @@ def states(call: Call, number: int, stats: Any) -> Any:
 
     `stats` is what :func:`merge` made of the previous sweep, or None for the first one.
     """
-    spaces, _, wanted = rows.words(call)
+    spaces, _, wanted = options.words(call)
     task = arrange(call._replace(return_grad=None))
     operation = call.operation.code
     numbers = sweeps(call.operation, spaces, gradient=bool(wanted))[number]

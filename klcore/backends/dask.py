@@ -27,7 +27,7 @@ import numpy as np
 from dask import delayed
 from dask.array.utils import meta_from_array
 
-from klcore.backends import cpu, labels, rows, sparse
+from klcore.backends import arguments, cpu, labels, options, rows, sparse
 from klcore.backends.threads import threads
 from klcore.operations import Call
 
@@ -53,7 +53,7 @@ def _array(a: Any, name: str) -> Any:
                 f"{name} is a dask array with chunks of type {type(a._meta).__module__}.{type(a._meta).__qualname__}, "
                 f"but klcore takes chunks of numpy or cupy; convert them with {name}.map_blocks"
             )
-        rows.refuse(a._meta, name)
+        arguments.refuse(a._meta, name)
     elif type(a).__module__.partition(".")[0] == "dask":
         raise TypeError(
             f"{name} is a {type(a).__module__}.{type(a).__qualname__}, but klcore takes dask arrays; make one with "
@@ -68,8 +68,8 @@ def _array(a: Any, name: str) -> Any:
                 f"{name} is a {library} array, which cannot be combined with dask arrays; pass an array of dask, NumPy "
                 f"or CuPy, for example {plain}"
             )
-        a = a if of == "cupy" else rows.as_numpy(a, name)  # CuPy arrays stay where they are
-        rows.refuse(a, name)
+        a = a if of == "cupy" else arguments.as_numpy(a, name)  # CuPy arrays stay where they are
+        arguments.refuse(a, name)
         a = da.from_array(a, chunks=-1)
     return a.astype(np.float64) if a.dtype.kind in "iub" and name != "indices" else a
 
@@ -233,7 +233,7 @@ def _matching(function: Any, alike: tuple[Any, ...], *blocks: Any, **more: Any) 
 
 def _checked(temperature: Any, double: bool) -> Any:
     """Check a 0-d temperature: blocks would take it for a number, and might compute float32 in double."""
-    rows.check_temperatures(_host(temperature), None, double)
+    options.check_temperatures(_host(temperature), None, double)
     return temperature
 
 
@@ -412,7 +412,7 @@ def compute(call: Call) -> Any:
             "example with x.map_blocks(cupy.asarray)"
         )
     given = {name: getattr(call, name) for name in _ARGUMENTS}
-    if not rows.has_numbers(call.temperature):
+    if not options.has_numbers(call.temperature):
         del given["temperature"]
     arrays = {name: _array(a, name) for name, a in given.items() if a is not None}
     like = next(arrays[name] for name in ("x", "y") if isinstance(given[name], da.Array))
@@ -427,8 +427,8 @@ def compute(call: Call) -> Any:
         raise TypeError(
             f"all chunks must be of one library, found {found}; move them, for example with x.map_blocks(cupy.asarray)"
         )
-    rows.check_reduction(call.reduction, call.operation)
-    rows.check_denominator(call)
+    options.check_reduction(call.reduction, call.operation)
+    options.check_denominator(call)
     divisor = call.denominator if isinstance(call.denominator, da.Array) else None
     if divisor is not None:
         call = call._replace(denominator=None)
@@ -562,7 +562,7 @@ def reduced(values: Any, beside: dict[str, Any], leaf: Any, join: Any) -> Any:
     arrays: list[Any] = [values]
     for name, a in beside.items():
         if a is not None:
-            a = a if isinstance(a, da.Array) else da.from_array(rows.as_numpy(a, name), chunks=-1)
+            a = a if isinstance(a, da.Array) else da.from_array(arguments.as_numpy(a, name), chunks=-1)
             try:
                 a = da.broadcast_to(a, values.shape).rechunk(values.chunks)
             except ValueError:

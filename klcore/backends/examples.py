@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from klcore import _cpu
-from klcore.backends import rows
+from klcore.backends import options, rows
 from klcore.operations import Call
 
 
@@ -59,7 +59,7 @@ def _denominator(xp: Any, call: Call) -> Any:
         return rows.denominator(call, _terms(call)[call.examples :], _batch(call)[call.examples :], call.weights)
     if isinstance(d, np.ndarray):  # checking arrays on a GPU would synchronise
         bad = d[~((d >= 0) & (d < math.inf))]
-        rows.denominator_of(call._replace(denominator=bad[0] if bad.size else 1.0))
+        options.denominator_of(call._replace(denominator=bad[0] if bad.size else 1.0))
     return d.astype("float64")
 
 

@@ -18,7 +18,7 @@ def to_numpy(a: Any, name: str) -> "np.ndarray[Any, Any]":
     elif of == "dlpack":
         a = importlib.import_module("klcore.backends.dlpack").lend(a, name)
         a = a.get() if hasattr(a, "get") else a
-    rows = importlib.import_module("klcore.backends.rows")  # imported with the first array, as backends are
-    a = rows.as_numpy(a, name)
-    rows.refuse(a, name)
+    arguments = importlib.import_module("klcore.backends.arguments")  # imported with the first array, as backends are
+    a = arguments.as_numpy(a, name)
+    arguments.refuse(a, name)
     return a

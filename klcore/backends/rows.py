@@ -1,42 +1,26 @@
 """The one layout that kernels see: rows of n classes, as views of shape batch + (n,), for NumPy and CuPy alike.
 
-`arrange` checks every argument of a call, and raises before anything is computed. Calls come from the public functions,
-from the losses of klcore.compat, and from adapters that ask for products of cotangents and Jacobians. cpu.py and cuda/
-pass their array library as `xp`; adapters that only want a call checked pass stand-ins with a shape and no memory. The
-only arithmetic here is on weights before a kernel runs, and on results after it.
+`arrange` checks every argument of a call, with arguments.py, options.py and destinations.py, and raises before anything
+is computed. Calls come from the public functions, from the losses of klcore.compat, and from adapters that ask for
+products of cotangents and Jacobians. cpu.py and cuda/ pass their array library as `xp`; adapters that only want a call
+checked pass stand-ins with a shape and no memory. The only arithmetic here is on weights before a kernel runs, and on
+results after it.
 """
 
 import math
-import operator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from klcore import _cpu
-from klcore.backends import labels
+from klcore.backends import arguments, destinations, labels, options
 from klcore.operations import Call, Operation
-from klcore.parameters import check_divides, number, refuse_traced, shown
+from klcore.parameters import shown
 
-FLOATS = tuple(_cpu.DTYPES)  # the names, in the order of their codes
-SPACES, CODES = _cpu.SPACES, _cpu.DTYPES
-LOGITS = SPACES["logits"]
+CODES = _cpu.DTYPES
+
 PER_ROW, TERMS, TOTAL = (_cpu.OUTPUTS[name] for name in ("row", "none", "total"))
-REDUCTIONS = ("row", "sum", "rowmean", "none", "batchmean", "mean")
-TAILS = _cpu.TAILS
-_MEANINGS = (
-    "tail='bucket' (merge the other classes into one, with the remaining mass of x), tail='zero' (x is 0 there), "
-    "tail='renorm' (renormalise x and y over the listed classes), or rel_entr with tail='zero' (the truncated sum of "
-    "x*log(x/y), which can be negative)"
-)
-GRADIENTS: dict[Any, tuple[str, ...]] = {
-    None: (),
-    "x": ("x",),
-    "y": ("y",),
-    ("x",): ("x",),
-    ("y",): ("y",),
-    ("x", "y"): ("x", "y"),
-}
 
 
 @dataclass(slots=True)
@@ -172,7 +156,7 @@ def _lay(xp: Any, asarray: Any, call: Call) -> Laid:
 
 def _arrange(xp: Any, asarray: Any, call: Call, factors: Any = None, signed: bool = False) -> Task:
     """`factors` broadcast to the shape of the terms; `signed`: weights may be any numbers."""
-    spaces, temperature, wanted = words(call)
+    spaces, temperature, wanted = options.words(call)
     laid = _lay(xp, asarray, call)
     weights = by = read_weights(xp, asarray, call.weights, laid.batch, signed)
     double = max(a.dtype.itemsize for a in laid.operands.values()) == 8
@@ -189,7 +173,7 @@ def _arrange(xp: Any, asarray: Any, call: Call, factors: Any = None, signed: boo
     wide = (
         double
         or is_wide(call.operation, spaces, temperature if isinstance(temperature, float) else 1.0, call.parameter)
-        or (factors is not None and LOGITS in spaces)
+        or (factors is not None and options.LOGITS in spaces)
     )
     rows = math.prod(laid.batch)
     divisor = denominator(call, laid.terms, laid.batch, weights)
@@ -223,10 +207,10 @@ def _arrange(xp: Any, asarray: Any, call: Call, factors: Any = None, signed: boo
 def _arrange_results(xp: Any, task: Task, laid: Laid, out: Any, wanted: tuple[str, ...]) -> None:
     """Where the value and the gradients go: to `out`, after checking it, or to new arrays."""
     shape = laid.batch if task.output == PER_ROW else laid.terms if task.output == TERMS else ()
-    value, *gradients = results_in(out, wanted)
+    value, *gradients = destinations.results_in(out, wanted)
     if out is not None:
         whole = all(laid.operands[name].shape == laid.terms for name in wanted)
-        task.over_y = "y" in wanted and task.spaces[1] == LOGITS and whole
+        task.over_y = "y" in wanted and task.spaces[1] == options.LOGITS and whole
         read = task.weights, task.temperature
         check_results(
             xp, laid, shape, task.scalar_dtype, value, dict(zip(wanted, gradients, strict=True)), read, task.over_y
@@ -250,14 +234,14 @@ def check_results(
     """Check the caller's output arrays: shapes and dtypes, and that none overlaps an operand or an array in `read`.
     With `over_y`, the gradient for y may be y itself."""
     if value is not None:
-        _check_out(xp, value, "the value", shape, dtype)
+        destinations.check(xp, value, "the value", shape, dtype)
     for name, result in gradients.items():
         if result is not None:
             operand = laid.operands[name]
-            _check_out(xp, result, f"the gradient with respect to {name}", operand.shape, operand.dtype)
+            destinations.check(xp, result, f"the gradient with respect to {name}", operand.shape, operand.dtype)
     inputs = [a for a in (*laid.operands.values(), *read) if a is not None and not isinstance(a, float)]
     outs = [a for a in (value, *gradients.values()) if a is not None]
-    check_overlap(outs, inputs, gradients["y"] if over_y else None)
+    destinations.check_overlap(outs, inputs, gradients["y"] if over_y else None)
 
 
 def gradient_of(laid: Laid, name: str, array: Any) -> Gradient:
@@ -277,7 +261,7 @@ def share(xp: Any, gradients: list[Gradient], shared: tuple[str, ...]) -> None:
 
 def _arrange_loss(xp: Any, asarray: Any, call: Call) -> Task:
     """The arguments of ``klcore.divergence.loss``, where x and y broadcast over the classes, too."""
-    _, _, wanted = words(call)
+    _, _, wanted = options.words(call)
     operands = {"x": asarray(call.x, "x"), "y": asarray(call.y, "y")}
     ndim = max(a.ndim for a in operands.values())
     last = -1 if ndim == 0 else _axis(call.axis, ndim, False)
@@ -344,148 +328,6 @@ def _arrange_gradient(xp: Any, asarray: Any, call: Call) -> Task:
     return task
 
 
-_OWN = np.ndarray.__array_ufunc__
-TABLES = ("pandas", "polars", "xarray")  # NumPy's functions have their usual meaning for these, except for labels
-_PLAIN_NUMBERS = (  # how to get the plain numbers of an array with a unit or the like: the attribute, the expression
-    ("compute", "compute()"), ("value", "value"), ("magnitude", "magnitude"),
-)  # fmt: skip
-
-
-def refuse(a: Any, name: str) -> None:
-    """Raise TypeError for arrays that no backend accepts, because of their type or their dtype."""
-    _refuse_kind(a, name)
-    dtype = getattr(a, "dtype", None)
-    if dtype is not None and dtype.kind not in "iub" and dtype.name not in FLOATS:
-        columns = f"pass its columns as one array: numpy.lib.recfunctions.structured_to_unstructured({name})"
-        numbers = f"pass {name}.astype({'int' if name == 'indices' else 'float'})"
-        hint = columns if dtype.names else "" if dtype.kind == "c" else numbers
-        if dtype.kind == "O" and a.size and isinstance(np.ravel(a)[0], (list, tuple, np.ndarray)):
-            hint = _of_rows(name)
-        raise TypeError(
-            f"{name} has dtype {dtype}; klcore supports {', '.join(FLOATS)}, and converts integers and booleans to "
-            f"float64{'; ' + hint if hint else ''}"
-        )
-
-
-def refuse_others(dtype: Any, are_integers: bool) -> None:
-    """Raise TypeError for indices of another dtype than integer."""
-    if not are_integers:
-        raise TypeError(f"indices must be integers, the numbers of classes; found dtype {dtype}")
-
-
-def _refuse_kind(a: Any, name: str) -> None:
-    """Raise TypeError for masked and sparse arrays, and those with a meaning beyond their numbers, such as units."""
-    if isinstance(a, np.ma.MaskedArray):
-        raise TypeError(
-            f"{name} is a masked array, but klcore would ignore the mask; pass {name}.filled(value), or weights=0 for "
-            "the rows to leave out"
-        )
-    cls = type(a)
-    _refuse_tensorflow(cls, name)
-    dense = next((f"{name}.{method}()" for method in ("toarray", "todense") if hasattr(cls, method)), None)
-    if dense is not None:
-        raise TypeError(f"{name} is a sparse {cls.__name__}, but klcore takes dense arrays; pass {dense}")
-    unit = None if isinstance(a, np.ndarray) or _is_known(cls) else getattr(a, "unit", None)
-    if unit is not None or _has_meaning(cls):
-        raise TypeError(
-            f"{name} is of type {_type_name(cls)}, which redefines NumPy's functions, for example for units, but "
-            f"klcore would ignore that; pass the plain numbers, {_plain_numbers(a, name)}"
-        )
-
-
-def _refuse_tensorflow(cls: type, name: str) -> None:
-    if "tensorflow" in _roots(cls):
-        raise TypeError(
-            f"{name} is of type {_type_name(cls)}, but klcore has no adapter for TensorFlow; train with the losses "
-            f"of klcore.compat.keras, or, if you need no gradient, pass the NumPy array that its numpy() returns"
-        )
-
-
-def _has_meaning(cls: type) -> bool:
-    """Whether arrays of this type redefine NumPy's functions."""
-    return getattr(cls, "__array_ufunc__", _OWN) is not _OWN and not _is_known(cls)
-
-
-def _refuse_parts(a: Any, name: str) -> None:
-    """Raise TypeError for lists of objects that NumPy would convert to plain numbers, losing their meaning."""
-    lists, seen = [a], set()  # a list may contain itself
-    while lists:
-        part = lists.pop()
-        if id(part) in seen:
-            continue
-        seen.add(id(part))
-        for cls in set(map(type, part)) - {int, float, np.ndarray}:
-            if cls in (list, tuple):
-                lists += [b for b in part if type(b) is cls]
-                continue
-            _refuse_tensorflow(cls, f"an element of {name}")
-            one = next(b for b in part if type(b) is cls)
-            if isinstance(one, np.ma.MaskedArray) or _has_meaning(cls) or labels.are_there(one) or _is_tensor(one):
-                make = "torch.stack" if _is_tensor(one) else "numpy.stack"
-                raise TypeError(
-                    f"{name} is a {type(part).__name__} of {_type_name(cls)}, whose labels, mask, unit or history "
-                    f"klcore would ignore; pass one array, such as {make}({name})"
-                )
-
-
-def _is_tensor(a: Any) -> bool:
-    return type(a).__module__.partition(".")[0] == "torch" and hasattr(a, "ndim") and a.ndim > 0
-
-
-def _of_rows(name: str) -> str:
-    return f"its elements are lists or arrays; pass numpy.stack({name}) to make them the rows of one array"
-
-
-def _type_name(cls: type) -> str:
-    return f"{cls.__module__}.{cls.__qualname__}".removeprefix("builtins.")
-
-
-def _is_known(cls: type) -> bool:
-    return not _roots(cls).isdisjoint(("cupy", *TABLES))
-
-
-def _roots(cls: type) -> set[str]:
-    return {base.__module__.partition(".")[0] for base in cls.__mro__}
-
-
-def _plain_numbers(a: Any, name: str) -> str:
-    attribute = next((f" or {name}.{text}" for word, text in _PLAIN_NUMBERS if hasattr(a, word)), "")
-    if isinstance(a, np.ndarray):
-        return f"{name}.view(numpy.ndarray){attribute}"
-    return attribute.removeprefix(" or ") or f"as a NumPy array made from {name}"
-
-
-def as_numpy(a: Any, name: str) -> Any:
-    """Convert `a` with NumPy; TypeError or ValueError, naming the argument, if NumPy cannot or would misread it."""
-    if type(a) is np.ndarray:
-        return a
-    _refuse_kind(a, name)
-    cls = type(a)
-    if isinstance(a, (str, bytes, bytearray)):
-        raise TypeError(f"{name} is of type {_type_name(cls)}; klcore takes arrays and sequences of numbers")
-    if isinstance(a, (list, tuple)):
-        _refuse_parts(a, name)
-    try:
-        lends = hasattr(a, "__dlpack__") and not hasattr(a, "__array__")
-        found = np.from_dlpack(a) if lends else np.asarray(a)
-    except Exception as error:  # whatever the container raises
-        kind = ValueError if isinstance(error, ValueError) else TypeError
-        raise kind(f"{name}, of type {_type_name(cls)}, cannot be converted to a NumPy array: {error}") from error
-    if found.dtype == object and not isinstance(a, np.ndarray):
-        if not found.ndim and not isinstance(a, (int, np.generic)):
-            raise TypeError(f"{name} is of type {_type_name(cls)}, which NumPy cannot convert to an array of numbers")
-        if found.size and isinstance(np.ravel(found)[0], (list, tuple, np.ndarray)):
-            hint = _of_rows(name)
-        elif hasattr(cls, "iloc"):
-            hint = f"select the numeric columns, or pass {name}.to_numpy(dtype=float), which makes missing values NaN"
-        else:
-            hint = f"pass numpy.asarray({name}, dtype=float)"
-        raise TypeError(
-            f"{name}, of type {_type_name(cls)}, becomes an array of dtype object, not {', '.join(FLOATS)}; {hint}"
-        )
-    return found
-
-
 def is_wide(operation: Operation, spaces: tuple[int, int], temperature: float = 1.0, parameter: float = 0.0) -> bool:
     """Whether float32 arguments are computed in float64."""
     return _cpu.is_wide(operation.code, *spaces, temperature, parameter)
@@ -523,69 +365,6 @@ def _collected(g: Gradient) -> Any:
         return sums
     g.out[...] = sums
     return g.out
-
-
-def _list(options: Any) -> str:
-    return ", ".join(map(repr, options))
-
-
-def words(call: Call) -> tuple[tuple[int, int], Any, tuple[str, ...]]:
-    """The checked options of a call: the codes of both spaces, the temperature, the names of the gradients. An array of
-    temperatures is returned as given; its values are checked later."""
-    operation = call.operation
-    spaces = space_pair(call.space, operation)
-    check_list(call, spaces)
-    temperature = _temperature(call.temperature, spaces)
-    check_reduction(call.reduction, operation)
-    check_denominator(call)
-    return spaces, temperature, _wanted(call.return_grad, operation)
-
-
-def check_list(call: Call, spaces: tuple[int, int]) -> None:
-    """Check the options of a call whose x lists some classes (sparse.py), or raise if they do not fit together."""
-    if call.indices is None:
-        if call.tail is not None or call.tail_mass is not None:
-            option = "tail" if call.tail is not None else "tail_mass"
-            raise TypeError(f"{option}= describes the classes that indices= does not list; pass indices, too")
-        return
-    if call.tail is None:
-        raise TypeError(f"indices= needs tail=, which says what x has in the other classes: {_MEANINGS}")
-    if not isinstance(call.tail, str) or call.tail not in TAILS:
-        raise ValueError(f"tail must be one of {_list(TAILS)}; found {shown(call.tail)}")
-    if call.tail_mass is not None and call.tail != "bucket":
-        raise ValueError(f"tail_mass needs tail='bucket'; found tail={call.tail!r}")
-    if spaces[0] in (LOGITS, SPACES["counts"]) and call.tail != "renorm":
-        numbers = "logits" if spaces[0] == LOGITS else "counts"
-        raise ValueError(
-            f"x is {numbers} of the listed classes only, which can only be normalised over the list, with "
-            f"tail='renorm'; with tail={call.tail!r}, pass x as probabilities or log-probabilities"
-        )
-
-
-def check_reduction(reduction: Any, operation: Operation) -> None:
-    known = tuple(r for r in REDUCTIONS if operation.has_terms or r != "none")
-    if isinstance(reduction, str) and reduction in known:
-        return
-    if isinstance(reduction, str) and reduction in REDUCTIONS:
-        raise ValueError(
-            f"{operation.name} is not a sum over classes, so it has no terms for reduction='none'; "
-            f"use one of {_list(known)}"
-        )
-    raise ValueError(f"reduction must be one of {_list(known)}; found {shown(reduction)}")
-
-
-def check_denominator(call: Call) -> None:
-    """Check everything about the denominator except its value."""
-    if not call.operation.is_loss:
-        check_divides(call.denominator, call.reduction)
-
-
-def denominator_of(call: Call) -> float:
-    """The value of the denominator."""
-    d = number(call.denominator, "denominator")
-    if not 0 <= d < math.inf:
-        raise ValueError(f"denominator must be finite and >= 0; found {d!r}")
-    return d
 
 
 def class_axis(x: Any, y: Any, axis: Any) -> int:
@@ -657,79 +436,12 @@ def batches_differ(x: Any, y: Any, axis: Any) -> ValueError:
     )
 
 
-def space_pair(space: Any, operation: Operation) -> tuple[int, int]:
-    """The codes of the spaces of x and y, or ValueError."""
-    pair = (space, space) if isinstance(space, str) else space
-    known = isinstance(pair, (tuple, list)) and len(pair) == 2 and all(isinstance(s, str) and s in SPACES for s in pair)
-    if not known or (operation.single and not isinstance(space, str)):
-        or_a_pair = "" if operation.single else ", or a pair (space of x, space of y)"
-        raise ValueError(f"space must be one of {_list(SPACES)}{or_a_pair}; found {shown(space)}")
-    if operation.is_loss and tuple(pair) not in operation.pairs:
-        raise ValueError(f"the term {operation.name!r} does not support the spaces {space!r}")
-    return SPACES[pair[0]], SPACES[pair[1]]
-
-
-def has_numbers(temperature: Any) -> bool:
-    """Whether a temperature is an array; a 0-d NumPy array counts as a number."""
-    if isinstance(temperature, (int, float)):
-        return False
-    if isinstance(temperature, (np.ndarray, np.generic)) and on_host(temperature) is not None:
-        return temperature.ndim > 0
-    return hasattr(temperature, "shape") or isinstance(temperature, (list, tuple))
-
-
-def _temperature(temperature: Any, spaces: tuple[int, int]) -> Any:
-    if has_numbers(temperature):
-        if LOGITS not in spaces:
-            raise ValueError("temperature divides logits, so it needs space='logits' for x or y; found an array")
-        return temperature
-    try:
-        t = float(temperature)
-    except OverflowError:  # an integer too large for a float
-        t = math.inf
-    except (TypeError, ValueError):
-        t = None
-    if t is None or isinstance(temperature, (str, bytes)):
-        raise TypeError(f"temperature must be a number, found {shown(temperature)} ({type(temperature).__name__})")
-    if not (t > 0 and _POSITIVE[0] <= t <= _POSITIVE[1]):
-        raise ValueError(f"temperature must {_BE_POSITIVE}; found {shown(temperature)}")
-    if t != 1 and LOGITS not in spaces:
-        raise ValueError(f"temperature divides logits, so it needs space='logits' for x or y; found temperature={t!r}")
-    return t
-
-
-def _wanted(return_grad: Any, operation: Operation) -> tuple[str, ...]:
-    key = tuple(return_grad) if isinstance(return_grad, list) else return_grad
-    try:
-        wanted = GRADIENTS.get(key)
-    except TypeError:  # not hashable
-        wanted = None
-    if wanted is None or (len(operation.gradients) < 2 and wanted not in ((), operation.gradients)):
-        known = (None, *operation.gradients, *([("x", "y")] if len(operation.gradients) > 1 else []))
-        raise ValueError(
-            f"return_grad must be one of {_list(known)}{' for ' + repr(operation.name) if operation.is_loss else ''}; "
-            f"found {shown(return_grad)}"
-        )
-    return wanted
-
-
 def _axis(axis: Any, ndim: int, scalar: bool) -> int:
-    a = integer(axis, "axis")
+    a = options.integer(axis, "axis")
     if not -ndim <= a < ndim:
         what = "0-dimensional arrays, taken as one class" if scalar else f"arrays of {ndim} dimensions"
         raise ValueError(f"axis {shown(a)} is out of range for {what}")
     return a - ndim if a >= 0 else a
-
-
-def integer(axis: Any, name: str) -> int:
-    """A plain int from anything with ``__index__``."""
-    try:
-        if isinstance(axis, (float, str, tuple, list, type(None))):  # torch.compile 2.11 fails in index() of these
-            raise TypeError
-        return int(operator.index(axis))
-    except TypeError:
-        refuse_traced(axis, name)
-        raise TypeError(f"{name} must be an integer, found {type(axis).__name__}") from None
 
 
 def classes_last(a: Any, last: int) -> Any:
@@ -773,17 +485,12 @@ def read_weights(xp: Any, asarray: Any, weights: Any, batch: tuple[int, ...], si
     view = over_rows(xp, w, batch, "weights")
     if signed:
         return view
-    host = on_host(w, weights)  # on a GPU, an invalid weight makes its row NaN
+    host = arguments.on_host(w, weights)  # on a GPU, an invalid weight makes its row NaN
     if host is not None and w.size and not (np.min(host) >= 0 and np.max(host) < math.inf):  # NaN fails both
         host = np.asarray(host)
-        raise ValueError(f"weights must be finite and >= 0; found {bad_ones(host, ~((host >= 0) & (host < math.inf)))}")
+        bad = arguments.bad_ones(host, ~((host >= 0) & (host < math.inf)))
+        raise ValueError(f"weights must be finite and >= 0; found {bad}")
     return view
-
-
-# The range of temperatures, in double and in float32; outside of the latter, the logarithms of a row overflow float32.
-# The sign is checked, too, because the threads of XLA flush the lower limit, a subnormal number, to 0.
-_POSITIVE, _NARROW = _cpu.TEMPERATURES, _cpu.NARROW_TEMPERATURES
-_BE_POSITIVE = "be positive and finite, and so must 1 / temperature"
 
 
 def read_temperatures(
@@ -791,37 +498,13 @@ def read_temperatures(
 ) -> Any:
     """One temperature per row; or a float for a 0-d array on the host."""
     t = asarray(temperature, "temperature")
-    if t.ndim == 0 and isinstance(on_host(t), np.ndarray):
-        return _temperature(t, (LOGITS, LOGITS))
+    if t.ndim == 0 and isinstance(arguments.on_host(t), np.ndarray):
+        return options.temperature_of(t, (options.LOGITS, options.LOGITS))
     view = over_rows(xp, t, batch, "temperature")
-    host = on_host(t, temperature)  # on a GPU, an invalid temperature makes its row NaN
+    host = arguments.on_host(t, temperature)  # on a GPU, an invalid temperature makes its row NaN
     if host is not None:
-        check_temperatures(broadcast(np, np.asarray(host), batch), weights, double)
+        options.check_temperatures(broadcast(np, np.asarray(host), batch), weights, double)
     return view
-
-
-def check_temperatures(t: Any, weights: Any, double: bool) -> None:
-    """Raise ValueError for an invalid temperature of a row whose weight is not 0. `double`: an argument is float64."""
-    t = t.astype(np.float64)
-    narrow = "be between 2**-20 and 2**100 if it is an array and no argument is float64; pass x or y as float64"
-    for (low, high), must in ((_POSITIVE, _BE_POSITIVE), (_NARROW, narrow))[: 1 if double else 2]:
-        good = (t > 0) & (t >= low) & (t <= high)
-        if weights is not None and on_host(weights) is not None:
-            good |= weights == 0
-        if not good.all():
-            raise ValueError(f"temperature must {must}; found {bad_ones(t, ~good)}")
-
-
-def on_host(*same: Any) -> Any:
-    """The first of these equivalent arrays that is on the host, or None: reading from a GPU would synchronise."""
-    return next((a for a in same if not hasattr(a, "__cuda_array_interface__")), None)
-
-
-def bad_ones(a: Any, bad: Any) -> str:
-    """The first bad element, its index, and how many more there are, for a message."""
-    where = np.argwhere(bad)
-    at = tuple(where[0].tolist())
-    return f"{a[at]!s}{f' at index {at}' if at else ''}{f', and {len(where) - 1} more' if len(where) > 1 else ''}"
 
 
 def over_rows(xp: Any, a: Any, batch: tuple[int, ...], name: str) -> Any:
@@ -843,7 +526,7 @@ def times_ratio(xp: Any, weights: Any, ratio: Any) -> Any:
 def denominator(call: Call, terms: tuple[int, ...], batch: tuple[int, ...], weights: Any) -> float | None:
     """What divides a total and all gradients; None: the sum of the weights. `terms` and `batch` are shapes."""
     if call.denominator is not None:
-        return float(call.denominator) if call.operation.is_loss else denominator_of(call)
+        return float(call.denominator) if call.operation.is_loss else options.denominator_of(call)
     if call.reduction == "rowmean" and weights is not None:
         return None
     counts = {"rowmean": math.prod(batch), "batchmean": math.prod(terms[:1]), "mean": math.prod(terms)}
@@ -865,92 +548,3 @@ def scaled_weights(weights: Any, factor: Any) -> Any:
     """The weights times a power of two; a weight that is not 0 stays above 0, however small it is."""
     scaled = weights * factor
     return np.where((scaled == 0) & (weights != 0), 2.0**-1074, scaled)
-
-
-def results_in(out: Any, wanted: tuple[str, ...]) -> tuple[Any, ...]:
-    """The output arrays of the value and the gradients; None for those to allocate."""
-    results = out if isinstance(out, tuple) else (out, *[None] * len(wanted))
-    if len(results) != 1 + len(wanted):
-        count = len(wanted)
-        asked = f"asks for {count} gradient{'s' * (count > 1)}" if wanted else "is None"
-        raise ValueError(
-            f"out must be an array for the value, or a tuple of {1 + count} (value, then gradients; None to allocate), "
-            f"since return_grad {asked}; found a tuple of {len(results)}"
-        )
-    return results
-
-
-def _check_out(xp: Any, out: Any, what: str, shape: tuple[int, ...], dtype: Any) -> None:
-    hint = "; to write a gradient, pass a tuple, for example out=(None, array)" if what == "the value" else ""
-    if not isinstance(out, xp.ndarray) or hasattr(out, "mask") or _has_meaning(type(out)):
-        raise TypeError(f"out for {what} must be a plain {xp.__name__}.ndarray, found {type(out).__name__}{hint}")
-    if out.shape != shape:
-        raise ValueError(f"out for {what} must have shape {shape}, found {out.shape}{hint}")
-    if out.dtype != dtype:
-        raise ValueError(f"out for {what} must have dtype {dtype}, found {out.dtype}")
-    flags = getattr(out.flags, "writeable", True)
-    if not flags:
-        raise ValueError(f"out for {what} is read-only")
-    if shares_with_itself(out.shape, out.strides, out.dtype.itemsize):
-        raise ValueError(f"out for {what} is a view whose elements share memory; pass a new array")
-
-
-def shares_with_itself(shape: Any, strides: Any, size: int) -> bool:
-    """Whether elements of `size` bytes may share memory. They do not if each axis steps over everything that the axes
-    of smaller steps cover, as in slices, transposes and reversals of ordinary arrays. Anything else counts as
-    shared."""
-    if 0 in shape:
-        return False
-    covered = size
-    for step, n in sorted((abs(step), n) for step, n in zip(strides, shape, strict=True) if n > 1):
-        if step < covered:
-            return True
-        covered += step * (n - 1)
-    return False
-
-
-def check_overlap(outs: list[Any], inputs: list[Any], over_y: Any = None) -> None:
-    """Raise ValueError if an output overlaps an input or another output. `over_y`: the output that may be the second
-    input itself, whose shape and dtype it has."""
-    for i, out in enumerate(outs):
-        if any(_overlap(out, a) and not (k == 1 and out is over_y and _is_same(out, a)) for k, a in enumerate(inputs)):
-            raise ValueError(
-                "out overlaps the memory of an input; pass a separate array (only the gradient for y can be written "
-                "over y, if y is logits and no argument with a gradient is broadcast)"
-            )
-        if any(_overlap(out, other) for other in outs[:i]):
-            raise ValueError("two arrays of out overlap; pass separate ones")
-
-
-def _overlap(a: Any, b: Any) -> bool:
-    a, b = _memory(a), _memory(b)
-    if not np.may_share_memory(a, b):  # cheap: compares two address ranges
-        return False
-    try:
-        return bool(np.shares_memory(a, b, max_work=100_000))  # type: ignore[arg-type]  # any integer will do
-    except Exception:  # too expensive to decide exactly
-        return True
-
-
-def _is_same(a: Any, b: Any) -> bool:
-    """Whether two arrays of equal shape and dtype are the same memory."""
-    a, b = _memory(a).__array_interface__, _memory(b).__array_interface__
-    return a["data"][0] == b["data"][0] and a["strides"] == b["strides"]
-
-
-class _memory_of:
-    """The address of an array on another device, for NumPy to compare; the memory is never read."""
-
-    def __init__(self, a: Any) -> None:
-        interface = a.__cuda_array_interface__
-        self.__array_interface__ = {
-            "shape": interface["shape"],
-            "strides": a.strides,
-            "typestr": f"|V{a.dtype.itemsize}",
-            "data": (interface["data"][0], True),
-            "version": 3,
-        }
-
-
-def _memory(a: Any) -> Any:
-    return np.asarray(_memory_of(a)) if hasattr(a, "__cuda_array_interface__") else a

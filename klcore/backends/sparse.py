@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 
 from klcore import _cpu
-from klcore.backends import labels, rows
+from klcore.backends import arguments, destinations, labels, options, rows
 from klcore.operations import Call
 
-RENORM = rows.TAILS["renorm"]
-_LOGS = (rows.SPACES["log_probs"], rows.LOGITS)
+RENORM = options.TAILS["renorm"]
+_LOGS = (options.SPACES["log_probs"], options.LOGITS)
 
 
 @dataclass(slots=True)
@@ -131,8 +131,8 @@ def _sorted(xp: Any, task: Task, places: Any, count: int, cotangent: Any) -> Any
 
 def arrange(xp: Any, asarray: Any, call: Call) -> Task:
     """Check the arguments of a call, before anything is computed."""
-    spaces, temperature, wanted = rows.words(call)
-    tail = rows.TAILS[call.tail]
+    spaces, temperature, wanted = options.words(call)
+    tail = options.TAILS[call.tail]
     laid, indices = _lay(xp, asarray, call)
     batch, n = laid.batch, laid.n
     weights = rows.read_weights(xp, asarray, call.weights, batch, False)
@@ -151,12 +151,12 @@ def arrange(xp: Any, asarray: Any, call: Call) -> Task:
     dtype = call.dtype or ("float64" if double else "float32")
 
     out = call.out if call.cotangent is None or call.out is None else (None, *call.out)
-    value, *into = rows.results_in(out, wanted)
+    value, *into = destinations.results_in(out, wanted)
     if out is not None:
         shape = laid.batch if call.reduction == "row" else ()
         if call.reduction == "none":
             shape = rows.with_classes(laid.terms, laid.last, laid.x.shape[-1] + (tail != RENORM))
-        over_y = "y" in wanted and spaces[1] == rows.LOGITS and laid.operands["y"].shape == laid.terms
+        over_y = "y" in wanted and spaces[1] == options.LOGITS and laid.operands["y"].shape == laid.terms
         read = indices, mass, weights, temperature
         rows.check_results(xp, laid, shape, xp.dtype(dtype), value, dict(zip(wanted, into, strict=True)), read, over_y)
     gradients = [
@@ -196,23 +196,23 @@ def outcome(xp: Any, asarray: Any, call: Call) -> rows.Task:
 
 def _check(a: Any, low: int, high: int, weights: Any, must: str) -> None:
     """Raise ValueError for numbers out of range on the host, in rows with weight; a GPU makes such rows NaN."""
-    if rows.on_host(a) is None:
+    if arguments.on_host(a) is None:
         return
     once = a[tuple(slice(0, 1) if step == 0 else slice(None) for step in a.strides)]  # broadcast elements only once
     if ((once >= low) & (once <= high)).all():
         return
     good = (a >= low) & (a <= high)
-    if weights is not None and rows.on_host(weights) is not None:
+    if weights is not None and arguments.on_host(weights) is not None:
         good = good | (weights == 0).reshape(*weights.shape, *[1] * (good.ndim - weights.ndim))
     if not good.all():
-        raise ValueError(f"{must}; found {rows.bad_ones(a, ~good)}")
+        raise ValueError(f"{must}; found {arguments.bad_ones(a, ~good)}")
 
 
 def _lay(xp: Any, asarray: Any, call: Call) -> tuple[rows.Laid, Any]:
     """x and y as rows, of K and n classes, and the indices."""
     x, y, indices = asarray(call.x, "x"), asarray(call.y, "y"), asarray(call.indices, "indices")
     if indices.size or isinstance(call.indices, type(indices)):  # NumPy converts an empty list to float64
-        rows.refuse_others(indices.dtype, indices.dtype.kind in "iu")
+        arguments.refuse_others(indices.dtype, indices.dtype.kind in "iu")
     last, terms = rows.lay_list(x, y, indices, call.axis)
     count, n = x.shape[last], y.shape[last]
     if count > n:

@@ -12,7 +12,8 @@ from typing import Any, ParamSpec, Protocol, TypeVar
 
 import numpy as np
 
-from klcore.backends.rows import TABLES, broadcast_shapes
+from klcore.backends.arguments import TABLES
+from klcore.backends.rows import broadcast_shapes
 from klcore.parameters import shown as shown  # re-exported
 
 FLOATS = ("float16", "bfloat16", "float32", "float64")

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from klcore.backends import rows, sparse
+from klcore.backends import destinations, options, rows, sparse
 from klcore.backends.cuda import devices, kernels, parts
 from klcore.backends.cuda.devices import missing, on_stream, ready
 from klcore.backends.cuda.launches import CHUNK, MAX_STATS, Launch
@@ -55,14 +55,14 @@ _WORDS_OF = frozenset((str, int, float, tuple, type(None)))
 
 def _integer(axis: Any) -> Any:
     try:
-        return rows.integer(axis, "axis")
+        return options.integer(axis, "axis")
     except TypeError:
         return axis  # rows.py will raise
 
 
 def _number(temperature: Any) -> Any:
     try:
-        numbers = rows.has_numbers(temperature) or not hasattr(temperature, "__float__")
+        numbers = options.has_numbers(temperature) or not hasattr(temperature, "__float__")
         return temperature if numbers else float(temperature)
     except (TypeError, ValueError, OverflowError):
         return temperature
@@ -77,12 +77,12 @@ def compute(call: Call) -> Any:
     weights = devices.as_read(cupy, call.weights)
     divisor = None
     if hasattr(call.denominator, "__cuda_array_interface__"):
-        rows.check_denominator(call)
+        options.check_denominator(call)
         divisor = _divisor(cupy, call.denominator)
         call = call._replace(denominator=None)
     cotangent = devices.as_read(cupy, call.cotangent, devices.FLOAT64 if total else None)
     number, temperatures = _number(call.temperature), None
-    if rows.has_numbers(number):
+    if options.has_numbers(number):
         number, temperatures = None, devices.as_read(cupy, number, name="temperature")
     call = call._replace(
         weights=weights, cotangent=cotangent, axis=_integer(call.axis),
@@ -189,7 +189,7 @@ def _check_overlap(prepared: Prepared, arrays: list[Any], addresses: list[int], 
             for j in (*range(_CHECKED), *range(first, k)):
                 if start < ends[j] and starts[j] < end:
                     inputs = [b for b in arrays[:_CHECKED] if b is not None]
-                    rows.check_overlap(arrays[first : k + 1], inputs, arrays[-1] if prepared.over_y else None)
+                    destinations.check_overlap(arrays[first : k + 1], inputs, arrays[-1] if prepared.over_y else None)
 
 
 def _execute(cupy: Any, prepared: Prepared, addresses: list[int]) -> None:
@@ -265,7 +265,7 @@ def arrange(call: Call) -> rows.Task:
 def states(call: Call, number: int, stats: Any) -> Any:
     """As cpu.states: the states of all chunks, even if there is only one."""
     with _there(call) as (cupy, device):
-        spaces, _, wanted = rows.words(call)
+        spaces, _, wanted = options.words(call)
         task = _laid_out(cupy, device, call._replace(return_grad=None))
         outputs = sum(kernels.OUTPUTS[of] for of in wanted) if number else 0
         numbers = kernels.states(call.operation.code, spaces, outputs, False)[number]

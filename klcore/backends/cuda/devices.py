@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from klcore.backends import BackendUnavailableError, rows
+from klcore.backends import BackendUnavailableError, arguments, rows
 from klcore.backends.cuda import nvrtc
 
 RESERVED = 1024  # bytes of shared memory that CUDA reserves in every block
@@ -91,7 +91,7 @@ def as_read(cupy: Any, a: Any, dtype: Any = None, name: str = "weights") -> Any:
     if type(a) is not cupy.ndarray:
         # rows.py checks the values of arrays on the host with NumPy
         foreign = hasattr(type(a), "__dlpack__") and not hasattr(a, "__cuda_array_interface__")
-        return rows.as_numpy(a, name) if foreign else a
+        return arguments.as_numpy(a, name) if foreign else a
     if a.data.device_id != cupy.cuda.runtime.getDevice():
         return a
     if dtype is None and a.dtype.kind in "biu":
@@ -135,11 +135,11 @@ def _named_or_found(cupy: Any, device: str | None, arrays: dict[str, Any]) -> in
 def asarray(cupy: Any, device: int, a: Any, name: str) -> Any:
     """`a` on the current device, in one of the four dtypes; indices keep theirs."""
     if not is_here(a, cupy):
-        a = rows.as_numpy(a, name)
+        a = arguments.as_numpy(a, name)
         if not a.dtype.isnative:
             a = a.astype(a.dtype.newbyteorder("="))
     if code_of(a.dtype) is None:
-        rows.refuse(a, name)
+        arguments.refuse(a, name)
     if not is_here(a, cupy):
         a = cupy.asarray(a)
     elif a.device.id != device:

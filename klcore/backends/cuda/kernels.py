@@ -4,7 +4,7 @@ from functools import cache
 from typing import Any
 
 from klcore import _cpu
-from klcore.backends import rows
+from klcore.backends import options, rows
 from klcore.backends.cuda import devices, nvrtc
 from klcore.operations import KL_DIV, Operation
 
@@ -25,7 +25,7 @@ def is_beside(operation: Operation, spaces: tuple[int, int]) -> bool:
 
     Such a kernel takes as many registers as a wide one, and does not use hardware exponentials.
     """
-    return rows.LOGITS in spaces and spaces[0] != spaces[1] and operation.form == _cpu.BY_RATIO
+    return options.LOGITS in spaces and spaces[0] != spaces[1] and operation.form == _cpu.BY_RATIO
 
 
 def is_fast(operation: Operation, spaces: tuple[int, int], dtypes: tuple[int, int], wide: bool) -> bool:
@@ -39,7 +39,7 @@ def tempered_by(temperature: Any) -> str:
     return "TEMPERATURES" if not isinstance(temperature, float) else "TEMPERATURE" if temperature != 1 else ""
 
 
-def options(
+def macros(
     operation: Operation, spaces: tuple[int, int], dtypes: tuple[int, int], wide: bool, outputs: int,
     entries: tuple[str, ...], tempered: str = "", factors: bool = False,
 ) -> tuple[str, ...]:  # fmt: skip
@@ -60,16 +60,16 @@ def options(
     )
 
 
-def sum_options() -> tuple[str, ...]:
-    pair, float32 = (rows.SPACES["probs"],) * 2, (rows.CODES["float32"],) * 2
-    return options(KL_DIV, pair, float32, False, 0, ("kl_sum",))  # kl_sum depends on none of these
+def sum_macros() -> tuple[str, ...]:
+    pair, float32 = (options.SPACES["probs"],) * 2, (rows.CODES["float32"],) * 2
+    return macros(KL_DIV, pair, float32, False, 0, ("kl_sum",))  # kl_sum depends on none of these
 
 
 @cache
-def listed_options(entry: str, dtypes: tuple[str, str], wide: bool) -> tuple[str, ...]:
+def listed_macros(entry: str, dtypes: tuple[str, str], wide: bool) -> tuple[str, ...]:
     """The macros for a kernel of src/kl_sparse.cu; `dtypes`: what it reads and writes; `wide`: compute in double."""
-    spaces = rows.SPACES["probs"], rows.LOGITS  # a pair with exact exponentials; otherwise the spaces are not used
-    return options(KL_DIV, spaces, (rows.CODES[dtypes[0]], rows.CODES[dtypes[1]]), wide, 0, (entry,))
+    spaces = options.SPACES["probs"], options.LOGITS  # a pair with exact exponentials; spaces have no other use
+    return macros(KL_DIV, spaces, (rows.CODES[dtypes[0]], rows.CODES[dtypes[1]]), wide, 0, (entry,))
 
 
 @cache

@@ -4,7 +4,7 @@ import math
 from typing import Any, NamedTuple
 
 from klcore import _cpu
-from klcore.backends import rows
+from klcore.backends import options
 from klcore.backends.cuda import devices, kernels, plans
 from klcore.operations import Operation
 
@@ -49,7 +49,7 @@ class Kind(NamedTuple):
     def kernel(self, name: str) -> Any:
         folds = name == "kl_fold" and not self.of_logits  # these states do not depend on the outputs
         outputs = 0 if folds else self.outputs
-        macros = kernels.options(
+        macros = kernels.macros(
             self.operation, self.spaces, self.dtypes, self.wide, outputs, (name,), self.tempered, self.factors
         )
         return kernels.kernel(self.device, macros, name)
@@ -70,15 +70,15 @@ class Kind(NamedTuple):
 
     @property
     def of_logits(self) -> bool:
-        return self.spaces == (rows.LOGITS,) * 2 and self.operation.form == _cpu.BY_RATIO and not self.factors
+        return self.spaces == (options.LOGITS,) * 2 and self.operation.form == _cpu.BY_RATIO and not self.factors
 
     @property
     def of_members(self) -> bool:
-        return self.spaces == (rows.LOGITS,) * 2 and self.operation.form == _cpu.BY_CLASS and not self.factors
+        return self.spaces == (options.LOGITS,) * 2 and self.operation.form == _cpu.BY_CLASS and not self.factors
 
     @property
     def of_cross(self) -> bool:
-        return rows.LOGITS in self.spaces and self.operation.form == _cpu.BY_COST and not self.factors
+        return options.LOGITS in self.spaces and self.operation.form == _cpu.BY_COST and not self.factors
 
     def bytes_a_class(self) -> int:
         return _cpu.SIZES[self.dtypes[0]] + (0 if self.operation.single else _cpu.SIZES[self.dtypes[1]])
@@ -101,8 +101,8 @@ class Kind(NamedTuple):
             return 8
         if self.of_logits and devices.properties(self.device).arch >= 120:
             return 8
-        if self.fast and rows.LOGITS not in self.spaces and not self.outputs & kernels.TERMS:
-            return 32 if not self.outputs else 24 if self.spaces == (rows.SPACES["probs"],) * 2 else 16
+        if self.fast and options.LOGITS not in self.spaces and not self.outputs & kernels.TERMS:
+            return 32 if not self.outputs else 24 if self.spaces == (options.SPACES["probs"],) * 2 else 16
         if self.fast and self.of_logits and not self.outputs:
             return 20
         return 16 if self.of_logits or self.of_cross or self.outputs & ~kernels.TERMS else 24
@@ -221,7 +221,7 @@ def _a_block_a_row(
     """
     properties, most, fixed = devices.properties(kind.device), kind.most_warps(), kind.row_bytes(chunks)
     enough = most * _BUSY_ENOUGH[0 if last == 1 else 1 + kind.fast]
-    if last == 1 and rows.LOGITS in kind.spaces and chunks < _FEW_CHUNKS:
+    if last == 1 and options.LOGITS in kind.spaces and chunks < _FEW_CHUNKS:
         return None
     found = []
     for warps in range(1, _WARPS + 1):
@@ -240,7 +240,7 @@ def added_up(
 ) -> list[Planned]:
     """Write the sum of `count` doubles, divided, to the plan's value; or `sums` sums of its weights to its sums."""
     launches = []
-    function = kernels.kernel(kind.device, kernels.sum_options(), name)
+    function = kernels.kernel(kind.device, kernels.sum_macros(), name)
     while True:
         groups = max(1, -(-count // CHUNK))
         p = plan.with_fields(states=values, count=count, groups=groups)

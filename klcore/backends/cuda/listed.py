@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from klcore import _cpu
-from klcore.backends import rows
+from klcore.backends import options, rows
 from klcore.backends.cuda import devices, kernels, plans
 from klcore.backends.cuda.launches import CHUNK, Launch, grid_of
 from klcore.backends.cuda.preparation import inverse_of
@@ -55,7 +55,7 @@ class Listed:
 
         warps = _WARPS if count <= CHUNK else _SORTING
         self._launch("kl_keys", self._plan, self._rows * (1 if count <= CHUNK else warps), warps)
-        if tail != rows.TAILS["renorm"]:
+        if tail != options.TAILS["renorm"]:
             self._sum_others(-(-n // CHUNK))
         self._launch("kl_classes", self._plan, self._rows)
 
@@ -138,7 +138,7 @@ class Listed:
         """Launch a kernel; each of the `items` is the work of one warp."""
         if not items:
             return
-        function = kernels.kernel(self._device, kernels.listed_options(name, dtypes, wide), name)
+        function = kernels.kernel(self._device, kernels.listed_macros(name, dtypes, wide), name)
         grid = grid_of(self._device, -(-items // warps))
         launch = Launch(name, function, grid, (32 * warps,), warps * bytes_a_warp)
         self._start([launch], plan.words.view(f"V{8 * plan.struct.words}"))

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from klcore.backends import rows
+from klcore.backends import arguments, rows
 from klcore.backends.cuda import kernels, plans
 from klcore.backends.cuda.launches import CHUNK, MAX_STATS, Kind, Launch, Planned, added_up, launch_of, sweep
 
@@ -55,7 +55,7 @@ def prepare(device: int, task: rows.Task, arrays: list[Any], results: list[Any])
         totals = scratch.doubles(task.rows)
         batch = task.x.shape[:-1]
         strides = tuple(8 * math.prod(batch[d + 1 :]) for d in range(len(batch)))
-        views["value"] = plans.View(totals, 0, strides, rows.FLOATS.index("float64"), 8)
+        views["value"] = plans.View(totals, 0, strides, arguments.FLOATS.index("float64"), 8)
     elif task.value_wanted:
         views["value"] = plans.view_of(task.value_view, places["value"], task.output == rows.TERMS)
     gradients = {g.of: plans.view_of(g.view, places["d" + g.of], True) for g in task.gradients}

@@ -23,13 +23,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from klcore.backends import BackendUnavailableError, cpu, labels, rows, sparse
+from klcore.backends import BackendUnavailableError, arguments, cpu, labels, options, rows, sparse
 from klcore.backends.jax import partition, private
 from klcore.backends.jax.primitives import value
 from klcore.backends.jax.programs import SMALL, Program, as_data
 from klcore.operations import Call
 
-_DTYPES = frozenset(jnp.dtype(name) for name in rows.FLOATS)
+_DTYPES = frozenset(jnp.dtype(name) for name in arguments.FLOATS)
 _ARRAYS = ("x", "y", "weights", "ratio", "temperature", "indices", "tail_mass")  # the arguments that may be arrays
 _OF_CLASSES = ("x", "y", "indices")
 
@@ -87,16 +87,16 @@ def _array(a: Any, name: str) -> Any:
     if isinstance(a, jax.Array) and a.dtype in _DTYPES and name != "indices":
         return a
     if not isinstance(a, jax.Array) and not _holds_jax(a):
-        a = rows.as_numpy(a, name)
-        rows.refuse(a, name)
+        a = arguments.as_numpy(a, name)
+        arguments.refuse(a, name)
         a = a if a.dtype.isnative else a.astype(a.dtype.newbyteorder("="))
     with jax.ensure_compile_time_eval():  # constants stay concrete while JAX traces, so that weights can be checked
         if name == "indices":
             return _indices(a)
         a = jnp.asarray(a)
         if jnp.issubdtype(a.dtype, jax.dtypes.extended):
-            raise TypeError(f"{name} has dtype {a.dtype}; klcore supports {', '.join(rows.FLOATS)} and integers")
-        rows.refuse(a, name)
+            raise TypeError(f"{name} has dtype {a.dtype}; klcore supports {', '.join(arguments.FLOATS)} and integers")
+        arguments.refuse(a, name)
         return a.astype(float) if a.dtype.kind in "iub" else a
 
 
@@ -107,7 +107,7 @@ def _indices(a: Any) -> Any:
     own = info(jax.dtypes.canonicalize_dtype(int))
     if not a.size:  # NumPy converts an empty list to float64
         return jnp.zeros(a.shape, own.dtype)
-    rows.refuse_others(a.dtype, jnp.issubdtype(a.dtype, jnp.integer))
+    arguments.refuse_others(a.dtype, jnp.issubdtype(a.dtype, jnp.integer))
     if isinstance(a, jax.Array) and a.dtype == own.dtype:
         return a
     xp: Any = jnp if isinstance(a, jax.Array) else np
@@ -147,7 +147,7 @@ def _numbers(call: Call) -> tuple[Call, dict[str, Any]]:
     numbers: dict[str, Any] = {}
     if not call.operation.is_loss and call.denominator is not None:  # that of a loss is part of the program
         waits = isinstance(call.denominator, jax.Array) and _platform(call.denominator) != "cpu"
-        numbers["denominator"] = call.denominator if waits else as_data(rows.denominator_of(call))
+        numbers["denominator"] = call.denominator if waits else as_data(options.denominator_of(call))
         call = call._replace(denominator=None)
     if isinstance(call.temperature, float) and call.temperature != 1:
         numbers["temperature"] = as_data(call.temperature)
@@ -159,15 +159,16 @@ def compute(call: Call) -> Any:
     if call.out is not None:
         raise TypeError("JAX arrays cannot be written to, so out= is not supported; use the returned arrays")
     # check first: JAX would take an invalid option that equals a valid one for a program that it has compiled already
-    _, temperature, wanted = rows.words(call)
-    device, several = call.device, rows.has_numbers(temperature)
+    _, temperature, wanted = options.words(call)
+    device, several = call.device, options.has_numbers(temperature)
     given = {name: a for name in _ARRAYS if (a := getattr(call, name)) is not None}
     if not several:
         del given["temperature"]
     call = call._replace(
         x=None, y=None, weights=None, ratio=None, indices=None, tail_mass=None, device=None,
         space=call.space if isinstance(call.space, str) else tuple(call.space),
-        axis=rows.integer(call.axis, "axis"), temperature=1.0 if several else temperature, return_grad=wanted or None,
+        axis=options.integer(call.axis, "axis"), temperature=1.0 if several else temperature,
+        return_grad=wanted or None,
     )  # fmt: skip
     arrays = {name: _array(a, name) for name, a in given.items()}
     if labels.are_there(*given.values()):

@@ -15,7 +15,7 @@ from jax.custom_derivatives import SymbolicZero
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
-from klcore.backends import rows
+from klcore.backends import options
 from klcore.backends.jax import partition, private
 from klcore.backends.jax.programs import BY_CLASS, Program, call_back
 
@@ -267,7 +267,7 @@ def _by_temperature(program: Program, arrays: Arrays, moving: Arrays) -> tuple[A
     A constant added to all logits of a row changes nothing, so the largest logit may be subtracted first."""
     call = program.call
     t, dt = (jnp.expand_dims(a, call.axis) for a in (arrays["temperature"], moving["temperature"]))
-    logits = [name for name, space in program.spaces.items() if name in arrays and space == rows.LOGITS]
+    logits = [name for name, space in program.spaces.items() if name in arrays and space == options.LOGITS]
     spread = {name: jnp.broadcast_to(arrays[name], _whole(arrays[name], t)) for name in logits}
     moved = {name: moving[name] for name in "xy" if name in moving}
     for name, a in spread.items():

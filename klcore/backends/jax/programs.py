@@ -14,14 +14,14 @@ import jax
 import numpy as np
 from jax.experimental.buffer_callback import buffer_callback
 
-from klcore.backends import cpu, rows
+from klcore.backends import cpu, options, rows
 from klcore.operations import Call
 
 _ON_CPU = 1  # kDLCPU
 SMALL = 1 << 16  # bytes: copying smaller results takes less time than checking `out`
 
 
-BY_CLASS = tuple(rows.SPACES[name] for name in ("probs", "log_probs"))  # spaces in which a term depends on one class
+BY_CLASS = tuple(options.SPACES[name] for name in ("probs", "log_probs"))  # spaces in which a term depends on one class
 NUMBERS = ("temperature", "denominator")  # the arguments that may be numbers
 
 
@@ -71,7 +71,7 @@ class Program:
     @property
     def spaces(self) -> dict[str, int]:
         """The codes of the spaces of x and y."""
-        return dict(zip("xy", rows.space_pair(self.call.space, self.call.operation), strict=True))
+        return dict(zip("xy", options.space_pair(self.call.space, self.call.operation), strict=True))
 
     def whole(self, arrays: dict[str, Any]) -> dict[str, tuple[int, ...]]:
         """The shapes of x, y and indices, broadcast over all rows."""

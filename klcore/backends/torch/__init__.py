@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from klcore.backends import labels, rows
+from klcore.backends import destinations, labels, options, rows
 from klcore.backends.torch import autograd, kernels, memory, private
 from klcore.operations import Call, named
 
@@ -39,7 +39,7 @@ def compute(call: Call) -> Any:
     weights = memory.weights_beside(call.weights, x, call.device, name, estimate)
     ratio = memory.weights_beside(call.ratio, x, call.device, "ratio", estimate)
     if call.indices is not None or call.tail is not None or call.tail_mass is not None:
-        rows.check_list(call, rows.space_pair(call.space, call.operation))
+        options.check_list(call, options.space_pair(call.space, call.operation))
         indices, mass = memory.list_beside(call.indices, call.tail_mass, x, call.device)
         call = call._replace(indices=indices, tail_mass=mass)
     before = given.x, given.y, given.weights, given.ratio
@@ -73,7 +73,7 @@ def _with_numbers(call: Call, x: Any) -> Call:
     if torch.compiler.is_compiling() and not call.operation.is_loss:
         call = call._replace(temperature=memory.data(call.temperature), denominator=memory.data(call.denominator))
     if isinstance(call.denominator, torch.Tensor):
-        rows.check_denominator(call)
+        options.check_denominator(call)
         if call.denominator.requires_grad and torch.is_grad_enabled():
             raise TypeError(
                 "denominator requires a gradient, but klcore has no gradient for it; divide the sum by it instead"
@@ -114,13 +114,13 @@ def _history_or_not(call: Call) -> Any:
         call = call._replace(temperature=t.item() if t.is_cpu else t.clone())  # it may change before backward
     if eager and (call.return_grad is not None or not _needs_grad(x, y, t)):
         return kernels.compute(call)
-    rows.check_reduction(call.reduction, call.operation)
-    rows.check_denominator(call)
-    rows.space_pair(call.space, call.operation)
+    options.check_reduction(call.reduction, call.operation)
+    options.check_denominator(call)
+    options.space_pair(call.space, call.operation)
     wanted: tuple[str, ...] = ()
     if not eager:
         # the values of a tensor are checked when they are known
-        _, temperature, wanted = rows.words(call if t is None else call._replace(temperature=1.0))
+        _, temperature, wanted = options.words(call if t is None else call._replace(temperature=1.0))
         axis = call.axis if call.operation.is_loss else rows.class_axis_of(call, x, y)
         call = call._replace(temperature=temperature if t is None else t, axis=axis)
     if call.return_grad is None:
@@ -153,7 +153,7 @@ def _into(call: Call) -> Any:
             raise TypeError(f"out must be a tensor on {x.device}, or a tuple of such tensors; found {found}")
         if t is not None:
             memory.check(t, "out")
-            if rows.shares_with_itself(t.shape, t.stride(), 1):
+            if destinations.shares_with_itself(t.shape, t.stride(), 1):
                 raise ValueError("out is a view whose elements share memory; pass a new tensor")
             if t.requires_grad and torch.is_grad_enabled():
                 raise TypeError("out requires a gradient, but out= does not support autograd; pass a detached tensor")
@@ -162,7 +162,7 @@ def _into(call: Call) -> Any:
         return _copied(_history_or_not(call._replace(out=None)), out, outs)
     if not x.is_cpu:  # all results must be in PyTorch's own memory
         new = kernels.outs_of(call)
-        given = rows.results_in(out, ("",) * (len(new) - 1))
+        given = destinations.results_in(out, ("",) * (len(new) - 1))
         outs = [b if a is None else a for a, b in zip(given, new, strict=True)]
         out = tuple(outs)
     with memory.backend_of(x) as backend:

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from klcore.backends import cpu, examples, rows
+from klcore.backends import cpu, examples, options, rows
 from klcore.backends.torch.memory import FLOATS, as_pytorch, as_tensor, backend_of, bfloat16, cuda, lend
 from klcore.operations import Call
 
@@ -152,7 +152,7 @@ def _of_examples(call: Call) -> Any:
 
 def outs_of(call: Call) -> list[Any]:
     """New tensors for the results of a call, after checking its options."""
-    wanted = rows.words(call)[2]
+    wanted = options.words(call)[2]
     if not call.operation.is_loss:
         rows.class_axis_of(call, call.x, call.y)
     gradients = [gradient_like(call.x if of == "x" else call.y) for of in wanted]

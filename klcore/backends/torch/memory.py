@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from klcore.backends import BackendUnavailableError, cpu, rows
+from klcore.backends import BackendUnavailableError, arguments, cpu, options
 from klcore.backends.torch.private import PLAIN, is_known
 
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -125,8 +125,8 @@ def check(t: Any, name: str) -> None:
         raise TypeError(f"{name} is a quantized tensor; pass {name}.dequantize()")
     if t.dtype not in FLOATS and (t.dtype.is_complex or t.dtype.is_floating_point):  # complex, or 8 bits
         raise TypeError(
-            f"{name} has dtype {t.dtype}; klcore supports {', '.join(rows.FLOATS)}, and converts integers and booleans "
-            "to float64"
+            f"{name} has dtype {t.dtype}; klcore supports {', '.join(arguments.FLOATS)}, and converts integers "
+            "and booleans to float64"
         )
     if t.device.type not in ("cpu", "cuda", "meta"):
         raise TypeError(
@@ -214,7 +214,7 @@ def data(number: Any) -> Any:
 
 def temperature_beside(temperature: Any, like: Any) -> Any:
     """The temperature as a number, a 0-d tensor on any device, or a tensor on the device of the others."""
-    if not isinstance(temperature, torch.Tensor) and rows.has_numbers(temperature):  # cloned: it may change later
+    if not isinstance(temperature, torch.Tensor) and options.has_numbers(temperature):  # cloned: it may change later
         temperature = _number(temperature, "temperature", like.device).clone()
     if not isinstance(temperature, torch.Tensor) or (_is_ordinary(temperature) and temperature.ndim == 0):
         return temperature
@@ -260,5 +260,5 @@ def _indices_beside(indices: Any, like: Any, device: str | None) -> Any:
         found = torch.as_tensor(indices) if torch.compiler.is_compiling() else _lent_by(indices, "indices")
         found = (found.clone() if found.numel() else found.long()).to(like.device)  # NumPy converts [] to float64
     odd = found.dtype is torch.bool or found.dtype.is_floating_point or found.dtype.is_complex
-    rows.refuse_others(found.dtype, not odd)
+    arguments.refuse_others(found.dtype, not odd)
     return found

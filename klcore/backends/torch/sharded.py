@@ -15,7 +15,7 @@ import torch
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
 from klcore import _cpu
-from klcore.backends import cpu, rows, sparse
+from klcore.backends import cpu, options, rows, sparse
 from klcore.backends.torch import autograd, kernels, memory, operator
 from klcore.operations import Call
 
@@ -130,7 +130,7 @@ def compute(call: Call, locally: Callable[[Call], Any]) -> Any:
     operation, x, y = call.operation, call.x, call.y
     if isinstance(call.denominator, DTensor):
         call = call._replace(denominator=call.denominator.full_tensor())
-    rows.words(call)
+    options.words(call)
     terms = kernels.shape_of(call)
     if operation.is_loss:
         classes = call.axis - len(terms) if call.axis >= 0 else call.axis
@@ -177,7 +177,7 @@ def compute(call: Call, locally: Callable[[Call], Any]) -> Any:
     value = layout.whole(value, shape, strides, layout.placements(shape, of_rows, Partial))
     if not gradients:
         return value
-    wanted = [{"x": x, "y": y}[of] for of in rows.words(call)[2]]
+    wanted = [{"x": x, "y": y}[of] for of in options.words(call)[2]]
     return value, *(
         layout.whole(g, t.shape, t.stride(), layout.placements(t.shape, missing=Partial))
         for g, t in zip(gradients, wanted, strict=True)
@@ -220,12 +220,12 @@ def _count(code: int, space_x: int, space_y: int, terms: bool, gradient: bool) -
 
 def _sweeps(call: Call, terms: bool, gradient: bool) -> int:
     """The number of sweeps over the rows that these outputs need."""
-    return _count(call.operation.code, *rows.space_pair(call.space, call.operation), terms, gradient)
+    return _count(call.operation.code, *options.space_pair(call.space, call.operation), terms, gradient)
 
 
 def _exchanging(call: Call, layout: _Layout, classes: int) -> Any:
     """The value of this process's rows, and the gradients for its classes."""
-    _, temperature, wanted = rows.words(call)
+    _, temperature, wanted = options.words(call)
     x, y = (t if t is None or not wanted else t.detach() for t in (call.x, call.y))
     weights = memory.weights_beside(call.weights, x, None, "weights")
     terms = call.reduction == "none"
@@ -313,7 +313,7 @@ def _value_of_stats(*arguments: Any) -> Any:
 
 
 def _denominator(call: Call) -> float:
-    return 1.0 if call.denominator is None else rows.denominator_of(call)
+    return 1.0 if call.denominator is None else options.denominator_of(call)
 
 
 def _gradients_of_stats(*arguments: Any) -> tuple[Any, Any]:
@@ -346,7 +346,7 @@ def _batch(arguments: Sequence[Any]) -> tuple[int, ...]:
 def _fake_states(*arguments: Any) -> Any:
     *rest, number, _, of_x, of_y, count = arguments
     call = operator.call_of(*rest)
-    numbers = cpu.sweeps(call.operation, rows.space_pair(call.space, call.operation), gradient=of_x or of_y)
+    numbers = cpu.sweeps(call.operation, options.space_pair(call.space, call.operation), gradient=of_x or of_y)
     return call.x.new_empty((*_batch(rest), numbers[number], count), dtype=torch.float64)
 
 
