@@ -604,7 +604,7 @@ def _beside(a: Any, name: str, kinds: str, shape: tuple[int, ...]) -> Any:
     try:
         return np.broadcast_to(found, shape)
     except ValueError:
-        raise ValueError(f"{name} of shape {found.shape} does not broadcast to the shape of values, {shape}") from None
+        raise ValueError(f"{name} of shape {found.shape} do not broadcast to the shape of values, {shape}") from None
 
 
 def _refuse_negative(at: int, values: Any, mask: Any) -> None:

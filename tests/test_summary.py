@@ -256,7 +256,7 @@ def test_dask_arrays_elsewhere():
         klcore.Summary().update(lazy)
     with pytest.raises(ValueError, match="compute_chunk_sizes"):
         klcore.Summary.of(lazy[lazy > 0])
-    with pytest.raises(ValueError, match=r"weights has shape \(3,\)"):
+    with pytest.raises(ValueError, match=r"weights of shape \(3,\) do not broadcast"):
         klcore.Summary.of(lazy, np.ones(3, bool))
     assert klcore.Summary.of(da.zeros((0, 3))).compute() == klcore.Summary()
 
@@ -310,7 +310,7 @@ def test_interval_of_a_quantile_that_nothing_is_beyond():
         (([1.0, -0.5],), ValueError, "value -0.5 at position 2 is negative"),
         (([1.0 + 1j],), TypeError, "values has dtype complex128"),
         (([1.0], [1.0]), TypeError, "weights must be booleans"),
-        (([1.0], [True, False]), ValueError, r"weights of shape \(2,\) does not broadcast"),
+        (([1.0], [True, False]), ValueError, r"weights of shape \(2,\) do not broadcast"),
         (([1.0], None, [0.5]), TypeError, "groups must be integers"),
         ((np.ma.masked_array([1.0], [True]),), TypeError, "masked array"),
     ],

@@ -567,7 +567,7 @@ def reduced(values: Any, beside: dict[str, Any], leaf: Any, join: Any) -> Any:
                 a = da.broadcast_to(a, values.shape).rechunk(values.chunks)
             except ValueError:
                 raise ValueError(
-                    f"{name} of shape {a.shape} does not broadcast to the shape of values, {values.shape}"
+                    f"{name} of shape {a.shape} do not broadcast to the shape of values, {values.shape}"
                 ) from None
         arrays.append(a)
     parts = [None if a is None else a.to_delayed().ravel() for a in arrays]
