@@ -364,7 +364,7 @@ def assert_run(gpu, compared, case, n, run):
     return found
 
 
-@pytest.mark.quick(25)
+@pytest.mark.quick(12)
 @pytest.mark.parametrize("case", CASES, ids=key)
 def test_bits_of_the_cpu(gpu, compared, monkeypatch, case):
     kernel, lengths = PATHS[case["path"]]

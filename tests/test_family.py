@@ -514,6 +514,7 @@ rows_of_logits = hnp.arrays(
 )
 
 
+@pytest.mark.quick(4)
 @cases
 @given(rows=rows_of_logits, space=st.sampled_from(SAME))
 def test_never_negative(case, rows, space):
