@@ -398,6 +398,7 @@ GIVEN_ALL = {
 }
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("space", [("logits", "logits"), ("probs", "logits")])
 def test_all_that_can_be_asked(gpu, space):
     for case in test_bits.cases("kl_div", str(space), 8, ASKED, GIVEN_ALL):
@@ -528,6 +529,7 @@ LOGITS_OF_16_BITS = {  # y for x, random numbers and the place of x's largest
 }
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("kind", LOGITS_OF_16_BITS)
 @pytest.mark.parametrize("spread", [0.05, 2, 20])
 def test_logits_of_16_bits(gpu, kind, spread):
@@ -728,6 +730,7 @@ def test_broadcast_operands(gpu, compared, shapes, axis, space):
         both(gpu, compared, "kl_div", (x, y), space=space, axis=axis, return_grad=PAIR, **keywords)
 
 
+@pytest.mark.exhaustive
 def test_random_calls(gpu, compared):
     """What no design thought of: shapes, axes, broadcasting, weights and reductions by chance, always the same."""
     rng = np.random.default_rng(7)
