@@ -42,6 +42,7 @@ def test_help_and_wrong_arguments():
     assert command("--selfcheck").returncode == 2
 
 
+@pytest.mark.exhaustive
 def test_selftest_on_the_cpu():
     """In a process of its own, with the number of threads and instructions that the user has."""
     done = command("--selftest")
@@ -180,6 +181,7 @@ def test_fault_of_an_instruction_set(monkeypatch, kl_div_only, capsys):
     assert failed(capsys) == ["bits with generic instructions"]
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("operation", [*selftest.OPERATIONS, *selftest.ESTIMATORS])
 def test_fault_of_an_operation(monkeypatch, operation):
     """One bit of each result: every dtype's digest has seen it, also of counts, and that of no other operation."""

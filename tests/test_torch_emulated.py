@@ -145,6 +145,7 @@ def calls():
         yield best.requires_grad_("reduction" in words), y, words
 
 
+@pytest.mark.exhaustive
 def test_all_memory_is_pytorchs(posing, monkeypatch):
     """A CUDA graph that PyTorch captures owns what PyTorch allocated meanwhile, and nothing else."""
     device = importlib.import_module("emulator.device")
