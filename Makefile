@@ -24,7 +24,7 @@ examples: .venv/examples
 	$(BIN)/python examples/linear_distillation.py
 test: .venv/test
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not exhaustive"
-	$(BIN)/python -m pytest -p docs.pages --ignore docs/_extensions README.md docs  # a page is one program, for one process
+	$(BIN)/python -m pytest -n 2 --dist loadfile -p docs.pages --ignore docs/_extensions README.md docs  # a page is one program
 test-all: test
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m exhaustive
 # Keras on TensorFlow: a process has one backend of Keras', and TensorFlow is not for everybody's .venv.

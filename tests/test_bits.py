@@ -320,6 +320,7 @@ def test_threads(operation, dtype):
 LONG = (("probs", "probs"), ("log_probs", "log_probs"), ("logits", "logits"), ("probs", "logits"))
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize("operation", COMMON)
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_one_long_row(operation, dtype):

@@ -365,7 +365,7 @@ def assert_run(gpu, compared, case, n, run):
     return found
 
 
-@pytest.mark.quick(25)
+@pytest.mark.quick(12)
 @pytest.mark.parametrize("case", CASES, ids=key)
 def test_bits_of_the_cpu(gpu, compared, monkeypatch, case):
     kernel, lengths = PATHS[case["path"]]
@@ -399,6 +399,7 @@ GIVEN_ALL = {
 }
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("space", [("logits", "logits"), ("probs", "logits")])
 def test_all_that_can_be_asked(gpu, space):
     for case in test_bits.cases("kl_div", str(space), 8, ASKED, GIVEN_ALL):
@@ -530,6 +531,7 @@ LOGITS_OF_16_BITS = {  # y for x, random numbers and the place of x's largest
 }
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("kind", LOGITS_OF_16_BITS)
 @pytest.mark.parametrize("spread", [0.05, 2, 20])
 def test_logits_of_16_bits(gpu, kind, spread):
@@ -732,6 +734,7 @@ def test_broadcast_operands(gpu, compared, shapes, axis, space):
         both(gpu, compared, "kl_div", (x, y), space=space, axis=axis, return_grad=PAIR, **keywords)
 
 
+@pytest.mark.exhaustive
 def test_random_calls(gpu, compared):
     """Cases that no design covers: shapes, axes, broadcasting, weights and reductions at random, always the same."""
     rng = np.random.default_rng(7)

@@ -173,6 +173,7 @@ def test_any_axis(axis, parts, space):
         check(lazy, whole, assert_close if reduction == "sum" else assert_same_bits)
 
 
+@pytest.mark.quick(3)
 @pytest.mark.parametrize("chunks", [(2, 3, 4000), (2, 3, 1500)])
 @pytest.mark.parametrize(
     ("of_x", "of_y"),
@@ -235,6 +236,7 @@ def test_everything_against_the_oracle(operation, space, dtype):
     oracle.assert_answer({"value": value, "terms": terms, **names}, true, operation, space)
 
 
+@pytest.mark.quick(3)
 @pytest.mark.parametrize(("operation", "space"), CALLS)
 def test_multiples_of_1024_classes_have_the_bits_of_the_whole(operation, space):
     for dtype in DTYPES:
@@ -258,6 +260,7 @@ def test_millions_of_classes_have_the_bits_of_the_whole():
         assert_same_bits(lazy.compute(), klcore.kl_div(*arrays, space=space))
 
 
+@pytest.mark.quick(3)
 @pytest.mark.parametrize("space", PAIRS)
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_special_rows_in_parts(space, dtype):

@@ -442,8 +442,8 @@ OF_ONE_DIMENSION = (
     check_temperature_of_each_row, check_shards_without_classes, check_axes_over_classes,
     check_nothing_but_states_is_exchanged, check_messages,
 )  # fmt: skip
-OF_TWO_PROCESSES = (check_compiled, check_data_parallel)
-OF_TWO_DIMENSIONS = (check_rows_and_classes,)
+SOME = [((2,), check) for check in (*OF_ONE_DIMENSION, check_data_parallel)]
+OTHERS = [((2,), check_compiled), *(((3,), check) for check in OF_ONE_DIMENSION), ((2, 2), check_rows_and_classes)]
 
 
 def work(rank, folder, processes, checks):
@@ -465,17 +465,11 @@ def work(rank, folder, processes, checks):
 # ---- in pytest's process ---------------------------------------------------------------------------------------------
 
 
-CHECKS = {
-    (2,): (*OF_ONE_DIMENSION, *OF_TWO_PROCESSES),
-    (3,): OF_ONE_DIMENSION,
-    (2, 2): OF_TWO_DIMENSIONS,
-}
-
-
-@pytest.mark.parametrize("shapes", [[(2,)], pytest.param([(3,), (2, 2)], marks=pytest.mark.exhaustive)], ids=str)
-def test_processes(tmp_path, shapes):
-    checks = [(shape, check.__name__) for shape in shapes for check in CHECKS[shape]]
-    processes = max(map(math.prod, shapes))
+@pytest.mark.parametrize(
+    ("processes", "checks"), [(2, SOME), pytest.param(4, OTHERS, marks=pytest.mark.exhaustive)], ids=["2", "4"]
+)
+def test_processes(tmp_path, processes, checks):
+    checks = [(shape, check.__name__) for shape, check in checks]
     run = multiprocessing.spawn(work, (tmp_path, processes, checks), processes, join=False)
     ends = time.monotonic() + SECONDS
     while not run.join(timeout=max(0, ends - time.monotonic())):

@@ -454,6 +454,7 @@ launch(sys.argv[3], 1, 256, np.arange(256), shared=1024, wrong=1)
 """
 
 
+@pytest.mark.exhaustive
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs g++'s sanitizers")
 @pytest.mark.parametrize("kernel", ["copy", "overrun"])
 def test_sanitizers_find_what_lies_outside(kernel, tmp_path):

@@ -408,6 +408,7 @@ def test_torch_has_the_bits_of_numpy(torch):
         equal((t.numpy() for t in klcore.kl_estimate(torch.tensor(x), torch.tensor(y), **tensors, **options)), expected)
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
 def test_torch_compile(torch, reduction):
     x, y = (torch.tensor(a, requires_grad=True) for a in tokens())
@@ -460,6 +461,7 @@ def test_half_precision_of_torch(torch):
 # ---- JAX -------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("shape", [(), (5, 7), (300, 100)], ids=str)
 def test_jax(shape):
     """Without dimensions, small, and so large that it takes the other path."""

@@ -516,6 +516,7 @@ rows_of_logits = hnp.arrays(
 )
 
 
+@pytest.mark.quick(4)
 @cases
 @given(rows=rows_of_logits, space=st.sampled_from(SAME))
 def test_never_negative(case, rows, space):
@@ -739,6 +740,7 @@ def test_weights_of_any_size(gpu):
         np.testing.assert_allclose(expected[0], klcore.js_div(x[:2], y[:2], **options)[0], rtol=2e-7)
 
 
+@pytest.mark.quick(3)
 @names
 def test_pytorch(name):
     torch = pytest.importorskip("torch", reason="torch is not installed")

@@ -546,6 +546,7 @@ COMPILED = {
 }
 
 
+@pytest.mark.quick(3)
 @pytest.mark.parametrize("dynamic", [False, True])
 @pytest.mark.parametrize("name", COMPILED)
 def test_compile(name, dynamic):

@@ -885,6 +885,7 @@ def test_arguments_stay_as_they_are():
     np.testing.assert_array_equal(y, before[1])
 
 
+@pytest.mark.exhaustive
 def test_no_deadlock(python):
     """Arrays large enough for XLA's threads, calls that wait for each other, from several threads at the same time."""
     code = """

@@ -299,13 +299,14 @@ print(len(digests), len(set(digests)))
 """
 
 
-@pytest.mark.quick(1)
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("size", [32, 96, 160])
 def test_small_stacks(python, size):
     """Python's threads may have less stack than the kernels need: NumPy works in 32 KiB, too."""
     assert python(COMMON + SMALL_STACKS, size, timeout=LIMIT) == "2 1\n"
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("size", ["32k", "100", "0.12M"])
 def test_small_stacks_of_openmp(python, size):
     assert python(COMMON + SMALL_STACKS, 0, timeout=LIMIT, OMP_STACKSIZE=size) == "2 1\n"
@@ -332,6 +333,7 @@ OTHER = [pytest.param("sklearn"), pytest.param("torch", marks=needs_torch)]
 LENIENT = ("error", "ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("order", ["other first", "klcore first"])
 @pytest.mark.parametrize("library", OTHER)
 def test_beside(same, library, order):
@@ -350,6 +352,7 @@ def test_beside(same, library, order):
     )
 
 
+@pytest.mark.quick(1)
 @needs_fork
 @pytest.mark.parametrize("library", OTHER)
 def test_fork_beside(same, library):
@@ -367,6 +370,7 @@ def test_fork_beside(same, library):
     )
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("library", OTHER)
 def test_beside_at_the_same_time(same, library):
     same(
@@ -470,6 +474,7 @@ SUMMED = ("broadcast gradient", "broadcast gradient of few")
 BOTH = [(way, threads) for way in (*WAYS, *SUMMED) for threads in (1, 2)]
 
 
+@pytest.mark.quick(1)
 @pytest.mark.skipif(sys.platform == "win32", reason="sets a timer")
 @pytest.mark.parametrize(
     ("way", "threads"),

@@ -43,6 +43,7 @@ def test_help_and_wrong_arguments():
     assert command("--selfcheck").returncode == 2
 
 
+@pytest.mark.exhaustive
 def test_selftest_on_the_cpu():
     """In a separate process, with the user's number of threads and instructions."""
     done = command("--selftest")
@@ -181,6 +182,7 @@ def test_fault_of_an_instruction_set(monkeypatch, kl_div_only, capsys):
     assert failed(capsys) == ["bits with generic instructions"]
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("operation", [*selftest.OPERATIONS, *selftest.ESTIMATORS])
 def test_fault_of_an_operation(monkeypatch, operation):
     """One bit of each result: every dtype's digest notices it, for counts too, and no other operation's does."""

@@ -803,7 +803,7 @@ print("first")
 """
 
 
-@pytest.mark.quick(2)
+@pytest.mark.quick(1)
 @pytest.mark.parametrize(
     ("module", "options", "backend"),
     [

@@ -47,6 +47,7 @@ def posing(emulated, monkeypatch):
     return emulated
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize(("operation", "space"), SAME)
@@ -82,6 +83,7 @@ def test_bits_of_cupy(emulated, monkeypatch, operation, space, reduction, dtype)
             same(leaf.grad, a)
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("name", DTYPES)
 def test_strides_and_numbers(posing, name):
     x = logits(4, 6).to(getattr(torch, name))
@@ -118,6 +120,7 @@ def test_a_temperature_that_changes_in_place(posing):
     assert not any(isinstance(word, torch.Tensor) for words, *_ in kept for word in words)
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(("reduction", "n"), [("row", 2), ("none", 2), ("sum", 2), ("sum", 300), ("rowmean", 3000)])
 def test_a_cotangent_of_zero(posing, reduction, n, dtype):
@@ -143,6 +146,7 @@ def calls():
         yield best.requires_grad_("reduction" in words), y, words
 
 
+@pytest.mark.exhaustive
 def test_all_memory_is_pytorchs(posing, monkeypatch):
     """A CUDA graph captured by PyTorch owns what PyTorch allocated meanwhile, and nothing else."""
     device = importlib.import_module("emulator.device")
@@ -298,6 +302,7 @@ def test_estimates(emulated, monkeypatch, reduction):
     np.testing.assert_allclose(x.grad, expected[1], rtol=1e-6)
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize(
     ("way", "reduction", "dtype"),
     [(0, "row", "float32"), (1, "mean", "bfloat16"), (2, "none", "float32"), (3, "none", "bfloat16")],
@@ -340,6 +345,7 @@ def test_lists_that_are_no_lists(posing):
         assert not torch.isnan(result[[0, 2, 3]]).any()
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("reduction", ["row", "sum"])
 def test_shards_of_the_classes(posing, reduction):
     """The operators of DTensors, with two shards: the values and gradients of whole rows, exactly or within a

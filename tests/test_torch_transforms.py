@@ -700,6 +700,7 @@ def silent(monkeypatch):
         yield
 
 
+@pytest.mark.quick(8)
 @pytest.mark.parametrize("named", list(_losses()), ids=lambda named: named[0])
 def test_export_for_any_size(silent, named):
     """For any number of rows and classes."""
