@@ -8,6 +8,7 @@ import collections
 import contextlib
 import datetime
 import importlib
+import re
 
 import numpy as np
 import pytest
@@ -232,6 +233,66 @@ def test_labels_that_do_not(error, case):
     assert [word for word in (*words, ".to_numpy() to ignore") if word not in message] == [], message
     # what the message recommends
     klcore.kl_div(**{of: a.to_numpy() if hasattr(a, "to_numpy") else a for of, a in arrays.items()}, **options)
+
+
+COUNTS = pd.Series([5.0, 3.0, 2.0], ["card", "cash", "coin"])
+MISSING = {
+    "in x": (COUNTS[:2], COUNTS, "only y has 'coin'", "pass x.reindex(y.index, fill_value=0)"),
+    "in y": (COUNTS, COUNTS[1:], "only x has 'card'", "pass y.reindex(x.index, fill_value=0)"),
+    "in rows of x": (
+        pd.DataFrame([COUNTS[:2]]), COUNTS, "only y has 'coin'", "pass x.reindex(columns=y.index, fill_value=0)",
+    ),
+    "in all of x": (
+        COUNTS[:0], pd.DataFrame([COUNTS]), "'card', 'cash', 'coin'", "pass x.reindex(y.columns, fill_value=0)",
+    ),
+    "in both": (
+        COUNTS[:2], COUNTS[1:], "(first at position 0: 'card' and 'cash')", "only x has 'card' and only y has 'coin'",
+        "reindex both with x.index.union(y.index) and fill_value=0",
+    ),
+    "in both, of two sizes": (
+        COUNTS[:1], COUNTS[1:], "only x has 'card' and only y has 'cash', 'coin'", "x.index.union(y.index)",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", MISSING.values(), ids=MISSING)
+def test_classes_that_one_side_lacks(case):
+    """The message names them, and what it recommends keeps all counts."""
+    x, y, *words = case
+    with pytest.raises(ValueError, match=r"classes|labels") as raised:
+        klcore.js_div(x, y, space="counts")
+    message = str(raised.value)
+    assert [word for word in words if word not in message] == [], message
+    assert "indices=" not in message
+    if call := re.search(r"pass ((x|y)\.reindex\(.*?\))", message):
+        mended = eval(call[1], {"x": x, "y": y})
+        x, y = (mended, y) if call[2] == "x" else (x, mended)
+    else:
+        both = eval(re.search(r"with (x\S+)", message)[1], {"x": x, "y": y})
+        x, y = (a.reindex(both, fill_value=0) for a in (x, y))
+    sums = [np.asarray(a).sum() for a in case[:2]]
+    assert [np.asarray(a).sum() for a in (x, y)] == sums
+    klcore.js_div(x, y, space="counts")
+
+
+def test_labels_on_one_side_only():
+    with pytest.raises(ValueError, match=r"found 2 and 3 \(shapes \(2,\) and \(3,\)\)$"):
+        klcore.kl_div(COUNTS[:2], [1, 2, 3])
+    with pytest.raises(ValueError, match="indices="):
+        klcore.kl_div([1, 2], [1, 2, 3])
+
+
+@pytest.mark.parametrize("make", [pd.Series, np.asarray])
+@pytest.mark.parametrize("name", PAIR)
+def test_one_axis_is_the_last(name, make):
+    """Also with axis=0."""
+    table, series = pd.DataFrame(A.T), make(B[0])
+    arrays = {"x": table, "y": table, name: series}
+    column = series.to_frame() if make is pd.Series else series[:, None]
+    with pytest.raises(ValueError, match=rf"{name} has one axis.*pass {name}\[:, None\], or {name}\.to_frame\(\)"):
+        klcore.kl_div(**arrays, axis=0)
+    plain = {"x": A, "y": A, name: B[0]}
+    same(klcore.kl_div(**arrays | {name: column}, axis=0), klcore.kl_div(**plain))
 
 
 @pytest.mark.parametrize("library", ["torch", "jax", "dask", "emulated"])

@@ -7,12 +7,31 @@ no labels.
 
 import itertools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 # for every axis: the name of the dimension or None, and its labels or None
 Axes = list[tuple[Any, Any]]
+
+
+class _Axis(NamedTuple):
+    """One axis of an argument."""
+
+    name: str  # of the argument
+    k: int
+    n: int
+    dimension: Any
+    labels: Any
+
+    def __str__(self) -> str:
+        return f"axis {self.k} of {self.name}"
+
+    @property
+    def place(self) -> str:
+        """Where a table of pandas has the labels."""
+        return f"{self.name}.{'columns' if self.k else 'index'}"
+
 
 _readers: dict[type, Callable[[Any], Axes] | None] = {}
 
@@ -64,44 +83,67 @@ def check(
     for name, a in given.items():
         if a is None:
             continue
-        reader, shape = _reader(type(a)), tuple(getattr(a, "shape", None) or np.shape(a))
-        axes = reader(a) if reader else [(None, None)] * len(shape)
-        for k, (n, (dimension, labels)) in enumerate(zip(shape, axes, strict=True)):
-            at = k - len(shape)  # the axis in the broadcast shape of x and y, counted from the end
+        axes = _axes(name, a)
+        for axis in axes:
+            at = axis.k - len(axes)  # the axis in the broadcast shape of x and y, counted from the end
             at -= name in ("weights", "temperature", "tail_mass") and at <= last < 0  # these have no class axis
             if indices is not None and at == last and name in ("x", "indices"):
                 at = 1  # their class axis is not that of y
-            found[name, at] = f"axis {k} of {name}", n, dimension, labels
-    for ((one, at), a), ((other, to), b) in itertools.combinations(found.items(), 2):
+            found[name, at] = axis
+    for ((_, at), a), ((_, to), b) in itertools.combinations(found.items(), 2):
         if at == to:
-            _compare(one, other, a, b)
+            _compare(a, b, at == last)
 
 
-def _compare(one: str, other: str, a: Any, b: Any) -> None:
+def missing_classes(x: Any, y: Any, last: int) -> str:
+    """Which classes only one of two tables has, and what to do; "" unless both have labels on the class axis `last`."""
+    sides = [axes[last] for axes in (_axes("x", x), _axes("y", y)) if len(axes) >= -last]
+    return _missing(*sides) if len(sides) == 2 and all(side.labels is not None for side in sides) else ""
+
+
+def _axes(name: str, a: Any) -> list[_Axis]:
+    reader, shape = _reader(type(a)), tuple(getattr(a, "shape", None) or np.shape(a))
+    axes = reader(a) if reader else [(None, None)] * len(shape)
+    return [_Axis(name, k, n, *axis) for k, (n, axis) in enumerate(zip(shape, axes, strict=True))]
+
+
+def _compare(a: _Axis, b: _Axis, classes: bool) -> None:
     """Compare one axis of two arguments."""
-    (of_a, n, dimension, labels), (of_b, m, other_dimension, other_labels) = a, b
-    by_position = f"pass {one}.to_numpy() and {other}.to_numpy() to ignore the labels"
-    if dimension is not None and other_dimension is not None and dimension != other_dimension:
+    by_position = f"pass {a.name}.to_numpy() and {b.name}.to_numpy() to ignore the labels"
+    if a.dimension is not None and b.dimension is not None and a.dimension != b.dimension:
         raise ValueError(
-            f"{of_a} is the dimension {dimension!r} and {of_b} is {other_dimension!r}, but klcore matches axes by "
-            f"position; transpose one of them, or {by_position}"
+            f"{a} is the dimension {a.dimension!r} and {b} is {b.dimension!r}, but klcore matches axes by position; "
+            f"transpose one of them, or {by_position}"
         )
-    if n != m or (labels is None and other_labels is None):
+    if a.n != b.n or (a.labels is None and b.labels is None):
         return  # broadcast, or a shape error that is raised elsewhere, or no labels
-    if labels is not None and other_labels is not None:
-        if not _equal(labels, other_labels):
+    if a.labels is not None and b.labels is not None:
+        if not _equal(a.labels, b.labels):
             raise ValueError(
-                f"{of_a} and {of_b} have different labels ({_difference(labels, other_labels)}), but klcore does not "
-                f"align them; reindex one like the other, or {by_position}"
+                f"{a} and {b} have different labels ({_difference(a.labels, b.labels)}), but klcore does not align "
+                f"them; {(classes and _missing(a, b)) or 'reindex one like the other'}, or {by_position}"
             )
         return
-    name, of, alone = (one, of_a, other) if other_labels is None else (other, of_b, one)
-    labels = other_labels if labels is None else labels
-    if _reordered(labels):
+    one, other = (a, b) if b.labels is None else (b, a)
+    if _reordered(one.labels):
         raise TypeError(
-            f"the labels of {of} ({_first(labels)}) are not in the order of the positions, and {alone} has no labels "
-            f"there to decide which one is meant; sort {name} by its labels, or pass {name}.to_numpy() to ignore them"
+            f"the labels of {one} ({_first(one.labels)}) are not in the order of the positions, and {other.name} has "
+            f"no labels there to decide which one is meant; sort {one.name} by its labels, or pass "
+            f"{one.name}.to_numpy() to ignore them"
         )
+
+
+def _missing(a: _Axis, b: _Axis) -> str:
+    """Which labels only one side has, and how to give both sides all labels of both; "" if none is missing."""
+    sides = [(has, lacks, [v for v in has.labels if v not in lacks.labels]) for has, lacks in ((a, b), (b, a))]
+    sides = [side for side in sides if side[2]]
+    if not sides:
+        return ""
+    found = " and ".join(f"only {has.name} has {_first([*map(repr, only)])}" for has, _, only in sides)
+    if len(sides) == 2:
+        return f"{found}; for counts, reindex both with {a.place}.union({b.place}) and fill_value=0"
+    has, lacks, _ = sides[0]
+    return f"{found}; for counts, pass {lacks.name}.reindex({'columns=' * lacks.k}{has.place}, fill_value=0)"
 
 
 def _equal(a: Any, b: Any) -> bool:

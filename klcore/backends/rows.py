@@ -140,7 +140,7 @@ def _lay(xp: Any, asarray: Any, call: Call) -> Laid:
     scalar = x.ndim == 0 and y.ndim == 0
     xs, ys = (x.reshape(1), y.reshape(1)) if scalar else (x, y)
     ndim = max(xs.ndim, ys.ndim)
-    last = class_axis(x, y, call.axis)
+    last = _class_axis(call, x, y)
     xs, ys = classes_last(xs, last), classes_last(ys, last)
     n = xs.shape[-1]
     batch = xs.shape[:-1]
@@ -367,20 +367,35 @@ def _collected(g: Gradient) -> Any:
     return g.out
 
 
-def class_axis(x: Any, y: Any, axis: Any) -> int:
+def _class_axis(call: Call, x: Any, y: Any) -> int:
     """The class axis, counted from the end; ValueError if x and y do not have the same number of classes along it."""
     shapes = tuple(x.shape), tuple(x.shape if y is None else y.shape)
     ndim = max(map(len, shapes))
-    last = _axis(axis, ndim or 1, ndim == 0)
+    last = _axis(call.axis, ndim or 1, ndim == 0)
     xs, ys = (shape if ndim else (1,) for shape in shapes)
     if min(len(xs), len(ys)) < -last or xs[last] != ys[last]:
         n, m = (shape[last] if len(shape) >= -last else 1 for shape in (xs, ys))
-        hint = "; if x has only some of the classes, say which with indices=" if n < m else ""
         raise ValueError(
-            f"x and y must have the same number of classes along axis {axis} of the shape to which they broadcast; "
-            f"found {n} and {m} (shapes {shapes[0]} and {shapes[1]}){hint}"
+            f"x and y must have the same number of classes along axis {call.axis} of the shape to which they "
+            f"broadcast; found {n} and {m} (shapes {shapes[0]} and {shapes[1]}){_what_may_help(call, xs, ys, last)}"
         )
     return last
+
+
+def _what_may_help(call: Call, xs: tuple[int, ...], ys: tuple[int, ...], last: int) -> str:
+    """The end of the message about different numbers of classes."""
+    for name, shape in (("x", xs), ("y", ys)):
+        if len(shape) == 1 < -last:
+            new = ", None" * (-last - 1)
+            return (
+                f"; {name} has one axis, which broadcasting makes the last: pass {name}[:{new}], or {name}.to_frame() "
+                "of a Series"
+            )
+    if labels.are_there(call.x, call.y):
+        missing = labels.missing_classes(call.x, call.y, last)
+        return missing and f"; {missing}"
+    fewer = min(len(xs), len(ys)) >= -last and xs[last] < ys[last]
+    return "; if x has only some of the classes, say which with indices=" if fewer else ""
 
 
 def class_axis_of(call: Call, x: Any, y: Any) -> int:
@@ -388,7 +403,7 @@ def class_axis_of(call: Call, x: Any, y: Any) -> int:
     if call.indices is not None:
         return lay_list(x, y, call.indices, call.axis)[0]
     if not call.operation.is_estimator:
-        return class_axis(x, y, call.axis)
+        return _class_axis(call, x, y)
     estimate_shape(x, y)
     return 0
 
