@@ -5,6 +5,16 @@
 Documentation: https://github.com/klcore/klcore/tree/main/docs
 """
 
+try:
+    __import__("klcore._cpu")  # what is missing is said here, not by the first module that needs it
+except ModuleNotFoundError as error:
+    if error.name != "klcore._cpu":
+        raise
+    raise ImportError(
+        f"klcore is not compiled for this Python in {__path__[0]}, which Python found before the installed package: "
+        'change to another folder, or run "pip install -e ." in the clone'
+    ) from error
+
 from klcore.backends import BackendUnavailableError, list_backends, register_backend
 from klcore.backends.threads import get_num_threads, set_num_threads, threads
 from klcore.config import show_config

@@ -158,8 +158,8 @@ def js_div(
         if not scaled and beta in (0, 1):
             pair = "x, y" if beta == 0 else "y, x"
             raise ValueError(
-                f"beta={beta:g} makes every Jensen-Shannon divergence 0; TRL and Liger-Kernel use it for "
-                f"kl_div({pair}), which is what scaled=True gives"
+                f"at beta={beta:g} the Jensen-Shannon divergence is 0 for all x and y; TRL and Liger-Kernel return "
+                f"kl_div({pair}) there: call that, or pass scaled=True"
             )
         raise ValueError(f"beta must be in {'[0, 1]' if scaled else '(0, 1)'}; found {beta!r}")
     if 0 < beta < _LEAST:

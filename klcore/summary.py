@@ -59,6 +59,8 @@ class Summary:
     The rows of one text are alike, so the usual standard error, which assumes that they are independent, is too small.
     Pass the text of each row as `groups`, and :meth:`stderr` returns the clustered standard error [1]_.
 
+    Pass a mask to :meth:`update`, not to the divergence: there, masked rows become zeros, which would count.
+
     References
     ----------
     .. [1] Liang, K.-Y. and Zeger, S. L., "Longitudinal data analysis using generalized linear models", Biometrika 73

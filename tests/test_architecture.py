@@ -7,8 +7,10 @@ import inspect
 import json
 import pathlib
 import re
+import shutil
 import struct
 import sys
+from importlib.machinery import EXTENSION_SUFFIXES
 
 import pytest
 
@@ -30,8 +32,8 @@ REGISTRY_ERROR = "klcore.backends:BackendUnavailableError"  # an exception has t
 CHECKED = {f"klcore.backends.{name}" for name in ("arguments", "options", "destinations", "rows")}  # of every call
 ROOMS = {
     r"klcore": {
-        "klcore.divergence", "klcore.estimate", "klcore.family", "klcore.backends", "klcore.backends.threads",
-        "klcore.config", "klcore.shard", "klcore.summary", "klcore.version",
+        "klcore._cpu", "klcore.divergence", "klcore.estimate", "klcore.family", "klcore.backends",
+        "klcore.backends.threads", "klcore.config", "klcore.shard", "klcore.summary", "klcore.version",
     },
     # the parameters of a function are only that function's concern
     r"klcore\.shard": {
@@ -341,6 +343,33 @@ def test_other_processes_find_what_this_one_finds(python, tmp_path, monkeypatch)
     monkeypatch.chdir(tmp_path)
     found = python("import klcore, klcore._cpu; print(klcore.__file__, klcore._cpu.__file__)").split()
     assert found == [klcore.__file__, _cpu.__file__]
+
+
+@pytest.mark.parametrize(
+    ("kernel", "message"),
+    [
+        (None, "ImportError: klcore is not compiled for this Python in {folder}, which Python found before the "),
+        ("no machine code", "ImportError: "),
+        ("import libgomp", "ModuleNotFoundError: No module named 'libgomp'"),
+    ],
+)
+def test_an_import_that_fails_says_why(python, tmp_path, kernel, message):
+    """Without a kernel, as in a clone beside the installed package; with one that does not load, its own message."""
+    folder = tmp_path / "klcore"
+    shutil.copytree(PACKAGE, folder, ignore=shutil.ignore_patterns("_cpu*", "_src", "__pycache__"))
+    if kernel:
+        suffix = ".py" if kernel.startswith("import") else EXTENSION_SUFFIXES[0]
+        (folder / f"_cpu{suffix}").write_text(kernel)
+    code = """
+import sys
+sys.meta_path = [finder for finder in sys.meta_path if "editable" not in repr(finder)]  # has the kernel of a checkout
+sys.path.insert(0, sys.argv[1])
+import klcore
+"""
+    said = python(code, tmp_path, fails=True)
+    assert message.format(folder=folder) in said
+    assert "circular" not in said
+    assert ("not compiled" in said) == (kernel is None)
 
 
 def test_import_leaves_subnormal_numbers_alone(python):

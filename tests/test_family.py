@@ -634,9 +634,9 @@ def test_narrow_numbers(name):
 @pytest.mark.parametrize(
     ("name", "parameters", "message"),
     [
-        ("js_div", {"beta": 0}, "beta=0 makes every Jensen-Shannon divergence 0; TRL and Liger-Kernel use it for "),
-        ("js_div", {"beta": 0}, r"kl_div\(x, y\), which is what scaled=True gives"),
-        ("js_div", {"beta": 1.0}, r"beta=1 makes .* use it for kl_div\(y, x\)"),
+        ("js_div", {"beta": 0}, "at beta=0 the Jensen-Shannon divergence is 0 for all x and y; TRL and Liger-Kernel "),
+        ("js_div", {"beta": 0}, r"return kl_div\(x, y\) there: call that, or pass scaled=True"),
+        ("js_div", {"beta": 1.0}, r"at beta=1 .* return kl_div\(y, x\) there"),
         ("js_div", {"beta": -0.1}, r"beta must be in \(0, 1\); found -0.1"),
         ("js_div", {"beta": float("nan")}, r"beta must be in \(0, 1\); found nan"),
         ("js_div", {"beta": 1.5, "scaled": True}, r"beta must be in \[0, 1\]; found 1.5"),

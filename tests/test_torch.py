@@ -1043,6 +1043,24 @@ def test_out_that_is_read_negated():
     torch.testing.assert_close(out.resolve_neg(), kl(x, y, "row"), rtol=0, atol=0)
 
 
+def test_out_over_y_beside_a_cross_entropy():
+    """As docs/distil.md saves memory: the gradient of a sum of two losses, one of which overwrote the logits."""
+    x, labels = logits(6, 10), torch.arange(6)
+    hidden, layer, t = logits(6, 4, seed=1).requires_grad_(), logits(4, 10, seed=2), 2.0
+    options = {"space": "logits", "temperature": t, "reduction": "rowmean"}
+    y = hidden @ layer
+    loss = t**2 * klcore.kl_div(x, y, **options) + torch.nn.functional.cross_entropy(y, labels)
+    (expected,) = torch.autograd.grad(loss, hidden)
+
+    y = hidden @ layer
+    hard = torch.nn.functional.cross_entropy(y, labels)
+    with torch.no_grad():
+        _, grad = klcore.kl_div(x, y, **options, return_grad="y", out=(None, y))
+        grad *= t**2
+    torch.autograd.backward([hard, y], [None, grad])
+    torch.testing.assert_close(hidden.grad, expected)
+
+
 # ---- threads and processes -------------------------------------------------------------------------------------------
 
 
