@@ -668,7 +668,7 @@ def test_wrong_parameters(name, parameters, message):
 @pytest.mark.parametrize("value", ["0.5", b"0.5", bytearray(b"0.5"), None, [0.5, 0.5], 1j])
 def test_parameters_that_are_no_numbers(value):
     for name, keyword in (("js_div", "beta"), ("mixed_kl_div", "forward"), ("alpha_div", "alpha")):
-        with pytest.raises(TypeError, match=f"{keyword} must be a number, found"):
+        with pytest.raises(TypeError, match=f"{keyword} must be a number; found"):
             call(name, [1.0], [1.0], **{keyword: value})
 
 
