@@ -3,7 +3,6 @@
 import collections
 import contextlib
 import ctypes
-import gc
 import importlib
 import os
 import pathlib
@@ -199,13 +198,11 @@ def pytest_collection_modifyitems(items):
 def pytest_runtest_teardown(item, nextitem):
     """A process stays below 1.5 GB. After each test's last case JAX forgets its programs, of which it keeps all; after
     each file's, PyTorch forgets what it compiled, and free memory goes back to the system."""
-    if nextitem is None or name_of(nextitem) != name_of(item):
-        if "jax" in sys.modules:
-            sys.modules["jax"].clear_caches()
+    if (nextitem is None or name_of(nextitem) != name_of(item)) and "jax" in sys.modules:
+        sys.modules["jax"].clear_caches()
     if nextitem is None or nextitem.path != item.path:
         if "torch._dynamo" in sys.modules:
             sys.modules["torch._dynamo"].reset()
-        gc.collect()
         if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):  # glibc, not musl
             libc.malloc_trim(0)
 
