@@ -613,7 +613,7 @@ def test_which_rows_are_held(gpu, monkeypatch):
     monkeypatch.setattr(devices, "properties", lambda device: h200)
 
     def is_held(dtype, chunks, outputs=2, rows=8192):
-        code = launches.rows.FLOATS.index(dtype)
+        code = importlib.import_module("klcore.backends.rows").CODES[dtype]
         call = launches.Kind(0, KL_DIV, (2, 2), (code, code), dtype == "float64", outputs, True, False, 1024 * chunks)
         slot, beside = 1024 * call.bytes_a_class(), 1024 * call.extra_bytes() + 8 * launches.KNOWN
         found = launches._a_block_a_row(call, rows, chunks, call.sweeps, slot, beside)

@@ -456,6 +456,9 @@ CALLS = {
 class Enough(Exception):
     pass
 
+if hasattr(signal, "pthread_sigmask"):  # whatever started this process may have blocked the timer's signal
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGALRM})
+
 def enough(*_):
     raise Enough
 
@@ -517,9 +520,11 @@ def slowly(call, seconds):
         raise Enough
     signal.signal(signal.SIGALRM, handle)
     signal.setitimer(signal.ITIMER_REAL, 0.01)
+    end = time.monotonic() + 60
     try:
-        while True:
+        while time.monotonic() < end:
             call()
+        raise SystemExit("the exception of the handler is lost")
     except Enough:
         pass
     finally:

@@ -16,7 +16,7 @@ from test_torch import array, compiled, logits, same, tensor  # noqa: F401  # `c
 from test_torch_transforms import equal, of_examples, value_and_gradients, with_gradients
 
 import klcore
-from klcore.backends.rows import TAILS
+from klcore.backends.options import TAILS
 from klcore.operations import OPERATIONS
 
 torch = pytest.importorskip("torch", reason="no PyTorch: its adapter is not tested")

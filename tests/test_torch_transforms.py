@@ -702,7 +702,7 @@ def silent(monkeypatch):
 
 @pytest.mark.quick(8)
 @pytest.mark.parametrize("named", list(_losses()), ids=lambda named: named[0])
-def test_export_for_any_size(silent, named):
+def test_export_for_any_size(silent, without_keras, named):
     """For any number of rows and classes."""
     _, loss = named
 
