@@ -17,7 +17,6 @@ from klcore.operations import LOSSES, OPERATIONS, Call
 
 # the attribute klcore.backends is the public function, so the module is imported by name
 registry = importlib.import_module("klcore.backends")
-rows = importlib.import_module("klcore.backends.rows")
 
 
 @pytest.fixture
