@@ -3,6 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 SOURCES := setup.py pyproject.toml $(wildcard src/*.h src/*.pyx src/kl_isa_*.cpp)
 # Python compiles what is imported; pip would compile everything, which takes longer than to unpack it.
+unexport PYTHONDONTWRITEBYTECODE
 PIP := $(BIN)/pip install -q --no-compile
 
 .PHONY: build demo demo-compare examples test test-all test-tensorflow test-oldest fuzz lint docs wheel wheel-test bench accuracy plots pictures asv asv-check asv-compare cuda-check \
