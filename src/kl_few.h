@@ -1,5 +1,5 @@
 // Rows of at most COLUMNS classes on the CPU: a block of rows at a time, one row per lane, class by class in loops over the
-// lanes. kl_isa.h includes this file after kl_rows.h, once for every instruction set; kl_batch.h calls what `few` returns.
+// lanes. Included after kl_rows.h, once for every instruction set (kl_isa.h); kl_batch.h calls what `few` returns.
 // There are no formulas here, and the bits are those of kl_rows.h: only the order of the loops differs. Rows that the short
 // forms cannot handle are marked, and kl_batch.h has them computed one by one. Indices have 64 bits: CPython's -fwrapv makes
 // sums of 32-bit indices opaque to gcc's vectoriser.

@@ -1,5 +1,5 @@
 // kl_rows.h, kl_few.h and kl_sparse_rows.h, compiled once for each instruction set into a namespace of that name, each by
-// its own kl_isa_*.cpp; `choose_isa` picks one at run time. All compute the same bits: only the width of the vectors differs.
+// its own kl_isa_*.cpp; klcore.backends.cpu picks one at run time. All compute the same bits: only the width of the vectors differs.
 #pragma once
 #include <algorithm>
 #include <cmath>

@@ -1,4 +1,4 @@
-// One row on the CPU: loads, sweeps over chunks, sums. kl_isa.h includes this file once for every instruction set, each time in
+// One row on the CPU: loads, sweeps over chunks, sums. Included once for every instruction set (kl_isa.h), each time in
 // a different namespace; kl_batch.h calls what `kernel` returns. The formulas of terms are in kl_math.h, the threads in
 // kl_batch.h. Loops are written for the compiler's vectoriser: over contiguous buffers, without branches, a multiple of 16
 // elements long. Every buffer fits in the first-level cache.

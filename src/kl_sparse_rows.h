@@ -1,5 +1,5 @@
 // One row in which x lists some classes (kl_sparse.h), on the CPU: y's numbers of all other classes, the K + 1 classes made from
-// these (kl_sparse_steps.h), and their derivatives, taken back to all classes. kl_isa.h includes this file after kl_rows.h, whose
+// these (kl_sparse_steps.h), and their derivatives, taken back to all classes. Included after kl_rows.h (kl_isa.h), whose
 // sweeps over chunks it uses. klcore.backends.sparse calls the steps in order, and computes the divergence in between.
 
 // The sum of n numbers, from number `at` on, in the order of kl_tree.h; f(at, m, to) writes m of them, from `at` on, to `to`.

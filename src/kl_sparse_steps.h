@@ -1,5 +1,5 @@
 // The steps of one row in which x lists some classes (kl_sparse.h): the K + 1 classes, and their derivatives. Written once for
-// the CPU (kl_isa.h includes it for each instruction set) and the GPU (nvrtc.py). Both provide a `Team`, which does the work:
+// the CPU (once for each instruction set: kl_isa.h) and the GPU (nvrtc.py). Both provide a `Team`, which does the work:
 //   team.each(n, f)      calls f(i) for all i < n, in any order, and returns after all of them
 //   team.sum(n, f)       the sum of all f(i), in the order of kl_tree.h
 //   team.largest(n, f)   the largest f(i), or -infinity; NaN is ignored

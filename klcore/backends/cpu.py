@@ -199,7 +199,7 @@ def states(call: Call, number: int, stats: Any) -> Any:
 
     `stats` is what :func:`merge` made of the previous sweep, or None for the first one.
     """
-    spaces, _, wanted = options.words(call)
+    spaces, _, wanted = options.check(call)
     task = arrange(call._replace(return_grad=None))
     operation = call.operation.code
     numbers = sweeps(call.operation, spaces, gradient=bool(wanted))[number]

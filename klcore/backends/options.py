@@ -39,7 +39,7 @@ def _list(options: Any) -> str:
     return ", ".join(map(repr, options))
 
 
-def words(call: Call) -> tuple[tuple[int, int], Any, tuple[str, ...]]:
+def check(call: Call) -> tuple[tuple[int, int], Any, tuple[str, ...]]:
     """The checked options of a call: the codes of both spaces, the temperature, the names of the gradients. An array of
     temperatures is returned as given; its values are checked later."""
     operation = call.operation

@@ -156,7 +156,7 @@ def _lay(xp: Any, asarray: Any, call: Call) -> Laid:
 
 def _arrange(xp: Any, asarray: Any, call: Call, factors: Any = None, signed: bool = False) -> Task:
     """`factors` broadcast to the shape of the terms; `signed`: weights may be any numbers."""
-    spaces, temperature, wanted = options.words(call)
+    spaces, temperature, wanted = options.check(call)
     laid = _lay(xp, asarray, call)
     weights = by = read_weights(xp, asarray, call.weights, laid.batch, signed)
     double = max(a.dtype.itemsize for a in laid.operands.values()) == 8
@@ -261,7 +261,7 @@ def share(xp: Any, gradients: list[Gradient], shared: tuple[str, ...]) -> None:
 
 def _arrange_loss(xp: Any, asarray: Any, call: Call) -> Task:
     """The arguments of ``klcore.divergence.loss``, where x and y broadcast over the classes, too."""
-    _, _, wanted = options.words(call)
+    _, _, wanted = options.check(call)
     operands = {"x": asarray(call.x, "x"), "y": asarray(call.y, "y")}
     ndim = max(a.ndim for a in operands.values())
     last = -1 if ndim == 0 else _axis(call.axis, ndim, False)

@@ -131,7 +131,7 @@ def _sorted(xp: Any, task: Task, places: Any, count: int, cotangent: Any) -> Any
 
 def arrange(xp: Any, asarray: Any, call: Call) -> Task:
     """Check the arguments of a call, before anything is computed."""
-    spaces, temperature, wanted = options.words(call)
+    spaces, temperature, wanted = options.check(call)
     tail = options.TAILS[call.tail]
     laid, indices = _lay(xp, asarray, call)
     batch, n = laid.batch, laid.n

@@ -265,7 +265,7 @@ def arrange(call: Call) -> rows.Task:
 def states(call: Call, number: int, stats: Any) -> Any:
     """As cpu.states: the states of all chunks, even if there is only one."""
     with _there(call) as (cupy, device):
-        spaces, _, wanted = options.words(call)
+        spaces, _, wanted = options.check(call)
         task = _laid_out(cupy, device, call._replace(return_grad=None))
         outputs = sum(kernels.OUTPUTS[of] for of in wanted) if number else 0
         numbers = kernels.states(call.operation.code, spaces, outputs, False)[number]

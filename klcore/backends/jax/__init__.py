@@ -159,7 +159,7 @@ def compute(call: Call) -> Any:
     if call.out is not None:
         raise TypeError("JAX arrays cannot be written to, so out= is not supported; use the returned arrays")
     # check first: JAX would take an invalid option that equals a valid one for a program that it has compiled already
-    _, temperature, wanted = options.words(call)
+    _, temperature, wanted = options.check(call)
     device, several = call.device, options.has_numbers(temperature)
     given = {name: a for name in _ARRAYS if (a := getattr(call, name)) is not None}
     if not several:

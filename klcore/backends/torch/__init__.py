@@ -120,7 +120,7 @@ def _history_or_not(call: Call) -> Any:
     wanted: tuple[str, ...] = ()
     if not eager:
         # the values of a tensor are checked when they are known
-        _, temperature, wanted = options.words(call if t is None else call._replace(temperature=1.0))
+        _, temperature, wanted = options.check(call if t is None else call._replace(temperature=1.0))
         axis = call.axis if call.operation.is_loss else rows.class_axis_of(call, x, y)
         call = call._replace(temperature=temperature if t is None else t, axis=axis)
     if call.return_grad is None:

@@ -152,7 +152,7 @@ def _of_examples(call: Call) -> Any:
 
 def outs_of(call: Call) -> list[Any]:
     """New tensors for the results of a call, after checking its options."""
-    wanted = options.words(call)[2]
+    wanted = options.check(call)[2]
     if not call.operation.is_loss:
         rows.class_axis_of(call, call.x, call.y)
     gradients = [gradient_like(call.x if of == "x" else call.y) for of in wanted]

@@ -130,7 +130,7 @@ def compute(call: Call, locally: Callable[[Call], Any]) -> Any:
     operation, x, y = call.operation, call.x, call.y
     if isinstance(call.denominator, DTensor):
         call = call._replace(denominator=call.denominator.full_tensor())
-    options.words(call)
+    options.check(call)
     terms = kernels.shape_of(call)
     if operation.is_loss:
         classes = call.axis - len(terms) if call.axis >= 0 else call.axis
@@ -177,7 +177,7 @@ def compute(call: Call, locally: Callable[[Call], Any]) -> Any:
     value = layout.whole(value, shape, strides, layout.placements(shape, of_rows, Partial))
     if not gradients:
         return value
-    wanted = [{"x": x, "y": y}[of] for of in options.words(call)[2]]
+    wanted = [{"x": x, "y": y}[of] for of in options.check(call)[2]]
     return value, *(
         layout.whole(g, t.shape, t.stride(), layout.placements(t.shape, missing=Partial))
         for g, t in zip(gradients, wanted, strict=True)
@@ -225,7 +225,7 @@ def _sweeps(call: Call, terms: bool, gradient: bool) -> int:
 
 def _exchanging(call: Call, layout: _Layout, classes: int) -> Any:
     """The value of this process's rows, and the gradients for its classes."""
-    _, temperature, wanted = options.words(call)
+    _, temperature, wanted = options.check(call)
     x, y = (t if t is None or not wanted else t.detach() for t in (call.x, call.y))
     weights = memory.weights_beside(call.weights, x, None, "weights")
     terms = call.reduction == "none"
