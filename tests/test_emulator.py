@@ -299,10 +299,11 @@ def test_the_hardware_exponential_is_inexact_but_close(launch):
 
 
 def test_the_switch_of_other_platforms(modules):
-    slow = launcher(modules("-DEMULATOR_UCONTEXT"))
-    for seed in range(2):
-        assert (slow("block_sum", 2, 256, np.ones(512), size=2, shared=32, seed=seed) == 256).all()
-        found(slow, "thread .* has returned", "divergent", 2, 64, seed=seed)
+    with using(ucontext=True):
+        slow = launcher(modules())
+        for seed in range(2):
+            assert (slow("block_sum", 2, 256, np.ones(512), size=2, shared=32, seed=seed) == 256).all()
+            found(slow, "thread .* has returned", "divergent", 2, 64, seed=seed)
 
 
 def test_modules_share_no_variables(launch, modules):

@@ -33,8 +33,9 @@ class Settings:
     architecture: str = "90"  # compute capability, as CuPy writes it
     devices: int = 1
     multiprocessors: int = 4  # per device
-    optimize: int = 0  # g++ -O; tests spend more time compiling than computing
+    optimize: int = 0  # g++ -O for kernels; tests spend more time compiling than computing
     sanitize: bool = False  # compile with ASan and UBSan, in a process started with sanitizer_environment()
+    ucontext: bool = False  # switch threads as on other platforms than x86-64 Linux
 
 
 settings = Settings()
@@ -72,8 +73,27 @@ def _compiled(source, options, arch):
     return _once(f"{_key(source, flags, macros, launch)}.so", make)
 
 
+@functools.cache
+def _emulator(sanitize, ucontext):
+    """emulator.cpp, compiled and loaded."""
+    flags = [*_flags(sanitize), f"-O{1 if sanitize else 2}", *(["-DEMULATOR_UCONTEXT"] if ucontext else [])]
+    source = HERE / "emulator.cpp"
+
+    def make(work):
+        return _run([*flags, "-shared", str(source)], work / "runtime.so")
+
+    library = ctypes.CDLL(str(_once(f"{_key(source.read_text(), flags)}.so", make)))
+    library.emulator_runtime.restype = ctypes.c_void_p
+    library.emulator_launch.restype = ctypes.c_char_p
+    library.emulator_launch.argtypes = (
+        *(ctypes.c_void_p, ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p),
+        *(ctypes.c_uint, ctypes.c_uint, ctypes.c_size_t, ctypes.c_uint, ctypes.c_int),
+    )
+    return library
+
+
 def _header(flags):
-    """A folder with emulator.h and its precompiled header, which saves a third of a kernel's compile time."""
+    """A folder with emulator.h and its precompiled header, which saves a fifth of a kernel's compile time."""
 
     def make(work):
         folder = work / "header"
@@ -490,9 +510,8 @@ def may_share_memory(a, b, max_work=None):
 
 # ---- modules and kernels ---------------------------------------------------------------------------------------------
 
-_libraries = {}  # path, device -> loaded library: like CuPy, loads a path once
+_libraries = {}  # path, device, switch -> loaded library: like CuPy, loads a path once
 _lock = threading.Lock()
-_pool = None  # all libraries share the stacks of the first
 
 
 def _load_copy(path):
@@ -506,29 +525,17 @@ def _load_copy(path):
 
 
 def _load(path):
-    global _pool
     with _lock:
-        key = os.fspath(path), Device().id
+        key = os.fspath(path), Device().id, settings.ucontext
         if key not in _libraries:
             if settings.sanitize and "libasan" not in os.environ.get("LD_PRELOAD", ""):
                 raise RuntimeError("sanitized code needs a process started with sanitizer_environment()")
             # ASan reads the file again, to report the line
             library = ctypes.CDLL(os.path.abspath(path)) if settings.sanitize else _load_copy(path)
-            library.emulator_launch.restype = ctypes.c_char_p
-            library.emulator_launch.argtypes = (
-                ctypes.c_void_p,
-                ctypes.c_char_p,
-                ctypes.c_void_p,
-                ctypes.c_uint,
-                ctypes.c_uint,
-                ctypes.c_size_t,
-                ctypes.c_uint,
-                ctypes.c_int,
-            )
-            library.emulator_pool.restype = ctypes.c_void_p
-            library.emulator_pool.argtypes = (ctypes.c_void_p,)
             library.emulator_plan_size.restype = ctypes.c_size_t
-            _pool = library.emulator_pool(_pool)
+            library.runtime = _emulator(settings.sanitize, settings.ucontext)
+            library.emulator_connect.argtypes = (ctypes.c_void_p,)
+            library.emulator_connect(library.runtime.emulator_runtime())
             _libraries[key] = library
         return _libraries[key]
 
@@ -595,7 +602,8 @@ class Function:
             raise EmulatorError(
                 f"{self.name}: the plan has {plan.itemsize} bytes, its struct {self._library.emulator_plan_size()}"
             )
-        error = self._library.emulator_launch(
+        error = self._library.runtime.emulator_launch(
+            self._library.emulator_call,
             self.ptr,
             self.name.encode(),
             plan.ctypes.data,

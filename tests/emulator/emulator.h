@@ -1,50 +1,14 @@
 // CUDA kernels on the CPU, for tests without a GPU: the subset of CUDA C++ that klcore uses, for g++ -std=c++17.
 // Included before the CUDA source, with launch.h after it; tests/emulator/device.py compiles the three and starts
-// kernels.
-//
-// Every CUDA thread is a fiber with its own stack. Fibers are switched only where CUDA threads wait for each other, so a
-// run depends only on the seed of its schedule. Seed 0 runs everything in order. Other seeds permute blocks and threads and
-// let some warps run far ahead; odd seeds also hold one warp of each block back until no other can continue. A correct
-// kernel gives the same bits under every seed. What is undefined on a GPU and would go unnoticed on a CPU is an error here,
-// which names kernel, block and thread: threads that wait for others that never arrive, lanes outside their own mask,
-// misaligned vectors, shared memory overruns. Shared memory starts as NaNs, and asynchronous copies complete as late as
-// allowed, so that missing waits and barriers show in the results.
+// kernels. What kernels need while they run is in emulator.cpp, which is compiled once for all of them.
 //
 // Not supported, because klcore does not use them: static __shared__ variables, grids and blocks of more than one
 // dimension, shuffles within parts of a warp (width), textures, streams, clusters of blocks.
 #pragma once
-#include <sys/mman.h>
-
-#include <algorithm>
-#include <atomic>
 #include <cmath>
-#include <cstdarg>
 #include <cstddef>
 #include <cstdint>
-#include <cstdio>
-#include <cstdlib>
 #include <cstring>
-#include <exception>
-#include <mutex>
-#include <new>
-#include <numeric>
-#include <string>
-#include <thread>
-#include <vector>
-
-#if !defined(__linux__) || !defined(__x86_64__)
-#define EMULATOR_UCONTEXT 1   // elsewhere the C library switches stacks, which is slow
-#endif
-#if defined(EMULATOR_UCONTEXT)
-#include <ucontext.h>
-#endif
-#if defined(__SANITIZE_ADDRESS__)
-#include <sanitizer/asan_interface.h>
-#include <sanitizer/common_interface_defs.h>
-#else
-#define ASAN_POISON_MEMORY_REGION(at, bytes) ((void)(at), (void)(bytes))
-#define ASAN_UNPOISON_MEMORY_REGION(at, bytes) ((void)(at), (void)(bytes))
-#endif
 
 #define KL_EMULATOR 1
 #if !defined(KL_EMULATOR_ARCH)
@@ -55,554 +19,87 @@
 #define __global__
 #define __device__
 #define __host__
-#define __forceinline__ inline __attribute__((always_inline))
+#define __forceinline__ inline   // and no more: code that is not inlined is compiled in two thirds of the time
 #define __noinline__ __attribute__((noinline))
 #define __launch_bounds__(...)
 #define __align__(n) __attribute__((aligned(n)))
 
 namespace emulator {
 
-// ---- what one launch asks for ---------------------------------------------------------------------------------------
+constexpr unsigned WARP = 32;
+
 struct Dim { unsigned x, y, z; };
 
-struct Launch {
-  const char* name;                   // of the kernel
-  void (*run)(const Launch&);         // calls it, for one thread
-  void (*kernel)();
-  const void* plan;
-  unsigned grid, block;               // blocks, threads per block
-  std::size_t shared_bytes;           // per block
-  unsigned seed;
-  int threads;                        // of the operating system
+struct Here {                         // where a thread is
+  Dim thread, block, threads, blocks;   // threadIdx, blockIdx, blockDim, gridDim
+  unsigned lane;
+  char* shared;                       // its block's memory
 };
 
-struct Error { std::string text; };
-
-constexpr unsigned WARP = 32;
-constexpr std::size_t GUARD = 1024;   // bytes around a block's shared memory that must not be touched; keeps its alignment
-#if defined(__SANITIZE_ADDRESS__)
-constexpr std::size_t STACK = 512 << 10;
-#else
-constexpr std::size_t STACK = 256 << 10;
-#endif
-
-// ---- fibers ---------------------------------------------------------------------------------------------------------
-struct Context {
-#if defined(EMULATOR_UCONTEXT)
-  ucontext_t registers;
-#else
-  void* top;                          // of the stack, where the registers are saved while another fiber runs
-#endif
-  const void* stack;
-  std::size_t size;
-  void* fake;                         // ASan's
-};
-
-#if !defined(EMULATOR_UCONTEXT)
-// Saves the registers that a function must preserve, and continues where `to` was saved. Jumps instead of returning,
-// because the processor would predict a return to this call's caller.
-extern "C" void emulator_switch(void** from, void* to);
-asm(R"(
-.pushsection .text
-.local emulator_switch
-.type emulator_switch, @function
-.p2align 4
-emulator_switch:
-  pushq %rbp
-  pushq %rbx
-  pushq %r12
-  pushq %r13
-  pushq %r14
-  pushq %r15
-  movq %rsp, (%rdi)
-  movq %rsi, %rsp
-  popq %r15
-  popq %r14
-  popq %r13
-  popq %r12
-  popq %rbx
-  popq %rbp
-  popq %rcx
-  jmpq *%rcx
-.size emulator_switch, .-emulator_switch
-.popsection
-)");
-#endif
-
-// `last`: `from` is never resumed
-inline void change(Context& from, Context& to, bool last = false) {
-#if defined(__SANITIZE_ADDRESS__)
-  __sanitizer_start_switch_fiber(last ? nullptr : &from.fake, to.stack, to.size);
-#endif
-  (void)last;
-#if defined(EMULATOR_UCONTEXT)
-  swapcontext(&from.registers, &to.registers);
-#else
-  emulator_switch(&from.top, to.top);
-#endif
-#if defined(__SANITIZE_ADDRESS__)
-  __sanitizer_finish_switch_fiber(from.fake, nullptr, nullptr);
-#endif
-}
-
-inline void prepare(Context& c, char* stack, std::size_t size, void (*entry)()) {
-  c.stack = stack, c.size = size, c.fake = nullptr;
-  ASAN_UNPOISON_MEMORY_REGION(stack + size - 16384, 16384);   // fibers leave through functions that never return
-#if defined(EMULATOR_UCONTEXT)
-  getcontext(&c.registers);
-  c.registers.uc_stack.ss_sp = stack;
-  c.registers.uc_stack.ss_size = size;
-  c.registers.uc_link = nullptr;
-  makecontext(&c.registers, entry, 0);
-#else
-  void** top = reinterpret_cast<void**>(stack + size);
-  *--top = nullptr;                   // in place of a return address; unwinding ends here
-  *--top = reinterpret_cast<void*>(entry);
-  for (int k = 0; k < 6; k++) *--top = nullptr;
-  c.top = top;
-#endif
-}
-
-// Memory for stacks, kept between launches: the first use of its pages costs more than the rest of a small launch. All
-// modules of a process share one pool (emulator_pool in launch.h), and each operating-system thread borrows a piece of it.
-struct Pool {
-  struct Piece { char* data; std::size_t bytes; };
-  std::mutex lock;
-  std::vector<Piece> free;
-
-  Piece take(std::size_t bytes) {
-    {
-      std::lock_guard<std::mutex> guard(lock);
-      for (std::size_t i = 0; i < free.size(); i++) {
-        if (free[i].bytes < bytes) continue;
-        Piece found = free[i];
-        free.erase(free.begin() + (std::ptrdiff_t)i);
-        return found;
-      }
-    }
-    void* data = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    if (data == MAP_FAILED) throw std::bad_alloc();
-#if defined(MADV_NOHUGEPAGE)
-    madvise(data, bytes, MADV_NOHUGEPAGE);   // most stacks use only a page or two
-#endif
-    return {(char*)data, bytes};
-  }
-  void give(Piece piece) {
-    std::lock_guard<std::mutex> guard(lock);
-    free.push_back(piece);
-  }
-};
-inline Pool*& pool() {
-  static Pool* shared = new Pool;     // never destroyed: it may outlive this module
-  return shared;
-}
-
-// ---- threads, warps, a block ----------------------------------------------------------------------------------------
-enum Place : unsigned char {
+enum Place : unsigned char {          // where a thread waits
   RUNNING, RETURNED, SYNCTHREADS, WARPS_BARRIER, SYNCWARP, SHFL, SHFL_XOR, SHFL_DOWN, ALL, ANY, BALLOT,
 };
-inline const char* name_of(Place p) {
-  static const char* const names[] = {
-    "is running", "has returned", "is at __syncthreads", "is at warps_barrier", "is at __syncwarp", "is at __shfl_sync",
-    "is at __shfl_xor_sync", "is at __shfl_down_sync", "is at __all_sync", "is at __any_sync", "is at __ballot_sync",
-  };
-  return names[p];
-}
 
-struct Copy { void* to; const void* from; unsigned bytes; };
-
-struct Warp {
-  unsigned there, returned, waiting;  // one bit per lane
+// What emulator.cpp does for a kernel. Virtual functions, so that no linker has to find them.
+struct Runtime {
+  virtual const Here& here() = 0;
+  virtual void syncthreads() = 0;
+  virtual void warps_barrier(unsigned threads) = 0;   // of the first threads of the block
+  // The lanes of `mask` meet. Each contributes a value and receives that of lane `source`; for __syncwarp and votes, it
+  // receives the bits of the lanes whose value is not zero.
+  virtual std::uint64_t meet(Place place, unsigned mask, std::uint64_t value, unsigned source) = 0;
+  virtual void copy_async(void* to_shared, const void* from_global, unsigned bytes) = 0;
+  virtual void wait_copies() = 0;
+  // Stops the launch; the message begins with the kernel, the block and the thread.
+  [[noreturn]] __attribute__((format(printf, 2, 3))) virtual void fail(const char* format, ...) = 0;
 };
+inline Runtime* runtime;              // device.py sets it
 
-struct Fiber {
-  Context context;
-  Dim thread;                         // threadIdx
-  Warp* warp;
-  unsigned lane;
-  Place place;
-  // of a warp-wide operation: what this lane contributes, and what it receives
-  unsigned mask, source;
-  std::uint64_t value, result;
-  std::vector<Copy> copies;           // that have not completed yet
-};
-
-[[noreturn]] __attribute__((format(printf, 1, 2))) void fail(const char* format, ...);
-
-// A queue of fibers that can run; it has room for all fibers.
-struct Ring {
-  std::vector<Fiber*> fibers;
-  unsigned head = 0, tail = 0;
-
-  bool empty() const { return head == tail; }
-  unsigned size() const { return tail - head; }
-  Fiber*& operator[](unsigned i) { return fibers[(head + i) & ((unsigned)fibers.size() - 1)]; }
-  void push(Fiber& f) { fibers[tail++ & (fibers.size() - 1)] = &f; }
-  Fiber* pop() { return fibers[head++ & (fibers.size() - 1)]; }
-};
-
-// Runs one block after the other on one thread of the operating system.
-struct Scheduler {
-  const Launch& launch;
-  Dim grid, block, index{};           // gridDim, blockDim, blockIdx
-  Fiber* current = nullptr;
-  std::vector<Fiber> fibers;
-  char* shared = nullptr;             // memory of the block
-  unsigned arrived = 0, together = 0;   // threads at __syncthreads, at warps_barrier
-  std::string error;
-
-  explicit Scheduler(const Launch& l)
-      : launch(l), grid{l.grid, 1, 1}, block{l.block, 1, 1}, fibers(l.block), warps((l.block + WARP - 1) / WARP) {
-    unsigned capacity = 1;
-    while (capacity < fibers.size()) capacity *= 2;
-    ready.fibers.resize(capacity), behind.fibers.resize(capacity);
-    bytes = (l.shared_bytes + 2 * GUARD + 1023) / 1024 * 1024;
-    arena = (char*)std::aligned_alloc(1024, bytes);
-    if (!arena) throw std::bad_alloc();
-    shared = arena + GUARD;
-    stacks = pool()->take((fibers.size() + 1) * STACK);   // the first catches overruns of the second
-    for (unsigned t = 0; t < l.block; t++) {
-      fibers[t].thread = {t, 0, 0};
-      fibers[t].warp = &warps[t / WARP];
-      fibers[t].lane = t % WARP;
-    }
-  }
-  ~Scheduler() {
-    ASAN_UNPOISON_MEMORY_REGION(arena, bytes);
-    std::free(arena);
-    if (!error.empty()) {             // stopped fibers leave ASan's marks behind, or may have overrun their stacks
-      ASAN_UNPOISON_MEMORY_REGION(stacks.data, stacks.bytes);
-      for (std::size_t i = 0; i < fibers.size(); i++) {
-        if (*far_end(i)) *far_end(i) = 0;
-      }
-    }
-    pool()->give(stacks);
-  }
-  Scheduler(const Scheduler&) = delete;
-  Scheduler& operator=(const Scheduler&) = delete;
-
-  bool run(unsigned number);          // false: `error` says why
-  void wake(Fiber& f) {
-    f.place = RUNNING;
-    (f.warp == held ? behind : ready).push(f);
-  }
-  void give_way();                    // to any fiber that can run; returns when this one is awake and its turn comes
-  [[noreturn]] void leave();          // for good
-  unsigned random(unsigned below) {
-    state ^= state << 13, state ^= state >> 7, state ^= state << 17;
-    return (unsigned)((state >> 32) * below >> 32);
-  }
-  std::string describe(const Fiber& f, const std::string& what) const {
-    return std::string(launch.name) + ": block " + std::to_string(index.x) + ", thread " + std::to_string(f.thread.x) +
-           ": " + what;
-  }
-
- private:
-  Context main;
-  std::vector<Warp> warps;
-  unsigned alive = 0;                 // threads that have not returned
-  Ring ready, behind;                 // behind: of the warp that is held back
-  const Warp* held = nullptr;         // runs only when no other warp can
-  char* arena = nullptr;              // shared memory, and the guards around it
-  std::size_t bytes = 0;
-  Pool::Piece stacks{};
-  std::uint64_t state = 1;
-  bool hurried = false;               // prefer fibers woken last, so that some warps run far ahead of the others
-
-  char* stack(std::size_t i) const { return stacks.data + (i + 1) * STACK; }
-  // of a stack: zero until something overruns it
-  volatile std::uint64_t* far_end(std::size_t i) const { return (volatile std::uint64_t*)stack(i); }
-  Fiber* pick();
-  std::string deadlock() const;
-  void begin();
-  void end();
-  friend void enter();
-};
-
-inline Scheduler*& scheduler() {
-  static thread_local Scheduler* s = nullptr;
-  return s;
-}
-
-inline void fail(const char* format, ...) {
-  char text[400];
-  va_list arguments;
-  va_start(arguments, format);
-  std::vsnprintf(text, sizeof text, format, arguments);
-  va_end(arguments);
-  throw Error{scheduler()->describe(*scheduler()->current, text)};
-}
-
-__attribute__((noinline)) inline std::string call() {
-  Scheduler& s = *scheduler();
-  try {
-    s.launch.run(s.launch);
-    return {};
-  } catch (const Error& e) {
-    return e.text;
-  } catch (const std::exception& e) {
-    return s.describe(*s.current, std::string("exception: ") + e.what());
-  } catch (...) {
-    return s.describe(*s.current, "an exception");
-  }
-}
-__attribute__((noinline)) inline void call_and_report() {
-  std::string error = call();
-  if (!error.empty()) scheduler()->error.swap(error);
-}
-#if defined(__SANITIZE_ADDRESS__)
-__attribute__((no_sanitize_address))
-#endif
-inline void enter() {
-#if defined(__SANITIZE_ADDRESS__)
-  Context& main = scheduler()->main;
-  const void* stack;
-  std::size_t size;
-  __sanitizer_finish_switch_fiber(nullptr, &stack, &size);
-  if (!main.stack) main.stack = stack, main.size = size;   // the first fiber was started from there
-#endif
-  call_and_report();
-  scheduler()->leave();
-}
-
-inline Fiber* Scheduler::pick() {
-  Ring& ring = ready.empty() ? behind : ready;
-  if (ring.empty()) return nullptr;
-  if (launch.seed) {
-    unsigned count = ring.size();
-    std::swap(ring[count - 1 - random(hurried && count > WARP ? WARP : count)], ring[0]);
-  }
-  return ring.pop();
-}
-
-inline void Scheduler::give_way() {
-  Fiber* me = current;
-  Fiber* next = pick();
-  if (next == me) return;
-  if (!next) throw Error{deadlock()};
-  current = next;
-  change(me->context, next->context);
-}
-
-inline void Scheduler::leave() {
-  Fiber& me = *current;
-  if (error.empty()) {
-    me.place = RETURNED;
-    me.warp->returned |= 1u << me.lane;
-    if (*far_end((std::size_t)(&me - fibers.data()))) error = describe(me, "the emulator's stack overflowed");
-    if (--alive == 0) end();
-  }
-  Fiber* next = error.empty() ? pick() : nullptr;
-  if (next) {
-    current = next;
-    change(me.context, next->context, true);
-  }
-  if (error.empty() && alive) error = deadlock();
-  change(me.context, main, true);
-  std::abort();
-}
-
-inline void Scheduler::end() {
-#if !defined(__SANITIZE_ADDRESS__)
-  const char* behind_it = shared + launch.shared_bytes;
-  for (std::size_t i = 0; i < GUARD && error.empty(); i++) {
-    if (behind_it[i] == '\xff') continue;
-    error = std::string(launch.name) + ": block " + std::to_string(index.x) + ": wrote beyond its shared memory of " +
-            std::to_string(launch.shared_bytes) + " bytes, at byte " + std::to_string(launch.shared_bytes + i);
-  }
-#endif
-}
-
-// Called when no fiber can run: says which thread waits, and for which.
-inline std::string Scheduler::deadlock() const {
-  for (const Fiber& f : fibers) {
-    if (f.place <= RETURNED) continue;
-    bool in_warp = f.place > WARPS_BARRIER;
-    const Fiber* first = in_warp ? &f - f.lane : fibers.data();
-    const Fiber* last = in_warp ? first + WARP : f.place == WARPS_BARRIER ? first + f.mask : first + launch.block;
-    for (const Fiber* g = first; g != std::min(last, fibers.data() + launch.block); g++) {
-      if (in_warp && !(f.mask >> g->lane & 1)) continue;
-      if (g->place == f.place && (!in_warp || g->mask == f.mask)) continue;
-      return describe(f, std::string(name_of(f.place)) + " and would wait for ever: thread " +
-                             std::to_string(g->thread.x) + " " + name_of(g->place) +
-                             (g->place == f.place ? ", with another mask" : ""));
-    }
-  }
-  return std::string(launch.name) + ": deadlock";
-}
-
-inline void Scheduler::begin() {
-  std::uint64_t mixed = (launch.seed * 0x9e3779b97f4a7c15ull) ^ ((index.x + 1) * 0xbf58476d1ce4e5b9ull);
-  state = mixed ? mixed : 1;
-  for (int k = 0; k < 4; k++) random(1);
-  hurried = launch.seed && random(2);
-  main.stack = nullptr;
-  held = launch.seed % 2 && warps.size() > 1 ? &warps[random((unsigned)warps.size())] : nullptr;
-  for (Ring* ring : {&ready, &behind}) ring->head = ring->tail = 0;
-  arrived = together = 0;
-  alive = launch.block;
-  ASAN_UNPOISON_MEMORY_REGION(arena, bytes);
-  std::memset(arena, 0xff, bytes);
-  ASAN_POISON_MEMORY_REGION(arena, GUARD);
-  ASAN_POISON_MEMORY_REGION(shared + launch.shared_bytes, bytes - GUARD - launch.shared_bytes);
-  for (unsigned w = 0; w < warps.size(); w++) {
-    unsigned lanes = std::min(launch.block - w * WARP, WARP);
-    warps[w] = {lanes < WARP ? (1u << lanes) - 1 : ~0u, 0, 0};
-  }
-  for (std::size_t i = 0; i < fibers.size(); i++) {
-    fibers[i].copies.clear();
-    // Stacks start at different cache lines of their pages; otherwise they would compete for the same few cache sets.
-    prepare(fibers[i].context, stack(i), STACK - i * 576 % 8192 / 64 * 64, enter);
-    wake(fibers[i]);
-  }
-}
-
-inline bool Scheduler::run(unsigned number) {
-  scheduler() = this;
-  index = {number, 0, 0};
-  begin();
-  current = pick();
-  change(main, current->context);
-  scheduler() = nullptr;
-  return error.empty();
-}
-
-// ---- what a whole launch does ---------------------------------------------------------------------------------------
-inline std::string run(const Launch& l) {
-  std::string name = std::string(l.name) + ": ";
-  if (l.grid == 0 || l.block == 0 || l.block > 1024)
-    return name + std::to_string(l.grid) + " blocks of " + std::to_string(l.block) + " threads cannot be launched";
-
-  std::vector<unsigned> order(l.grid);
-  std::iota(order.begin(), order.end(), 0u);
-  std::uint64_t state = l.seed * 0x9e3779b97f4a7c15ull;
-  for (unsigned i = l.grid; l.seed && i > 1; i--) {
-    state = state * 6364136223846793005ull + 1442695040888963407ull;
-    std::swap(order[i - 1], order[(state >> 32) % i]);
-  }
-
-  std::atomic<unsigned> next(0);
-  std::atomic<bool> failed(false);
-  std::mutex lock;
-  std::string error;
-  unsigned of = l.grid;               // the first block that failed, whichever was noticed first; those before it have all started
-  auto report = [&](unsigned i, const std::string& text) {
-    std::lock_guard<std::mutex> guard(lock);
-    if (error.empty() || i < of) error = text, of = i;
-    failed = true;
-  };
-  auto work = [&] {
-    try {
-      Scheduler s(l);
-      for (unsigned i; !failed && (i = next++) < l.grid;) {
-        if (!s.run(order[i])) report(i, s.error);
-      }
-    } catch (const std::exception& e) {
-      report(l.grid, name + e.what());
-    }
-  };
-  std::vector<std::thread> others;
-  unsigned threads = std::min((unsigned)std::max(l.threads, 1), l.grid);
-  for (unsigned t = 1; t < threads; t++) others.emplace_back(work);
-  work();
-  for (std::thread& t : others) t.join();
-  return error;
-}
-
-// ---- barriers -------------------------------------------------------------------------------------------------------
-inline void syncthreads() {
-  Scheduler& s = *scheduler();
-  s.current->place = SYNCTHREADS;
-  if (++s.arrived == s.launch.block) {
-    s.arrived = 0;
-    for (Fiber& f : s.fibers) s.wake(f);
-  }
-  s.give_way();
-}
-
-// The lanes of `mask` meet. Each contributes a value and receives that of lane `source`; for __syncwarp and votes, it
-// receives the bits of the lanes whose value is not zero.
-inline std::uint64_t meet(Place place, unsigned mask, std::uint64_t value, unsigned source) {
-  Scheduler& s = *scheduler();
-  Fiber& me = *s.current;
-  Warp& w = *me.warp;
-  Fiber* lanes = &me - me.lane;
-  unsigned group = mask & w.there;
-  me.place = place;
-  if (!(mask >> me.lane & 1))
-    fail("%s with mask %08x, which excludes its own lane, %u", name_of(place), mask, me.lane);
-  if (group & w.returned)
-    fail("%s with mask %08x, but lane %d has returned", name_of(place), mask, __builtin_ctz(group & w.returned));
-  if (!(group >> source & 1)) fail("%s with mask %08x, but reads lane %u", name_of(place), mask, source);
-  me.mask = mask, me.source = source, me.value = value;
-  w.waiting |= 1u << me.lane;
-  if ((w.waiting & group) == group) {
-    unsigned votes = 0;
-    for (unsigned rest = group; rest; rest &= rest - 1) {
-      unsigned lane = (unsigned)__builtin_ctz(rest);
-      const Fiber& f = lanes[lane];
-      if (f.place != place || (f.mask & w.there) != group)
-        fail("%s with mask %08x, but lane %u %s with mask %08x", name_of(place), mask, lane, name_of(f.place), f.mask);
-      votes |= (f.value != 0 ? 1u : 0u) << lane;
-    }
-    w.waiting &= ~group;
-    for (unsigned rest = group; rest; rest &= rest - 1) {
-      Fiber& f = lanes[__builtin_ctz(rest)];
-      f.result = place == SHFL || place == SHFL_XOR || place == SHFL_DOWN ? lanes[f.source].value : votes;
-      s.wake(f);
-    }
-  }
-  s.give_way();
-  return me.result;
-}
-
-inline unsigned lane() { return scheduler()->current->lane; }
+inline const Here& here() { return runtime->here(); }
+inline char* shared_memory() { return here().shared; }
 
 template <typename T> inline T shuffle(Place place, unsigned mask, T value, unsigned source) {
   static_assert(sizeof(T) <= 8, "shuffles take up to 8 bytes");
   std::uint64_t bits = 0;
   std::memcpy(&bits, &value, sizeof(T));
-  bits = meet(place, mask, bits, source);
+  bits = runtime->meet(place, mask, bits, source);
   std::memcpy(&value, &bits, sizeof(T));
   return value;
 }
 
-inline char* shared_memory() { return scheduler()->shared; }
-
 template <int BYTES> inline void check_aligned(const void* at, const char* what) {
   static_assert(BYTES == 4 || BYTES == 8 || BYTES == 16, "vectors have 4, 8 or 16 bytes");
-  if ((std::uintptr_t)at % BYTES) fail("%s %d bytes at %p, which is not aligned to them", what, BYTES, at);
+  if ((std::uintptr_t)at % BYTES)
+    runtime->fail("%s %d bytes at %p, which is not aligned to them", what, BYTES, at);
 }
-
-inline void land(const Copy& c) { std::memcpy(c.to, c.from, c.bytes); }
 
 }  // namespace emulator
 
 // ---- CUDA's own functions -------------------------------------------------------------------------------------------
-inline void __syncthreads() { emulator::syncthreads(); }
-inline void __syncwarp(unsigned mask = ~0u) { emulator::meet(emulator::SYNCWARP, mask, 0, emulator::lane()); }
+inline void __syncthreads() { emulator::runtime->syncthreads(); }
+inline void __syncwarp(unsigned mask = ~0u) { emulator::runtime->meet(emulator::SYNCWARP, mask, 0, emulator::here().lane); }
 template <typename T> inline T __shfl_sync(unsigned mask, T value, int source) {
   return emulator::shuffle(emulator::SHFL, mask, value, (unsigned)source % emulator::WARP);
 }
 template <typename T> inline T __shfl_xor_sync(unsigned mask, T value, int bits) {
-  return emulator::shuffle(emulator::SHFL_XOR, mask, value, (emulator::lane() ^ (unsigned)bits) % emulator::WARP);
+  return emulator::shuffle(emulator::SHFL_XOR, mask, value, (emulator::here().lane ^ (unsigned)bits) % emulator::WARP);
 }
 template <typename T> inline T __shfl_down_sync(unsigned mask, T value, unsigned by) {
-  unsigned lane = emulator::lane();
+  unsigned lane = emulator::here().lane;
   return emulator::shuffle(emulator::SHFL_DOWN, mask, value, lane + by < emulator::WARP ? lane + by : lane);
 }
 inline unsigned __ballot_sync(unsigned mask, int predicate) {
-  return (unsigned)emulator::meet(emulator::BALLOT, mask, predicate != 0, emulator::lane());
+  return (unsigned)emulator::runtime->meet(emulator::BALLOT, mask, predicate != 0, emulator::here().lane);
 }
 inline int __any_sync(unsigned mask, int predicate) {
-  return emulator::meet(emulator::ANY, mask, predicate != 0, emulator::lane()) != 0;
+  return emulator::runtime->meet(emulator::ANY, mask, predicate != 0, emulator::here().lane) != 0;
 }
 inline int __all_sync(unsigned mask, int predicate) {
-  return emulator::meet(emulator::ALL, mask, predicate == 0, emulator::lane()) == 0;   // no lane votes against
+  return emulator::runtime->meet(emulator::ALL, mask, predicate == 0, emulator::here().lane) == 0;   // no lane votes against
 }
 inline int __ffs(int v) { return __builtin_ffs(v); }
 inline int __popc(unsigned v) { return __builtin_popcount(v); }
-inline void __threadfence() { std::atomic_thread_fence(std::memory_order_seq_cst); }
+inline void __threadfence() { __atomic_thread_fence(__ATOMIC_SEQ_CST); }
 inline unsigned atomicAdd(unsigned* at, unsigned by) { return __atomic_fetch_add(at, by, __ATOMIC_SEQ_CST); }
 inline unsigned atomicInc(unsigned* at, unsigned last) {
   const int order = __ATOMIC_SEQ_CST;
@@ -615,47 +112,15 @@ inline unsigned atomicInc(unsigned* at, unsigned last) {
 namespace kl {
 
 // of the first `warps` warps of the block
-inline void warps_barrier(int warps) {
-  emulator::Scheduler& s = *emulator::scheduler();
-  emulator::Fiber& me = *s.current;
-  unsigned threads = (unsigned)warps * emulator::WARP;
-  if (me.thread.x >= threads || threads > s.launch.block)
-    emulator::fail("is at a barrier of %d warps, but is in none of these, or the block has fewer", warps);
-  me.place = emulator::WARPS_BARRIER, me.mask = threads;
-  if (++s.together == threads) {
-    s.together = 0;
-    for (unsigned t = 0; t < threads; t++) s.wake(s.fibers[t]);
-  }
-  s.give_way();
-}
+inline void warps_barrier(int warps) { emulator::runtime->warps_barrier((unsigned)warps * emulator::WARP); }
 
-// Under seed 0 a copy completes when the thread waits for it, the last possible moment, so that reading without waiting
-// finds NaNs. Under other seeds it completes either now or then, at random, so that neither the old contents nor the source
-// may be used in between.
 template <int BYTES> inline void copy_async(void* to_shared, const void* from_global) {
   static_assert(BYTES > 0 && KL_EMULATOR_ARCH >= 80, "asynchronous copies need compute capability 8.0");
-  emulator::Scheduler& s = *emulator::scheduler();
   emulator::check_aligned<BYTES>(to_shared, "copies asynchronously to");
   emulator::check_aligned<BYTES>(from_global, "copies asynchronously from");
-  std::ptrdiff_t offset = (char*)to_shared - s.shared;
-  if (offset < 0 || (std::size_t)offset + BYTES > s.launch.shared_bytes)
-    emulator::fail("copies asynchronously to %p, which is not in the shared memory of its block", to_shared);
-  const volatile char* source = (const volatile char*)from_global;
-  (void)source[0], (void)source[BYTES - 1];   // so that ASan reports it here, not where the thread waits
-  emulator::Copy copy = {to_shared, from_global, BYTES};
-  if (s.launch.seed && s.random(2)) emulator::land(copy);
-  else s.current->copies.push_back(copy);
+  emulator::runtime->copy_async(to_shared, from_global, BYTES);
 }
-inline void wait_copies() {
-  emulator::Scheduler& s = *emulator::scheduler();
-  emulator::Fiber& me = *s.current;
-  for (const emulator::Copy& c : me.copies) emulator::land(c);
-  me.copies.clear();
-  if (s.launch.seed) {                // other threads may run first
-    s.wake(me);
-    s.give_way();
-  }
-}
+inline void wait_copies() { emulator::runtime->wait_copies(); }
 
 template <int BYTES> inline void copy_vector(void* to, const void* from) {
   emulator::check_aligned<BYTES>(to, "writes");
@@ -681,7 +146,7 @@ inline float hardware_reciprocal(float x) { return disturbed(x, 1.f / x, 1); }
 
 }  // namespace kl
 
-#define threadIdx (emulator::scheduler()->current->thread)
-#define blockIdx (emulator::scheduler()->index)
-#define blockDim (emulator::scheduler()->block)
-#define gridDim (emulator::scheduler()->grid)
+#define threadIdx (emulator::here().thread)
+#define blockIdx (emulator::here().block)
+#define blockDim (emulator::here().threads)
+#define gridDim (emulator::here().blocks)
