@@ -3,6 +3,7 @@
 NumPy would convert masked, sparse and labelled arrays, and those with a unit, to plain numbers without a word.
 """
 
+import sys
 from typing import Any
 
 import numpy as np
@@ -45,7 +46,7 @@ def refuse_others(dtype: Any, are_integers: bool) -> None:
 
 def _refuse_kind(a: Any, name: str) -> None:
     """Raise TypeError for masked and sparse arrays, and those with a meaning beyond their numbers, such as units."""
-    if isinstance(a, np.ma.MaskedArray):
+    if is_masked(a):
         raise TypeError(
             f"{name} is a masked array, but klcore would ignore the mask; pass {name}.filled(value), or weights=0 for "
             "the rows to leave out"
@@ -71,6 +72,12 @@ def _refuse_tensorflow(cls: type, name: str) -> None:
         )
 
 
+def is_masked(a: Any) -> bool:
+    """Whether this is a masked array. The module, which NumPy imports at its first use, is not imported for that."""
+    ma = sys.modules.get("numpy.ma")
+    return ma is not None and isinstance(a, ma.MaskedArray)
+
+
 def has_meaning(cls: type) -> bool:
     """Whether arrays of this type redefine NumPy's functions."""
     return getattr(cls, "__array_ufunc__", _OWN) is not _OWN and not _is_known(cls)
@@ -90,7 +97,7 @@ def _refuse_parts(a: Any, name: str) -> None:
                 continue
             _refuse_tensorflow(cls, f"an element of {name}")
             one = next(b for b in part if type(b) is cls)
-            if isinstance(one, np.ma.MaskedArray) or has_meaning(cls) or labels.are_there(one) or _is_tensor(one):
+            if is_masked(one) or has_meaning(cls) or labels.are_there(one) or _is_tensor(one):
                 make = "torch.stack" if _is_tensor(one) else "numpy.stack"
                 raise TypeError(
                     f"{name} is a {type(part).__name__} of {_type_name(cls)}, whose labels, mask, unit or history "

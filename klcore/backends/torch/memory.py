@@ -197,7 +197,7 @@ def _number(a: Any, name: str, device: Any) -> Any:
     """A list, number or array of another library as a tensor, with the checks for NumPy arrays."""
     if torch.compiler.is_compiling() and isinstance(a, _NUMBERS):
         return torch.as_tensor(a, dtype=torch.float64, device=device)
-    if torch.compiler.is_compiling() and isinstance(a, np.ndarray) and not isinstance(a, np.ma.MaskedArray):
+    if torch.compiler.is_compiling() and isinstance(a, np.ndarray) and not arguments.is_masked(a):
         return torch.as_tensor(a, device=device)
     return _lent_by(a, name).to(device)
 
