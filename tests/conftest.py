@@ -3,6 +3,7 @@
 import collections
 import contextlib
 import ctypes
+import gc
 import importlib
 import os
 import pathlib
@@ -193,6 +194,15 @@ def pytest_collection_modifyitems(items):
         for case, values in cases:
             if values and case not in chosen[:at_most]:
                 case.add_marker(pytest.mark.exhaustive)
+
+
+def pytest_collection_finish(session):
+    """A process of pytest-xdist forgets the cases that are not selected; pytest keeps them for a report of its own.
+    The rest is there until the end, so the garbage collector need not visit it again and again."""
+    if hasattr(session.config, "workerinput"):
+        session.config.pluginmanager.get_plugin("terminalreporter").stats.pop("deselected", None)
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_runtest_teardown(item, nextitem):

@@ -248,6 +248,7 @@ def needs(*libraries):
             pytest.skip(f"not run: {name} is not installed")
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("backend", ["torch", "jax", "tensorflow"])
 def test_keras_trains(python, backend):
     """A model that learns by our losses, as functions and as objects, ends where Keras's own takes it."""
@@ -305,6 +306,7 @@ print("loaded")
 """
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("backend", ["torch", "tensorflow"])
 def test_keras_saved_models(python, tmp_path, backend):
     needs("keras", backend)

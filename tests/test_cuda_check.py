@@ -112,6 +112,7 @@ def logits(tool):
     return found
 
 
+@pytest.mark.exhaustive
 def test_real_kernels_are_counted_whole(logits):
     value, gradient = logits
     assert set(value.parts) == {"staging", "reading sweep", "per chunk"}
@@ -123,6 +124,7 @@ def test_real_kernels_are_counted_whole(logits):
     assert gradient.a_class + value.parts["staging"] - value.a_class > gradient.parts["writing sweep"]
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("kernel", ["kl_rows", "kl_units"])
 @pytest.mark.parametrize("outputs", [0, 2])
 def test_rows_that_are_swept_once_are_not_staged(logits, tool, kernel, outputs):
@@ -134,6 +136,7 @@ def test_rows_that_are_swept_once_are_not_staged(logits, tool, kernel, outputs):
     assert 30 < found.parts["reading sweep"] < 60  # with the stores of gradients, without the slow way for zeros
 
 
+@pytest.mark.exhaustive
 def test_a_kernel_that_takes_more_than_it_may(tool, logits, monkeypatch):
     kernels = importlib.import_module("klcore.backends.cuda.kernels")
     options = kernels.macros(KL_DIV, (0, 0), (1, 1), False, 0, ("kl_rows",))

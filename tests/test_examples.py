@@ -53,6 +53,7 @@ def test_drift_is_found(example):
     assert alarms["amount"] == list(range(21, drift.WEEKS))
 
 
+@pytest.mark.exhaustive
 def test_the_autoencoder_learns(example, monkeypatch):
     torch = pytest.importorskip("torch", reason="PyTorch is not installed here")
     pytest.importorskip("sklearn", reason="scikit-learn is not installed here")

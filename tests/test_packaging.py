@@ -103,6 +103,7 @@ def test_wheel_of_the_sdist(sdist, tmp_path):
     assert text.split() == [str(site / "klcore" / "__init__.py"), "0.5108256237659906"]
 
 
+@pytest.mark.exhaustive
 def test_a_compiler_without_openmp_is_told(sdist, tmp_path):
     """A stand-in compiler that refuses -fopenmp, as some do."""
     refusing = 'for a in "$@"; do [ "$a" = -fopenmp ] && exit 1; done\nexec c++ "$@"'

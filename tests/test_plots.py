@@ -22,6 +22,7 @@ def texts(path):
     return {text for text in found if re.search("[A-Za-z]{3}", text)}
 
 
+@pytest.mark.exhaustive
 def test_the_pictures_show_the_newest_records(script, tmp_path):
     """After a new record: make plots"""
     drawn = {path.name: texts(path) for path in script("plots").draw(tmp_path)}
