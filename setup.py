@@ -50,6 +50,8 @@ class build(build_ext):
             ext.extra_compile_args += ["-O1", "-g1", f"-fsanitize={SANITIZE}", "-fno-sanitize-recover=all"]
             ext.extra_compile_args += ["-march=native", "-DKLCORE_ONE_ISA"]
             ext.extra_link_args.append(f"-fsanitize={SANITIZE}")
+        if kind == "msvc" and not self.compiler.initialized:
+            self.compiler.initialize()  # once, not in each thread
         one_after_the_other = self.compiler.compile
 
         def compile(sources, **options):  # setuptools leaves all processors but one idle, for a minute or two

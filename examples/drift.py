@@ -19,7 +19,7 @@ from style import figure, head, save
 import klcore
 
 WEEKS, REFERENCE, BINS = 26, 8, 10  # weeks in all, and those of the reference; bins of the amount
-RATE = 0.001  # of false alarms, a week and column
+RATE = 0.001  # of false alarms, per week and column
 DRIFT, CAMPAIGN = 16, (11, 12, 13, 14)  # weeks
 STORES = ["Aachen", "Bonn", "Celle", "Dresden", "Essen", "Fulda"]
 PAYMENTS = ["card", "cash", "transfer", "voucher"]
@@ -48,7 +48,7 @@ def edges(values, bins=BINS):
 
 
 def histograms(table):
-    """Counts of each week, for every column: arrays of shape (weeks, bins)."""
+    """Counts of each week, by column: arrays of shape (weeks, bins). And the bounds of the bins of the amount."""
     bounds = edges(table.amount[table.week < REFERENCE])
     bins = {"amount": pd.cut(table.amount, bounds, labels=False), "payment": table.payment}
     return {name: pd.crosstab(table.week, of).to_numpy() for name, of in bins.items()}, bounds

@@ -169,13 +169,22 @@ def values_of(parameters):
         yield from ((name, entry, repr(of_entry)) for entry, of_entry in entries)
 
 
+def few(cases):
+    """The numbers of a few cases, which are sets of values, in which each value occurs. Those that bring the most new
+    values are first, so that the parameters change together."""
+    seen, chosen = set(), []
+    for new in range(max(map(len, cases)), 0, -1):
+        for number, values in enumerate(cases):
+            if len(values - seen) >= new:
+                seen |= values
+                chosen.append(number)
+    return chosen
+
+
 @pytest.hookimpl(tryfirst=True)  # before pytest deselects by -m
 def pytest_collection_modifyitems(items):
-    """Of a test's cases on a device, all but a few in which each value of each parameter occurs are exhaustive.
-
-    Those that bring the most values are chosen first, so that the parameters change together. At most as many are
-    chosen as the mark `quick` says, and one on the emulated GPU, where each compiles kernels.
-    """
+    """Of a test's cases on a device, `few` stay: at most as many as the mark `quick` says, or one on the emulated GPU,
+    where each compiles kernels. The others are exhaustive."""
     tests = collections.defaultdict(list)
     for case in items:
         if not case.get_closest_marker("exhaustive"):
@@ -183,28 +192,24 @@ def pytest_collection_modifyitems(items):
             device = parameters.get("device") or parameters.get("gpu")
             tests[name_of(case), device].append((case, set(values_of(parameters))))
     for (_, device), cases in tests.items():
-        seen, chosen = set(), []
-        for new in range(max(len(values) for _, values in cases), 0, -1):
-            for case, values in cases:
-                if len(values - seen) >= new:
-                    seen |= values
-                    chosen.append(case)
         mark = cases[0][0].get_closest_marker("quick")
         at_most = mark.args[0] if mark else 1 if device == "emulated" else len(cases)
-        for case, values in cases:
-            if values and case not in chosen[:at_most]:
+        chosen = few([values for _, values in cases])[:at_most]
+        for number, (case, values) in enumerate(cases):
+            if values and number not in chosen:
                 case.add_marker(pytest.mark.exhaustive)
 
 
 def pytest_collection_finish(session):
-    """A process of pytest-xdist forgets the cases that are not selected; pytest keeps them for a report of its own.
-    The rest is there until the end, so the garbage collector need not visit it again and again."""
+    """Less memory, and less work for the garbage collector: a process of pytest-xdist forgets the cases that are not
+    selected, which pytest keeps for a report of its own. What is left is there until the end, and not visited again."""
     if hasattr(session.config, "workerinput"):
         session.config.pluginmanager.get_plugin("terminalreporter").stats.pop("deselected", None)
     gc.collect()
     gc.freeze()
 
 
+@pytest.hookimpl(trylast=True)  # after the fixtures of the test and of the file
 def pytest_runtest_teardown(item, nextitem):
     """A process stays below 1.5 GB. After each test's last case JAX forgets its programs, of which it keeps all; after
     each file's, PyTorch forgets what it compiled, and free memory goes back to the system."""
@@ -251,7 +256,7 @@ def pytest_terminal_summary(terminalreporter, config):
 # ---- operations by name ----------------------------------------------------------------------------------------------
 
 RATIOS = [name for name, o in OPERATIONS.items() if o.form == _cpu.BY_RATIO]
-# What takes long is asked in every pair of spaces of the first operation of a form, and in some of those like it.
+# Slow tests try every pair of spaces for the first operation of each form, and only SOME pairs for the others.
 FIRST = {(o.form, o.single): name for name, o in reversed(OPERATIONS.items())}.values()
 SOME = (("probs", "probs"), ("logits", "logits"), ("probs", "logits"))
 
@@ -262,7 +267,7 @@ OF_TWO = [name for name, o in COMMON.items() if not o.single]  # arguments
 
 
 def pairs(operation):
-    """But for counts beside other spaces, for which test_counts.py asks."""
+    """Without counts beside another space, which test_counts.py tests."""
     return [pair for pair in OPERATIONS[operation].pairs if "counts" not in pair or pair == ("counts", "counts")]
 
 
@@ -305,8 +310,8 @@ def dtype(request):
 def as_here(**environment):
     """Keywords of `subprocess` for a Python that is to find what this process finds: klcore need not be installed.
 
-    Without PYTHONPATH the child knows only what is; and Python looks first where it is started, so not beside the
-    sources, which may be without what is built of them.
+    Without PYTHONPATH the child would find only what is installed. It starts elsewhere than beside the sources, because
+    Python looks first in the current folder, and the sources there may not be built.
     """
     paths = os.pathsep.join(map(os.path.abspath, sys.path))
     given = {name: str(value) for name, value in environment.items()}

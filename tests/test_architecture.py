@@ -4,6 +4,7 @@ import ast
 import importlib
 import importlib.resources
 import inspect
+import itertools
 import json
 import pathlib
 import re
@@ -13,6 +14,7 @@ import sys
 from importlib.machinery import EXTENSION_SUFFIXES
 
 import pytest
+from conftest import few
 
 import klcore
 from klcore import _cpu, operations
@@ -310,6 +312,16 @@ def test_private_interfaces_of_pytorch_are_in_one_file():
 def test_private_interfaces_of_jax_are_in_one_file():
     asking = {m for m, path in modules() if re.search(r"jax\._src|module_context", path.read_text())}
     assert asking == {"klcore.backends.jax.private"}
+
+
+def test_few_cases_try_every_value():
+    """What `make test` runs of a test with many cases."""
+    cases = [set(enumerate(case)) for case in itertools.product("abcd", range(3), (False, True))]
+    chosen = few(cases)
+    assert set.union(*(cases[number] for number in chosen)) == set.union(*cases)
+    assert len(chosen) == 4  # "abcd"
+    assert cases[chosen[0]] | cases[chosen[1]] == {(0, "a"), (0, "b"), (1, 0), (1, 1), (2, False), (2, True)}
+    assert few([set()]) == []
 
 
 def test_oracle_is_independent():

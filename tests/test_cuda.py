@@ -1295,8 +1295,7 @@ for which in sys.argv[2].split():
     for shape in shapes:
         m, n = map(int, shape.split("x"))
         for first in (0, 1, 3):
-            for seed in (first,):
-                device.settings.seed = seed
+            device.settings.seed = first
                 (x, cx), (y, cy) = rows(m, n, first), rows(m, n, 4 - first)
                 if classes == "one":
                     y, cy = y[0], cy[0]

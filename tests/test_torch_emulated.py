@@ -249,6 +249,7 @@ print("named")
 CUPY_ITSELF = """
 import importlib.util, types, warnings
 if not importlib.util.find_spec("cupy"):
+    print("no CuPy")
     raise SystemExit
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # that it finds no CUDA
@@ -276,7 +277,10 @@ print("lent")
 
 def test_memory_as_cupy_itself_takes_it(python):
     """CuPy creates arrays over foreign memory without a driver; nothing here comes from the emulator."""
-    assert python(CUPY_ITSELF).strip() in ("lent", "")
+    said = python(CUPY_ITSELF).strip()
+    if said == "no CuPy":
+        pytest.skip("not run: CuPy is not installed")
+    assert said == "lent"
 
 
 @pytest.mark.parametrize("reduction", ["none", "sum", "mean"])

@@ -351,7 +351,7 @@ ONE_A_FORM = {COMMON[name].form: name for name in reversed(OF_Y)}.values()  # th
 
 @pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16"])
 @pytest.mark.parametrize("pair", [("logits", "logits"), ("probs", "logits")])
-@pytest.mark.parametrize("name", OF_Y[::-1])  # not kl_div first, the emulator's one case in `make test`: most kernels
+@pytest.mark.parametrize("name", OF_Y[::-1])  # in `make test` the emulator tries the first: kl_div has most kernels
 def test_out_over_y(device, name, pair, dtype):
     """The emulator takes seconds to compile a kernel: so those of kl_div, of one operation of each other form in
     float32, and of one of the rest."""

@@ -10,7 +10,7 @@ def link_pages(app, what, name, obj, options, lines):
     def link(path):
         return f":doc:`/{path[1]}`" if path[1] in app.env.found_docs else path[0]
 
-    lines[:] = [re.sub(r"\bdocs/(\w+)\.md\b", link, line) for line in lines]
+    lines[:] = [re.sub(r"\bdocs/([\w/-]+)\.md\b", link, line) for line in lines]
 
 
 def setup(app):

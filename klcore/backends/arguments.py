@@ -38,7 +38,7 @@ def refuse(a: Any, name: str) -> None:
         )
 
 
-def refuse_others(dtype: Any, are_integers: bool) -> None:
+def check_indices_dtype(dtype: Any, are_integers: bool) -> None:
     """Raise TypeError for indices of another dtype than integer."""
     if not are_integers:
         raise TypeError(f"indices must be integers, the numbers of classes; found dtype {dtype}")

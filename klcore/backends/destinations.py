@@ -28,8 +28,7 @@ def check(xp: Any, out: Any, what: str, shape: tuple[int, ...], dtype: Any) -> N
         raise ValueError(f"out for {what} must have shape {shape}, found {out.shape}{hint}")
     if out.dtype != dtype:
         raise ValueError(f"out for {what} must have dtype {dtype}, found {out.dtype}")
-    flags = getattr(out.flags, "writeable", True)
-    if not flags:
+    if not getattr(out.flags, "writeable", True):
         raise ValueError(f"out for {what} is read-only")
     if shares_with_itself(out.shape, out.strides, out.dtype.itemsize):
         raise ValueError(f"out for {what} is a view whose elements share memory; pass a new array")

@@ -114,9 +114,8 @@ class Laid(NamedTuple):
     n: int
     last: int  # the class axis, counted from the end
     scalar: bool  # x and y are 0-d: one class
-    terms: tuple[
-        int, ...
-    ]  # the shape of the terms, with the classes on the caller's axis; with indices, the shape with all classes of y
+    # the shape of the terms, with the classes on the caller's axis; with indices, of all classes of y
+    terms: tuple[int, ...]
     alone: bool = False  # every number is a row of one class
 
     def classes_last(self, a: Any) -> Any:

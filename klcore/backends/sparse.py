@@ -212,7 +212,7 @@ def _lay(xp: Any, asarray: Any, call: Call) -> tuple[rows.Laid, Any]:
     """x and y as rows, of K and n classes, and the indices."""
     x, y, indices = asarray(call.x, "x"), asarray(call.y, "y"), asarray(call.indices, "indices")
     if indices.size or isinstance(call.indices, type(indices)):  # NumPy converts an empty list to float64
-        arguments.refuse_others(indices.dtype, indices.dtype.kind in "iu")
+        arguments.check_indices_dtype(indices.dtype, indices.dtype.kind in "iu")
     last, terms = rows.lay_list(x, y, indices, call.axis)
     count, n = x.shape[last], y.shape[last]
     if count > n:

@@ -107,7 +107,7 @@ def _indices(a: Any) -> Any:
     own = info(jax.dtypes.canonicalize_dtype(int))
     if not a.size:  # NumPy converts an empty list to float64
         return jnp.zeros(a.shape, own.dtype)
-    arguments.refuse_others(a.dtype, jnp.issubdtype(a.dtype, jnp.integer))
+    arguments.check_indices_dtype(a.dtype, jnp.issubdtype(a.dtype, jnp.integer))
     if isinstance(a, jax.Array) and a.dtype == own.dtype:
         return a
     xp: Any = jnp if isinstance(a, jax.Array) else np

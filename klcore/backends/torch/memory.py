@@ -260,5 +260,5 @@ def _indices_beside(indices: Any, like: Any, device: str | None) -> Any:
         found = torch.as_tensor(indices) if torch.compiler.is_compiling() else _lent_by(indices, "indices")
         found = (found.clone() if found.numel() else found.long()).to(like.device)  # NumPy converts [] to float64
     odd = found.dtype is torch.bool or found.dtype.is_floating_point or found.dtype.is_complex
-    arguments.refuse_others(found.dtype, not odd)
+    arguments.check_indices_dtype(found.dtype, not odd)
     return found
