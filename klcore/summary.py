@@ -175,7 +175,7 @@ class Summary:
 
     def _take(self, at: int, values: Any, mask: Any, names: Any) -> None:
         """Add one piece, given as 1-d arrays; `at` is the position of its first value."""
-        with np.errstate(over="ignore"):  # the overflow to infinity is counted below
+        with np.errstate(over="ignore", under="ignore"):  # the overflow to infinity is counted below
             x = values.astype(np.float32)
         finite = np.isfinite(x)
         if mask is not None:
@@ -463,7 +463,7 @@ class Summary:
             For negative edges without `signed`, and if the summary keeps no histogram.
         """
         histogram = self._kept()
-        with np.errstate(over="ignore"):
+        with np.errstate(over="ignore", under="ignore"):
             bits = np.asarray(edges, np.float64).astype(np.float32).view(np.int32)
         bins = (bits & 0x7FFFFFFF) >> _SHIFT
         if self.signed:

@@ -540,6 +540,20 @@ def test_extra_memory_by_road(python, road):
     assert min(of_numpy) < MB
 
 
+@pytest.mark.parametrize("reduction", ["row", "sum", "rowmean", "none"])
+@pytest.mark.parametrize("dtype", ["float64", "float32", "float16"])
+def test_errors_of_floats_that_numpy_shall_raise(dtype, reduction):
+    """klcore's arithmetic within is not what the caller asks NumPy to watch."""
+    x, y = np.array([[1e-6, 0.8], [0, 0.5]], dtype), np.array([[0.3, 1e-7], [0.6, 0.4]], dtype)
+    options = {"reduction": reduction, "return_grad": PAIR, "weights": [1e300, 1e-300]}
+    expected = klcore.kl_div(x, y, **options), klcore.kl_div(x, y[0], **options)
+    with np.errstate(all="raise"):
+        found = klcore.kl_div(x, y, **options), klcore.kl_div(x, y[0], **options)
+        klcore.Summary().update([1e200, 1e-200, 1])
+    for of_found, of_expected in zip(found, expected, strict=True):
+        assert [a.tobytes() for a in of_found] == [a.tobytes() for a in of_expected]
+
+
 # ---- errors ----------------------------------------------------------------------------------------------------------
 
 X, Y = numbers((2, 3), 1), numbers((2, 3), 2)

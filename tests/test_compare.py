@@ -902,7 +902,7 @@ OTHERS = {
     "tokens": (("base.npy", "quant.npy", "--tokens", "large.npy"), "the token of row 1 is 99, but there are only 37"),
     "no tokens": (("base.npy", "quant.npy", "--tokens", "two.npz"), "is not a .npy file"),
     "vocab": (("base.npy", "quant.npy", "--vocab", "38"), "--vocab 38 is more than the 37"),
-    "temperature": (("base.npy", "quant.npy", "--temperature", "0"), "must be above 0"),
+    "temperature": (("base.npy", "quant.npy", "--temperature", "0"), "must be positive and finite"),
     "of logits": (("base.npy", "quant.npy", "--temperature", "2", "--space", "probs"), "divides logits"),
     "space": (("base.npy", "quant.npy", "--space", "log_probs"), "row 0 of base.npy has a probability above 1"),
     "space of one": (("base.npy", "quant.npy", "--space", "logits,log_probs"), "of quant.npy has a probability above"),
@@ -1015,11 +1015,40 @@ def test_standard_output_that_takes_nothing(folder, where):
     os.close(read)
     with open("/dev/full", "w") if where == "full" else os.fdopen(write, "w") as out:
         done = subprocess.run(
-            [sys.executable, "-m", "klcore", "compare", *paths],
+            [sys.executable, "-m", "klcore", "compare", *paths, "--json", str(folder / "report.json")],
             stdout=out, stderr=subprocess.PIPE, text=True, timeout=60, **as_here(),
         )  # fmt: skip
     assert done.returncode == 2
+    assert json.loads((folder / "report.json").read_text())["rows"] == 60
     assert re.fullmatch(r"klcore compare: standard output cannot be written: .*\n", done.stderr)
+
+
+def test_no_standard_output(folder, monkeypatch):
+    """As of a program without a console."""
+    monkeypatch.setattr(sys, "stdout", None)
+    assert main(["compare", *(str(folder / f"{name}.npy") for name in ("base", "quant"))]) == 0
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "words"),
+    [
+        ("--threads", "99999999999", "at most 2147483647"),
+        ("--temperature", "1e-320", "must be positive and finite, and so must 1 / temperature"),
+        ("--groups", "0", "not a multiple of 0"),
+        ("--groups", "9" * 5000, "--groups"),
+        ("KLCORE_NUM_THREADS", "all", "must be a whole number"),
+    ],
+)
+def test_numbers_out_of_range_are_wrong_input(folder, option, value, words):
+    """Status 2: 1 would say that a limit is exceeded."""
+    paths = [str(folder / f"{name}.npy") for name in ("base", "quant")]
+    options, environment = ([option, value], {}) if option.startswith("--") else ([], {option: value})
+    done = subprocess.run(
+        [sys.executable, "-m", "klcore", "compare", *paths, *options],
+        capture_output=True, text=True, timeout=60, **as_here(**environment),
+    )  # fmt: skip
+    assert (done.returncode, done.stdout) == (2, "")
+    assert words in done.stderr.splitlines()[-1]
 
 
 def test_a_bar_on_a_terminal(folder):

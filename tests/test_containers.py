@@ -275,6 +275,25 @@ def test_classes_that_one_side_lacks(case):
     klcore.js_div(x, y, space="counts")
 
 
+@pytest.mark.parametrize("dtype", ["string", "Int64", "float64", "object"])
+def test_missing_labels(dtype):
+    """pandas.NA cannot be compared, and NaN is not equal to itself."""
+    labels = [pd.NA if dtype in ("string", "Int64") else np.nan, "1", "2", "3"]
+    one, other = (pd.Index([*labels[:2], last], dtype=dtype) for last in labels[2:])
+    x, y = pd.Series([3, 2, 1], one), pd.Series([3, 2, 1], other)
+    assert klcore.kl_div(x, x, space="counts") == 0
+    with pytest.raises(ValueError, match=r"first at position 2: .*2.* and .*3"):
+        klcore.kl_div(x, y, space="counts")
+
+
+def test_masked_rows_of_a_list():
+    """What is recommended keeps the mask."""
+    x = [np.ma.array([0.5, 0.5], mask=[True, False])]
+    with pytest.raises(TypeError, match=r"such as numpy\.ma\.stack\(x\)\.filled\(value\)"):
+        klcore.kl_div(x, x)
+    assert np.ma.stack(x).filled(0.25).tolist() == [[0.25, 0.5]]
+
+
 def test_labels_on_one_side_only():
     with pytest.raises(ValueError, match=r"found 2 and 3 \(shapes \(2,\) and \(3,\)\)$"):
         klcore.kl_div(COUNTS[:2], [1, 2, 3])

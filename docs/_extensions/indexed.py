@@ -21,7 +21,8 @@ class Entries(SphinxTransform):
         for node in list(self.document.findall(nodes.raw)):
             if found := COMMENT.fullmatch(node.astext()):
                 if not node.parent["ids"]:
-                    raise ExtensionError(f"{self.document['source']}: <!-- index: ... --> must be below a heading")
+                    page = self.document["source"]
+                    raise ExtensionError(f"{page}: <!-- index: ... --> must stand alone, directly below a heading")
                 section = node.parent["ids"][0]
                 words = [" ".join(word.split()) for word in found[1].split(",")]
                 node.replace_self(addnodes.index(entries=[("single", word, section, "main", None) for word in words]))

@@ -98,10 +98,11 @@ def _refuse_parts(a: Any, name: str) -> None:
             _refuse_tensorflow(cls, f"an element of {name}")
             one = next(b for b in part if type(b) is cls)
             if is_masked(one) or has_meaning(cls) or labels.are_there(one) or _is_tensor(one):
-                make = "torch.stack" if _is_tensor(one) else "numpy.stack"
+                make = "torch.stack" if _is_tensor(one) else "numpy.ma.stack" if is_masked(one) else "numpy.stack"
+                call = f"{make}({name})" + ".filled(value)" * is_masked(one)
                 raise TypeError(
                     f"{name} is a {type(part).__name__} of {_type_name(cls)}, whose labels, mask, unit or history "
-                    f"klcore would ignore; pass one array, such as {make}({name})"
+                    f"klcore would ignore; pass one array, such as {call}"
                 )
 
 

@@ -84,7 +84,7 @@ def _compute(task: rows.Task) -> Any:
     if not task.value_wanted:
         return rows.gradients(task)
     if task.output == rows.TOTAL:
-        with np.errstate(over="ignore"):  # a finite float64 total can be infinite as float32
+        with np.errstate(over="ignore", under="ignore"):  # a finite float64 total can be infinite as float32
             value = task.scalar_dtype.type(total / denominator if denominator else np.nan)
         if task.out is not None:
             task.out[...] = value

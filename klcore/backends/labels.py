@@ -161,11 +161,14 @@ def _reordered(labels: Any) -> bool:
 def _difference(a: Any, b: Any) -> str:
     """Where two label sequences of the same length first differ."""
     pairs = enumerate(zip(a, b, strict=True))
-    k, (one, other) = next(
-        ((k, pair) for k, pair in pairs if type(pair[0]) is not type(pair[1]) or pair[0] != pair[1]), (0, (a, b))
-    )
+    k, (one, other) = next(((k, pair) for k, pair in pairs if not _is_same(*pair)), (0, (a, b)))
     kinds = "" if type(one) is type(other) else f" ({type(one).__name__} and {type(other).__name__})"
     return f"first at position {k}: {one!r} and {other!r}{kinds}"
+
+
+def _is_same(one: Any, other: Any) -> bool:
+    """Also of missing labels: None, pandas.NA and NaT are one object each, NaN differs from itself."""
+    return one is other or (type(one) is type(other) and bool(one == other or (one != one and other != other)))
 
 
 def _first(labels: Any) -> str:

@@ -315,7 +315,7 @@ def _arrange_gradient(xp: Any, asarray: Any, call: Call) -> Task:
                 weights = cotangent
             else:
                 weights = multiplier(asarray, weights, "weights")
-                with np.errstate(over="ignore", invalid="ignore"):
+                with np.errstate(over="ignore", invalid="ignore", under="ignore"):
                     product = cotangent * weights
                 weights = xp.where(weights == 0, 0, product)  # rows of weight 0 give 0 even if the cotangent is inf
         elif call.reduction == "none":
@@ -358,7 +358,9 @@ def _collected(g: Gradient) -> Any:
     if g.spread is None:
         return g.array
     axis, operand = g.spread
-    with np.errstate(invalid="ignore", over="ignore"):  # infinities of both signs, or overflow of the dtype
+    with np.errstate(
+        invalid="ignore", over="ignore", under="ignore"
+    ):  # infinities of both signs, or overflow of the dtype
         sums = g.array.sum(axis, dtype="float64", keepdims=True).astype(operand.dtype).reshape(operand.shape)
     if g.out is None:
         return sums
@@ -532,7 +534,7 @@ def over_rows(xp: Any, a: Any, batch: tuple[int, ...], name: str) -> Any:
 def times_ratio(xp: Any, weights: Any, ratio: Any) -> Any:
     """What multiplies the rows of an estimator: NaN for an invalid ratio, because raising would synchronise a GPU. Rows
     of weight 0 are left out, whatever their ratio."""
-    with np.errstate(over="ignore", invalid="ignore"):
+    with np.errstate(over="ignore", invalid="ignore", under="ignore"):
         product = xp.where((ratio >= 0) & (ratio < math.inf), ratio, math.nan).astype("float64")
         return product if weights is None else xp.where(weights == 0, 0, product * weights)
 
@@ -560,5 +562,6 @@ def weight_factor(total: Any) -> Any:
 
 def scaled_weights(weights: Any, factor: Any) -> Any:
     """The weights times a power of two; a weight that is not 0 stays above 0, however small it is."""
-    scaled = weights * factor
+    with np.errstate(under="ignore"):
+        scaled = weights * factor
     return np.where((scaled == 0) & (weights != 0), 2.0**-1074, scaled)

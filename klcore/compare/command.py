@@ -19,7 +19,8 @@ from typing import Any
 
 import numpy as np
 
-from klcore.backends.threads import threads
+from klcore.backends import options
+from klcore.backends.threads import get_num_threads, threads
 from klcore.compare import files, llama, outputs
 from klcore.compare.comparison import Comparison
 from klcore.compare.errors import InputError
@@ -61,6 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     rows.add_argument("--mask", metavar="M.npy", help="booleans: the rows to compare")
     rows.add_argument(
         "--groups",
+        type=_groups,
         metavar="N|G.npy",
         help="the number of rows per text, or the text of each row as an integer: clusters the errors by text",
     )
@@ -97,6 +99,12 @@ def _positive(text: str) -> int:
     return int(text)
 
 
+def _groups(text: str) -> str:
+    if text.isdecimal():
+        int(text)  # ValueError: more digits than Python converts
+    return text
+
+
 def _natural(text: str) -> int:
     if not text.isdecimal():
         raise argparse.ArgumentTypeError(f"must be an integer of at least 0, found {text!r}")
@@ -126,9 +134,8 @@ def _spaces(text: str) -> tuple[str, str]:
 
 def main(arguments: argparse.Namespace, command: list[str]) -> int:
     """Run the command; returns the exit status. `command` is the command line, for the report."""
-    limited = threads(arguments.threads) if arguments.threads else contextlib.nullcontext()
     try:
-        with limited:  # only within this call, which may come from Python
+        with _limited(arguments.threads):  # only within this call, which may come from Python
             return _compare(arguments, shlex.join(command))
     except InputError as error:
         print(f"klcore compare: {error}", file=sys.stderr)
@@ -137,6 +144,15 @@ def main(arguments: argparse.Namespace, command: list[str]) -> int:
         return 130
     finally:
         files.remove_temporary()
+
+
+def _limited(count: int | None) -> contextlib.AbstractContextManager[Any]:
+    try:
+        limited = threads(count) if count else contextlib.nullcontext()
+        get_num_threads()
+    except ValueError as error:
+        raise InputError(str(error)) from error
+    return limited
 
 
 def _compare(a: argparse.Namespace, command: str) -> int:
@@ -175,10 +191,12 @@ def _prepare(a: argparse.Namespace) -> tuple[Comparison, tuple[str, ...]]:
         "log_probs" if isinstance(f, llama.LlamaFile) else (a.space or ("logits", "logits"))[k]
         for k, f in enumerate(opened)
     )
-    if not (a.temperature > 0 and np.isfinite(a.temperature)):
-        raise InputError(f"--temperature must be above 0 and finite; found {a.temperature}")
     if a.temperature != 1 and "logits" not in spaces:
         raise InputError("--temperature divides logits, but neither file holds logits")
+    try:
+        options.temperature_of(a.temperature, (options.LOGITS, options.LOGITS))
+    except ValueError as error:
+        raise InputError(f"--{error}") from error
     base, quant = sources
     if not a.partial:
         for source in sources:
@@ -346,13 +364,19 @@ def _check_outputs(a: argparse.Namespace, inputs: list[Any]) -> None:
 
 def _write(a: argparse.Namespace, report: dict[str, Any], tally: Tally) -> None:
     text = json.dumps(report, indent=2, allow_nan=False) + "\n"
-    if a.json == "-":
-        outputs.say(text)
-    else:
-        outputs.say(as_text(report))
-        if a.llama:
-            columns = {name: tally.column(f"llama {name}") for name in llama.COLUMNS}
-            outputs.say("\n" + llama.tool_report(columns) + "\n")
+    try:
+        _write_files(a, report, tally, text)
+    finally:  # one is not lost if the other cannot be written
+        if a.json == "-":
+            outputs.say(text)
+        else:
+            outputs.say(as_text(report))
+            if a.llama:
+                columns = {name: tally.column(f"llama {name}") for name in llama.COLUMNS}
+                outputs.say("\n" + llama.tool_report(columns) + "\n")
+
+
+def _write_files(a: argparse.Namespace, report: dict[str, Any], tally: Tally, text: str) -> None:
     if a.json and a.json != "-":
         outputs.write(a.json, text.encode())
     if a.rows:

@@ -61,7 +61,9 @@ def write(text: str | Path, content: bytes) -> None:
 
 
 def say(text: str) -> None:
-    """Write to standard output, which may be a file on a full disk, or a closed pipe."""
+    """Write to standard output, which may be a file on a full disk, a closed pipe, or missing."""
+    if sys.stdout is None:  # print() says nothing then, either
+        return
     encoding = sys.stdout.encoding or "utf-8"
     try:
         sys.stdout.write(text.encode(encoding, "replace").decode(encoding))  # "±" or a file name may not be encodable
