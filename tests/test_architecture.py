@@ -76,7 +76,7 @@ ROOMS = {
     r"klcore\.compare\.page": {"klcore.compare.report"},
     r"klcore\.compare\.outputs": {"numpy", "klcore.compare.errors"},
     r"klcore\.compare\.command": {
-        "numpy", "tqdm", "klcore.backends.threads", "klcore.compare",
+        "numpy", "tqdm", "klcore.backends.threads", "klcore.compare", "klcore.divergence",
         *(f"klcore.compare.{name}" for name in (
             "comparison", "errors", "figures", "files", "llama", "outputs", "page", "plots", "report", "tally",
         )),

@@ -19,7 +19,6 @@ from typing import Any
 
 import numpy as np
 
-from klcore.backends import options
 from klcore.backends.threads import get_num_threads, threads
 from klcore.compare import files, llama, outputs
 from klcore.compare.comparison import Comparison
@@ -29,6 +28,7 @@ from klcore.compare.page import as_page
 from klcore.compare.plots import SUFFIXES, THEMES, check_plots, draw
 from klcore.compare.report import as_text, figure, make_report
 from klcore.compare.tally import Tally
+from klcore.divergence import kl_div
 
 SPACES = ("logits", "log_probs", "probs")
 _UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30}
@@ -194,7 +194,7 @@ def _prepare(a: argparse.Namespace) -> tuple[Comparison, tuple[str, ...]]:
     if a.temperature != 1 and "logits" not in spaces:
         raise InputError("--temperature divides logits, but neither file holds logits")
     try:
-        options.temperature_of(a.temperature, (options.LOGITS, options.LOGITS))
+        kl_div([0.0], [0.0], space="logits", temperature=a.temperature)
     except ValueError as error:
         raise InputError(f"--{error}") from error
     base, quant = sources
