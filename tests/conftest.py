@@ -200,6 +200,12 @@ def pytest_collection_modifyitems(items):
                 case.add_marker(pytest.mark.exhaustive)
 
 
+def trim():
+    """Give free memory back to the system."""
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):  # glibc, not musl
+        libc.malloc_trim(0)
+
+
 def pytest_collection_finish(session):
     """Less memory, and less work for the garbage collector: a process of pytest-xdist forgets the cases that are not
     selected, which pytest keeps for a report of its own. What is left is there until the end, and not visited again."""
@@ -207,6 +213,7 @@ def pytest_collection_finish(session):
         session.config.pluginmanager.get_plugin("terminalreporter").stats.pop("deselected", None)
     gc.collect()
     gc.freeze()
+    trim()
 
 
 @pytest.hookimpl(trylast=True)  # after the fixtures of the test and of the file
@@ -218,8 +225,7 @@ def pytest_runtest_teardown(item, nextitem):
     if nextitem is None or nextitem.path != item.path:
         if "torch._dynamo" in sys.modules:
             sys.modules["torch._dynamo"].reset()
-        if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):  # glibc, not musl
-            libc.malloc_trim(0)
+        trim()
 
 
 # ---- how much was compared, for the summary --------------------------------------------------------------------------
