@@ -1296,15 +1296,15 @@ for which in sys.argv[2].split():
         m, n = map(int, shape.split("x"))
         for first in (0, 1, 3):
             device.settings.seed = first
-                (x, cx), (y, cy) = rows(m, n, first), rows(m, n, 4 - first)
-                if classes == "one":
-                    y, cy = y[0], cy[0]
-                keywords = dict(space=space, return_grad=tuple(gradient), reduction="rowmean", axis=-1)
-                if classes == "first":
-                    x, cx, y, cy, keywords["axis"] = x.T, cx.T, y.T, cy.T, 0
-                expected = klcore.kl_div(x, y, weights=np.ones(m), **keywords)
-                for f, e in zip(klcore.kl_div(cx, cy, weights=cupy.ones(m), **keywords), expected):
-                    assert (cupy.asnumpy(f) == e).all(), which
+            (x, cx), (y, cy) = rows(m, n, first), rows(m, n, 4 - first)
+            if classes == "one":
+                y, cy = y[0], cy[0]
+            keywords = dict(space=space, return_grad=tuple(gradient), reduction="rowmean", axis=-1)
+            if classes == "first":
+                x, cx, y, cy, keywords["axis"] = x.T, cx.T, y.T, cy.T, 0
+            expected = klcore.kl_div(x, y, weights=np.ones(m), **keywords)
+            for f, e in zip(klcore.kl_div(cx, cy, weights=cupy.ones(m), **keywords), expected):
+                assert (cupy.asnumpy(f) == e).all(), which
 print("clean")
 """
 
