@@ -1035,7 +1035,8 @@ def test_no_standard_output(folder, monkeypatch):
         ("--threads", "99999999999", "at most 2147483647"),
         ("--temperature", "1e-320", "must be positive and finite, and so must 1 / temperature"),
         ("--groups", "0", "not a multiple of 0"),
-        ("--groups", "9" * 5000, "--groups"),
+        ("--groups", "9" * 5000, "at most 18 digits"),
+        ("--vocab", "9" * 5000, "at most 18 digits"),
         ("KLCORE_NUM_THREADS", "all", "must be a whole number"),
     ],
 )

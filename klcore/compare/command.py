@@ -94,21 +94,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be an integer of at least 1, found {text!r}")
+    return _integer(text, 1)
+
+
+def _natural(text: str) -> int:
+    return _integer(text, 0)
+
+
+def _integer(text: str, least: int) -> int:
+    if len(text) > 18:  # Python does not convert thousands of digits
+        raise argparse.ArgumentTypeError(f"must have at most 18 digits, found {len(text)} characters")
+    if not text.isdecimal() or int(text) < least:
+        raise argparse.ArgumentTypeError(f"must be an integer of at least {least}, found {text!r}")
     return int(text)
 
 
 def _groups(text: str) -> str:
-    if text.isdecimal():
-        int(text)  # ValueError: more digits than Python converts
-    return text
-
-
-def _natural(text: str) -> int:
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"must be an integer of at least 0, found {text!r}")
-    return int(text)
+    """The number of rows per text, or the name of a file."""
+    return str(_natural(text)) if text.isdecimal() else text
 
 
 def _bytes(text: str) -> int:

@@ -1,5 +1,5 @@
-// What runs CUDA kernels on the CPU: fibers, barriers, launches. emulator.h says what a kernel asks of it; launch.h, which is
-// compiled with each kernel, calls that kernel.
+// What runs CUDA kernels on the CPU: fibers, barriers, launches. emulator.h says what a kernel asks of it; launch.h, which
+// is compiled with each kernel, calls that kernel.
 //
 // Every CUDA thread is a fiber with its own stack. Fibers are switched only where CUDA threads wait for each other, so a
 // run depends only on the seed of its schedule. Seed 0 runs everything in order. Other seeds permute blocks and threads and
@@ -444,7 +444,7 @@ std::string run(const Launch& l) {
   std::atomic<bool> failed(false);
   std::mutex lock;
   std::string error;
-  unsigned of = l.grid;               // the first block that failed, whichever was noticed first; those before it have all started
+  unsigned of = l.grid;               // the first block that failed; those before it have all started
   auto report = [&](unsigned i, const std::string& text) {
     std::lock_guard<std::mutex> guard(lock);
     if (error.empty() || i < of) error = text, of = i;

@@ -56,6 +56,7 @@ struct Runtime {
 inline Runtime* runtime;              // device.py sets it
 
 inline const Here& here() { return runtime->here(); }
+inline unsigned lane() { return here().lane; }
 inline char* shared_memory() { return here().shared; }
 
 template <typename T> inline T shuffle(Place place, unsigned mask, T value, unsigned source) {
@@ -77,25 +78,25 @@ template <int BYTES> inline void check_aligned(const void* at, const char* what)
 
 // ---- CUDA's own functions -------------------------------------------------------------------------------------------
 inline void __syncthreads() { emulator::runtime->syncthreads(); }
-inline void __syncwarp(unsigned mask = ~0u) { emulator::runtime->meet(emulator::SYNCWARP, mask, 0, emulator::here().lane); }
+inline void __syncwarp(unsigned mask = ~0u) { emulator::runtime->meet(emulator::SYNCWARP, mask, 0, emulator::lane()); }
 template <typename T> inline T __shfl_sync(unsigned mask, T value, int source) {
   return emulator::shuffle(emulator::SHFL, mask, value, (unsigned)source % emulator::WARP);
 }
 template <typename T> inline T __shfl_xor_sync(unsigned mask, T value, int bits) {
-  return emulator::shuffle(emulator::SHFL_XOR, mask, value, (emulator::here().lane ^ (unsigned)bits) % emulator::WARP);
+  return emulator::shuffle(emulator::SHFL_XOR, mask, value, (emulator::lane() ^ (unsigned)bits) % emulator::WARP);
 }
 template <typename T> inline T __shfl_down_sync(unsigned mask, T value, unsigned by) {
-  unsigned lane = emulator::here().lane;
+  unsigned lane = emulator::lane();
   return emulator::shuffle(emulator::SHFL_DOWN, mask, value, lane + by < emulator::WARP ? lane + by : lane);
 }
 inline unsigned __ballot_sync(unsigned mask, int predicate) {
-  return (unsigned)emulator::runtime->meet(emulator::BALLOT, mask, predicate != 0, emulator::here().lane);
+  return (unsigned)emulator::runtime->meet(emulator::BALLOT, mask, predicate != 0, emulator::lane());
 }
 inline int __any_sync(unsigned mask, int predicate) {
-  return emulator::runtime->meet(emulator::ANY, mask, predicate != 0, emulator::here().lane) != 0;
+  return emulator::runtime->meet(emulator::ANY, mask, predicate != 0, emulator::lane()) != 0;
 }
 inline int __all_sync(unsigned mask, int predicate) {
-  return emulator::runtime->meet(emulator::ALL, mask, predicate == 0, emulator::here().lane) == 0;   // no lane votes against
+  return emulator::runtime->meet(emulator::ALL, mask, predicate == 0, emulator::lane()) == 0;   // none votes against
 }
 inline int __ffs(int v) { return __builtin_ffs(v); }
 inline int __popc(unsigned v) { return __builtin_popcount(v); }
