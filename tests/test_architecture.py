@@ -324,6 +324,15 @@ def test_few_cases_try_every_value():
     assert few([set()]) == []
 
 
+@pytest.mark.exhaustive
+def test_the_emulator_can_be_left_out(python):
+    """As where a wheel is tested, perhaps without a compiler."""
+    code = "import pytest; raise SystemExit(pytest.main(['--collect-only', '-q', '-p', 'no:cacheprovider', '.']))"
+    found = python(code, KLCORE_TEST_DEVICES="cpu", warnings="default")
+    assert "test_containers.py" in found
+    assert [line for line in found.splitlines() if re.search(r"\[.*\bemulated\b", line)] == []
+
+
 def test_oracle_is_independent():
     path = pathlib.Path(__file__).with_name("oracle.py")
     roots = {re.split(r"[.:]", edge)[0] for edge in imported(path)}

@@ -548,7 +548,7 @@ def test_a_handler_that_takes_its_time(same, small):
         slowly(lambda: klcore.kl_div(x[:, :999], x[:, :999], reduction="sum"), 0.3)
     """
     if small:  # a limit of the main thread's stack counts from the start of a program
-        shell = ("bash", "-c", 'ulimit -s 112 && exec "$@"', "bash")
+        shell = ("/bin/sh", "-c", 'ulimit -s 112 && exec "$@"', "sh")
         same(LONG + SLOW + textwrap.dedent(code) + "\nprint(digest(2))", expected=1, within=shell)
     else:
         same(LONG + SLOW + textwrap.dedent(code) + "\nprint(digest(2))", expected=1)
