@@ -104,6 +104,7 @@ template <typename T> struct Rows {
   i64 n, count, pitch;
   alignas(64) Lane<double> weight, inverse_temperature;
   alignas(64) Lane<T> inverse_high, inverse_low, inverse_of_low;
+  bool scaled = false;
 
   Rows(const Plan& plan, i64 r, int rows) : p(plan), first(r), n(plan.n), count(rows) {
     pitch = (rows + LEAST_LANES<T> - 1) / LEAST_LANES<T> * LEAST_LANES<T>;
@@ -136,7 +137,15 @@ template <typename T> struct Rows {
         read(a.dtype, at_row(p, a, first + k), step_of(p, a), m, numbers + k);
       });
   }
-  bool weighs() const { return p.weights.data || p.factor != 1; }
+  bool weighs() const { return p.weights.data || p.factor != 1 || scaled; }
+  void scale_by(const double* factors) {   // what is written from now on
+    bool before = weighs();
+    for (i64 k = 0; k < pitch; k++) {
+      double w = before ? weight[k] : 1.0;
+      weight[k] = w == 0 ? 0.0 : w * factors[k];
+    }
+    scaled = true;
+  }
   int size() const { return (int)(n * pitch); }
 
   // Lanes beyond the last row repeat the first one.
@@ -207,19 +216,49 @@ template <typename T> KL_APART void maxima(const T* __restrict t, i64 n, i64 pit
 
 // ---- the kinds of rows ------------------------------------------------------------------------------------------------------
 
-template <typename T> void few_terms(const Plan& p, i64 r, int count, double* values, char*, void* scratch) {
+// Writes the values, before the gradients. Those of renyi_div are made from the sums of alpha_div (kl_renyi.h); its gradients
+// have one more factor. Tilted rows are marked.
+template <typename T> KL_APART void few_values(const Plan& p, Rows<T>& rows, double* values, char* alone) {
+  if (p.operation != RENYI_DIV) return rows.write_values(values);
+  alignas(64) Lane<double> slope;
+  for (i64 r = 0; r < rows.count; r++) {
+    double stats[MAX_STATS];
+    stats[VALUE] = values[r];
+    renyi_begin(p.parameter, stats);
+    slope[r] = stats[RENYI_SLOPE];
+    alone[r] |= is_tilted(stats);
+  }
+  for (i64 r = 0; r < rows.count; r++) {
+    double stats[MAX_STATS];
+    stats[VALUE] = values[r];
+    renyi_finish(p.parameter, stats);
+    values[r] = stats[VALUE];
+  }
+  std::fill(slope + rows.count, slope + rows.pitch, 1.0);
+  rows.write_values(values);
+  rows.scale_by(slope);
+}
+
+// The values or terms, from the terms in s.a, and the gradients in s.dx and s.dy
+template <typename T> void few_outputs(const Plan& p, Rows<T>& rows, Block<T>& s, double* values, char* alone) {
+  const T* a = s.a;
+  if (p.output != TERMS) {
+    add_lanes(rows.n, rows.pitch, s.room, values, [=](i64 j) KL_LAMBDA { return a[j]; });
+    few_values(p, rows, values, alone);
+  }
+  if (p.dx.data) rows.write(p.dx, &Row::dx, s.dx, p.gradient_scale, s.x);
+  if (p.dy.data) rows.write(p.dy, &Row::dy, s.dy, p.gradient_scale, s.x);
+  if (p.output == TERMS) rows.write(p.value, &Row::value, s.a, 1, s.x);
+}
+
+template <typename T> void few_terms(const Plan& p, i64 r, int count, double* values, char* alone, void* scratch) {
   Block<T>& s = *(Block<T>*)scratch;
   Rows<T> rows(p, r, count);
   rows.read(p.x, &Row::x, s.x, s.a);
   T* y = has_y(p.operation) ? s.y : s.x;
   if (has_y(p.operation)) rows.read(p.y, &Row::y, s.y, s.a);
   terms_of<T>(p)(s.x, y, nullptr, p.parameter, rows.size(), s.a, s.dx, s.dy);
-  if (p.dx.data) rows.write(p.dx, &Row::dx, s.dx, p.gradient_scale, s.x);
-  if (p.dy.data) rows.write(p.dy, &Row::dy, s.dy, p.gradient_scale, s.x);
-  if (p.output == TERMS) return rows.write(p.value, &Row::value, s.a, 1, s.x);
-  const T* a = s.a;
-  add_lanes(rows.n, rows.pitch, s.room, values, [=](i64 j) KL_LAMBDA { return a[j]; });
-  rows.write_values(values);
+  few_outputs(p, rows, s, values, alone);
 }
 
 // The divergence of two rows of logits, by the steps of logits_chunk and logits_finish
@@ -313,25 +352,32 @@ KL_APART void few_slopes(const T* __restrict w, const T* __restrict z, i64 n, i6
     }
 }
 
-template <typename T, bool TEMPERED>
-void few_logits(const Plan& p, i64 r, int count, double* values, char* alone, void* scratch) {
-  Block<T>& s = *(Block<T>*)scratch;
-  Rows<T> rows(p, r, count);
-  LogitsLanes<T> k;
+// The first sweep; leaves the weights in s.a, e^z - 1 - z in s.dx, and z in s.dy.
+template <typename T, bool TEMPERED> void few_first(const Plan& p, Rows<T>& rows, Block<T>& s, LogitsLanes<T>& k) {
   i64 n = rows.n, pitch = rows.pitch;
   rows.cool();
   rows.read(p.x, &Row::x, s.x, s.a);
   rows.read(p.y, &Row::y, s.y, s.a);
-  T *w = s.a, *e = s.dx, *z = s.dy, *room = (T*)s.room;
+  T *w = s.a, *e = s.dx, *z = s.dy;
   maxima(s.x, n, pitch, k.max_a);
   maxima(s.y, n, pitch, k.max_b);
   few_weights<T, TEMPERED>(s.x, s.y, n, pitch, k.max_a, k.max_b, rows, w, e);
   add_lanes(n, pitch, s.room, k.weights, [=](i64 j) KL_LAMBDA { return w[j]; });
   add_lanes(n, pitch, s.room, k.x, [=](i64 j) KL_LAMBDA { return e[j]; });
   few_anchors(k.x, pitch, k);
-  few_spread<T, TEMPERED>(s.x, s.y, w, n, pitch, k, rows, z, room, e);
+  few_spread<T, TEMPERED>(s.x, s.y, w, n, pitch, k, rows, z, (T*)s.room, e);
   add_lanes(n, pitch, s.room, k.x, [=](i64 j) KL_LAMBDA { return fma(w[j], z[j], T(0)); });
   add_lanes(n, pitch, s.room, k.g, [=](i64 j) KL_LAMBDA { return fma(w[j], e[j], T(0)); });
+}
+
+template <typename T, bool TEMPERED>
+void few_logits(const Plan& p, i64 r, int count, double* values, char* alone, void* scratch) {
+  Block<T>& s = *(Block<T>*)scratch;
+  Rows<T> rows(p, r, count);
+  LogitsLanes<T> k;
+  i64 n = rows.n, pitch = rows.pitch;
+  T *w = s.a, *e = s.dx, *z = s.dy, *room = (T*)s.room;
+  few_first<T, TEMPERED>(p, rows, s, k);
   bool gradient = p.dx.data || p.dy.data;
   (gradient || p.output == TERMS ? few_finish<T, true> : few_finish<T, false>)(rows, k, values);
   if (p.output == TERMS)
@@ -345,6 +391,231 @@ void few_logits(const Plan& p, i64 r, int count, double* values, char* alone, vo
   for (i64 i = 0; i < count; i++) alone[i] = k.odd[i] != 0;
   if (p.output == TERMS) return rows.write(p.value, &Row::value, room, 1, s.x);
   rows.write_values(values);
+}
+
+// The family, for two rows of logits, by the steps of members_chunk. Rows of float that are not near, and rows of double with
+// vast scores, are marked.
+template <typename T> struct MemberLanes {
+  alignas(64) Lane<double> max_a, inv_s, max_b, inv_q, shift, shift_low;   // MemberRow
+  alignas(64) Lane<double> part, centre, sum, mass;                        // of a side: where scores are measured from, Scores
+  alignas(64) Lane<T> m, low, rest, bound;                                 // NearRow
+};
+template <typename T>
+KL_APART void few_begin(const LogitsLanes<T>& k, const Rows<T>& rows, double parameter, MemberLanes<T>& of) {
+  for (i64 r = 0; r < rows.pitch; r++) {
+    Anchor<T> at = {k.max_a[r], k.max_b[r], k.m[r], k.low[r], k.mean[r]};
+    double stats[MAX_STATS], it = rows.inverse_temperature[r];
+    members_begin(near_state(at, k.weights[r], k.x[r], k.g[r]), it, stats);
+    MemberRow row = member_row(stats, it);
+    of.max_a[r] = row.max_a;
+    of.inv_s[r] = row.inv_s;
+    of.max_b[r] = row.max_b;
+    of.inv_q[r] = row.inv_q;
+    of.shift[r] = row.shift.value;
+    of.shift_low[r] = row.shift.low;
+    if constexpr (sizeof(T) == sizeof(float)) {
+      NearRow<T> by = near_row<T>(row, parameter);
+      of.m[r] = by.at.m;
+      of.low[r] = by.at.low;
+      of.rest[r] = by.rest;
+      of.bound[r] = by.bound;
+      of.part[r] = near_part(row, (double)k.max_a[r]);
+    }
+  }
+}
+
+template <bool TEMPERED>
+KL_APART void few_gaps(const float* __restrict a, const float* __restrict b, const MemberLanes<float>& of, const Rows<float>& rows,
+                       Real<float>::Bits* __restrict odd, float* __restrict t) {
+  for (i64 i = 0; i < rows.n * rows.pitch; i += rows.pitch)
+    for (i64 r = 0; r < rows.pitch; r++) {
+      NearRow<float> by = {{0, 0, of.m[r], of.low[r], 0}, of.rest[r], of.bound[r], rows.it(r)};
+      float any = near_gap<TEMPERED>(a[i + r], b[i + r], by);
+      bool near = is_near(any, by);
+      odd[r] |= near ? 0 : 1;
+      t[i + r] = near ? any : 0.f;
+    }
+}
+KL_APART inline void few_differences(const float* __restrict v, const double* __restrict from, i64 n, i64 pitch, float* __restrict d) {
+  for (i64 i = 0; i < n * pitch; i += pitch)
+    for (i64 r = 0; r < pitch; r++) d[i + r] = v[i + r] - (float)from[r];
+}
+// One side's gradient, from its weights and scores; overwrites `d`
+KL_APART inline void few_near_side(const Rows<float>& rows, const float* __restrict w, const float* __restrict v, double limit,
+                                   double apart, double* room, MemberLanes<float>& of, Real<float>::Bits* __restrict odd,
+                                   float* __restrict d) {
+  i64 n = rows.n, pitch = rows.pitch;
+  alignas(64) Lane<double> size, centred, distance;
+  add_lanes(n, pitch, room, of.mass, [=](i64 j) KL_LAMBDA { return w[j]; });
+  add_lanes(n, pitch, room, of.sum, [=](i64 j) KL_LAMBDA { return fma(w[j], v[j], 0.f); });
+  add_lanes(n, pitch, room, size, [=](i64 j) KL_LAMBDA { return fma(w[j], absolute(v[j]), 0.f); });
+  for (i64 r = 0; r < pitch; r++) {
+    Scores all = {of.mass[r], of.sum[r], size[r]};
+    of.centre[r] = are_balanced(all) ? 0.0 : (double)centre_of(all);
+  }
+  few_differences(v, of.centre, n, pitch, d);
+  add_lanes(n, pitch, room, centred, [=](i64 j) KL_LAMBDA { return fma(w[j], d[j], 0.f); });
+  add_lanes(n, pitch, room, distance, [=](i64 j) KL_LAMBDA { return fma(w[j], absolute(d[j]), 0.f); });
+  alignas(64) Lane<float> mean, low, scale;
+  for (i64 r = 0; r < pitch; r++) {
+    Scores all = {of.mass[r], of.sum[r], size[r]};
+    bool balanced = are_balanced(all);
+    odd[r] |= balanced | are_apart(distance[r], all, apart) ? 0 : 1;
+    Side side = near_side(all, of.centre[r], balanced ? of.sum[r] : centred[r], of.part[r]);
+    side.sum /= side.mass;
+    MemberRow row = {0, 0, 0, 0, {0, 0}, rows.inverse_temperature[r], {}, {}};
+    Slope<float> by = near_slope<float>(row, side, limit, of.part[r]);
+    mean[r] = by.mean;
+    low[r] = by.low;
+    scale[r] = by.scale;
+  }
+  for (i64 i = 0; i < n * pitch; i += pitch)
+    for (i64 r = 0; r < pitch; r++)
+      d[i + r] = near_derivative(w[i + r], v[i + r], Slope<float>{mean[r], low[r], scale[r]});
+}
+
+template <bool TEMPERED>
+void few_members(const Plan& p, Rows<float>& rows, Block<float>& s, LogitsLanes<float>& k, MemberLanes<float>& of, double* values,
+                 char* alone) {
+  i64 n = rows.n, pitch = rows.pitch;
+  MemberLoops loops = member_loops(p);
+  float *w = s.a, *terms = s.x, *of_x = s.y, *of_y = s.dy, *q = s.dx;
+  few_gaps<TEMPERED>(s.x, s.y, of, rows, k.odd, q);
+  for (i64 i = 0; i < n * pitch; i += PIECE) {
+    int m = (int)std::min<i64>(PIECE, n * pitch - i);
+    Near seen;
+    for (int j = 0; j < m; j++) {
+      seen.t[j] = q[i + j];
+      Ordinary<float> c = near_class(seen.t[j]);
+      q[i + j] = seen.q[j] = c.q;
+      seen.d[j] = c.d;
+    }
+    loops.near[p.dx.data != nullptr][p.dy.data != nullptr](seen, m, p.parameter, terms + i, of_x + i, of_y + i);
+  }
+  add_lanes(n, pitch, s.room, values, [=](i64 j) KL_LAMBDA { return fma(w[j], terms[j], 0.f); });
+  for (i64 r = 0; r < pitch; r++) values[r] *= of.part[r];
+  if (p.output != TERMS) few_values(p, rows, values, alone);
+  if (p.output == TERMS) {
+    for (i64 i = 0; i < n * pitch; i += pitch)
+      for (i64 r = 0; r < pitch; r++) terms[i + r] = (w[i + r] * terms[i + r]) * (float)of.part[r];
+    rows.write(p.value, &Row::value, terms, 1, (float*)s.room);
+  }
+  auto side = [&](const SideLoops& loops_of, const float* weight, const float* score, const Array& a, char* Row::*at) {
+    few_near_side(rows, weight, score, loops_of.limit, loops.apart, s.room, of, k.odd, terms);
+    rows.write(a, at, terms, p.gradient_scale, (float*)s.room);
+  };
+  if (p.dx.data) side(loops.x, w, of_x, p.dx, &Row::dx);
+  if (!p.dy.data) return;
+  for (i64 j = 0; j < n * pitch; j++) q[j] = w[j] * q[j];
+  side(loops.y, q, of_y, p.dy, &Row::dy);
+}
+
+// In double: the classes [0, n) of each lane
+KL_APART inline void few_classes(const double* __restrict a, const double* __restrict b, i64 n, const MemberLanes<double>& of,
+                                 const Rows<double>& rows, Seen<double>& s) {
+  for (i64 i = 0; i < n * rows.pitch; i += rows.pitch)
+    for (i64 r = 0; r < rows.pitch; r++) {
+      MemberRow row = {of.max_a[r], of.inv_s[r], of.max_b[r], of.inv_q[r], {of.shift[r], of.shift_low[r]},
+                       rows.inverse_temperature[r], {}, {}};
+      Class<double> c = class_of(a[i + r], b[i + r], row);
+      s.p[i + r] = c.p;
+      s.q[i + r] = c.q;
+      s.d[i + r] = c.d;
+      s.t[i + r] = c.t;
+    }
+}
+// The first of the classes for which `of` is `top`, in both arrays
+KL_APART inline void few_tops(const double* __restrict of, const double* __restrict top, const double* __restrict a,
+                              const double* __restrict b, i64 n, i64 pitch, double* __restrict top_a, double* __restrict top_b) {
+  std::copy(a, a + pitch, top_a);   // if none is
+  std::copy(b, b + pitch, top_b);
+  for (i64 i = (n - 1) * pitch; i >= 0; i -= pitch)
+    for (i64 r = 0; r < pitch; r++) {
+      bool found = of[i + r] == top[r];
+      top_a[r] = found ? a[i + r] : top_a[r];
+      top_b[r] = found ? b[i + r] : top_b[r];
+    }
+}
+KL_APART inline void few_centred(const double* __restrict p, const double* __restrict v, const double* __restrict centre, i64 n,
+                                 i64 pitch, Real<double>::Bits* __restrict odd, double* __restrict mass, double* __restrict out) {
+  for (i64 i = 0; i < n * pitch; i += pitch)
+    for (i64 r = 0; r < pitch; r++) {
+      odd[r] |= is_vast(v[i + r]) ? 1 : 0;
+      out[i + r] = centred_score(p[i + r], v[i + r], 0.0, centre[r]);
+      mass[i + r] = p[i + r];
+    }
+}
+KL_APART inline void few_choose(const double* __restrict far, const double* __restrict from_limit, i64 n, i64 pitch,
+                                double* __restrict v) {
+  for (i64 i = 0; i < n * pitch; i += pitch)
+    for (i64 r = 0; r < pitch; r++) v[i + r] = far[r] != 0 ? from_limit[i + r] : v[i + r];
+}
+
+template <bool TEMPERED>
+void few_members(const Plan& p, Rows<double>& rows, Block<double>& s, LogitsLanes<double>& k, MemberLanes<double>& of,
+                 double* values, char* alone) {
+  i64 n = rows.n, pitch = rows.pitch;
+  MemberLoops loops = member_loops(p);
+  Seen<double> seen;
+  alignas(64) double score[PIECE], from_limit[PIECE];
+  alignas(64) Lane<double> top_a, top_b;
+  struct { alignas(64) Lane<double> centre, far; bool any_far; } x, y;
+  auto begin = [&](const SideLoops& loops_of, const double* by, const double* top, auto& side) {
+    few_tops(by, top, s.x, s.y, n, pitch, top_a, top_b);
+    few_classes(top_a, top_b, 1, of, rows, seen);
+    loops_of.score[0](seen, (int)pitch, p.parameter, score);
+    loops_of.score[1](seen, (int)pitch, p.parameter, from_limit);
+    side.any_far = false;
+    for (i64 r = 0; r < pitch; r++) {
+      Side from = side_from(score[r], from_limit[r]);
+      side.centre[r] = from.centre;
+      side.far[r] = from.far;
+      side.any_far |= from.far != 0;
+    }
+  };
+  if (p.dx.data) begin(loops.x, s.x, k.max_a, x);
+  if (p.dy.data) begin(loops.y, s.y, k.max_b, y);
+  double *terms = s.dx, *of_x = s.a, *of_y = s.dy;
+  for (i64 c = 0, most = PIECE / pitch; c < n; c += most) {
+    i64 m = std::min(most, n - c), i = c * pitch;
+    few_classes(s.x + i, s.y + i, m, of, rows, seen);
+    loops.terms(seen, (int)(m * pitch), p.parameter, terms + i);
+    auto add = [&](const SideLoops& loops_of, const auto& side, const double* mass, double* to_mass, double* out) {
+      loops_of.score[0](seen, (int)(m * pitch), p.parameter, score);
+      if (side.any_far) {
+        loops_of.score[1](seen, (int)(m * pitch), p.parameter, from_limit);
+        few_choose(side.far, from_limit, m, pitch, score);
+      }
+      few_centred(mass, score, side.centre, m, pitch, k.odd, to_mass + i, out + i);
+    };
+    if (p.dx.data) add(loops.x, x, seen.p, s.x, of_x);   // over the logits of these classes
+    if (p.dy.data) add(loops.y, y, seen.q, s.y, of_y);
+  }
+  add_lanes(n, pitch, s.room, values, [=](i64 j) KL_LAMBDA { return terms[j]; });
+  if (p.output == TERMS) rows.write(p.value, &Row::value, terms, 1, s.room);
+  else few_values(p, rows, values, alone);
+  auto write = [&](const double* mass, double* v, const Array& a, char* Row::*at) {
+    add_lanes(n, pitch, s.room, of.sum, [=](i64 j) KL_LAMBDA { return v[j]; });
+    add_lanes(n, pitch, s.room, of.mass, [=](i64 j) KL_LAMBDA { return mass[j]; });
+    for (i64 i = 0; i < n * pitch; i += pitch)
+      for (i64 r = 0; r < pitch; r++)
+        v[i + r] = (v[i + r] - mass[i + r] * (of.sum[r] / of.mass[r])) * rows.inverse_temperature[r];
+    rows.write(a, at, v, p.gradient_scale, s.room);
+  };
+  if (p.dx.data) write(s.x, of_x, p.dx, &Row::dx);
+  if (p.dy.data) write(s.y, of_y, p.dy, &Row::dy);
+}
+
+template <typename T, bool TEMPERED>
+void few_family(const Plan& p, i64 r, int count, double* values, char* alone, void* scratch) {
+  Block<T>& s = *(Block<T>*)scratch;
+  Rows<T> rows(p, r, count);
+  LogitsLanes<T> k;
+  MemberLanes<T> of;
+  few_first<T, TEMPERED>(p, rows, s, k);
+  few_begin(k, rows, p.parameter, of);
+  few_members<TEMPERED>(p, rows, s, k, of, values, alone);
+  for (i64 i = 0; i < count; i++) alone[i] |= k.odd[i] != 0;
 }
 
 // The two values that log_norm chooses from, per lane; only the first if no lane has ties. In one loop gcc would use branches.
@@ -542,7 +813,6 @@ template <typename T> void few_mixed(const Plan& p, i64 r, int count, double* va
   Block<T>& s = *(Block<T>*)scratch;
   Rows<T> rows(p, r, count);
   NormLanes<T> k;
-  i64 n = rows.n, pitch = rows.pitch;
   double* doubles = (double*)s.a;   // of floats, over dx too
   static_assert(offsetof(Block<T>, dx) - offsetof(Block<T>, a) == sizeof s.a);
   alignas(64) T low[sizeof(T) == sizeof(float) ? Block<T>::SIZE : 1];
@@ -551,26 +821,25 @@ template <typename T> void few_mixed(const Plan& p, i64 r, int count, double* va
   if (p.space_x == LOGITS) few_log_probs(s.x, rows, doubles, low, s.room, k);
   rows.read(p.y, &Row::y, s.y, s.a);
   if (p.space_y == LOGITS) few_log_probs(s.y, rows, doubles, low, s.room, k);
-  const T *x = s.x, *y = s.y, *a = s.a;
+  const T *x = s.x, *y = s.y;
   terms_of<T>(p)(x, y, low, p.parameter, rows.size(), s.a, s.dx, s.dy);
   if (sizeof(T) == sizeof(float) && p.space_y == LOGITS)
     for (i64 i = 0; i < count; i++) alone[i] = k.odd[i] != 0;
   if (p.dx.data && p.space_x == LOGITS) few_through_softmax(s.dx, x, low, rows, s.room);
   if (p.dy.data && p.space_y == LOGITS && !is_final(p.operation)) few_through_softmax(s.dy, y, low, rows, s.room);
-  if (p.dx.data) rows.write(p.dx, &Row::dx, s.dx, p.gradient_scale, s.x);
-  if (p.dy.data) rows.write(p.dy, &Row::dy, s.dy, p.gradient_scale, s.x);
-  if (p.output == TERMS) return rows.write(p.value, &Row::value, s.a, 1, s.x);
-  add_lanes(n, pitch, s.room, values, [=](i64 j) KL_LAMBDA { return a[j]; });
-  rows.write_values(values);
+  few_outputs(p, rows, s, values, alone);
 }
 
 inline Few few(const Plan& p) {
   bool tempered = is_tempered(p);
-  if (p.sparse || p.factors.data || of_members(p) || p.operation == RENYI_DIV) return nullptr;
+  if (p.sparse || p.factors.data) return nullptr;
   if (p.dy.data && p.dy.data == p.y.data) return nullptr;   // rows marked odd are read again, after all rows are written
   if (of_logits(p))
     return p.wide ? (tempered ? few_logits<double, true> : few_logits<double, false>)
                   : (tempered ? few_logits<float, true> : few_logits<float, false>);
+  if (of_members(p))
+    return p.wide ? (tempered ? few_family<double, true> : few_family<double, false>)
+                  : (tempered ? few_family<float, true> : few_family<float, false>);
   if (of_cross(p)) return p.wide ? few_cross_of<double>(p) : few_cross_of<float>(p);
   if (p.space_x == COUNTS || p.space_y == COUNTS) return nullptr;   // counts have no form for few classes
   if (p.space_x == LOGITS || p.space_y == LOGITS) return p.wide ? few_mixed<double> : few_mixed<float>;
