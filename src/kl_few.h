@@ -737,7 +737,7 @@ template <typename T> Few few_cross_of(const Plan& p) {
   return cross_pair(p, [&](auto s) { return few_cross_for<T, decltype(s)::x, decltype(s)::y, decltype(s)::alone>(p); });
 }
 
-// the divergence of logits from another space, by the steps of mixed_chunk
+// the divergence of logits or counts from another space, or from counts, by the steps of mixed_chunk
 template <typename T> struct NormLanes {
   alignas(64) Lane<double> max, zero, ties, rest, alone, tied, log;
   alignas(64) Lane<T> top, count, undefined, log_s, log_s_low;
@@ -809,6 +809,42 @@ KL_APART void few_through_softmax(T* __restrict d, const T* __restrict l, const 
       d[i + r] = through_softmax(d[i + r], number<PAIRED<T>>(l, low, i + r), k);
     }
 }
+// Counts, which are computed in double
+struct ShareLanes { alignas(64) Lane<double> scale, sum, mean; };
+KL_FN double few_share(double c, const ShareLanes& k, i64 r) {
+  double norm[] = {k.scale[r], k.sum[r]};
+  return share_of(c, norm);
+}
+// Counts to probabilities, in place; `e` holds one double per number. `whole`: counts may be of any size
+KL_APART inline void few_shares(double* __restrict x, const Rows<double>& rows, bool whole, double* __restrict e, double* room,
+                                ShareLanes& k) {
+  i64 n = rows.n, pitch = rows.pitch;
+  alignas(64) Lane<double> fewer, more;
+  for (i64 j = 0; j < n * pitch; j++) e[j] = count_of(x[j]);
+  add_lanes(n, pitch, room, k.sum, [=](i64 j) KL_LAMBDA { return e[j]; });
+  if (whole) {
+    add_lanes(n, pitch, room, fewer, [=](i64 j) KL_LAMBDA { return e[j] * FEWER; });
+    add_lanes(n, pitch, room, more, [=](i64 j) KL_LAMBDA { return e[j] * MORE; });
+  }
+  for (i64 r = 0; r < pitch; r++) {
+    double norm[2];
+    tally_finish({k.sum[r], whole ? fewer[r] : k.sum[r], whole ? more[r] : k.sum[r]}, norm);
+    k.scale[r] = norm[SCALE];
+    k.sum[r] = norm[SUM];
+  }
+  for (i64 i = 0; i < n * pitch; i += pitch)
+    for (i64 r = 0; r < pitch; r++) x[i + r] = few_share(x[i + r], k, r);
+}
+KL_APART inline void few_through_shares(double* __restrict d, const double* __restrict shares, const Rows<double>& rows,
+                                        double* room, ShareLanes& k) {
+  i64 n = rows.n, pitch = rows.pitch;
+  add_lanes(n, pitch, room, k.mean, [=](i64 j) KL_LAMBDA { return share_times(shares[j], d[j]); });
+  for (i64 i = 0; i < n * pitch; i += pitch)
+    for (i64 r = 0; r < pitch; r++) {
+      double norm[] = {k.scale[r], k.sum[r]};
+      d[i + r] = through_share(d[i + r], k.mean[r], norm);
+    }
+}
 template <typename T> void few_mixed(const Plan& p, i64 r, int count, double* values, char* alone, void* scratch) {
   Block<T>& s = *(Block<T>*)scratch;
   Rows<T> rows(p, r, count);
@@ -816,17 +852,27 @@ template <typename T> void few_mixed(const Plan& p, i64 r, int count, double* va
   double* doubles = (double*)s.a;   // of floats, over dx too
   static_assert(offsetof(Block<T>, dx) - offsetof(Block<T>, a) == sizeof s.a);
   alignas(64) T low[sizeof(T) == sizeof(float) ? Block<T>::SIZE : 1];
+  bool both = has_y(p.operation), of_y = p.dy.data && !is_final(p.operation);
   rows.cool();
   rows.read(p.x, &Row::x, s.x, s.a);
   if (p.space_x == LOGITS) few_log_probs(s.x, rows, doubles, low, s.room, k);
-  rows.read(p.y, &Row::y, s.y, s.a);
+  if (both) rows.read(p.y, &Row::y, s.y, s.a);
   if (p.space_y == LOGITS) few_log_probs(s.y, rows, doubles, low, s.room, k);
-  const T *x = s.x, *y = s.y;
+  const T *x = s.x, *y = both ? s.y : s.x;
+  ShareLanes shares_x, shares_y;
+  if constexpr (sizeof(T) == sizeof(double)) {
+    if (p.space_x == COUNTS) few_shares(s.x, rows, p.x.dtype == FLOAT64, doubles, s.room, shares_x);
+    if (p.space_y == COUNTS && both) few_shares(s.y, rows, p.y.dtype == FLOAT64, doubles, s.room, shares_y);
+  }
   terms_of<T>(p)(x, y, low, p.parameter, rows.size(), s.a, s.dx, s.dy);
   if (sizeof(T) == sizeof(float) && p.space_y == LOGITS)
     for (i64 i = 0; i < count; i++) alone[i] = k.odd[i] != 0;
   if (p.dx.data && p.space_x == LOGITS) few_through_softmax(s.dx, x, low, rows, s.room);
-  if (p.dy.data && p.space_y == LOGITS && !is_final(p.operation)) few_through_softmax(s.dy, y, low, rows, s.room);
+  if (of_y && p.space_y == LOGITS) few_through_softmax(s.dy, y, low, rows, s.room);
+  if constexpr (sizeof(T) == sizeof(double)) {
+    if (p.dx.data && p.space_x == COUNTS) few_through_shares(s.dx, x, rows, s.room, shares_x);
+    if (of_y && p.space_y == COUNTS) few_through_shares(s.dy, y, rows, s.room, shares_y);
+  }
   few_outputs(p, rows, s, values, alone);
 }
 
@@ -841,7 +887,6 @@ inline Few few(const Plan& p) {
     return p.wide ? (tempered ? few_family<double, true> : few_family<double, false>)
                   : (tempered ? few_family<float, true> : few_family<float, false>);
   if (of_cross(p)) return p.wide ? few_cross_of<double>(p) : few_cross_of<float>(p);
-  if (p.space_x == COUNTS || p.space_y == COUNTS) return nullptr;   // counts have no form for few classes
-  if (p.space_x == LOGITS || p.space_y == LOGITS) return p.wide ? few_mixed<double> : few_mixed<float>;
+  if (is_unnormalised(p.space_x) || is_unnormalised(p.space_y)) return p.wide ? few_mixed<double> : few_mixed<float>;
   return p.wide ? few_terms<double> : few_terms<float>;
 }
