@@ -130,11 +130,10 @@ template <> struct Member<SKEW_KL_DIV> {
   template <typename T> static KL_FN T da(const Class<T>& c, double k) { return unless_zero(c.p, c.p * dp(c, k)); }
   template <typename T> static KL_FN T db(const Class<T>& c, double k) { return c.q * dq(c, k); }
   template <typename T> static KL_FN T dp_far(const Class<T>& c, double k) {
-    T of_q = (T)(1 - k) * c.q;
-    return over_middle(of_q, c, k) - log_ratio((T)k * c.p, middle(c, k), of_q).value;
+    return T(0) - over_middle(log_ratio(middle(c, k), (T)k * c.p, (T)(k - 1) * c.q).deviance, c, k);
   }
   template <typename T> static KL_FN T dq_far(const Class<T>& c, double k) { return (T)(k - 1) * over_middle(c.p, c, k); }
-  static KL_FN double p_limit(double k) { return (k - 1) - log(k); }
+  static KL_FN double p_limit(double k) { return log_ratio(1.0, k, k - 1).deviance; }   // k - 1 - log k
   static KL_FN double q_limit(double k) { return 1 - k; }
 };
 

@@ -319,6 +319,16 @@ def test_skew_next_to_1(dtype):
         assert_right("skew_kl_div", {"alpha": alpha}, a, b, space, got)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("n", [20, 200, 1500])
+@pytest.mark.parametrize("alpha", [0.9, 1 - 1e-9, 1 - 2**-52])
+def test_skew_next_to_1_from_its_limit(alpha, n, dtype):
+    """Flat x and peaked y: scores are measured from that of a class in which y has no mass."""
+    x, y = np.zeros((4, n), dtype), np.random.default_rng(n).normal(0, 20, (4, n)).astype(dtype)
+    got = klcore.skew_kl_div(x, y, alpha=alpha, space="logits", return_grad=("x", "y"))
+    assert_right("skew_kl_div", {"alpha": alpha}, x, y, "logits", got)
+
+
 @pytest.mark.parametrize("name", ["kl_div", *WITH_TERMS])
 def test_gradients_of_terms_of_rows_that_are_nearly_one_hot(name):
     """The bound of docs/accuracy.md, for a cotangent per term; both rows have the same likeliest class, or not."""
