@@ -102,7 +102,7 @@ template <> struct Member<JS_DIV> {
     return -rest * log_ratio(rest * c.q, middle(c, k), b * c.p).value;
   }
   static KL_FN double p_limit(double k) { return -k * log(k); }
-  static KL_FN double q_limit(double k) { return p_limit(1 - k); }
+  static KL_FN double q_limit(double k) { return (k - 1) * log1p(-k); }
 };
 
 // KL(p || m), m = a p + (1 - a) q, for a > 0

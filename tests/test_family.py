@@ -319,14 +319,19 @@ def test_skew_next_to_1(dtype):
         assert_right("skew_kl_div", {"alpha": alpha}, a, b, space, got)
 
 
+ENDS = [("skew_kl_div", {"alpha": alpha}) for alpha in (0.9, 1 - 1e-9, 1 - 2**-52)]
+ENDS += [("js_div", {"beta": beta}) for beta in (1e-10, 1e-6, 1 - 2**-52)]
+
+
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("n", [20, 200, 1500])
-@pytest.mark.parametrize("alpha", [0.9, 1 - 1e-9, 1 - 2**-52])
-def test_skew_next_to_1_from_its_limit(alpha, n, dtype):
+@pytest.mark.parametrize("case", ENDS, ids=str)
+def test_next_to_an_end_from_the_limit_of_scores(case, n, dtype):
     """Flat x and peaked y: scores are measured from that of a class in which y has no mass."""
-    x, y = np.zeros((4, n), dtype), np.random.default_rng(n).normal(0, 20, (4, n)).astype(dtype)
-    got = klcore.skew_kl_div(x, y, alpha=alpha, space="logits", return_grad=("x", "y"))
-    assert_right("skew_kl_div", {"alpha": alpha}, x, y, "logits", got)
+    name, parameters = case
+    x, y = np.zeros((4, n), dtype), np.random.default_rng(2).normal(0, 20, (4, n)).astype(dtype)
+    got = getattr(klcore, name)(x, y, space="logits", return_grad=("x", "y"), **parameters)
+    assert_right(name, parameters, x, y, "logits", got)
 
 
 @pytest.mark.parametrize("name", ["kl_div", *WITH_TERMS])
