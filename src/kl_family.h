@@ -397,9 +397,10 @@ KL_FN double moved_score(const Side& k, const Side& to, double limit) {
   double limits = k.far == to.far ? 0.0 : (k.far - to.far) * limit;
   return k.sum + k.mass * ((k.centre - to.centre) + limits);
 }
-KL_FN void members_finish(const Members& m, double* stats) {
-  *(Members*)stats = {m.value, {m.x.far, m.x.centre, m.x.sum / m.x.mass, m.x.mass}, {m.y.far, m.y.centre, m.y.sum / m.y.mass, m.y.mass}};
-}
+KL_FN Side with_mean(const Side& k) { return {k.far, k.centre, k.sum / k.mass, k.mass}; }   // the mean of the scores as its sum
+KL_FN void members_finish(const Members& m, double* stats) { *(Members*)stats = {m.value, with_mean(m.x), with_mean(m.y)}; }
+// v: p (s - centre)
+KL_FN double member_derivative(double v, double p, double mean, double it) { return (v - p * mean) * it; }
 
 // ---- near classes, in float ------------------------------------------------------------------------------------------------
 //
@@ -414,6 +415,7 @@ template <typename T> KL_FN NearRow<T> near_row(const MemberRow& k, double param
   most = absolute(1 - parameter) > most ? absolute(1 - parameter) : most;
   return {at, (T)(usable((double)at.mean) ? rest : infinity<double>()), (T)(16 / (most > 1 ? most : 1.0)), inverse<T>(k.it)};
 }
+KL_FN float near_term_of(float w, float v, double part) { return (w * v) * (float)part; }
 KL_FN double near_part(const MemberRow& k, double max_a) { return exp_flushed((max_a - k.max_a) * k.it) * k.inv_s; }
 template <bool TEMPERED, typename T> KL_FN T near_gap(T a, T b, const NearRow<T>& k) {   // t
   T low, c = difference(b, a, low);

@@ -6,7 +6,6 @@
 
 // Lanes of a block: a multiple of the vector length, and few enough for the block's arrays to fit in the first-level cache
 template <typename T> constexpr int LEAST_LANES = 64 / sizeof(T);
-constexpr int MOST_LANES = 16 * LEAST_LANES<float>;
 inline int lanes(i64 n, bool wide) {
   i64 least = wide ? LEAST_LANES<double> : LEAST_LANES<float>, some = 64 * least / n / least * least;
   return (int)(some < least ? least : some > 16 * least ? 16 * least : some);
@@ -19,7 +18,7 @@ template <typename T> struct Block {
   double room[COLUMNS / 2 * LEAST_LANES<float>];
 };
 static_assert(sizeof(Block<float>) <= SCRATCH && sizeof(Block<double>) <= SCRATCH);
-template <typename T> using Lane = T[MOST_LANES];   // one number per row
+template <typename T, typename V = T> using Lane = V[16 * LEAST_LANES<T>];   // one V per row of a block of Ts
 
 // ---- from rows to lanes and back --------------------------------------------------------------------------------------------
 
@@ -102,9 +101,9 @@ template <typename T> struct Rows {
   const Plan& p;
   i64 first;
   i64 n, count, pitch;
-  alignas(64) Lane<double> weight, inverse_temperature;
+  alignas(64) Lane<T, double> weight, sloped_weight, inverse_temperature;
   alignas(64) Lane<T> inverse_high, inverse_low, inverse_of_low;
-  bool scaled = false;
+  bool sloped = false;
 
   Rows(const Plan& plan, i64 r, int rows) : p(plan), first(r), n(plan.n), count(rows) {
     pitch = (rows + LEAST_LANES<T> - 1) / LEAST_LANES<T> * LEAST_LANES<T>;
@@ -137,14 +136,13 @@ template <typename T> struct Rows {
         read(a.dtype, at_row(p, a, first + k), step_of(p, a), m, numbers + k);
       });
   }
-  bool weighs() const { return p.weights.data || p.factor != 1 || scaled; }
-  void scale_by(const double* factors) {   // what is written from now on
-    bool before = weighs();
+  bool weighs() const { return p.weights.data || p.factor != 1; }
+  void slope_by(const double* slopes) {   // multiplies what is written from now on
     for (i64 k = 0; k < pitch; k++) {
-      double w = before ? weight[k] : 1.0;
-      weight[k] = w == 0 ? 0.0 : w * factors[k];
+      weight[k] = weighs() ? weight[k] : 1.0;
+      sloped_weight[k] = weight[k] * slopes[k];
     }
-    scaled = true;
+    sloped = true;
   }
   int size() const { return (int)(n * pitch); }
 
@@ -156,17 +154,18 @@ template <typename T> struct Rows {
   }
   // Writes lanes times the rows' weights; overwrites lanes and room
   KL_APART void write(const Array& a, char* Row::*at, T* lanes, double scale, T* room) const {
-    if (weighs()) {
+    if (weighs() || sloped) {
+      const double* each = sloped ? sloped_weight : weight;
       alignas(64) Lane<T> by;
       bool far = false;
       for (i64 r = 0; r < pitch; r++) {
-        const Scale<T> s(weight[r] * scale);
+        const Scale<T> s(each[r] * scale);
         by[r] = s.near;
         far |= s.far;
       }
       for (i64 i = 0; i < n; i++)
         for (i64 r = 0; r < pitch; r++) {
-          T v = far ? lanes[i * pitch + r] * Scale<T>(weight[r] * scale) : lanes[i * pitch + r] * by[r];
+          T v = far ? lanes[i * pitch + r] * Scale<T>(each[r] * scale) : lanes[i * pitch + r] * by[r];
           lanes[i * pitch + r] = weight[r] == 0 ? T(0) : v;
         }
       scale = 1;
@@ -216,27 +215,22 @@ template <typename T> KL_APART void maxima(const T* __restrict t, i64 n, i64 pit
 
 // ---- the kinds of rows ------------------------------------------------------------------------------------------------------
 
-// Writes the values, before the gradients. Those of renyi_div are made from the sums of alpha_div (kl_renyi.h); its gradients
-// have one more factor. Tilted rows are marked.
+// Writes the values, before the gradients. Those of renyi_div are made from the sums of alpha_div (kl_renyi.h), whose gradients
+// are multiplied by a slope. Tilted rows are marked.
 template <typename T> KL_APART void few_values(const Plan& p, Rows<T>& rows, double* values, char* alone) {
   if (p.operation != RENYI_DIV) return rows.write_values(values);
-  alignas(64) Lane<double> slope;
-  for (i64 r = 0; r < rows.count; r++) {
+  alignas(64) Lane<T, double> slopes;
+  for (i64 r = 0; r < rows.pitch; r++) {
     double stats[MAX_STATS];
     stats[VALUE] = values[r];
     renyi_begin(p.parameter, stats);
-    slope[r] = stats[RENYI_SLOPE];
-    alone[r] |= is_tilted(stats);
-  }
-  for (i64 r = 0; r < rows.count; r++) {
-    double stats[MAX_STATS];
-    stats[VALUE] = values[r];
+    slopes[r] = stats[RENYI_SLOPE];
     renyi_finish(p.parameter, stats);
     values[r] = stats[VALUE];
   }
-  std::fill(slope + rows.count, slope + rows.pitch, 1.0);
+  for (i64 r = 0; r < rows.count; r++) alone[r] |= slopes[r] == 0;   // is_tilted
   rows.write_values(values);
-  rows.scale_by(slope);
+  rows.slope_by(slopes);
 }
 
 // The values or terms, from the terms in s.a, and the gradients in s.dx and s.dy
@@ -265,9 +259,11 @@ template <typename T> void few_terms(const Plan& p, i64 r, int count, double* va
 template <typename T> struct LogitsLanes {
   typedef typename Real<T>::Bits Bits;
   alignas(64) Lane<T> max_a, max_b, m, low, mean;
+  alignas(64) Lane<T, double> weights, x, g;
+  alignas(64) Lane<T, Bits> odd;
+};
+template <typename T> struct SlopedLanes : LogitsLanes<T> {
   alignas(64) Lane<T> a, b, c, d, p, t, t_low;   // Slopes
-  alignas(64) Lane<double> weights, x, g;
-  alignas(64) Lane<Bits> odd;
 };
 
 template <typename T, bool TEMPERED>
@@ -308,7 +304,7 @@ KL_APART void few_spread(const T* __restrict a, const T* __restrict b, const T* 
   for (i64 j = 0; j < n * pitch; j++) e[j] = spread_of<TEMPERED>(Pair<T>{z[j], TEMPERED ? low[j] : T(0)});
 }
 
-template <typename T, bool SLOPES> KL_APART void few_finish(const Rows<T>& rows, LogitsLanes<T>& k, double* __restrict values) {
+template <typename T, bool SLOPES> KL_APART void few_finish(const Rows<T>& rows, SlopedLanes<T>& k, double* __restrict values) {
   for (i64 r = 0; r < rows.pitch; r++) {
     Anchor<T> at = {k.max_a[r], k.max_b[r], k.m[r], k.low[r], k.mean[r]};
     double stats[MAX_STATS], it = rows.inverse_temperature[r];
@@ -329,7 +325,7 @@ template <typename T, bool SLOPES> KL_APART void few_finish(const Rows<T>& rows,
 
 template <typename T, int TERM, bool TEMPERED>
 KL_APART void few_logits_terms(const T* __restrict a, const T* __restrict b, const T* __restrict w, i64 n, i64 pitch,
-                      LogitsLanes<T>& k, const Rows<T>& rows, T* __restrict term) {
+                      SlopedLanes<T>& k, const Rows<T>& rows, T* __restrict term) {
   typename Real<T>::Bits* __restrict odd = k.odd;
   for (i64 i = 0; i < n * pitch; i += pitch)
     for (i64 r = 0; r < pitch; r++) {
@@ -342,7 +338,7 @@ KL_APART void few_logits_terms(const T* __restrict a, const T* __restrict b, con
 }
 
 template <typename T>
-KL_APART void few_slopes(const T* __restrict w, const T* __restrict z, i64 n, i64 pitch, const LogitsLanes<T>& k, T* __restrict e_dx,
+KL_APART void few_slopes(const T* __restrict w, const T* __restrict z, i64 n, i64 pitch, const SlopedLanes<T>& k, T* __restrict e_dx,
                 T* __restrict dy) {
   for (i64 i = 0; i < n * pitch; i += pitch)
     for (i64 r = 0; r < pitch; r++) {
@@ -374,7 +370,7 @@ template <typename T, bool TEMPERED>
 void few_logits(const Plan& p, i64 r, int count, double* values, char* alone, void* scratch) {
   Block<T>& s = *(Block<T>*)scratch;
   Rows<T> rows(p, r, count);
-  LogitsLanes<T> k;
+  SlopedLanes<T> k;
   i64 n = rows.n, pitch = rows.pitch;
   T *w = s.a, *e = s.dx, *z = s.dy, *room = (T*)s.room;
   few_first<T, TEMPERED>(p, rows, s, k);
@@ -393,12 +389,16 @@ void few_logits(const Plan& p, i64 r, int count, double* values, char* alone, vo
   rows.write_values(values);
 }
 
-// The family, for two rows of logits, by the steps of members_chunk. Rows of float that are not near, and rows of double with
-// vast scores, are marked.
-template <typename T> struct MemberLanes {
+// The family, for two rows of logits, by the steps of members_chunk. Marked are: rows that are far in the first sweep; of float,
+// rows that are not near, or whose scores are too close to each other; of double, rows with vast scores.
+template <typename T> struct MemberLanes;
+template <> struct MemberLanes<float> {
+  alignas(64) Lane<float> m, low, rest, bound;                 // NearRow
+  alignas(64) Lane<float, double> part, centre, mass, sum;     // near_part; of a side
+};
+template <> struct MemberLanes<double> {
   alignas(64) Lane<double> max_a, inv_s, max_b, inv_q, shift, shift_low;   // MemberRow
-  alignas(64) Lane<double> part, centre, sum, mass;                        // of a side: where scores are measured from, Scores
-  alignas(64) Lane<T> m, low, rest, bound;                                 // NearRow
+  alignas(64) Lane<double> mass, sum;                                      // of a side
 };
 template <typename T>
 KL_APART void few_begin(const LogitsLanes<T>& k, const Rows<T>& rows, double parameter, MemberLanes<T>& of) {
@@ -407,12 +407,6 @@ KL_APART void few_begin(const LogitsLanes<T>& k, const Rows<T>& rows, double par
     double stats[MAX_STATS], it = rows.inverse_temperature[r];
     members_begin(near_state(at, k.weights[r], k.x[r], k.g[r]), it, stats);
     MemberRow row = member_row(stats, it);
-    of.max_a[r] = row.max_a;
-    of.inv_s[r] = row.inv_s;
-    of.max_b[r] = row.max_b;
-    of.inv_q[r] = row.inv_q;
-    of.shift[r] = row.shift.value;
-    of.shift_low[r] = row.shift.low;
     if constexpr (sizeof(T) == sizeof(float)) {
       NearRow<T> by = near_row<T>(row, parameter);
       of.m[r] = by.at.m;
@@ -420,6 +414,13 @@ KL_APART void few_begin(const LogitsLanes<T>& k, const Rows<T>& rows, double par
       of.rest[r] = by.rest;
       of.bound[r] = by.bound;
       of.part[r] = near_part(row, (double)k.max_a[r]);
+    } else {
+      of.max_a[r] = row.max_a;
+      of.inv_s[r] = row.inv_s;
+      of.max_b[r] = row.max_b;
+      of.inv_q[r] = row.inv_q;
+      of.shift[r] = row.shift.value;
+      of.shift_low[r] = row.shift.low;
     }
   }
 }
@@ -445,7 +446,7 @@ KL_APART inline void few_near_side(const Rows<float>& rows, const float* __restr
                                    double apart, double* room, MemberLanes<float>& of, Real<float>::Bits* __restrict odd,
                                    float* __restrict d) {
   i64 n = rows.n, pitch = rows.pitch;
-  alignas(64) Lane<double> size, centred, distance;
+  alignas(64) Lane<float, double> size, centred, distance;
   add_lanes(n, pitch, room, of.mass, [=](i64 j) KL_LAMBDA { return w[j]; });
   add_lanes(n, pitch, room, of.sum, [=](i64 j) KL_LAMBDA { return fma(w[j], v[j], 0.f); });
   add_lanes(n, pitch, room, size, [=](i64 j) KL_LAMBDA { return fma(w[j], absolute(v[j]), 0.f); });
@@ -461,8 +462,7 @@ KL_APART inline void few_near_side(const Rows<float>& rows, const float* __restr
     Scores all = {of.mass[r], of.sum[r], size[r]};
     bool balanced = are_balanced(all);
     odd[r] |= balanced | are_apart(distance[r], all, apart) ? 0 : 1;
-    Side side = near_side(all, of.centre[r], balanced ? of.sum[r] : centred[r], of.part[r]);
-    side.sum /= side.mass;
+    Side side = with_mean(near_side(all, of.centre[r], balanced ? of.sum[r] : centred[r], of.part[r]));
     MemberRow row = {0, 0, 0, 0, {0, 0}, rows.inverse_temperature[r], {}, {}};
     Slope<float> by = near_slope<float>(row, side, limit, of.part[r]);
     mean[r] = by.mean;
@@ -494,11 +494,12 @@ void few_members(const Plan& p, Rows<float>& rows, Block<float>& s, LogitsLanes<
   }
   add_lanes(n, pitch, s.room, values, [=](i64 j) KL_LAMBDA { return fma(w[j], terms[j], 0.f); });
   for (i64 r = 0; r < pitch; r++) values[r] *= of.part[r];
-  if (p.output != TERMS) few_values(p, rows, values, alone);
   if (p.output == TERMS) {
     for (i64 i = 0; i < n * pitch; i += pitch)
-      for (i64 r = 0; r < pitch; r++) terms[i + r] = (w[i + r] * terms[i + r]) * (float)of.part[r];
+      for (i64 r = 0; r < pitch; r++) terms[i + r] = near_term_of(w[i + r], terms[i + r], of.part[r]);
     rows.write(p.value, &Row::value, terms, 1, (float*)s.room);
+  } else {
+    few_values(p, rows, values, alone);
   }
   auto side = [&](const SideLoops& loops_of, const float* weight, const float* score, const Array& a, char* Row::*at) {
     few_near_side(rows, weight, score, loops_of.limit, loops.apart, s.room, of, k.odd, terms);
@@ -524,7 +525,7 @@ KL_APART inline void few_classes(const double* __restrict a, const double* __res
       s.t[i + r] = c.t;
     }
 }
-// The first of the classes for which `of` is `top`, in both arrays
+// a and b of each lane's likeliest class: the first where `of` equals `top`, else class 0
 KL_APART inline void few_tops(const double* __restrict of, const double* __restrict top, const double* __restrict a,
                               const double* __restrict b, i64 n, i64 pitch, double* __restrict top_a, double* __restrict top_b) {
   std::copy(a, a + pitch, top_a);   // if none is
@@ -597,9 +598,9 @@ void few_members(const Plan& p, Rows<double>& rows, Block<double>& s, LogitsLane
   auto write = [&](const double* mass, double* v, const Array& a, char* Row::*at) {
     add_lanes(n, pitch, s.room, of.sum, [=](i64 j) KL_LAMBDA { return v[j]; });
     add_lanes(n, pitch, s.room, of.mass, [=](i64 j) KL_LAMBDA { return mass[j]; });
+    for (i64 r = 0; r < pitch; r++) of.sum[r] = with_mean({0.0, 0.0, of.sum[r], of.mass[r]}).sum;
     for (i64 i = 0; i < n * pitch; i += pitch)
-      for (i64 r = 0; r < pitch; r++)
-        v[i + r] = (v[i + r] - mass[i + r] * (of.sum[r] / of.mass[r])) * rows.inverse_temperature[r];
+      for (i64 r = 0; r < pitch; r++) v[i + r] = member_derivative(v[i + r], mass[i + r], of.sum[r], rows.inverse_temperature[r]);
     rows.write(a, at, v, p.gradient_scale, s.room);
   };
   if (p.dx.data) write(s.x, of_x, p.dx, &Row::dx);
@@ -631,8 +632,8 @@ KL_APART inline void both_logs(const double* __restrict count, const double* __r
 // cross-entropy and entropy with logits, by the steps of cross_chunk and cross_finish
 template <typename T> struct CrossLanes {
   alignas(64) Lane<T> max_a, max_b, zero_a, zero_b, inv_s, log_s, q, mean;
-  alignas(64) Lane<double> s, cost, count, rest, alone, tied;
-  alignas(64) Lane<typename Real<T>::Bits> odd;
+  alignas(64) Lane<T, double> s, cost, count, rest, alone, tied;
+  alignas(64) Lane<T, typename Real<T>::Bits> odd;
 };
 
 template <typename T, int SX, int SY, bool ALONE, bool TEMPERED>
@@ -739,9 +740,9 @@ template <typename T> Few few_cross_of(const Plan& p) {
 
 // the divergence of logits or counts from another space, or from counts, by the steps of mixed_chunk
 template <typename T> struct NormLanes {
-  alignas(64) Lane<double> max, zero, ties, rest, alone, tied, log;
+  alignas(64) Lane<T, double> max, zero, ties, rest, alone, tied, log;
   alignas(64) Lane<T> top, count, undefined, log_s, log_s_low;
-  alignas(64) Lane<typename Real<T>::Bits> odd;
+  alignas(64) Lane<T, typename Real<T>::Bits> odd;
 };
 // Logits to log-probabilities, in place, their low parts in `low`; `e` holds one double per number.
 template <typename T>
@@ -794,7 +795,7 @@ KL_APART void few_log_probs(T* __restrict x, const Rows<T>& rows, double* __rest
 template <typename T>
 KL_APART void few_through_softmax(T* __restrict d, const T* __restrict l, const T* __restrict low, const Rows<T>& rows, double* room) {
   i64 n = rows.n, pitch = rows.pitch;
-  alignas(64) Lane<double> sums;
+  alignas(64) Lane<T, double> sums;
   alignas(64) Lane<T> scale, sum, over;
   add_lanes(n, pitch, room, sums, [=](i64 j) KL_LAMBDA { return d[j]; });
   for (i64 r = 0; r < pitch; r++) {
@@ -810,14 +811,15 @@ KL_APART void few_through_softmax(T* __restrict d, const T* __restrict l, const 
     }
 }
 // Counts, which are computed in double
-struct ShareLanes { alignas(64) Lane<double> scale, sum, mean; };
-KL_FN double few_share(double c, const ShareLanes& k, i64 r) {
-  double norm[] = {k.scale[r], k.sum[r]};
-  return share_of(c, norm);
-}
+template <typename T> struct ShareLanes {};
+template <> struct ShareLanes<double> {
+  alignas(64) Lane<double> scale, sum, mean;
+  struct Norm { double at[2]; };   // as tally_finish leaves it
+  Norm norm(i64 r) const { return {{scale[r], sum[r]}}; }
+};
 // Counts to probabilities, in place; `e` holds one double per number. `whole`: counts may be of any size
 KL_APART inline void few_shares(double* __restrict x, const Rows<double>& rows, bool whole, double* __restrict e, double* room,
-                                ShareLanes& k) {
+                                ShareLanes<double>& k) {
   i64 n = rows.n, pitch = rows.pitch;
   alignas(64) Lane<double> fewer, more;
   for (i64 j = 0; j < n * pitch; j++) e[j] = count_of(x[j]);
@@ -833,17 +835,14 @@ KL_APART inline void few_shares(double* __restrict x, const Rows<double>& rows, 
     k.sum[r] = norm[SUM];
   }
   for (i64 i = 0; i < n * pitch; i += pitch)
-    for (i64 r = 0; r < pitch; r++) x[i + r] = few_share(x[i + r], k, r);
+    for (i64 r = 0; r < pitch; r++) x[i + r] = share_of(x[i + r], k.norm(r).at);
 }
 KL_APART inline void few_through_shares(double* __restrict d, const double* __restrict shares, const Rows<double>& rows,
-                                        double* room, ShareLanes& k) {
+                                        double* room, ShareLanes<double>& k) {
   i64 n = rows.n, pitch = rows.pitch;
   add_lanes(n, pitch, room, k.mean, [=](i64 j) KL_LAMBDA { return share_times(shares[j], d[j]); });
   for (i64 i = 0; i < n * pitch; i += pitch)
-    for (i64 r = 0; r < pitch; r++) {
-      double norm[] = {k.scale[r], k.sum[r]};
-      d[i + r] = through_share(d[i + r], k.mean[r], norm);
-    }
+    for (i64 r = 0; r < pitch; r++) d[i + r] = through_share(d[i + r], k.mean[r], k.norm(r).at);
 }
 template <typename T> void few_mixed(const Plan& p, i64 r, int count, double* values, char* alone, void* scratch) {
   Block<T>& s = *(Block<T>*)scratch;
@@ -859,7 +858,7 @@ template <typename T> void few_mixed(const Plan& p, i64 r, int count, double* va
   if (both) rows.read(p.y, &Row::y, s.y, s.a);
   if (p.space_y == LOGITS) few_log_probs(s.y, rows, doubles, low, s.room, k);
   const T *x = s.x, *y = both ? s.y : s.x;
-  ShareLanes shares_x, shares_y;
+  ShareLanes<T> shares_x, shares_y;
   if constexpr (sizeof(T) == sizeof(double)) {
     if (p.space_x == COUNTS) few_shares(s.x, rows, p.x.dtype == FLOAT64, doubles, s.room, shares_x);
     if (p.space_y == COUNTS && both) few_shares(s.y, rows, p.y.dtype == FLOAT64, doubles, s.room, shares_y);

@@ -1199,7 +1199,7 @@ KL_APART void near_chunk(const Plan& p, const Row& row, i64 start, int n, const 
     loops.near[x != nullptr][y != nullptr](seen, m16, p.parameter, v, x ? x->score + i : nullptr, y ? y->score + i : nullptr);
     add_products(w + i, v, m, value.at);
     if (p.output == TERMS)
-      for (int j = 0; j < m; j++) ((float*)s.dx)[i + j] = (w[i + j] * v[j]) * (float)part;
+      for (int j = 0; j < m; j++) ((float*)s.dx)[i + j] = near_term_of(w[i + j], v[j], part);
     if (x) add_scores(w + i, x->score + i, m, of_x.mass.at, of_x.sum.at, of_x.size.at);
     if (y) {
       for (int j = 0; j < m16; j++) y->weight[i + j] = w[i + j] * seen.q[j];
@@ -1254,7 +1254,7 @@ KL_APART void members_later(const Plan& p, const Row& row, int sweep, i64 start,
         add_columns(v, left, sum.at);
         add_columns(mass, left, masses.at);
       } else {
-        for (int j = 0; j < left; j++) out[i + j] = (T)((v[j] - mass[j] * k.sum) * known.it);   // k.sum is a mean by now
+        for (int j = 0; j < left; j++) out[i + j] = (T)member_derivative(v[j], mass[j], k.sum, known.it);   // k.sum is a mean by now
       }
     };
     if (wanted.dx) side(loops.x, known.x, seen.p, x, mass_x, out_x);

@@ -37,7 +37,7 @@ namespace kl {
 
 constexpr i64 SERIAL = 32768;         // with fewer classes a second thread costs more than it gains
 
-// The deepest calls take 60 KiB of stack, most of it arrays that gcc vectorises because they are local. The rest is for Python's
+// The deepest calls take 70 KiB of stack, most of it arrays that gcc vectorises because they are local. The rest is for Python's
 // signal handlers.
 constexpr size_t STACK = 128 * 1024;
 

@@ -132,6 +132,29 @@ def test_a_block_has_the_bits_of_its_rows(operation, layout, dtype):
                 )
 
 
+PARAMETERS = [("alpha_div", {"alpha": a}) for a in (-4.0, 0.0, 0.3, 1.0, 3.0, 30.0)]
+PARAMETERS += [("renyi_div", {"alpha": a}) for a in (0.25, 1.0, 2.0, 30.0)]
+PARAMETERS += [("js_div", {"beta": b, "scaled": b == 0.9}) for b in (1e-10, 0.1, 0.9, 1 - 2**-52)]
+PARAMETERS += [("mixed_kl_div", {"forward": f}) for f in (0.0, 0.3, 1.0)]
+PARAMETERS += [("skew_kl_div", {"alpha": a}) for a in (1e-3, 1 - 2**-52)]
+
+
+@pytest.mark.parametrize("case", PARAMETERS, ids=str)
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_a_block_of_every_parameter(case, dtype):
+    """With weights that a factor of the gradient turns into 0."""
+    operation, parameters = case
+    for n, space in itertools.product((2, 10, 33), ("logits", "probs", "counts")):
+        arrays = [numbers(n, space, DTYPES[dtype], side) for side in range(2)]
+        weights = np.array([1, 0, 0.5, 5e-324, 1e-300])[np.arange(ROWS) % 5]
+        f = functools.partial(call, operation, space=space, temperature=1.0 if space != "logits" else 0.9, **parameters)
+        found = f(*arrays, weights=weights, return_grad=("x", "y"))
+        for i in range(0, ROWS, 2):
+            expected = f(*(a[i : i + 2] for a in arrays), weights=weights[i : i + 2], return_grad=("x", "y"))
+            for name, a, b in zip(("value", "dx", "dy"), found, expected, strict=True):
+                np.testing.assert_array_equal(as_bits(a[i : i + 2]), as_bits(b), f"{name} {space} {n=} rows {i}..")
+
+
 @pytest.mark.parametrize("operation", OPERATIONS)
 @pytest.mark.parametrize("rows", [*range(1, 71, 3), 300, 1000])
 def test_the_total_of_any_number_of_rows(operation, rows):

@@ -300,14 +300,14 @@ print(len(digests), len(set(digests)))
 
 
 @pytest.mark.exhaustive
-@pytest.mark.parametrize("size", [32, 96, 160])
+@pytest.mark.parametrize("size", [32, 96, 144, 160])
 def test_small_stacks(python, size):
     """Python's threads may have less stack than the kernels need: NumPy works in 32 KiB, too."""
     assert python(COMMON + SMALL_STACKS, size, timeout=LIMIT) == "2 1\n"
 
 
 @pytest.mark.quick(1)
-@pytest.mark.parametrize("size", ["32k", "100", "0.12M"])
+@pytest.mark.parametrize("size", ["32k", "100", "0.12M", "128k"])
 def test_small_stacks_of_openmp(python, size):
     assert python(COMMON + SMALL_STACKS, 0, timeout=LIMIT, OMP_STACKSIZE=size) == "2 1\n"
 
