@@ -552,9 +552,8 @@ KL_APART inline void few_choose(const double* __restrict far, const double* __re
     for (i64 r = 0; r < pitch; r++) v[i + r] = far[r] != 0 ? from_limit[i + r] : v[i + r];
 }
 
-template <bool TEMPERED>
-void few_members(const Plan& p, Rows<double>& rows, Block<double>& s, LogitsLanes<double>& k, MemberLanes<double>& of,
-                 double* values, char* alone) {
+KL_APART inline void few_members(const Plan& p, Rows<double>& rows, Block<double>& s, LogitsLanes<double>& k,
+                                 MemberLanes<double>& of, double* values, char* alone) {
   i64 n = rows.n, pitch = rows.pitch;
   MemberLoops loops = member_loops(p);
   Seen<double> seen;
@@ -615,7 +614,8 @@ void few_family(const Plan& p, i64 r, int count, double* values, char* alone, vo
   MemberLanes<T> of;
   few_first<T, TEMPERED>(p, rows, s, k);
   few_begin(k, rows, p.parameter, of);
-  few_members<TEMPERED>(p, rows, s, k, of, values, alone);
+  if constexpr (sizeof(T) == sizeof(float)) few_members<TEMPERED>(p, rows, s, k, of, values, alone);
+  else few_members(p, rows, s, k, of, values, alone);
   for (i64 i = 0; i < count; i++) alone[i] |= k.odd[i] != 0;
 }
 
